@@ -1,0 +1,13828 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: MIT
+"""llm-router: one local endpoint for every AI provider, in OpenAI and Anthropic format.
+
+Clients (Claude Code, Codex, the OpenAI and Anthropic SDKs, any agent) point at it; it picks a provider from
+~/.llm-router.json, translates where the wire formats differ, retries and falls back by what the upstream's answer
+means, and streams the result back without damaging it. `python3 llm_router.py demo` shows it at work; README.md says
+the rest.
+
+The walk of a request: bytes -> HttpRequest (HTTP) -> Endpoint, Inbound (INBOUND) -> Plan of candidates (ROUTING) -> Run
+and action (FALLBACK) -> Outbound (OUTBOUND) -> Reply (UPSTREAM) -> Outcome or Answer (OUTCOMES, GATEWAY) -> ... until there
+is an answer -> stream processor or translated body (TRANSLATION) -> bytes (SERVER). Only the loop in GATEWAY and the hosts
+touch the world; all above them is values and functions. A section uses names from itself and from those above it only.
+
+Contents:
+   1  ERRORS                the one family of errors every parser and decision may raise [pure]
+   2  TEXT AND HEADERS      header access, masking, small readers of foreign text [pure]
+   3  SETTINGS              one row per knob: name, default, limits, variable, flag [pure]
+   4  CONFIG                the configuration file as values, and every problem with its path [pure]
+   5  EDITS                 changes to a configuration, shared by commands and menu [pure]
+   6  SSE                   bytes to server-sent events and back, incrementally [pure]
+   7  HTTP                  HTTP/1.1 messages: bytes to requests and answers, answers to bytes [pure]
+   8  NEUTRAL FORM          what a chat request, answer and stream mean in any wire format [pure]
+   9  OPENAI CHAT           Chat Completions: requests, answers, streams, errors [pure]
+  10  ANTHROPIC MESSAGES    Messages API: requests, answers, streams, errors [pure]
+  11  OPENAI RESPONSES      Responses API: requests, answers, streams, errors [pure]
+  12  TRANSLATION           the table of wire formats, and streams from one to another [pure]
+  13  INBOUND               paths, who may call, and what a request asks for [pure]
+  14  ROUTING               a model's name becomes an ordered list of candidates [pure]
+  15  OUTBOUND              a candidate and a request become an upstream request [pure]
+  16  OUTCOMES              status, headers and body of an upstream's answer: what they mean [pure]
+  17  FALLBACK              what to do next after each outcome, clock and dice passed in [pure]
+  18  GATEWAY               one request from its head to its end, through injected effects [async]
+  19  FILES                 configuration and state on disk: atomic, private, locked [host]
+  20  UPSTREAM              threads dial, the loop talks: connections, their pool, replies [host]
+  21  SERVER                client connections on asyncio streams: one request after another [host]
+  22  METRICS AND TRAIL     one line a request, written where it can block nobody [host]
+  23  PROCESS               the running server: its effects, signals, start and end [host]
+  24  DEMO                  fake providers, the router before them, and every kind of request [host]
+  25  COMMANDS              the argument parser and what each command does [host]
+  26  MAIN                  the only exit [host]
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import hmac
+import json
+import math
+import re
+import zlib
+from collections import OrderedDict, namedtuple
+from typing import (
+    Any,
+    Callable,
+    Dict,
+    Iterable,
+    Iterator,
+    List,
+    Mapping,
+    NamedTuple,
+    Optional,
+    Pattern,
+    Sequence,
+    Set,
+    Tuple,
+    Union,
+)
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Access",
+    "Config",
+    "Gateway",
+    "HealthBook",
+    "RouterError",
+    "Routes",
+    "Settings",
+    "WIRE_FORMATS",
+    "entry",
+    "find_problems",
+    "main",
+    "make_processor",
+    "parse_config_text",
+    "read_config",
+    "read_settings",
+    "translate_request",
+    "translate_response",
+]
+
+
+# ==============================================================================
+# 1 ERRORS - the one family of errors every parser and decision may raise [pure]
+# ==============================================================================
+
+
+class RouterError(Exception):
+    """Something the router refuses or cannot do.
+
+    message: one sentence for a person. status: the HTTP status it has when a client must see it.
+    code: a stable machine word, the `code` of OpenAI's error object (`model_not_found`, ...).
+    """
+
+    def __init__(self, message: str, status: int = 400, code: str = "invalid_request") -> None:
+        super().__init__(message)
+        self.message = message
+        self.status = status
+        self.code = code
+
+
+class UsageError(RouterError):
+    """Wrong flags or an unusable configuration: the program ends with exit code 2."""
+
+
+class ConfigError(UsageError):
+    """A configuration that cannot be used; `problems` lists every Problem found in it."""
+
+    def __init__(self, message: str, problems: Sequence[Any] = ()) -> None:
+        super().__init__(message, 503, "configuration_error")
+        self.problems = tuple(problems)
+
+
+class UpstreamError(RouterError):
+    """An upstream that could not be asked or did not answer as HTTP demands.
+
+    label: one word for logs and headers (`refused`, `reset`, `tls`, `timeout`, ...). is_timeout: it was too slow.
+    """
+
+    def __init__(self, message: str, label: str, is_timeout: bool = False) -> None:
+        super().__init__(message, 504 if is_timeout else 502, "upstream_timeout" if is_timeout else "upstream_error")
+        self.label = label
+        self.is_timeout = is_timeout
+
+
+# ==============================================================================
+# 2 TEXT AND HEADERS - header access, masking, small readers of foreign text [pure]
+# ==============================================================================
+
+Headers = List[Tuple[str, str]]
+
+
+class Value:
+    """Base of small values that are told apart by type: equal when type and every field are equal.
+
+    Not a NamedTuple: two NamedTuples with equal fields compare equal whatever their types, and an
+    empty one is falsy. Subclasses name their fields in `__slots__`; treat instances as immutable.
+    """
+
+    __slots__ = ()
+
+    def _fields(self) -> Tuple[Any, ...]:
+        return tuple(getattr(self, name) for name in self.__slots__)
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and self._fields() == other._fields()  # type: ignore[attr-defined]
+
+    def __hash__(self) -> int:
+        return hash((type(self).__name__, repr(self._fields())))
+
+    def __repr__(self) -> str:
+        return "%s(%s)" % (type(self).__name__, ", ".join(map(repr, self._fields())))
+
+
+def header(headers: Iterable[Tuple[str, str]], name: str, default: str = "") -> str:
+    """The first value of the header `name` (any case), or `default`."""
+    name = name.lower()
+    for key, value in headers:
+        if key.lower() == name:
+            return value
+    return default
+
+
+def mask(secret: str) -> str:
+    """A secret as it may be shown: enough to recognise it, too little to use it."""
+    if not secret:
+        return ""
+    return secret[:3] + "..." + secret[-4:] if len(secret) >= 16 else "***"
+
+
+def mask_in(text: str, secret: str) -> str:
+    """`text` with `secret`, should it stand there, masked. Secrets of less than 6 characters are words, not keys."""
+    return text.replace(secret, mask(secret)) if len(secret) >= 6 else text
+
+
+def one_line(text: str, limit: int = 300) -> str:
+    """`text` safe for one log line: controls escaped (CR, LF, ESC cannot forge a line), cut at `limit`."""
+    clean = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[: limit + 1])
+    return clean if len(text) <= limit else clean[:limit] + "..."
+
+
+def load_json(data: Union[bytes, str], what: str = "body") -> Any:
+    """Parse JSON text from outside. RouterError (400) for anything that is not JSON, however odd.
+
+    RFC 8259: UTF-8, a BOM is tolerated; NaN and Infinity are not JSON; nesting deep enough to exhaust
+    the recursion limit and integers of thousands of digits are refused like any other syntax error.
+    """
+    try:
+        return _JSON_DECODER.decode(data.decode("utf-8-sig") if isinstance(data, (bytes, bytearray)) else data)
+    except (ValueError, RecursionError) as error:
+        raise RouterError(
+            "the %s is not valid JSON: %s" % (what, one_line(str(error), 120)), 400, "invalid_json"
+        ) from None
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError("%s is not JSON" % name)
+
+
+_JSON_DECODER = json.JSONDecoder(
+    parse_constant=_refuse_constant
+)  # made once: json.loads makes one per call with an option
+
+
+def dump_json(value: Any) -> bytes:
+    """Compact JSON bytes, ASCII only: safe whatever lone surrogates a client's strings hold."""
+    return json.dumps(value, separators=(",", ":")).encode("ascii")
+
+
+def as_dict(value: Any) -> Dict[str, Any]:
+    """`value` when it is a JSON object, else an empty one: foreign answers are read without trust."""
+    return value if isinstance(value, dict) else {}
+
+
+def as_list(value: Any) -> List[Any]:
+    """`value` when it is a JSON array, else an empty one."""
+    return value if isinstance(value, list) else []
+
+
+def as_text(value: Any) -> str:
+    """`value` when it is a string, else an empty one."""
+    return value if isinstance(value, str) else ""
+
+
+def as_int(value: Any) -> int:
+    """`value` when it is a whole number of at least 0, else 0 (booleans are no numbers)."""
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, (int, float))
+        or value != value
+        or value in (math.inf, -math.inf)
+    ):
+        return 0
+    return max(0, int(value))
+
+
+def nearest(name: str, known: Iterable[str], count: int = 1) -> List[str]:
+    """Up to `count` of the `known` words that look most like `name`, best first; none when nothing is near."""
+    import difflib  # costs milliseconds and is only needed once something went wrong
+
+    return difflib.get_close_matches(name, list(known), count, 0.5)
+
+
+# ==============================================================================
+# 3 SETTINGS - one row per knob: name, default, limits, variable, flag [pure]
+# ==============================================================================
+
+
+class Setting(NamedTuple):
+    """One knob. type: int, bool or str; low, high: the numbers allowed (None: no limit); clamp: a number outside the
+    limits becomes the nearest limit, where others become the default. `variable` and `flag` derive from the name."""
+
+    name: str
+    type: type
+    default: Any
+    low: Optional[int]
+    high: Optional[int]
+    help: str
+    clamp: bool = False
+
+    @property
+    def variable(self) -> str:
+        """Its environment variable, `LLM_ROUTER_` and the name in capitals."""
+        return "LLM_ROUTER_" + self.name.upper()
+
+    @property
+    def flag(self) -> str:
+        """Its flag of `start`, `--` and the name with dashes."""
+        return "--" + self.name.replace("_", "-")
+
+
+_DAY_MS = 86_400_000
+
+
+def _ms(name: str, default: int, help: str) -> Setting:
+    return Setting(name, int, default, 0, _DAY_MS, help)
+
+
+def _count(name: str, default: int, help: str, low: int = 1) -> Setting:
+    return Setting(name, int, default, low, 2**40, help)
+
+
+SETTINGS: Tuple[Setting, ...] = (
+    Setting("host", str, "127.0.0.1", None, None, "address to listen on"),
+    Setting("port", int, 8787, 0, 65535, "port to listen on; 0 picks a free one"),
+    Setting("origin_retry_attempts", int, 3, 1, 10, "attempts at the origin before falling back", clamp=True),
+    _ms("origin_retry_base_delay_ms", 250, "delay before the first retry, doubled for each further one"),
+    _ms("origin_retry_max_delay_ms", 3000, "longest delay between retries"),
+    _ms("origin_fallback_cooldown_ms", 45000, "cooldown after a temporary failure that led to a fallback"),
+    _ms("origin_rate_limit_cooldown_ms", 30000, "cooldown after a rate limit without Retry-After"),
+    _ms("origin_billing_cooldown_ms", 900000, "cooldown of a provider whose credit is used up"),
+    _ms("origin_auth_cooldown_ms", 600000, "cooldown of a provider that refuses its key"),
+    _ms("origin_policy_cooldown_ms", 120000, "cooldown after a policy block, where policy fallback is allowed"),
+    Setting("allow_policy_fallback", bool, False, None, None, "let policy-blocked requests go to other providers"),
+    _count("fallback_circuit_failures", 2, "failed requests in a row that open a model's circuit; 0: no circuit", 0),
+    _ms("fallback_circuit_cooldown_ms", 30000, "how long a circuit stays open; 0: no circuit"),
+    _ms("retry_after_wait_ms", 0, "longest wait for a cooling candidate when no other is left"),
+    Setting("context_fallback", bool, False, None, None, "try the next candidate when the context is too long"),
+    _ms("connect_timeout_ms", 10000, "connecting to a provider, TLS included; 0: off"),
+    _ms("first_byte_timeout_ms", 120000, "first byte of a streamed answer; 0: off"),
+    _ms("whole_first_byte_timeout_ms", 600000, "first byte of an answer that is not streamed; 0: off"),
+    _ms("first_content_timeout_ms", 0, "first content of a streamed answer; 0: off"),
+    _ms("idle_timeout_ms", 120000, "silence between two reads of an answer; 0: off"),
+    _ms("total_timeout_ms", 0, "a whole answer; 0: off"),
+    _ms("keepalive_ms", 10000, "silence after which a waiting stream gets a comment; 0: off"),
+    _count("max_body_bytes", 67_108_864, "largest request body, inflated"),
+    _count("max_inflight_bytes", 536_870_912, "request bodies in memory, all together"),
+    _count("max_hold_bytes", 262_144, "bytes of a stream held back before its first content"),
+    _count("max_event_bytes", 67_108_864, "largest single event of a stream"),
+    _count("max_answer_bytes", 268_435_456, "largest answer that is not streamed"),
+    _count("max_connections", 4096, "client connections at once"),
+    _count("max_connections_per_peer", 2048, "client connections at once from one address; 0: no limit", 0),
+    _ms("head_timeout_ms", 15000, "a request's head, from its first byte to its last"),
+    _ms("body_timeout_ms", 60000, "silence while a request's body arrives"),
+    _ms("client_idle_timeout_ms", 75000, "how long an idle client connection is kept"),
+    _ms("send_timeout_ms", 60000, "how long a client may take nothing of its answer"),
+    _ms("pool_idle_ms", 30000, "how long an idle connection to a provider is kept"),
+    _count("pool_size", 128, "idle connections kept per provider; 0: none", 0),
+    _count("dial_threads", 48, "connections being opened at once"),
+    _count("dial_threads_per_upstream", 16, "connections being opened at once to one provider"),
+    _ms("drain_grace_ms", 30000, "how long open streams may go on after stop"),
+    _count("trail_size", 500, "requests that explain can still show", 0),
+    _ms("count_tokens_timeout_ms", 3000, "forwarded count_tokens, before the local estimate answers"),
+)
+
+Settings = namedtuple("Settings", [row.name for row in SETTINGS], defaults=[row.default for row in SETTINGS])
+Settings.__doc__ = "The value of every row of SETTINGS, by its name; `Settings()` holds the defaults."
+
+_BOOLS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+_WHOLE_NUMBER = re.compile(r"[+-]?[0-9]{1,15}", re.ASCII)
+
+
+def parse_bool(text: str) -> bool:
+    """A flag's or variable's boolean: 1 0 true false yes no on off, any case. UsageError for anything else."""
+    try:
+        return _BOOLS[text.strip().lower()]
+    except KeyError:
+        raise UsageError("%s is not a boolean: use true or false" % (one_line(text, 40) or "an empty value")) from None
+
+
+def parse_setting(row: Setting, text: str) -> Any:
+    """The value that `text` gives a setting, limits not yet applied. UsageError when it is not of the row's type."""
+    if row.type is bool:
+        return parse_bool(text)
+    if row.type is str:
+        return text.strip()
+    if not _WHOLE_NUMBER.fullmatch(text.strip()):
+        raise UsageError("%s is not a whole number" % (one_line(text, 40) or "an empty value"))
+    return int(text)
+
+
+def read_settings(flags: Mapping[str, str], environ: Mapping[str, str]) -> Tuple[Settings, List[str]]:
+    """The settings and what to warn about. flags: {"trail_size": "10"}, by setting name.
+
+    A flag goes before the environment, that before the default; an empty variable counts as unset. An unusable value
+    means the default (the nearest limit where the row says clamp) and a warning that names where it came from.
+    """
+    values, warnings = {}, []
+    for row in SETTINGS:
+        text, source = flags.get(row.name), row.flag
+        if text is None:
+            text, source = environ.get(row.variable) or None, row.variable
+        if text is not None:
+            values[row.name], complaint = _judge_setting(row, text)
+            if complaint:
+                warnings.append("%s: %s; using %s" % (source, complaint, show_setting(values[row.name])))
+    return Settings(**values), warnings
+
+
+def _judge_setting(row: Setting, text: str) -> Tuple[Any, str]:
+    """The value to use, and what is wrong with the one that was given ("" when nothing is)."""
+    try:
+        value = parse_setting(row, text)
+    except UsageError as error:
+        return row.default, error.message
+    if value == "":
+        return row.default, "an empty value"
+    nearest_limit = value
+    if row.low is not None and value < row.low:
+        nearest_limit = row.low
+    elif row.high is not None and value > row.high:
+        nearest_limit = row.high
+    if nearest_limit == value:
+        return value, ""
+    return (nearest_limit if row.clamp else row.default), "%d is outside %d to %d" % (value, row.low, row.high)
+
+
+def show_setting(value: Any) -> str:
+    """A setting's value as it is written in a flag or variable."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def settings_table(settings: Settings) -> List[Dict[str, Any]]:
+    """The settings as rows for people and for --json: variable, flag, default, value, help."""
+    return [
+        {
+            "variable": row.variable,
+            "flag": row.flag,
+            "default": row.default,
+            "value": getattr(settings, row.name),
+            "help": row.help,
+        }
+        for row in SETTINGS
+    ]
+
+
+# ==============================================================================
+# 4 CONFIG - the configuration file as values, and every problem with its path [pure]
+# ==============================================================================
+
+WIRES = ("openai", "anthropic", "responses")
+
+# Other names of a wire format that older files use.
+_WIRE_ALIASES = {"claude": "anthropic"}
+
+
+class Auth(NamedTuple):
+    """How a provider is shown its key. type: bearer | x-api-key | header (then `header_name`) | none.
+
+    prefix: what stands before the key in the header `header_name`.
+    """
+
+    type: str = "bearer"
+    header_name: str = ""
+    prefix: str = ""
+
+
+class Timeouts(NamedTuple):
+    """A provider's own limits in milliseconds; 0 is off, None means the setting."""
+
+    connect_ms: Optional[int] = None
+    first_byte_ms: Optional[int] = None
+    first_content_ms: Optional[int] = None
+    idle_ms: Optional[int] = None
+    total_ms: Optional[int] = None
+
+
+class Model(NamedTuple):
+    """A model of a provider; the id "*" passes any id through. formats: () means the provider's."""
+
+    id: str
+    aliases: Tuple[str, ...] = ()
+    formats: Tuple[str, ...] = ()
+    enabled: bool = True
+    context_window: Optional[int] = None
+    max_output_tokens: Optional[int] = None
+    cost: Optional[Dict[str, Any]] = None
+    metadata: Optional[Dict[str, Any]] = None
+    fallback_models: Tuple[str, ...] = ()
+
+
+class Provider(NamedTuple):
+    """A configured account. base_urls, auths: by wire format. preferred: the one of `formats` to speak when the
+    client's own is not among them. headers: a None removes the header. compat: as configured, None when unsaid."""
+
+    id: str
+    name: str = ""
+    enabled: bool = True
+    base_urls: Dict[str, str] = {}
+    api_key: str = ""
+    formats: Tuple[str, ...] = ("openai",)
+    preferred: str = "openai"
+    auths: Dict[str, Auth] = {}
+    headers: Dict[str, Optional[str]] = {}
+    anthropic_version: str = ""
+    anthropic_beta: Tuple[str, ...] = ()
+    compat: Any = None
+    timeouts: Timeouts = Timeouts()
+    models: Tuple[Model, ...] = ()
+
+
+class Config(NamedTuple):
+    """A configuration, checked and complete. aliases: name or pattern -> model refs in order."""
+
+    master_key: str = ""
+    default_model: str = ""
+    aliases: Dict[str, Tuple[str, ...]] = {}
+    cors_origins: Tuple[str, ...] = ()
+    allowed_hosts: Tuple[str, ...] = ()
+    providers: Tuple[Provider, ...] = ()
+
+
+class Problem(NamedTuple):
+    """Something wrong in a configuration. path: `providers[0].models[1].fallbackModels[0]`, "" for the whole.
+    level: "error" (it cannot be used) or "warning"."""
+
+    path: str
+    message: str
+    cure: str
+    level: str = "error"
+
+
+class Field(NamedTuple):
+    """One key of the file. kind: what it holds, a key of _READERS. aliases: other spellings that older files use;
+    the dashed and snake-case twins of all of them are accepted as well."""
+
+    key: str
+    kind: str
+    help: str
+    aliases: Tuple[str, ...] = ()
+
+
+FIELDS: Dict[str, Tuple[Field, ...]] = {
+    "config": (
+        Field("version", "whole", "version of the file's shape, 1"),
+        Field("masterKey", "secret", "the key that clients show to the router"),
+        Field("defaultModel", "text", "the model for `smart` and for requests that name none"),
+        Field("modelAliases", "alias_map", "name, or pattern with *, to a model ref or an ordered list of them"),
+        Field("corsOrigins", "origins", "browser origins that may use the router"),
+        Field("allowedHosts", "texts", "further Host names that are answered while auth is off"),
+        Field("providers", "providers", "the accounts requests may go to"),
+        Field("metadata", "object", "anything; kept, not used"),
+    ),
+    "provider": (
+        Field("id", "provider_id", "short name, the first half of `provider/model`"),
+        Field("name", "text", "name for people"),
+        Field("enabled", "flag", "false keeps the entry and does not use it"),
+        Field("baseUrl", "url", "where the provider's API is", ("endpoint", "endpoints")),
+        Field("baseUrlByFormat", "url_map", "a base URL of its own per wire format"),
+        Field("apiKey", "secret", "the key the router shows to the provider", ("credential",)),
+        Field("apiKeyEnv", "variable", "environment variable that holds the key; wins when it is set"),
+        Field("formats", "wires", "wire formats the provider speaks: openai, anthropic, responses"),
+        Field("format", "wire", "the preferred one of them"),
+        Field("auth", "auth", "how the key is shown"),
+        Field("authByFormat", "auth_map", "the same per wire format"),
+        Field("headers", "headers", "headers for every request; null removes one"),
+        Field("anthropicVersion", "header_value", "the anthropic-version header"),
+        Field("anthropicBeta", "betas", "anthropic-beta features to ask for"),
+        Field("compat", "any", "what the provider needs or refuses beside the format"),
+        Field("timeouts", "timeouts", "limits of its own in milliseconds"),
+        Field("models", "models", "its models; * passes any id through"),
+        Field("metadata", "object", "anything; kept, not used"),
+    ),
+    "model": (
+        Field("id", "model_id", "the provider's own name of the model; * for any"),
+        Field("aliases", "texts", "further names"),
+        Field("formats", "wires", "wire formats of this model, when not all of the provider's"),
+        Field("enabled", "flag", "false keeps the entry and does not use it"),
+        Field("contextWindow", "whole", "tokens that input and output may have together"),
+        Field("maxOutputTokens", "whole", "tokens that an answer may have"),
+        Field("cost", "object", "prices"),
+        Field("metadata", "object", "anything; kept, not used"),
+        Field("fallbackModels", "refs", "models to try when this one fails, in order"),
+    ),
+    "auth": (
+        Field("type", "auth_type", "bearer, x-api-key, header or none"),
+        Field("headerName", "header_name", "the header, for the type header"),
+        Field("prefix", "header_value", "what stands before the key in that header"),
+    ),
+    "timeouts": (
+        Field("connectMs", "whole", "connecting"),
+        Field("firstByteMs", "whole", "first byte of the answer"),
+        Field("firstContentMs", "whole", "first content of a stream"),
+        Field("idleMs", "whole", "silence between two reads"),
+        Field("totalMs", "whole", "the whole answer"),
+    ),
+}
+
+AUTH_TYPES = ("bearer", "x-api-key", "header", "none")
+
+
+def _twins(name: str) -> Tuple[str, ...]:
+    dashed = re.sub("[A-Z]", lambda match: "-" + match.group().lower(), name)
+    return (name, dashed, dashed.replace("-", "_"))
+
+
+def _spellings(field: Field) -> Tuple[str, ...]:
+    return tuple(dict.fromkeys(twin for name in (field.key,) + field.aliases for twin in _twins(name)))
+
+
+# {"provider": {"baseUrl": ("baseUrl", "base-url", "base_url", "endpoint", ...)}}: first found wins.
+SPELLINGS = {kind: {field.key: _spellings(field) for field in fields} for kind, fields in FIELDS.items()}
+_CANONICAL = {kind: {s: key for key, all_ in keys.items() for s in all_} for kind, keys in SPELLINGS.items()}
+_KIND_OF = {kind: {field.key: field.kind for field in fields} for kind, fields in FIELDS.items()}
+
+
+def find_key(raw: Dict[str, Any], kind: str, key: str) -> Optional[str]:
+    """The spelling under which the object `raw` (a "config", "provider", ...) holds the field `key`, None when it has
+    none. A null counts as absent."""
+    return next((name for name in SPELLINGS[kind][key] if raw.get(name) is not None), None)
+
+
+def get_field(raw: Dict[str, Any], kind: str, key: str, default: Any = None) -> Any:
+    """The value of a field in a raw object, whatever its spelling."""
+    name = find_key(raw, kind, key)
+    return default if name is None else raw[name]
+
+
+# ----- reading text -----
+
+_SECRET_VALUE = re.compile(r'("[^"]*(?:key|secret|token|auth|credential|password)[^"]*"\s*:\s*")([^"]*)', re.IGNORECASE)
+_LONG_TOKEN = re.compile(r"[A-Za-z0-9_+/=-]{24,}|\bsk-[A-Za-z0-9_-]+")
+
+
+def parse_config_text(text: Union[str, bytes], source: str) -> Dict[str, Any]:
+    """The JSON object in `text`. ConfigError names `source`, line and column and shows the place, keys hidden."""
+    if isinstance(text, (bytes, bytearray)):
+        text = _decode_config(bytes(text), source)
+    text = text[1:] if text[:1] == "\ufeff" else text
+    try:
+        document = json.loads(text, parse_constant=_refuse_constant)
+    except json.JSONDecodeError as error:
+        raise ConfigError(_syntax_message(text, source, error)) from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError("%s is not usable JSON: %s" % (source, one_line(str(error), 120))) from None
+    if not isinstance(document, dict):
+        raise ConfigError("%s must hold a JSON object, it holds %s" % (source, _json_type(document)))
+    if _is_deeper(document, _MAX_DEPTH):
+        raise ConfigError("%s is nested deeper than %d levels" % (source, _MAX_DEPTH))
+    return document
+
+
+# Far below the recursion limit, so that no walk of a document needs to fear it.
+_MAX_DEPTH = 60
+
+
+def _is_deeper(value: Any, limit: int) -> bool:
+    level = [value]
+    for _ in range(limit):
+        level = [
+            child
+            for entry in level
+            for child in (entry.values() if isinstance(entry, dict) else entry)
+            if isinstance(child, (dict, list))
+        ]
+        if not level:
+            return False
+    return True
+
+
+def _decode_config(data: bytes, source: str) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        before = data[: error.start]
+        line, column = before.count(b"\n") + 1, error.start - (before.rfind(b"\n") + 1) + 1
+        raise ConfigError("%s:%d:%d: not UTF-8 text; save the file as UTF-8" % (source, line, column)) from None
+
+
+def _syntax_message(text: str, source: str, error: json.JSONDecodeError) -> str:
+    line = (text.splitlines() or [""])[error.lineno - 1 : error.lineno]
+    shown = _hide_secrets(line[0] if line else "").replace("\t", " ")
+    at = min(error.colno - 1, len(shown))
+    start = max(0, at - 70)
+    shown = "".join(c if c.isprintable() else "?" for c in shown[start : start + 100])
+    place = "%s:%d:%d" % (source, error.lineno, error.colno)
+    return "%s: %s%s\n  %s\n  %s^" % (place, error.msg, _syntax_hint(text, error.pos), shown, " " * (at - start))
+
+
+def _syntax_hint(text: str, at: int) -> str:
+    before, after = text[:at].rstrip(), text[at : at + 2]
+    if after[:1] == "#" or after in ("//", "/*"):
+        return " (JSON has no comments)"
+    if after[:1] == "," and re.match(r",\s*[]}]", text[at : at + 80]) or before[-1:] == "," and after[:1] in ("}", "]"):
+        return " (a comma before the closing bracket)"
+    return ""
+
+
+def _hide_secrets(line: str) -> str:
+    """`line` with what may be a key as asterisks of the same length, so that a caret still points right."""
+    line = _SECRET_VALUE.sub(lambda match: match.group(1) + "*" * len(match.group(2)), line)
+    return _LONG_TOKEN.sub(lambda match: "*" * len(match.group()), line)
+
+
+_JSON_TYPES = ((bool, "a boolean"), (dict, "an object"), (list, "a list"), (str, "text"), ((int, float), "a number"))
+
+
+def _json_type(value: Any) -> str:
+    return next((name for type_, name in _JSON_TYPES if isinstance(value, type_)), "null")
+
+
+# ----- reading values: one pass makes the Config and finds the problems -----
+
+
+class _Notes:
+    """The problems found so far. lenient: inside a disabled entry, where errors do no harm."""
+
+    def __init__(self) -> None:
+        self.problems: List[Problem] = []
+        self.lenient = False
+        self.guesses_left = 20  # comparing a name with thousands of others is slow; nobody reads more guesses
+
+    def error(self, path: str, message: str, cure: str) -> None:
+        self.problems.append(Problem(path, message, cure, "warning" if self.lenient else "error"))
+
+    def warn(self, path: str, message: str, cure: str) -> None:
+        self.problems.append(Problem(path, message, cure, "warning"))
+
+    def is_a(self, path: str, value: Any, type_: type, words: str) -> bool:
+        """Whether `value` is of the JSON type, noted when it is not."""
+        if isinstance(value, type_):
+            return True
+        self.error(path, "must be %s, is %s" % (words, _json_type(value)), "write %s" % words)
+        return False
+
+
+class _Place(NamedTuple):
+    """Where a provider or model stands in the file. fallbacks: (path, ref) of each fallback."""
+
+    path: str
+    value: Any
+    models: Tuple[Any, ...] = ()
+    fallbacks: Tuple[Tuple[str, str], ...] = ()
+
+
+def find_problems(document: Dict[str, Any]) -> List[Problem]:
+    """Everything wrong in a configuration as it was read from its file, each with path and cure."""
+    return scan_config(document, {})[1]
+
+
+def read_config(document: Dict[str, Any], environ: Mapping[str, str]) -> Config:
+    """The configuration as values, keys from the environment filled in. ConfigError when a problem is an error."""
+    config, problems = scan_config(document, environ)
+    errors = [problem for problem in problems if problem.level == "error"]
+    if errors:
+        more = " (and %d more: config --operation=validate)" % (len(errors) - 1) if len(errors) > 1 else ""
+        raise ConfigError(show_problem(errors[0]) + more, problems)
+    return config
+
+
+def scan_config(document: Dict[str, Any], environ: Mapping[str, str]) -> Tuple[Config, List[Problem]]:
+    """What can be read of a configuration, however broken, and everything wrong in it."""
+    notes = _Notes()
+    return _scan(document, environ, notes), notes.problems
+
+
+def show_problem(problem: Problem) -> str:
+    """A problem as one line: path, message and cure."""
+    return "%s: %s; %s" % (problem.path or "configuration", problem.message, problem.cure)
+
+
+def _scan(document: Dict[str, Any], environ: Mapping[str, str], notes: _Notes) -> Config:
+    values = _read_object(notes, "", document, "config", {"providers": environ})
+    places = values.get("providers") or []
+    if not places:
+        notes.warn("providers", "no provider is configured", "add one with config --operation=upsert-provider")
+    if (values.get("version") or 1) > 1:
+        notes.warn("version", "written for a newer version", "check the other warnings: unknown keys have no effect")
+    aliases = values.get("modelAliases") or {}
+    _check_references(
+        notes, places, aliases, (_join("", _written(document, "defaultModel")), values.get("defaultModel"))
+    )
+    return Config(
+        _env_secret(notes, environ, "LLM_ROUTER_MASTER_KEY", "LLM_ROUTER_MASTER_KEY") or values.get("masterKey") or "",
+        values.get("defaultModel") or "",
+        {name: tuple(ref for _, ref in refs) for name, refs in aliases.items()},
+        values.get("corsOrigins") or (),
+        tuple(host.lower() for host in values.get("allowedHosts") or ()),
+        tuple(place.value for place in places),
+    )
+
+
+def _written(document: Dict[str, Any], key: str) -> str:
+    return find_key(document, "config", key) or key
+
+
+def _join(path: str, key: str) -> str:
+    """The path of a member: `a.b`, or `a["b c"]` where the key is not a plain word."""
+    if re.fullmatch(r"[A-Za-z_][A-Za-z0-9_-]*", key):
+        return "%s.%s" % (path, key) if path else key
+    return '%s["%s"]' % (path, one_line(key, 80).replace('"', '\\"'))
+
+
+def _read_object(notes: _Notes, path: str, raw: Dict[str, Any], kind: str, extra: Dict[str, Any]) -> Dict[str, Any]:
+    """The fields of an object by canonical key; unknown keys become warnings.
+
+    extra: for a reader that needs more than the value, {key: what it gets}.
+    """
+    canonical, kinds, values = _CANONICAL[kind], _KIND_OF[kind], {}
+    for name, value in raw.items():
+        key = canonical.get(name)
+        where = _join(path, name)
+        if key is None:
+            _note_unknown_key(notes, where, name, kind)
+        elif value is None:
+            continue
+        elif find_key(raw, kind, key) != name:
+            notes.warn(where, "says again what %s says" % find_key(raw, kind, key), "remove one of them")
+        else:
+            reader = _READERS[kinds[key]]
+            values[key] = reader(notes, where, value, extra[key]) if key in extra else reader(notes, where, value)
+    return values
+
+
+def _note_unknown_key(notes: _Notes, path: str, name: str, kind: str) -> None:
+    if name[:1] in ("_", "$", "#") or name[:2] == "//":  # the usual ways to write a comment or a schema reference
+        return
+    near = nearest(name, _KIND_OF[kind])
+    notes.warn(
+        path, "is not a known key", "did you mean %s?" % near[0] if near else "remove it, or keep it: it is ignored"
+    )
+
+
+# ----- readers, one per kind: (notes, path, value) -> value, or None when it cannot be used -----
+
+_PROVIDER_ID = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
+_HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110, 5.6.2
+_HEADER_VALUE = re.compile(r"[\t -~\u0080-\u00ff]*")  # RFC 9110, 5.5; no CR, LF or NUL
+_SECRET = re.compile(r"[ -~]*")
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_FRAMING_HEADERS = ("content-length", "transfer-encoding", "connection", "keep-alive", "upgrade", "te", "trailer")
+_URL_CHARACTERS = re.compile(r"[!#-;=?-\[\]_a-z~]*")  # RFC 3986: printable ASCII without " < > \ ^ ` { | }
+_AUTHORITY = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::[0-9]{1,5})?")
+_LOOPBACK = re.compile(r"localhost|.+\.localhost|127(?:\.[0-9]{1,3}){3}|::1", re.IGNORECASE)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host name or address (IPv6 without brackets) can only mean this machine."""
+    return bool(_LOOPBACK.fullmatch(host.rstrip(".")))
+
+
+def check_url(url: str) -> Tuple[str, str]:
+    """What is wrong with a base URL, and the cure; ("", "") when nothing is."""
+    if "://" not in url:
+        return "is not a URL", "write it with its scheme, https://HOST/..."
+    if not _URL_CHARACTERS.fullmatch(url):
+        return "has a character that no URL may have", "remove spaces, backslashes, braces and control characters"
+    try:
+        parts = urlsplit(url)
+        port_is_bad = parts.port == 0
+    except ValueError:
+        return "has a host or port that cannot be read", "write https://HOST:PORT/..."
+    if parts.scheme not in ("http", "https"):
+        return "has the scheme %s" % one_line(parts.scheme, 20), "use https:// or http://"
+    if "@" in parts.netloc:
+        return "has a user name or password in it", "remove what is before the @; keys go into apiKey"
+    if port_is_bad or not _AUTHORITY.fullmatch(parts.netloc):
+        return "has no usable host", "write https://HOST:PORT/..."
+    if parts.fragment:
+        return "has a fragment", "remove the # and what follows"
+    return "", ""
+
+
+def _read_text(notes: _Notes, path: str, value: Any) -> Optional[str]:
+    return value.strip() if notes.is_a(path, value, str, "text") else None
+
+
+def _read_secret(notes: _Notes, path: str, value: Any) -> Optional[str]:
+    if not notes.is_a(path, value, str, "text"):
+        return None
+    secret = value.strip()
+    if not _SECRET.fullmatch(secret):
+        notes.error(path, "has a character that no key has", "copy the key again, without line breaks")
+        return None
+    return secret
+
+
+def _read_variable(notes: _Notes, path: str, value: Any) -> Optional[str]:
+    if isinstance(value, str) and _VARIABLE.fullmatch(value.strip()):
+        return value.strip()
+    notes.error(
+        path,
+        "is not the name of an environment variable",
+        "write a name like OPENAI_API_KEY; the key itself goes into apiKey",
+    )
+    return None
+
+
+def _read_whole(notes: _Notes, path: str, value: Any) -> Optional[int]:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0 or value > 2**53:
+        notes.error(path, "must be a whole number of at least 0", "write a number without quotes or fraction")
+        return None
+    return value
+
+
+def _read_flag(notes: _Notes, path: str, value: Any) -> Optional[bool]:
+    if isinstance(value, str) and value.strip().lower() in _BOOLS:
+        return _BOOLS[value.strip().lower()]
+    return value if notes.is_a(path, value, bool, "true or false") else None
+
+
+def _read_any(notes: _Notes, path: str, value: Any) -> Any:
+    return value
+
+
+def _read_plain_object(notes: _Notes, path: str, value: Any) -> Optional[Dict[str, Any]]:
+    return value if notes.is_a(path, value, dict, "an object") else None
+
+
+def _read_refs(notes: _Notes, path: str, value: Any) -> Tuple[Tuple[str, str], ...]:
+    """A text or a list of texts as ((path, text), ...)."""
+    if isinstance(value, str):
+        entries = [(path, value)]
+    elif notes.is_a(path, value, list, "a list of texts"):
+        entries = [("%s[%d]" % (path, i), entry) for i, entry in enumerate(value)]
+    else:
+        return ()
+    good = [(where, entry.strip()) for where, entry in entries if notes.is_a(where, entry, str, "text")]
+    for where, text in good:
+        if not text:
+            notes.error(where, "is empty", "remove it or write a name")
+    return tuple((where, text) for where, text in good if text)
+
+
+def _read_texts(notes: _Notes, path: str, value: Any) -> Tuple[str, ...]:
+    return tuple(text for _, text in _read_refs(notes, path, value))
+
+
+def _read_betas(notes: _Notes, path: str, value: Any) -> Tuple[str, ...]:
+    value = value.split(",") if isinstance(value, str) else value
+    good = _read_refs(notes, path, value)
+    return tuple(text for where, text in good if _read_header_value(notes, where, text) is not None)
+
+
+def _read_origins(notes: _Notes, path: str, value: Any) -> Tuple[str, ...]:
+    origins = []
+    for where, text in _read_refs(notes, path, value):
+        scheme, separator, rest = text.rstrip("/").partition("://")
+        if not separator or not rest or re.search(r"[/?#*\s]", rest):
+            notes.error(
+                where,
+                "is not an origin",
+                "write scheme://host:port; a wildcard would let any web page spend your money",
+            )
+        else:
+            origins.append((scheme + separator + rest).lower())
+    return tuple(origins)
+
+
+def _read_alias_map(notes: _Notes, path: str, value: Any) -> Dict[str, Tuple[Tuple[str, str], ...]]:
+    if not notes.is_a(path, value, dict, "an object"):
+        return {}
+    aliases = {}
+    for name, target in value.items():
+        refs = _read_refs(notes, _join(path, name), target)
+        if not name.strip() or name == "smart":
+            notes.error(_join(path, name), "cannot be an alias", "choose another name; for smart set defaultModel")
+        elif not refs:
+            notes.error(_join(path, name), "leads to no model", "write provider/model, or remove the alias")
+        else:
+            aliases[name] = refs
+    return aliases
+
+
+def _read_provider_id(notes: _Notes, path: str, value: Any) -> Optional[str]:
+    if isinstance(value, str) and _PROVIDER_ID.fullmatch(value):
+        return value
+    notes.error(path, "is not a provider id", "use a letter, then letters, digits, - and _")
+    return None
+
+
+def _read_model_id(notes: _Notes, path: str, value: Any) -> Optional[str]:
+    if isinstance(value, str) and value.strip() == value and value.isprintable() and value:
+        return value
+    notes.error(path, "is not a model id", "write the provider's own name of the model, without spaces around it")
+    return None
+
+
+def _read_wire(notes: _Notes, path: str, value: Any) -> Optional[str]:
+    name = value.strip().lower() if isinstance(value, str) else ""
+    name = _WIRE_ALIASES.get(name, name)
+    if name in WIRES:
+        return name
+    notes.error(path, "is not a wire format", "use %s or %s" % (", ".join(WIRES[:-1]), WIRES[-1]))
+    return None
+
+
+def _read_wires(notes: _Notes, path: str, value: Any) -> Tuple[str, ...]:
+    wires = (_read_wire(notes, where, text) for where, text in _read_refs(notes, path, value))
+    return tuple(dict.fromkeys(wire for wire in wires if wire))
+
+
+def _read_url(notes: _Notes, path: str, value: Any) -> Optional[str]:
+    if isinstance(value, list) and value:
+        if len(value) > 1:
+            notes.warn(path, "holds several URLs, only the first is used", "make one provider of each")
+        path, value = path + "[0]", value[0]
+    if not notes.is_a(path, value, str, "text"):
+        return None
+    url = value.strip()
+    message, cure = check_url(url)
+    if message:
+        notes.error(path, message, cure)
+        return None
+    parts = urlsplit(url)
+    if parts.scheme == "http" and not is_loopback(parts.hostname or ""):
+        notes.warn(path, "sends keys and prompts unencrypted", "use https:// unless you trust the network")
+    return url
+
+
+def _read_by_wire(notes: _Notes, path: str, value: Any, reader: Callable[..., Any]) -> Dict[str, Any]:
+    found: Dict[str, Any] = {}
+    for name, entry in (value if notes.is_a(path, value, dict, "an object") else {}).items():
+        wire = _read_wire(notes, _join(path, name), name)
+        if wire and entry is not None:
+            found[wire] = reader(notes, _join(path, name), entry)
+    return {wire: entry for wire, entry in found.items() if entry is not None}
+
+
+def _read_url_map(notes: _Notes, path: str, value: Any) -> Dict[str, str]:
+    return _read_by_wire(notes, path, value, _read_url)
+
+
+def _read_auth_map(notes: _Notes, path: str, value: Any) -> Dict[str, Auth]:
+    return _read_by_wire(notes, path, value, _read_auth)
+
+
+def _read_auth_type(notes: _Notes, path: str, value: Any) -> Optional[str]:
+    name = value.strip().lower() if isinstance(value, str) else ""
+    if name in AUTH_TYPES:
+        return name
+    notes.error(path, "is not an auth type", "use %s or %s" % (", ".join(AUTH_TYPES[:-1]), AUTH_TYPES[-1]))
+    return None
+
+
+def _read_header_name(notes: _Notes, path: str, value: Any) -> Optional[str]:
+    if not isinstance(value, str) or not _HEADER_NAME.fullmatch(value):
+        notes.error(path, "is not a header name", "use letters, digits and -")
+        return None
+    if value.lower() in _FRAMING_HEADERS:
+        notes.error(path, "is a header that the router must set itself", "remove it")
+        return None
+    return value
+
+
+def _read_header_value(notes: _Notes, path: str, value: Any) -> Optional[str]:
+    if not isinstance(value, str) or not _HEADER_VALUE.fullmatch(value):
+        notes.error(path, "is not a header value", "write text without line breaks or control characters")
+        return None
+    return value
+
+
+def _read_headers(notes: _Notes, path: str, value: Any) -> Dict[str, Optional[str]]:
+    headers: Dict[str, Optional[str]] = {}
+    for name, text in (value if notes.is_a(path, value, dict, "an object") else {}).items():
+        where = _join(path, name)
+        good = _read_header_name(notes, where, name)
+        if good and (text is None or _read_header_value(notes, where, text) is not None):
+            headers[good] = text if text is None else text.strip()
+    return headers
+
+
+def _read_auth(notes: _Notes, path: str, value: Any) -> Optional[Auth]:
+    if not notes.is_a(path, value, dict, "an object"):
+        return None
+    values = _read_object(notes, path, value, "auth", {})
+    auth = Auth(values.get("type") or "bearer", values.get("headerName") or "", values.get("prefix") or "")
+    if auth.type == "header" and not auth.header_name:
+        notes.error(path, "has the type header and no header", "add headerName")
+    return auth
+
+
+def _read_timeouts(notes: _Notes, path: str, value: Any) -> Optional[Timeouts]:
+    if not notes.is_a(path, value, dict, "an object"):
+        return None
+    values = _read_object(notes, path, value, "timeouts", {})
+    return Timeouts(*(values.get(field.key) for field in FIELDS["timeouts"]))
+
+
+def provider_entries(value: Any) -> List[Tuple[str, Dict[str, Any]]]:
+    """The providers of a file as (path suffix, raw provider).
+
+    They may stand in a list, alone, or in an object id -> provider, where each gets its id when it has none of its
+    own. What is no object is left out.
+    """
+    if isinstance(value, list):
+        return [("[%d]" % i, raw) for i, raw in enumerate(value) if isinstance(raw, dict)]
+    if not isinstance(value, dict) or not value:
+        return []
+    if get_field(value, "provider", "id") is not None or not all(isinstance(raw, dict) for raw in value.values()):
+        return [("", value)]
+    return [
+        (_join("", key), raw if get_field(raw, "provider", "id") else dict(raw, id=key)) for key, raw in value.items()
+    ]
+
+
+def _read_providers(notes: _Notes, path: str, value: Any, environ: Mapping[str, str]) -> List[_Place]:
+    if isinstance(value, list):
+        for i, raw in enumerate(value):
+            notes.is_a("%s[%d]" % (path, i), raw, dict, "an object")
+    else:
+        notes.is_a(path, value, dict, "a list of objects")
+    places = []
+    for suffix, raw in provider_entries(value):
+        where = path + suffix if suffix[:1] in ("[", "") else path + "." + suffix
+        places.append(_read_provider(notes, where, raw, environ))
+    _check_duplicates(
+        notes, [(place.path, place.value.id) for place in places if place.value.id], "provider", str.lower
+    )
+    return places
+
+
+def _check_duplicates(notes: _Notes, ids: Sequence[Tuple[str, str]], what: str, fold_: Callable[[str], str]) -> None:
+    seen: Dict[str, str] = {}
+    for path, id_ in ids:
+        first = seen.setdefault(fold_(id_), path)
+        if first != path:
+            notes.error(
+                path,
+                "the %s id %s is already used at %s" % (what, one_line(id_, 80), first),
+                "rename or remove one of them",
+            )
+
+
+def _read_provider(notes: _Notes, path: str, raw: Dict[str, Any], environ: Mapping[str, str]) -> _Place:
+    notes.lenient = _is_off(raw, "provider")
+    values = _read_object(notes, path, raw, "provider", {})
+    if find_key(raw, "provider", "id") is None:
+        notes.error(path, "the provider has no id", 'add "id"')
+    models = values.get("models") or ()
+    if not models:
+        notes.error(
+            _join(path, find_key(raw, "provider", "models") or "models"),
+            "has no models",
+            "add at least one; * passes any id through",
+        )
+    formats, preferred = _formats_of(values)
+    provider = Provider(
+        values.get("id") or "",
+        values.get("name") or values.get("id") or "",
+        values.get("enabled") is not False,
+        _base_urls_of(notes, path, values, formats),
+        _key_of(notes, path, values, environ),
+        formats,
+        preferred,
+        _auths_of(values),
+        values.get("headers") or {},
+        values.get("anthropicVersion") or "",
+        values.get("anthropicBeta") or (),
+        values.get("compat"),
+        values.get("timeouts") or Timeouts(),
+        tuple(place.value for place in models),
+    )
+    _check_provider(notes, path, provider, values)
+    notes.lenient = False
+    return _Place(path, provider, tuple(models))
+
+
+def _is_off(raw: Dict[str, Any], kind: str) -> bool:
+    enabled = get_field(raw, kind, "enabled")
+    return enabled is False or isinstance(enabled, str) and _BOOLS.get(enabled.strip().lower()) is False
+
+
+def _formats_of(values: Dict[str, Any]) -> Tuple[Tuple[str, ...], str]:
+    """The wire formats of a provider and the preferred one, with the defaults for what is unsaid."""
+    preferred, formats = values.get("format"), values.get("formats")
+    if not formats:
+        formats = tuple(wire for wire in WIRES if wire in (values.get("baseUrlByFormat") or {}))
+        if preferred and preferred not in formats:
+            formats = (preferred,) + formats
+    if not formats:
+        host = urlsplit(values.get("baseUrl") or "").hostname or ""
+        formats = (_FORMAT_OF_HOST.get(host, "openai"),)
+    return formats, preferred if preferred in formats else formats[0]
+
+
+# The format of a provider that says none: OpenAI's, save for who invented another.
+_FORMAT_OF_HOST = {"api.anthropic.com": "anthropic"}
+
+
+def _base_urls_of(notes: _Notes, path: str, values: Dict[str, Any], formats: Sequence[str]) -> Dict[str, str]:
+    own, base = values.get("baseUrlByFormat") or {}, values.get("baseUrl")
+    urls = {wire: own.get(wire) or base for wire in WIRES}
+    urls["responses"] = urls["responses"] or own.get("openai")
+    missing = [wire for wire in formats if not urls[wire]]
+    said_badly = "baseUrl" in values and base is None  # already noted
+    if missing and not said_badly and None not in own.values():
+        notes.error(
+            _join(path, "baseUrl"),
+            "there is no base URL for the format %s" % missing[0],
+            "add baseUrl, or baseUrlByFormat.%s" % missing[0],
+        )
+    return {wire: url for wire, url in urls.items() if url}
+
+
+def _auths_of(values: Dict[str, Any]) -> Dict[str, Auth]:
+    own, all_ = values.get("authByFormat") or {}, values.get("auth")
+    return {wire: own.get(wire) or all_ or Auth("x-api-key" if wire == "anthropic" else "bearer") for wire in WIRES}
+
+
+def _key_of(notes: _Notes, path: str, values: Dict[str, Any], environ: Mapping[str, str]) -> str:
+    name = values.get("apiKeyEnv") or ""
+    return _env_secret(notes, environ, name, _join(path, "apiKeyEnv")) or values.get("apiKey") or ""
+
+
+def _env_secret(notes: _Notes, environ: Mapping[str, str], name: str, path: str) -> str:
+    value = environ.get(name, "").strip() if name else ""
+    if not _SECRET.fullmatch(value):
+        notes.error(path, "the variable %s holds a character that no key has" % one_line(name, 80), "set it again")
+        return ""
+    return value
+
+
+def _check_provider(notes: _Notes, path: str, provider: Provider, values: Dict[str, Any]) -> None:
+    has_key = provider.api_key or values.get("apiKeyEnv")
+    hosts = [urlsplit(url).hostname or "" for url in provider.base_urls.values()]
+    wants_key = any(provider.auths[wire].type != "none" for wire in provider.formats)
+    if not has_key and wants_key and not provider.headers and not all(map(is_loopback, hosts)):
+        notes.warn(path, "the provider has no key", 'add apiKey or apiKeyEnv, or auth {"type": "none"}')
+    if values.get("format") and values["format"] not in provider.formats:
+        notes.warn(path, "the preferred format %s is not one of its formats" % values["format"], "add it to formats")
+    for model in provider.models:
+        if model.formats and not set(model.formats) & set(provider.formats):
+            notes.warn(
+                path, "the model %s has no format that its provider speaks" % one_line(model.id, 80), "correct formats"
+            )
+
+
+def _read_models(notes: _Notes, path: str, value: Any) -> Tuple[_Place, ...]:
+    if isinstance(value, str):
+        value = [value]
+    if not notes.is_a(path, value, list, "a list"):
+        return ()
+    places = tuple(filter(None, (_read_model(notes, "%s[%d]" % (path, i), raw) for i, raw in enumerate(value))))
+    named = [(place.path, place.value.id) for place in places]
+    _check_duplicates(notes, named, "model", str)
+    _check_model_names(notes, places)
+    return places
+
+
+def _read_model(notes: _Notes, path: str, raw: Any) -> Optional[_Place]:
+    if isinstance(raw, str):
+        raw = {"id": raw}
+    if not notes.is_a(path, raw, dict, "text or an object"):
+        return None
+    before = notes.lenient
+    notes.lenient = before or _is_off(raw, "model")
+    values = _read_object(notes, path, raw, "model", {})
+    if find_key(raw, "model", "id") is None:
+        notes.error(path, "the model has no id", 'add "id"')
+    notes.lenient = before
+    if not values.get("id"):
+        return None
+    refs = values.get("fallbackModels") or ()
+    model = Model(
+        values["id"],
+        values.get("aliases") or (),
+        values.get("formats") or (),
+        values.get("enabled") is not False,
+        values.get("contextWindow"),
+        values.get("maxOutputTokens"),
+        values.get("cost"),
+        values.get("metadata"),
+        tuple(ref for _, ref in refs),
+    )
+    return _Place(path, model, (), refs)
+
+
+def _check_model_names(notes: _Notes, places: Sequence[_Place]) -> None:
+    """Names that two models of one provider share: whoever asks for one gets the first."""
+    owners = {place.value.id: place for place in places}
+    folded: Dict[str, str] = {}
+    for place in places:
+        twin = folded.setdefault(place.value.id.lower(), place.value.id)
+        if twin != place.value.id:
+            notes.warn(
+                place.path,
+                "differs from the model %s only in case" % one_line(twin, 80),
+                "remove one, if they are the same",
+            )
+    for place in places:
+        for alias in place.value.aliases:
+            if owners.setdefault(alias, place) is not place:
+                notes.warn(
+                    place.path,
+                    "its alias %s also means %s" % (one_line(alias, 80), owners[alias].value.id),
+                    "rename one of them",
+                )
+
+
+_READERS: Dict[str, Callable[..., Any]] = {
+    "alias_map": _read_alias_map,
+    "any": _read_any,
+    "auth": _read_auth,
+    "auth_map": _read_auth_map,
+    "auth_type": _read_auth_type,
+    "betas": _read_betas,
+    "flag": _read_flag,
+    "header_name": _read_header_name,
+    "header_value": _read_header_value,
+    "headers": _read_headers,
+    "model_id": _read_model_id,
+    "models": _read_models,
+    "object": _read_plain_object,
+    "origins": _read_origins,
+    "provider_id": _read_provider_id,
+    "providers": _read_providers,
+    "refs": _read_refs,
+    "secret": _read_secret,
+    "text": _read_text,
+    "texts": _read_texts,
+    "timeouts": _read_timeouts,
+    "url": _read_url,
+    "url_map": _read_url_map,
+    "variable": _read_variable,
+    "whole": _read_whole,
+    "wire": _read_wire,
+    "wires": _read_wires,
+}
+
+
+# ----- references -----
+
+
+class Names:
+    """What model names mean in a configuration: an index, so that checking all references stays linear."""
+
+    def __init__(self, providers: Iterable[Provider], aliases: Iterable[str]) -> None:
+        self.aliases = set(aliases)
+        self._patterns = [
+            re.compile(".*".join(map(re.escape, name.split("*")))) for name in self.aliases if "*" in name
+        ]
+        self._refs: Dict[Tuple[str, str], bool] = {}
+        self._owners: Dict[str, Dict[str, None]] = {}
+        for provider in providers:
+            for model in provider.models:
+                self._add(provider, model)
+
+    def _add(self, provider: Provider, model: Model) -> None:
+        enabled = provider.enabled and model.enabled
+        for name in (model.id,) + model.aliases:
+            key = (provider.id.lower(), name)
+            self._refs[key] = self._refs.get(key, False) or enabled
+            if enabled and name != "*":
+                self._owners.setdefault(name, {})["%s/%s" % (provider.id, model.id)] = None
+
+    def judge(self, ref: str, aliases: bool = True, patterns: bool = False) -> str:
+        """ "" when `ref` means one enabled model, else unknown, disabled or ambiguous. aliases, patterns: whether it
+        may also be an alias, or match an alias pattern."""
+        if aliases and ref in self.aliases:
+            return ""
+        provider_id, _, model_id = ref.partition("/")
+        found = self._refs.get((provider_id.lower(), model_id)) if model_id else None
+        if not found and model_id:
+            wild = self._refs.get((provider_id.lower(), "*"))
+            found = wild if wild or found is None else found
+        owners = self._owners.get(ref, {})
+        if found or len(owners) == 1 or patterns and any(pattern.fullmatch(ref) for pattern in self._patterns):
+            return ""
+        return "ambiguous" if owners else "unknown" if found is None else "disabled"
+
+    def near(self, ref: str) -> List[str]:
+        """The names most like `ref`, best first."""
+        names = list(self.aliases) + ["%s/%s" % key for key in self._refs if key[1] != "*"]
+        return nearest(ref, names)
+
+    def owners(self, name: str) -> List[str]:
+        """The enabled models, `provider/model`, that the bare id or alias `name` means."""
+        return list(self._owners.get(name, {}))
+
+
+def _check_references(
+    notes: _Notes, places: Sequence[_Place], aliases: Dict[str, Any], default: Tuple[str, Any]
+) -> None:
+    names = Names([place.value for place in places], aliases)
+    bare = re.sub(r"\[[^\[\]]*\]$", "", default[1] or "")
+    if bare:
+        _check_reference(notes, default[0], bare, names, names.judge(bare, True, True))
+    for refs in aliases.values():
+        for path, ref in refs:
+            _check_reference(notes, path, ref, names, names.judge(ref, aliases=False))
+    for place in places:
+        for model_place in place.models:
+            notes.lenient = not (place.value.enabled and model_place.value.enabled)
+            for path, ref in model_place.fallbacks:
+                _check_reference(notes, path, ref, names, names.judge(ref))
+    notes.lenient = False
+
+
+def _check_reference(notes: _Notes, path: str, ref: str, names: Names, verdict: str) -> None:
+    shown = one_line(ref, 80)
+    if verdict == "unknown":
+        notes.guesses_left -= 1
+        near = names.near(ref) if notes.guesses_left >= 0 else []
+        cure = "did you mean %s?" % near[0] if near else "write provider/model, both as they are configured"
+        notes.error(path, "names the model %s, which is not configured" % shown, cure)
+    elif verdict == "ambiguous":
+        notes.error(
+            path,
+            "names the model %s, which several providers have" % shown,
+            "write one of " + ", ".join(names.owners(ref)),
+        )
+    elif verdict == "disabled":
+        notes.warn(path, "names the model %s, which is disabled" % shown, "enable it or name another")
+
+
+# ----- well-known providers -----
+
+
+class Preset(NamedTuple):
+    """A well-known provider. urls: wire format -> base URL, the preferred format first. variables: where its users
+    keep the key. model: a model that every account has."""
+
+    id: str
+    name: str
+    urls: Tuple[Tuple[str, str], ...]
+    variables: Tuple[str, ...]
+    model: str
+
+
+def _preset(id: str, name: str, url: str, variables: str, model: str, anthropic: str = "") -> Preset:
+    urls = (("openai", url),) + ((("anthropic", anthropic),) if anthropic else ())
+    return Preset(id, name, urls, tuple(variables.split()), model)
+
+
+# In the order in which the first key found gives the default model.
+PRESETS: Tuple[Preset, ...] = (
+    Preset(
+        "openai",
+        "OpenAI",
+        (("openai", "https://api.openai.com/v1"), ("responses", "https://api.openai.com/v1")),
+        ("OPENAI_API_KEY",),
+        "gpt-4o",
+    ),
+    Preset(
+        "anthropic",
+        "Anthropic",
+        (("anthropic", "https://api.anthropic.com"),),
+        ("ANTHROPIC_API_KEY",),
+        "claude-sonnet-4-5",
+    ),
+    _preset("openrouter", "OpenRouter", "https://openrouter.ai/api/v1", "OPENROUTER_API_KEY", "openrouter/auto"),
+    _preset("groq", "Groq", "https://api.groq.com/openai/v1", "GROQ_API_KEY", "llama-3.3-70b-versatile"),
+    _preset(
+        "deepseek",
+        "DeepSeek",
+        "https://api.deepseek.com/v1",
+        "DEEPSEEK_API_KEY",
+        "deepseek-chat",
+        "https://api.deepseek.com/anthropic",
+    ),
+    _preset("mistral", "Mistral", "https://api.mistral.ai/v1", "MISTRAL_API_KEY", "mistral-large-latest"),
+    _preset(
+        "gemini",
+        "Google Gemini",
+        "https://generativelanguage.googleapis.com/v1beta/openai",
+        "GEMINI_API_KEY GOOGLE_API_KEY",
+        "gemini-2.5-flash",
+    ),
+    _preset("xai", "xAI", "https://api.x.ai/v1", "XAI_API_KEY", "grok-4"),
+    _preset(
+        "together",
+        "Together",
+        "https://api.together.xyz/v1",
+        "TOGETHER_API_KEY",
+        "meta-llama/Llama-3.3-70B-Instruct-Turbo",
+    ),
+    _preset("cerebras", "Cerebras", "https://api.cerebras.ai/v1", "CEREBRAS_API_KEY", "llama-3.3-70b"),
+    _preset(
+        "moonshot",
+        "Moonshot",
+        "https://api.moonshot.ai/v1",
+        "MOONSHOT_API_KEY",
+        "kimi-latest",
+        "https://api.moonshot.ai/anthropic",
+    ),
+    _preset("zai", "Z.ai", "https://api.z.ai/api/paas/v4", "ZAI_API_KEY", "glm-4.6", "https://api.z.ai/api/anthropic"),
+)
+
+
+def preset_document(environ: Mapping[str, str]) -> Optional[Dict[str, Any]]:
+    """A configuration of every well-known provider whose key variable is set; None when none is."""
+    found = [(row, name) for row in PRESETS for name in row.variables if environ.get(name, "").strip()]
+    rows = {row.id: (row, name) for row, name in reversed(found)}
+    if not rows:
+        return None
+    ordered = [rows[row.id] for row in PRESETS if row.id in rows]
+    first = ordered[0][0]
+    return {
+        "version": 1,
+        "defaultModel": "%s/%s" % (first.id, first.model),
+        "providers": [_preset_provider(row, name) for row, name in ordered],
+    }
+
+
+def _preset_provider(row: Preset, variable: str) -> Dict[str, Any]:
+    return {
+        "id": row.id,
+        "name": row.name,
+        "baseUrlByFormat": dict(row.urls),
+        "apiKeyEnv": variable,
+        "formats": [wire for wire, _ in row.urls],
+        "format": row.urls[0][0],
+        "models": ["*"],
+    }
+
+
+# ==============================================================================
+# 5 EDITS - changes to a configuration, shared by commands and menu [pure]
+# ==============================================================================
+#
+# An edit takes the raw document and returns a changed copy: what it was not told to change stays as it was written,
+# unknown keys and disabled entries included. A field that it does change gets its canonical spelling.
+
+
+class Edit(NamedTuple):
+    """A changed document and what was done, one sentence each, without secrets."""
+
+    document: Dict[str, Any]
+    notes: Tuple[str, ...] = ()
+
+
+NEW_DOCUMENT: Dict[str, Any] = {"version": 1, "providers": []}
+
+
+class ProviderChange(NamedTuple):
+    """What to set of a provider; None leaves a field as it is. base_urls: by wire format. headers: merged into those
+    that are there, a null stays a null (it removes the header from requests)."""
+
+    id: str
+    name: Optional[str] = None
+    base_url: Optional[str] = None
+    base_urls: Optional[Dict[str, str]] = None
+    api_key: Optional[str] = None
+    api_key_env: Optional[str] = None
+    models: Optional[Sequence[str]] = None
+    format: Optional[str] = None
+    formats: Optional[Sequence[str]] = None
+    headers: Optional[Dict[str, Optional[str]]] = None
+    auth_type: Optional[str] = None
+    enabled: Optional[bool] = None
+
+
+# Fields of a ProviderChange that are stored as they come: attribute -> key in the file.
+_STORED = (
+    ("name", "name"),
+    ("base_url", "baseUrl"),
+    ("api_key", "apiKey"),
+    ("api_key_env", "apiKeyEnv"),
+    ("enabled", "enabled"),
+)
+
+
+def upsert_provider(document: Dict[str, Any], change: ProviderChange) -> Edit:
+    """Add the provider or change what is given of it. UsageError when the result would not be usable.
+
+    models: the list becomes the given one; models that were there keep their objects, disabled ones stay.
+    """
+    new, providers = _copy_with_providers(document)
+    provider = _find_provider(providers, change.id)
+    is_new = provider is None
+    if provider is None:
+        _require_for_new(change)
+        provider = {"id": change.id}
+        providers.append(provider)
+    for attribute, key in _STORED:
+        if getattr(change, attribute) is not None:
+            _put(provider, "provider", key, getattr(change, attribute))
+    _put_formats(provider, change)
+    _merge_into(provider, "baseUrlByFormat", change.base_urls)
+    _merge_into(provider, "headers", change.headers)
+    if change.auth_type is not None:
+        _put(
+            provider, "provider", "auth", dict(as_dict(get_field(provider, "provider", "auth")), type=change.auth_type)
+        )
+    notes = ["%s provider %s" % ("added" if is_new else "changed", get_field(provider, "provider", "id"))]
+    if change.models is not None:
+        notes += _put_models(provider, change.models)
+    if len(providers) == 1 and is_new and get_field(new, "config", "defaultModel") is None and change.models[0] != "*":
+        _put(new, "config", "defaultModel", "%s/%s" % (change.id, change.models[0]))
+        notes.append("default model: %s/%s" % (change.id, change.models[0]))
+    return _checked(document, Edit(new, tuple(notes)))
+
+
+def remove_provider(document: Dict[str, Any], provider_id: str) -> Edit:
+    """Remove a provider and every reference to its models. UsageError when there is none of that id."""
+    new, providers = _copy_with_providers(document)
+    provider = _require_provider(providers, provider_id)
+    kept = [entry for entry in providers if entry is not provider]
+    _put(new, "config", "providers", kept)
+    notes = _drop_lost_references(document, new)
+    return _checked(document, Edit(new, ("removed provider %s" % get_field(provider, "provider", "id"),) + notes))
+
+
+def remove_model(document: Dict[str, Any], provider_id: str, model: str) -> Edit:
+    """Remove a model of a provider and every reference to it. UsageError when it is not there, or is the last one."""
+    new, providers = _copy_with_providers(document)
+    provider = _require_provider(providers, provider_id)
+    models = _models_of(provider)
+    found = _require_model(models, provider_id, model)
+    if len(models) == 1:
+        raise UsageError(
+            "%s is the last model of %s: use remove-provider, or add another first" % (found["id"], provider_id)
+        )
+    _put(provider, "provider", "models", [entry for entry in models if entry is not found])
+    notes = _drop_lost_references(document, new)
+    return _checked(document, Edit(new, ("removed model %s/%s" % (provider_id, found["id"]),) + notes))
+
+
+def set_model_fallbacks(document: Dict[str, Any], provider_id: str, model: str, fallbacks: Sequence[str]) -> Edit:
+    """Set the ordered fallbacks of a model; an empty list clears them."""
+    new, providers = _copy_with_providers(document)
+    provider = _require_provider(providers, provider_id)
+    models = _models_of(provider)
+    found = _require_model(models, provider_id, model)
+    ref = "%s/%s" % (get_field(provider, "provider", "id"), found["id"])
+    if any(fallback.lower() == ref.lower() for fallback in fallbacks):
+        raise UsageError("%s cannot be its own fallback" % ref)
+    _put(found, "model", "fallbackModels", list(dict.fromkeys(fallbacks)))
+    if not fallbacks:
+        found.pop("fallbackModels")
+    _put(provider, "provider", "models", models)
+    note = "fallbacks of %s: %s" % (ref, ", ".join(dict.fromkeys(fallbacks)) or "none")
+    return _checked(document, Edit(new, (note,)))
+
+
+def set_model_alias(document: Dict[str, Any], alias: str, targets: Sequence[str]) -> Edit:
+    """Let `alias` (a name, or a pattern with *) mean the model refs `targets`, in order; none removes the alias."""
+    new = _copy(document)
+    aliases = dict(as_dict(get_field(new, "config", "modelAliases")))
+    if not targets and alias not in aliases:
+        raise UsageError("there is no alias %s%s" % (one_line(alias, 80), _did_you_mean(alias, aliases)))
+    if targets:
+        aliases[alias] = targets[0] if len(targets) == 1 else list(dict.fromkeys(targets))
+        _put(new, "config", "modelAliases", aliases)
+        return _checked(document, Edit(new, ("alias %s: %s" % (alias, ", ".join(dict.fromkeys(targets))),)))
+    del aliases[alias]
+    _put(new, "config", "modelAliases", aliases)
+    return _checked(document, Edit(new, ("removed alias %s" % alias,) + _drop_lost_references(document, new)))
+
+
+def set_default_model(document: Dict[str, Any], model: str) -> Edit:
+    """Set the model that `smart` and requests without a model use."""
+    new = _copy(document)
+    _put(new, "config", "defaultModel", model)
+    return _checked(document, Edit(new, ("default model: %s" % model,)))
+
+
+def set_master_key(document: Dict[str, Any], key: str) -> Edit:
+    """Set the key that clients must show where auth is required. UsageError when it is empty."""
+    if not key.strip():
+        raise UsageError("the master key is empty: give one, or use --generate")
+    new = _copy(document)
+    _put(new, "config", "masterKey", key.strip())
+    return _checked(document, Edit(new, ("master key set",)))
+
+
+def mask_document(document: Any, kind: str = "config") -> Any:
+    """A copy of a document (or of one object of it) with every key masked, fit to be shown."""
+    if not isinstance(document, dict):
+        return document
+    canonical = _CANONICAL.get(kind, {})
+    return {name: _mask_value(canonical.get(name, name), value) for name, value in document.items()}
+
+
+_SECRET_FIELDS = ("masterKey", "apiKey")
+_SECRET_WORDS = re.compile(r"key|secret|token|auth|credential|password|cookie", re.IGNORECASE)
+_SECRET_QUERY = re.compile(r"([?&][^=&#]*(?:key|secret|token|sig|password)[^=&#]*=)[^&#]+", re.IGNORECASE)
+# Headers whose values are no secrets; the value of any other is masked.
+_PLAIN_HEADERS = (
+    "accept",
+    "anthropic-beta",
+    "anthropic-version",
+    "http-referer",
+    "openai-beta",
+    "referer",
+    "user-agent",
+    "x-title",
+)
+
+
+def _mask_value(key: str, value: Any) -> Any:
+    if key in _SECRET_FIELDS and isinstance(value, str):
+        return mask(value)
+    if key in ("baseUrl", "baseUrlByFormat"):
+        return _mask_urls(value)
+    if key == "apiKeyEnv" and isinstance(value, str):
+        return value if _VARIABLE.fullmatch(value) else mask(value)
+    if key == "providers":
+        return _mask_providers(value)
+    if key == "headers":
+        return {name: _mask_header(name, text) for name, text in as_dict(value).items()}
+    if key in ("auth", "authByFormat"):
+        return value
+    return _mask_foreign(key, value)
+
+
+def _mask_providers(value: Any) -> Any:
+    if isinstance(value, list):
+        return [mask_document(entry, "provider") for entry in value]
+    if get_field(as_dict(value), "provider", "id") is not None:
+        return mask_document(value, "provider")
+    return {name: mask_document(entry, "provider") for name, entry in as_dict(value).items()}
+
+
+def _mask_urls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _mask_urls(entry) for name, entry in value.items()}
+    if isinstance(value, list):
+        return [_mask_urls(entry) for entry in value]
+    return mask_url(value) if isinstance(value, str) else value
+
+
+def mask_url(url: str) -> str:
+    """A URL without passwords, and with the keys in its query masked."""
+    return _SECRET_QUERY.sub(r"\1***", re.sub(r"//[^/?#]*@", "//***@", url))
+
+
+def _mask_header(name: str, value: Any) -> Any:
+    return value if value is None or name.lower() in _PLAIN_HEADERS else mask(str(value))
+
+
+def _mask_foreign(key: str, value: Any) -> Any:
+    """Keys nobody knows may hold secrets as well: texts under a telling name, at any depth."""
+    if isinstance(value, dict):
+        return {name: _mask_foreign(name, entry) for name, entry in value.items()}
+    if isinstance(value, list):
+        return [_mask_foreign(key, entry) for entry in value]
+    return mask(value) if isinstance(value, str) and _SECRET_WORDS.search(key) else value
+
+
+# ----- the document -----
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _copy(entry) for key, entry in value.items()}
+    return [_copy(entry) for entry in value] if isinstance(value, list) else value
+
+
+def _copy_with_providers(document: Dict[str, Any]) -> Tuple[Dict[str, Any], List[Any]]:
+    """A copy of the document whose providers are a list; also that list."""
+    new = _copy(document)
+    value = get_field(new, "config", "providers")
+    providers = value if isinstance(value, list) else [raw for _, raw in provider_entries(value)]
+    if value is None or providers is not value:
+        _put(new, "config", "providers", providers)
+    return new, providers
+
+
+def _put(raw: Dict[str, Any], kind: str, key: str, value: Any) -> None:
+    """Set a field under its canonical spelling, in place of any other; other keys keep their order."""
+    others = [name for name in SPELLINGS[kind][key] if name in raw and name != key]
+    for name in others:
+        del raw[name]
+    raw[key] = value
+
+
+def _find_provider(providers: Sequence[Any], provider_id: str) -> Optional[Dict[str, Any]]:
+    for entry in providers:
+        if isinstance(entry, dict) and as_text(get_field(entry, "provider", "id")).lower() == provider_id.lower():
+            return entry
+    return None
+
+
+def _require_provider(providers: Sequence[Any], provider_id: str) -> Dict[str, Any]:
+    found = _find_provider(providers, provider_id)
+    if found is None:
+        known = [as_text(get_field(as_dict(entry), "provider", "id")) for entry in providers]
+        raise UsageError("there is no provider %s%s" % (one_line(provider_id, 80), _did_you_mean(provider_id, known)))
+    return found
+
+
+def _models_of(provider: Dict[str, Any]) -> List[Any]:
+    """The provider's models; plain names become objects only where a change needs one."""
+    value = get_field(provider, "provider", "models")
+    return [value] if isinstance(value, str) else as_list(value)
+
+
+def _model_id(entry: Any) -> str:
+    return entry if isinstance(entry, str) else as_text(get_field(as_dict(entry), "model", "id"))
+
+
+def _require_model(models: List[Any], provider_id: str, model: str) -> Dict[str, Any]:
+    """The model's object, put into `models` in place of a plain name.
+
+    `model`: its id or an alias, with or without the provider's id in front.
+    """
+    prefix = provider_id.lower() + "/"
+    names = (model, model[len(prefix) :]) if model.lower().startswith(prefix) else (model,)
+    for name in names:
+        for i, entry in enumerate(models):
+            if _model_id(entry) == name or name in as_list(get_field(as_dict(entry), "model", "aliases")):
+                if isinstance(entry, str):
+                    models[i] = {"id": entry}
+                return models[i]
+    known = [_model_id(entry) for entry in models]
+    raise UsageError("%s has no model %s%s" % (provider_id, one_line(model, 80), _did_you_mean(model, known)))
+
+
+def _did_you_mean(name: str, known: Iterable[str]) -> str:
+    known = [entry for entry in known if entry]
+    near = nearest(name, known)
+    if near:
+        return "; did you mean %s?" % near[0]
+    return "; there are " + ", ".join(known[:10]) if known else ""
+
+
+def _require_for_new(change: ProviderChange) -> None:
+    missing = []
+    if not change.base_url and not change.base_urls:
+        missing.append("--base-url=URL")
+    if not change.models:
+        missing.append("--models=NAME,... (or --models=* for any)")
+    if missing:
+        raise UsageError(
+            "there is no provider %s yet; to add it, give %s as well" % (one_line(change.id, 80), " and ".join(missing))
+        )
+
+
+def _put_formats(provider: Dict[str, Any], change: ProviderChange) -> None:
+    """The preferred format must be among the formats: a single old one gives way to it, several take it in."""
+    if change.formats is not None:
+        _put(provider, "provider", "formats", list(change.formats))
+    if change.format is None:
+        return
+    _put(provider, "provider", "format", change.format)
+    formats = as_list(get_field(provider, "provider", "formats"))
+    spoken = [_WIRE_ALIASES.get(entry, entry) for entry in formats if isinstance(entry, str)]
+    if formats and _WIRE_ALIASES.get(change.format, change.format) not in spoken:
+        _put(
+            provider,
+            "provider",
+            "formats",
+            [change.format] if len(formats) == 1 and change.formats is None else formats + [change.format],
+        )
+
+
+def _merge_into(provider: Dict[str, Any], key: str, entries: Optional[Dict[str, Any]]) -> None:
+    if entries:
+        kept = as_dict(get_field(provider, "provider", key))
+        changed = {name.lower() for name in entries}
+        merged = {name: value for name, value in kept.items() if _WIRE_ALIASES.get(name, name).lower() not in changed}
+        _put(provider, "provider", key, dict(merged, **entries))
+
+
+def _put_models(provider: Dict[str, Any], names: Sequence[str]) -> List[str]:
+    """Make `names` the provider's models; what became of the old ones."""
+    old = _models_of(provider)
+    by_id = {_model_id(entry): entry for entry in reversed(old)}
+    names = list(dict.fromkeys(names))
+    models = [by_id.get(name, {"id": name}) for name in names]
+    disabled = [
+        entry for entry in old if isinstance(entry, dict) and _is_off(entry, "model") and _model_id(entry) not in names
+    ]
+    _put(provider, "provider", "models", models + disabled)
+    kept = {id(entry) for entry in models + disabled}
+    dropped = [_model_id(entry) for entry in old if id(entry) not in kept and _model_id(entry) not in names]
+    notes = ["models: %s" % ", ".join(names)]
+    return notes + (["no longer listed: %s" % ", ".join(dropped)] if dropped else [])
+
+
+# ----- references that an edit would leave dangling -----
+
+
+def _names_of(document: Dict[str, Any]) -> Names:
+    providers = [
+        place.value
+        for place in _read_providers(_Notes(), "providers", get_field(document, "config", "providers") or [], {})
+    ]
+    return Names(providers, as_dict(get_field(document, "config", "modelAliases")))
+
+
+def _drop_lost_references(old: Dict[str, Any], new: Dict[str, Any]) -> Tuple[str, ...]:
+    """Remove from `new` every reference that meant a model in `old` and means none any more; says which."""
+    notes: List[str] = []
+    before, found = _names_of(old), True
+    while found:
+        after, found = _names_of(new), False
+        for drop in (_drop_from_aliases, _drop_from_fallbacks, _drop_default):
+            lost = drop(new, lambda ref, aliases: before.judge(ref, aliases) != "unknown" == after.judge(ref, aliases))
+            notes += lost
+            found = found or bool(lost)
+    return tuple(notes)
+
+
+def _drop_from_aliases(document: Dict[str, Any], is_lost: Callable[[str, bool], bool]) -> List[str]:
+    notes = []
+    aliases = as_dict(get_field(document, "config", "modelAliases"))
+    for name, value in list(aliases.items()):
+        refs = [value] if isinstance(value, str) else as_list(value)
+        kept = [ref for ref in refs if not (isinstance(ref, str) and is_lost(ref, False))]
+        if len(kept) < len(refs):
+            notes.append("alias %s no longer leads to %s" % (name, ", ".join(ref for ref in refs if ref not in kept)))
+            if kept:
+                aliases[name] = kept
+            else:
+                del aliases[name]
+                notes.append("removed alias %s" % name)
+    return notes
+
+
+def _drop_from_fallbacks(document: Dict[str, Any], is_lost: Callable[[str, bool], bool]) -> List[str]:
+    notes = []
+    for provider in as_list(get_field(document, "config", "providers")):
+        for model in _models_of(as_dict(provider)):
+            refs = get_field(as_dict(model), "model", "fallbackModels")
+            refs = [refs] if isinstance(refs, str) else as_list(refs)
+            lost = [ref for ref in refs if isinstance(ref, str) and is_lost(ref, True)]
+            if lost:
+                _put(model, "model", "fallbackModels", [ref for ref in refs if ref not in lost])
+                place = "%s/%s" % (get_field(provider, "provider", "id"), _model_id(model))
+                notes.append("%s no longer falls back to %s" % (place, ", ".join(lost)))
+    return notes
+
+
+def _drop_default(document: Dict[str, Any], is_lost: Callable[[str, bool], bool]) -> List[str]:
+    ref = get_field(document, "config", "defaultModel")
+    if not isinstance(ref, str) or not is_lost(ref, True):
+        return []
+    del document[find_key(document, "config", "defaultModel") or ""]
+    return ["there is no default model any more: it was %s" % ref]
+
+
+def _checked(old: Dict[str, Any], edit: Edit) -> Edit:
+    """The edit, refused with UsageError when it brings in an error that was not there before."""
+    known = [problem.message for problem in find_problems(old) if problem.level == "error"]
+    for problem in find_problems(edit.document):
+        if problem.level != "error":
+            continue
+        if problem.message not in known:
+            raise UsageError(show_problem(problem))
+        known.remove(problem.message)
+    return edit
+
+
+# ==============================================================================
+# 6 SSE - bytes to server-sent events and back, incrementally [pure]
+# ==============================================================================
+#
+# WHATWG HTML, "Server-sent events": lines end in LF, CR or CRLF, a blank line ends an event, the
+# space after the colon is optional, lines that start with a colon are comments. Bytes are only
+# decoded as whole events, so a character may be cut anywhere by the network.
+
+_BLANK_LINE = re.compile(rb"(?:\r\n|\r(?!\n)|\n){2}")
+
+MAX_EVENT_BYTES = 64 << 20
+
+
+class SseEvent(NamedTuple):
+    """One event: `name` from its `event:` field ("" without), `data` its data lines joined by LF."""
+
+    name: str
+    data: str
+
+
+class EventSplitter:
+    """Cuts a byte stream after whole events: `feed` returns all complete ones, still raw, and keeps the rest.
+
+    A CR at the end of a chunk may be half of a CRLF; cutting after it is harmless, since the LF that
+    follows then only makes an empty event. Work is linear in the bytes, however they are cut.
+    """
+
+    def __init__(self, max_event_bytes: int = MAX_EVENT_BYTES) -> None:
+        self._max_event_bytes = max_event_bytes
+        self._parts: List[bytes] = []
+        self._size = 0
+
+    def feed(self, data: bytes) -> bytes:
+        """The raw bytes up to the last event border in everything fed so far. UpstreamError for an endless event."""
+        if not self._size and data.endswith(b"\n\n"):
+            return data
+        overlap = self._tail()
+        cut = self._last_border(overlap + data) - len(overlap)
+        if cut <= 0:
+            self._keep(data)
+            return b""
+        whole = b"".join(self._parts) + data[:cut]
+        self._parts, self._size = [], 0
+        self._keep(data[cut:])
+        return whole
+
+    @property
+    def pending(self) -> int:
+        """How many bytes of an unfinished event are held."""
+        return self._size
+
+    def finish(self) -> bytes:
+        """What came after the last border: an event that the stream's end cut off, or one without its blank line."""
+        rest = b"".join(self._parts)
+        self._parts, self._size = [], 0
+        return rest
+
+    def _tail(self) -> bytes:
+        tail = b""
+        for part in reversed(self._parts):
+            tail = part[-3:] + tail
+            if len(tail) >= 3:
+                break
+        return tail[-3:]
+
+    def _keep(self, data: bytes) -> None:
+        if data:
+            self._parts.append(data)
+            self._size += len(data)
+            if self._size > self._max_event_bytes:
+                raise UpstreamError("an event is larger than %d bytes" % self._max_event_bytes, "event_too_large")
+
+    @staticmethod
+    def _last_border(data: bytes) -> int:
+        if b"\r" not in data:
+            return data.rfind(b"\n\n") + 2 if b"\n\n" in data else 0
+        end = 0
+        for match in _BLANK_LINE.finditer(data):
+            end = match.end()
+        return end
+
+
+def parse_events(raw: bytes) -> List[SseEvent]:
+    """The events in `raw`, which must be cut at event borders. Comments, ids and retry fields are dropped."""
+    text = str(raw, "utf-8", "replace")
+    if "\r" in text:
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
+    events = []
+    name, data = "", None
+    for line in text.split("\n"):
+        if line.startswith("data:"):
+            value = line[6:] if line.startswith("data: ") else line[5:]
+            data = value if data is None else data + "\n" + value
+        elif not line:
+            if data is not None:
+                events.append(SseEvent(name, data))
+            name, data = "", None
+        elif line.startswith("event:"):
+            name = line[6:].strip()
+    if data is not None:
+        events.append(SseEvent(name, data))
+    return events
+
+
+class SseDecoder:
+    """Bytes to events: `feed(bytes)` gives the events completed by them, `finish()` what an unterminated end still held."""
+
+    def __init__(self, max_event_bytes: int = MAX_EVENT_BYTES) -> None:
+        self._splitter = EventSplitter(max_event_bytes)
+        self._started = False
+
+    def feed(self, data: bytes) -> List[SseEvent]:
+        """Events completed by `data`. UpstreamError for an event above the limit."""
+        whole = self._splitter.feed(data)
+        if whole and not self._started:
+            self._started = True
+            whole = whole[3:] if whole.startswith(b"\xef\xbb\xbf") else whole
+        return parse_events(whole) if whole else []
+
+    def finish(self) -> List[SseEvent]:
+        """Events left at the end of the stream: some upstreams leave out the last blank line."""
+        rest = self._splitter.finish()
+        return parse_events(rest) if rest else []
+
+
+def sse_event(data: bytes, name: str = "") -> bytes:
+    """One event on the wire. `data` must hold no line break (JSON from `dump_json` never does)."""
+    if name:
+        return b"event: %s\ndata: %s\n\n" % (name.encode("ascii"), data)
+    return b"data: %s\n\n" % data
+
+
+def sse_comment(text: str = "keep-alive") -> bytes:
+    """A comment line, which every SSE client ignores: a sign of life that carries nothing."""
+    return b": %s\n\n" % text.encode("ascii", "replace")
+
+
+# ==============================================================================
+# 7 HTTP - HTTP/1.1 messages: bytes to requests and answers, answers to bytes [pure]
+# ==============================================================================
+#
+# RFC 9110 and 9112, sans-IO. Towards clients every doubt is refused: what two parsers could read in
+# two ways is how requests are smuggled. Towards upstreams only doubts about where a message ends are.
+# What goes wrong depends on the bytes and never on how the network cut them: heads are read whole and
+# fast; only a head that is late or wrong is walked line by line, to refuse it at its first bad byte.
+
+_TCHARS = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
+_VALUE = r"[\t -~\x80-\xff]*"
+# Printable ASCII without " # < > \ and space. RFC 3986 allows fewer, but WHATWG URLs leave [ ] { } | ^ ` as they are.
+_TARGET = r"[!$-;=?-\[\]-~]+"
+
+_REQUEST_LINE = re.compile(r"(%s) (%s) HTTP/([0-9])\.([0-9])(?=\r\n|\Z)" % (_TCHARS, _TARGET))
+_FIELDS = re.compile(r"\r\n(%s):(%s)(?=\r\n|\Z)" % (_TCHARS, _VALUE))
+_FIELD_LINE = re.compile(("%s:%s" % (_TCHARS, _VALUE)).encode("latin-1"))
+_NOT_IN_REQUEST_LINE = re.compile(rb"[^ -~\r\n]|\r[^\n]|(?<!\r)\n")
+_NOT_IN_FIELD_LINE = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r[^\n]|(?<!\r)\n")
+_ABSOLUTE_FORM = re.compile(r"https?://([^/?]*)(.*)", re.IGNORECASE)
+_AUTHORITY_FORM = re.compile(r".+:[0-9]+")
+_REG_NAME = re.compile(
+    r"((?=[^:])[A-Za-z0-9._~!$&'()*+,;=-]*(?:%[0-9A-Fa-f]{2}[A-Za-z0-9._~!$&'()*+,;=-]*)*)(?::([0-9]{0,5}))?"
+)
+_BRACKETED_HOST = re.compile(r"(\[[0-9A-Fa-f:.]{2,45}\])(?::([0-9]{0,5}))?")
+_OCTET = "(?:25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])"
+_IPV4 = re.compile(r"%s(?:\.%s){3}" % (_OCTET, _OCTET))
+_HEX_GROUP = re.compile(r"[0-9A-Fa-f]{1,4}")
+_DIGITS = re.compile(r"[0-9]+")
+_TOKEN_CHARS = re.compile(_TCHARS)
+_QUOTED = r'"(?:[\t !#-\[\]-~\x80-\xff]|\\[\t -~\x80-\xff])*"'
+_EXTENSION = r"[ \t]*;[ \t]*%s(?:[ \t]*=[ \t]*(?:%s|%s))?" % (_TCHARS, _TCHARS, _QUOTED)
+_CHUNK_LINE = re.compile((r"([0-9A-Fa-f]{1,16})((?:%s)*)\r\n" % _EXTENSION).encode("latin-1"))
+_CHUNK_LINE_SO_FAR = re.compile(rb"[0-9A-Fa-f]{1,16}(?:[ \t;][\t -~\x80-\xff]*)?\r?")
+
+_SPECIAL = frozenset(("host", "content-length", "transfer-encoding", "connection", "expect"))
+_VERSIONS = {("1", "1"): (1, 1), ("1", "0"): (1, 0)}
+_MAX_LENGTH_DIGITS = 19
+
+Fault = Callable[[str, int, str], RouterError]
+
+
+class HttpError(RouterError):
+    """A request that HTTP itself forbids to serve: answer with `status`, then close the connection.
+
+    request: the HttpRequest when its head could be read (413, 417, ...), so that the answer can take the
+    client's format; else None.
+    """
+
+    request: Optional[HttpRequest] = None
+
+
+class UpstreamProtocolError(RouterError):
+    """An upstream's answer that is not HTTP ("upstream_bad_response") or ends too early ("upstream_truncated")."""
+
+    def __init__(self, message: str, status: int = 502, code: str = "upstream_bad_response") -> None:
+        super().__init__(message, status, code)
+
+
+def _bad_answer(message: str, status: int, code: str) -> RouterError:
+    return UpstreamProtocolError("the upstream's answer is not valid HTTP: " + message)
+
+
+class HttpLimits(NamedTuple):
+    """What a client may send. Beyond: the status in brackets.
+
+    max_line_bytes: request line (414). max_head_bytes: request line, headers and blank line (431).
+    max_header_count (431). max_body_bytes, after dechunking (413). max_chunk_line_bytes: one chunk-size line (400).
+    max_extension_bytes: chunk extensions of one body together (400). max_trailer_bytes, max_trailer_count (431).
+    max_blank_lines: CRLFs in front of a request line (400; RFC 9112 2.2 wants at least one ignored).
+    """
+
+    max_line_bytes: int = 8192
+    max_head_bytes: int = 65536
+    max_header_count: int = 100
+    max_body_bytes: int = 64 << 20
+    max_chunk_line_bytes: int = 1024
+    max_extension_bytes: int = 16384
+    max_trailer_bytes: int = 8192
+    max_trailer_count: int = 32
+    max_blank_lines: int = 4
+
+
+DEFAULT_LIMITS = HttpLimits()
+
+
+class HttpRequest(NamedTuple):
+    """A request. headers: names in lower case, values without outer whitespace, as latin-1 text, in their order.
+
+    target: path and query as they came (origin-form, also when the client sent absolute-form); "*" for OPTIONS *,
+    host:port for CONNECT (then `path` is ""). path is not percent-decoded. version: (1, 0) or (1, 1).
+    keep_alive: whether the connection may serve another request after this one.
+    """
+
+    method: str
+    target: str
+    path: str
+    query: str
+    version: Tuple[int, int]
+    headers: Headers
+    body: bytes
+    keep_alive: bool
+
+
+class _Framing(NamedTuple):
+    length: int
+    chunked: bool
+    expects_continue: bool
+
+
+class RequestParser:
+    """Bytes of one client connection to requests, one at a time.
+
+    `feed` what was received; `head()` and `body()` give the request's parts once they are complete; `next()` goes on
+    to the pipelined request behind. HttpError comes from `head()` and `body()`; after one the parser is of no use.
+    """
+
+    __slots__ = (
+        "_limits",
+        "_buffer",
+        "_start",
+        "_searched",
+        "_blank_lines",
+        "_lines",
+        "_head",
+        "_framing",
+        "_chunks",
+        "_has_body_bytes",
+        "_collected",
+        "_body",
+    )
+
+    def __init__(self, limits: HttpLimits = DEFAULT_LIMITS) -> None:
+        self._limits = limits
+        self._buffer: Union[bytes, bytearray] = b""
+        self._start = 0
+        self._reset()
+
+    def _reset(self) -> None:
+        self._searched = 0
+        self._blank_lines = 0
+        self._lines: Optional[_LineCheck] = None
+        self._head: Optional[HttpRequest] = None
+        self._framing: Optional[_Framing] = None
+        self._chunks: Optional[ChunkDecoder] = None
+        self._has_body_bytes = False
+        self._collected: Optional[bytearray] = None
+        self._body: Optional[bytes] = None
+
+    def feed(self, data: bytes) -> None:
+        """Take received bytes."""
+        if self._start == len(self._buffer):
+            self._buffer, self._start = data, 0
+            return
+        if not isinstance(self._buffer, bytearray):
+            self._buffer = bytearray(self._buffer)
+        del self._buffer[: self._start]
+        self._start = 0
+        self._buffer += data
+
+    def head(self) -> Optional[HttpRequest]:
+        """The request without its body, or None while its head is incomplete.
+
+        HttpError: 400, 413, 414, 417, 431, 501, 505.
+        """
+        if self._head is None and self._start < len(self._buffer):
+            self._skip_blank_lines()
+            self._find_head()
+        return self._head
+
+    def body(self) -> Optional[bytes]:
+        """The whole body (b"" when the request has none), or None while it is incomplete. HttpError: 400, 413, 431."""
+        if self._body is None and self._framing is not None:
+            framing = self._framing
+            self._body = self._read_chunks() if framing.chunked else self._read_length(framing.length)
+        return self._body
+
+    def next(self) -> None:
+        """Go on to the next request. Only after `body()` gave the last one's: RouterError (500) otherwise."""
+        if self._body is None:
+            raise RouterError("the request before has not been read to its end", 500, "internal_error")
+        self._reset()
+
+    @property
+    def expects_continue(self) -> bool:
+        """Whether the client waits for "100 Continue" before it sends the body (RFC 9110 10.1.1)."""
+        nothing_came = not self._has_body_bytes and self._start == len(self._buffer)
+        return self._framing is not None and self._framing.expects_continue and nothing_came
+
+    @property
+    def started(self) -> bool:
+        """Whether a byte of the current request has arrived; blank lines in front of it do not count."""
+        return self._head is not None or bool(self._buffer[self._start : self._start + 2].strip(b"\r\n"))
+
+    @property
+    def buffered(self) -> int:
+        """How many bytes are held: unread ones, also of later requests, and the body so far."""
+        return len(self._buffer) - self._start + self.body_size
+
+    @property
+    def body_size(self) -> int:
+        """How many bytes of the body were read so far."""
+        held = self._body if self._body is not None else self._collected
+        return len(held) if held is not None else 0
+
+    def _skip_blank_lines(self) -> None:
+        while self._buffer.startswith(b"\r\n", self._start):
+            self._start += 2
+            self._blank_lines += 1
+            if self._blank_lines > self._limits.max_blank_lines:
+                raise HttpError("too many blank lines before the request", 400, "bad_request_line")
+
+    def _find_head(self) -> None:
+        buffer, start = self._buffer, self._start
+        end = buffer.find(b"\r\n\r\n", start + self._searched)
+        fault = None
+        if end >= 0 and end + 4 - start <= self._limits.max_head_bytes:
+            try:
+                self._head, self._framing = _read_request_head(str(buffer[start:end], "latin-1"), self._limits)
+                self._start = end + 4
+                return
+            except HttpError as error:
+                fault = error
+        self._searched = max(0, len(buffer) - start - 3)
+        self._check_lines()
+        if fault is not None:
+            raise fault
+
+    def _check_lines(self) -> None:
+        if self._lines is None:
+            limits = self._limits
+            self._lines = _LineCheck(limits.max_line_bytes, limits.max_head_bytes, limits.max_header_count, HttpError)
+        self._lines.check(self._buffer, self._start)
+
+    def _take(self, count: int) -> Union[bytes, bytearray]:
+        buffer, start = self._buffer, self._start
+        self._has_body_bytes = self._has_body_bytes or start < len(buffer)
+        if start == 0 and count >= len(buffer):
+            self._buffer = b""
+            return buffer
+        self._start = min(len(buffer), start + count)
+        return buffer[start : self._start]
+
+    def _read_length(self, length: int) -> Optional[bytes]:
+        left = length - self.body_size
+        data = self._take(left) if left else b""
+        if self._collected is None and len(data) == left:
+            return bytes(data)
+        return self._collect(data, len(data) == left)
+
+    def _read_chunks(self) -> Optional[bytes]:
+        if self._chunks is None:
+            self._chunks = ChunkDecoder(self._limits, HttpError)
+        data = self._chunks.feed(bytes(self._take(len(self._buffer))))
+        if self._chunks.complete:
+            self._buffer, self._start = self._chunks.surplus, 0
+        return self._collect(data, self._chunks.complete)
+
+    def _collect(self, data: Union[bytes, bytearray], complete: bool) -> Optional[bytes]:
+        # A bytearray and not a list of parts: millions of one-byte chunks would cost 50 times their size in objects.
+        if self._collected is None:
+            self._collected = bytearray()
+        self._collected += data
+        if not complete:
+            return None
+        body, self._collected = bytes(self._collected), None
+        return body
+
+
+def _read_request_head(text: str, limits: HttpLimits) -> Tuple[HttpRequest, _Framing]:
+    line = _REQUEST_LINE.match(text)
+    if line is None or line.end() > limits.max_line_bytes:
+        raise HttpError("the request line is malformed", 400, "bad_request_line")
+    target, path, query, authority, version = _read_request_line(line)
+    found = _FIELDS.findall(text, line.end())
+    if len(found) != text.count("\r\n", line.end()) or len(found) > limits.max_header_count:
+        raise HttpError("a header line is malformed", 400, "bad_header")
+    headers = [(name.lower(), value.strip(" \t")) for name, value in found]
+    special: Dict[str, List[str]] = {}
+    for name, value in headers:
+        if name in _SPECIAL:
+            special.setdefault(name, []).append(value)
+    if authority is not None:
+        headers = [(name, authority if name == "host" else value) for name, value in headers]
+    keep_alive = _is_persistent(version, special.get("connection", ()))
+    request = HttpRequest(line.group(1), target, path, query, version, headers, b"", keep_alive)
+    try:
+        _check_host(version, special.get("host", ()))
+        return request, _read_framing(version, special, limits)
+    except HttpError as error:
+        error.request = request
+        raise
+
+
+def _read_request_line(line: Any) -> Tuple[str, str, str, Optional[str], Tuple[int, int]]:
+    """(target, path, query, authority, version) of a match of _REQUEST_LINE; authority None unless the target has one.
+
+    RFC 9112 3.2: a fragment or a form that the method does not allow is 400. The form is judged before the version,
+    so that HTTP/2's preface ("PRI * HTTP/2.0") is 400 like any other thing that is not meant for us.
+    """
+    method, target = line.group(1, 2)
+    authority = None
+    if method == "CONNECT" or not target.startswith("/"):
+        target, authority = _read_other_form(method, target)
+    version = _VERSIONS.get(line.group(3, 4))
+    if version is None:
+        raise HttpError("only HTTP/1.0 and HTTP/1.1 are spoken here", 505, "http_version_not_supported")
+    path, _, query = ("", "", "") if method == "CONNECT" else target.partition("?")
+    return target, path, query, authority, version
+
+
+def _read_other_form(method: str, target: str) -> Tuple[str, Optional[str]]:
+    """(target, authority) of a target that is not a path.
+
+    RFC 9112 3.2.2: an origin server must accept absolute-form, and must take the authority from it instead of Host.
+    Userinfo in it is refused: RFC 9110 4.2.4.
+    """
+    if method == "CONNECT":
+        if _AUTHORITY_FORM.fullmatch(target) and _is_host(target):
+            return target, target
+    elif target == "*":
+        if method == "OPTIONS":
+            return target, None
+    else:
+        absolute = _ABSOLUTE_FORM.fullmatch(target)
+        if absolute and _is_host(absolute.group(1)):
+            rest = absolute.group(2)
+            if not rest and method == "OPTIONS":
+                return "*", absolute.group(1)
+            return (rest if rest.startswith("/") else "/" + rest), absolute.group(1)
+    raise HttpError("the request target is malformed", 400, "bad_request_line")
+
+
+def _is_host(text: str) -> bool:
+    """RFC 9110 7.2, uri-host [":" port], without an empty host: 4.2.1 calls such http URIs invalid."""
+    match = _REG_NAME.fullmatch(text) or _BRACKETED_HOST.fullmatch(text)
+    if match is None:
+        return False
+    name, port = match.groups()
+    return (not port or int(port) <= 65535) and (name[0] != "[" or _is_ipv6(name[1:-1]))
+
+
+def _is_ipv6(text: str) -> bool:
+    head, gap, tail = text.partition("::")
+    groups = [group for half in (head, tail) if half for group in half.split(":")]
+    if groups and text.endswith(groups[-1]) and _IPV4.fullmatch(groups[-1]):
+        groups[-1:] = ["0", "0"]
+    return all(map(_HEX_GROUP.fullmatch, groups)) and (len(groups) <= 7 if gap else len(groups) == 8)
+
+
+def _check_host(version: Tuple[int, int], values: Sequence[str]) -> None:
+    """RFC 9112 3.2: 400 for a missing Host (HTTP/1.1), a doubled or an invalid one."""
+    if len(values) > 1 or (not values and version == (1, 1)) or (values and not _is_host(values[0])):
+        raise HttpError("the request needs exactly one valid Host header", 400, "bad_host")
+
+
+def _is_persistent(version: Tuple[int, int], connection: Sequence[str]) -> bool:
+    """RFC 9112 9.3."""
+    if not connection:
+        return version == (1, 1)
+    if connection == ["keep-alive"]:
+        return True
+    options = {option.strip(" \t").lower() for value in connection for option in value.split(",")}
+    return "close" not in options and (version == (1, 1) or "keep-alive" in options)
+
+
+def _read_framing(version: Tuple[int, int], special: Mapping[str, List[str]], limits: HttpLimits) -> _Framing:
+    """RFC 9112 6.3, in its strictest reading: one Content-Length or one "chunked", never both, never repeated."""
+    lengths, codings = special.get("content-length", ()), special.get("transfer-encoding", ())
+    length = 0
+    if codings:
+        _check_transfer_coding(version, codings, lengths)
+    elif lengths:
+        if len(lengths) > 1 or not _DIGITS.fullmatch(lengths[0]):
+            raise HttpError("Content-Length is malformed or repeated", 400, "bad_content_length")
+        length = int(lengths[0]) if len(lengths[0]) <= _MAX_LENGTH_DIGITS else limits.max_body_bytes + 1
+    if length > limits.max_body_bytes:
+        raise _too_large(limits.max_body_bytes)
+    expects = "expect" in special and version == (1, 1)
+    if expects and [value for value in special["expect"] if value.lower() != "100-continue"]:
+        raise HttpError("the only expectation known here is 100-continue", 417, "expectation_failed")
+    return _Framing(length, bool(codings), expects and (length > 0 or bool(codings)))
+
+
+def _check_transfer_coding(version: Tuple[int, int], codings: Sequence[str], lengths: Sequence[str]) -> None:
+    """RFC 9112 6.1 and 6.3: 400 for anything that may be smuggling, 501 for a real coding in front of "chunked"."""
+    if lengths or version == (1, 0):
+        raise HttpError(
+            "Transfer-Encoding with Content-Length, or in HTTP/1.0, is refused", 400, "bad_transfer_encoding"
+        )
+    names = [name.strip(" \t").lower() for value in codings for name in value.split(",")]
+    if names == ["chunked"]:
+        return
+    if (
+        names[-1] != "chunked"
+        or names.count("chunked") > 1
+        or not all(map(_TOKEN_CHARS.fullmatch, names))
+        or "identity" in names
+    ):
+        raise HttpError("Transfer-Encoding must be exactly: chunked", 400, "bad_transfer_encoding")
+    raise HttpError("the only transfer coding known here is chunked", 501, "unknown_transfer_coding")
+
+
+def _too_large(max_body_bytes: int) -> HttpError:
+    return HttpError("the request body is larger than %d bytes" % max_body_bytes, 413, "request_too_large")
+
+
+class _LineCheck:
+    """Walks the lines of a head or of trailers as they arrive; refuses the first byte or line that cannot be right.
+
+    max_line_bytes: of the request line, 0 when there is none. All positions are relative to the section's start.
+    """
+
+    __slots__ = ("_max_line_bytes", "_max_bytes", "_max_count", "_fault", "_line", "_scanned", "_count")
+
+    def __init__(self, max_line_bytes: int, max_bytes: int, max_count: int, fault: Fault) -> None:
+        self._max_line_bytes = max_line_bytes
+        self._max_bytes = max_bytes
+        self._max_count = max_count
+        self._fault = fault
+        self._line = 0
+        self._scanned = 0
+        self._count = 0
+
+    def check(self, buffer: Union[bytes, bytearray], start: int) -> int:
+        """The size of the section with its blank line, or 0 while that has not come."""
+        while True:
+            end = buffer.find(b"\n", start + self._scanned)
+            stop = end + 1 or len(buffer)
+            self._check_bytes(buffer, start, stop)
+            if end < 0:
+                self._scanned = max(self._line, stop - 1 - start)
+                return 0
+            line = bytes(buffer[start + self._line : end - 1])
+            if not line:
+                return stop - start
+            self._check_line(line)
+            self._line = self._scanned = stop - start
+
+    def _check_bytes(self, buffer: Union[bytes, bytearray], start: int, stop: int) -> None:
+        in_request_line = self._max_line_bytes > 0 and self._line == 0
+        cap = start + (self._max_line_bytes + 2 if in_request_line else self._max_bytes)
+        forbidden = _NOT_IN_REQUEST_LINE if in_request_line else _NOT_IN_FIELD_LINE
+        # The look-behind of `forbidden` may see the message before, which could have ended in CR.
+        begins_with_lf = buffer.startswith(b"\n", start + self._line)
+        if begins_with_lf or forbidden.search(buffer, start + self._scanned, min(stop, cap)):
+            raise self._fault("a line holds a control character, or does not end in CRLF", 400, "bad_line")
+        if stop > cap:
+            if in_request_line:
+                raise self._fault(
+                    "the request line is longer than %d bytes" % self._max_line_bytes, 414, "request_line_too_long"
+                )
+            raise self._fault("the headers are larger than %d bytes" % self._max_bytes, 431, "headers_too_large")
+
+    def _check_line(self, line: bytes) -> None:
+        if self._max_line_bytes and self._line == 0:
+            match = _REQUEST_LINE.match(str(line, "latin-1"))
+            if match is None or match.end() != len(line):
+                raise self._fault("the request line is malformed", 400, "bad_request_line")
+            _read_request_line(match)
+            return
+        self._count += 1
+        if not _FIELD_LINE.fullmatch(line):
+            raise self._fault("a header line is malformed", 400, "bad_header")
+        if self._count > self._max_count:
+            raise self._fault("there are more than %d headers" % self._max_count, 431, "too_many_headers")
+
+
+class ChunkDecoder:
+    """Chunked transfer coding (RFC 9112 7.1) to bytes, for requests and answers, as strict for both.
+
+    fault: makes the error out of message, status and code. complete: the end was read; surplus: what came behind it.
+    size: body bytes announced so far.
+    """
+
+    __slots__ = (
+        "complete",
+        "surplus",
+        "size",
+        "_limits",
+        "_fault",
+        "_step",
+        "_held",
+        "_left",
+        "_extension_bytes",
+        "_trailers",
+    )
+
+    def __init__(self, limits: HttpLimits, fault: Fault) -> None:
+        self.complete = False
+        self.surplus = b""
+        self.size = 0
+        self._limits = limits
+        self._fault = fault
+        # Plain functions, not bound methods: those would tie the object to itself, and its memory to the collector.
+        self._step: Callable[[ChunkDecoder, bytes, int, List[bytes]], int] = ChunkDecoder._read_size
+        self._held = b""
+        self._left = 0
+        self._extension_bytes = 0
+        self._trailers: Optional[_LineCheck] = None
+
+    def feed(self, data: bytes) -> bytes:
+        """The body bytes that `data` brought. Raises `fault` (400, 413, 431)."""
+        if self._held:
+            data, self._held = self._held + data, b""
+        parts: List[bytes] = []
+        position, size = 0, len(data)
+        while position < size:
+            after = self._step(self, data, position, parts)
+            if after == position:
+                self._held = data[position:]
+                break
+            position = after
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def _read_size(self, data: bytes, position: int, parts: List[bytes]) -> int:
+        line = _CHUNK_LINE.match(data, position)
+        if line is None or line.end() - position > self._limits.max_chunk_line_bytes:
+            return self._wait_for_size(data, position)
+        digits, extension = line.groups()
+        size, begin = int(digits, 16), line.end()
+        if extension:
+            self._extension_bytes += len(extension)
+            if self._extension_bytes > self._limits.max_extension_bytes:
+                raise self._fault("the chunk extensions are too large", 400, "bad_chunk")
+        if not size:
+            self._step = ChunkDecoder._read_trailers
+            return begin
+        self.size += size
+        if self.size > self._limits.max_body_bytes:
+            raise self._fault(
+                "the body is larger than %d bytes" % self._limits.max_body_bytes, 413, "request_too_large"
+            )
+        end = begin + size
+        if data.startswith(b"\r\n", end):
+            parts.append(data[begin:end])
+            return end + 2
+        self._left = size
+        self._step = ChunkDecoder._read_data
+        return begin
+
+    def _wait_for_size(self, data: bytes, position: int) -> int:
+        too_long = len(data) - position > self._limits.max_chunk_line_bytes
+        if too_long or not _CHUNK_LINE_SO_FAR.fullmatch(data, position):
+            raise self._fault("a chunk-size line is malformed", 400, "bad_chunk")
+        return position
+
+    def _read_data(self, data: bytes, position: int, parts: List[bytes]) -> int:
+        part = data[position : position + self._left]
+        parts.append(part)
+        self._left -= len(part)
+        if not self._left:
+            self._step = ChunkDecoder._read_border
+        return position + len(part)
+
+    def _read_border(self, data: bytes, position: int, parts: List[bytes]) -> int:
+        if data.startswith(b"\r\n", position):
+            self._step = ChunkDecoder._read_size
+            return position + 2
+        if data[position:] != b"\r":
+            raise self._fault("a chunk does not end in CRLF", 400, "bad_chunk")
+        return position
+
+    def _read_trailers(self, data: bytes, position: int, parts: List[bytes]) -> int:
+        if self._trailers is None:
+            self._trailers = _LineCheck(0, self._limits.max_trailer_bytes, self._limits.max_trailer_count, self._fault)
+        size = self._trailers.check(data, position)
+        if not size:
+            return position
+        self.complete = True
+        self.surplus = data[position + size :]
+        self._step = ChunkDecoder._keep_surplus
+        return len(data)
+
+    def _keep_surplus(self, data: bytes, position: int, parts: List[bytes]) -> int:
+        self.surplus += data
+        return len(data)
+
+
+# How zlib is told to read each content coding; "deflate" is decided by its first two bytes.
+_CODINGS = {"gzip": 31, "x-gzip": 31, "deflate": 0}
+_MAX_GZIP_MEMBERS = 4096
+_INFLATE_STEP_BYTES = 65536
+
+
+def looks_gzipped(data: bytes) -> bool:
+    """Whether bytes that nobody declared as compressed start like gzip (RFC 1952): no JSON or SSE does (trap 18)."""
+    return data.startswith(b"\x1f\x8b")
+
+
+def inflate(data: bytes, encoding: str, max_bytes: int) -> bytes:
+    """`data` without its content coding (RFC 9110 8.4.1): gzip of any number of members, deflate with or without
+    zlib's wrapper, identity. RouterError: 413 when more than `max_bytes` would come out, 400 corrupt, 415 other codings."""
+    inflater = Inflater(encoding, max_bytes, RouterError)
+    plain = inflater.feed(data)
+    inflater.finish()
+    return plain
+
+
+class Inflater:
+    """Compressed bytes to plain ones as they arrive. encoding: the value of a content-encoding header.
+
+    fault: makes the error out of message, status and code; by default UpstreamProtocolError, whatever is wrong.
+    """
+
+    __slots__ = ("_fault", "_left", "_wbits", "_zlib", "_head", "_members")
+
+    def __init__(self, encoding: str, max_bytes: int, fault: Fault = _bad_answer) -> None:
+        name = encoding.strip(" \t").lower()
+        if name not in _CODINGS and name not in ("", "identity"):
+            raise fault("the content encoding must be gzip, deflate or identity", 415, "unsupported_encoding")
+        self._fault = fault
+        self._left = max_bytes
+        self._wbits: Optional[int] = _CODINGS.get(name)
+        self._zlib: Any = None
+        self._head = b""
+        self._members = 0
+
+    def feed(self, data: bytes) -> bytes:
+        """The plain bytes that `data` brought. Raises `fault`: 400 corrupt, 413 above `max_bytes` in total."""
+        if self._wbits is None:
+            return self._count(data)
+        if self._head:
+            data, self._head = self._head + data, b""
+        if self._zlib is None and len(data) < 2:
+            self._head = data
+            return b""
+        steps = range(0, len(data), _INFLATE_STEP_BYTES)
+        return b"".join([self._inflate(data[at : at + _INFLATE_STEP_BYTES]) for at in steps])
+
+    def finish(self) -> None:
+        """The end of the data. Raises `fault` (400) when it is cut off; no data at all is fine."""
+        if self._head or (self._zlib is not None and not self._zlib.eof):
+            raise self._fault("the compressed body is cut off", 400, "bad_encoding")
+
+    def _count(self, data: bytes) -> bytes:
+        self._left -= len(data)
+        if self._left < 0:
+            raise self._fault("the decompressed body is too large", 413, "request_too_large")
+        return data
+
+    def _inflate(self, data: bytes) -> bytes:
+        parts = []
+        while data:
+            if self._zlib is None or self._zlib.eof:
+                data = self._begin_member(data)
+                if not data:
+                    break
+            try:
+                # One byte more than allowed is asked for, so nothing is left unconsumed without being too much.
+                parts.append(self._count(self._zlib.decompress(data, self._left + 1)))
+            except zlib.error:
+                raise self._fault("the compressed body is corrupt", 400, "bad_encoding") from None
+            data = self._zlib.unused_data
+        return b"".join(parts)
+
+    def _begin_member(self, data: bytes) -> bytes:
+        """Prepares for the stream that starts with `data`, and returns what of `data` belongs to it."""
+        if self._members:
+            data = data.lstrip(b"\0")
+            if data and (self._wbits != 31 or self._members >= _MAX_GZIP_MEMBERS):
+                raise self._fault("the compressed body has bytes behind its end", 400, "bad_encoding")
+        if data:
+            self._members += 1
+            self._zlib = zlib.decompressobj(self._wbits or _deflate_wbits(data))
+        return data
+
+
+def _deflate_wbits(data: bytes) -> int:
+    """RFC 9110 8.4.1.2: "deflate" is zlib's format, but some senders leave its wrapper (RFC 1950 2.2) out."""
+    return 15 if data[0] & 15 == 8 and (data[0] * 256 + data[1]) % 31 == 0 else -15
+
+
+# Phrases for people who read raw answers; clients go by the number.
+_REASONS = {
+    100: "Continue", 200: "OK", 201: "Created", 202: "Accepted", 204: "No Content", 304: "Not Modified",
+    400: "Bad Request", 401: "Unauthorized", 402: "Payment Required", 403: "Forbidden", 404: "Not Found",
+    405: "Method Not Allowed", 408: "Request Timeout", 409: "Conflict", 410: "Gone", 413: "Content Too Large",
+    414: "URI Too Long", 415: "Unsupported Media Type", 417: "Expectation Failed", 421: "Misdirected Request",
+    422: "Unprocessable Content", 429: "Too Many Requests", 431: "Request Header Fields Too Large",
+    451: "Unavailable For Legal Reasons", 500: "Internal Server Error", 501: "Not Implemented", 502: "Bad Gateway",
+    503: "Service Unavailable", 504: "Gateway Timeout", 505: "HTTP Version Not Supported", 529: "Overloaded",
+}  # fmt: skip
+
+LAST_CHUNK = b"0\r\n\r\n"
+
+_UNSAFE = re.compile(r"[^\t -~\x80-\xff]")
+_UPSTREAM_TARGET = re.compile(r"[!-~]+")
+
+
+def render_head(status: int, headers: Sequence[Tuple[str, str]], reason: str = "") -> bytes:
+    """An answer's status line, headers and blank line. reason "": the usual phrase.
+
+    RouterError (500) for a name that is no token and for a control character or one beyond latin-1 in a value:
+    what came from elsewhere must not be able to end a line.
+    """
+    return _render_lines("HTTP/1.1 %d %s" % (status, reason or _REASONS.get(status, "")), headers)
+
+
+def render_response(
+    status: int, headers: Sequence[Tuple[str, str]], body: bytes, *, head_only: bool, keep_alive: bool, date: str
+) -> bytes:
+    """A whole answer, with content-length, connection and (unless `date` is "") date added to `headers`.
+
+    head_only: the request was HEAD: the length of the body is told, the body left out. 1xx, 204 and 304 have neither
+    (RFC 9110 8.6). date: an HTTP date, made by the caller, who has the clock.
+    """
+    bodiless = status in (204, 304) or status < 200
+    added = [("connection", "keep-alive" if keep_alive else "close")]
+    if not bodiless:
+        added.append(("content-length", str(len(body))))
+    if date:
+        added.append(("date", date))
+    head = render_head(status, [*headers, *added])
+    return head if head_only or bodiless else head + body
+
+
+def render_upstream_request(method: str, path: str, headers: Sequence[Tuple[str, str]], body: bytes) -> bytes:
+    """A whole request to an upstream, content-length added when it has a body or is a POST, PUT or PATCH.
+
+    path: with its query. headers: Host included. RouterError (500) as in render_head.
+    """
+    if not _TOKEN_CHARS.fullmatch(method) or not _UPSTREAM_TARGET.fullmatch(path):
+        raise RouterError("the upstream's method or path has a character that HTTP forbids", 500, "unsafe_header")
+    if body or method in ("POST", "PUT", "PATCH"):
+        headers = [*headers, ("content-length", str(len(body)))]
+    return _render_lines("%s %s HTTP/1.1" % (method, path), headers) + body
+
+
+def encode_chunk(data: bytes) -> bytes:
+    """`data` as one chunk; nothing for no data, since an empty chunk would end the body."""
+    return b"%x\r\n%b\r\n" % (len(data), data) if data else b""
+
+
+def _render_lines(first: str, headers: Sequence[Tuple[str, str]]) -> bytes:
+    names = [name for name, _ in headers]
+    values = first + "".join([value for _, value in headers])
+    if not (values.isascii() and values.isprintable()) and _UNSAFE.search(values):
+        raise RouterError("a header value has a character that HTTP forbids", 500, "unsafe_header")
+    if names and not (all(names) and _TOKEN_CHARS.fullmatch("".join(names))):
+        raise RouterError("a header name has a character that HTTP forbids", 500, "unsafe_header")
+    return "\r\n".join([first, *["%s: %s" % pair for pair in headers], "\r\n"]).encode("latin-1")
+
+
+class ResponseHead(NamedTuple):
+    """The head of an upstream's answer. headers as in HttpRequest."""
+
+    status: int
+    headers: Headers
+    version: Tuple[int, int]
+
+
+_STATUS_LINE = re.compile(r"HTTP/1\.([01]) ([1-5][0-9]{2})(?: %s)?(?=\r?\n|\Z)" % _VALUE)
+_ANSWER_FIELD = re.compile(r"(%s)[ \t]*:(%s)" % (_TCHARS, _VALUE))
+_FOLDED_LINE = re.compile(r"[ \t]%s" % _VALUE)
+_ANSWER_HEAD_END = re.compile(rb"\r?\n\r?\n")
+_MAX_INTERIM_ANSWERS = 20
+_MAX_ANSWER_HEAD_BYTES = 262144
+# An answer's size is the gateway's business; its chunk-size lines and trailers are not allowed more than a client's.
+_ANSWER_LIMITS = HttpLimits(max_body_bytes=1 << 80)
+
+
+class ResponseParser:
+    """Bytes of an upstream connection to one answer. method: of the request (HEAD has no body in its answer).
+
+    head: a ResponseHead once it is there. complete: the answer's exact end was read. surplus: bytes behind it, which
+    nobody asked for. Tolerated: lone LF line ends and folded lines in the head, a missing or odd reason phrase,
+    HTTP/1.0, repeated equal lengths. Not tolerated: any doubt about where the answer ends (RFC 9112 6.3).
+    """
+
+    __slots__ = (
+        "head",
+        "complete",
+        "surplus",
+        "_has_body",
+        "_max_head_bytes",
+        "_read",
+        "_held",
+        "_searched",
+        "_interim",
+        "_left",
+        "_chunks",
+        "_persistent",
+    )
+
+    def __init__(self, method: str = "POST", max_head_bytes: int = _MAX_ANSWER_HEAD_BYTES) -> None:
+        self.head: Optional[ResponseHead] = None
+        self.complete = False
+        self.surplus = b""
+        self._has_body = method != "HEAD"
+        self._max_head_bytes = max_head_bytes
+        self._read: Callable[[ResponseParser, bytes], bytes] = ResponseParser._read_head
+        self._held = bytearray()
+        self._searched = 0
+        self._interim = 0
+        self._left = 0
+        self._chunks: Optional[ChunkDecoder] = None
+        self._persistent = False
+
+    def feed(self, data: bytes) -> bytes:
+        """The body bytes that `data` brought, without any chunking; b"" in the head. UpstreamProtocolError (502)."""
+        return self._read(self, data)
+
+    def finish(self) -> None:
+        """The upstream closed the connection. UpstreamProtocolError (502, "upstream_truncated") if it was too early."""
+        if self._read is ResponseParser._read_until_close:
+            self.complete = True
+        if not self.complete:
+            what = "within its answer" if self.head or self._held else "without an answer"
+            raise UpstreamProtocolError("the upstream closed the connection " + what, 502, "upstream_truncated")
+
+    @property
+    def reusable(self) -> bool:
+        """Whether the connection may carry another request: the answer ended exactly, and nobody said close."""
+        return self.complete and self._persistent and not self.surplus
+
+    def _read_head(self, data: bytes) -> bytes:
+        held = self._held
+        held += data
+        while self.head is None:
+            if not held.startswith(b"HTTP/1."[: len(held)]):
+                raise _bad_answer("no status line", 502, "")
+            end = _ANSWER_HEAD_END.search(held, self._searched)
+            if (end.end() if end else len(held)) > self._max_head_bytes:
+                raise _bad_answer("the head is too large", 502, "")
+            if end is None:
+                self._searched = max(0, len(held) - 3)
+                return b""
+            self._take_head(str(held[: end.start()], "latin-1"))
+            del held[: end.end()]
+            self._searched = 0
+        rest, self._held = bytes(held), bytearray()
+        return self._read(self, rest) if rest else b""
+
+    def _take_head(self, text: str) -> None:
+        head = _read_answer_head(text)
+        if head.status >= 200:
+            self.head = head
+            self._choose_framing(head)
+            return
+        self._interim += 1
+        if head.status == 101 or self._interim > _MAX_INTERIM_ANSWERS:
+            raise _bad_answer("an unasked upgrade, or too many interim answers", 502, "")
+
+    def _choose_framing(self, head: ResponseHead) -> None:
+        special: Dict[str, List[str]] = {}
+        for name, value in head.headers:
+            if name in _SPECIAL:
+                special.setdefault(name, []).append(value)
+        self._persistent = _is_persistent(head.version, special.get("connection", ()))
+        if not self._has_body or head.status in (204, 304):
+            self._end(b"")
+        elif "transfer-encoding" in special:
+            if "content-length" in special or [value.lower() for value in special["transfer-encoding"]] != ["chunked"]:
+                raise _bad_answer("its transfer encoding is not understood", 502, "")
+            self._chunks = ChunkDecoder(_ANSWER_LIMITS, _bad_answer)
+            self._read = ResponseParser._read_chunks
+            # RFC 9112 6.1: chunked in HTTP/1.0 is read, but the connection is not to be trusted afterwards.
+            self._persistent = self._persistent and head.version == (1, 1)
+        elif "content-length" in special:
+            self._left = _read_answer_length(special["content-length"])
+            self._read = ResponseParser._read_length
+            if not self._left:
+                self._end(b"")
+        else:
+            self._persistent = False
+            self._read = ResponseParser._read_until_close
+
+    def _read_chunks(self, data: bytes) -> bytes:
+        chunks = self._chunks
+        body = chunks.feed(data)  # type: ignore[union-attr]
+        if chunks.complete:  # type: ignore[union-attr]
+            self._end(chunks.surplus)  # type: ignore[union-attr]
+        return body
+
+    def _read_length(self, data: bytes) -> bytes:
+        body = data[: self._left]
+        self._left -= len(body)
+        if not self._left:
+            self._end(data[len(body) :])
+        return body
+
+    def _read_until_close(self, data: bytes) -> bytes:
+        return data
+
+    def _read_surplus(self, data: bytes) -> bytes:
+        self.surplus += data
+        return b""
+
+    def _end(self, surplus: bytes) -> None:
+        self.complete = True
+        self.surplus = surplus
+        self._read = ResponseParser._read_surplus
+
+
+def _read_answer_head(text: str) -> ResponseHead:
+    status_line = _STATUS_LINE.match(text)
+    if status_line is None:
+        raise _bad_answer("no status line", 502, "")
+    minor, status = status_line.groups()
+    found = _FIELDS.findall(text, status_line.end())
+    if len(found) != text.count("\n"):
+        found = _read_odd_fields(text)
+    headers = [(name.lower(), value.strip(" \t")) for name, value in found]
+    return ResponseHead(int(status), headers, (1, int(minor)))
+
+
+def _read_odd_fields(text: str) -> Headers:
+    """Headers with what RFC 9112 2.2, 5.1 and 5.2 let a client repair: lone LF, blanks before the colon, folds."""
+    headers: Headers = []
+    for line in text.replace("\r\n", "\n").split("\n")[1:]:
+        field = _ANSWER_FIELD.fullmatch(line)
+        if field is not None:
+            headers.append(field.groups())  # type: ignore[arg-type]
+        elif headers and _FOLDED_LINE.fullmatch(line):
+            name, value = headers[-1]
+            headers[-1] = (name, value.rstrip(" \t") + " " + line.lstrip(" \t"))
+        else:
+            raise _bad_answer("a malformed header line", 502, "")
+    return headers
+
+
+def _read_answer_length(values: Sequence[str]) -> int:
+    """RFC 9112 6.3: equal lengths, repeated or listed, count as one; anything else is an error."""
+    lengths = {length.strip(" \t") for value in values for length in value.split(",")}
+    length = lengths.pop()
+    if lengths or len(length) > _MAX_LENGTH_DIGITS or not _DIGITS.fullmatch(length):
+        raise _bad_answer("its content length is not understood", 502, "")
+    return int(length)
+
+
+# ==============================================================================
+# 8 NEUTRAL FORM - what a chat request, answer and stream mean in any wire format [pure]
+# ==============================================================================
+#
+# Every wire format is parsed into and rendered from these values, so N formats need N sections and
+# not N x N. `extra` is a bag keyed by wire format name ({"anthropic": {"signature": "..."}}): what
+# only that format knows about the value. A renderer writes its own bag back and no other.
+
+Extra = Optional[Dict[str, Dict[str, Any]]]
+
+
+class Text(Value):
+    """Plain text."""
+
+    __slots__ = ("text", "extra")
+
+    def __init__(self, text: str, extra: Extra = None) -> None:
+        self.text = text
+        self.extra = extra
+
+
+class Refusal(Value):
+    """The model's words for declining (OpenAI's `refusal`); other formats show them as text."""
+
+    __slots__ = ("text", "extra")
+
+    def __init__(self, text: str, extra: Extra = None) -> None:
+        self.text = text
+        self.extra = extra
+
+
+class Thinking(Value):
+    """Reasoning text. `extra` holds what proves or continues it: signature, encrypted content, details."""
+
+    __slots__ = ("text", "extra")
+
+    def __init__(self, text: str, extra: Extra = None) -> None:
+        self.text = text
+        self.extra = extra
+
+
+class Media(Value):
+    """An image, document or sound: `kind` is image, document or audio; exactly one of `data` (base64) and `url` is set.
+
+    media_type: MIME type, "" when a URL does not tell. name: file name or title, "" for none.
+    """
+
+    __slots__ = ("kind", "media_type", "data", "url", "name", "extra")
+
+    def __init__(
+        self, kind: str, media_type: str = "", data: str = "", url: str = "", name: str = "", extra: Extra = None
+    ) -> None:
+        self.kind = kind
+        self.media_type = media_type
+        self.data = data
+        self.url = url
+        self.name = name
+        self.extra = extra
+
+
+class ToolCall(Value):
+    """A call the model asks for. `arguments` is text as it came: JSON for kind "function", free text for "custom"."""
+
+    __slots__ = ("id", "name", "arguments", "kind", "extra")
+
+    def __init__(self, id: str, name: str, arguments: str = "", kind: str = "function", extra: Extra = None) -> None:
+        self.id = id
+        self.name = name
+        self.arguments = arguments
+        self.kind = kind
+        self.extra = extra
+
+
+class ToolResult(Value):
+    """What a tool answered: `blocks` are Text and Media."""
+
+    __slots__ = ("call_id", "blocks", "is_error", "extra")
+
+    def __init__(self, call_id: str, blocks: Sequence[Any] = (), is_error: bool = False, extra: Extra = None) -> None:
+        self.call_id = call_id
+        self.blocks = list(blocks)
+        self.is_error = is_error
+        self.extra = extra
+
+
+class Opaque(Value):
+    """A block that only the format `wire` knows, kept as it came. Other formats drop it, as their LOSSES declare."""
+
+    __slots__ = ("wire", "value")
+
+    def __init__(self, wire: str, value: Dict[str, Any]) -> None:
+        self.wire = wire
+        self.value = value
+
+
+class Message(NamedTuple):
+    """One turn. role: "system" (developer too), "user" or "assistant"; tool results are blocks of a user turn."""
+
+    role: str
+    blocks: List[Any]
+    extra: Extra = None
+
+
+class Tool(NamedTuple):
+    """A tool the model may call. kind: function | custom (free text in) | server (run by one provider, see `extra`)."""
+
+    name: str
+    description: str = ""
+    schema: Optional[Dict[str, Any]] = None
+    kind: str = "function"
+    strict: Optional[bool] = None
+    extra: Extra = None
+
+
+class ToolChoice(NamedTuple):
+    """mode: auto | any | none | tool (then `name` says which)."""
+
+    mode: str
+    name: str = ""
+
+
+class JsonOutput(NamedTuple):
+    """The answer must be JSON; with `schema`, JSON of that schema (`None`: any object)."""
+
+    schema: Optional[Dict[str, Any]] = None
+    name: str = ""
+    strict: Optional[bool] = None
+    description: str = ""
+
+
+class Reasoning(NamedTuple):
+    """How much the model shall think. effort: "" (unsaid) | none | minimal | low | medium | high | xhigh | max.
+
+    budget: tokens, 0 unsaid. adaptive: the model decides. extra: the rest of the format's own object.
+    """
+
+    effort: str = ""
+    budget: int = 0
+    adaptive: bool = False
+    extra: Extra = None
+
+
+class ChatRequest(NamedTuple):
+    """What a client asks for. `None` means the client did not say; `fields` are passed to formats that share them.
+
+    system: the instructions in front of the conversation. stop: texts that end the answer.
+    parallel_tools: whether several calls in one turn are allowed. user: the end user's id.
+    include_usage: an OpenAI client wants a usage chunk in its stream.
+    fields: further request fields under their names in the format they came in ({"openai": {"seed": 1}}).
+    """
+
+    model: str
+    messages: List[Message]
+    system: List[Any] = []
+    tools: List[Tool] = []
+    tool_choice: Optional[ToolChoice] = None
+    parallel_tools: Optional[bool] = None
+    max_tokens: Optional[int] = None
+    temperature: Optional[float] = None
+    top_p: Optional[float] = None
+    top_k: Optional[int] = None
+    stop: List[str] = []
+    stream: bool = False
+    include_usage: bool = False
+    output: Optional[JsonOutput] = None
+    reasoning: Optional[Reasoning] = None
+    user: str = ""
+    fields: Extra = None
+
+
+class Usage(NamedTuple):
+    """Tokens. `input` is without the cached ones (OpenAI's prompt_tokens = input + cache_read + cache_write);
+    `output` includes `reasoning`."""
+
+    input: int = 0
+    output: int = 0
+    cache_read: int = 0
+    cache_write: int = 0
+    reasoning: int = 0
+
+
+# Why an answer ended, in the neutral form: the words of Anthropic's stop_reason, which tell most apart.
+STOP_REASONS = (
+    "end_turn",
+    "max_tokens",
+    "stop_sequence",
+    "tool_use",
+    "refusal",
+    "pause_turn",
+    "model_context_window_exceeded",
+)
+
+
+class ChatResponse(NamedTuple):
+    """A whole answer. usage is None when the upstream told none; stop_reason is one of STOP_REASONS."""
+
+    id: str
+    model: str
+    blocks: List[Any]
+    stop_reason: str = "end_turn"
+    stop_sequence: str = ""
+    usage: Optional[Usage] = None
+    created: int = 0
+    extra: Extra = None
+
+
+class ErrorInfo(NamedTuple):
+    """An error as a client or upstream words it. type, code, param: "" when unknown; code keeps its digits as text."""
+
+    status: int
+    message: str
+    type: str = ""
+    code: str = ""
+    param: str = ""
+
+
+class Context(NamedTuple):
+    """What parsing and rendering an answer needs besides the answer: the client's request, an id and the time.
+
+    id: the router's request id, from which ids that an upstream left out are derived. created: Unix seconds.
+    """
+
+    request: ChatRequest
+    id: str
+    created: int
+
+
+# Stream events. Order: Started (Opened (Delta | Extended)* Closed)* (Finished | Failed). At most one block
+# is open; every Opened is Closed before the next Opened, before Finished, and before Failed.
+
+
+class Started(Value):
+    """The answer begins. usage: what is known of the input so far, or None."""
+
+    __slots__ = ("id", "model", "usage", "created")
+
+    def __init__(self, id: str, model: str, usage: Optional[Usage] = None, created: int = 0) -> None:
+        self.id = id
+        self.model = model
+        self.usage = usage
+        self.created = created
+
+
+class Opened(Value):
+    """A block begins: an empty Text, Thinking or Refusal, a ToolCall without arguments, or a whole Opaque."""
+
+    __slots__ = ("block",)
+
+    def __init__(self, block: Any) -> None:
+        self.block = block
+
+
+class Delta(Value):
+    """More text of the open block: of its `text`, or of its `arguments` when it is a ToolCall. Never empty."""
+
+    __slots__ = ("text",)
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+
+class Extended(Value):
+    """More of the open block's `extra` for the format `wire`: strings under the same key are joined, lists too."""
+
+    __slots__ = ("wire", "values")
+
+    def __init__(self, wire: str, values: Dict[str, Any]) -> None:
+        self.wire = wire
+        self.values = values
+
+
+class Closed(Value):
+    """The open block is complete."""
+
+    __slots__ = ()
+
+
+class Finished(Value):
+    """The answer is complete."""
+
+    __slots__ = ("stop_reason", "stop_sequence", "usage", "extra")
+
+    def __init__(
+        self, stop_reason: str = "end_turn", stop_sequence: str = "", usage: Optional[Usage] = None, extra: Extra = None
+    ) -> None:
+        self.stop_reason = stop_reason
+        self.stop_sequence = stop_sequence
+        self.usage = usage
+        self.extra = extra
+
+
+class Failed(Value):
+    """The upstream ended the stream with an error, or (code "truncated") without any end."""
+
+    __slots__ = ("error",)
+
+    def __init__(self, error: ErrorInfo) -> None:
+        self.error = error
+
+
+class Ping(Value):
+    """A sign of life without content."""
+
+    __slots__ = ()
+
+
+class WireFormat(NamedTuple):
+    """One row of WIRE_FORMATS: everything the router knows of a format, as functions of one shape.
+
+    parse_request(body) -> ChatRequest and parse_response(body, context) -> ChatResponse raise RouterError for a
+    body that is not of the format. parser(context) has `feed(SseEvent) -> [event]` and `finish() -> [event]`;
+    renderer(context) has `render(event) -> bytes`. Both keep the stream invariants stated above whatever comes in.
+    parse_error(status, body) reads an error answer (body: parsed JSON, or text); render_error(info, id) writes one
+    as a JSON value. error_event(info, id) is the error as SSE bytes. watch: matches raw stream bytes that may hold
+    usage, an error or the end, so that a relay looks at nothing else. losses: field -> what becomes of it.
+    """
+
+    name: str
+    path: str
+    parse_request: Callable[[Dict[str, Any]], ChatRequest]
+    render_request: Callable[[ChatRequest], Dict[str, Any]]
+    parse_response: Callable[[Dict[str, Any], Context], ChatResponse]
+    render_response: Callable[[ChatResponse, Context], Dict[str, Any]]
+    parser: Callable[[Context], Any]
+    renderer: Callable[[Context], Any]
+    parse_error: Callable[[int, Any], ErrorInfo]
+    render_error: Callable[[ErrorInfo, str], Dict[str, Any]]
+    error_event: Callable[[ErrorInfo, str], bytes]
+    watch: Pattern[bytes]
+    losses: Dict[str, str]
+
+
+def join_text(blocks: Iterable[Any], separator: str = "") -> str:
+    """The text of all Text and Refusal blocks."""
+    return separator.join(block.text for block in blocks if isinstance(block, (Text, Refusal)))
+
+
+def own_extra(value: Any, wire: str) -> Dict[str, Any]:
+    """The bag that the format `wire` keeps on `value`, empty when it has none."""
+    extra = value.extra
+    return (extra.get(wire) or {}) if extra else {}
+
+
+def fold(events: Iterable[Any]) -> Union[ChatResponse, ErrorInfo]:
+    """A whole stream as one answer; its ErrorInfo when it failed."""
+    started, blocks, deltas = Started("", ""), [], []
+    for event in events:
+        if isinstance(event, Delta):
+            deltas.append(event.text)
+        elif isinstance(event, Opened):
+            blocks.append(_copy_block(event.block))
+            deltas = []
+        elif isinstance(event, Extended):
+            _extend(blocks[-1], event)
+        elif isinstance(event, Closed):
+            _add_text(blocks[-1], "".join(deltas))
+        elif isinstance(event, Started):
+            started = event
+        elif isinstance(event, Failed):
+            return event.error
+        elif isinstance(event, Finished):
+            return ChatResponse(
+                started.id,
+                started.model,
+                blocks,
+                event.stop_reason,
+                event.stop_sequence,
+                event.usage,
+                started.created,
+                event.extra,
+            )
+    return ErrorInfo(502, "the stream ended before the answer was complete", code="truncated")
+
+
+def unfold(response: ChatResponse) -> Iterator[Any]:
+    """A whole answer as the stream events it would have been: `fold(unfold(r)) == r`."""
+    yield Started(response.id, response.model, response.usage, response.created)
+    for block in response.blocks:
+        text = _get_text(block)
+        yield Opened(_without_text(block) if text else block)
+        if text:
+            yield Delta(text)
+        yield Closed()
+    yield Finished(response.stop_reason, response.stop_sequence, response.usage, response.extra)
+
+
+def _text_slot(block: Any) -> str:
+    return "arguments" if isinstance(block, ToolCall) else "text"
+
+
+def _get_text(block: Any) -> str:
+    return getattr(block, _text_slot(block), "")
+
+
+def _copy_block(block: Any) -> Any:
+    return type(block)(*block._fields())
+
+
+def _without_text(block: Any) -> Any:
+    copy = _copy_block(block)
+    setattr(copy, _text_slot(block), "")
+    return copy
+
+
+def _add_text(block: Any, text: str) -> None:
+    if text:
+        setattr(block, _text_slot(block), _get_text(block) + text)
+
+
+def _extend(block: Any, event: Extended) -> None:
+    bags = {wire: dict(bag) for wire, bag in (block.extra or {}).items()}
+    bag = bags.setdefault(event.wire, {})
+    for key, value in event.values.items():
+        bag[key] = bag[key] + value if isinstance(value, (str, list)) and type(bag.get(key)) is type(value) else value
+    block.extra = bags
+
+
+# Tools that take free text (kind "custom", OpenAI's grammar tools) where only JSON functions are known: shared by
+# every wire format. The later translation applies them; a wire format's own section need not.
+
+
+def tool_grammar(tool: Tool) -> Tuple[str, str]:
+    """(syntax, definition) of the grammar a custom tool's input must follow, ("", "") when any text will do.
+
+    Responses says {"format": {"type": "grammar", "syntax", "definition"}}, Chat Completions nests the two under "grammar".
+    """
+    for bag in (tool.extra or {}).values():
+        form = as_dict(as_dict(bag).get("format"))
+        grammar = as_dict(form.get("grammar")) or form
+        if as_text(grammar.get("definition")):
+            return as_text(grammar.get("syntax")), grammar["definition"]
+    return "", ""
+
+
+def custom_as_function(tool: Tool) -> Tool:
+    """A custom tool as a function of one string, `input`; the grammar goes into the description (trap 60)."""
+    syntax, definition = tool_grammar(tool)
+    notes = [tool.description] if tool.description else []
+    if definition:
+        notes.append("The input must follow this %s grammar:\n%s" % (syntax or "lark", definition))
+    schema = {
+        "type": "object",
+        "properties": {"input": {"type": "string"}},
+        "required": ["input"],
+        "additionalProperties": False,
+    }
+    return tool._replace(description="\n\n".join(notes), schema=schema, kind="function", strict=None)
+
+
+def custom_call_as_function(call: ToolCall) -> ToolCall:
+    """A call of a custom tool (free text) as a call of its one-string function."""
+    return ToolCall(call.id, call.name, json.dumps({"input": call.arguments}), "function", call.extra)
+
+
+def custom_input(arguments: str) -> str:
+    """The free text in the arguments of a one-string function; what is no such object is taken as the text itself."""
+    try:
+        value = load_json(arguments)
+    except RouterError:
+        return arguments
+    if isinstance(value, str):
+        return value
+    texts = [text for text in as_dict(value).values() if isinstance(text, str)]
+    if isinstance(as_dict(value).get("input"), str):
+        return value["input"]
+    return texts[0] if len(texts) == 1 and len(value) == 1 else arguments
+
+
+# ==============================================================================
+# 9 OPENAI CHAT - Chat Completions: requests, answers, streams, errors [pure]
+# ==============================================================================
+#
+# platform.openai.com/docs/api-reference/chat; shapes as in the types of the official Python SDK 3.54
+# (openai.types.chat). Many providers speak dialects of this format: reading is tolerant, by the shape of a value
+# and never by the provider's name; writing is strict.
+
+_CHAT = "openai"
+
+_CHAT_NO_RESULT = "(no result)"
+
+# Greatest length of `user` and `safety_identifier` in OpenAI's API reference.
+_CHAT_MAX_USER = 64
+
+# Field of the request -> what becomes of it when a request or answer of another format is written in this one.
+CHAT_LOSSES = {
+    "thinking in the history": "left out, unless it was read from this format (reasoning_content, reasoning_details)",
+    "cache_control": "left out",
+    "server tools and their blocks": "left out; what is readable in them becomes text",
+    "tool results without a call": "become text of the user's turn",
+    "tool calls without a result": "get the result `%s`" % _CHAT_NO_RESULT,
+    "second calls or results with one id": "left out",
+    "is_error of tool results": "becomes the word `Error: ` in front of the text",
+    "images and files in tool results": "become a user message after the tool messages",
+    "images and files in system or assistant messages": "become a short text note",
+    "documents other than PDF and text": "become a short text note, as documents and sounds by URL do",
+    "top_k": "left out",
+    "thinking budget": "becomes reasoning_effort: low under 4096 tokens, medium under 16384, else high",
+    "thinking switched off": "left out",
+    "user": "left out when longer than %d characters" % _CHAT_MAX_USER,
+    "fields of other formats": "left out, but for service_tier, metadata, prompt_cache_key, prompt_cache_retention, "
+    "safety_identifier, store and verbosity where both formats have them",
+    "answers: stop text": "finish_reason does not tell which stop text ended the answer",
+    "answers: signatures and citations of other formats": "left out",
+    "answers: n, logprobs, audio data": "only the first choice, without logprobs; of audio the transcript",
+}
+
+# ---- requests: Chat Completions -> neutral
+
+_CHAT_TYPES: Dict[str, Tuple[Tuple[type, ...], str]] = {
+    "model": ((str,), "a string"),
+    "messages": ((list,), "an array"),
+    "input": ((str, list), "a string or an array"),
+    "system": ((str, list), "a string or an array"),
+    "instructions": ((str,), "a string"),
+    "tools": ((list,), "an array"),
+    "functions": ((list,), "an array"),
+    "tool_choice": ((str, dict), "a string or an object"),
+    "function_call": ((str, dict), "a string or an object"),
+    "parallel_tool_calls": ((bool,), "a boolean"),
+    "max_tokens": ((int,), "an integer"),
+    "max_completion_tokens": ((int,), "an integer"),
+    "temperature": ((int, float), "a number"),
+    "top_p": ((int, float), "a number"),
+    "top_k": ((int,), "an integer"),
+    "stop": ((str, list), "a string or an array"),
+    "stream": ((bool,), "a boolean"),
+    "stream_options": ((dict,), "an object"),
+    "response_format": ((dict,), "an object"),
+    "reasoning_effort": ((str,), "a string"),
+    "reasoning": ((dict,), "an object"),
+    "thinking": ((dict,), "an object"),
+    "user": ((str,), "a string"),
+}
+
+
+def parse_chat_request(body: Dict[str, Any]) -> ChatRequest:
+    """The body of POST /v1/chat/completions (SDK: CompletionCreateParams) as a ChatRequest.
+
+    Bodies mixed with the other formats' shapes, as some editors send them, are read by shape (trap 66): content blocks
+    and tools of the Messages API, flat tools, `input` for `messages`. RouterError 400 with the path of a wrong value.
+    """
+    body = _chat_object(body, "body")
+    for key, (kinds, words) in _CHAT_TYPES.items():
+        _chat_check(body.get(key), kinds, words, key)
+    system, messages = _chat_turns(_chat_items(body))
+    own_system = [] if body.get("system") is None else _chat_parts(body["system"], "system")
+    if body.get("instructions"):
+        own_system.append(Text(body["instructions"]))
+    choice, allowed = _chat_tool_choice(body)
+    stop = body.get("stop")
+    limit = body.get("max_completion_tokens")
+    return ChatRequest(
+        model=body.get("model") or "",
+        messages=messages,
+        system=own_system + system,
+        tools=[tool for tool in _chat_tools(body) if allowed is None or tool.name in allowed],
+        tool_choice=choice,
+        parallel_tools=body.get("parallel_tool_calls"),
+        max_tokens=body.get("max_tokens") if limit is None else limit,
+        temperature=body.get("temperature"),
+        top_p=body.get("top_p"),
+        top_k=body.get("top_k"),
+        stop=[stop] if isinstance(stop, str) else [text for text in stop or [] if isinstance(text, str)],
+        stream=bool(body.get("stream")),
+        include_usage=as_dict(body.get("stream_options")).get("include_usage") is True,
+        output=_chat_output(body.get("response_format") or {}),
+        reasoning=_chat_reasoning(body),
+        user=body.get("user") or "",
+        fields=_chat_rest(body, _CHAT_TYPES),
+    )
+
+
+def _chat_invalid(path: str, message: str) -> RouterError:
+    return RouterError("%s: %s" % (path, message), 400, "invalid_request")
+
+
+def _chat_check(value: Any, kinds: Tuple[type, ...], words: str, path: str) -> Any:
+    """`value` if it is None or of one of `kinds`; a boolean is a number to Python, but not to the API."""
+    if value is not None and (not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds)):
+        raise _chat_invalid(path, "expected %s" % words)
+    return value
+
+
+def _chat_object(value: Any, path: str) -> Dict[str, Any]:
+    if not isinstance(value, dict):
+        raise _chat_invalid(path, "expected an object")
+    return value
+
+
+def _chat_string(item: Dict[str, Any], key: str, path: str) -> str:
+    if not isinstance(item.get(key), str):
+        raise _chat_invalid("%s.%s" % (path, key), "expected a string")
+    return item[key]
+
+
+def _chat_rest(item: Dict[str, Any], known: Iterable[str]) -> Extra:
+    """What `item` says besides the `known` keys. `cache_control`, which some providers take, has Anthropic's shape."""
+    rest = {key: value for key, value in item.items() if key not in known and value is not None}
+    extra = {}
+    if isinstance(rest.get("cache_control"), dict):
+        extra["anthropic"] = {"cache_control": rest.pop("cache_control")}
+    if rest:
+        extra[_CHAT] = rest
+    return extra or None
+
+
+def _chat_items(body: Dict[str, Any]) -> List[Tuple[str, Dict[str, Any]]]:
+    """The messages with their paths; `input` in the manner of the Responses API stands in when they are missing."""
+    name = "input" if body.get("messages") is None and body.get("input") else "messages"
+    items = body.get(name)
+    if not items:
+        raise _chat_invalid("messages", "expected at least one message")
+    if isinstance(items, str):
+        return [(name, {"role": "user", "content": items})]
+    paths = ["%s[%d]" % (name, index) for index in range(len(items))]
+    return [(path, _chat_item(_chat_object(item, path))) for path, item in zip(paths, items)]
+
+
+def _chat_item(item: Dict[str, Any]) -> Dict[str, Any]:
+    """A message; items `function_call` and `function_call_output` of the Responses API as the messages they mean."""
+    kind = item.get("type")
+    if "role" not in item and kind == "function_call":
+        call = {"id": item.get("call_id"), "function": {"name": item.get("name"), "arguments": item.get("arguments")}}
+        return {"role": "assistant", "tool_calls": [call]}
+    if "role" not in item and kind == "function_call_output":
+        return {"role": "tool", "tool_call_id": item.get("call_id"), "content": item.get("output")}
+    return item
+
+
+def _chat_turns(items: List[Tuple[str, Dict[str, Any]]]) -> Tuple[List[Any], List[Message]]:
+    """(instructions in front, turns). Tool messages and the user's words after them become one user turn."""
+    system: List[Any] = []
+    turns: List[Message] = []
+    legacy: Dict[str, str] = {}  # function name -> id given to its last call
+    for path, item in items:
+        message = _chat_message(item, path, legacy)
+        if message.role == "system" and not turns:
+            system += message.blocks
+        elif message.role == "user" and _takes_more(turns, message):
+            turns[-1].blocks.extend(message.blocks)
+        else:
+            turns.append(message)
+    return system, turns
+
+
+def _takes_more(turns: List[Message], message: Message) -> bool:
+    """Whether the last turn is nothing but tool results, so that further ones or the user's words belong to it."""
+    if not turns or turns[-1].role != "user" or message.extra:
+        return False
+    return bool(turns[-1].blocks) and all(isinstance(block, ToolResult) for block in turns[-1].blocks)
+
+
+def _chat_message(item: Dict[str, Any], path: str, legacy: Dict[str, str]) -> Message:
+    role = item.get("role")
+    if role not in ("system", "developer", "user", "assistant", "tool", "function"):
+        raise _chat_invalid(path + ".role", "expected system, developer, user, assistant, tool or function")
+    content = _chat_check(item.get("content"), (str, list), "a string or an array of parts", path + ".content")
+    blocks = _chat_parts(content or [], path + ".content")
+    if role in ("tool", "function"):
+        name = as_text(item.get("name"))
+        call_id = as_text(item.get("tool_call_id")) or legacy.get(name) or "call_" + (name or "0")
+        return Message("user", [ToolResult(call_id, blocks)])
+    extra = {_CHAT: {"name": item["name"]}} if item.get("name") and isinstance(item["name"], str) else None
+    if role != "assistant":
+        return Message("user" if role == "user" else "system", blocks, extra)
+    refusal = [Refusal(item["refusal"])] if item.get("refusal") and isinstance(item["refusal"], str) else []
+    return Message(role, _chat_thoughts(item) + blocks + refusal + _chat_calls(item, path, legacy), extra)
+
+
+def _chat_thoughts(item: Dict[str, Any]) -> List[Any]:
+    """Reasoning that providers want to see again: reasoning_content, reasoning or reasoning_details."""
+    field = next((key for key in _CHAT_REASONING if as_text(item.get(key))), "")
+    details = [detail for detail in as_list(item.get("reasoning_details")) if isinstance(detail, dict)]
+    if not field and not details:
+        return []
+    bag: Dict[str, Any] = {"field": field or _CHAT_REASONING[0]}
+    if details:
+        bag["reasoning_details"] = details
+    return [Thinking(as_text(item.get(field)), {_CHAT: bag})]
+
+
+def _chat_calls(item: Dict[str, Any], path: str, legacy: Dict[str, str]) -> List[Any]:
+    """`tool_calls`, and the `function_call` that came before them, which has no id: it gets one."""
+    calls = _chat_check(item.get("tool_calls"), (list,), "an array", path + ".tool_calls") or []
+    found = [_chat_call(call, "%s.tool_calls[%d]" % (path, index)) for index, call in enumerate(calls)]
+    old = _chat_check(item.get("function_call"), (dict,), "an object", path + ".function_call")
+    if old and not calls:
+        name = _chat_string(old, "name", path + ".function_call")
+        legacy[name] = "call_" + re.sub(r"\D+", "_", path).strip("_")
+        found.append(ToolCall(legacy[name], name, _arguments_text(old.get("arguments"))))
+    return found
+
+
+def _chat_call(value: Any, path: str) -> ToolCall:
+    item = _chat_object(value, path)
+    kind = "custom" if isinstance(item.get("custom"), dict) else "function"
+    inner = _chat_object(item.get(kind), "%s.%s" % (path, kind))
+    name = _chat_string(inner, "name", "%s.%s" % (path, kind))
+    arguments = _arguments_text(inner.get("input" if kind == "custom" else "arguments"))
+    return ToolCall(as_text(item.get("id")), name, arguments, kind, _chat_rest(item, _CHAT_CALL_KEYS))
+
+
+_CHAT_CALL_KEYS = frozenset(("index", "id", "type", "function", "custom"))
+
+
+def _arguments_text(value: Any) -> str:
+    """Arguments as text; some clients and servers send the object itself."""
+    if value is None or isinstance(value, str):
+        return value or ""
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _chat_parts(content: Any, path: str) -> List[Any]:
+    if isinstance(content, str):
+        return [Text(content)] if content else []
+    return [_chat_part(part, "%s[%d]" % (path, index)) for index, part in enumerate(content)]
+
+
+def _chat_part(value: Any, path: str) -> Any:
+    """One content part (SDK: ChatCompletionContentPartParam), or a block of another format in its place (trap 66)."""
+    if isinstance(value, str):
+        return Text(value)
+    item = _chat_object(value, path)
+    kind = item.get("type")
+    reader = _CHAT_READERS.get(kind) if isinstance(kind, str) else None
+    if reader is not None:
+        return reader(item, path)
+    if kind is None and isinstance(item.get("text"), str):
+        return _read_chat_text(item, path)
+    return Opaque(_CHAT, item)
+
+
+def _read_chat_text(item: Dict[str, Any], path: str) -> Text:
+    return Text(_chat_string(item, "text", path), _chat_rest(item, ("type", "text")))
+
+
+def _read_chat_refusal(item: Dict[str, Any], path: str) -> Refusal:
+    return Refusal(_chat_string(item, "refusal", path))
+
+
+def _read_chat_thinking(item: Dict[str, Any], path: str) -> Thinking:
+    """`thinking` is a string in the Messages API, with a signature, and a list of text parts at Mistral."""
+    signature = as_text(item.get("signature"))
+    return Thinking(_thinking_text(item), {"anthropic": {"signature": signature}} if signature else None)
+
+
+def _thinking_text(item: Dict[str, Any]) -> str:
+    value = item.get("thinking")
+    return as_text(value) or "".join(as_text(as_dict(part).get("text")) for part in as_list(value))
+
+
+_DATA_URL = re.compile(r"data:([^;,]*)(?:;[^;,]*)*;base64,", re.IGNORECASE)
+
+
+def _media_of_url(kind: str, url: str, name: str = "", extra: Extra = None) -> Media:
+    match = _DATA_URL.match(url)
+    if match:
+        return Media(kind, match.group(1).lower(), url[match.end() :], name=name, extra=extra)
+    return Media(kind, url=url, name=name, extra=extra)
+
+
+def _read_chat_image(item: Dict[str, Any], path: str) -> Media:
+    """`image_url` is an object with `url` and `detail`, or the URL itself (`input_image` of the Responses API)."""
+    value = item.get("image_url")
+    inner = value if isinstance(value, dict) else {"url": value, "detail": item.get("detail")}
+    url = _chat_string(inner, "url", path + ".image_url")
+    extra = _chat_rest({**item, "detail": inner.get("detail")}, ("type", "image_url"))
+    return _media_of_url("image", url, extra=extra)
+
+
+def _read_chat_audio(item: Dict[str, Any], path: str) -> Media:
+    inner = _chat_object(item.get("input_audio"), path + ".input_audio")
+    form = as_text(inner.get("format")) or "wav"
+    return Media("audio", "audio/" + form, _chat_string(inner, "data", path + ".input_audio"))
+
+
+def _read_chat_file(item: Dict[str, Any], path: str) -> Any:
+    """`file` with `file_data` (a data URL, or bare base64); a `file_id` means nothing elsewhere."""
+    inner = item.get("file") if isinstance(item.get("file"), dict) else item
+    data, name = as_text(inner.get("file_data")), as_text(inner.get("filename"))
+    if not data:
+        return Opaque(_CHAT, item)
+    if data.startswith(("data:", "http://", "https://")):
+        media = _media_of_url("document", data, name)
+        return media if media.media_type else Media("document", "application/pdf", media.data, media.url, name)
+    return Media("document", "application/pdf", data, name=name)
+
+
+def _read_source(item: Dict[str, Any], path: str) -> Any:
+    """An `image` or `document` block of the Messages API."""
+    source = _chat_object(item.get("source"), path + ".source")
+    kind = "image" if item.get("type") == "image" else "document"
+    media_type, name = as_text(source.get("media_type")), as_text(item.get("title"))
+    if source.get("type") == "text":
+        return Text(_chat_string(source, "data", path + ".source"))
+    if source.get("type") == "url":
+        return Media(kind, media_type, url=_chat_string(source, "url", path + ".source"), name=name)
+    if source.get("type") == "base64":
+        return Media(kind, media_type, _chat_string(source, "data", path + ".source"), name=name)
+    return Opaque("anthropic", item)
+
+
+def _read_tool_use(item: Dict[str, Any], path: str) -> ToolCall:
+    return ToolCall(as_text(item.get("id")), _chat_string(item, "name", path), _arguments_text(item.get("input") or {}))
+
+
+def _read_tool_result(item: Dict[str, Any], path: str) -> ToolResult:
+    content = _chat_check(item.get("content"), (str, list), "a string or an array of blocks", path + ".content")
+    call_id = _chat_string(item, "tool_use_id", path)
+    return ToolResult(call_id, _chat_parts(content or [], path + ".content"), item.get("is_error") is True)
+
+
+_CHAT_READERS: Dict[str, Callable[[Dict[str, Any], str], Any]] = {
+    "text": _read_chat_text,
+    "input_text": _read_chat_text,
+    "output_text": _read_chat_text,
+    "refusal": _read_chat_refusal,
+    "image_url": _read_chat_image,
+    "input_image": _read_chat_image,
+    "input_audio": _read_chat_audio,
+    "file": _read_chat_file,
+    "input_file": _read_chat_file,
+    "thinking": _read_chat_thinking,
+    "image": _read_source,
+    "document": _read_source,
+    "tool_use": _read_tool_use,
+    "tool_result": _read_tool_result,
+}
+
+
+def _chat_tools(body: Dict[str, Any]) -> List[Tool]:
+    """`tools`, and the `functions` that came before them."""
+    found = [_chat_tool(item, "tools[%d]" % index) for index, item in enumerate(body.get("tools") or [])]
+    old = [_chat_function(item, "functions[%d]" % index) for index, item in enumerate(body.get("functions") or [])]
+    return found + old
+
+
+# Anthropic's own tools bear a date in their type (web_search_20250305).
+_DATED_TYPE = re.compile(r".*_20\d{6}$")
+
+
+def _chat_tool(value: Any, path: str) -> Tool:
+    """SDK: ChatCompletionToolUnionParam, nested or flat; or a tool in Anthropic's shape (trap 66)."""
+    item = _chat_object(value, path)
+    kind = item.get("type")
+    if kind == "custom" and "input_schema" not in item:
+        inner = item["custom"] if isinstance(item.get("custom"), dict) else item
+        name = _chat_string(inner, "name", path + ".custom")
+        form = {_CHAT: {"format": inner["format"]}} if isinstance(inner.get("format"), dict) else None
+        return Tool(name, as_text(inner.get("description")), kind="custom", extra=form)
+    if isinstance(item.get("function"), dict):
+        tool = _chat_function(item["function"], path + ".function")
+        return tool._replace(extra=_chat_rest(item, ("type", "function")))
+    if kind in (None, "function", "custom"):
+        return _chat_function(item, path)
+    wire = "anthropic" if _DATED_TYPE.match(as_text(kind)) else _CHAT
+    return Tool(as_text(item.get("name")) or as_text(kind), kind="server", extra={wire: item})
+
+
+def _chat_function(value: Any, path: str) -> Tool:
+    """SDK: FunctionDefinition; `input_schema` is what the Messages API calls `parameters`."""
+    item = _chat_object(value, path)
+    key = "parameters" if item.get("parameters") is not None else "input_schema"
+    schema = _chat_check(item.get(key), (dict,), "an object", "%s.%s" % (path, key))
+    strict = item.get("strict")
+    cache = {"cache_control": item.get("cache_control")}
+    return Tool(
+        _chat_string(item, "name", path),
+        as_text(item.get("description")),
+        schema,
+        strict=strict if isinstance(strict, bool) else None,
+        extra=_chat_rest(cache, ()),
+    )
+
+
+_CHAT_CHOICES = {"auto": "auto", "none": "none", "required": "any", "any": "any"}
+
+
+def _chat_tool_choice(body: Dict[str, Any]) -> Tuple[Optional[ToolChoice], Optional[Set[str]]]:
+    """(the choice, names of the only tools allowed or None). SDK: ChatCompletionToolChoiceOptionParam."""
+    value = body.get("tool_choice") if body.get("tool_choice") is not None else body.get("function_call")
+    item = as_dict(value)
+    kind = value if isinstance(value, str) else as_text(item.get("type"))
+    if kind in _CHAT_CHOICES:
+        return ToolChoice(_CHAT_CHOICES[kind]), None
+    if kind == "allowed_tools":
+        inner = as_dict(item.get("allowed_tools")) or item
+        names = {_chosen_name(tool) for tool in as_list(inner.get("tools"))}
+        return ToolChoice(_CHAT_CHOICES.get(as_text(inner.get("mode")), "auto")), names
+    name = _chosen_name(item)
+    return (ToolChoice("tool", name) if name else None), None
+
+
+def _chosen_name(value: Any) -> str:
+    item = as_dict(value)
+    inner = as_dict(item.get("function")) or as_dict(item.get("custom")) or item
+    return as_text(inner.get("name"))
+
+
+def _chat_output(form: Dict[str, Any]) -> Optional[JsonOutput]:
+    """`response_format` (SDK: ResponseFormatJSONSchema, ResponseFormatJSONObject)."""
+    if form.get("type") == "json_object":
+        return JsonOutput()
+    if form.get("type") != "json_schema":
+        return None
+    inner = _chat_object(form.get("json_schema"), "response_format.json_schema")
+    schema = _chat_check(inner.get("schema"), (dict,), "an object", "response_format.json_schema.schema")
+    strict = inner.get("strict")
+    name, description = as_text(inner.get("name")), as_text(inner.get("description"))
+    return JsonOutput(schema, name, strict if isinstance(strict, bool) else None, description)
+
+
+def _chat_reasoning(body: Dict[str, Any]) -> Optional[Reasoning]:
+    """`reasoning_effort`, or OpenRouter's `reasoning`, or `thinking` in the shape of the Messages API."""
+    own, thinking = body.get("reasoning") or {}, body.get("thinking") or {}
+    effort = body.get("reasoning_effort") or as_text(own.get("effort"))
+    budget = as_int(own.get("max_tokens")) or as_int(thinking.get("budget_tokens"))
+    if thinking.get("type") == "disabled" or own.get("enabled") is False:
+        return Reasoning("none")
+    adaptive = thinking.get("type") == "adaptive" or (own.get("enabled") is True and not effort and not budget)
+    extra = _chat_rest(own, ("effort", "max_tokens", "enabled"))
+    return Reasoning(effort, budget, adaptive, extra) if effort or budget or adaptive or extra else None
+
+
+# ---- requests: neutral -> Chat Completions
+
+# Budgets below the number -> reasoning_effort.
+_CHAT_EFFORTS = ((4096, "low"), (16384, "medium"), (math.inf, "high"))
+
+# Format -> its request fields that mean the same here.
+_CHAT_SHARED: Dict[str, Tuple[str, ...]] = {
+    "responses": (
+        "service_tier",
+        "metadata",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "safety_identifier",
+        "store",
+    ),
+    "anthropic": ("service_tier",),
+}
+_CHAT_TIERS = {"standard_only": "default"}
+
+
+def render_chat_request(request: ChatRequest) -> Dict[str, Any]:
+    """The request as a body of POST /v1/chat/completions, in OpenAI's own words, with `max_tokens` for the limit."""
+    messages = _system_message(request.system, None) + _write_chat_turns(_merge_calls(request.messages))
+    body: Dict[str, Any] = {"model": request.model, "messages": messages}
+    _put_chat_tools(body, request)
+    simple = {
+        "max_tokens": request.max_tokens,
+        "temperature": request.temperature,
+        "top_p": request.top_p,
+        "stop": list(request.stop) or None,
+        "user": request.user if 0 < len(request.user) <= _CHAT_MAX_USER else None,
+        "reasoning_effort": _write_chat_effort(request.reasoning) if request.reasoning else None,
+        "response_format": _write_chat_output(request.output) if request.output else None,
+        "stream": request.stream or None,
+        "stream_options": {"include_usage": True} if request.stream else None,
+    }
+    body.update((key, value) for key, value in simple.items() if value is not None)
+    for key, value in _chat_shared_fields(request.fields or {}).items():
+        body.setdefault(key, value)
+    return body
+
+
+def _chat_shared_fields(fields: Dict[str, Dict[str, Any]]) -> Dict[str, Any]:
+    found = dict(fields.get(_CHAT) or {})
+    for wire, keys in _CHAT_SHARED.items():
+        bag = fields.get(wire) or {}
+        found.update((key, bag[key]) for key in keys if key in bag and key not in found)
+    verbosity = as_dict((fields.get("responses") or {}).get("text")).get("verbosity")
+    if verbosity:
+        found.setdefault("verbosity", verbosity)
+    tier = found.get("service_tier")
+    if isinstance(tier, str):
+        found["service_tier"] = _CHAT_TIERS.get(tier, tier)
+    return found
+
+
+def _write_chat_effort(reasoning: Reasoning) -> Optional[str]:
+    """Thinking that a switch turned off is no effort: models that never think refuse the word `none`."""
+    if reasoning.effort == "none" and any("thinking" in bag for bag in (reasoning.extra or {}).values()):
+        return None
+    if reasoning.effort or not reasoning.budget:
+        return reasoning.effort or None
+    return next(effort for limit, effort in _CHAT_EFFORTS if reasoning.budget < limit)
+
+
+def _write_chat_output(output: JsonOutput) -> Dict[str, Any]:
+    if output.schema is None:
+        return {"type": "json_object"}
+    inner: Dict[str, Any] = {"name": output.name or "answer", "schema": output.schema}
+    if output.description:
+        inner["description"] = output.description
+    if output.strict is not None:
+        inner["strict"] = output.strict
+    return {"type": "json_schema", "json_schema": inner}
+
+
+def _put_chat_tools(body: Dict[str, Any], request: ChatRequest) -> None:
+    """tools, tool_choice and parallel_tool_calls; the latter two are errors without the first."""
+    tools = [item for item in map(_write_chat_tool, request.tools) if item]
+    if not tools:
+        return
+    body["tools"] = tools
+    choice = request.tool_choice
+    if choice is not None:
+        value = _write_chat_choice(choice, {tool.name: tool.kind for tool in request.tools})
+        if value is not None:
+            body["tool_choice"] = value
+    if request.parallel_tools is not None:
+        body["parallel_tool_calls"] = request.parallel_tools
+
+
+def _write_chat_choice(choice: ToolChoice, kinds: Dict[str, str]) -> Any:
+    """tool_choice (traps 96, 97); None for a tool that is not there."""
+    if choice.mode != "tool":
+        return {"any": "required"}.get(choice.mode, choice.mode)
+    kind = kinds.get(choice.name, "server")
+    return None if kind == "server" else {"type": kind, kind: {"name": choice.name}}
+
+
+def _write_chat_tool(tool: Tool) -> Optional[Dict[str, Any]]:
+    own = own_extra(tool, _CHAT)
+    if tool.kind == "server":
+        return own or None
+    inner: Dict[str, Any] = {"name": tool.name}
+    if tool.description:
+        inner["description"] = tool.description
+    if tool.kind == "custom":
+        syntax, definition = tool_grammar(tool)
+        if definition:
+            inner["format"] = {"type": "grammar", "grammar": {"syntax": syntax or "lark", "definition": definition}}
+        return {"type": "custom", "custom": inner}
+    inner["parameters"] = _object_schema(tool.schema)
+    if tool.strict is not None:
+        inner["strict"] = tool.strict
+    return {**own, "type": "function", "function": inner}
+
+
+def _object_schema(schema: Optional[Dict[str, Any]]) -> Dict[str, Any]:
+    """A schema that says it is an object and has properties (trap 94)."""
+    if schema and schema.get("type") == "object" and "properties" in schema:
+        return schema
+    named = any(key in (schema or {}) for key in ("type", "anyOf", "oneOf", "allOf", "$ref"))
+    filled = dict(schema or {}) if named else {"type": "object", **(schema or {})}
+    if filled.get("type") == "object":
+        filled.setdefault("properties", {})
+    return filled
+
+
+def _merge_calls(messages: List[Message]) -> List[Message]:
+    """Calls that a client sent as one assistant turn each become one turn, so that their results can follow it."""
+    merged: List[Message] = []
+    for message in messages:
+        last = merged[-1] if merged else None
+        if last and message.role == last.role == "assistant" and any(isinstance(b, ToolCall) for b in last.blocks):
+            merged[-1] = last._replace(blocks=last.blocks + message.blocks)
+        else:
+            merged.append(message)
+    return merged
+
+
+def _write_chat_turns(messages: List[Message]) -> List[Dict[str, Any]]:
+    """The conversation. Each assistant turn is followed by the results of its calls, wherever they stood (trap 77)."""
+    out: List[Dict[str, Any]] = []
+    answered: Set[str] = set()  # ids of the last assistant turn, whose further results are duplicates (trap 81)
+    carried: List[Dict[str, Any]] = []  # parts of results that a tool message cannot hold (trap 104)
+    for index, message in enumerate(messages):
+        if message.role == "user":
+            parts = carried + _user_parts(message.blocks, answered)
+            out += _parts_message("user", parts, message)
+            carried = []
+            continue
+        if carried and message.role == "assistant":
+            out += _parts_message("user", carried, None)
+            carried = []
+        if message.role == "assistant":
+            results = _following_results(messages, index)
+            turn, calls = _assistant_message(message, index)
+            out += turn
+            answered = set(calls)
+            for call_id in calls:
+                item, parts = _tool_message(call_id, results.get(call_id))
+                out.append(item)
+                carried = carried + parts
+        else:
+            out += _system_message(message.blocks, message)
+    return out + (_parts_message("user", carried, None) if carried else [])
+
+
+def _following_results(messages: List[Message], index: int) -> Dict[str, ToolResult]:
+    """The first result for each id between the assistant turn at `index` and the next one."""
+    found: Dict[str, ToolResult] = {}
+    for later in range(index + 1, len(messages)):
+        message = messages[later]
+        if message.role == "assistant":
+            break
+        for block in message.blocks:
+            if isinstance(block, ToolResult):
+                found.setdefault(block.call_id, block)
+    return found
+
+
+def _user_parts(blocks: List[Any], answered: Set[str]) -> List[Dict[str, Any]]:
+    """The parts of a user turn. Results of calls in the turn before have been written; others become text (trap 78)."""
+    parts: List[Dict[str, Any]] = []
+    for block in blocks:
+        if not isinstance(block, ToolResult):
+            parts += _chat_part_of(block)
+        elif block.call_id not in answered:
+            parts.append({"type": "text", "text": "[result of tool call %s]" % block.call_id})
+            parts += [part for inner in block.blocks for part in _chat_part_of(inner)]
+    return parts
+
+
+def _parts_message(role: str, parts: List[Dict[str, Any]], message: Optional[Message]) -> List[Dict[str, Any]]:
+    """A message of `parts`, none when there are none (trap 82). Text alone is a string, which every server takes."""
+    if not parts:
+        return []
+    if all(part.get("type") == "text" for part in parts):
+        content: Any = "\n\n".join(part["text"] for part in parts)
+    else:
+        content = parts
+    item = {"role": role, "content": content}
+    name = own_extra(message, _CHAT).get("name") if message else None
+    return [{**item, "name": name} if name else item]
+
+
+def _system_message(blocks: List[Any], message: Optional[Message]) -> List[Dict[str, Any]]:
+    return _parts_message("system", _words_of(blocks), message)
+
+
+def _words_of(blocks: List[Any]) -> List[Dict[str, Any]]:
+    """Parts of roles that hold nothing but text."""
+    texts = [_media_note(block) if isinstance(block, Media) else getattr(block, "text", "") for block in blocks]
+    return [{"type": "text", "text": text} for text in texts if text]
+
+
+def _assistant_message(message: Message, index: int) -> Tuple[List[Dict[str, Any]], List[str]]:
+    """(the message, ids of its calls): text before the calls (trap 80), null content only beside them (trap 83)."""
+    calls: Dict[str, Dict[str, Any]] = {}
+    texts, refusals, fields = [], [], {}
+    for block in message.blocks:
+        if isinstance(block, ToolCall):
+            call_id = block.id or "call_%d_%d" % (index, len(calls))
+            calls.setdefault(call_id, _write_chat_call(block, call_id))
+        elif isinstance(block, Refusal):
+            refusals.append(block.text)
+        elif isinstance(block, Thinking):
+            fields.update(_write_chat_thoughts(block, fields))
+        else:
+            texts.append(_media_note(block) if isinstance(block, Media) else getattr(block, "text", ""))
+    content = "".join(texts)
+    if not content and not calls and not any(refusals):
+        return [], []
+    item: Dict[str, Any] = {"role": "assistant", "content": content or None, **fields}
+    if any(refusals):
+        item["refusal"] = "".join(refusals)
+    if calls:
+        item["tool_calls"] = list(calls.values())
+    name = own_extra(message, _CHAT).get("name")
+    return [{**item, "name": name} if name else item], list(calls)
+
+
+def _write_chat_call(call: ToolCall, call_id: str) -> Dict[str, Any]:
+    key = "input" if call.kind == "custom" else "arguments"
+    arguments = call.arguments if call.kind == "custom" else call.arguments or "{}"
+    inner = {"name": call.name, key: arguments}
+    return {**own_extra(call, _CHAT), "id": call_id, "type": call.kind, call.kind: inner}
+
+
+def _write_chat_thoughts(block: Thinking, fields: Dict[str, Any]) -> Dict[str, Any]:
+    """Reasoning of this format under the field it came in (trap 87); that of others is left out (trap 84)."""
+    bag = own_extra(block, _CHAT)
+    if not bag:
+        return {}
+    field = as_text(bag.get("field")) or _CHAT_REASONING[0]
+    written = {field: as_text(fields.get(field)) + block.text} if block.text else {}
+    if as_list(bag.get("reasoning_details")):
+        written["reasoning_details"] = as_list(fields.get("reasoning_details")) + bag["reasoning_details"]
+    return written
+
+
+def _tool_message(call_id: str, result: Optional[ToolResult]) -> Tuple[Dict[str, Any], List[Dict[str, Any]]]:
+    """(the tool message, parts that must follow in a user message). A call without a result gets one (trap 79)."""
+    if result is None:
+        return {"role": "tool", "tool_call_id": call_id, "content": _CHAT_NO_RESULT}, []
+    parts = [part for block in result.blocks for part in _chat_part_of(block)]
+    text = "\n".join(part["text"] for part in parts if part.get("type") == "text")
+    rest = [part for part in parts if part.get("type") != "text"]
+    if rest:
+        text = text or "(see the next message)"
+        rest.insert(0, {"type": "text", "text": "[from the result of tool call %s]" % call_id})
+    if result.is_error and not text.lower().startswith("error"):
+        text = "Error: " + text
+    return {"role": "tool", "tool_call_id": call_id, "content": text}, rest
+
+
+def _chat_part_of(block: Any) -> List[Dict[str, Any]]:
+    """A block as content parts of a user message: none for an empty text and for what only others know."""
+    if isinstance(block, (Text, Refusal)):
+        return [{"type": "text", "text": block.text}] if block.text else []
+    if isinstance(block, Opaque):
+        return [block.value] if block.wire == _CHAT else []
+    if not isinstance(block, Media):
+        return []
+    part = _CHAT_MEDIA[block.kind](block) if block.kind in _CHAT_MEDIA else None
+    return [part or {"type": "text", "text": _media_note(block)}]
+
+
+def _write_chat_image(block: Media) -> Dict[str, Any]:
+    inner = {"url": block.url or "data:%s;base64,%s" % (block.media_type or "image/png", block.data)}
+    detail = own_extra(block, _CHAT).get("detail")
+    return {"type": "image_url", "image_url": {**inner, "detail": detail} if detail else inner}
+
+
+def _write_chat_audio(block: Media) -> Optional[Dict[str, Any]]:
+    form = block.media_type.rpartition("/")[2]
+    form = {"mpeg": "mp3", "x-wav": "wav", "wave": "wav"}.get(form, form) or "wav"
+    return {"type": "input_audio", "input_audio": {"data": block.data, "format": form}} if block.data else None
+
+
+def _write_chat_document(block: Media) -> Optional[Dict[str, Any]]:
+    """A PDF as a `file` part, a text document as its text (trap 105)."""
+    if block.data and block.media_type in ("", "application/pdf"):
+        url = "data:application/pdf;base64," + block.data
+        return {"type": "file", "file": {"filename": block.name or "document.pdf", "file_data": url}}
+    if block.data and (block.media_type.startswith("text/") or block.media_type == "application/json"):
+        try:
+            text = base64.b64decode(block.data, validate=True).decode("utf-8", "replace")
+        except (ValueError, binascii.Error):
+            return None
+        return {"type": "text", "text": "%s\n%s" % (block.name, text) if block.name else text or "(empty document)"}
+    return None
+
+
+_CHAT_MEDIA: Dict[str, Callable[[Media], Optional[Dict[str, Any]]]] = {
+    "image": _write_chat_image,
+    "audio": _write_chat_audio,
+    "document": _write_chat_document,
+}
+
+
+def _media_note(block: Media) -> str:
+    return "[%s left out: %s]" % (block.kind, block.name or block.url or block.media_type or "no name")
+
+
+# ---- whole answers
+
+# finish_reason in lower case -> stop reason (trap 47). Beside OpenAI's five: Mistral model_length, Together eos, z.ai
+# sensitive and model_context_window_exceeded, Gemini's and Anthropic's own words at routers that pass them through.
+_CHAT_STOPS = {
+    "stop": "end_turn",
+    "eos": "end_turn",
+    "end_turn": "end_turn",
+    "length": "max_tokens",
+    "max_tokens": "max_tokens",
+    "max_output_tokens": "max_tokens",
+    "model_length": "model_context_window_exceeded",
+    "model_context_window_exceeded": "model_context_window_exceeded",
+    "tool_calls": "tool_use",
+    "function_call": "tool_use",
+    "tool_use": "tool_use",
+    "stop_sequence": "stop_sequence",
+    "pause_turn": "pause_turn",
+    "content_filter": "refusal",
+    "refusal": "refusal",
+    "safety": "refusal",
+    "recitation": "refusal",
+    "prohibited_content": "refusal",
+    "sensitive": "refusal",
+}
+
+# finish_reasons that mean a failure: OpenRouter, Mistral | z.ai | vLLM and SGLang | DeepSeek.
+_CHAT_FAILURES = {"error": 502, "network_error": 502, "abort": 502, "insufficient_system_resource": 503}
+
+# Stop reason -> finish_reason (SDK: Choice.finish_reason).
+_CHAT_FINISHES = {
+    "max_tokens": "length",
+    "model_context_window_exceeded": "length",
+    "tool_use": "tool_calls",
+    "refusal": "content_filter",
+}
+
+# What an answer says beside its text; kept for conversions between a stream and a whole answer of this format.
+_CHAT_ANSWER_KEYS = ("service_tier", "system_fingerprint", "provider", "citations", "search_results")
+
+
+def parse_chat_response(body: Dict[str, Any], context: Context) -> ChatResponse:
+    """A whole answer (SDK: ChatCompletion): its message is read like the only delta of a stream.
+
+    RouterError for an error in place of an answer (its status, else 502) and for what has no choice (502).
+    """
+    if not isinstance(body, dict) or not (as_list(body.get("choices")) or body.get("error")):
+        raise RouterError("the upstream's answer is no chat completion", 502, "invalid_answer")
+    parser = ChatStreamParser(context)
+    answer = fold(parser.read(body) + parser.end())
+    if isinstance(answer, ErrorInfo):
+        raise RouterError(answer.message, answer.status, answer.code or answer.type or "upstream_error")
+    return answer
+
+
+def _chat_usage(usage: Dict[str, Any]) -> Usage:
+    """SDK: CompletionUsage, and where others put the cached tokens (trap 113).
+
+    Together, Hugging Face: cached_tokens; DeepSeek: prompt_cache_hit_tokens; Mistral: num_cached_tokens. xAI counts
+    reasoning beside completion_tokens, which shows in the total.
+    """
+    details = as_dict(usage.get("prompt_tokens_details"))
+    prompt = as_int(usage.get("prompt_tokens")) or as_int(usage.get("input_tokens"))
+    output = as_int(usage.get("completion_tokens")) or as_int(usage.get("output_tokens"))
+    cached = as_int(details.get("cached_tokens"))
+    for key in ("cached_tokens", "prompt_cache_hit_tokens", "num_cached_tokens"):
+        cached = cached or as_int(usage.get(key))
+    written = as_int(details.get("cache_write_tokens"))
+    reasoning = as_int(as_dict(usage.get("completion_tokens_details")).get("reasoning_tokens"))
+    reasoning = reasoning or as_int(usage.get("reasoning_tokens"))
+    if reasoning and as_int(usage.get("total_tokens")) == prompt + output + reasoning:
+        output += reasoning
+    cached = min(cached, prompt)
+    written = min(written, prompt - cached)
+    return Usage(prompt - cached - written, output, cached, written, reasoning)
+
+
+def _write_chat_usage(usage: Usage) -> Dict[str, Any]:
+    """SDK: CompletionUsage; prompt_tokens include the cached ones (trap 113)."""
+    prompt = usage.input + usage.cache_read + usage.cache_write
+    details = {"cached_tokens": usage.cache_read}
+    if usage.cache_write:
+        details["cache_write_tokens"] = usage.cache_write
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": usage.output,
+        "total_tokens": prompt + usage.output,
+        "prompt_tokens_details": details,
+        "completion_tokens_details": {"reasoning_tokens": usage.reasoning},
+    }
+
+
+def render_chat_response(response: ChatResponse, context: Context) -> Dict[str, Any]:
+    """SDK: ChatCompletion. `model` is what the client asked for (trap 44); `usage` is left out when nobody told it."""
+    bag = own_extra(response, _CHAT)
+    message: Dict[str, Any] = {"role": "assistant", "content": None, "refusal": None}
+    calls = []
+    for block in response.blocks:
+        if isinstance(block, ToolCall):
+            calls.append(_write_chat_call(block, block.id or "call_%s_%d" % (context.id, len(calls))))
+        elif isinstance(block, Opaque):
+            _add_own_part(message, block)
+        elif type(block) in _CHAT_TEXT_FIELDS and block.text:
+            field = _CHAT_TEXT_FIELDS[type(block)]
+            message[field] = (message.get(field) or "") + block.text
+        if isinstance(block, Thinking) and own_extra(block, _CHAT).get("reasoning_details"):
+            message.setdefault("reasoning_details", []).extend(own_extra(block, _CHAT)["reasoning_details"])
+    if message["content"] is None and not calls and message["refusal"] is None:
+        message["content"] = ""
+    if calls:
+        message["tool_calls"] = calls
+    if bag.get("annotations"):
+        message["annotations"] = bag["annotations"]
+    reason = _shown_finish(response.stop_reason, bool(calls), message["refusal"] is not None)
+    answer = {
+        "id": _chat_id(response.id, context),
+        "object": "chat.completion",
+        "created": context.created or response.created,
+        "model": context.request.model,
+        "choices": [{"index": 0, "message": message, "logprobs": None, "finish_reason": reason}],
+    }
+    if response.usage is not None:
+        answer["usage"] = _write_chat_usage(response.usage)
+    answer.update((key, bag[key]) for key in _CHAT_ANSWER_KEYS if key in bag)
+    return answer
+
+
+# Block type -> the field of a message or delta that holds its text (trap 54).
+_CHAT_TEXT_FIELDS: Dict[type, str] = {Text: "content", Refusal: "refusal", Thinking: "reasoning_content"}
+
+
+def _add_own_part(message: Dict[str, Any], block: Opaque) -> None:
+    if block.wire == _CHAT and block.value.get("type") == "image_url":
+        message.setdefault("images", []).append(block.value)
+
+
+def _chat_id(upstream_id: str, context: Context) -> str:
+    return upstream_id if upstream_id.startswith("chatcmpl-") else "chatcmpl-" + context.id
+
+
+def _shown_finish(reason: str, has_calls: bool, has_refusal: bool) -> str:
+    """The finish_reason; `tool_calls` exactly when calls were sent and nothing cut the answer short (trap 53)."""
+    if reason in ("tool_use", "end_turn", "stop_sequence", "pause_turn"):
+        return "tool_calls" if has_calls else "stop"
+    return "stop" if reason == "refusal" and has_refusal else _CHAT_FINISHES.get(reason, "stop")
+
+
+# ---- streams: Chat Completions -> neutral
+
+
+def _refuse_chat_constant(name: str) -> Any:
+    raise ValueError("%s is not JSON" % name)
+
+
+_decode_chunk = json.JSONDecoder(parse_constant=_refuse_chat_constant).decode
+
+# Fields with reasoning text; the first that has any is read, since some servers send it twice.
+_CHAT_REASONING = ("reasoning_content", "reasoning")
+
+# Tags around the reasoning of models whose server leaves it in the content (trap 48).
+_THINK_OPEN = "<think>"
+_THINK_CLOSE = "</think>"
+
+# White space is held back until something follows it; beyond this many characters it counts as text.
+_MAX_HELD = 4096
+
+
+class _Slot:
+    """One tool call of a stream: what came of it so far. sent: how many of `pieces` were passed on."""
+
+    __slots__ = ("id", "name", "pieces", "kind", "extra", "is_open", "head", "is_cumulative", "sent")
+
+    def __init__(self) -> None:
+        self.id = ""
+        self.name = ""
+        self.pieces: List[str] = []
+        self.kind = "function"
+        self.extra: Dict[str, Any] = {}
+        self.is_open = False
+        self.head = ""
+        self.is_cumulative = False
+        self.sent = 0
+
+    def arguments(self) -> str:
+        return "".join(self.pieces)
+
+    def add(self, text: str) -> str:
+        """Takes arguments and returns what of them is new: some servers repeat all from the start (trap 40)."""
+        if self.head and text[:1] == self.head[:1] == "{" and text.startswith(self.head):
+            text = self._new_suffix(text)
+        if text:
+            if len(self.head) < 32:
+                self.head = (self.head + text)[:32]
+            self.pieces.append(text)
+        return text
+
+    def _new_suffix(self, text: str) -> str:
+        """An object may begin like the one around it: after `:`, `,` or `[` a repetition must be known as such."""
+        so_far = self.arguments()
+        may_nest = so_far.rstrip().endswith((":", ",", "["))
+        if text.startswith(so_far) and self.kind == "function" and (self.is_cumulative or not may_nest):
+            self.is_cumulative = True
+            return text[len(so_far) :]
+        return text
+
+    def is_complete(self) -> bool:
+        """Whether the arguments are a whole JSON object, so that nothing can follow."""
+        if self.kind != "function" or not self.pieces or not self.pieces[-1].rstrip().endswith("}"):
+            return False
+        try:
+            return isinstance(_decode_chunk(self.arguments()), dict)
+        except (ValueError, RecursionError):
+            return False
+
+
+class ChatStreamParser:
+    """Chunks (SDK: ChatCompletionChunk) and their dialects to neutral stream events, one block open at a time.
+
+    Blocks open when their first text comes. The first unfinished tool call streams; others are held and follow whole,
+    in order (trap 33), and so does text that comes after a call began. Finished is told at `[DONE]` or at the end of
+    the bytes, so that usage sent last is in it. done: a finish_reason or `[DONE]` was seen. usage: the last counts
+    told, or None. skipped: events and parts that could not be read.
+    """
+
+    def __init__(self, context: Context) -> None:
+        self.done = False
+        self.skipped = 0
+        self.usage: Optional[Usage] = None
+        self._context = context
+        self._out: List[Any] = []
+        self._is_started = False
+        self._is_ended = False
+        self._id = ""
+        self._model = ""
+        self._created = 0
+        self._block: Any = None  # type of the open block
+        self._types: Set[type] = set()  # of all blocks so far
+        self._reason = ""
+        self._stop_sequence = ""
+        self._extra: Dict[str, Any] = {}
+        self._think = "before"  # | "inside" the tags | "after" them, at white space | "outside"
+        self._held = ""  # text that may be the beginning of a tag
+        self._space = ""  # white space in front of a text block
+        self._slots: List[_Slot] = []
+        self._by_key: Dict[Any, _Slot] = {}
+        self._active = 0  # the slot that streams; those before it are closed
+        self._ids: Set[str] = set()
+        self._late: List[Tuple[type, List[str], List[Any]]] = []  # what came after a call began
+
+    def feed(self, event: SseEvent) -> List[Any]:
+        """The neutral events that `event` completes."""
+        if event.data.strip() == "[DONE]":
+            return self.end()
+        try:
+            chunk = _decode_chunk(event.data)
+        except (ValueError, RecursionError):
+            if event.name == "error" and not self._is_ended:
+                return self._fail(parse_chat_error(200, event.data))
+            self.skipped += bool(event.data.strip())
+            return []
+        if type(chunk) is not dict:
+            self.skipped += 1
+            return []
+        if event.name == "error" and not self._is_ended and not chunk.get("error"):
+            chunk = {"error": chunk}
+        return self.read(chunk)
+
+    def finish(self) -> List[Any]:
+        """The end of the bytes: without a finish_reason or `[DONE]` the answer was cut off (trap 14)."""
+        if self._is_ended:
+            return []
+        if self.done:
+            return self.end()
+        message = "the upstream's stream ended before a finish_reason or [DONE]"
+        return self._fail(ErrorInfo(502, message, "server_error", "truncated"))
+
+    def read(self, chunk: Dict[str, Any]) -> List[Any]:
+        """The neutral events of one chunk, or of a whole answer."""
+        usage = chunk.get("usage")
+        if usage:
+            self._count(usage)
+        if self._is_ended:
+            return []
+        if chunk.get("error"):
+            return self._fail(parse_chat_error(200, chunk))
+        choices = chunk.get("choices")
+        if not choices or type(choices) is not list:
+            return self._read_without_choice(chunk)
+        choice = choices[0]
+        if type(choice) is not dict or choice.get("index"):
+            choice = next((item for item in choices if type(item) is dict and not item.get("index")), None)
+            if choice is None:
+                return []  # only the first of n answers is read
+        if not self._is_started:
+            self._start(chunk)
+        delta = choice.get("delta")
+        if type(delta) is not dict:
+            delta = choice.get("message")
+        is_last = choice.get("finish_reason") or choice.get("usage") or choice.get("error")
+        if type(delta) is dict:
+            if len(delta) == 1 and self._block is Text and not is_last and self._think == "outside":
+                text = delta.get("content")  # nearly every chunk of an answer
+                if text and type(text) is str:
+                    return [Delta(text)]
+            for field, reader in self._READERS:
+                value = delta.get(field)
+                if value:
+                    reader(self, value, delta)
+        if is_last:
+            self._read_end_of_choice(choice)
+        out, self._out = self._out, []
+        return out
+
+    def end(self) -> List[Any]:
+        """The end of the answer: whatever is held, closed blocks, and Finished once."""
+        if self._is_ended:
+            return []
+        if not self._is_started:
+            self._start({})
+        self._flush()
+        self._advance(True)
+        for kind, pieces, details in self._late:
+            self._write_late(kind, "".join(pieces), details)
+        if self._space and not self._types:
+            self._open(Text(""))
+            self._out.append(Delta(self._space))
+        self._close()
+        self.done = self._is_ended = True
+        extra = {_CHAT: self._extra} if self._extra else None
+        self._out.append(Finished(self._stop_reason(), self._stop_sequence, self.usage, extra))
+        out, self._out = self._out, []
+        return out
+
+    # -- the chunk around the delta
+
+    def _start(self, chunk: Dict[str, Any]) -> None:
+        self._is_started = True
+        self._id = as_text(chunk.get("id")) or self._id or "chatcmpl-" + self._context.id
+        self._model = as_text(chunk.get("model")) or self._model
+        self._created = as_int(chunk.get("created")) or self._created or self._context.created
+        self._extra.update((key, chunk[key]) for key in _CHAT_ANSWER_KEYS if chunk.get(key) is not None)
+        self._out.append(Started(self._id, self._model, self.usage, self._created))
+
+    def _read_without_choice(self, chunk: Dict[str, Any]) -> List[Any]:
+        """Usage alone (trap 15), Azure's prompt_filter_results (trap 16), or an error without its envelope."""
+        bare = "choices" not in chunk and not chunk.get("usage")
+        if bare and ("error" in (chunk.get("object"), chunk.get("type")) or _has_words(chunk)):
+            return self._fail(parse_chat_error(200, chunk))
+        self._count(as_dict(chunk.get("x_groq")).get("usage"))
+        return []
+
+    def _read_end_of_choice(self, choice: Dict[str, Any]) -> None:
+        """What rides with the last delta, read after it (trap 25); the first of two reasons counts (trap 50)."""
+        self._count(choice.get("usage"))
+        reason = as_text(choice.get("finish_reason")).lower()
+        if choice.get("error") or reason in _CHAT_FAILURES:
+            status = _CHAT_FAILURES.get(reason, 200)
+            error = {"error": choice.get("error") or "the upstream ended its answer with finish_reason %s" % reason}
+            self._out = self._fail(parse_chat_error(status, error))
+            return
+        if reason and not self._reason:
+            self.done = True
+            self._reason = reason
+            matched = choice.get("stop_reason")  # vLLM: the stop text that was met, or a token id
+            if isinstance(matched, str) and matched in self._context.request.stop:
+                self._stop_sequence = matched
+
+    def _count(self, usage: Any) -> None:
+        if isinstance(usage, dict):
+            counted = _chat_usage(usage)
+            if self.usage is None or any(counted):
+                self.usage = counted
+
+    def _stop_reason(self) -> str:
+        """Derived from what was sent where the upstream's word contradicts it (traps 30, 31, 46)."""
+        reason = _CHAT_STOPS.get(self._reason, "end_turn")
+        if reason not in ("end_turn", "tool_use", "stop_sequence"):
+            return reason
+        if ToolCall in self._types:
+            return "tool_use"
+        if Refusal in self._types:
+            return "refusal"
+        if self._stop_sequence:
+            return "stop_sequence"
+        return "end_turn" if reason == "tool_use" else reason
+
+    def _fail(self, error: ErrorInfo) -> List[Any]:
+        self._flush()
+        self._close()
+        self.done = self._is_ended = True
+        out, self._out = self._out, []
+        return out + [Failed(error)]
+
+    # -- blocks of text
+
+    def _open(self, block: Any) -> None:
+        self._close()
+        self._block = type(block)
+        self._types.add(self._block)
+        self._out.append(Opened(block))
+
+    def _close(self) -> None:
+        if self._block is not None:
+            self._block = None
+            self._out.append(Closed())
+
+    def _add_text(self, kind: type, text: str) -> None:
+        """More text of a block of `kind`, which opens when it must; after a tool call began it waits."""
+        if self._block is not kind:
+            if self._slots and not self._is_past_calls():
+                self._hold_late(kind, text, [])
+                return
+            if kind is Text:
+                text = self._space + text
+                if not text.strip() and len(text) < _MAX_HELD:
+                    self._space = text
+                    return
+                self._space = ""
+            self._open(kind(""))
+        self._out.append(Delta(text))
+
+    def _is_past_calls(self) -> bool:
+        return self._active >= len(self._slots)
+
+    def _hold_late(self, kind: type, text: str, details: List[Any]) -> None:
+        if not self._late or self._late[-1][0] is not kind:
+            self._late.append((kind, [], []))
+        self._late[-1][1].append(text)
+        self._late[-1][2].extend(details)
+
+    def _write_late(self, kind: type, text: str, details: List[Any]) -> None:
+        if not text.strip() and not details:
+            return
+        self._open(kind(""))
+        if text:
+            self._out.append(Delta(text))
+        if details:
+            self._out.append(Extended(_CHAT, {"reasoning_details": details}))
+
+    def _read_content(self, value: Any, delta: Dict[str, Any]) -> None:
+        if type(value) is str:
+            if self._think == "outside":
+                self._add_text(Text, value)
+            else:
+                self._read_tagged(value)
+        elif type(value) is list:
+            for part in value:
+                self._read_part(as_dict(part))
+
+    def _read_part(self, part: Dict[str, Any]) -> None:
+        """A content part of an answer; Mistral sends thinking so."""
+        if part.get("type") == "thinking":
+            self._read_thought(_thinking_text(part), part)
+        elif part.get("type") == "refusal":
+            self._read_refusal(part.get("refusal"), part)
+        elif part.get("text") and isinstance(part["text"], str):
+            self._read_content(part["text"], part)
+
+    def _read_tagged(self, text: str) -> None:
+        """Content that begins, or may begin, with a <think> tag; both tags may be cut anywhere (trap 48)."""
+        text, self._held = self._held + text, ""
+        if self._think == "before":
+            begin = text.lstrip()
+            if begin.startswith(_THINK_OPEN) and not self._slots:
+                self._think, text = "inside", begin[len(_THINK_OPEN) :]
+            elif _THINK_OPEN.startswith(begin) and len(text) < _MAX_HELD and not self._slots:
+                self._held = text
+                return
+            else:
+                self._think = "outside"
+                self._add_text(Text, text)
+                return
+        if self._think == "inside":
+            text = self._read_tagged_thought(text)
+        text = text.lstrip()
+        if text and self._think == "after":
+            self._think = "outside"
+            self._add_text(Text, text)
+
+    def _read_tagged_thought(self, text: str) -> str:
+        """Reasoning up to the closing tag; what comes after that is returned."""
+        end = text.find(_THINK_CLOSE)
+        keep = _partial_length(text, _THINK_CLOSE) if end < 0 else 0
+        thought = text[:end] if end >= 0 else text[: len(text) - keep]
+        if self._block is not Thinking:
+            thought = thought.lstrip()
+        if thought:
+            self._add_text(Thinking, thought)
+        if end >= 0:
+            self._think = "after"
+            return text[end + len(_THINK_CLOSE) :]
+        self._held = text[len(text) - keep :]
+        return ""
+
+    def _flush(self) -> None:
+        """Text that was held because it might have been the beginning of a tag."""
+        held, self._held = self._held, ""
+        if held:
+            self._add_text(Thinking if self._think == "inside" else Text, held)
+
+    def _read_thought(self, value: Any, delta: Dict[str, Any]) -> None:
+        if type(value) is str and value:
+            self._add_text(Thinking, value)
+
+    def _read_second_thought(self, value: Any, delta: Dict[str, Any]) -> None:
+        """`reasoning`, unless it repeats `reasoning_content`."""
+        if not delta.get(_CHAT_REASONING[0]):
+            self._read_thought(value, delta)
+
+    def _read_details(self, value: Any, delta: Dict[str, Any]) -> None:
+        """OpenRouter's reasoning_details: text, summary, encrypted data or a signature, to be sent back unchanged."""
+        details = [item for item in as_list(value) if any(as_dict(item).get(key) for key in _DETAIL_KEYS)]
+        if not details:
+            return
+        if not any(as_text(delta.get(field)) for field in _CHAT_REASONING):
+            text = "".join(as_text(item.get("text")) or as_text(item.get("summary")) for item in details)
+            self._read_thought(text, delta)
+        if self._block is None and not self._slots:
+            self._open(Thinking(""))
+        if self._block is Thinking:
+            self._out.append(Extended(_CHAT, {"reasoning_details": details}))
+        else:
+            self._hold_late(Thinking, "", details)
+
+    def _read_refusal(self, value: Any, delta: Dict[str, Any]) -> None:
+        if type(value) is str and value:
+            self._add_text(Refusal, value)
+
+    def _read_audio(self, value: Any, delta: Dict[str, Any]) -> None:
+        text = as_text(as_dict(value).get("transcript"))
+        if text:
+            self._add_text(Text, text)
+
+    def _read_images(self, value: Any, delta: Dict[str, Any]) -> None:
+        """Images as some routers put them beside the content: {"type": "image_url", "image_url": {"url"}}."""
+        for item in as_list(value):
+            if isinstance(item, dict) and self._is_past_calls():
+                self._open(Opaque(_CHAT, item))
+                self._close()
+
+    def _read_annotations(self, value: Any, delta: Dict[str, Any]) -> None:
+        self._extra.setdefault("annotations", []).extend(item for item in as_list(value) if isinstance(item, dict))
+
+    # -- tool calls
+
+    def _read_function_call(self, value: Any, delta: Dict[str, Any]) -> None:
+        """The form before `tool_calls`: one call, without an id."""
+        self._read_calls([{"index": "function_call", "function": value}], delta)
+
+    def _read_calls(self, value: Any, delta: Dict[str, Any]) -> None:
+        touched: List[_Slot] = []
+        for entry in as_list(value):
+            inner = as_dict(entry).get("function")
+            kind = "function"
+            if type(inner) is not dict:
+                inner, kind = as_dict(as_dict(entry).get("custom")), "custom"
+            if not inner and not as_dict(entry).get("id"):
+                self.skipped += 1
+                continue
+            text = _arguments_text(inner.get("arguments" if kind == "function" else "input"))
+            slot = self._find_slot(entry, as_text(inner.get("name")), text, touched)
+            touched.append(slot)
+            self._fill_slot(slot, entry, inner, kind, text)
+
+    def _fill_slot(self, slot: _Slot, entry: Dict[str, Any], inner: Dict[str, Any], kind: str, text: str) -> None:
+        """The name counts once (trap 39); an id that comes after the block opened changes nothing (trap 37)."""
+        slot.id = slot.id or as_text(entry.get("id"))
+        if not slot.name:
+            slot.name, slot.kind = as_text(inner.get("name")), kind
+        if not slot.is_open and len(entry) > 2:
+            slot.extra.update((key, item) for key, item in entry.items() if key not in _CHAT_CALL_KEYS and item)
+        text = slot.add(text) if text else ""
+        if not slot.is_open or not self._slots or self._slots[self._active] is not slot:
+            self._advance(False)
+        elif text:
+            slot.sent = len(slot.pieces)
+            self._out.append(Delta(text))
+
+    def _find_slot(self, entry: Dict[str, Any], name: str, text: str, touched: List[_Slot]) -> _Slot:
+        """The call that an entry continues, or a new one: `index` and `id` may be missing, or the same for all."""
+        call_id, key = as_text(entry.get("id")), entry.get("index")
+        key = key if type(key) in (int, str) else None
+        slot = self._by_key.get(("index", key)) if key is not None else None
+        same_id = self._by_key.get(("id", call_id)) if call_id else None
+        if slot is None and same_id is not None and (key is None or not name):
+            slot = same_id
+        elif slot is None and self._slots and not call_id and (key is None or not name):
+            slot = self._slots[-1]
+        if slot is None or (name and self._is_new_call(slot, call_id, name, text, touched)):
+            if not self._slots:
+                self._flush()
+                self._space = ""
+            slot = _Slot()
+            self._slots.append(slot)
+        if key is not None:
+            self._by_key[("index", key)] = slot
+        if call_id:
+            self._by_key.setdefault(("id", call_id), slot)
+        return slot
+
+    def _is_new_call(self, slot: _Slot, call_id: str, name: str, text: str, touched: List[_Slot]) -> bool:
+        """Whether an entry that bears a name is another call than `slot`, although its index is the same (trap 35)."""
+        if slot in touched:
+            return True
+        if call_id and slot.id:
+            return call_id != slot.id
+        if not slot.is_complete():
+            return False
+        return name != slot.name or (text.lstrip()[:1] == "{" and text != slot.arguments())
+
+    def _advance(self, is_end: bool) -> None:
+        """Opens the first unfinished call, passes on what it holds, and goes on when nothing can follow in it."""
+        while self._active < len(self._slots):
+            slot = self._slots[self._active]
+            if not slot.is_open and slot.name and (slot.id or slot.pieces or is_end):
+                self._open_call(slot)
+            if slot.is_open and slot.sent < len(slot.pieces):
+                self._out.append(Delta("".join(slot.pieces[slot.sent :])))
+                slot.sent = len(slot.pieces)
+            has_next = self._active + 1 < len(self._slots)
+            if not is_end and not (slot.is_open and has_next and slot.is_complete()):
+                return
+            if slot.is_open:
+                self._close()
+            else:
+                self.skipped += 1  # a call without a name
+            self._active += 1
+
+    def _open_call(self, slot: _Slot) -> None:
+        number = self._active
+        call_id = slot.id or "call_%s_%d" % (self._context.id, number)
+        if call_id in self._ids:
+            call_id = "%s_%d" % (call_id, number)
+        self._ids.add(call_id)
+        slot.is_open = True
+        self._open(ToolCall(call_id, slot.name, "", slot.kind, {_CHAT: slot.extra} if slot.extra else None))
+
+    # In the order in which they are read when one delta has several.
+    _READERS = (
+        ("reasoning_content", _read_thought),
+        ("reasoning", _read_second_thought),
+        ("reasoning_details", _read_details),
+        ("content", _read_content),
+        ("refusal", _read_refusal),
+        ("audio", _read_audio),
+        ("images", _read_images),
+        ("annotations", _read_annotations),
+        ("tool_calls", _read_calls),
+        ("function_call", _read_function_call),
+    )
+
+
+_DETAIL_KEYS = ("text", "summary", "data", "signature")
+
+
+def _partial_length(text: str, tag: str) -> int:
+    """How many characters at the end of `text` may be the beginning of `tag`."""
+    return next((size for size in range(min(len(tag) - 1, len(text)), 0, -1) if text.endswith(tag[:size])), 0)
+
+
+def _has_words(chunk: Dict[str, Any]) -> bool:
+    return any(isinstance(chunk.get(key), str) and chunk[key] for key in ("message", "detail"))
+
+
+# ---- streams: neutral -> Chat Completions
+
+_quote_json = json.encoder.encode_basestring_ascii
+
+_CHAT_DONE = b"data: [DONE]\n\n"
+
+
+class ChatStreamRenderer:
+    """Neutral stream events to chunks (SDK: ChatCompletionChunk).
+
+    The role is in the first chunk only (trap 51), every index of a choice is 0 (trap 52), calls are counted on their
+    own (trap 53). A stream that failed ends without `[DONE]`. Only the text of a chunk is written anew for each delta.
+    """
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._state = "before"
+        self._head = ""
+        self._tail = ',"logprobs":null,"finish_reason":null}]%s}\n\n' % self._no_usage()
+        self._prefix = ""  # of a delta of the open block
+        self._suffix = ""
+        self._calls = 0
+        self._call: Optional[ToolCall] = None
+        self._has_arguments = False
+        self._has_refusal = False
+
+    def render(self, event: Any) -> bytes:
+        """The bytes for `event`, b"" when the client sees nothing of it."""
+        if type(event) is Delta:
+            self._has_arguments = True
+            if self._prefix and self._state == "open":
+                return (self._prefix + _quote_json(event.text) + self._suffix).encode("ascii")
+            return b""
+        handler = self._HANDLERS.get(type(event))
+        return handler(self, event) if handler and self._state != "ended" else b""
+
+    def _no_usage(self) -> str:
+        """With include_usage every chunk but the last says that it has none (SDK: ChatCompletionChunk.usage)."""
+        return ',"usage":null' if self._context.request.include_usage else ""
+
+    def _start(self, event: Started) -> bytes:
+        if self._state != "before":
+            return b""
+        self._state = "open"
+        known = {
+            "id": _chat_id(event.id, self._context),
+            "object": "chat.completion.chunk",
+            "created": self._context.created or event.created,
+            "model": self._context.request.model,
+        }
+        self._head = "data: " + dump_json(known).decode("ascii")[:-1]
+        return self._chunk({"role": "assistant", "content": ""})
+
+    def _ensure_started(self) -> bytes:
+        return self._start(Started("", "")) if self._state == "before" else b""
+
+    def _chunk(self, delta: Dict[str, Any]) -> bytes:
+        text = self._head + ',"choices":[{"index":0,"delta":' + dump_json(delta).decode("ascii") + self._tail
+        return text.encode("ascii")
+
+    def _set_prefix(self, before: str, after: str) -> None:
+        self._prefix = self._head + ',"choices":[{"index":0,"delta":' + before
+        self._suffix = after + self._tail
+
+    def _open(self, event: Opened) -> bytes:
+        out, block = self._ensure_started(), event.block
+        self._prefix, self._has_arguments = "", False
+        if isinstance(block, ToolCall):
+            return out + self._open_call(block)
+        if isinstance(block, Opaque):
+            message: Dict[str, Any] = {}
+            _add_own_part(message, block)
+            return out + (self._chunk(message) if message else b"")
+        field = _CHAT_TEXT_FIELDS.get(type(block))
+        if field is None:
+            return out
+        self._has_refusal = self._has_refusal or isinstance(block, Refusal)
+        self._set_prefix('{"%s":' % field, "}")
+        if block.text:
+            out += self.render(Delta(block.text))
+        bag = own_extra(block, _CHAT)
+        return out + (self._details(bag) if isinstance(block, Thinking) else b"")
+
+    def _open_call(self, call: ToolCall) -> bytes:
+        key = "input" if call.kind == "custom" else "arguments"
+        entry = _write_chat_call(call, call.id or "call_%s_%d" % (self._context.id, self._calls))
+        entry[call.kind][key] = call.arguments
+        self._set_prefix('{"tool_calls":[{"index":%d,"%s":{"%s":' % (self._calls, call.kind, key), "}}]}")
+        out = self._chunk({"tool_calls": [{"index": self._calls, **entry}]})
+        self._calls += 1
+        self._call = call
+        self._has_arguments = bool(call.arguments)
+        return out
+
+    def _close(self, event: Closed) -> bytes:
+        """A call without arguments is one with an empty object (trap 41): clients parse them."""
+        call, self._call = self._call, None
+        out = b""
+        if call is not None and call.kind == "function" and not self._has_arguments:
+            out = self.render(Delta("{}"))
+        self._prefix = ""
+        return out
+
+    def _extend(self, event: Extended) -> bytes:
+        return self._details(event.values) if event.wire == _CHAT and self._state == "open" else b""
+
+    def _details(self, bag: Dict[str, Any]) -> bytes:
+        details = bag.get("reasoning_details")
+        return self._chunk({"reasoning_details": details}) if details else b""
+
+    def _finish(self, event: Finished) -> bytes:
+        out = self._ensure_started()
+        self._state = "ended"
+        reason = _shown_finish(event.stop_reason, self._calls > 0, self._has_refusal)
+        end = self._head + ',"choices":[{"index":0,"delta":{},"logprobs":null,"finish_reason":"%s"}]%s}\n\n'
+        out += (end % (reason, self._no_usage())).encode("ascii")
+        if event.usage is not None and self._context.request.include_usage:
+            usage = dump_json(_write_chat_usage(event.usage)).decode("ascii")
+            out += ('%s,"choices":[],"usage":%s}\n\n' % (self._head, usage)).encode("ascii")
+        return out + _CHAT_DONE
+
+    def _fail(self, event: Failed) -> bytes:
+        self._state = "ended"
+        return chat_error_event(event.error, self._context.id)
+
+    _HANDLERS: Dict[type, Callable[..., bytes]] = {
+        Started: _start,
+        Opened: _open,
+        Closed: _close,
+        Extended: _extend,
+        Finished: _finish,
+        Failed: _fail,
+    }
+
+
+# ---- errors
+
+# Error types and codes -> the status they come with (platform.openai.com/docs/guides/error-codes, and the words of
+# other providers), for errors that come in a 200.
+_CHAT_STATUSES = {
+    "invalid_request_error": 400,
+    "context_length_exceeded": 400,
+    "content_filter": 400,
+    "tool_use_failed": 400,
+    "authentication_error": 401,
+    "invalid_api_key": 401,
+    "insufficient_balance": 402,
+    "permission_error": 403,
+    "permission_denied": 403,
+    "not_found_error": 404,
+    "model_not_found": 404,
+    "timeout_error": 408,
+    "rate_limit_error": 429,
+    "rate_limit_exceeded": 429,
+    "requests": 429,
+    "tokens": 429,
+    "insufficient_quota": 429,
+    "server_error": 500,
+    "internal_server_error": 500,
+    "service_unavailable": 503,
+    "server_is_overloaded": 503,
+    "overloaded_error": 503,
+}
+
+# Error types by status (platform.openai.com/docs/guides/error-codes); 4xx and 5xx otherwise.
+_CHAT_ERROR_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+}
+
+
+def parse_chat_error(status: int, body: Any) -> ErrorInfo:
+    """An error answer in any of the shapes in use: {"error": {...} or "..."}, {"message"}, {"detail"}, a list, text.
+
+    body: parsed JSON, or text. JSON inside strings is unwrapped for its message (trap 124). A status below 400 (an
+    error in a stream) is replaced by the one that the error names, or by that of its type or code, else by 502.
+    """
+    error = _error_object(body)
+    message = _error_message(error)
+    kind = as_text(error.get("type")) or as_text(error.get("status"))
+    kind = "" if kind == "error" else kind
+    code = _error_code(error.get("code"))
+    if status < 400:
+        status = _error_status(error, kind, code)
+    return ErrorInfo(
+        status,
+        message or "the upstream answered with status %d" % status,
+        kind,
+        code,
+        as_text(error.get("param")),
+    )
+
+
+def _error_object(body: Any, depth: int = 4) -> Dict[str, Any]:
+    """The innermost object that tells the error, made of whatever stands in its place."""
+    value = body[0] if isinstance(body, list) and body else body
+    if isinstance(value, str):
+        return _unwrap_error(value, depth)
+    outer = as_dict(value)
+    error = outer.get("error")
+    if isinstance(error, (dict, list)) and error and depth > 0:
+        return _error_object(error, depth - 1)
+    if error and isinstance(error, str):
+        inner = _unwrap_error(error, depth)
+        return {**{key: item for key, item in outer.items() if key != "error"}, **inner}
+    return outer
+
+
+def _unwrap_error(text: str, depth: int) -> Dict[str, Any]:
+    """Text as an error: JSON in it, also after other words, tells more than the text around it."""
+    start = text.find("{")
+    if start >= 0 and depth > 0:
+        try:
+            inner = _error_object(load_json(text[start:]), depth - 1)
+        except RouterError:
+            inner = {}
+        if _error_message(inner, depth - 1):
+            before = text[:start].rstrip(" :-")
+            words = _error_message(inner, depth - 1)
+            return {**inner, "message": "%s: %s" % (before, words) if before else words}
+    return {"message": text.strip()[:4000]}
+
+
+def _error_message(error: Dict[str, Any], depth: int = 4) -> str:
+    """What the error says, with the words of the provider behind the one that answered (OpenRouter: metadata.raw)."""
+    texts = (error.get(key) for key in ("message", "detail", "msg", "error_message", "title"))
+    message = next((text for text in texts if text and isinstance(text, str)), "")
+    if not message:
+        for value in (error.get("detail"), error.get("message"), error.get("errors")):
+            nested = _error_object(value, depth - 1) if isinstance(value, (dict, list)) and value and depth > 0 else {}
+            message = message or (_error_message(nested, depth - 1) if nested else "")
+    elif "{" in message and depth > 0:
+        message = as_text(_unwrap_error(message, depth - 1).get("message"))
+    raw = as_dict(error.get("metadata")).get("raw")
+    if raw and isinstance(raw, str) and depth > 0:
+        inner = as_text(_unwrap_error(raw, depth - 1).get("message"))
+        message = "%s: %s" % (message, inner) if message and inner else message or inner
+    return message
+
+
+def _error_code(code: Any) -> str:
+    return str(code) if isinstance(code, int) and not isinstance(code, bool) else as_text(code)
+
+
+def _error_status(error: Dict[str, Any], kind: str, code: str) -> int:
+    """The status of an error that came in a 200."""
+    for value in (error.get("status_code"), error.get("code"), error.get("status")):
+        number = int(value) if isinstance(value, str) and re.fullmatch(r"[45]\d\d", value) else value
+        if isinstance(number, int) and 400 <= number <= 599:
+            return number
+    return _CHAT_STATUSES.get(code) or _CHAT_STATUSES.get(kind.lower()) or 502
+
+
+def render_chat_error(info: ErrorInfo, request_id: str) -> Dict[str, Any]:
+    """SDK: ErrorObject (openai.types.shared); the type follows from the status when nobody named one."""
+    kind = info.type or _CHAT_ERROR_TYPES.get(info.status)
+    kind = kind or ("server_error" if info.status >= 500 else "invalid_request_error")
+    return {"error": {"message": info.message, "type": kind, "param": info.param or None, "code": info.code or None}}
+
+
+def chat_error_event(info: ErrorInfo, request_id: str) -> bytes:
+    """The error as the last event of a stream; `[DONE]` does not follow it (trap 14)."""
+    return sse_event(dump_json(render_chat_error(info, request_id)))
+
+
+OPENAI_CHAT = WireFormat(
+    name=_CHAT,
+    path="/chat/completions",
+    parse_request=parse_chat_request,
+    render_request=render_chat_request,
+    parse_response=parse_chat_response,
+    render_response=render_chat_response,
+    parser=ChatStreamParser,
+    renderer=ChatStreamRenderer,
+    parse_error=parse_chat_error,
+    render_error=render_chat_error,
+    error_event=chat_error_event,
+    watch=re.compile(
+        rb'"usage"\s*:\s*\{|"error"\s*:\s*[{\["]|"finish_reason"\s*:\s*"|data:\s*\[DONE\]|event:\s*error'
+        rb'|"object"\s*:\s*"error"'
+    ),
+    losses=CHAT_LOSSES,
+)
+# ==============================================================================
+# 10 ANTHROPIC MESSAGES - Messages API: requests, answers, streams, errors [pure]
+# ==============================================================================
+#
+# platform.claude.com/docs: "Messages" (api/messages), "Streaming messages", "Errors"; shapes as in the types of the
+# official Python SDK 2.12 (anthropic.types and anthropic.types.beta). The block types that other formats share become
+# neutral values; every other block is kept as Opaque, or, in a request's history, as Text that knows its original.
+
+_ANTHROPIC = "anthropic"
+
+# Stands where the API demands a turn that the conversation does not have.
+_ANTHROPIC_FILLER = "(continue)"
+_ANTHROPIC_NO_RESULT = "(no result)"
+
+# The key under which arguments that are no JSON object are put, so that `input` stays an object (trap 42).
+RAW_ARGUMENTS = "_raw"
+
+# Least budget_tokens of ThinkingConfigEnabledParam.
+_ANTHROPIC_MIN_BUDGET = 1024
+
+_ANTHROPIC_BUDGETS = {"minimal": 1024, "low": 2048, "medium": 8192, "high": 16384, "xhigh": 24576, "max": 31999}
+
+_ANTHROPIC_EFFORTS = ("low", "medium", "high", "xhigh", "max")
+
+
+class AnthropicModel(NamedTuple):
+    """One row of ANTHROPIC_MODELS: what models whose id matches `pattern` take.
+
+    thinking: how reasoning is switched on: "" not at all, "budget" (type enabled with budget_tokens), "adaptive"
+    (type adaptive with output_config.effort). efforts: levels known. sampling: temperature, top_p and top_k are taken.
+    prefill: the conversation may end with an assistant turn. max_tokens: sent when the client named none, since the
+    API demands it; every model of the row accepts it.
+    """
+
+    pattern: Pattern[str]
+    thinking: str
+    efforts: Tuple[str, ...]
+    sampling: bool
+    prefill: bool
+    max_tokens: int
+
+
+# First match wins. platform.claude.com/docs: "Models overview", "Thinking", "Effort", "What's new in Claude ...".
+# The last row is for what others serve in this format: the oldest spelling is the one they know.
+ANTHROPIC_MODELS = (
+    AnthropicModel(re.compile(r"claude-(instant|2|3-(opus|sonnet|haiku))"), "", (), True, True, 4096),
+    AnthropicModel(re.compile(r"claude-3[-.]5"), "", (), True, True, 8192),
+    AnthropicModel(
+        re.compile(r"claude-(3[-.]7|(opus|sonnet|haiku)-4([-.@][015]\b|[-@]20|(?![-.@\d]))|4-)"),
+        "budget",
+        (),
+        True,
+        True,
+        32000,
+    ),
+    AnthropicModel(
+        re.compile(r"claude-(opus|sonnet)-4[-.]6"), "adaptive", ("low", "medium", "high", "max"), True, False, 32000
+    ),
+    AnthropicModel(re.compile(r"claude-"), "adaptive", _ANTHROPIC_EFFORTS, False, False, 32000),
+    AnthropicModel(re.compile(r""), "budget", (), True, True, 8192),
+)
+
+# Field of the request -> what becomes of it when a request or answer of another format is written in this one.
+ANTHROPIC_LOSSES = {
+    "audio": "becomes a short text note: the Messages API takes no sound",
+    "documents other than PDF and text": "become a short text note",
+    "system messages after the first turn": "become text of the user's turn, at their place",
+    "custom tools": "become functions with one string, `input`, and are turned back in the answer",
+    "server tools of other formats": "left out, as are their blocks",
+    "reasoning without an Anthropic signature": "left out of the history",
+    "tool results without a call": "become text of the user's turn",
+    "tool calls without a result": "get the result `%s`" % _ANTHROPIC_NO_RESULT,
+    "temperature above 1": "becomes 1; with top_p and top_k left out while thinking and for models that refuse them",
+    "top_p beside temperature": "left out",
+    "JSON mode without a schema": "becomes a sentence in `system`",
+    "reasoning effort": "becomes thinking.budget_tokens or output_config.effort, by model; not when a tool is forced "
+    "or max_tokens leaves no room",
+    "stop texts of white space": "left out",
+    "strict: false on tools": "left out, it is the default",
+    "n, seed, logprobs, logit_bias, penalties, store, modalities, prediction": "left out",
+    "fields of other formats": "left out",
+    "refusal parts": "become text",
+}
+
+# ---- requests: Anthropic -> neutral
+
+_ANTHROPIC_TYPES: Dict[str, Tuple[Tuple[type, ...], str]] = {
+    "model": ((str,), "string"),
+    "messages": ((list,), "array"),
+    "system": ((str, list), "string or array"),
+    "tools": ((list,), "array"),
+    "tool_choice": ((dict,), "object"),
+    "max_tokens": ((int,), "integer"),
+    "temperature": ((int, float), "number"),
+    "top_p": ((int, float), "number"),
+    "top_k": ((int,), "integer"),
+    "stop_sequences": ((list,), "array"),
+    "stream": ((bool,), "boolean"),
+    "thinking": ((dict,), "object"),
+    "output_config": ((dict,), "object"),
+    "output_format": ((dict,), "object"),
+    "metadata": ((dict,), "object"),
+    "thread": ((dict,), "object"),
+}
+
+
+def parse_anthropic_request(body: Dict[str, Any]) -> ChatRequest:
+    """The body of POST /v1/messages (MessageCreateParams, beta ones too) as a ChatRequest.
+
+    RouterError 400 with the path of the value in Anthropic's way of writing it ("messages.3.content.0: ...").
+    """
+    for key, (kinds, words) in _ANTHROPIC_TYPES.items():
+        _anthropic_check(body.get(key), kinds, words, key)
+    if body.get("messages") is None:
+        raise _anthropic_invalid("messages", "Field required")
+    _refuse_thread(body.get("thread"))
+    choice = body.get("tool_choice") or {}
+    return ChatRequest(
+        model=body.get("model") or "",
+        messages=[_anthropic_message(item, "messages.%d" % index) for index, item in enumerate(body["messages"])],
+        system=_anthropic_blocks(body.get("system") or [], "system"),
+        tools=[_anthropic_tool(item, "tools.%d" % index) for index, item in enumerate(body.get("tools") or [])],
+        tool_choice=_anthropic_tool_choice(choice),
+        parallel_tools=False if choice.get("disable_parallel_tool_use") is True else None,
+        max_tokens=body.get("max_tokens"),
+        temperature=body.get("temperature"),
+        top_p=body.get("top_p"),
+        top_k=body.get("top_k"),
+        stop=[text for text in body.get("stop_sequences") or [] if isinstance(text, str)],
+        stream=bool(body.get("stream")),
+        output=_anthropic_output(body),
+        reasoning=_anthropic_reasoning(body),
+        user=as_text(as_dict(body.get("metadata")).get("user_id")),
+        fields=_anthropic_fields(body),
+    )
+
+
+def _anthropic_invalid(path: str, message: str) -> RouterError:
+    return RouterError("%s: %s" % (path, message), 400, "invalid_request")
+
+
+def _anthropic_check(value: Any, kinds: Tuple[type, ...], words: str, path: str) -> Any:
+    """`value` if it is None or of one of `kinds`; a boolean is a number to Python, but not to the API."""
+    if value is not None and (not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds)):
+        raise _anthropic_invalid(path, "Input should be a valid %s" % words)
+    return value
+
+
+def _refuse_thread(thread: Optional[Dict[str, Any]]) -> None:
+    """Threads keep the conversation at Anthropic; the SDKs' tool runners fall back to the whole history on these codes.
+
+    anthropic.types.ThreadUnsupportedRequestErrorDetails, ThreadNotFoundErrorDetails.
+    """
+    if thread is None:
+        return
+    code = "thread_not_found" if thread.get("type") == "continue" else "thread_unsupported_request"
+    raise RouterError("thread: not available for this model through the router; send the full conversation", 400, code)
+
+
+def _anthropic_fields(body: Dict[str, Any]) -> Extra:
+    rest = {key: value for key, value in body.items() if key not in _ANTHROPIC_TYPES and value is not None}
+    config = {
+        key: value for key, value in as_dict(body.get("output_config")).items() if key not in ("effort", "format")
+    }
+    if config:
+        rest["output_config"] = config
+    return {_ANTHROPIC: rest} if rest else None
+
+
+def _anthropic_output(body: Dict[str, Any]) -> Optional[JsonOutput]:
+    """`output_config.format`, or the beta's older `output_format`: {"type": "json_schema", "schema": {...}}."""
+    wanted = as_dict(body.get("output_config")).get("format") or body.get("output_format")
+    return JsonOutput(schema=wanted["schema"]) if isinstance(as_dict(wanted).get("schema"), dict) else None
+
+
+def _anthropic_reasoning(body: Dict[str, Any]) -> Optional[Reasoning]:
+    """`thinking` and `output_config.effort`. Thinking switched off wins over an effort (trap 88)."""
+    thinking, effort = body.get("thinking"), as_text(as_dict(body.get("output_config")).get("effort"))
+    if not thinking and not effort:
+        return None
+    bag = {key: value for key, value in (("thinking", thinking), ("effort", effort)) if value}
+    kind = as_dict(thinking).get("type")
+    if kind == "disabled":
+        return Reasoning("none", extra={_ANTHROPIC: bag})
+    budget = as_int(as_dict(thinking).get("budget_tokens"))
+    return Reasoning(effort, budget, kind in ("adaptive", "between_tools"), {_ANTHROPIC: bag})
+
+
+def _anthropic_tool(item: Any, path: str) -> Tool:
+    """A custom tool (ToolParam), or one that Anthropic defines by its `type` (web_search_20250305, ...)."""
+    if not isinstance(item, dict):
+        raise _anthropic_invalid(path, "Input should be an object")
+    kind, name = item.get("type"), as_text(item.get("name"))
+    if kind not in (None, "custom"):
+        return Tool(name or as_text(kind), kind="server", extra={_ANTHROPIC: item})
+    if not name:
+        raise _anthropic_invalid(path + ".name", "Field required")
+    schema = _anthropic_check(item.get("input_schema"), (dict,), "object", path + ".input_schema")
+    strict = item.get("strict")
+    return Tool(
+        name,
+        as_text(item.get("description")),
+        schema,
+        strict=strict if isinstance(strict, bool) else None,
+        extra=_anthropic_rest(item, ("type", "name", "description", "input_schema", "strict")),
+    )
+
+
+_ANTHROPIC_CHOICES = ("auto", "any", "none", "tool")
+
+
+def _anthropic_tool_choice(choice: Dict[str, Any]) -> Optional[ToolChoice]:
+    mode = choice.get("type")
+    return (
+        ToolChoice(mode, as_text(choice.get("name")) if mode == "tool" else "") if mode in _ANTHROPIC_CHOICES else None
+    )
+
+
+_ANTHROPIC_ROLES = {"user": "user", "assistant": "assistant", "system": "system", "developer": "system"}
+
+
+def _anthropic_message(item: Any, path: str) -> Message:
+    """One message. Role system occurs in mid-conversation (SystemMessageParam, Claude Code; trap 73)."""
+    if not isinstance(item, dict):
+        raise _anthropic_invalid(path, "Input should be an object")
+    role = _ANTHROPIC_ROLES.get(as_text(item.get("role")))
+    if role is None:
+        raise _anthropic_invalid(path + ".role", "Input should be 'user', 'assistant' or 'system'")
+    content = item.get("content")
+    if not isinstance(content, (str, list)):
+        raise _anthropic_invalid(path + ".content", "Input should be a valid string or array")
+    return Message(role, _anthropic_blocks(content, path + ".content"))
+
+
+def _anthropic_blocks(content: Any, path: str) -> List[Any]:
+    if isinstance(content, str):
+        return [Text(content)] if content else []
+    return [_anthropic_block(item, "%s.%d" % (path, index)) for index, item in enumerate(content)]
+
+
+def _anthropic_block(item: Any, path: str) -> Any:
+    """One content block of a request as a neutral value."""
+    if not isinstance(item, dict):
+        raise _anthropic_invalid(path, "Input should be an object")
+    kind = item.get("type")
+    if not isinstance(kind, str):
+        raise _anthropic_invalid(path + ".type", "Field required")
+    reader = _ANTHROPIC_READERS.get(kind)
+    if reader is not None:
+        return reader(item, path)
+    if kind == "server_tool_use" or kind == "mcp_tool_use" or kind.endswith("_tool_result"):
+        return _anthropic_shown(item, "[%s] %s" % (kind, _readable(item)))
+    return Opaque(_ANTHROPIC, item)
+
+
+def _anthropic_rest(item: Dict[str, Any], known: Sequence[str]) -> Extra:
+    rest = {key: value for key, value in item.items() if key not in known and value not in (None, [])}
+    return {_ANTHROPIC: rest} if rest else None
+
+
+def _anthropic_string(item: Dict[str, Any], key: str, path: str) -> str:
+    if not isinstance(item.get(key), str):
+        raise _anthropic_invalid("%s.%s" % (path, key), "Input should be a valid string")
+    return item[key]
+
+
+def _anthropic_shown(item: Dict[str, Any], text: str) -> Text:
+    """A block that others see as text (trap 107), and this format as it came."""
+    return Text(text, {_ANTHROPIC: {"block": item}})
+
+
+# Keys of server-run tools' blocks whose strings mean something to another model.
+_READABLE_KEYS = ("name", "query", "code", "command", "url", "title", "text", "stdout", "stderr", "error_code")
+
+
+def _readable(value: Any) -> str:
+    """The words in a nested block, in order, without ids and encrypted content."""
+    found: List[str] = []
+    stack = [value]
+    while stack:
+        value = stack.pop()
+        if isinstance(value, list):
+            stack.extend(reversed(value))
+        elif isinstance(value, dict):
+            found.extend(
+                text for key, text in value.items() if key in _READABLE_KEYS and isinstance(text, str) and text
+            )
+            stack.extend(child for child in reversed(list(value.values())) if isinstance(child, (dict, list)))
+    return " ".join(found)
+
+
+def _read_anthropic_text(item: Dict[str, Any], path: str) -> Text:
+    return Text(_anthropic_string(item, "text", path), _anthropic_rest(item, ("type", "text")))
+
+
+def _read_anthropic_image(item: Dict[str, Any], path: str) -> Any:
+    """ImageBlockParam: base64 and url sources; a file id means nothing elsewhere."""
+    source = as_dict(item.get("source"))
+    extra = _anthropic_rest(item, ("type", "source"))
+    if source.get("type") == "base64":
+        return Media(
+            "image", as_text(source.get("media_type")), _anthropic_string(source, "data", path + ".source"), extra=extra
+        )
+    if source.get("type") == "url":
+        return Media("image", url=_anthropic_string(source, "url", path + ".source"), extra=extra)
+    return Opaque(_ANTHROPIC, item)
+
+
+def _read_anthropic_document(item: Dict[str, Any], path: str) -> Any:
+    """DocumentBlockParam: PDFs are Media; text sources are text to everyone else."""
+    source = as_dict(item.get("source"))
+    kind, title = source.get("type"), as_text(item.get("title"))
+    extra = _anthropic_rest(item, ("type", "source", "title"))
+    if kind == "base64":
+        data = _anthropic_string(source, "data", path + ".source")
+        return Media("document", as_text(source.get("media_type")) or "application/pdf", data, name=title, extra=extra)
+    if kind == "url":
+        return Media(
+            "document",
+            "application/pdf",
+            url=_anthropic_string(source, "url", path + ".source"),
+            name=title,
+            extra=extra,
+        )
+    if kind in ("text", "content"):
+        content = source.get("data") if kind == "text" else source.get("content")
+        text = content if isinstance(content, str) else _readable(content)
+        return _anthropic_shown(item, "\n".join(part for part in (title, as_text(item.get("context")), text) if part))
+    return Opaque(_ANTHROPIC, item)
+
+
+def _read_anthropic_search_result(item: Dict[str, Any], path: str) -> Text:
+    """SearchResultBlockParam: a source, a title and text blocks."""
+    return _anthropic_shown(
+        item, "\n".join((as_text(item.get("title")), as_text(item.get("source")), _readable(item.get("content"))))
+    )
+
+
+def _read_anthropic_thinking(item: Dict[str, Any], path: str) -> Thinking:
+    return Thinking(_anthropic_string(item, "thinking", path), _anthropic_rest(item, ("type", "thinking")))
+
+
+def _read_anthropic_tool_use(item: Dict[str, Any], path: str) -> ToolCall:
+    arguments = item.get("input")
+    if arguments is not None and not isinstance(arguments, dict):
+        raise _anthropic_invalid(path + ".input", "Input should be an object")
+    name, call_id = _anthropic_string(item, "name", path), _anthropic_string(item, "id", path)
+    return ToolCall(
+        call_id, name, _dump_arguments(arguments), extra=_anthropic_rest(item, ("type", "id", "name", "input"))
+    )
+
+
+def _read_anthropic_tool_result(item: Dict[str, Any], path: str) -> ToolResult:
+    content = item.get("content")
+    if content is not None and not isinstance(content, (str, list)):
+        raise _anthropic_invalid(path + ".content", "Input should be a valid string or array")
+    blocks = [
+        _anthropic_shown(block.value, dump_json(block.value).decode()) if isinstance(block, Opaque) else block
+        for block in _anthropic_blocks(content or [], path + ".content")
+    ]
+    extra = _anthropic_rest(item, ("type", "tool_use_id", "content", "is_error"))
+    return ToolResult(_anthropic_string(item, "tool_use_id", path), blocks, item.get("is_error") is True, extra)
+
+
+_ANTHROPIC_READERS: Dict[str, Callable[[Dict[str, Any], str], Any]] = {
+    "text": _read_anthropic_text,
+    "image": _read_anthropic_image,
+    "document": _read_anthropic_document,
+    "search_result": _read_anthropic_search_result,
+    "thinking": _read_anthropic_thinking,
+    "tool_use": _read_anthropic_tool_use,
+    "tool_result": _read_anthropic_tool_result,
+}
+
+
+def _dump_arguments(arguments: Any) -> str:
+    return json.dumps(arguments, separators=(",", ":"), ensure_ascii=False) if arguments else "{}"
+
+
+# ---- requests: neutral -> Anthropic
+
+
+def render_anthropic_request(request: ChatRequest) -> Dict[str, Any]:
+    """A ChatRequest as the body of POST /v1/messages; `request.model` decides the row of ANTHROPIC_MODELS."""
+    row = next(row for row in ANTHROPIC_MODELS if row.pattern.search(request.model))
+    lead = 0
+    while lead < len(request.messages) and request.messages[lead].role == "system":
+        lead += 1
+    turns = _anthropic_turns(request.messages[lead:], row.prefill)
+    system = [*request.system, *(block for message in request.messages[:lead] for block in message.blocks)]
+    body: Dict[str, Any] = {"model": request.model, "messages": turns}
+    body.update((request.fields or {}).get(_ANTHROPIC) or {})
+    _put_anthropic_system(body, system, request.output)
+    _put_anthropic_tools(body, request)
+    _put_anthropic_reasoning(body, request, row)
+    _put_anthropic_sampling(body, request, row)
+    if request.output is not None and request.output.schema is not None:
+        output_format = {"type": "json_schema", "schema": request.output.schema}
+        body["output_config"] = {**as_dict(body.get("output_config")), "format": output_format}
+    if request.user:
+        body["metadata"] = {"user_id": request.user}
+    if request.stream:
+        body["stream"] = True
+    return body
+
+
+def _put_anthropic_system(body: Dict[str, Any], blocks: List[Any], output: Optional[JsonOutput]) -> None:
+    """`system`: a string where that says it all. JSON mode without a schema has no field, so it is said in words."""
+    parts = [part for part in map(_write_anthropic_block, blocks) if part and part.get("type") == "text"]
+    if output is not None and output.schema is None:
+        parts.append({"type": "text", "text": "Answer with one valid JSON object and nothing else."})
+    if len(parts) == 1 and len(parts[0]) == 2:
+        body["system"] = parts[0]["text"]
+    elif parts:
+        body["system"] = parts
+
+
+def _put_anthropic_tools(body: Dict[str, Any], request: ChatRequest) -> None:
+    tools = [tool for tool in map(_write_anthropic_tool, request.tools) if tool is not None]
+    if not tools:
+        return
+    body["tools"] = tools
+    choice = _write_anthropic_choice(request.tool_choice, {tool.get("name") for tool in tools})
+    if request.parallel_tools is False and choice.get("type") != "none":
+        choice = {"type": "auto", **choice, "disable_parallel_tool_use": True}
+    if choice:
+        body["tool_choice"] = choice
+
+
+def _write_anthropic_choice(choice: Optional[ToolChoice], names: Set[Any]) -> Dict[str, Any]:
+    """Traps 96 and 97. A forced tool that had to be left out cannot be forced."""
+    if choice is None or (choice.mode == "tool" and choice.name not in names):
+        return {}
+    return {"type": "tool", "name": choice.name} if choice.mode == "tool" else {"type": choice.mode}
+
+
+# How a free-text tool is offered to a format that knows functions only; TRANSLATION undoes it in the answer.
+CUSTOM_TOOL_SCHEMA = {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}
+
+
+def _write_anthropic_tool(tool: Tool) -> Optional[Dict[str, Any]]:
+    bag = own_extra(tool, _ANTHROPIC)
+    if tool.kind == "server":
+        return bag or None
+    schema = CUSTOM_TOOL_SCHEMA if tool.kind == "custom" else {"type": "object", **(tool.schema or {})}
+    schema = schema if "properties" in schema else {**schema, "properties": {}}
+    item: Dict[str, Any] = {"name": tool.name, "input_schema": schema}
+    if tool.description:
+        item["description"] = tool.description
+    if tool.strict and tool.kind == "function":
+        item["strict"] = True
+    return {**item, **bag}
+
+
+def _put_anthropic_reasoning(body: Dict[str, Any], request: ChatRequest, row: AnthropicModel) -> None:
+    """`max_tokens`, `thinking` and `output_config.effort`. Forced tools and thinking exclude each other."""
+    body["max_tokens"] = row.max_tokens if request.max_tokens is None else request.max_tokens
+    reasoning = request.reasoning
+    if reasoning is None:
+        return
+    own = own_extra(reasoning, _ANTHROPIC)
+    if own:
+        body.update({"thinking": own["thinking"]} if own.get("thinking") else {})
+        effort, thinking = own.get("effort"), None
+    else:
+        effort = _nearest_effort(reasoning, row)
+        thinking = _write_anthropic_thinking(reasoning, row, body["max_tokens"])
+    if effort:
+        body["output_config"] = {**as_dict(body.get("output_config")), "effort": effort}
+    forced = as_dict(body.get("tool_choice")).get("type") in ("any", "tool")
+    broken_off = row.thinking == "budget" and _lacks_thinking(body["messages"])
+    if thinking and (thinking["type"] == "disabled" or not (forced or broken_off)):
+        body["thinking"] = thinking
+
+
+def _write_anthropic_thinking(reasoning: Reasoning, row: AnthropicModel, max_tokens: int) -> Optional[Dict[str, Any]]:
+    """The ThinkingConfigParam for what another format asked; a budget leaves a quarter of max_tokens free (trap 89).
+
+    display: the newest models hide their reasoning unless told, and who asked for reasoning wants to see it.
+    """
+    room = max_tokens * 3 // 4
+    if not row.thinking or (row.thinking == "budget" and reasoning.effort != "none" and room < _ANTHROPIC_MIN_BUDGET):
+        return None
+    if reasoning.effort == "none":
+        return {"type": "disabled"}
+    if row.thinking == "adaptive":
+        return {"type": "adaptive", "display": "summarized"}
+    budget = reasoning.budget or _ANTHROPIC_BUDGETS.get(reasoning.effort, _ANTHROPIC_BUDGETS["medium"])
+    return {"type": "enabled", "budget_tokens": max(_ANTHROPIC_MIN_BUDGET, min(budget, room))}
+
+
+def _nearest_effort(reasoning: Reasoning, row: AnthropicModel) -> str:
+    """The effort asked for, or the next lower one the model knows; a bare budget names what it pays for (trap 90)."""
+    effort = reasoning.effort
+    if not effort and reasoning.budget:
+        effort = next((name for name in _ANTHROPIC_EFFORTS if reasoning.budget <= _ANTHROPIC_BUDGETS[name]), "max")
+    if not row.efforts or effort in ("", "none"):
+        return ""
+    order = _ANTHROPIC_EFFORTS.index(effort) if effort in _ANTHROPIC_EFFORTS else 0
+    return next((name for name in reversed(_ANTHROPIC_EFFORTS[: order + 1]) if name in row.efforts), row.efforts[0])
+
+
+def _lacks_thinking(turns: List[Dict[str, Any]]) -> bool:
+    """Whether the tool turn that goes on has no thinking block in front, which budgeted thinking refuses (trap 86)."""
+    last = next((turn["content"] for turn in reversed(turns) if turn["role"] == "assistant"), [])
+    kinds = [part.get("type") for part in last] if isinstance(last, list) else []
+    return "tool_use" in kinds and kinds[0] not in ("thinking", "redacted_thinking")
+
+
+def _put_anthropic_sampling(body: Dict[str, Any], request: ChatRequest, row: AnthropicModel) -> None:
+    """Sampling fields where the model takes them (trap 72): not while thinking, temperature alone and up to 1."""
+    thinking = as_dict(body.get("thinking")).get("type") not in (None, "disabled")
+    if row.sampling and not thinking:
+        if request.temperature is not None:
+            body["temperature"] = min(request.temperature, 1.0)
+        elif request.top_p is not None:
+            body["top_p"] = request.top_p
+        if request.top_k is not None:
+            body["top_k"] = request.top_k
+    stop = [text for text in request.stop if text.strip()]
+    if stop:
+        body["stop_sequences"] = stop
+
+
+def _anthropic_turns(messages: List[Message], prefill: bool) -> List[Dict[str, Any]]:
+    """`messages`: turns alternate, start with the user, and every call is answered in the turn that follows it."""
+    turns = _pair_results(_merge_turns(messages))
+    rendered = []
+    for role, blocks in turns:
+        parts = [part for part in map(_write_anthropic_block, blocks) if part is not None]
+        if not parts:
+            continue
+        if rendered and rendered[-1]["role"] == role:
+            rendered[-1]["content"].extend(parts)
+        else:
+            rendered.append({"role": role, "content": parts})
+    if not rendered or rendered[0]["role"] != "user":
+        rendered.insert(0, {"role": "user", "content": [{"type": "text", "text": _ANTHROPIC_FILLER}]})
+    _end_turns(rendered, prefill)
+    for turn in rendered:
+        content = turn["content"]
+        if len(content) == 1 and content[0].get("type") == "text" and len(content[0]) == 2:
+            turn["content"] = content[0]["text"]
+    return rendered
+
+
+def _end_turns(turns: List[Dict[str, Any]], prefill: bool) -> None:
+    """A conversation that ends with the assistant: a prefill without white space behind it, or one more user turn."""
+    if turns[-1]["role"] != "assistant":
+        return
+    last = turns[-1]["content"][-1]
+    if prefill and last.get("type") == "text":
+        last["text"] = last["text"].rstrip()
+    else:
+        turns.append({"role": "user", "content": [{"type": "text", "text": _ANTHROPIC_FILLER}]})
+
+
+def _merge_turns(messages: List[Message]) -> List[Tuple[str, List[Any]]]:
+    """Neighbours of one role joined. A system message between them is the user's, never the assistant's (trap 74)."""
+    turns: List[Tuple[str, List[Any]]] = []
+    for message in messages:
+        role = "assistant" if message.role == "assistant" else "user"
+        if turns and turns[-1][0] == role:
+            turns[-1][1].extend(message.blocks)
+        else:
+            turns.append((role, list(message.blocks)))
+    return turns
+
+
+def _pair_results(turns: List[Tuple[str, List[Any]]]) -> List[Tuple[str, List[Any]]]:
+    """Calls last in their turn and results first in the next, one for each call (traps 77 to 81).
+
+    A call without a result gets one that says so, a result without a call becomes text, a second result for
+    one call is dropped; ids are made unique and legal.
+    """
+    paired: List[Tuple[str, List[Any]]] = []
+    taken: Set[str] = set()
+    calls: Dict[str, List[str]] = OrderedDict()
+    for role, blocks in turns:
+        if role == "assistant":
+            calls, blocks = _take_calls(blocks, taken)
+            paired.append((role, blocks))
+        else:
+            paired.append((role, _answer_calls(calls, blocks)))
+            calls = OrderedDict()
+    if calls:
+        paired.append(("user", _answer_calls(calls, [])))
+    return paired
+
+
+_ANTHROPIC_ID = re.compile(r"[^a-zA-Z0-9_-]")
+
+
+def _take_calls(blocks: List[Any], taken: Set[str]) -> Tuple[Dict[str, List[str]], List[Any]]:
+    """The turn with its calls last, and which ids each of the client's call ids stands for; `taken` grows."""
+    calls: Dict[str, List[str]] = OrderedDict()
+    rest, last = [], []
+    for block in blocks:
+        if not isinstance(block, ToolCall):
+            rest.append(block)
+            continue
+        base = unique = _ANTHROPIC_ID.sub("_", block.id) or "toolu"
+        while unique in taken:
+            unique = "%s_%d" % (base, len(taken))
+        taken.add(unique)
+        calls.setdefault(block.id, []).append(unique)
+        last.append(ToolCall(unique, block.name, block.arguments, block.kind, block.extra))
+    return calls, rest + last
+
+
+def _answer_calls(calls: Dict[str, List[str]], blocks: List[Any]) -> List[Any]:
+    first: List[Any] = []
+    rest: List[Any] = []
+    open_ids = {call_id: list(ids) for call_id, ids in calls.items()}
+    for block in blocks:
+        if not isinstance(block, ToolResult):
+            rest.append(block)
+        elif open_ids.get(block.call_id):
+            first.append(ToolResult(open_ids[block.call_id].pop(0), block.blocks, block.is_error, block.extra))
+        elif block.call_id not in calls:
+            rest.extend(block.blocks)
+    missing = [unique for ids in open_ids.values() for unique in ids]
+    first.extend(ToolResult(unique, [Text(_ANTHROPIC_NO_RESULT)], True) for unique in missing)
+    return first + rest
+
+
+def _write_anthropic_block(block: Any) -> Optional[Dict[str, Any]]:
+    """One content block, or None for what this format has no place for."""
+    writer = _ANTHROPIC_WRITERS.get(type(block))
+    return writer(block) if writer else None
+
+
+def _write_anthropic_text(block: Any) -> Optional[Dict[str, Any]]:
+    """Empty text is refused by the API (trap 82)."""
+    bag = own_extra(block, _ANTHROPIC)
+    if "block" in bag:
+        return bag["block"]
+    return {"type": "text", "text": block.text, **bag} if block.text.strip() else None
+
+
+def _write_anthropic_thinking_block(block: Thinking) -> Optional[Dict[str, Any]]:
+    """Only what Anthropic signed may come back to it (trap 85)."""
+    bag = own_extra(block, _ANTHROPIC)
+    return {"type": "thinking", "thinking": block.text, **bag} if bag.get("signature") else None
+
+
+def _write_anthropic_call(block: ToolCall) -> Dict[str, Any]:
+    item = {
+        "type": "tool_use",
+        "id": block.id,
+        "name": block.name,
+        "input": arguments_object(block.arguments, block.kind),
+    }
+    return {**item, **own_extra(block, _ANTHROPIC)}
+
+
+def _write_anthropic_result(block: ToolResult) -> Dict[str, Any]:
+    item: Dict[str, Any] = {"type": "tool_result", "tool_use_id": block.call_id}
+    content = [part for part in map(_write_anthropic_block, block.blocks) if part is not None]
+    if len(content) == 1 and content[0].get("type") == "text" and len(content[0]) == 2:
+        item["content"] = content[0]["text"]
+    elif content:
+        item["content"] = content
+    if block.is_error:
+        item["is_error"] = True
+    return {**item, **own_extra(block, _ANTHROPIC)}
+
+
+_ANTHROPIC_IMAGES = ("image/jpeg", "image/png", "image/gif", "image/webp")
+
+
+def _write_anthropic_media(block: Media) -> Dict[str, Any]:
+    """An image or document block, or a note for what the API does not take (traps 102, 105)."""
+    source = _anthropic_source(block)
+    if source is None:
+        what = " ".join(part for part in (block.kind, block.media_type, block.name) if part)
+        return {"type": "text", "text": "[%s: left out, it cannot be sent to this model]" % what}
+    item: Dict[str, Any] = {"type": block.kind, "source": source}
+    if block.kind == "document" and block.name:
+        item["title"] = block.name
+    return {**item, **own_extra(block, _ANTHROPIC)}
+
+
+def _anthropic_source(block: Media) -> Optional[Dict[str, Any]]:
+    if block.kind not in ("image", "document"):
+        return None
+    if block.url:
+        return {"type": "url", "url": block.url}
+    media_type = block.media_type.lower().split(";")[0].strip()
+    if media_type in (_ANTHROPIC_IMAGES if block.kind == "image" else ("application/pdf",)):
+        return {"type": "base64", "media_type": media_type, "data": block.data}
+    if block.kind == "document" and media_type.startswith("text/"):
+        try:
+            text = base64.b64decode("".join(block.data.split()), validate=True).decode("utf-8")
+        except ValueError:
+            return None
+        return {"type": "text", "media_type": "text/plain", "data": text}
+    return None
+
+
+def _write_anthropic_opaque(block: Opaque) -> Optional[Dict[str, Any]]:
+    return block.value if block.wire == _ANTHROPIC else None
+
+
+_ANTHROPIC_WRITERS: Dict[type, Callable[[Any], Optional[Dict[str, Any]]]] = {
+    Text: _write_anthropic_text,
+    Refusal: _write_anthropic_text,
+    Thinking: _write_anthropic_thinking_block,
+    Media: _write_anthropic_media,
+    ToolCall: _write_anthropic_call,
+    ToolResult: _write_anthropic_result,
+    Opaque: _write_anthropic_opaque,
+}
+
+
+def arguments_object(arguments: str, kind: str = "function") -> Dict[str, Any]:
+    """Tool arguments as the object that `input` must be (trap 42).
+
+    Empty and null are {}. An object in a string (encoded twice) is unwrapped. Anything else is kept under
+    RAW_ARGUMENTS; the free text of a custom tool under `input`, as CUSTOM_TOOL_SCHEMA has it.
+    """
+    if kind == "custom":
+        return {"input": arguments}
+    if not arguments.strip():
+        return {}
+    try:
+        value = load_json(arguments, "arguments")
+        value = load_json(value, "arguments") if isinstance(value, str) else value
+    except RouterError:
+        return {RAW_ARGUMENTS: arguments}
+    return value if isinstance(value, dict) else {} if value is None else {RAW_ARGUMENTS: arguments}
+
+
+# ---- answers
+
+# Keys of a Message that only this format knows, kept in the answer's bag.
+_ANTHROPIC_ANSWER_KEYS = ("stop_details", "container", "context_management", "diagnostics")
+
+# Counts that Usage holds; an answer's usage with more keys is kept whole in the bag.
+_ANTHROPIC_COUNTS = (
+    "input_tokens",
+    "output_tokens",
+    "cache_creation_input_tokens",
+    "cache_read_input_tokens",
+    "output_tokens_details",
+)
+
+
+def parse_anthropic_response(body: Dict[str, Any], context: Context) -> ChatResponse:
+    """A Message (anthropic.types.Message) as a ChatResponse. RouterError 502 for anything else."""
+    if not isinstance(body, dict) or not isinstance(body.get("content"), list):
+        raise RouterError("the upstream's answer is not an Anthropic message", 502, "upstream_answer_invalid")
+    blocks = [_anthropic_answer_block(item, context, index) for index, item in enumerate(body["content"])]
+    return ChatResponse(
+        id=as_text(body.get("id")) or "msg_" + context.id,
+        model=as_text(body.get("model")),
+        blocks=[block for block in blocks if block is not None],
+        stop_reason=_anthropic_stop(body.get("stop_reason"), any(isinstance(block, ToolCall) for block in blocks)),
+        stop_sequence=as_text(body.get("stop_sequence")),
+        usage=_anthropic_usage(body["usage"]) if isinstance(body.get("usage"), dict) else None,
+        extra=_anthropic_answer_extra(body, as_dict(body.get("usage"))),
+        created=context.created,
+    )
+
+
+def _anthropic_answer_block(item: Any, context: Context, index: int) -> Any:
+    """A block of an answer: unlike in a request's history, what a server-run tool did stays opaque."""
+    item = as_dict(item)
+    kind = item.get("type")
+    if kind == "text":
+        return Text(as_text(item.get("text")), _anthropic_rest(item, ("type", "text")))
+    if kind == "thinking":
+        return Thinking(as_text(item.get("thinking")), _anthropic_rest(item, ("type", "thinking")))
+    if kind == "tool_use":
+        call_id = as_text(item.get("id")) or "toolu_%s_%d" % (context.id, index)
+        extra = _anthropic_rest(item, ("type", "id", "name", "input"))
+        return ToolCall(call_id, as_text(item.get("name")), _dump_arguments(item.get("input")), extra=extra)
+    return Opaque(_ANTHROPIC, item) if item else None
+
+
+def _anthropic_stop(reason: Any, has_calls: bool) -> str:
+    if reason in STOP_REASONS:
+        return reason
+    return "tool_use" if has_calls else "end_turn"
+
+
+def _anthropic_usage(usage: Dict[str, Any]) -> Usage:
+    """anthropic.types.Usage: input_tokens are already without the cached ones (trap 113)."""
+    return Usage(
+        as_int(usage.get("input_tokens")),
+        as_int(usage.get("output_tokens")),
+        as_int(usage.get("cache_read_input_tokens")),
+        as_int(usage.get("cache_creation_input_tokens")),
+        as_int(as_dict(usage.get("output_tokens_details")).get("thinking_tokens")),
+    )
+
+
+def _anthropic_answer_extra(answer: Dict[str, Any], usage: Dict[str, Any]) -> Extra:
+    bag = {key: answer[key] for key in _ANTHROPIC_ANSWER_KEYS if answer.get(key) is not None}
+    further = {key: value for key, value in usage.items() if key not in _ANTHROPIC_COUNTS and value is not None}
+    if further:
+        bag["usage"] = further
+    reason = answer.get("stop_reason")
+    if isinstance(reason, str) and reason not in STOP_REASONS:
+        bag["stop_reason"] = reason
+    return {_ANTHROPIC: bag} if bag else None
+
+
+def render_anthropic_response(response: ChatResponse, context: Context) -> Dict[str, Any]:
+    """A ChatResponse as a Message, under the model name that the client asked for (trap 44)."""
+    content = [item for item in map(_write_anthropic_answer_block, response.blocks) if item is not None]
+    bag = dict(own_extra(response, _ANTHROPIC))
+    has_calls = any(item.get("type") == "tool_use" for item in content)
+    message = {
+        "id": _anthropic_message_id(response.id, context),
+        "type": "message",
+        "role": "assistant",
+        "model": context.request.model or response.model,
+        "content": content,
+        "stop_reason": bag.pop("stop_reason", None) or _shown_stop(response.stop_reason, has_calls),
+        "stop_sequence": response.stop_sequence or None,
+        "usage": _write_anthropic_usage(response.usage, bag.pop("usage", None)),
+    }
+    return {**message, **bag}
+
+
+def _write_anthropic_answer_block(block: Any) -> Optional[Dict[str, Any]]:
+    """As in a request, but reasoning of others is shown although nobody signed it, and white space stays."""
+    if isinstance(block, (Text, Refusal)):
+        return {"type": "text", "text": block.text, **own_extra(block, _ANTHROPIC)} if block.text else None
+    if isinstance(block, Thinking):
+        bag = {"signature": "", **own_extra(block, _ANTHROPIC)}
+        return {"type": "thinking", "thinking": block.text, **bag} if block.text or bag["signature"] else None
+    return _write_anthropic_block(block)
+
+
+def _anthropic_message_id(upstream_id: str, context: Context) -> str:
+    return upstream_id if upstream_id.startswith("msg_") else "msg_" + context.id
+
+
+def _shown_stop(reason: str, has_calls: bool) -> str:
+    """`tool_use` exactly when a tool block was sent, or agents stop or loop (traps 30, 31)."""
+    if has_calls:
+        return "tool_use" if reason == "end_turn" else reason
+    return "end_turn" if reason == "tool_use" else reason
+
+
+def _write_anthropic_usage(usage: Optional[Usage], further: Optional[Dict[str, Any]] = None) -> Dict[str, Any]:
+    """Always an object with integers: SDKs and Claude Code add them up unseen (trap 43)."""
+    usage = usage or Usage()
+    counts: Dict[str, Any] = {
+        "input_tokens": usage.input,
+        "cache_creation_input_tokens": usage.cache_write,
+        "cache_read_input_tokens": usage.cache_read,
+        "output_tokens": usage.output,
+    }
+    if usage.reasoning:
+        counts["output_tokens_details"] = {"thinking_tokens": usage.reasoning}
+    return {**(further or {}), **counts}
+
+
+# ---- streams: Anthropic -> neutral
+
+
+def _refuse_json_constant(name: str) -> Any:
+    raise ValueError("%s is not JSON" % name)
+
+
+_decode_event = json.JSONDecoder(parse_constant=_refuse_json_constant).decode
+
+# Delta type -> the field with its text, and the block it belongs to (anthropic.types.RawContentBlockDelta).
+_ANTHROPIC_DELTAS: Dict[Any, Tuple[str, type]] = {
+    "text_delta": ("text", Text),
+    "thinking_delta": ("thinking", Thinking),
+    "input_json_delta": ("partial_json", ToolCall),
+}
+
+
+class AnthropicStreamParser:
+    """RawMessageStreamEvents to neutral stream events. Unknown events and deltas are skipped.
+
+    done: message_stop was seen. usage: the counts so far, or None. skipped: events that could not be read.
+    The blocks of the API never overlap; what comes for a block that is not open is skipped.
+    """
+
+    def __init__(self, context: Context) -> None:
+        self.done = False
+        self.skipped = 0
+        self._context = context
+        self._ended = False
+        self._started = False
+        self._block: Any = None
+        self._index: Any = None
+        self._held = ""
+        self._pieces: List[str] = []
+        self._blocks = 0
+        self._called = False
+        self._counts: Dict[str, Any] = {}
+        self._answer: Dict[str, Any] = {}
+
+    @property
+    def usage(self) -> Optional[Usage]:
+        """message_start's usage with message_delta's laid over it, field by field (trap 114)."""
+        return _anthropic_usage(self._counts) if self._counts else None
+
+    def feed(self, event: SseEvent) -> List[Any]:
+        """The neutral events that `event` completes."""
+        if self._ended:
+            return []
+        try:
+            data = _decode_event(event.data)
+            kind = data.get("type") or ("error" if data.get("error") else None)
+            if kind == "content_block_delta":
+                return self._delta(data["delta"], data.get("index", self._index))
+            handler = self._HANDLERS.get(kind)
+            return handler(self, data) if handler else []
+        except (ValueError, RecursionError, TypeError, KeyError, AttributeError):
+            self.skipped += event.data != "[DONE]"
+            return []
+
+    def finish(self) -> List[Any]:
+        """The end of the bytes: without message_stop the answer was cut off, whatever message_delta said."""
+        if self._ended:
+            return []
+        return self._fail(ErrorInfo(502, "the upstream's stream ended before message_stop", "api_error", "truncated"))
+
+    def _start(self, data: Dict[str, Any]) -> List[Any]:
+        message = as_dict(data.get("message"))
+        self._count(message.get("usage"))
+        self._answer.update((key, message[key]) for key in _ANTHROPIC_ANSWER_KEYS if message.get(key) is not None)
+        if self._started:
+            return []
+        self._started = True
+        model, message_id = as_text(message.get("model")), as_text(message.get("id"))
+        return [Started(message_id or "msg_" + self._context.id, model, self.usage, self._context.created)]
+
+    def _ensure_started(self) -> List[Any]:
+        return [] if self._started else self._start({})
+
+    def _open(self, data: Dict[str, Any]) -> List[Any]:
+        item = data["content_block"]
+        block = _anthropic_answer_block(item, self._context, self._blocks)
+        if block is None:
+            raise ValueError("a block is an object")
+        events = self._ensure_started() + self._close_block()
+        self._blocks += 1
+        self._called = self._called or isinstance(block, ToolCall)
+        self._index = data.get("index")
+        if isinstance(block, Opaque):
+            self._block, self._pieces = dict(item), []
+            return events
+        self._block = block
+        self._held = _get_text(block)
+        return events + [Opened(_without_text(block))]
+
+    def _open_missing(self, block: Any, index: Any) -> List[Any]:
+        """A delta without its start: the block is what the delta says it is."""
+        events = self._ensure_started() + self._close_block()
+        self._block, self._index, self._held = block, index, ""
+        return events + [Opened(block)]
+
+    def _delta(self, delta: Dict[str, Any], index: Any) -> List[Any]:
+        kind = delta["type"]
+        field, block_type = _ANTHROPIC_DELTAS.get(kind, ("", None))
+        text = delta.get(field)
+        if type(self._block) is block_type and index == self._index:
+            if not text or type(text) is not str:
+                return []
+            if self._held:
+                return self._held_delta(text)
+            return [Delta(text)]
+        return self._other_delta(delta, kind, text, block_type, index)
+
+    def _held_delta(self, text: str) -> List[Any]:
+        """The first delta: text in the start event precedes it, a tool's `input` there is only a placeholder."""
+        held, self._held = self._held, ""
+        return [Delta(text)] if isinstance(self._block, ToolCall) else [Delta(held + text)]
+
+    def _other_delta(self, delta: Dict[str, Any], kind: str, text: Any, block_type: Any, index: Any) -> List[Any]:
+        if isinstance(self._block, dict) and index == self._index:
+            self._add_to_opaque(delta)
+            return []
+        if block_type in (Text, Thinking) and text and isinstance(text, str):
+            if self._block is None or index == self._index:
+                return self._open_missing(block_type(""), index) + [Delta(text)]
+        if index == self._index:
+            if kind == "signature_delta" and isinstance(self._block, Thinking) and delta.get("signature"):
+                return self._release() + [Extended(_ANTHROPIC, {"signature": as_text(delta["signature"])})]
+            if kind == "citations_delta" and isinstance(self._block, Text) and delta.get("citation"):
+                return self._release() + [Extended(_ANTHROPIC, {"citations": [delta["citation"]]})]
+        self.skipped += 1
+        return []
+
+    def _add_to_opaque(self, delta: Dict[str, Any]) -> None:
+        """`input` comes as JSON text; other deltas name the block's own fields (compaction_delta: content)."""
+        if delta["type"] == "input_json_delta":
+            self._pieces.append(as_text(delta.get("partial_json")))
+            return
+        for key, value in delta.items():
+            if key != "type" and value is not None:
+                old = self._block.get(key)
+                self._block[key] = old + value if isinstance(old, str) and isinstance(value, str) else value
+
+    def _release(self) -> List[Any]:
+        held, self._held = self._held, ""
+        return [Delta(held)] if held else []
+
+    def _close(self, data: Dict[str, Any]) -> List[Any]:
+        return self._close_block() if data.get("index", self._index) == self._index else []
+
+    def _close_block(self) -> List[Any]:
+        block, self._block = self._block, None
+        if block is None:
+            return []
+        if isinstance(block, dict):
+            if self._pieces:
+                block["input"] = arguments_object("".join(self._pieces))
+            opaque = Opaque(_ANTHROPIC, block)
+            return [Opened(opaque), Closed()]
+        return self._release() + [Closed()]
+
+    def _count(self, usage: Any) -> None:
+        """Later counts win, except that a zero never hides a number: some upstreams repeat the fields empty."""
+        for key, value in as_dict(usage).items():
+            if value or self._counts.get(key) is None:
+                self._counts[key] = value
+
+    def _message_delta(self, data: Dict[str, Any]) -> List[Any]:
+        self._count(data.get("usage"))
+        for part in (data, as_dict(data.get("delta"))):
+            self._answer.update(
+                (key, value)
+                for key, value in part.items()
+                if value is not None and key not in ("type", "delta", "usage")
+            )
+        return []
+
+    def _stop(self, data: Dict[str, Any]) -> List[Any]:
+        events = self._ensure_started() + self._close_block()
+        self.done = self._ended = True
+        reason = _anthropic_stop(self._answer.get("stop_reason"), self._called)
+        extra = _anthropic_answer_extra(self._answer, self._counts)
+        return events + [Finished(reason, as_text(self._answer.get("stop_sequence")), self.usage, extra)]
+
+    def _error(self, data: Dict[str, Any]) -> List[Any]:
+        return self._fail(parse_anthropic_error(200, data))
+
+    def _fail(self, error: ErrorInfo) -> List[Any]:
+        events = self._close_block()
+        self._ended = True
+        return events + [Failed(error)]
+
+    _HANDLERS: Dict[Any, Callable[..., List[Any]]] = {
+        "message_start": _start,
+        "content_block_start": _open,
+        "content_block_stop": _close,
+        "message_delta": _message_delta,
+        "message_stop": _stop,
+        "error": _error,
+        "ping": lambda self, data: [Ping()],
+    }
+
+
+# ---- streams: neutral -> Anthropic
+
+_escape_json = json.encoder.encode_basestring_ascii
+
+_ANTHROPIC_PING = sse_event(b'{"type":"ping"}', "ping")
+
+
+def _anthropic_event(name: str, **fields: Any) -> bytes:
+    """One event. Clients need the `event:` line (the SDKs skip events without, Claude Code repeats the request)."""
+    return sse_event(dump_json({"type": name, **fields}), name)
+
+
+class AnthropicStreamRenderer:
+    """Neutral stream events to Messages events: one message_start, blocks from 0 on, one stop for each, one end.
+
+    Text and reasoning blocks are opened by their first delta, since a stored empty one spoils every later turn
+    (trap 32). Tool arguments stream as they come if they begin like an object; others are held and repaired.
+    """
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._state = "before"
+        self._usage: Optional[Usage] = None
+        self._index = 0
+        self._block: Any = None
+        self._shown = False
+        self._prefix = ""
+        self._pieces: List[str] = []
+        self._ids: Set[str] = set()
+
+    def render(self, event: Any) -> bytes:
+        """The bytes for `event`, b"" when the client sees nothing of it."""
+        if type(event) is Delta:
+            if self._prefix:
+                return (self._prefix + _escape_json(event.text) + "}}\n\n").encode("ascii")
+            return self._first_delta(event.text)
+        handler = self._HANDLERS.get(type(event))
+        return handler(self, event) if handler and self._state != "after" else b""
+
+    def _start(self, event: Started) -> bytes:
+        if self._state != "before":
+            return b""
+        self._state, self._usage = "inside", event.usage
+        return _anthropic_event(
+            "message_start",
+            message={
+                "id": _anthropic_message_id(event.id, self._context),
+                "type": "message",
+                "role": "assistant",
+                "model": self._context.request.model or event.model,
+                "content": [],
+                "stop_reason": None,
+                "stop_sequence": None,
+                "usage": _write_anthropic_usage(event.usage),
+            },
+        )
+
+    def _ensure_started(self) -> bytes:
+        return self._start(Started("", "")) if self._state == "before" else b""
+
+    def _open(self, event: Opened) -> bytes:
+        out = self._ensure_started() + self._close(None)
+        self._block, self._shown, self._pieces = event.block, False, []
+        if isinstance(event.block, ToolCall):
+            return out + self._show(self._call_block(event.block))
+        if isinstance(event.block, Opaque):
+            return out + self._opaque(event.block)
+        text = event.block.text
+        return out + (self._first_delta(text) if text else b"")
+
+    def _call_block(self, call: ToolCall) -> Dict[str, Any]:
+        call_id = call.id or "toolu_%s_%d" % (self._context.id, self._index)
+        if call_id in self._ids:
+            call_id = "%s_%d" % (call_id, self._index)
+        self._ids.add(call_id)
+        if call.arguments:
+            self._pieces.append(call.arguments)
+        return {"type": "tool_use", "id": call_id, "name": call.name, "input": {}, **own_extra(call, _ANTHROPIC)}
+
+    def _opaque(self, block: Opaque) -> bytes:
+        """A block of this format that a stream shows whole; `input` goes in a delta, where the SDKs look for it."""
+        if block.wire != _ANTHROPIC:
+            return b""
+        if not isinstance(block.value.get("input"), dict):
+            return self._show(block.value)
+        out = self._show({**block.value, "input": {}})
+        text = _dump_arguments(block.value["input"])
+        return out + self._delta_event({"type": "input_json_delta", "partial_json": text})
+
+    def _show(self, item: Dict[str, Any]) -> bytes:
+        self._shown = True
+        return _anthropic_event("content_block_start", index=self._index, content_block=item)
+
+    def _set_prefix(self, delta: str, field: str) -> None:
+        """Everything of a delta event that stands before its text, so that a delta costs one concatenation."""
+        self._prefix = (
+            'event: content_block_delta\ndata: {"type":"content_block_delta","index":%d,"delta":{"type":"%s","%s":'
+            % (self._index, delta, field)
+        )
+
+    def _first_delta(self, text: str) -> bytes:
+        """The slow path: opens a text or reasoning block, or looks at the first character of a tool's arguments."""
+        block = self._block
+        if isinstance(block, ToolCall):
+            return self._arguments(text)
+        if not isinstance(block, (Text, Refusal, Thinking)) or self._state != "inside":
+            return b""
+        out = self._show_text(block)
+        return out + (self._prefix + _escape_json(text) + "}}\n\n").encode("ascii")
+
+    def _show_text(self, block: Any) -> bytes:
+        if isinstance(block, Thinking):
+            self._set_prefix("thinking_delta", "thinking")
+            return self._show({"type": "thinking", "thinking": "", "signature": ""})
+        self._set_prefix("text_delta", "text")
+        return self._show({"type": "text", "text": "", **own_extra(block, _ANTHROPIC)})
+
+    def _arguments(self, text: str) -> bytes:
+        if self._pieces or self._block.kind == "custom" or not text.lstrip().startswith("{"):
+            self._pieces.append(text)
+            return b""
+        self._set_prefix("input_json_delta", "partial_json")
+        return (self._prefix + _escape_json(text) + "}}\n\n").encode("ascii")
+
+    def _delta_event(self, delta: Dict[str, Any]) -> bytes:
+        return _anthropic_event("content_block_delta", index=self._index, delta=delta)
+
+    def _extend(self, event: Extended) -> bytes:
+        if event.wire != _ANTHROPIC or not isinstance(self._block, (Text, Thinking)):
+            return b""
+        out = b"" if self._shown else self._show_text(self._block)
+        if isinstance(self._block, Thinking) and event.values.get("signature"):
+            return out + self._delta_event({"type": "signature_delta", "signature": event.values["signature"]})
+        citations = as_list(event.values.get("citations"))
+        return out + b"".join(self._delta_event({"type": "citations_delta", "citation": item}) for item in citations)
+
+    def _close(self, event: Optional[Closed]) -> bytes:
+        block, self._block, self._prefix = self._block, None, ""
+        signature = own_extra(block, _ANTHROPIC).get("signature") if isinstance(block, Thinking) else ""
+        out = self._show_text(block) if signature and not self._shown else b""
+        if not self._shown:
+            return b""
+        if isinstance(block, ToolCall) and self._pieces:
+            arguments = arguments_object("".join(self._pieces), block.kind)
+            out += self._delta_event({"type": "input_json_delta", "partial_json": _dump_arguments(arguments)})
+        if signature:
+            out += self._delta_event({"type": "signature_delta", "signature": signature})
+        self._shown, self._prefix, self._pieces = False, "", []
+        out += _anthropic_event("content_block_stop", index=self._index)
+        self._index += 1
+        return out
+
+    def _finish(self, event: Finished) -> bytes:
+        out = self._ensure_started() + self._close(None)
+        self._state = "after"
+        bag = dict(own_extra(event, _ANTHROPIC))
+        further = bag.pop("usage", None)
+        reason = bag.pop("stop_reason", None) or _shown_stop(event.stop_reason, bool(self._ids))
+        managed = {"context_management": bag.pop("context_management")} if "context_management" in bag else {}
+        bag.pop("diagnostics", None)
+        delta = {"stop_reason": reason, "stop_sequence": event.stop_sequence or None, **bag}
+        usage = _write_anthropic_usage(event.usage or self._usage, further)
+        return (
+            out
+            + _anthropic_event("message_delta", delta=delta, usage=usage, **managed)
+            + _anthropic_event("message_stop")
+        )
+
+    def _fail(self, event: Failed) -> bytes:
+        out = self._close(None)
+        self._state = "after"
+        return out + anthropic_error_event(event.error, self._context.id)
+
+    def _ping(self, event: Ping) -> bytes:
+        """Only between message_start and the end (trap 45)."""
+        return _ANTHROPIC_PING if self._state == "inside" else b""
+
+    _HANDLERS: Dict[type, Callable[..., bytes]] = {
+        Started: _start,
+        Opened: _open,
+        Extended: _extend,
+        Closed: _close,
+        Finished: _finish,
+        Failed: _fail,
+        Ping: _ping,
+    }
+
+
+# ---- errors
+
+# platform.claude.com/docs/en/api/errors; anthropic.types.shared.ErrorType.
+_ANTHROPIC_ERROR_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    402: "billing_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    500: "api_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+    529: "overloaded_error",
+}
+
+# The other way, for errors inside a stream, whose status was 200.
+_ANTHROPIC_ERROR_STATUSES = {
+    "invalid_request_error": 400,
+    "authentication_error": 401,
+    "billing_error": 402,
+    "permission_error": 403,
+    "not_found_error": 404,
+    "conflict_error": 409,
+    "request_too_large": 413,
+    "rate_limit_error": 429,
+    "api_error": 500,
+    "timeout_error": 504,
+    "overloaded_error": 529,
+}
+
+# error.details that clients act on, by error code (_refuse_thread).
+_ANTHROPIC_DETAILS: Dict[str, Dict[str, Any]] = {
+    "thread_unsupported_request": {"error_code": "thread_unsupported_request", "unsupported": ["thread"]},
+    "thread_not_found": {"error_code": "thread_not_found"},
+}
+
+
+def parse_anthropic_error(status: int, body: Any) -> ErrorInfo:
+    """An error answer ({"type": "error", "error": {"type", "message", "details"}}) or whatever stands in its place.
+
+    body: parsed JSON, or text. A status below 400 (an error event in a stream) is replaced by the one of its type.
+    """
+    outer = as_dict(body)
+    error = outer.get("error")
+    inner = as_dict(error)
+    kind = as_text(inner.get("type")) or (as_text(outer.get("type")) if not inner else "")
+    message = next(
+        (
+            text
+            for text in map(as_text, (inner.get("message"), error, outer.get("message"), outer.get("detail"), body))
+            if text
+        ),
+        "",
+    )
+    code = as_dict(inner.get("details")).get("error_code")
+    code = inner.get("code") if code is None else code
+    if status < 400:
+        status = _ANTHROPIC_ERROR_STATUSES.get(kind, 500)
+    words = "" if code is None or isinstance(code, (dict, list, bool)) else str(code)
+    return ErrorInfo(status, message or "the upstream answered with status %d" % status, kind, words)
+
+
+def anthropic_error_type(info: ErrorInfo) -> str:
+    """The error type for `info`: its own if this format has it, else the one of its status (traps 121, 122)."""
+    if info.type in _ANTHROPIC_ERROR_STATUSES:
+        return info.type
+    return _ANTHROPIC_ERROR_TYPES.get(info.status) or ("api_error" if info.status >= 500 else "invalid_request_error")
+
+
+def render_anthropic_error(info: ErrorInfo, request_id: str) -> Dict[str, Any]:
+    """anthropic.types.shared.ErrorResponse."""
+    error: Dict[str, Any] = {"type": anthropic_error_type(info), "message": info.message}
+    if info.code in _ANTHROPIC_DETAILS:
+        error["details"] = _ANTHROPIC_DETAILS[info.code]
+    return {"type": "error", "error": error, "request_id": request_id}
+
+
+def anthropic_error_event(info: ErrorInfo, request_id: str) -> bytes:
+    """The error as an event of a stream ("Streaming messages", error events)."""
+    return sse_event(dump_json(render_anthropic_error(info, request_id)), "error")
+
+
+ANTHROPIC_MESSAGES = WireFormat(
+    name=_ANTHROPIC,
+    path="/messages",
+    parse_request=parse_anthropic_request,
+    render_request=render_anthropic_request,
+    parse_response=parse_anthropic_response,
+    render_response=render_anthropic_response,
+    parser=AnthropicStreamParser,
+    renderer=AnthropicStreamRenderer,
+    parse_error=parse_anthropic_error,
+    render_error=render_anthropic_error,
+    error_event=anthropic_error_event,
+    watch=re.compile(rb'"(?:usage|error|message_stop)"'),
+    losses=ANTHROPIC_LOSSES,
+)
+
+# ==============================================================================
+# 11 OPENAI RESPONSES - Responses API: requests, answers, streams, errors [pure]
+# ==============================================================================
+#
+# Shapes: OpenAI API reference, "Responses", and the types of OpenAI's Python SDK (openai/types/responses):
+# ResponseCreateParams, ResponseInputItem, Response, ResponseStreamEvent. An answer is a list of items;
+# a message item holds parts, each part is one neutral block. A reasoning item with text is one Thinking
+# block, one without (only encrypted content, or only an id) says nothing to other formats: Opaque.
+# Items of tools that the provider runs itself (web_search_call, mcp_call, ...) are Opaque, too.
+
+_RESPONSES = "responses"
+
+# Part types -> neutral block and the field that holds the text.
+_RESPONSES_TEXTS = {
+    "input_text": (Text, "text"),
+    "output_text": (Text, "text"),
+    "text": (Text, "text"),
+    "summary_text": (Text, "text"),
+    "refusal": (Refusal, "refusal"),
+}
+
+# Item types of calls -> kind of the ToolCall and the field that holds the arguments.
+_RESPONSES_CALLS = {"function_call": ("function", "arguments"), "custom_tool_call": ("custom", "input")}
+_RESPONSES_RESULTS = {"function_call_output": "function_call", "custom_tool_call_output": "custom_tool_call"}
+
+# Items that a client adds, besides those whose type ends in _output; all others were made by the model.
+_RESPONSES_CLIENT_ITEMS = ("mcp_approval_response", "compaction_trigger", "configuration_update")
+
+# Request fields that have a place in the neutral form; all others are kept in `fields`.
+_RESPONSES_MAPPED = frozenset(
+    "model input instructions tools tool_choice parallel_tool_calls max_output_tokens temperature top_p text reasoning"
+    " stream user".split()
+)
+
+# Fields that Chat Completions has under the same name and with the same meaning.
+_RESPONSES_SHARED = (
+    "metadata",
+    "service_tier",
+    "prompt_cache_key",
+    "prompt_cache_retention",
+    "prompt_cache_options",
+    "safety_identifier",
+    "moderation",
+)
+
+_RESPONSES_CHOICES = {"auto": "auto", "none": "none", "required": "any"}
+
+# OpenAI refuses smaller values of max_output_tokens ("Expected a value >= 16") and longer user ids.
+_RESPONSES_MIN_TOKENS = 16
+_RESPONSES_MAX_USER = 64
+
+# Thinking budgets of other formats as an effort: up to so many tokens.
+_RESPONSES_EFFORTS = ((2048, "low"), (12000, "medium"), (math.inf, "high"))
+
+_RESPONSES_NO_RESULT = "(no result: the call was not answered)"
+
+RESPONSES_LOSSES = {
+    "access_programs": "not sent",
+    "background": "refused with 400: the answer would have to be kept",
+    "background_options": "not sent",
+    "context_management": "not sent: nothing is compacted",
+    "conversation": "refused with 400: the router keeps no conversations",
+    "image": "not sent",
+    "include": "not sent; reasoning is returned as text, encrypted content only by a Responses upstream",
+    "max_tool_calls": "not sent: only tools run by the provider count",
+    "metadata": "kept for OpenAI Chat, else not sent; echoed in the answer",
+    "moderation": "kept for OpenAI Chat, else not sent",
+    "previous_response_id": "refused with 400: the router keeps no answers",
+    "prompt": "refused with 400: the template is stored at OpenAI",
+    "prompt_cache_key": "kept for OpenAI Chat, else not sent",
+    "prompt_cache_options": "kept for OpenAI Chat, else not sent",
+    "prompt_cache_retention": "kept for OpenAI Chat, else not sent",
+    "safety_identifier": "the end user's id, where the other format has one",
+    "service_tier": "kept for OpenAI Chat, else not sent",
+    "store": "always false: the router stores nothing",
+    "stream_options": "not sent: no obfuscation is added",
+    "text.verbosity": "kept for OpenAI Chat, else not sent",
+    "top_logprobs": "not sent: answers carry no logprobs",
+    "truncation": "always disabled",
+    "tools": "tools that the provider runs (web_search, file_search, mcp, ...) are not sent; custom tools become"
+    " functions of one string; namespaces are flattened",
+    "tool_choice": "allowed_tools: only these tools are sent; a tool that the provider runs cannot be forced",
+    "input": "items and parts of provider-run tools, encrypted reasoning and compaction are not sent; file ids and item"
+    " references are refused with 400",
+    "reasoning.summary": "not sent: reasoning comes as the upstream gives it",
+}
+
+
+# --- Requests ---------------------------------------------------------------------------------------------
+
+
+def needs_server_state(body: Dict[str, Any]) -> Optional[str]:
+    """Why a Responses request only makes sense where earlier state is stored, as a sentence; None when it needs none.
+
+    A router that translates must answer 400 with it: dropping the reference would lose the conversation (trap 63).
+    """
+    for field in ("previous_response_id", "conversation", "prompt"):
+        if body.get(field):
+            return (
+                "`%s` refers to state at the provider, which a translated request cannot reach: "
+                "send the whole conversation as `input`" % field
+            )
+    if body.get("background") is True:
+        return "`background` answers are kept at the provider, which a translated request cannot do"
+    for item in map(as_dict, as_list(body.get("input"))):
+        if _responses_type(item) == "item_reference":
+            return "an `item_reference` in `input` refers to state at the provider: send the item itself"
+        for part in map(as_dict, as_list(item.get("content")) + as_list(item.get("output"))):
+            if part.get("file_id"):
+                return "a `file_id` in `input` refers to a file at the provider: send the file as data or URL"
+    return None
+
+
+def parse_responses_request(body: Dict[str, Any]) -> ChatRequest:
+    """A request body of POST /v1/responses (SDK: ResponseCreateParams). RouterError (400) when it is none."""
+    items = _responses_items(body.get("input"))
+    tools = _responses_tools(
+        as_list(body.get("tools"))
+        + [t for i in items if i.get("type") == "additional_tools" for t in as_list(i.get("tools"))]
+    )
+    choice, tools, fields = _responses_choice(body.get("tool_choice"), tools)
+    system, messages = _responses_turns(items, _responses_flat_names(tools))
+    instructions = _responses_checked(body, "instructions", str)
+    if instructions:
+        system.insert(0, Text(instructions))
+    text = _responses_checked(body, "text", dict) or {}
+    fields.update((key, value) for key, value in body.items() if key not in _RESPONSES_MAPPED)
+    if set(text) - {"format"}:
+        fields["text"] = {key: value for key, value in text.items() if key != "format"}
+    return ChatRequest(
+        model=as_text(body.get("model")),
+        messages=messages,
+        system=system,
+        tools=tools,
+        tool_choice=choice,
+        parallel_tools=_responses_checked(body, "parallel_tool_calls", bool),
+        max_tokens=_responses_checked(body, "max_output_tokens", int),
+        temperature=_responses_checked(body, "temperature", float),
+        top_p=_responses_checked(body, "top_p", float),
+        stream=body.get("stream") is True,
+        output=_responses_output(as_dict(text.get("format"))),
+        reasoning=_responses_reasoning(_responses_checked(body, "reasoning", dict)),
+        user=as_text(body.get("user")) or as_text(body.get("safety_identifier")),
+        fields={_RESPONSES: fields} if fields else None,
+    )
+
+
+_RESPONSES_TYPES = {
+    str: "a string",
+    dict: "an object",
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    list: "an array",
+}
+
+
+def _responses_checked(body: Dict[str, Any], field: str, kind: type) -> Any:
+    value = body.get(field)
+    fits = isinstance(value, (int, float) if kind is float else kind) and (kind is bool or not isinstance(value, bool))
+    if value is None or fits:
+        return value
+    raise RouterError("`%s` must be %s" % (field, _RESPONSES_TYPES[kind]))
+
+
+def _responses_items(source: Any) -> List[Dict[str, Any]]:
+    if isinstance(source, str):
+        return [{"role": "user", "content": source}]
+    if not isinstance(source, list) and source is not None:
+        raise RouterError("`input` must be a string or an array")
+    for index, item in enumerate(source or []):
+        if not isinstance(item, dict):
+            raise RouterError("`input[%d]` must be an object" % index)
+    return source or []
+
+
+def _responses_type(item: Dict[str, Any]) -> str:
+    """The type of an input item: messages and references may leave it out (EasyInputMessage, ItemReference)."""
+    kind = as_text(item.get("type"))
+    if kind:
+        return kind
+    return "message" if "role" in item else "item_reference" if "id" in item else ""
+
+
+def _responses_turns(items: List[Dict[str, Any]], names: Dict[Tuple[str, str], str]) -> Tuple[List[Any], List[Message]]:
+    """(system blocks, messages): the model's items in a row are one turn, so are tool results in a row."""
+    system: List[Any] = []
+    messages: List[Message] = []
+    joins = False
+    for index, item in enumerate(items):
+        role, blocks = _responses_turn(item, index, names)
+        if not blocks:
+            continue
+        is_message = _responses_type(item) == "message"
+        if role == "system" and not messages:
+            system.extend(blocks)
+        elif messages and messages[-1].role == role and (role == "assistant" or (joins and not is_message)):
+            messages[-1].blocks.extend(blocks)
+        else:
+            messages.append(Message(role, blocks))
+        joins = not is_message
+    return system, messages
+
+
+def _responses_turn(item: Dict[str, Any], index: int, names: Dict[Tuple[str, str], str]) -> Tuple[str, List[Any]]:
+    kind = _responses_type(item)
+    if kind == "message":
+        role = as_text(item.get("role"))
+        if role not in ("user", "assistant", "system", "developer"):
+            raise RouterError("`input[%d].role` must be user, assistant, system or developer" % index)
+        blocks = _responses_message(item, index)
+        if role in ("system", "developer"):
+            return "system", [_responses_with(block, {"role": role}) for block in blocks]
+        return role, blocks
+    if kind in _RESPONSES_RESULTS:
+        call_id = as_text(item.get("call_id")) or as_text(item.get("id"))
+        return "user", [ToolResult(call_id, _responses_parts(item.get("output"), "input[%d].output" % index))]
+    if kind in ("additional_tools", ""):
+        return "user", []
+    if kind.endswith("_output") or kind in _RESPONSES_CLIENT_ITEMS:
+        return "user", [Opaque(_RESPONSES, item)]
+    return "assistant", _responses_blocks(item, names)
+
+
+def _responses_message(item: Dict[str, Any], index: int) -> List[Any]:
+    bag = {"phase": item["phase"]} if as_text(item.get("phase")) else {}
+    return [_responses_with(block, bag) for block in _responses_parts(item.get("content"), "input[%d].content" % index)]
+
+
+def _responses_parts(content: Any, where: str) -> List[Any]:
+    if isinstance(content, str):
+        return [Text(content)] if content else []
+    if content is not None and not isinstance(content, list):
+        raise RouterError("`%s` must be a string or an array" % where)
+    blocks = [_responses_part(as_dict(part)) for part in content or []]
+    return [block for block in blocks if block is not None]
+
+
+def _responses_part(part: Dict[str, Any]) -> Any:
+    """One content part as a block, None when it is empty (trap 82); parts that need a stored file stay Opaque."""
+    kind = as_text(part.get("type"))
+    if kind in _RESPONSES_TEXTS:
+        make, field = _RESPONSES_TEXTS[kind]
+        text = as_text(part.get(field))
+        return make(text, _responses_bag(part, ("type", field))) if text else None
+    if kind in ("input_image", "image_url"):
+        source = part.get("image_url")
+        url = as_text(source) or as_text(as_dict(source).get("url"))
+        return _responses_media("image", url, "", part, ("type", "image_url")) if url else Opaque(_RESPONSES, part)
+    if kind == "input_file":
+        source = as_text(part.get("file_data")) or as_text(part.get("file_url"))
+        name = as_text(part.get("filename"))
+        return (
+            _responses_media("document", source, name, part, ("type", "file_data", "file_url", "filename"))
+            if source
+            else Opaque(_RESPONSES, part)
+        )
+    if kind == "input_audio":
+        audio = as_dict(part.get("input_audio"))
+        return Media("audio", "audio/" + (as_text(audio.get("format")) or "wav"), data=as_text(audio.get("data")))
+    return Opaque(_RESPONSES, part) if part else None
+
+
+def _responses_bag(value: Dict[str, Any], known: Iterable[str]) -> Extra:
+    bag = {key: item for key, item in value.items() if key not in known and item not in (None, [], {})}
+    return {_RESPONSES: bag} if bag else None
+
+
+def _responses_with(block: Any, bag: Dict[str, Any]) -> Any:
+    """The block with `bag` added to its own bag; Opaque blocks have none."""
+    if bag and not isinstance(block, Opaque):
+        block.extra = {_RESPONSES: {**own_extra(block, _RESPONSES), **bag}}
+    return block
+
+
+_RESPONSES_DATA_URL = re.compile(r"data:([^;,]*)(?:;[^,]*)?;base64,", re.IGNORECASE)
+_RESPONSES_FILE_TYPES = {
+    "pdf": "application/pdf",
+    "txt": "text/plain",
+    "md": "text/markdown",
+    "csv": "text/csv",
+    "html": "text/html",
+    "json": "application/json",
+}
+
+
+def _responses_media(kind: str, source: str, name: str, part: Dict[str, Any], known: Tuple[str, ...]) -> Media:
+    """A file part: `source` is a data URL, a URL, or (files only) bare base64."""
+    extra = _responses_bag(part, known)
+    match = _RESPONSES_DATA_URL.match(source)
+    if match:
+        return Media(kind, match.group(1).lower(), data=source[match.end() :], name=name, extra=extra)
+    guess = _RESPONSES_FILE_TYPES.get(name.rsplit(".", 1)[-1].lower(), "")
+    if kind == "image" or as_text(part.get("file_url")):
+        return Media(kind, guess, url=source, name=name, extra=extra)
+    return Media(kind, guess or "application/pdf", data=source, name=name, extra=extra)
+
+
+def _responses_blocks(
+    item: Dict[str, Any], names: Dict[Tuple[str, str], str], bag: Optional[Dict[str, Any]] = None, call_id: str = ""
+) -> List[Any]:
+    """The blocks of an item the model made. bag: what else their own bags keep; call_id: for a call without one."""
+    kind = as_text(item.get("type"))
+    if kind in _RESPONSES_CALLS:
+        return [_responses_with(_responses_call(item, names, call_id), bag or {})]
+    if kind == "reasoning":
+        text = _responses_reasoning_text(item)[1]
+        return (
+            [_responses_with(Thinking("\n\n".join(text), _responses_proof(item)), bag or {})]
+            if any(text)
+            else [Opaque(_RESPONSES, item)]
+        )
+    if kind == "message":
+        return [_responses_with(block, bag or {}) for block in _responses_message(item, 0)]
+    return [Opaque(_RESPONSES, item)]
+
+
+def _responses_call(item: Dict[str, Any], names: Dict[Tuple[str, str], str], call_id: str = "") -> ToolCall:
+    """A function_call or custom_tool_call item. A call inside a namespace gets the flat name of its tool."""
+    kind, field = _RESPONSES_CALLS[as_text(item.get("type"))]
+    space, name = as_text(item.get("namespace")), as_text(item.get("name"))
+    call_id = as_text(item.get("call_id")) or as_text(item.get("id")) or call_id
+    extra = {_RESPONSES: {"namespace": space}} if space else None
+    return ToolCall(call_id, names.get((space, name), name), as_text(item.get(field)), kind, extra)
+
+
+def _responses_reasoning_text(item: Dict[str, Any]) -> Tuple[str, List[str]]:
+    """(part type, texts) of a reasoning item: its summary, else the reasoning itself (open models)."""
+    for kind, field in (("summary_text", "summary"), ("reasoning_text", "content")):
+        texts = [as_text(as_dict(part).get("text")) for part in as_list(item.get(field))]
+        if any(texts):
+            return kind, texts
+    return "summary_text", []
+
+
+def _responses_proof(item: Dict[str, Any]) -> Extra:
+    """What a reasoning item's block must keep: where its text stood, and the encrypted content that continues it."""
+    bag = {}
+    if _responses_reasoning_text(item)[0] == "reasoning_text":
+        bag["part"] = "reasoning_text"
+    if as_text(item.get("encrypted_content")):
+        bag["encrypted_content"] = item["encrypted_content"]
+    return {_RESPONSES: bag} if bag else None
+
+
+def _responses_tools(tools: List[Any]) -> List[Tool]:
+    """`tools`, with the members of a namespace (SDK: NamespaceTool) under flat names, "space__name"."""
+    result: List[Tool] = []
+    used = {as_text(as_dict(tool).get("name")) for tool in tools}
+    for tool in map(as_dict, tools):
+        if tool.get("type") != "namespace":
+            result.append(_responses_tool(tool))
+            continue
+        space = as_text(tool.get("name"))
+        for member in map(_responses_tool, map(as_dict, as_list(tool.get("tools")))):
+            flat = "%s__%s" % (space, member.name)
+            while flat in used:
+                flat += "_"
+            used.add(flat)
+            bag = {"namespace": space, "name": member.name, "about": as_text(tool.get("description"))}
+            result.append(member._replace(name=flat, extra={_RESPONSES: {**own_extra(member, _RESPONSES), **bag}}))
+    return result
+
+
+def _responses_tool(tool: Dict[str, Any]) -> Tool:
+    """A function (flat; Chat's nested shape is taken, too: trap 66), a custom tool, or one that the provider runs."""
+    kind = as_text(tool.get("type"))
+    if kind in ("function", "custom"):
+        tool = {**tool, **as_dict(tool.get(kind))}
+        known = ("type", "name", "description", "parameters", "strict", "namespace", "about", kind)
+        schema, strict = tool.get("parameters"), tool.get("strict")
+        return Tool(
+            as_text(tool.get("name")),
+            as_text(tool.get("description")),
+            schema if kind == "function" and isinstance(schema, dict) else None,
+            kind,
+            strict if isinstance(strict, bool) else None,
+            _responses_bag(tool, known),
+        )
+    return Tool(as_text(tool.get("name")) or kind, kind="server", extra={_RESPONSES: tool})
+
+
+def _responses_flat_names(tools: Iterable[Tool]) -> Dict[Tuple[str, str], str]:
+    """(namespace, name) -> flat name of each tool that came in a namespace."""
+    bags = [(own_extra(tool, _RESPONSES), tool.name) for tool in tools if tool.kind != "server"]
+    return {(bag["namespace"], bag["name"]): flat for bag, flat in bags if "namespace" in bag}
+
+
+def _responses_choice(choice: Any, tools: List[Tool]) -> Tuple[Optional[ToolChoice], List[Tool], Dict[str, Any]]:
+    """(neutral choice, tools it leaves, fields to keep): allowed_tools hides the others (SDK: ToolChoiceAllowed)."""
+    if isinstance(choice, str):
+        return (ToolChoice(_RESPONSES_CHOICES[choice]) if choice in _RESPONSES_CHOICES else None), tools, {}
+    choice = as_dict(choice)
+    if choice.get("type") in ("function", "custom"):
+        choice = {**choice, **as_dict(choice.get(choice["type"]))}
+        return ToolChoice("tool", _responses_chosen(choice, tools)), tools, {}
+    if choice.get("type") == "allowed_tools":
+        names = {_responses_chosen(as_dict(tool), tools) for tool in as_list(choice.get("tools"))}
+        kinds = {as_text(as_dict(tool).get("type")) for tool in as_list(choice.get("tools"))}
+        kept = [
+            tool
+            for tool in tools
+            if tool.name in names
+            or (tool.kind == "server" and as_text(own_extra(tool, _RESPONSES).get("type")) in kinds)
+        ]
+        return ToolChoice("any" if choice.get("mode") == "required" else "auto"), kept, {"tool_choice": choice}
+    return None, tools, {"tool_choice": choice} if choice else {}
+
+
+def _responses_chosen(choice: Dict[str, Any], tools: List[Tool]) -> str:
+    space, name = as_text(choice.get("namespace")), as_text(choice.get("name"))
+    return _responses_flat_names(tools).get((space, name), name)
+
+
+def _responses_output(form: Dict[str, Any]) -> Optional[JsonOutput]:
+    """`text.format` (SDK: ResponseFormatTextConfig)."""
+    if form.get("type") == "json_schema":
+        strict = form.get("strict")
+        return JsonOutput(
+            as_dict(form.get("schema")),
+            as_text(form.get("name")),
+            strict if isinstance(strict, bool) else None,
+            as_text(form.get("description")),
+        )
+    return JsonOutput() if form.get("type") == "json_object" else None
+
+
+def _responses_reasoning(value: Optional[Dict[str, Any]]) -> Optional[Reasoning]:
+    if value is None:
+        return None
+    return Reasoning(effort=as_text(value.get("effort")), extra=_responses_bag(value, ("effort",)))
+
+
+def render_responses_request(request: ChatRequest) -> Dict[str, Any]:
+    """The request as a body of POST /v1/responses. Nothing is stored there: the whole conversation goes along,
+    item ids do not (trap 65).
+
+    Dropped, as the API has no place for them: stop, top_k, thinking of other providers (trap 84), foreign Opaque
+    blocks; an error result says so in its text.
+    """
+    own = dict(as_dict((request.fields or {}).get(_RESPONSES)))
+    chat = as_dict((request.fields or {}).get("openai"))
+    body: Dict[str, Any] = {
+        "model": request.model,
+        "input": _responses_pair([item for message in request.messages for item in _responses_render_turn(message)]),
+    }
+    images = [block for block in request.system if isinstance(block, Media)]
+    if images:
+        body["input"].insert(0, _responses_render_message("system", images))
+    simple = {
+        "instructions": join_text(request.system, "\n\n") or None,
+        "tools": responses_render_tools(request.tools) or None,
+        "tool_choice": _responses_render_choice(request),
+        "parallel_tool_calls": request.parallel_tools if request.tools else None,
+        "max_output_tokens": request.max_tokens and max(_RESPONSES_MIN_TOKENS, request.max_tokens),
+        "temperature": request.temperature,
+        "top_p": request.top_p,
+        "text": _responses_render_text(request.output, as_dict(own.pop("text", None)), chat),
+        "reasoning": _responses_render_reasoning(request.reasoning),
+        "user": request.user if len(request.user) <= _RESPONSES_MAX_USER and "safety_identifier" not in own else None,
+        "stream": request.stream or None,
+    }
+    body.update((key, value) for key, value in simple.items() if value is not None and value != "")
+    shared = {key: chat[key] for key in _RESPONSES_SHARED if key in chat}
+    body.update({"store": False, **shared, **own})
+    if request.reasoning and request.reasoning.effort != "none":
+        include = [value for value in as_list(body.get("include")) if value != "reasoning.encrypted_content"]
+        body["include"] = include + ["reasoning.encrypted_content"]
+    return body
+
+
+def _responses_render_turn(message: Message) -> List[Dict[str, Any]]:
+    """The items of a turn, in order; tool results go before the text of their turn (trap 77)."""
+    blocks = message.blocks
+    if message.role == "user":
+        blocks = [b for b in blocks if isinstance(b, ToolResult)] + [b for b in blocks if not isinstance(b, ToolResult)]
+    items: List[Dict[str, Any]] = []
+    parts: List[Any] = []
+    for block in blocks:
+        if isinstance(block, (Text, Refusal, Media)) or _responses_is_part(block):
+            parts.append(block)
+            continue
+        item = _responses_render_item(block)
+        if item:
+            items += [_responses_render_message(message.role, parts)] if parts else []
+            items.append(item)
+            parts = []
+    return items + ([_responses_render_message(message.role, parts)] if parts else [])
+
+
+def _responses_is_part(block: Any) -> bool:
+    return (
+        isinstance(block, Opaque) and block.wire == _RESPONSES and as_text(block.value.get("type")).startswith("input_")
+    )
+
+
+def _responses_render_item(block: Any) -> Optional[Dict[str, Any]]:
+    bag = {} if isinstance(block, Opaque) else own_extra(block, _RESPONSES)
+    if isinstance(block, ToolCall):
+        kind = "custom_tool_call" if block.kind == "custom" else "function_call"
+        item = {"type": kind, "call_id": block.id, "name": block.name}
+        item["input" if block.kind == "custom" else "arguments"] = (
+            block.arguments if block.kind == "custom" else block.arguments or "{}"
+        )
+        if bag.get("namespace"):
+            prefix = bag["namespace"] + "__"
+            item.update(
+                namespace=bag["namespace"],
+                name=block.name[len(prefix) :] if block.name.startswith(prefix) else block.name,
+            )
+        return item
+    if isinstance(block, ToolResult):
+        return {"type": "function_call_output", "call_id": block.call_id, "output": _responses_render_output(block)}
+    if isinstance(block, Thinking) and (bag.get("encrypted_content") or bag.get("part")):
+        return _responses_reasoning_item(block)
+    if isinstance(block, Opaque) and block.wire == _RESPONSES:
+        drop = "id" if block.value.get("type") == "reasoning" else ""
+        item = {key: value for key, value in block.value.items() if key != drop}
+        return item if not drop or item.get("encrypted_content") else None
+    return None
+
+
+def _responses_reasoning_item(block: Thinking) -> Dict[str, Any]:
+    """A reasoning item without id (SDK: ResponseReasoningItem)."""
+    bag = own_extra(block, _RESPONSES)
+    kind = bag.get("part", "summary_text")
+    parts = [{"type": kind, "text": block.text}] if block.text else []
+    item: Dict[str, Any] = {"type": "reasoning", "summary": parts if kind == "summary_text" else []}
+    if kind != "summary_text":
+        item["content"] = parts
+    if bag.get("encrypted_content"):
+        item["encrypted_content"] = bag["encrypted_content"]
+    return item
+
+
+def _responses_render_output(result: ToolResult) -> Any:
+    text = join_text(result.blocks, "\n")
+    if result.is_error and not text.lower().startswith("error"):
+        text = "Error: " + text
+    if all(isinstance(block, (Text, Refusal)) for block in result.blocks):
+        return text
+    parts = [{"type": "input_text", "text": text}] if text else []
+    return parts + [
+        _responses_render_part(block, "user")
+        for block in result.blocks
+        if isinstance(block, Media) or _responses_is_part(block)
+    ]
+
+
+def _responses_render_message(role: str, blocks: List[Any]) -> Dict[str, Any]:
+    """A message item. One plain text goes as a string, the shape every server takes (SDK: EasyInputMessage)."""
+    bag = {} if isinstance(blocks[0], Opaque) else own_extra(blocks[0], _RESPONSES)
+    item: Dict[str, Any] = {"type": "message", "role": bag.get("role", role) if role == "system" else role}
+    if bag.get("phase"):
+        item["phase"] = bag["phase"]
+    plain = len(blocks) == 1 and isinstance(blocks[0], Text) and not set(bag) - {"role", "phase"}
+    item["content"] = blocks[0].text if plain else [_responses_render_part(block, role) for block in blocks]
+    return item
+
+
+def _responses_render_part(block: Any, role: str) -> Dict[str, Any]:
+    if isinstance(block, Opaque):
+        return block.value
+    bag = {key: value for key, value in own_extra(block, _RESPONSES).items() if key not in ("role", "phase", "id")}
+    if isinstance(block, Refusal):
+        return (
+            {"type": "refusal", "refusal": block.text}
+            if role == "assistant"
+            else {"type": "input_text", "text": block.text}
+        )
+    if isinstance(block, Text):
+        return (
+            {"type": "output_text", "text": block.text, "annotations": [], **bag}
+            if role == "assistant"
+            else {"type": "input_text", "text": block.text, **bag}
+        )
+    source = block.url or "data:%s;base64,%s" % (block.media_type or "application/octet-stream", block.data)
+    if block.kind == "image":
+        return {"type": "input_image", "image_url": source, "detail": "auto", **bag}
+    if block.kind == "audio":
+        return {
+            "type": "input_audio",
+            "input_audio": {"data": block.data, "format": block.media_type.rsplit("/", 1)[-1]},
+        }
+    part = {"type": "input_file", "file_url" if block.url else "file_data": source, **bag}
+    if block.name or not block.url:
+        part["filename"] = block.name or "document"
+    return part
+
+
+def _responses_pair(items: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
+    """Calls and outputs made to match, as the API demands: an output without a call becomes text (trap 78), a call
+    without output gets one (trap 79), a second output for one call is dropped (trap 81)."""
+    due = [item["call_id"] for item in items if item.get("type") == "function_call_output"]
+    left = {call_id: due.count(call_id) for call_id in set(due)}
+    open_calls: Dict[str, str] = OrderedDict()
+    known: Set[str] = set()
+    result: List[Dict[str, Any]] = []
+    for item in items + [{"type": "end"}]:
+        kind, call_id = as_text(item.get("type")), item.get("call_id", "")
+        if kind in _RESPONSES_CALLS:
+            open_calls[call_id] = kind
+            known.add(call_id)
+        elif kind != "reasoning" and item.get("role") != "assistant":
+            for missing in [c for c in open_calls if not left.get(c)]:
+                result.append(
+                    {"type": open_calls.pop(missing) + "_output", "call_id": missing, "output": _RESPONSES_NO_RESULT}
+                )
+        if kind == "function_call_output":
+            left[call_id] -= 1
+            if call_id not in open_calls:
+                if call_id not in known:
+                    result.append(_responses_orphan(item))
+                continue
+            item = {**item, "type": open_calls.pop(call_id) + "_output"}
+        if kind != "end":
+            result.append(item)
+    return result
+
+
+def _responses_orphan(item: Dict[str, Any]) -> Dict[str, Any]:
+    output = item["output"]
+    note = {
+        "type": "input_text",
+        "text": "[result of an earlier tool call]" + ("\n" + output if isinstance(output, str) else ""),
+    }
+    return {"type": "message", "role": "user", "content": [note] + as_list(output)}
+
+
+def responses_render_tools(tools: Iterable[Tool]) -> List[Dict[str, Any]]:
+    """`tools` of a Responses body; those that came in a namespace go back into it."""
+    result: List[Dict[str, Any]] = []
+    spaces: Dict[str, Dict[str, Any]] = {}
+    for tool in tools:
+        bag = dict(own_extra(tool, _RESPONSES))
+        if tool.kind == "server":
+            result += [bag] if bag else []
+            continue
+        space, name, about = bag.pop("namespace", None), bag.pop("name", tool.name), bag.pop("about", "")
+        entry = _responses_render_tool(tool, name, bag)
+        if space is None:
+            result.append(entry)
+        elif space in spaces:
+            spaces[space]["tools"].append(entry)
+        else:
+            spaces[space] = {"type": "namespace", "name": space, "description": about, "tools": [entry]}
+            result.append(spaces[space])
+    return result
+
+
+def _responses_render_tool(tool: Tool, name: str, bag: Dict[str, Any]) -> Dict[str, Any]:
+    about = {"description": tool.description} if tool.description else {}
+    if tool.kind == "custom":
+        syntax, definition = tool_grammar(tool)
+        form = (
+            {"format": {"type": "grammar", "syntax": syntax or "lark", "definition": definition}} if definition else {}
+        )
+        return {"type": "custom", "name": name, **about, **form, **bag}
+    schema = tool.schema or {"type": "object", "properties": {}}
+    # Left out, OpenAI tries strict mode; other formats are not strict unless they say so.
+    return {"type": "function", "name": name, **about, "parameters": schema, "strict": bool(tool.strict), **bag}
+
+
+def _responses_render_choice(request: ChatRequest) -> Any:
+    choice = request.tool_choice
+    if choice is None:
+        return None
+    if choice.mode != "tool":
+        return {"any": "required"}.get(choice.mode, choice.mode)
+    kinds = {tool.name: (tool.kind, own_extra(tool, _RESPONSES)) for tool in request.tools if tool.kind != "server"}
+    kind, bag = kinds.get(choice.name, ("function", {}))
+    result = {"type": "custom" if kind == "custom" else "function", "name": bag.get("name", choice.name)}
+    return {**result, "namespace": bag["namespace"]} if "namespace" in bag else result
+
+
+def _responses_render_text(
+    output: Optional[JsonOutput], rest: Dict[str, Any], chat: Dict[str, Any]
+) -> Optional[Dict[str, Any]]:
+    text = dict(rest)
+    if as_text(chat.get("verbosity")):
+        text["verbosity"] = chat["verbosity"]
+    if output is not None:
+        text["format"] = {"type": "json_object"} if output.schema is None else _responses_schema(output)
+    return text or None
+
+
+def _responses_schema(output: JsonOutput) -> Dict[str, Any]:
+    form: Dict[str, Any] = {"type": "json_schema", "name": output.name or "response", "schema": output.schema}
+    if output.description:
+        form["description"] = output.description
+    if output.strict is not None:
+        form["strict"] = output.strict
+    return form
+
+
+def _responses_render_reasoning(reasoning: Optional[Reasoning]) -> Optional[Dict[str, Any]]:
+    """`reasoning`: a budget becomes an effort; a client that asked for thinking as such is to see a summary of it."""
+    if reasoning is None:
+        return None
+    value = dict(own_extra(reasoning, _RESPONSES))
+    effort = reasoning.effort
+    if not effort and reasoning.budget:
+        effort = next(name for limit, name in _RESPONSES_EFFORTS if reasoning.budget <= limit)
+    if effort:
+        value["effort"] = effort
+    if (reasoning.budget or reasoning.adaptive) and effort != "none":
+        value.setdefault("summary", "auto")
+    return value
+
+
+# --- Answers: reading -------------------------------------------------------------------------------------
+
+
+def parse_responses_usage(value: Any) -> Optional[Usage]:
+    """`usage` (SDK: ResponseUsage): input_tokens includes what was read from and written to the cache (trap 113)."""
+    value = as_dict(value)
+    details, out = as_dict(value.get("input_tokens_details")), as_dict(value.get("output_tokens_details"))
+    read, written = as_int(details.get("cached_tokens")), as_int(details.get("cache_write_tokens"))
+    total = as_int(value.get("input_tokens"))
+    usage = Usage(
+        max(0, total - read - written),
+        as_int(value.get("output_tokens")),
+        read,
+        written,
+        as_int(out.get("reasoning_tokens")),
+    )
+    return usage if any(usage) else None
+
+
+def parse_responses_response(body: Dict[str, Any], context: Context) -> ChatResponse:
+    """A whole answer (SDK: Response). RouterError when it is none, or when it tells of a failure."""
+    body = as_dict(body)
+    failed = body.get("status") in ("failed", "cancelled") or bool(body.get("error"))
+    if not failed and not isinstance(body.get("output"), list):
+        raise RouterError(
+            "the upstream's answer is no Responses answer: it has no `output`", 502, "invalid_upstream_answer"
+        )
+    parser = ResponsesParser(context)
+    kind = (
+        "response.failed"
+        if failed
+        else "response.incomplete"
+        if body.get("status") == "incomplete"
+        else "response.completed"
+    )
+    answer = fold(parser.take({"type": kind, "response": body}))
+    if isinstance(answer, ErrorInfo):
+        raise RouterError(answer.message, answer.status, answer.code or "upstream_error")
+    return answer
+
+
+# Events that bring text: type -> (kind of part, field with the part's index, field with the text).
+_RESPONSES_DELTAS = {
+    "response.output_text.delta": ("output_text", "content_index", "delta"),
+    "response.refusal.delta": ("refusal", "content_index", "delta"),
+    "response.reasoning_text.delta": ("reasoning_text", "content_index", "delta"),
+    "response.reasoning_summary_text.delta": ("summary_text", "summary_index", "delta"),
+    "response.function_call_arguments.delta": ("function_call", "", "delta"),
+    "response.custom_tool_call_input.delta": ("custom_tool_call", "", "delta"),
+}
+_RESPONSES_DONES = {
+    "response.output_text.done": ("output_text", "content_index", "text"),
+    "response.refusal.done": ("refusal", "content_index", "refusal"),
+    "response.reasoning_text.done": ("reasoning_text", "content_index", "text"),
+    "response.reasoning_summary_text.done": ("summary_text", "summary_index", "text"),
+    "response.function_call_arguments.done": ("function_call", "", "arguments"),
+    "response.custom_tool_call_input.done": ("custom_tool_call", "", "input"),
+}
+_RESPONSES_ENDS = (
+    "response.completed",
+    "response.incomplete",
+    "response.failed",
+    "response.cancelled",
+    "response.done",
+)
+
+# The ids the renderer gives to items; the parser forgets these again.
+_RESPONSES_PREFIXES = {"message": "msg_", "reasoning": "rs_", "function_call": "fc_", "custom_tool_call": "ctc_"}
+
+_RESPONSES_REASONS = {
+    "max_output_tokens": "max_tokens",
+    "content_filter": "refusal",
+    "max_messages": "pause_turn",
+    "steered": "pause_turn",
+}
+
+
+def _responses_item_id(kind: str, context: Context, index: int) -> str:
+    return "%s%s_%d" % (_RESPONSES_PREFIXES[kind], context.id, index)
+
+
+class _ResponsesItem:
+    """An output item on its way: what came of it, and its events while another item is still open.
+
+    part: (kind, index) of the newest part. pieces: its texts. open: its block was opened and not closed.
+    """
+
+    __slots__ = ("index", "item", "part", "pieces", "open", "ended", "waiting")
+
+    def __init__(self, index: int, item: Dict[str, Any]) -> None:
+        self.index = index
+        self.item = item
+        self.part: Tuple[str, int] = ("", -1)
+        self.pieces: List[str] = []
+        self.open = False
+        self.ended = False
+        self.waiting: List[Any] = []
+
+
+class ResponsesParser:
+    """A Responses stream (SDK: ResponseStreamEvent) as neutral events.
+
+    Items are told apart by `output_index`, since some upstreams change the item ids in mid-stream; an event without
+    it belongs to the item with its `item_id`, else to the newest. The text of a `done` event completes what its
+    deltas left out (trap 61), the final snapshot what no event brought. Items that overlap are sent on one after the
+    other (trap 33).
+    done: a terminator was seen. usage: of the terminator. skipped: events that made no sense (trap 13).
+    """
+
+    def __init__(self, context: Context) -> None:
+        self.done = False
+        self.usage: Optional[Usage] = None
+        self.skipped = 0
+        self._context = context
+        self._names = _responses_flat_names(context.request.tools)
+        self._started = False
+        self._items: Dict[int, _ResponsesItem] = OrderedDict()
+        self._active: Optional[_ResponsesItem] = None
+        self._stop = "end_turn"
+
+    def feed(self, event: SseEvent) -> List[Any]:
+        """The neutral events that one SSE event means. Never raises."""
+        if self.done or event.data.strip() == "[DONE]":
+            return []
+        try:
+            value = load_json(event.data, "event")
+        except RouterError:
+            value = None
+        if not isinstance(value, dict):
+            self.skipped += 1
+            return []
+        if not as_text(value.get("type")):
+            value["type"] = "error" if "error" in value else event.name
+        return self.take(value)
+
+    def take(self, value: Dict[str, Any]) -> List[Any]:
+        """Like `feed`, for an event that was parsed already."""
+        kind = as_text(value.get("type"))
+        if kind == "error":
+            return self._fail(_responses_error(as_dict(value.get("error")) or value))
+        if not kind.startswith("response."):
+            self.skipped += not kind
+            return [Ping()] if kind and self._started else []
+        start = [] if self._started else [self._start(as_dict(value.get("response")))]
+        return start + self._handle(kind, value)
+
+    def finish(self) -> List[Any]:
+        """The end of the bytes: a stream without its terminator was cut off (trap 62)."""
+        if self.done:
+            return []
+        return self._fail(
+            ErrorInfo(502, "the upstream's stream ended before the answer was complete", code="truncated")
+        )
+
+    def _start(self, response: Dict[str, Any]) -> Started:
+        self._started = True
+        model = as_text(response.get("model")) or self._context.request.model
+        return Started(as_text(response.get("id")), model, None, as_int(response.get("created_at")))
+
+    def _handle(self, kind: str, value: Dict[str, Any]) -> List[Any]:
+        if kind in _RESPONSES_DELTAS:
+            part, field, source = _RESPONSES_DELTAS[kind]
+            text = as_text(value.get(source))
+            return self._add(self._item(value, part), (part, as_int(value.get(field))), text) if text else []
+        if kind in _RESPONSES_DONES:
+            part, field, source = _RESPONSES_DONES[kind]
+            return self._complete(self._item(value, part), (part, as_int(value.get(field))), as_text(value.get(source)))
+        if kind == "response.output_item.added":
+            return self._added(value)
+        if kind == "response.output_item.done":
+            item = self._item(value, "")
+            return [] if item.ended else self._end(item, as_dict(value.get("item")))
+        if kind == "response.content_part.done":
+            return self._part_done(value)
+        if kind in _RESPONSES_ENDS:
+            return self._terminate(kind, as_dict(value.get("response")))
+        return [] if kind in ("response.created", "response.content_part.added") else [Ping()]
+
+    def _item(self, value: Dict[str, Any], part: str) -> _ResponsesItem:
+        """The item an event belongs to; one that was never announced is made up from the kind of its part."""
+        index = value.get("output_index")
+        if not isinstance(index, int):
+            name = value.get("item_id") or as_dict(value.get("item")).get("id")
+            index = next(
+                (i for i, item in self._items.items() if name and item.item.get("id") == name),
+                len(self._items) - 1 if part and self._items else len(self._items),
+            )
+        if index not in self._items:
+            kind = {
+                "summary_text": "reasoning",
+                "reasoning_text": "reasoning",
+                "output_text": "message",
+                "refusal": "message",
+            }.get(part, part)
+            self._items[index] = _ResponsesItem(index, as_dict(value.get("item")) or {"type": kind})
+        return self._items[index]
+
+    def _added(self, value: Dict[str, Any]) -> List[Any]:
+        state = self._item(value, "")
+        state.item = as_dict(value.get("item")) or state.item
+        kind = as_text(state.item.get("type"))
+        if kind not in _RESPONSES_CALLS or not as_text(state.item.get("name")):
+            return []
+        return self._emit(state, self._open(state, (kind, 0)))
+
+    def _open(self, state: _ResponsesItem, part: Tuple[str, int]) -> List[Any]:
+        """Closes the open part and opens `part`. A call without a name cannot be opened yet."""
+        events: List[Any] = [Closed()] if state.open else []
+        kind, bag = part[0], self._bag(state, state.item)
+        block: Any = None
+        if kind in _RESPONSES_CALLS:
+            if as_text(state.item.get("name")):
+                empty = {**state.item, _RESPONSES_CALLS[kind][1]: "", "type": kind}
+                block = self._seen(_responses_blocks(empty, self._names, bag, self._call_id(state))[0])
+        elif kind == "refusal":
+            block = self._seen(_responses_with(Refusal(""), bag))
+        elif kind == "output_text":
+            block = _responses_with(Text(""), bag)
+        else:
+            block = _responses_with(Thinking(""), {**bag, "part": kind} if kind == "reasoning_text" else bag)
+        state.part, state.pieces, state.open = part, [], block is not None
+        return events + ([Opened(block)] if block is not None else [])
+
+    def _bag(self, state: _ResponsesItem, item: Dict[str, Any]) -> Dict[str, Any]:
+        """What blocks keep of their item: its id, unless the router made it, and its phase."""
+        kind, name = as_text(item.get("type")), as_text(item.get("id"))
+        bag = {}
+        if name and kind in _RESPONSES_PREFIXES and name != _responses_item_id(kind, self._context, state.index):
+            bag["id"] = name
+        if as_text(item.get("phase")):
+            bag["phase"] = item["phase"]
+        return bag
+
+    def _call_id(self, state: _ResponsesItem) -> str:
+        return "call_%s_%d" % (self._context.id, state.index)
+
+    def _seen(self, block: Any) -> Any:
+        """Remembers what the stop reason depends on: calls (trap 30) and refusals (trap 46)."""
+        if isinstance(block, ToolCall):
+            self._stop = "tool_use"
+        elif isinstance(block, Refusal) and self._stop == "end_turn":
+            self._stop = "refusal"
+        return block
+
+    def _add(self, state: _ResponsesItem, part: Tuple[str, int], text: str) -> List[Any]:
+        events: List[Any] = []
+        if state.ended:
+            return events
+        if part != state.part:
+            if part[0] in ("summary_text", "reasoning_text") and state.part[1] >= 0:
+                if part[0] != state.part[0]:
+                    return events
+                state.part, state.pieces = part, []
+                events.append(Delta("\n\n"))
+            else:
+                events = self._open(state, part)
+        state.pieces.append(text)
+        if state.open:
+            events.append(Delta(text))
+        return self._emit(state, events)
+
+    def _complete(self, state: _ResponsesItem, part: Tuple[str, int], text: str) -> List[Any]:
+        """Adds what the deltas of `part` left out of its `text`."""
+        if part == state.part:
+            if not state.open and part[0] not in _RESPONSES_CALLS:
+                return []
+            received = "".join(state.pieces)
+            text = text[len(received) :] if text.startswith(received) else ""
+        elif part[0] == state.part[0] and part[1] < state.part[1]:
+            return []
+        return self._add(state, part, text) if text else []
+
+    def _part_done(self, value: Dict[str, Any]) -> List[Any]:
+        """A content part is complete: message parts end here, with their annotations."""
+        part = as_dict(value.get("part"))
+        kind = as_text(part.get("type"))
+        if kind not in ("output_text", "refusal"):
+            return []
+        state = self._item(value, kind)
+        key = (kind, as_int(value.get("content_index")))
+        events = self._complete(state, key, as_text(part.get(_RESPONSES_TEXTS[kind][1])))
+        return events + self._emit(state, self._close_part(state, key, part))
+
+    def _close_part(self, state: _ResponsesItem, key: Tuple[str, int], part: Dict[str, Any]) -> List[Any]:
+        if not state.open or state.part != key:
+            return []
+        state.open = False
+        bag = _responses_bag(part, ("type", _RESPONSES_TEXTS[key[0]][1]))
+        return ([Extended(_RESPONSES, bag[_RESPONSES])] if bag else []) + [Closed()]
+
+    def _end(self, state: _ResponsesItem, item: Dict[str, Any]) -> List[Any]:
+        """The item is complete and reads `item`, or as far as it came when that is empty."""
+        item = item or state.item
+        state.item = {**item, "id": state.item.get("id") or item.get("id")}
+        if state.part[1] < 0:
+            events = self._whole(state, item)
+        elif state.part[0] in _RESPONSES_CALLS:
+            events = self._end_call(state, item)
+        elif state.part[0] in ("summary_text", "reasoning_text"):
+            events = self._end_reasoning(state, item)
+        else:
+            events = self._end_message(state, item)
+        state.ended, state.open = True, False
+        return events + self._release(state)
+
+    def _whole(self, state: _ResponsesItem, item: Dict[str, Any]) -> List[Any]:
+        if not as_text(item.get("type")):
+            return []
+        blocks = _responses_blocks(item, self._names, self._bag(state, item), self._call_id(state))
+        return self._emit(state, list(unfold(ChatResponse("", "", [self._seen(block) for block in blocks])))[1:-1])
+
+    def _end_call(self, state: _ResponsesItem, item: Dict[str, Any]) -> List[Any]:
+        if not state.open:
+            return self._whole(state, item) if as_text(item.get("name")) else []
+        field = _RESPONSES_CALLS[state.part[0]][1]
+        return self._complete(state, state.part, as_text(item.get(field))) + self._emit(state, [Closed()])
+
+    def _end_reasoning(self, state: _ResponsesItem, item: Dict[str, Any]) -> List[Any]:
+        kind, texts = _responses_reasoning_text(item)
+        events: List[Any] = []
+        if kind == state.part[0]:
+            for index in range(state.part[1], len(texts)):
+                events += self._complete(state, (kind, index), texts[index])
+        proof = as_text(item.get("encrypted_content"))
+        return events + self._emit(
+            state, ([Extended(_RESPONSES, {"encrypted_content": proof})] if proof else []) + [Closed()]
+        )
+
+    def _end_message(self, state: _ResponsesItem, item: Dict[str, Any]) -> List[Any]:
+        events: List[Any] = []
+        for index, part in enumerate(map(as_dict, as_list(item.get("content")))):
+            kind = as_text(part.get("type"))
+            if index < state.part[1] or kind not in ("output_text", "refusal"):
+                continue
+            events += self._complete(state, (kind, index), as_text(part.get(_RESPONSES_TEXTS[kind][1])))
+            events += self._emit(state, self._close_part(state, (kind, index), part))
+        return events + (self._emit(state, [Closed()]) if state.open else [])
+
+    def _emit(self, state: _ResponsesItem, events: List[Any]) -> List[Any]:
+        """The events to send now: those of the active item; all others wait for its end."""
+        if not events:
+            return events
+        if self._active is None:
+            self._active = state
+        if self._active is state:
+            return events
+        state.waiting += events
+        return []
+
+    def _release(self, state: _ResponsesItem) -> List[Any]:
+        """After the end of an item: what waited for it."""
+        if self._active is not state:
+            return []
+        events: List[Any] = []
+        self._active = None
+        for other in self._items.values():
+            if other.waiting:
+                events += other.waiting
+                other.waiting = []
+                if not other.ended:
+                    self._active = other
+                    break
+        return events
+
+    def _terminate(self, kind: str, response: Dict[str, Any]) -> List[Any]:
+        status = as_text(response.get("status"))
+        self.usage = parse_responses_usage(response.get("usage"))
+        if kind in ("response.failed", "response.cancelled") or status in ("failed", "cancelled"):
+            return self._fail(_responses_error(as_dict(response.get("error")), status or "failed"))
+        events = self._catch_up(as_list(response.get("output")))
+        reason = as_text(as_dict(response.get("incomplete_details")).get("reason"))
+        if kind == "response.incomplete" or status == "incomplete":
+            self._stop = _RESPONSES_REASONS.get(reason, "max_tokens")
+        self.done = True
+        return events + [Finished(self._stop, "", self.usage)]
+
+    def _catch_up(self, output: List[Any]) -> List[Any]:
+        """What the snapshot has and no event brought: everything, the ends of items, or calls nobody announced."""
+        seen = [self._items[index] for index in sorted(self._items)]
+        events: List[Any] = []
+        final = output if len(output) == len(seen) else [None] * len(seen)
+        for state, item in zip(seen, final):
+            if not state.ended:
+                events += self._end(state, as_dict(item))
+        known = {as_text(state.item.get("call_id")) for state in seen}
+        for index, item in enumerate(map(as_dict, output)):
+            is_new = as_text(item.get("type")) in _RESPONSES_CALLS and as_text(item.get("call_id")) not in known
+            if not seen or (is_new and len(output) > len(seen)):
+                place = index if not seen else max(self._items) + 1
+                self._items[place] = _ResponsesItem(place, item)
+                events += self._end(self._items[place], item)
+        return events
+
+    def _fail(self, info: ErrorInfo) -> List[Any]:
+        start = [] if self._started else [self._start({})]
+        self.done = info.code != "truncated"
+        closing = [Closed()] if self._active is not None and self._active.open else []
+        return start + closing + [Failed(info)]
+
+
+# --- Answers: writing -------------------------------------------------------------------------------------
+
+
+_RESPONSES_QUOTE = json.JSONEncoder().encode
+
+
+def render_responses_usage(usage: Optional[Usage]) -> Dict[str, Any]:
+    """`usage` with all its details, which the SDKs and the AI SDK demand; zeros when nothing is known."""
+    usage = usage or Usage()
+    total = usage.input + usage.cache_read + usage.cache_write
+    return {
+        "input_tokens": total,
+        "input_tokens_details": {"cached_tokens": usage.cache_read, "cache_write_tokens": usage.cache_write},
+        "output_tokens": usage.output,
+        "output_tokens_details": {"reasoning_tokens": usage.reasoning},
+        "total_tokens": total + usage.output,
+    }
+
+
+def render_responses_response(response: ChatResponse, context: Context) -> Dict[str, Any]:
+    """A whole answer as the body of POST /v1/responses: the snapshot that ends its stream."""
+    renderer = ResponsesRenderer(context)
+    for event in unfold(response):
+        renderer.render(event)
+    return renderer.snapshot
+
+
+def _responses_echo(request: ChatRequest) -> Dict[str, Any]:
+    """The request as an answer repeats it; the SDK's Response requires tools, tool_choice, parallel_tool_calls."""
+    own = as_dict((request.fields or {}).get(_RESPONSES))
+    text = as_dict(_responses_render_text(request.output, as_dict(own.get("text")), {}))
+    reasoning = as_dict(_responses_render_reasoning(request.reasoning))
+    said = [block for block in request.system if not own_extra(block, _RESPONSES).get("role")]
+    return {
+        "background": False,
+        "instructions": join_text(said, "\n\n") or None,
+        "max_output_tokens": request.max_tokens,
+        "max_tool_calls": own.get("max_tool_calls"),
+        "metadata": as_dict(own.get("metadata")),
+        "parallel_tool_calls": request.parallel_tools is not False,
+        "previous_response_id": None,
+        "prompt_cache_key": own.get("prompt_cache_key"),
+        "reasoning": {"effort": reasoning.get("effort"), "summary": reasoning.get("summary")},
+        "safety_identifier": own.get("safety_identifier"),
+        "service_tier": own.get("service_tier", "default"),
+        "store": False,
+        "temperature": request.temperature,
+        "text": {"format": {"type": "text"}, **text},
+        "tool_choice": own.get("tool_choice") or _responses_render_choice(request) or "auto",
+        "tools": responses_render_tools(request.tools),
+        "top_logprobs": 0,
+        "top_p": request.top_p,
+        "truncation": "disabled",
+        "user": request.user or None,
+    }
+
+
+class ResponsesRenderer:
+    """Neutral events as a Responses stream with its whole life cycle (trap 58), numbered from 0.
+
+    The end of an item is only told once the next event is known: after a failure a tool call that was cut off must
+    not look complete, since clients run a call as soon as its item is done (trap 62). Texts in a row are parts of
+    one message. snapshot: the answer as it stands, as the SDK's Response.
+    """
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._tools = {tool.name: tool for tool in context.request.tools if tool.kind != "server"}
+        self.snapshot: Dict[str, Any] = {}
+        self._sequence = 0
+        self._items: List[Dict[str, Any]] = []
+        self._item: Optional[Dict[str, Any]] = None
+        self._block: Any = None
+        self._bag: Dict[str, Any] = {}
+        self._pieces: List[str] = []
+        self._begun = False
+        self._head: Optional[bytes] = None
+        self._middle = b""
+        self._refused = False
+
+    def render(self, event: Any) -> bytes:
+        """The bytes for one neutral event, b"" when there is nothing to send."""
+        if type(event) is Delta:
+            self._pieces.append(event.text)
+            if self._head is None:
+                return self._first_delta(event.text)
+            self._sequence += 1
+            return b"%s%d%s%s}\n\n" % (
+                self._head,
+                self._sequence - 1,
+                self._middle,
+                _RESPONSES_QUOTE(event.text).encode("ascii"),
+            )
+        return _RESPONSES_RENDERERS[type(event)](self, event)
+
+    def _event(self, kind: str, **values: Any) -> bytes:
+        number = self._sequence
+        self._sequence += 1
+        return sse_event(dump_json({"type": kind, "sequence_number": number, **values}), kind)
+
+    def _item_event(self, kind: str, **values: Any) -> bytes:
+        """An event about the open item."""
+        return self._event(kind, item_id=as_dict(self._item).get("id"), output_index=len(self._items), **values)
+
+    def _start(self, event: Any) -> bytes:
+        created = event.created or self._context.created
+        self.snapshot = {
+            "id": event.id or "resp_" + self._context.id,
+            "object": "response",
+            "created_at": created,
+            "status": "in_progress",
+            "completed_at": None,
+            "error": None,
+            "incomplete_details": None,
+            "model": self._context.request.model or event.model,
+            "output": [],
+            "usage": None,
+            **_responses_echo(self._context.request),
+        }
+        return self._event("response.created", response=self.snapshot) + self._event(
+            "response.in_progress", response=self.snapshot
+        )
+
+    def _opened(self, event: Any) -> bytes:
+        block = event.block
+        if isinstance(block, Opaque):
+            return self._opaque(block)
+        goes_on = isinstance(block, (Text, Refusal)) and as_dict(self._item).get("type") == "message"
+        out = b"" if goes_on else self._end_item()
+        self._block, self._begun, self._head, self._pieces = block, False, None, []
+        self._bag = dict(own_extra(block, _RESPONSES))
+        if isinstance(block, ToolCall):
+            out += self._begin()
+        given = block.arguments if isinstance(block, ToolCall) else block.text
+        return out + (self.render(Delta(given)) if given else b"")
+
+    def _opaque(self, block: Opaque) -> bytes:
+        """An item as it came; items of other formats are nothing a Responses client knows."""
+        out = self._end_item()
+        self._block = None
+        if block.wire == _RESPONSES:
+            self._item = block.value
+            out += self._event("response.output_item.added", output_index=len(self._items), item=block.value)
+        return out
+
+    def _begin(self) -> bytes:
+        """The open block has something to show: its item, unless it joins the message before it, and its part."""
+        self._begun = True
+        if isinstance(self._block, ToolCall):
+            return self._begin_call()
+        if isinstance(self._block, Thinking):
+            return self._begin_reasoning()
+        return self._begin_text()
+
+    def _add_item(self, kind: str, **values: Any) -> bytes:
+        out = self._end_item()
+        name = self._bag.get("id") or _responses_item_id(kind, self._context, len(self._items))
+        self._item = {"id": name, "type": kind, **values}
+        return out + self._event("response.output_item.added", output_index=len(self._items), item=self._item)
+
+    def _template(self, kind: str, **values: Any) -> None:
+        """Prepares the two byte strings around number and text of each delta."""
+        values = {"item_id": as_dict(self._item).get("id"), "output_index": len(self._items), **values}
+        self._head = b'event: %s\ndata: {"type":"%s","sequence_number":' % (kind.encode(), kind.encode())
+        self._middle = b",%s," % dump_json(values)[1:-1] + b'"delta":'
+
+    def _begin_text(self) -> bytes:
+        item, phase = self._item, self._bag.get("phase")
+        joins = (
+            item is not None
+            and item["type"] == "message"
+            and item.get("phase") == phase
+            and self._bag.get("id", item["id"]) == item["id"]
+        )
+        out = (
+            b""
+            if joins
+            else self._add_item(
+                "message", status="in_progress", role="assistant", content=[], **({"phase": phase} if phase else {})
+            )
+        )
+        index = len(self._item["content"])
+        if isinstance(self._block, Refusal):
+            self._refused = True
+            part: Dict[str, Any] = {"type": "refusal", "refusal": ""}
+            self._template("response.refusal.delta", content_index=index)
+        else:
+            part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
+            self._template("response.output_text.delta", content_index=index, logprobs=[])
+        return out + self._item_event("response.content_part.added", content_index=index, part=part)
+
+    def _begin_reasoning(self) -> bytes:
+        if self._bag.get("part") == "reasoning_text":
+            out = self._add_item("reasoning", status="in_progress", summary=[], content=[])
+            self._template("response.reasoning_text.delta", content_index=0)
+            return out + self._item_event(
+                "response.content_part.added", content_index=0, part={"type": "reasoning_text", "text": ""}
+            )
+        out = self._add_item("reasoning", status="in_progress", summary=[])
+        self._template("response.reasoning_summary_text.delta", summary_index=0)
+        return out + self._item_event(
+            "response.reasoning_summary_part.added", summary_index=0, part={"type": "summary_text", "text": ""}
+        )
+
+    def _begin_call(self) -> bytes:
+        """Starts a call. Arguments of a custom tool's stand-in function are held back, to be unwrapped (trap 60)."""
+        block = self._block
+        tool = self._tools.get(block.name)
+        bag = own_extra(tool, _RESPONSES) if tool else {}
+        custom = block.kind == "custom" or (tool is not None and tool.kind == "custom")
+        kind = "custom_tool_call" if custom else "function_call"
+        call_id = block.id or "call_%s_%d" % (self._context.id, len(self._items))
+        values = {
+            "call_id": call_id,
+            "name": bag.get("name", block.name) if "namespace" in bag else block.name,
+            "input" if custom else "arguments": "",
+        }
+        space = bag.get("namespace") or self._bag.get("namespace")
+        out = self._add_item(kind, status="in_progress", **values, **({"namespace": space} if space else {}))
+        if not custom:
+            self._template("response.function_call_arguments.delta")
+        elif block.kind == "custom":
+            self._template("response.custom_tool_call_input.delta")
+        return out
+
+    def _first_delta(self, text: str) -> bytes:
+        """The first text of a block, or one that is held back."""
+        if self._begun or self._block is None:
+            return b""
+        self._pieces.pop()
+        out = self._begin()
+        return out + self.render(Delta(text))
+
+    def _extended(self, event: Any) -> bytes:
+        if event.wire == _RESPONSES:
+            holder = Text("", {_RESPONSES: self._bag})
+            _extend(holder, event)
+            self._bag = own_extra(holder, _RESPONSES)
+        return b""
+
+    def _closed(self, event: Any) -> bytes:
+        block, self._head = self._block, None
+        if isinstance(block, Thinking) and not self._begun and self._bag.get("encrypted_content"):
+            return self._add_item(
+                "reasoning", status="in_progress", summary=[], encrypted_content=self._bag["encrypted_content"]
+            )
+        if block is None or not self._begun or isinstance(block, ToolCall):
+            return b""
+        text = "".join(self._pieces)
+        return self._end_reasoning_part(text) if isinstance(block, Thinking) else self._end_text(text)
+
+    def _end_text(self, text: str) -> bytes:
+        index = len(self._item["content"])
+        if isinstance(self._block, Refusal):
+            part = {"type": "refusal", "refusal": text}
+            out = self._item_event("response.refusal.done", content_index=index, refusal=text)
+        else:
+            part = {
+                "type": "output_text",
+                "text": text,
+                "annotations": as_list(self._bag.get("annotations")),
+                "logprobs": as_list(self._bag.get("logprobs")),
+            }
+            out = b"".join(
+                self._item_event(
+                    "response.output_text.annotation.added",
+                    content_index=index,
+                    annotation_index=number,
+                    annotation=annotation,
+                )
+                for number, annotation in enumerate(part["annotations"])
+            )
+            out += self._item_event("response.output_text.done", content_index=index, text=text, logprobs=[])
+        self._item["content"].append(part)
+        return out + self._item_event("response.content_part.done", content_index=index, part=part)
+
+    def _end_reasoning_part(self, text: str) -> bytes:
+        if self._bag.get("encrypted_content"):
+            self._item["encrypted_content"] = self._bag["encrypted_content"]
+        if "content" in self._item:
+            part = {"type": "reasoning_text", "text": text}
+            self._item["content"].append(part)
+            out = self._item_event("response.reasoning_text.done", content_index=0, text=text)
+            return out + self._item_event("response.content_part.done", content_index=0, part=part)
+        part = {"type": "summary_text", "text": text}
+        self._item["summary"].append(part)
+        out = self._item_event("response.reasoning_summary_text.done", summary_index=0, text=text)
+        return out + self._item_event("response.reasoning_summary_part.done", summary_index=0, part=part)
+
+    def _end_item(self, status: str = "completed") -> bytes:
+        """Tells the end of the item before, if there is one."""
+        item, out = self._item, b""
+        if item is None:
+            return out
+        if isinstance(self._block, ToolCall):
+            out = self._end_call(item)
+        if self._block is not None:
+            item["status"] = status
+        out += self._event("response.output_item.done", output_index=len(self._items), item=item)
+        self._items.append(item)
+        self._item = None
+        return out
+
+    def _end_call(self, item: Dict[str, Any]) -> bytes:
+        text = "".join(self._pieces)
+        if item["type"] == "function_call":
+            item["arguments"] = text or "{}"
+            return self._item_event(
+                "response.function_call_arguments.done", arguments=item["arguments"], name=item["name"]
+            )
+        out = b""
+        if self._block.kind != "custom":
+            text = custom_input(text)
+            out = self._item_event("response.custom_tool_call_input.delta", delta=text) if text else b""
+        item["input"] = text
+        return out + self._item_event("response.custom_tool_call_input.done", input=text)
+
+    def _finished(self, event: Any) -> bytes:
+        reason = _RESPONSES_INCOMPLETE.get(event.stop_reason)
+        if event.stop_reason == "refusal" and self._refused:
+            reason = None
+        out = b"" if self.snapshot else self._start(Started("", ""))
+        out += self._end_item("incomplete" if reason == "max_output_tokens" else "completed")
+        status = "incomplete" if reason else "completed"
+        self.snapshot.update(
+            status=status,
+            completed_at=None if reason else max(self.snapshot["created_at"], self._context.created),
+            incomplete_details={"reason": reason} if reason else None,
+            output=self._items,
+            usage=render_responses_usage(event.usage),
+        )
+        return out + self._event("response." + status, response=self.snapshot)
+
+    def _failed(self, event: Any) -> bytes:
+        out = b"" if self.snapshot else self._start(Started("", ""))
+        self.snapshot.update(status="failed", error=_responses_failure(event.error), output=self._items)
+        return out + self._event("response.failed", response=self.snapshot)
+
+
+_RESPONSES_INCOMPLETE = {
+    "max_tokens": "max_output_tokens",
+    "model_context_window_exceeded": "max_output_tokens",
+    "refusal": "content_filter",
+}
+
+_RESPONSES_RENDERERS: Dict[type, Callable[[ResponsesRenderer, Any], bytes]] = {
+    Started: ResponsesRenderer._start,
+    Opened: ResponsesRenderer._opened,
+    Extended: ResponsesRenderer._extended,
+    Closed: ResponsesRenderer._closed,
+    Finished: ResponsesRenderer._finished,
+    Failed: ResponsesRenderer._failed,
+    Ping: lambda renderer, event: b"",
+}
+
+
+# --- Errors -----------------------------------------------------------------------------------------------
+
+# What the codes in a stream mean as a status: SDK ResponseError.code, and what Codex tells apart.
+_RESPONSES_CODES = {
+    "rate_limit_exceeded": 429,
+    "insufficient_quota": 429,
+    "usage_limit_reached": 429,
+    "usage_not_included": 403,
+    "server_is_overloaded": 503,
+    "slow_down": 503,
+    "vector_store_timeout": 504,
+    "server_error": 500,
+    "invalid_api_key": 401,
+    "model_not_found": 404,
+    "previous_response_not_found": 400,
+    "context_length_exceeded": 400,
+    "invalid_encrypted_content": 400,
+    "invalid_prompt": 400,
+    "bio_policy": 400,
+    "cyber_policy": 400,
+    "misalignment_policy_violation": 400,
+    "data_residency_mismatch": 400,
+}
+_RESPONSES_STATUS_CODES = {
+    400: "invalid_prompt",
+    413: "invalid_prompt",
+    422: "invalid_prompt",
+    429: "rate_limit_exceeded",
+}
+
+# OpenAI's error types by status (platform.openai.com/docs/guides/error-codes); 4xx and 5xx otherwise.
+_RESPONSES_TYPES_BY_STATUS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+
+
+def _responses_error(error: Dict[str, Any], status: str = "failed") -> ErrorInfo:
+    """The error of a `response.failed` or `error` event (SDK: ResponseError, ResponseErrorEvent)."""
+    kind, code = as_text(error.get("type")), _responses_code(error.get("code"))
+    known = _RESPONSES_CODES.get(code) or _RESPONSES_CODES.get(kind)
+    number = known or (400 if kind == "invalid_request_error" or "image" in code else 500)
+    message = as_text(error.get("message")) or "the upstream ended its answer with the status %s" % status
+    return ErrorInfo(number, message, "" if kind == "error" else kind, code, as_text(error.get("param")))
+
+
+def _responses_code(code: Any) -> str:
+    return str(code) if isinstance(code, int) and not isinstance(code, bool) else as_text(code)
+
+
+def parse_responses_error(status: int, body: Any) -> ErrorInfo:
+    """An error answer: {"error": {...}}, or elsewhere {"error": "..."}, {"detail": ...}, a list of one, text."""
+    value = body[0] if isinstance(body, list) and body else body
+    if not isinstance(value, dict):
+        return ErrorInfo(status, one_line(as_text(value).strip()) or "the upstream answered with status %d" % status)
+    error = value["error"] if isinstance(value.get("error"), dict) else value
+    texts = (error.get("message"), error.get("error"), error.get("detail"))
+    message = next((text for text in texts if text and isinstance(text, str)), "")
+    if not message:
+        rest = {key: item for key, item in error.items() if item}
+        message = one_line(dump_json(rest).decode()) if rest else "the upstream answered with status %d" % status
+    return ErrorInfo(
+        status, message, as_text(error.get("type")), _responses_code(error.get("code")), as_text(error.get("param"))
+    )
+
+
+def render_responses_error(info: ErrorInfo, request_id: str) -> Dict[str, Any]:
+    """An error answer as OpenAI words it; `type` follows from the status when nobody named one."""
+    kind = info.type or _RESPONSES_TYPES_BY_STATUS.get(
+        info.status, "server_error" if info.status >= 500 else "invalid_request_error"
+    )
+    return {"error": {"message": info.message, "type": kind, "param": info.param or None, "code": info.code or None}}
+
+
+def _responses_failure(info: ErrorInfo) -> Dict[str, Any]:
+    """`error` of a failed Response: a code that clients know, else that of the status; Codex retries unknown ones."""
+    code = (
+        info.code
+        if info.code in _RESPONSES_CODES or "image" in info.code
+        else _RESPONSES_STATUS_CODES.get(info.status, "server_error")
+    )
+    return {"code": code, "message": info.message}
+
+
+def responses_error_event(info: ErrorInfo, request_id: str) -> bytes:
+    """The error as the last event of a stream that was relayed so far: `response.failed` (Codex ignores `error`)."""
+    request = ChatRequest("", [])
+    response = {
+        "id": "resp_" + request_id,
+        "object": "response",
+        "created_at": 0,
+        "status": "failed",
+        "error": _responses_failure(info),
+        "incomplete_details": None,
+        "model": "",
+        "output": [],
+        "usage": None,
+        **_responses_echo(request),
+    }
+    return sse_event(
+        dump_json({"type": "response.failed", "sequence_number": 0, "response": response}), "response.failed"
+    )
+
+
+OPENAI_RESPONSES = WireFormat(
+    name=_RESPONSES,
+    path="/responses",
+    parse_request=parse_responses_request,
+    render_request=render_responses_request,
+    parse_response=parse_responses_response,
+    render_response=render_responses_response,
+    parser=ResponsesParser,
+    renderer=ResponsesRenderer,
+    parse_error=parse_responses_error,
+    render_error=render_responses_error,
+    error_event=responses_error_event,
+    # Quotes inside JSON strings are escaped, so these words match no text that the model wrote.
+    watch=re.compile(
+        rb'"response\.(?:completed|incomplete|failed|cancelled)"|"error"|"usage"|^event: ?error', re.MULTILINE
+    ),
+    losses=RESPONSES_LOSSES,
+)
+# ==============================================================================
+# 12 TRANSLATION - the table of wire formats, and streams from one to another [pure]
+# ==============================================================================
+
+WIRE_FORMATS: Dict[str, WireFormat] = {wire.name: wire for wire in (OPENAI_CHAT, ANTHROPIC_MESSAGES, OPENAI_RESPONSES)}
+
+# ---- requests and whole answers
+
+
+def translate_request(
+    body: Dict[str, Any], source: str, target: str, model: str = ""
+) -> Tuple[ChatRequest, Dict[str, Any]]:
+    """A request body of the format `source` as a neutral request and as a body of `target`.
+
+    model: the upstream's model id for the body; "" keeps the client's. The neutral request keeps the client's names
+    and is what a Context needs for the way back. RouterError 400 for a body that is not of its format.
+    """
+    request = WIRE_FORMATS[source].parse_request(body)
+    return request, render_request(request._replace(model=model or request.model), target)
+
+
+def render_request(request: ChatRequest, target: str) -> Dict[str, Any]:
+    """A neutral request as a body of the format `target`, with tool names that every provider takes."""
+    return WIRE_FORMATS[target].render_request(shorten_tools(request))
+
+
+def parse_answer(body: Dict[str, Any], source: str, context: Context) -> ChatResponse:
+    """A whole answer of the format `source`, with the client's own tool names. RouterError 502 when it is none."""
+    return restore_tools(WIRE_FORMATS[source].parse_response(body, context), context.request)
+
+
+def translate_response(body: Dict[str, Any], source: str, target: str, context: Context) -> Dict[str, Any]:
+    """A whole answer of the format `source` as one of `target`. RouterError 502 when it is not of its format."""
+    return WIRE_FORMATS[target].render_response(parse_answer(body, source, context), context)
+
+
+def fold_stream(source: str, raw: bytes, context: Context) -> Union[ChatResponse, ErrorInfo]:
+    """A complete event stream of the format `source` as one answer, or the error that it ended with (trap 11)."""
+    decoder, parser = SseDecoder(), WIRE_FORMATS[source].parser(context)
+    events = [event for sse in decoder.feed(raw) + decoder.finish() for event in parser.feed(sse)]
+    answer = fold(events + parser.finish())
+    return answer if isinstance(answer, ErrorInfo) else restore_tools(answer, context.request)
+
+
+def render_stream(target: str, response: ChatResponse, context: Context) -> bytes:
+    """A whole answer as the event stream of the format `target` that it would have been (trap 12)."""
+    renderer = WIRE_FORMATS[target].renderer(context)
+    return b"".join(renderer.render(event) for event in unfold(response))
+
+
+def stream_from_whole(body: Dict[str, Any], source: str, target: str, context: Context) -> bytes:
+    """A whole answer's body of the format `source` as an event stream of `target`. RouterError 502 when it is none."""
+    return render_stream(target, parse_answer(body, source, context), context)
+
+
+def whole_from_stream(raw: bytes, source: str, target: str, context: Context) -> Union[Dict[str, Any], ErrorInfo]:
+    """A complete event stream of the format `source` as one answer of `target`, or the error that it ended with."""
+    answer = fold_stream(source, raw, context)
+    return answer if isinstance(answer, ErrorInfo) else WIRE_FORMATS[target].render_response(answer, context)
+
+
+# ---- tools whose names or kinds not every format takes
+
+# OpenAI's limit for function names, the tightest one in use; Anthropic allows 128 of the same characters.
+_TOOL_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
+_ODD_CHARACTERS = re.compile(r"[^a-zA-Z0-9_-]+")
+
+
+def short_tool_name(name: str) -> str:
+    """`name`, or a legal one made of its beginning and its hash: always the same for one name (trap 95)."""
+    if _TOOL_NAME.fullmatch(name):
+        return name
+    digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:10]
+    return _ODD_CHARACTERS.sub("_", name)[:53] + "_" + digest
+
+
+def shorten_tools(request: ChatRequest) -> ChatRequest:
+    """The request with short_tool_name applied to tools, tool_choice and the calls in the history."""
+    calls = [block for message in request.messages for block in message.blocks if isinstance(block, ToolCall)]
+    named = [tool.name for tool in request.tools if tool.kind != "server"] + [call.name for call in calls]
+    if all(map(_TOOL_NAME.fullmatch, named)):
+        return request
+    choice = request.tool_choice
+    return request._replace(
+        tools=[
+            tool if tool.kind == "server" else tool._replace(name=short_tool_name(tool.name)) for tool in request.tools
+        ],
+        tool_choice=choice and choice._replace(name=choice.name and short_tool_name(choice.name)),
+        messages=[
+            message._replace(blocks=[_short_call(block) for block in message.blocks]) for message in request.messages
+        ],
+    )
+
+
+def _short_call(block: Any) -> Any:
+    if not isinstance(block, ToolCall):
+        return block
+    return ToolCall(block.id, short_tool_name(block.name), block.arguments, block.kind, block.extra)
+
+
+class ToolRestorer:
+    """Turns an answer's calls back into what the client's tools are: full names, free text for custom tools."""
+
+    def __init__(self, names: Dict[str, str], customs: Set[str]) -> None:
+        self._names = names
+        self._customs = customs
+        self._held: Optional[List[str]] = None
+
+    def restore(self, event: Any) -> Sequence[Any]:
+        """The stream events for `event`. A custom tool's arguments are held until they can be unwrapped."""
+        kind = type(event)
+        if kind is Delta and self._held is not None:
+            self._held.append(event.text)
+            return ()
+        if kind is Opened and isinstance(event.block, ToolCall):
+            call = self.restore_call(event.block)
+            self._held = [] if call.kind != event.block.kind else None
+            return (Opened(call),)
+        if kind is Closed and self._held is not None:
+            text, self._held = unwrap_custom("".join(self._held)), None
+            return (Delta(text), event) if text else (event,)
+        return (event,)
+
+    def restore_call(self, call: ToolCall) -> ToolCall:
+        """A call under its client's name and kind, its arguments as they are."""
+        name = self._names.get(call.name, call.name)
+        kind = "custom" if name in self._customs else call.kind
+        return ToolCall(call.id, name, call.arguments, kind, call.extra)
+
+
+def tool_restorer(request: ChatRequest) -> Optional[ToolRestorer]:
+    """The ToolRestorer for a client's request; None when its tools are the same everywhere."""
+    names = {short_tool_name(tool.name): tool.name for tool in request.tools if not _TOOL_NAME.fullmatch(tool.name)}
+    customs = {tool.name for tool in request.tools if tool.kind == "custom"}
+    return ToolRestorer(names, customs) if names or customs else None
+
+
+def restore_tools(response: ChatResponse, request: ChatRequest) -> ChatResponse:
+    """What ToolRestorer does to a stream, for a whole answer."""
+    restorer = tool_restorer(request)
+    if restorer is None:
+        return response
+    blocks = []
+    for block in response.blocks:
+        if isinstance(block, ToolCall):
+            call = restorer.restore_call(block)
+            arguments = block.arguments if call.kind == block.kind else unwrap_custom(block.arguments)
+            block = ToolCall(call.id, call.name, arguments, call.kind, call.extra)
+        blocks.append(block)
+    return response._replace(blocks=blocks)
+
+
+def unwrap_custom(arguments: str) -> str:
+    """The free text in the arguments of a function that stands for a custom tool (CUSTOM_TOOL_SCHEMA, trap 60)."""
+    try:
+        value = load_json(arguments, "arguments")
+    except RouterError:
+        return arguments
+    if isinstance(value, dict):
+        text = value.get("input") if "input" in value or len(value) != 1 else next(iter(value.values()))
+        return text if isinstance(text, str) else arguments if value else ""
+    return value if isinstance(value, str) else arguments
+
+
+# ---- streams
+
+
+class _StreamState:
+    """What both kinds of stream processors tell: how far the answer is and what became of it.
+
+    content: the first content was seen: text, reasoning or refusal that is not empty, or a tool's name. done: the
+    terminator was seen. failed: the error that ended the stream, also when it ended too early. usage: tokens so far.
+    secret: the provider's key; should the upstream's error echo it, it is masked (trap 183).
+    """
+
+    def __init__(self, source: str, context: Context, secret: str = "") -> None:
+        self.content = False
+        self.failed: Optional[ErrorInfo] = None
+        self._context = context
+        self._secret = secret
+        self._parser = WIRE_FORMATS[source].parser(context)
+        self._finished: Optional[Finished] = None
+        self._has_opaque = False
+
+    @property
+    def done(self) -> bool:
+        return self._parser.done
+
+    @property
+    def usage(self) -> Optional[Usage]:
+        return self._parser.usage
+
+    @property
+    def is_empty(self) -> bool:
+        """A complete answer with a normal stop that says nothing at all (trap 138)."""
+        finished = self._finished
+        if self.content or self._has_opaque or finished is None:
+            return False
+        return finished.stop_reason in ("end_turn", "stop_sequence", "tool_use")
+
+    def _look(self, event: Any) -> None:
+        kind = type(event)
+        if kind is Delta:
+            self.content = True
+        elif kind is Opened:
+            self.content = self.content or bool(isinstance(event.block, ToolCall) and event.block.name)
+            self._has_opaque = self._has_opaque or isinstance(event.block, Opaque)
+        elif kind is Finished:
+            self._finished = event
+        elif kind is Failed:
+            self.failed = event.error._replace(message=mask_in(event.error.message, self._secret))
+
+    def _hide(self, out: bytes) -> bytes:
+        """What is sent of an upstream's error."""
+        return mask_in(out.decode("utf-8", "surrogateescape"), self._secret).encode("utf-8", "surrogateescape")
+
+
+class StreamTranslator(_StreamState):
+    """An answer's bytes from the format `source` to `target`: `feed(bytes) -> bytes`, `finish() -> bytes`.
+
+    A failure ends the output with an error event of the target's format and without its terminator.
+    """
+
+    def __init__(
+        self, source: str, target: str, context: Context, max_event_bytes: int = MAX_EVENT_BYTES, secret: str = ""
+    ) -> None:
+        super().__init__(source, context, secret)
+        self._decoder = SseDecoder(max_event_bytes)
+        self._render = WIRE_FORMATS[target].renderer(context).render
+        self._restorer = tool_restorer(context.request)
+
+    def feed(self, data: bytes) -> bytes:
+        """The target's bytes for what `data` completes."""
+        if self.failed is not None:
+            return b""
+        try:
+            events = self._decoder.feed(data)
+        except RouterError as error:
+            return self._write([Failed(ErrorInfo(error.status, error.message, code=error.code))])
+        parse = self._parser.feed
+        if len(events) == 1:
+            return self._write(parse(events[0]))
+        return b"".join([self._write(parse(event)) for event in events])
+
+    def finish(self) -> bytes:
+        """The target's bytes for the end of the stream; a stream without its end becomes an error."""
+        if self.failed is not None:
+            return b""
+        parts = [self._write(self._parser.feed(event)) for event in self._decoder.finish()]
+        return b"".join(parts) + self._write(self._parser.finish())
+
+    def _write(self, events: Sequence[Any]) -> bytes:
+        if self._restorer is not None:
+            events = [restored for event in events for restored in self._restorer.restore(event)]
+        if len(events) == 1 and self.content and type(events[0]) is Delta:
+            return self._render(events[0])
+        for event in events:
+            self._look(event)
+        out = b"".join([self._render(event) for event in events])
+        return out if self.failed is None else self._hide(out)
+
+
+class StreamRelay(_StreamState):
+    """An answer's bytes from a format to the same one, untouched but cut after whole events: `feed`, `finish`.
+
+    Until the first content every event is parsed; after it only those that the format's `watch` finds, so a relayed
+    chunk costs one search. Nothing follows the event in which the upstream told an error. A last event that the
+    connection cut off is not passed on. Where the format shows the model in its first event, that is renamed.
+    """
+
+    def __init__(self, source: str, context: Context, max_event_bytes: int = MAX_EVENT_BYTES, secret: str = "") -> None:
+        super().__init__(source, context, secret)
+        self._splitter = EventSplitter(max_event_bytes)
+        self._error_event = WIRE_FORMATS[source].error_event
+        self._watch = WIRE_FORMATS[source].watch.search
+        self._mark = _MODEL_EVENTS.get(source, b"") if context.request.model else b""
+
+    def feed(self, data: bytes) -> bytes:
+        """The whole events in what was fed so far."""
+        try:
+            whole = self._splitter.feed(data)
+        except RouterError as error:
+            return self._fail(ErrorInfo(error.status, error.message, code=error.code))
+        if whole and self.content and self.failed is None and not self._watch(whole):
+            return whole
+        return self._inspect(whole) if whole and self.failed is None else b""
+
+    def finish(self) -> bytes:
+        """What is left at the end of the stream; one that is not complete gets an error event."""
+        if self.failed is not None:
+            return b""
+        rest = self._splitter.finish()
+        out = self._inspect(rest.rstrip(b"\r\n") + b"\n\n") if rest.strip() and _is_complete(rest) else b""
+        if self.failed is None:
+            for event in self._parser.finish():
+                self._look(event)
+            if self.failed is not None:
+                out += self._fail(self.failed)
+        return out
+
+    def _inspect(self, whole: bytes) -> bytes:
+        passed = []
+        for raw in _split_events(whole):
+            if not self.content or self._watch(raw):
+                for sse in parse_events(raw[3:] if raw.startswith(b"\xef\xbb\xbf") else raw):
+                    for event in self._parser.feed(sse):
+                        self._look(event)
+                if self._mark and self._mark in raw:
+                    raw, self._mark = rename_model(raw, self._context.request.model), b""
+            passed.append(raw)
+            if self.failed is not None:
+                return self._hide(b"".join(passed))
+        return b"".join(passed)
+
+    def _fail(self, error: ErrorInfo) -> bytes:
+        self.failed = error
+        return self._error_event(error, self._context.id)
+
+
+def make_processor(
+    source: str, target: str, context: Context, max_event_bytes: int = MAX_EVENT_BYTES, secret: str = ""
+) -> Union[StreamTranslator, StreamRelay]:
+    """What stands between an upstream that speaks `source` and a client that speaks `target`."""
+    if source == target:
+        return StreamRelay(source, context, max_event_bytes, secret)
+    return StreamTranslator(source, target, context, max_event_bytes, secret)
+
+
+def _split_events(whole: bytes) -> Iterator[bytes]:
+    start = 0
+    for match in _BLANK_LINE.finditer(whole):
+        yield whole[start : match.end()]
+        start = match.end()
+    if start < len(whole):
+        yield whole[start:]
+
+
+def _is_complete(rest: bytes) -> bool:
+    """Whether bytes without a blank line behind them are all the same a whole event, or were cut off in it."""
+    try:
+        return all(event.data == "[DONE]" or load_json(event.data) is not None for event in parse_events(rest))
+    except RouterError:
+        return False
+
+
+# ---- the model's name in answers that are passed through
+
+# What marks the one event of a format that names the model, where clients take it as what they asked for (trap 44).
+_MODEL_EVENTS = {"anthropic": b"message_start"}
+
+_MODEL_MEMBER = re.compile(rb'("model"\s*:\s*)"(?:[^"\\]|\\.)*"')
+
+
+def rename_model(data: bytes, name: str) -> bytes:
+    """A whole answer's JSON, or one raw event that holds it, with `name` as its `model` (or its message's).
+
+    Only the name's bytes change where the result proves to be the same JSON otherwise, else the JSON is written anew;
+    what cannot be read comes back as it is.
+    """
+    start, end = data.find(b"{"), data.rfind(b"}") + 1
+    try:
+        value = as_dict(load_json(data[start:end]))
+    except RouterError:
+        return data
+    holder = value["message"] if isinstance(value.get("message"), dict) else value
+    if not isinstance(holder.get("model"), str):
+        return data
+    holder["model"] = name
+    text = dump_json(name)
+    spliced = _MODEL_MEMBER.sub(lambda match: match.group(1) + text, data[start:end], 1)
+    same = load_json(spliced) == value
+    return data[:start] + (spliced if same else dump_json(value)) + data[end:]
+
+
+# ==============================================================================
+# 13 INBOUND - paths, who may call, and what a request asks for [pure]
+# ==============================================================================
+
+_PATH = re.compile(r"(?:/(?:route|router))?(?:/(anthropic|openai))?(?:/v1)?(?:/(.*))?", re.DOTALL)
+
+
+class Endpoint(NamedTuple):
+    """What a path means. operation: chat, count_tokens, embeddings, models, model, root, health, metrics or control.
+
+    methods: what the path answers to. wire: the format the path fixes, "" when the request decides.
+    argument: the rest of the path, percent-decoded (a model id, a control verb). is_open: needs no key.
+    """
+
+    operation: str
+    methods: Tuple[str, ...] = ("POST",)
+    wire: str = ""
+    argument: str = ""
+    is_open: bool = False
+
+
+_READ = ("GET", "HEAD")
+
+# tail -> endpoint; a tail that no row names is unknown. "" stands for a bare prefix.
+_ENDPOINTS: Dict[str, Endpoint] = {
+    "messages": Endpoint("chat", wire="anthropic"),
+    "messages/count_tokens": Endpoint("count_tokens", wire="anthropic"),
+    "chat/completions": Endpoint("chat", wire="openai"),
+    "responses": Endpoint("chat", wire="responses"),
+    "embeddings": Endpoint("embeddings", wire="openai"),
+    "models": Endpoint("models", _READ),
+    "": Endpoint("chat"),
+}
+_ROOT_ENDPOINTS: Dict[str, Endpoint] = {
+    "/": Endpoint("root", _READ + ("POST",), is_open=True),
+    "/health": Endpoint("health", _READ, is_open=True),
+    "/metrics": Endpoint("metrics", _READ),
+}
+_CONTROL = "/_router/"
+
+
+def find_endpoint(path: str) -> Endpoint:
+    """The endpoint of a request path (no query). RouterError 404 for a path that means nothing."""
+    if path in _ROOT_ENDPOINTS:
+        return _ROOT_ENDPOINTS[path]
+    if path.startswith(_CONTROL):
+        return Endpoint("control", ("GET", "POST"), argument=path[len(_CONTROL) :])
+    match = _PATH.fullmatch(path[:-1] if path.endswith("/") else path)
+    prefix, tail = (match.group(1) or "", match.group(2) or "") if match else ("", path)
+    endpoint = _ENDPOINTS.get(tail)
+    if endpoint is None and tail.startswith("models/"):
+        endpoint = Endpoint("model", _READ, argument=unquote(tail[len("models/") :]))
+    if endpoint is None:
+        raise RouterError("unknown path %s" % one_line(path, 100), 404, "unknown_path")
+    return endpoint if endpoint.wire else endpoint._replace(wire=prefix)
+
+
+def check_method(endpoint: Endpoint, method: str) -> Endpoint:
+    """The endpoint as `method` means it (POST / is a chat request). RouterError 405 for a method it does not answer."""
+    if method not in endpoint.methods:
+        raise RouterError("this path answers to %s only" % ", ".join(endpoint.methods), 405, "method_not_allowed")
+    if endpoint.operation == "root" and method == "POST":
+        return _ENDPOINTS[""]
+    return endpoint
+
+
+class Access(NamedTuple):
+    """Who may call. keys: the accepted client keys as bytes; with `required` false none is asked for.
+
+    origins: web origins that may call; hosts: further names in `Host` that are this server.
+    """
+
+    required: bool = False
+    keys: Tuple[bytes, ...] = ()
+    origins: Tuple[str, ...] = ()
+    hosts: Tuple[str, ...] = ()
+
+
+_LOCAL_NAMES = ("localhost", "host.docker.internal")
+_IP_LITERAL = re.compile(r"\d{1,3}(?:\.\d{1,3}){3}|\[[0-9a-fA-F:.%]+\]")
+
+
+def offered_keys(headers: Headers) -> List[bytes]:
+    """Every key the client shows, from `Authorization: Bearer`, `x-api-key` and `api-key`."""
+    keys = []
+    for name, value in headers:
+        name = name.lower()
+        if name == "authorization" and value[:7].lower() == "bearer ":
+            keys.append(value[7:].strip().encode("utf-8", "surrogateescape"))
+        elif name in ("x-api-key", "api-key"):
+            keys.append(value.encode("utf-8", "surrogateescape"))
+    return keys
+
+
+def has_valid_key(access: Access, headers: Headers) -> bool:
+    """Whether any offered key is right. Every pair is compared in constant time, with no early exit."""
+    found = 0
+    for offered in offered_keys(headers):
+        for key in access.keys:
+            found |= hmac.compare_digest(offered, key)
+    return bool(found)
+
+
+def check_access(access: Access, endpoint: Endpoint, method: str, headers: Headers) -> bool:
+    """Whether the request showed a valid key (or none is required). RouterError 401 or 403 when it may not pass.
+
+    The Host rule keeps out DNS rebinding (CVE-2024-28224), the Origin rule any web page the user happens to
+    have open (claude-code-router GHSA-8hmm-4crw-vm2c): both come before anything is read or sent.
+    """
+    authorized = has_valid_key(access, headers) if access.required else True
+    host = header(headers, "host")
+    if not access.required and not _is_own_host(access, host):
+        raise RouterError(
+            "the Host %s is not this server; add it to allowedHosts if it is" % one_line(host, 80),
+            403,
+            "host_not_allowed",
+        )
+    origin = header(headers, "origin")
+    trusted = authorized and access.required
+    if origin and not trusted and not _origin_may_pass(access, origin, host):
+        raise RouterError(
+            "requests from the web origin %s are refused; add it to corsOrigins to allow them" % one_line(origin, 80),
+            403,
+            "origin_not_allowed",
+        )
+    if not origin and not trusted and method == "POST" and header(headers, "sec-fetch-site") == "cross-site":
+        raise RouterError("cross-site requests from a browser are refused; see corsOrigins", 403, "origin_not_allowed")
+    if not authorized and not endpoint.is_open:
+        raise RouterError("missing or wrong API key", 401, "invalid_api_key")
+    return authorized
+
+
+def _is_own_host(access: Access, host: str) -> bool:
+    name = re.sub(r":\d*$", "", host).lower()
+    if _IP_LITERAL.fullmatch(name) or name in _LOCAL_NAMES or name.endswith(".localhost"):
+        return True
+    return not host or any(name == allowed.lower() or host.lower() == allowed.lower() for allowed in access.hosts)
+
+
+def _origin_may_pass(access: Access, origin: str, host: str) -> bool:
+    same_origin = host and origin.lower() in ("http://" + host.lower(), "https://" + host.lower())
+    return bool(same_origin) or origin in access.origins
+
+
+def cors_headers(access: Access, headers: Headers) -> Headers:
+    """The CORS answer headers: only for an origin that is listed, never a wildcard."""
+    origin = header(headers, "origin")
+    if not origin or origin not in access.origins:
+        return []
+    asked = header(headers, "access-control-request-headers")
+    return [
+        ("access-control-allow-origin", origin),
+        ("vary", "origin"),
+        ("access-control-allow-methods", "GET, HEAD, POST, OPTIONS"),
+        ("access-control-allow-headers", asked if asked else "authorization, content-type, x-api-key"),
+        (
+            "access-control-expose-headers",
+            "x-llm-router-request-id, x-llm-router-model, x-llm-router-attempts, retry-after",
+        ),
+        ("access-control-max-age", "600"),
+    ]
+
+
+class JsonObject(NamedTuple):
+    """A JSON object from outside with the place of every top-level value in its text: `text[start:end]`."""
+
+    value: Dict[str, Any]
+    text: str
+    spans: Dict[str, Tuple[int, int]]
+
+
+_JSON_SPACE = re.compile(r"[ \t\n\r]*")
+_JSON_SCAN = _JSON_DECODER.scan_once  # type: ignore[attr-defined]
+
+
+def read_json_object(data: bytes) -> JsonObject:
+    """Parse a request body. RouterError 400 when it is not a JSON object.
+
+    Costs what json.loads costs: the values are parsed by the same C scanner, only the outermost level is walked
+    here, which proves where each top-level value stands, so that `model` can be replaced without dumping the rest.
+    """
+    try:
+        text = data.decode("utf-8-sig")
+        value, spans = _scan_object(text)
+    except (ValueError, RecursionError, StopIteration):
+        value = load_json(data, "request body")
+        if not isinstance(value, dict):
+            raise RouterError("the request body is not a JSON object", 400, "invalid_json") from None
+        return JsonObject(value, "", {})
+    return JsonObject(value, text, spans)
+
+
+def _scan_object(text: str) -> Tuple[Dict[str, Any], Dict[str, Tuple[int, int]]]:
+    skip = _JSON_SPACE.match
+    value: Dict[str, Any] = {}
+    spans: Dict[str, Tuple[int, int]] = {}
+    at = skip(text, 0).end()  # type: ignore[union-attr]
+    more = text[at : at + 1] == "{"
+    if not more:
+        raise ValueError("not an object")
+    at = skip(text, at + 1).end()  # type: ignore[union-attr]
+    if text[at : at + 1] == "}":
+        more, at = False, at + 1
+    while more:
+        if text[at : at + 1] != '"':
+            raise ValueError("a key is missing")
+        key, at = _JSON_SCAN(text, at)
+        at = skip(text, at).end()  # type: ignore[union-attr]
+        if text[at : at + 1] != ":":
+            raise ValueError("a colon is missing")
+        start = skip(text, at + 1).end()  # type: ignore[union-attr]
+        if key in value:
+            raise ValueError("a key stands twice")
+        value[key], at = _JSON_SCAN(text, start)
+        spans[key] = (start, at)
+        at = skip(text, at).end()  # type: ignore[union-attr]
+        more = text[at : at + 1] == ","
+        if not more and text[at : at + 1] != "}":
+            raise ValueError("the object is not closed")
+        at = skip(text, at + 1).end()  # type: ignore[union-attr]
+    if at != len(text) and text[at:].strip(" \t\n\r"):
+        raise ValueError("text after the object")
+    return value, spans
+
+
+def replace_field(body: JsonObject, name: str, value: Any) -> bytes:
+    """The object's bytes with its top-level field `name` set to `value`, everything else as it came."""
+    span = body.spans.get(name)
+    if span is None:
+        return dump_json(dict(body.value, **{name: value}))
+    text = body.text[: span[0]] + json.dumps(value) + body.text[span[1] :]
+    return text.encode("utf-8", "surrogatepass")
+
+
+_ANTHROPIC_FIELDS = ("system", "thinking", "stop_sequences", "top_k")
+_ANTHROPIC_BLOCKS = ("tool_use", "tool_result")
+
+
+def detect_wire(headers: Headers, body: Dict[str, Any]) -> str:
+    """The format of a request whose path does not say: the first sign in the order of the README's list."""
+    if any(name.lower().startswith("anthropic-") for name, _ in headers):
+        return "anthropic"
+    if "input" in body and "messages" not in body:
+        return "responses"
+    if any(field in body for field in _ANTHROPIC_FIELDS) or _has_anthropic_parts(body):
+        return "anthropic"
+    return "openai"
+
+
+def _has_anthropic_parts(body: Dict[str, Any]) -> bool:
+    if any("input_schema" in as_dict(tool) for tool in as_list(body.get("tools"))):
+        return True
+    blocks = (block for message in as_list(body.get("messages")) for block in as_list(as_dict(message).get("content")))
+    return any(as_dict(block).get("type") in _ANTHROPIC_BLOCKS for block in blocks)
+
+
+class Inbound(NamedTuple):
+    """A request as the gateway takes it. `wire` is the client's format, `asked` the model name it used ("" for none)."""
+
+    operation: str
+    wire: str
+    asked: str
+    stream: bool
+    headers: Headers
+    body: JsonObject
+
+
+def read_inbound(endpoint: Endpoint, headers: Headers, data: bytes) -> Inbound:
+    """A POST's meaning. RouterError 400 for a body that is not a JSON object or whose model or stream has a wrong type."""
+    body = read_json_object(data)
+    wire = endpoint.wire or detect_wire(headers, body.value)
+    asked = body.value.get("model")
+    if asked is not None and not isinstance(asked, str):
+        raise RouterError("model: must be a string", 400, "invalid_type")
+    stream = body.value.get("stream")
+    if stream is not None and not isinstance(stream, bool):
+        raise RouterError("stream: must be true or false", 400, "invalid_type")
+    return Inbound(endpoint.operation, wire, asked or "", bool(stream), headers, body)
+
+
+def ends_with_tool_result(body: Dict[str, Any], wire: str) -> bool:
+    """Whether the client's last message is a tool's result: then an empty answer may well be the right one."""
+    items = as_list(body.get("input" if wire == "responses" else "messages"))
+    last = as_dict(items[-1]) if items else {}
+    if last.get("role") == "tool" or as_text(last.get("type")).endswith("_call_output"):
+        return True
+    return any(as_dict(block).get("type") == "tool_result" for block in as_list(last.get("content")))
+
+
+def wire_of_client(endpoint: Optional[Endpoint], headers: Headers) -> str:
+    """The format an error before parsing is written in: what the path fixes, else what the headers show."""
+    if endpoint is not None and endpoint.wire:
+        return endpoint.wire
+    return "anthropic" if header(headers, "anthropic-version") else "openai"
+
+
+# What a token is worth, chosen so that the estimate errs high: a client that compacts early loses little, one that
+# compacts too late is refused (traps 116, 117). Characters a token for ASCII text; tokens for one other character.
+_ASCII_PER_TOKEN = 3.3
+_TOKENS_PER_OTHER = 0.9
+_TOKENS_PER_MEDIA = 1600
+_DOCUMENT_BYTES_PER_TOKEN = 24.0
+_TOKENS_PER_ITEM = 4
+_UNCOUNTED_KEYS = frozenset(("model", "stream", "cache_control", "type", "role", "media_type", "signature"))
+_MEDIA_TYPES = frozenset(("image", "image_url", "input_image"))
+
+
+def estimate_tokens(body: Dict[str, Any]) -> int:
+    """About how many input tokens a request body of any format is: system, messages, tools, results, thinking, media."""
+    tokens = 3.0
+    pending: List[Any] = [value for key, value in body.items() if key not in _UNCOUNTED_KEYS]
+    while pending:
+        value = pending.pop()
+        if isinstance(value, str):
+            tokens += _text_tokens(value)
+        elif isinstance(value, list):
+            pending.extend(value)
+        elif isinstance(value, dict):
+            tokens += _TOKENS_PER_ITEM
+            if value.get("type") in _MEDIA_TYPES:
+                tokens += _TOKENS_PER_MEDIA
+            elif value.get("type") == "base64":
+                tokens += len(as_text(value.get("data"))) * 0.75 / _DOCUMENT_BYTES_PER_TOKEN
+            else:
+                tokens += sum(map(_text_tokens, value)) if "type" not in value else 0
+                pending.extend(part for key, part in value.items() if key not in _UNCOUNTED_KEYS)
+        elif value is not None:
+            tokens += 1
+    return math.ceil(tokens)
+
+
+def _text_tokens(text: str) -> float:
+    if text.isascii():
+        return len(text) / _ASCII_PER_TOKEN
+    others = len(text.encode("utf-8", "surrogatepass")) - len(text)  # 1 to 3 bytes more for each character beyond ASCII
+    count = min(others, len(text))
+    return (len(text) - count) / _ASCII_PER_TOKEN + count * _TOKENS_PER_OTHER
+
+
+# ==============================================================================
+# 14 ROUTING - a model's name becomes an ordered list of candidates [pure]
+# ==============================================================================
+
+
+class Candidate(NamedTuple):
+    """One model at one provider that may serve a request. ref: `provider/model`; model_id: the name it has upstream."""
+
+    ref: str
+    provider: Provider
+    model: Model
+    model_id: str
+
+
+class Plan(NamedTuple):
+    """Who may serve a request, the origin first."""
+
+    asked: str
+    candidates: Tuple[Candidate, ...]
+
+
+class Routes:
+    """A configuration indexed for look-ups, so that no request's cost grows with its size.
+
+    Names are found in the order of the README: exact alias, `provider/model`, a bare model id or alias,
+    alias patterns (longest literal part first), then all again without a trailing `[...]`.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self._providers = {p.id.lower(): p for p in config.providers if p.enabled}
+        self._models: Dict[Tuple[str, str], Tuple[Provider, Model]] = {}
+        self._by_id: Dict[str, List[Tuple[Provider, Model]]] = {}
+        for provider in self._providers.values():
+            for model in provider.models:
+                if model.enabled:
+                    self._index(provider, model)
+        self._patterns = _compile_patterns(config.aliases)
+
+    def _index(self, provider: Provider, model: Model) -> None:
+        for name in (model.id,) + tuple(model.aliases):
+            self._models.setdefault((provider.id.lower(), name), (provider, model))
+            if name != "*":
+                self._by_id.setdefault(name, []).append((provider, model))
+
+    def find_plan(self, asked: str) -> Plan:
+        """The candidates for the name a client asked for. RouterError 404 that names what is near."""
+        name = asked if asked and asked != "smart" else self.config.default_model
+        if not name:
+            raise RouterError("no model was asked for and no defaultModel is configured", 404, "model_not_found")
+        bare = re.sub(r"\[[^\[\]]*\]$", "", name)
+        for known in (name, bare) if bare != name else (name,):
+            plan = self._find(asked, known)
+            if plan is not None:
+                return plan
+        raise RouterError(self._unknown(name), 404, "model_not_found")
+
+    def _find(self, asked: str, name: str) -> Optional[Plan]:
+        targets = self.config.aliases.get(name) if "*" not in name else None
+        if targets is None:
+            single = self.find_candidate(name)
+            if single is not None:
+                return Plan(asked, self._with_fallbacks(single))
+            targets = next((refs for pattern, refs in self._patterns if pattern.fullmatch(name)), None)
+        return None if targets is None else self._alias_plan(asked, targets)
+
+    def _alias_plan(self, asked: str, targets: Sequence[str]) -> Plan:
+        found = [candidate for candidate in map(self.find_candidate, targets) if candidate is not None]
+        if not found:
+            raise RouterError("the alias %s leads to no enabled model" % one_line(asked, 80), 404, "model_not_found")
+        return Plan(asked, self._with_fallbacks(found[0]) if len(targets) == 1 else _distinct(found))
+
+    def find_candidate(self, name: str) -> Optional[Candidate]:
+        """The model that `name` (`provider/model`, or a bare id or alias) means; None when there is none."""
+        provider_id, slash, model_id = name.partition("/")
+        provider = self._providers.get(provider_id.lower()) if slash else None
+        if provider is not None and model_id:
+            found = self._models.get((provider.id.lower(), model_id))
+            if found is not None:
+                return _candidate(*found)
+            found = self._models.get((provider.id.lower(), "*"))
+            if found is not None:
+                return _candidate(found[0], found[1]._replace(id=model_id))
+        owners = self._by_id.get(name, [])
+        if len(owners) > 1:
+            refs = ", ".join(sorted("%s/%s" % (p.id, m.id) for p, m in owners))
+            raise RouterError(
+                "several providers have the model %s: ask for one of %s" % (one_line(name, 80), refs),
+                404,
+                "model_not_found",
+            )
+        return _candidate(*owners[0]) if owners else None
+
+    def _with_fallbacks(self, origin: Candidate) -> Tuple[Candidate, ...]:
+        fallbacks = (self.find_candidate(self._target_of(ref)) for ref in origin.model.fallback_models)
+        return _distinct([origin] + [candidate for candidate in fallbacks if candidate is not None])
+
+    def _target_of(self, ref: str) -> str:
+        targets = self.config.aliases.get(ref)
+        return targets[0] if targets else ref
+
+    def _unknown(self, name: str) -> str:
+        near = nearest(name, self.names(), 3)
+        hint = "; near it: %s" % ", ".join(near) if near else "; GET /v1/models lists what there is"
+        return "the model %s is not configured%s" % (one_line(name, 80), hint)
+
+    def names(self) -> List[str]:
+        """Every name a client may list: `smart`, aliases, then each enabled `provider/model`."""
+        refs = ["%s/%s" % (p.id, m.id) for p in self._providers.values() for m in p.models if m.enabled and m.id != "*"]
+        aliases = [alias for alias in self.config.aliases if "*" not in alias]
+        return (["smart"] if self.config.default_model else []) + aliases + refs
+
+
+def _candidate(provider: Provider, model: Model) -> Candidate:
+    return Candidate("%s/%s" % (provider.id, model.id), provider, model, model.id)
+
+
+def _distinct(candidates: Iterable[Candidate]) -> Tuple[Candidate, ...]:
+    return tuple({candidate.ref: candidate for candidate in candidates}.values())
+
+
+def _compile_patterns(aliases: Dict[str, Tuple[str, ...]]) -> List[Tuple[Pattern[str], Tuple[str, ...]]]:
+    patterns = sorted((name for name in aliases if "*" in name), key=lambda name: -len(name.replace("*", "")))
+    return [(re.compile(".*".join(map(re.escape, name.split("*"))), re.DOTALL), aliases[name]) for name in patterns]
+
+
+def list_models(routes: Routes, anthropic: bool, after: str = "", limit: int = 0) -> Dict[str, Any]:
+    """The model list. OpenAI: {"object":"list","data":[{"id","object","created","owned_by"}]}; Anthropic's shape
+    (docs.anthropic.com, List Models) has type, display_name, created_at and the pagination fields; both carry both."""
+    names = routes.names()
+    start = names.index(after) + 1 if after in names else 0
+    page = names[start : start + limit] if limit else names[start:]
+    data = [model_entry(name, anthropic) for name in page]
+    edges = {"first_id": page[0] if page else None, "last_id": page[-1] if page else None}
+    return dict({"object": "list", "data": data, "has_more": start + len(page) < len(names)}, **edges)
+
+
+def model_entry(name: str, anthropic: bool) -> Dict[str, Any]:
+    """One model as `GET /models/ID` and the list show it."""
+    if anthropic:
+        return {"type": "model", "id": name, "display_name": name, "created_at": "2025-01-01T00:00:00Z"}
+    return {"id": name, "object": "model", "created": 1735689600, "owned_by": name.partition("/")[0]}
+
+
+def find_model_entry(routes: Routes, name: str, anthropic: bool) -> Dict[str, Any]:
+    """The entry of one model, under the name it was asked for. RouterError 404 when no request could use it."""
+    routes.find_plan(name)
+    return model_entry(name, anthropic)
+
+
+# ==============================================================================
+# 15 OUTBOUND - a candidate and a request become an upstream request [pure]
+# ==============================================================================
+
+
+class Target(NamedTuple):
+    """Where requests of one provider in one wire format go, and what every one of them carries.
+
+    path: with the base URL's own query. headers: everything fixed by the configuration. merged: header names that
+    the client's request may add to or fill in.
+    """
+
+    scheme: str
+    host: str
+    port: int
+    path: str
+    headers: Tuple[Tuple[str, str], ...]
+
+    @property
+    def origin(self) -> str:
+        """scheme://host:port, the only place the provider's key is ever sent to."""
+        return "%s://%s:%d" % (self.scheme, "[%s]" % self.host if ":" in self.host else self.host, self.port)
+
+
+class Outbound(NamedTuple):
+    """One upstream request as a value. wire: its format; timeouts already resolved to milliseconds."""
+
+    target: Target
+    path: str
+    headers: Headers
+    body: bytes
+    wire: str
+    stream: bool
+    timeouts: Timeouts
+
+
+_VERSION_SEGMENT = re.compile(r"/v\d+[a-z0-9]*(?:/openai)?$")
+_FULL_ENDPOINT = re.compile(r"/(?:chat/completions|responses|messages|embeddings)$")
+_DEFAULT_PORTS = {"http": 80, "https": 443}
+
+# A request's own operations beside chat; their paths lie beside the format's own.
+OPERATION_PATHS = {"count_tokens": "/messages/count_tokens", "embeddings": "/embeddings"}
+
+ANTHROPIC_VERSION = "2023-06-01"
+
+# What a client's header is to an upstream of the client's own format; every other one stays here.
+_FORWARDED = {
+    "openai": ("openai-beta", "x-request-id", "traceparent"),
+    "responses": ("openai-beta", "x-request-id", "traceparent"),
+    "anthropic": ("anthropic-beta", "anthropic-version", "x-request-id", "traceparent"),
+}
+
+
+def upstream_path(base_path: str, endpoint: str) -> str:
+    """The path for `endpoint` ("/messages") under a base URL's path.
+
+    A full endpoint path is used as is, one that ends in a version segment gets the endpoint, any other gets
+    /v1 and the endpoint; never /v1/v1 (trap 182).
+    """
+    base = base_path.rstrip("/")
+    if base.endswith(endpoint):
+        return base
+    base = _FULL_ENDPOINT.sub("", base)
+    return base + endpoint if _VERSION_SEGMENT.search(base) else base + "/v1" + endpoint
+
+
+def make_target(provider: Provider, wire: str) -> Target:
+    """The target of a provider for a wire format. RouterError 502 when its base URL cannot be used."""
+    url = provider.base_urls.get(wire) or provider.base_urls.get("") or ""
+    try:
+        parts = urlsplit(url)
+        port = parts.port or _DEFAULT_PORTS.get(parts.scheme, 0)
+    except ValueError:
+        parts, port = urlsplit(""), 0
+    if not parts.hostname or not port:
+        raise RouterError("provider %s has no usable base URL for %s" % (provider.id, wire), 502, "configuration_error")
+    path = upstream_path(parts.path, WIRE_FORMATS[wire].path)
+    return Target(
+        parts.scheme,
+        parts.hostname,
+        port,
+        path + ("?" + parts.query if parts.query else ""),
+        _fixed_headers(provider, wire, parts.netloc),
+    )
+
+
+def _fixed_headers(provider: Provider, wire: str, netloc: str) -> Tuple[Tuple[str, str], ...]:
+    headers = {
+        "host": netloc.rpartition("@")[2],
+        "user-agent": "llm-router/" + __version__,
+        "accept-encoding": "identity",
+        "content-type": "application/json",
+    }
+    name, value = auth_header(provider, wire)
+    if name:
+        headers[name] = value
+    if wire == "anthropic" and provider.anthropic_version:
+        headers["anthropic-version"] = provider.anthropic_version
+    if wire == "anthropic" and provider.anthropic_beta:
+        headers["anthropic-beta"] = ",".join(provider.anthropic_beta)
+    for key, value in provider.headers.items():
+        if value is None:
+            headers.pop(key.lower(), None)
+        else:
+            headers[key.lower()] = value
+    return tuple(headers.items())
+
+
+def auth_header(provider: Provider, wire: str) -> Tuple[str, str]:
+    """The header that shows the provider's key; ("", "") when it has none or wants none."""
+    auth = provider.auths.get(wire) or Auth("x-api-key" if wire == "anthropic" else "bearer")
+    if not provider.api_key or auth.type == "none":
+        return "", ""
+    if auth.type == "bearer":
+        return "authorization", "Bearer " + provider.api_key
+    if auth.type == "x-api-key":
+        return "x-api-key", provider.api_key
+    return (auth.header_name or "authorization").lower(), (auth.prefix or "") + provider.api_key
+
+
+def choose_wire(candidate: Candidate, client_wire: str) -> str:
+    """The format to speak with a candidate: the client's own when it is spoken there, else the provider's preferred."""
+    formats = candidate.model.formats or candidate.provider.formats
+    if client_wire in formats:
+        return client_wire
+    preferred = candidate.provider.preferred
+    return preferred if preferred in formats else formats[0]
+
+
+def merge_headers(target: Target, client_headers: Headers, client_wire: str, wire: str, stream: bool) -> Headers:
+    """The headers of one upstream request: the target's, and of the client's only what its format allows through."""
+    headers = dict(target.headers)
+    headers["accept"] = "text/event-stream" if stream else "application/json"
+    if client_wire == wire:
+        for name in _FORWARDED[wire]:
+            value = header(client_headers, name)
+            if value and name == "anthropic-beta":
+                headers[name] = merge_list(headers.get(name, ""), value)
+            elif value:
+                headers.setdefault(name, value)
+    if wire == "anthropic":
+        headers.setdefault("anthropic-version", ANTHROPIC_VERSION)
+    return list(headers.items())
+
+
+def merge_list(first: str, second: str) -> str:
+    """Two comma-separated header values as one, each element once, in order."""
+    elements = [element.strip() for element in (first + "," + second).split(",")]
+    return ",".join(dict.fromkeys(element for element in elements if element))
+
+
+def resolve_timeouts(provider: Provider, settings: Settings, stream: bool) -> Timeouts:
+    """A provider's timeouts in milliseconds, the settings' where it has none of its own; 0 means off."""
+    own = provider.timeouts
+    first_byte = settings.first_byte_timeout_ms if stream else settings.whole_first_byte_timeout_ms
+    return Timeouts(
+        _first_set(own.connect_ms, settings.connect_timeout_ms),
+        _first_set(own.first_byte_ms, first_byte),
+        _first_set(own.first_content_ms, settings.first_content_timeout_ms),
+        _first_set(own.idle_ms, settings.idle_timeout_ms),
+        _first_set(own.total_ms, settings.total_timeout_ms),
+    )
+
+
+def _first_set(own: Optional[int], default: int) -> int:
+    return default if own is None else own
+
+
+class Requests:
+    """Makes the upstream requests of one inbound request; what two candidates share is computed once.
+
+    The client's own format goes through as it came, with only `model` replaced; for another format the body is
+    translated through the neutral form.
+    """
+
+    def __init__(self, inbound: Inbound, settings: Settings, targets: Dict[Tuple[str, str], Target]) -> None:
+        self._inbound = inbound
+        self._settings = settings
+        self._targets = targets
+        self._neutral: Optional[ChatRequest] = None
+
+    @property
+    def neutral(self) -> ChatRequest:
+        """The client's request in the neutral form. RouterError 400 when it is not of its format."""
+        if self._neutral is None:
+            self._neutral = WIRE_FORMATS[self._inbound.wire].parse_request(self._inbound.body.value)
+        return self._neutral
+
+    def make(self, candidate: Candidate) -> Outbound:
+        """The request for one candidate."""
+        inbound, provider = self._inbound, candidate.provider
+        chat = inbound.operation == "chat"
+        wire = choose_wire(candidate, inbound.wire) if chat else inbound.wire
+        target = self._target(provider, wire)
+        path = target.path if chat else _operation_path(target.path, WIRE_FORMATS[wire].path, inbound.operation)
+        if wire == inbound.wire:
+            body = replace_field(inbound.body, "model", candidate.model_id)
+        else:
+            body = dump_json(render_request(self.neutral._replace(model=candidate.model_id), wire))
+        headers = merge_headers(target, inbound.headers, inbound.wire, wire, inbound.stream)
+        timeouts = resolve_timeouts(provider, self._settings, inbound.stream)
+        return Outbound(target, path, headers, body, wire, inbound.stream, timeouts)
+
+    def _target(self, provider: Provider, wire: str) -> Target:
+        key = (provider.id, wire)
+        target = self._targets.get(key)
+        if target is None:
+            target = self._targets[key] = make_target(provider, wire)
+        return target
+
+
+def _operation_path(path: str, own: str, operation: str) -> str:
+    bare, question, query = path.partition("?")
+    return bare[: len(bare) - len(own)] + OPERATION_PATHS[operation] + question + query
+
+
+# ==============================================================================
+# 16 OUTCOMES - status, headers and body of an upstream's answer: what they mean [pure]
+# ==============================================================================
+
+OK = "ok"
+RATE_LIMITED = "rate_limited"
+TEMPORARY = "temporary"
+TIMEOUT = "timeout"
+EMPTY = "empty"
+BILLING = "billing"
+AUTH = "auth"
+FORBIDDEN = "forbidden"
+NOT_FOUND = "not_found"
+POLICY = "policy"
+INVALID = "invalid"
+OVERFLOW = "context_overflow"
+
+
+class Outcome(NamedTuple):
+    """What one attempt came to. kind: one of the words above. status: the upstream's, 0 when it gave none.
+
+    label: short for logs and headers (`429`, `timeout`, `refused`). error: the error in words. retry_after: seconds
+    until the upstream wants to be asked again, None when it did not say. headers, body: of the upstream's answer, so that
+    it can be returned unchanged; body is None when there was none.
+    """
+
+    kind: str
+    status: int = 0
+    label: str = ""
+    error: ErrorInfo = ErrorInfo(502, "")
+    retry_after: Optional[float] = None
+    headers: Tuple[Tuple[str, str], ...] = ()
+    body: Optional[bytes] = None
+    wire: str = ""
+
+
+class Signal(NamedTuple):
+    """A row of SIGNALS: among `statuses` (empty: any), an error whose words match `pattern` is of `kind`."""
+
+    kind: str
+    statuses: Tuple[int, ...]
+    pattern: Pattern[str]
+
+
+def _words(*alternatives: str) -> Pattern[str]:
+    return re.compile("|".join(alternatives), re.MULTILINE)
+
+
+# First match wins; matched against the lower-cased codes, types and messages of the error, one a line. Texts are
+# those of the vendors' documentation and of errors that users pasted in public threads (traps 123, 128, 144, 155).
+SIGNALS: Tuple[Signal, ...] = (
+    Signal(
+        RATE_LIMITED,
+        (413,),
+        _words(r"tokens? per (?:min|minute|day)", r"\btp[md]\b", r"rate_limit"),
+    ),
+    Signal(
+        OVERFLOW,
+        (400, 413, 422),
+        _words(
+            r"context_length_exceeded",
+            r"exceed_context_size",
+            r"model_context_window_exceeded",
+            r"maximum context length",
+            r"context (?:size|length|window)[^\n]{0,40}exceed",
+            r"exceeds?[^\n]{0,40}context (?:size|length|window|limit)",
+            r"prompt is too long",
+            r"input is too long",
+            r"input length[^\n]{0,80}exceed",
+            r"longer than the model's context",
+            r"exceeds the maximum number of tokens",
+            r"reduce the length of the (?:messages|input|prompt)",
+        ),
+    ),
+    Signal(
+        BILLING,
+        (400, 402, 403, 429),
+        _words(
+            r"insufficient[_ ](?:quota|balance|credits?|funds)",
+            r"credit balance is too low",
+            r"exceeded(?: your|_)?[_ ]current[_ ]quota",
+            r"exceeded_current_quota",
+            r"billing_(?:error|hard_limit|not_active)",
+            r"arrearage",
+            r"account not in good standing",
+            r"please recharge",
+            r"used all available credits",
+            r"monthly spending limit",
+            r"spend(?:ing)? limit",
+            r"requires more credits",
+            r"payment required",
+            r"budget (?:has been )?exceeded",
+            r"^1113$",
+        ),
+    ),
+    Signal(
+        POLICY,
+        (400, 403, 451),
+        _words(
+            r"content_filter",
+            r"content (?:management|filtering) policy",
+            r"responsibleaipolicyviolation",
+            r"content_policy_violation",
+            r"content policy",
+            r"usage polic(?:y|ies)",
+            r"safety (?:system|filter|settings|policy)",
+            r"flagged",
+            r"moderation",
+            r"prohibited_content",
+            r"data_inspection_failed",
+            r"inappropriate content",
+        ),
+    ),
+    Signal(
+        AUTH,
+        (400, 403),
+        _words(
+            r"invalid[_ ]api[_ ]?key",
+            r"incorrect api key",
+            r"api key not valid",
+            r"api_key_invalid",
+            r"authentication_error",
+            r"invalid authentication",
+            r"invalid x-api-key",
+        ),
+    ),
+    Signal(
+        NOT_FOUND,
+        (400, 403, 422),
+        _words(
+            r"model_not_found",
+            r"model[_ ]not[_ ](?:found|exist)",
+            r"unknown model",
+            r"no such model",
+            r"model[^\n]{0,120}does not exist",
+            r"model[^\n]{0,120}is not (?:found|available|a valid)",
+            r"not a valid model",
+            r"deploymentnotfound",
+        ),
+    ),
+)
+
+_STATUS_KINDS: Dict[int, str] = {
+    401: AUTH,
+    402: BILLING,
+    403: FORBIDDEN,
+    404: NOT_FOUND,
+    408: TEMPORARY,
+    409: TEMPORARY,
+    410: NOT_FOUND,
+    425: TEMPORARY,
+    429: RATE_LIMITED,
+    451: POLICY,
+}
+_CLASS_KINDS: Dict[int, str] = {3: NOT_FOUND, 4: INVALID, 5: TEMPORARY}
+
+# Errors inside a 200 carry no HTTP status; their type or code tells. Anything else is temporary.
+_IN_BAND_STATUSES: Dict[str, int] = {
+    "rate_limit_error": 429,
+    "rate_limit_exceeded": 429,
+    "insufficient_quota": 429,
+    "authentication_error": 401,
+    "invalid_api_key": 401,
+    "permission_error": 403,
+    "billing_error": 402,
+    "overloaded_error": 529,
+    "server_is_overloaded": 503,
+    "context_length_exceeded": 400,
+    "content_filter": 400,
+    "content_policy_violation": 400,
+}
+
+_IN_BAND_KINDS = (RATE_LIMITED, BILLING, AUTH, POLICY, OVERFLOW)
+
+# Keys of an error body whose text says what went wrong. Never those that echo the client's own words back.
+_TELLING_KEYS = (
+    "error", "errors", "message", "msg", "type", "code", "status", "reason", "detail", "details", "innererror",
+    "error_type", "metadata", "raw", "title", "error_code", "previous_errors",
+)  # fmt: skip
+
+
+def error_words(body: Any, depth: int = 6) -> List[str]:
+    """The telling strings of an error body, JSON inside strings unwrapped (trap 124), outermost first."""
+    words: List[str] = []
+    _collect_words(body, depth, words)
+    return words[:40]
+
+
+def _collect_words(value: Any, depth: int, words: List[str]) -> None:
+    if depth == 0 or len(words) >= 40:
+        return
+    if isinstance(value, dict):
+        for key in _TELLING_KEYS:
+            if key in value:
+                _collect_words(value[key], depth - 1, words)
+    elif isinstance(value, list):
+        for item in value[:8]:
+            _collect_words(item, depth - 1, words)
+    elif isinstance(value, str):
+        words.append(value[:2000])
+        inner = _inner_json(value)
+        if inner is not None:
+            _collect_words(inner, depth - 1, words)
+    elif isinstance(value, int) and not isinstance(value, bool):
+        words.append(str(value)[:20])
+
+
+def _inner_json(text: str) -> Any:
+    start = text.find("{")
+    if start < 0 or len(text) > 100_000:
+        return None
+    try:
+        return json.loads(text[start : text.rfind("}") + 1])
+    except (ValueError, RecursionError):
+        return None
+
+
+def kind_of(status: int, words: Sequence[str]) -> str:
+    """The kind of an error answer: by the first signal whose words match, else by its status."""
+    text = "\n".join(words).lower()
+    for signal in SIGNALS:
+        if (not signal.statuses or status in signal.statuses) and signal.pattern.search(text):
+            return signal.kind
+    return _STATUS_KINDS.get(status) or _CLASS_KINDS.get(status // 100, TEMPORARY)
+
+
+def judge_error(wire: str, status: int, headers: Headers, body: bytes, now: float) -> Outcome:
+    """The outcome of an answer whose status is not 2xx. now: Unix seconds, for dates in headers and bodies."""
+    parsed = parse_body(body)
+    words = error_words(parsed) if not isinstance(parsed, str) else [parsed[:2000]]
+    info = WIRE_FORMATS[wire].parse_error(status, parsed)
+    wait = read_retry_after(headers, words, parsed, now)
+    return Outcome(kind_of(status, words), status, str(status), info, wait, tuple(headers), body, wire)
+
+
+def judge_in_band(info: ErrorInfo, headers: Headers, wire: str, now: float) -> Outcome:
+    """The outcome of an error that came inside a 200: a first event, or a body that is an error."""
+    words = [word for word in (info.type, info.code, info.message) if word]
+    named = next((_IN_BAND_STATUSES[word] for word in (info.code, info.type) if word in _IN_BAND_STATUSES), 0)
+    told = int(info.code) if info.code.isdigit() and 400 <= int(info.code[:6]) <= 599 else 0
+    status = named or told
+    kind = kind_of(status, words) if status else TEMPORARY
+    kind = kind if kind in _IN_BAND_KINDS else TEMPORARY
+    label = "200:%s" % one_line(info.code or info.type or "error", 40).replace(" ", "_").replace(",", "_")
+    wait = read_retry_after([], words, None, now)
+    return Outcome(kind, status or 502, label, info, wait, tuple(headers), None, wire)
+
+
+def failed_attempt(kind: str, label: str, message: str) -> Outcome:
+    """The outcome of an attempt without an answer: refused, reset, timed out, truncated, unparsable."""
+    return Outcome(kind, 0, label, ErrorInfo(504 if kind == TIMEOUT else 502, message))
+
+
+def parse_body(body: bytes) -> Any:
+    """An error body as JSON, else as text; an HTML page as its title or first words."""
+    try:
+        return load_json(body[:1_000_000])
+    except RouterError:
+        text = body[:20_000].decode("utf-8", "replace")
+    if "<html" in text[:2000].lower() or text[:9].lower() == "<!doctype":
+        title = re.search(r"<title[^>]*>(.*?)</title>", text, re.IGNORECASE | re.DOTALL)
+        return "HTML page: %s" % one_line(
+            " ".join((title.group(1) if title else re.sub(r"<[^>]*>", " ", text)).split()), 120
+        )
+    return text
+
+
+# --- when to ask again ---
+
+MAX_RETRY_AFTER_S = 86_400.0
+
+_DURATION = re.compile(
+    r"(\d+(?:\.\d+)?)\s*(ms|milliseconds?|s|secs?|seconds?|m|mins?|minutes?|h|hrs?|hours?|d|days?)(?![a-z])"
+)
+_UNIT_S = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_TRY_AGAIN = re.compile(
+    r"(?:try again|retry|available again|reset)[^\n]{0,40}?(?:in|after)\s+((?:\d+(?:\.\d+)?\s*[a-z]+[\s,]*(?:and\s+)?){1,4})"
+)
+_RESET_AT = re.compile(
+    r"reset[^\n]{0,30}?(?:at|on)\s+(\d{4}-\d\d-\d\d[t ]\d\d:\d\d(?::\d\d)?(?:\.\d+)?(?:z|[+-]\d\d:?\d\d)?)"
+)
+_BODY_DELAYS = ("retryDelay", "retry_after", "retry_after_seconds", "retryAfter", "retry_after_s")
+
+
+def read_retry_after(headers: Headers, words: Sequence[str], body: Any, now: float) -> Optional[float]:
+    """Seconds to wait as the upstream says it, in any of the forms seen; None when it does not. Capped at 24 hours.
+
+    Headers first: retry-after-ms (OpenAI, Azure; 0 with a retry-after beside it means the latter), Retry-After
+    (seconds, fractions or an HTTP date, RFC 9110 10.2.3), then the reset of an exhausted x-ratelimit or
+    anthropic-ratelimit window; then retryDelay and its likes and "try again in 9m38s" in the body.
+    """
+    seconds = _from_retry_headers(headers, now)
+    if seconds is None:
+        seconds = _from_reset_headers(headers, now)
+    if seconds is None:
+        seconds = _from_body(body, now)
+    if seconds is None:
+        seconds = _from_words(words, now)
+    return None if seconds is None else min(max(seconds, 0.0), MAX_RETRY_AFTER_S)
+
+
+def _from_retry_headers(headers: Headers, now: float) -> Optional[float]:
+    milliseconds = _number(header(headers, "retry-after-ms"))
+    told = header(headers, "retry-after").strip()
+    seconds = _number(told)
+    if seconds is None and told:
+        seconds = _seconds_until(told, now)
+    if milliseconds is not None and (milliseconds > 0 or seconds is None):
+        return milliseconds / 1000.0
+    return seconds
+
+
+def _from_reset_headers(headers: Headers, now: float) -> Optional[float]:
+    waits = []
+    for name, value in headers:
+        name = name.lower()
+        if "ratelimit" in name and "reset" in name:
+            remaining = header(headers, name.replace("reset", "remaining"))
+            if not remaining or _number(remaining) == 0:
+                waits.append(_read_reset(value, now))
+    known = [wait for wait in waits if wait is not None]
+    return max(known) if known else None
+
+
+def _read_reset(value: str, now: float) -> Optional[float]:
+    number = _number(value)
+    if number is None:
+        return read_duration(value) if read_duration(value) is not None else _seconds_until(value, now)
+    if number > 1e11:  # Unix milliseconds (OpenRouter)
+        return number / 1000.0 - now
+    return number - now if number > 1e9 else number
+
+
+def _from_body(body: Any, now: float, depth: int = 5) -> Optional[float]:
+    found: Optional[float] = None
+    if isinstance(body, dict) and depth:
+        for key in _BODY_DELAYS:
+            if found is None and key in body:
+                found = (
+                    _number(str(body[key])) if _number(str(body[key])) is not None else read_duration(str(body[key]))
+                )
+        headers = as_dict(body.get("headers"))  # OpenRouter nests the provider's headers in metadata
+        if found is None and headers:
+            found = _from_reset_headers([(str(k), str(v)) for k, v in headers.items()], now)
+        for value in body.values() if found is None else ():
+            found = _from_body(value, now, depth - 1) if found is None else found
+    elif isinstance(body, list) and depth:
+        for value in body[:8]:
+            found = _from_body(value, now, depth - 1) if found is None else found
+    return found
+
+
+def _from_words(words: Sequence[str], now: float) -> Optional[float]:
+    for word in words:
+        text = word.lower()
+        match = _TRY_AGAIN.search(text)
+        seconds = read_duration(match.group(1)) if match else None
+        if seconds is None:
+            at = _RESET_AT.search(text)
+            seconds = _seconds_until(at.group(1), now) if at else None
+        if seconds is not None:
+            return seconds
+    return None
+
+
+def read_duration(text: str) -> Optional[float]:
+    """Seconds from `9m38.016s`, `17.5s`, `6ms`, `2 hours`; None when there is no unit."""
+    parts = _DURATION.findall(text.lower())
+    if not parts:
+        return None
+    return sum(
+        float(number) * (0.001 if unit[:2] == "ms" or unit[:3] == "mil" else _UNIT_S[unit[0]]) for number, unit in parts
+    )
+
+
+def _number(text: str) -> Optional[float]:
+    return float(text) if re.fullmatch(r"\s*\d{1,15}(?:\.\d{1,9})?\s*", text) else None
+
+
+def _seconds_until(text: str, now: float) -> Optional[float]:
+    from datetime import datetime, timezone
+    from email.utils import parsedate_to_datetime  # late: only dates need it
+
+    iso = re.sub(r"(?:z|Z)$", "+00:00", text.strip().replace(" ", "T", 1) if re.match(r"\d{4}-", text.strip()) else "")
+    try:
+        moment = datetime.fromisoformat(re.sub(r"\.\d+", "", iso).upper()) if iso else parsedate_to_datetime(text)
+    except (TypeError, ValueError, IndexError, OverflowError):
+        return None
+    if moment.tzinfo is None:
+        moment = moment.replace(tzinfo=timezone.utc)
+    return moment.timestamp() - now
+
+
+# ==============================================================================
+# 17 FALLBACK - what to do next after each outcome, clock and dice passed in [pure]
+# ==============================================================================
+#
+# `begin` and `follow` decide, the gateway does. Health is read from a book that a host keeps and changed by the
+# HealthChanges they return, so that the book can live in this process, in an isolate, or in a shared store.
+
+
+class Health(NamedTuple):
+    """What is remembered of one model (key `provider/model`) or one provider (key `provider/`).
+
+    cooldown_until, circuit_until: seconds of the host's monotonic clock; circuit_until 0 means closed, in the future
+    open, in the past half-open. failures: consecutive ones, counted once a request. probe: the request that has the
+    half-open slot. reason: the kind of the last failure, failed_at: its moment.
+    """
+
+    cooldown_until: float = 0.0
+    circuit_until: float = 0.0
+    failures: int = 0
+    reason: str = ""
+    probe: str = ""
+    failed_at: float = 0.0
+
+
+HEALTHY = Health()
+
+
+class HealthChange(NamedTuple):
+    """One change to the book. What is None stays; a cooldown never shortens an older one.
+
+    clear: all good again, unless it failed after the moment `at`: an answer to a call that was made before a failure
+    says nothing about the time after it.
+    """
+
+    key: str
+    cooldown_until: Optional[float] = None
+    circuit_until: Optional[float] = None
+    failures: Optional[int] = None
+    reason: Optional[str] = None
+    probe: Optional[str] = None
+    clear: bool = False
+    at: float = 0.0
+
+
+class HealthBook:
+    """Health by key, in memory. `read` and `apply` are its whole interface, so that a shared store can replace it.
+
+    At most `limit` keys: a model `*` lets clients make up names, the oldest entries give way.
+    """
+
+    def __init__(self, limit: int = 10_000) -> None:
+        self._entries: Dict[str, Health] = {}
+        self._limit = limit
+
+    def read(self, key: str) -> Health:
+        """The health of a key; HEALTHY when nothing is remembered."""
+        return self._entries.get(key, HEALTHY)
+
+    def apply(self, changes: Iterable[HealthChange]) -> None:
+        """Carry out changes, in order."""
+        for change in changes:
+            changed = changed_health(self.read(change.key), change)
+            if changed == HEALTHY:
+                self._entries.pop(change.key, None)
+            else:
+                self._entries[change.key] = changed
+        while len(self._entries) > self._limit:
+            del self._entries[next(iter(self._entries))]
+
+    def keys(self) -> List[str]:
+        """The keys that something is remembered of."""
+        return list(self._entries)
+
+
+def changed_health(health: Health, change: HealthChange) -> Health:
+    """`health` after `change`. The later of two cooldowns stands (trap 147)."""
+    if change.clear:
+        return health if health.failed_at > change.at else HEALTHY
+    until = (
+        health.cooldown_until if change.cooldown_until is None else max(health.cooldown_until, change.cooldown_until)
+    )
+    return Health(
+        until,
+        health.circuit_until if change.circuit_until is None else change.circuit_until,
+        health.failures if change.failures is None else change.failures,
+        health.reason if change.reason is None else change.reason,
+        health.probe if change.probe is None else change.probe,
+        max(health.failed_at, change.at),
+    )
+
+
+class HealthAfter:
+    """A book as it will be after `changes`, read without changing it."""
+
+    def __init__(self, book: Any, changes: Sequence[HealthChange]) -> None:
+        self._book = book
+        self._changes = changes
+
+    def read(self, key: str) -> Health:
+        """The health of a key after the changes."""
+        health = self._book.read(key)
+        for change in self._changes:
+            health = changed_health(health, change) if change.key == key else health
+        return health
+
+
+class Attempt(NamedTuple):
+    """One call to an upstream, for the trail. wait_ms: the delay before it; decision: what followed."""
+
+    ref: str
+    wire: str
+    label: str
+    kind: str
+    wait_ms: int
+    took_ms: int
+    decision: str
+    message: str = ""
+
+
+class Try(Value):
+    """Action: send the request to `candidate` after `delay_ms`."""
+
+    __slots__ = ("candidate", "delay_ms")
+
+    def __init__(self, candidate: Candidate, delay_ms: int = 0) -> None:
+        self.candidate = candidate
+        self.delay_ms = delay_ms
+
+
+class Deliver(Value):
+    """Action: the answer that `outcome` brought is the client's answer."""
+
+    __slots__ = ("outcome",)
+
+    def __init__(self, outcome: Outcome) -> None:
+        self.outcome = outcome
+
+
+class GiveUp(Value):
+    """Action: nobody could serve; `outcome` decides the status. retry_after: seconds to the soonest recovery, None: never soon."""
+
+    __slots__ = ("outcome", "retry_after")
+
+    def __init__(self, outcome: Outcome, retry_after: Optional[float] = None) -> None:
+        self.outcome = outcome
+        self.retry_after = retry_after
+
+
+class Run(NamedTuple):
+    """How far one request has come. remaining: candidates not tried yet, in the plan's order; tries: attempts at
+    `current` so far, of `allowed`; first: the origin's last outcome; last: the last outcome of all; empty: an empty
+    answer that may have to do; blamed: providers whose key or account failed; counted: refs whose circuit was counted;
+    probes: refs whose half-open slot this request holds; waited_ms: spent waiting for a cooling candidate."""
+
+    id: str
+    plan: Plan
+    remaining: Tuple[Candidate, ...]
+    accepts_empty: bool = False
+    current: Optional[Candidate] = None
+    tries: int = 0
+    allowed: int = 1
+    first: Optional[Outcome] = None
+    last: Optional[Outcome] = None
+    empty: Optional[Outcome] = None
+    blamed: Tuple[str, ...] = ()
+    counted: Tuple[str, ...] = ()
+    probes: Tuple[str, ...] = ()
+    waited_ms: int = 0
+    context_above: int = 0
+
+
+Step = Tuple[Run, Any, List[HealthChange]]
+
+
+class Rule(NamedTuple):
+    """A row of RULES: what an outcome of a kind leads to.
+
+    retries: the origin may be tried again. falls_back: "all", "provider" (only inside the same provider) or "no".
+    cooldown: the setting that names its length, "" for none; told: a Retry-After counts instead. scope: model or
+    provider. blames: other providers go first from here on. counts: it counts for the circuit. comes_back: waiting helps.
+    """
+
+    retries: bool = False
+    falls_back: str = "all"
+    cooldown: str = ""
+    told: bool = False
+    scope: str = "model"
+    blames: bool = False
+    counts: bool = False
+    comes_back: bool = False
+
+
+RULES: Dict[str, Rule] = {
+    RATE_LIMITED: Rule(cooldown="origin_rate_limit_cooldown_ms", told=True, comes_back=True),
+    TEMPORARY: Rule(True, cooldown="origin_fallback_cooldown_ms", told=True, counts=True, comes_back=True),
+    TIMEOUT: Rule(cooldown="origin_fallback_cooldown_ms", told=True, counts=True, comes_back=True),
+    EMPTY: Rule(),
+    BILLING: Rule(cooldown="origin_billing_cooldown_ms", scope="provider", blames=True),
+    AUTH: Rule(cooldown="origin_auth_cooldown_ms", scope="provider", blames=True),
+    FORBIDDEN: Rule(cooldown="origin_auth_cooldown_ms"),
+    NOT_FOUND: Rule(cooldown="origin_fallback_cooldown_ms"),
+    POLICY: Rule(falls_back="provider"),
+    INVALID: Rule(falls_back="no"),
+    OVERFLOW: Rule(falls_back="no"),
+}
+_ALLOWED_POLICY = Rule(cooldown="origin_policy_cooldown_ms")
+
+
+def rule_for(kind: str, settings: Settings) -> Rule:
+    """The rule for an outcome's kind under these settings."""
+    return _ALLOWED_POLICY if kind == POLICY and settings.allow_policy_fallback else RULES[kind]
+
+
+def provider_key(candidate: Candidate) -> str:
+    """The key under which a candidate's provider stands in the health book."""
+    return candidate.provider.id + "/"
+
+
+def ready_at(candidate: Candidate, book: Any) -> float:
+    """When a candidate is out of every cooldown and its circuit no longer open, on the host's clock; 0.0 for never cooled."""
+    health = book.read(candidate.ref)
+    return max(health.cooldown_until, health.circuit_until, book.read(provider_key(candidate)).cooldown_until)
+
+
+def is_half_open(candidate: Candidate, book: Any, now: float) -> bool:
+    """Whether the candidate's circuit had opened and may be probed now."""
+    return book.read(candidate.ref).circuit_until > 0 and ready_at(candidate, book) <= now
+
+
+def rank(candidates: Sequence[Candidate], run: Run, book: Any, now: float) -> List[Candidate]:
+    """Candidates in the order they are tried: ready ones as planned, then the rest, soonest back first.
+
+    None is ever left out: when everything cools, somebody still answers (traps 151, 166). A half-open one keeps its place
+    for the request that probes it and goes behind the ready ones for others.
+    """
+
+    def key(candidate: Candidate) -> Tuple[int, float]:
+        until = ready_at(candidate, book)
+        if candidate.provider.id in run.blamed:
+            return (3, until)
+        if until > now:
+            return (2, until)
+        probe = book.read(candidate.ref).probe
+        return (1, 0.0) if is_half_open(candidate, book, now) and probe not in ("", run.id) else (0, 0.0)
+
+    return sorted(candidates, key=key)
+
+
+def begin(id: str, plan: Plan, accepts_empty: bool, settings: Settings, book: Any, now: float) -> Step:
+    """The first step of a request. id: the request's, unique. accepts_empty: an empty answer is as good as any."""
+    run = Run(id, plan, plan.candidates, accepts_empty)
+    return _next_candidate(run, settings, book, now)
+
+
+def follow(run: Run, outcome: Outcome, settings: Settings, book: Any, now: float, jitter: float) -> Step:
+    """The step after an attempt that brought no answer for the client. jitter: 0 to 1.
+
+    The changes that this outcome makes count for the order of what comes next.
+    """
+    candidate, rule = run.current or run.plan.candidates[0], rule_for(outcome.kind, settings)
+    is_origin = candidate is run.plan.candidates[0]
+    run = run._replace(last=outcome, first=outcome if is_origin else run.first, tries=run.tries + 1)
+    if outcome.kind == EMPTY:
+        run = run._replace(empty=run.empty or outcome)
+        if run.accepts_empty:
+            return _end(run, Deliver(outcome), [])
+    delay_ms = backoff_ms(run.tries, settings, jitter)
+    if rule.retries and run.tries < run.allowed and (outcome.retry_after or 0) * 1000 <= delay_ms:
+        return run, Try(candidate, delay_ms), []
+    if rule.falls_back == "no" and is_origin:
+        return _after_refusal(run, candidate, outcome, settings, book, now)
+    run = _narrowed(run, candidate, rule)
+    changes = _changes(run, candidate, outcome, rule, settings, book, now)
+    counted = run.counted + ((candidate.ref,) if rule.counts else ())
+    run = run._replace(counted=counted, probes=tuple(ref for ref in run.probes if ref != candidate.ref))
+    run, action, more = _next_candidate(run, settings, HealthAfter(book, changes), now)
+    return run, action, changes + more
+
+
+def _after_refusal(run: Run, candidate: Candidate, outcome: Outcome, settings: Settings, book: Any, now: float) -> Step:
+    """The origin refuses the request itself: that is the answer, unless it only is too long and larger models may try."""
+    if outcome.kind != OVERFLOW or not settings.context_fallback:
+        return _end(run, Deliver(outcome), [])
+    limit = candidate.model.context_window or 0
+    larger = tuple(c for c in run.remaining if (c.model.context_window or 0) > limit)
+    if not larger:
+        return _end(run, Deliver(outcome), [])
+    return _next_candidate(run._replace(remaining=larger, context_above=limit), settings, book, now)
+
+
+def _narrowed(run: Run, candidate: Candidate, rule: Rule) -> Run:
+    if rule.falls_back == "provider":
+        same = tuple(c for c in run.remaining if c.provider.id == candidate.provider.id)
+        run = run._replace(remaining=same)
+    if rule.blames:
+        run = run._replace(blamed=run.blamed + (candidate.provider.id,))
+    return run
+
+
+def _changes(
+    run: Run, candidate: Candidate, outcome: Outcome, rule: Rule, settings: Settings, book: Any, now: float
+) -> List[HealthChange]:
+    """What leaving `candidate` after `outcome` writes into the book."""
+    key = candidate.ref if rule.scope == "model" else provider_key(candidate)
+    changes = [HealthChange(candidate.ref, probe="")] if candidate.ref in run.probes else []
+    seconds = _cooldown_s(run, outcome, rule, settings)
+    if seconds > 0:
+        changes.append(HealthChange(key, cooldown_until=now + seconds, reason=outcome.kind, at=now))
+    threshold, open_s = settings.fallback_circuit_failures, settings.fallback_circuit_cooldown_ms / 1000.0
+    if rule.counts and threshold > 0 and open_s > 0 and candidate.ref not in run.counted:
+        failures = book.read(candidate.ref).failures + 1
+        opens = now + open_s if failures >= threshold else None
+        changes.append(HealthChange(candidate.ref, failures=failures, circuit_until=opens, reason=outcome.kind, at=now))
+    return changes
+
+
+def _cooldown_s(run: Run, outcome: Outcome, rule: Rule, settings: Settings) -> float:
+    if rule.told and outcome.retry_after is not None:
+        return outcome.retry_after
+    if not rule.cooldown:
+        return 0.0
+    had_to_fall_back = len(run.plan.candidates) > 1
+    if rule.counts and not had_to_fall_back:
+        return 0.0  # "once the router had to fall back": an only candidate is left in its place
+    return getattr(settings, rule.cooldown) / 1000.0
+
+
+def _next_candidate(run: Run, settings: Settings, book: Any, now: float) -> Step:
+    if not run.remaining:
+        return _exhausted(run, settings, book, now)
+    candidate = rank(run.remaining, run, book, now)[0]
+    ready, half_open = ready_at(candidate, book), is_half_open(candidate, book, now)
+    is_origin = candidate is run.plan.candidates[0]
+    allowed = settings.origin_retry_attempts if is_origin and ready <= now and not half_open else 1
+    remaining = tuple(c for c in run.remaining if c is not candidate)
+    run = run._replace(current=candidate, tries=0, allowed=allowed, remaining=remaining)
+    changes: List[HealthChange] = []
+    if half_open and not book.read(candidate.ref).probe:
+        run = run._replace(probes=run.probes + (candidate.ref,))
+        changes.append(HealthChange(candidate.ref, probe=run.id))
+    delay_ms = _wait_ms(ready, run, settings, now)
+    run = run._replace(waited_ms=run.waited_ms + delay_ms)
+    return run, Try(candidate, delay_ms), changes
+
+
+def _wait_ms(ready: float, run: Run, settings: Settings, now: float) -> int:
+    """How long to wait for a candidate that cools, when that is short enough to be worth it."""
+    wait_ms = math.ceil((ready - now) * 1000)
+    return wait_ms if 0 < wait_ms <= settings.retry_after_wait_ms - run.waited_ms else 0
+
+
+def _exhausted(run: Run, settings: Settings, book: Any, now: float) -> Step:
+    outcome = run.empty or run.first or run.last
+    if outcome is None:
+        return _end(run, GiveUp(failed_attempt(TEMPORARY, "none", "no candidate is left")), [])
+    back = [c for c in run.plan.candidates if ready_at(c, book) > now]
+    soonest = min(back, key=lambda c: ready_at(c, book)) if back else None
+    waits = soonest is not None and RULES[outcome.kind].comes_back and outcome.kind != EMPTY
+    if soonest is not None and waits and len(back) == len(run.plan.candidates):
+        if _wait_ms(ready_at(soonest, book), run, settings, now):
+            return _next_candidate(run._replace(remaining=(soonest,)), settings, book, now)
+    if outcome.kind in (EMPTY, POLICY, INVALID, OVERFLOW):
+        return _end(run, Deliver(outcome), [])
+    if not RULES[outcome.kind].comes_back:
+        return _end(run, GiveUp(outcome), [])
+    return _end(run, GiveUp(outcome, max(1.0, ready_at(soonest, book) - now) if soonest else 1.0), [])
+
+
+def _end(run: Run, action: Any, changes: List[HealthChange]) -> Step:
+    return run._replace(probes=()), action, changes + release(run)
+
+
+def release(run: Run) -> List[HealthChange]:
+    """The changes that free every half-open slot the request holds: for a client that left, and for every end."""
+    return [HealthChange(ref, probe="") for ref in run.probes]
+
+
+def succeed(run: Run, asked_at: float) -> List[HealthChange]:
+    """The changes after `current` has answered a call made at `asked_at`: nothing is held against it or its provider."""
+    if run.current is None:
+        return []
+    cleared = [HealthChange(key, clear=True, at=asked_at) for key in (run.current.ref, provider_key(run.current))]
+    return release(run) + cleared
+
+
+def fail_late(run: Run, kind: str, settings: Settings, book: Any, now: float) -> List[HealthChange]:
+    """The changes after `current` failed when content had reached the client already: it cools and is counted, as if
+    it had failed before, though nothing can be tried in its place any more."""
+    if run.current is None:
+        return []
+    outcome = failed_attempt(kind, "late", "")
+    changes = _changes(run, run.current, outcome, rule_for(kind, settings), settings, book, now)
+    return changes + release(run)
+
+
+def backoff_ms(retry: int, settings: Settings, jitter: float) -> int:
+    """The delay before retry number `retry` (1, 2, ...): base * 2^(retry-1), at most max, times 0.5 to 1."""
+    delay = min(settings.origin_retry_base_delay_ms * 2 ** min(retry - 1, 30), settings.origin_retry_max_delay_ms)
+    return int(delay * (0.5 + 0.5 * jitter))
+
+
+# ==============================================================================
+# 18 GATEWAY - one request from its head to its end, through injected effects [async]
+# ==============================================================================
+#
+# The gateway is handed a host and, per request, a client; it touches nothing else.
+#
+# host:   now() -> monotonic seconds; wall() -> Unix seconds; jitter() -> 0..1; new_id() -> str
+#         await sleep(seconds)
+#         await send(outbound) -> reply: status, headers, await read(timeout_s) -> bytes (b"" at the exact end), close();
+#             both raise UpstreamError
+#         record(trail): the request has ended; failed(error): an error of the router's own
+# client: is_open: the head was sent by a keep-alive already
+#         await respond(status, headers, body): a whole answer
+#         keep_alive(at, every_ms, head): from `at` on open the stream and send comments while nothing else is sent
+#         begin(headers, ping): the head of a stream; ping: what is sent in silence from now on
+#         write(data); await relay(reply, processor, idle_ms, left_s) -> "end" or the label of what broke it
+#         await finish(): the end of a complete stream; cut(): end the connection without one
+# A client that leaves cancels the task that runs here: what must be undone stands in `finally`.
+
+
+class Call(NamedTuple):
+    """A request's head as a host hands it over. `await read_body()` gives the inflated body or raises RouterError."""
+
+    method: str
+    path: str
+    query: str
+    headers: Headers
+    read_body: Callable[[], Any]
+
+
+class Trail:
+    """What became of one request: filled in on the way, complete when it is recorded."""
+
+    __slots__ = (
+        "id", "began", "began_wall", "wire", "operation", "asked", "stream", "attempts", "model", "status", "outcome",
+        "usage", "first_content_ms", "total_ms", "message",
+    )  # fmt: skip
+
+    def __init__(self, id: str, began: float, began_wall: float) -> None:
+        self.id = id
+        self.began = began
+        self.began_wall = began_wall
+        self.wire = ""
+        self.operation = ""
+        self.asked = ""
+        self.stream = False
+        self.attempts: List[Attempt] = []
+        self.model = ""
+        self.status = 0
+        self.outcome = ""
+        self.usage: Optional[Usage] = None
+        self.first_content_ms: Optional[int] = None
+        self.total_ms = 0
+        self.message = ""
+
+    @property
+    def path(self) -> str:
+        """The attempts in a line: `a/m1=429, b/m2=ok`."""
+        return ", ".join("%s=%s" % (attempt.ref, attempt.label) for attempt in self.attempts)
+
+
+class Answer:
+    """An upstream's answer that the client may have. ref: who gave it. Whole: `body` is all of it in the client's format.
+    Streamed: `body` is what was held back, `processor` and `reply` give the rest; no reply: there is no more to come."""
+
+    __slots__ = ("ref", "headers", "body", "usage", "processor", "reply", "idle_ms")
+
+    def __init__(
+        self, ref: str, headers: Headers, body: bytes, usage: Optional[Usage] = None, processor: Any = None
+    ) -> None:
+        self.ref = ref
+        self.headers = headers
+        self.body = body
+        self.usage = usage
+        self.processor = processor
+        self.reply: Any = None
+        self.idle_ms = 0
+
+
+_JSON_TYPE = ("content-type", "application/json")
+_STREAM_HEADERS: Headers = [
+    ("content-type", "text/event-stream; charset=utf-8"),
+    ("cache-control", "no-cache"),
+    ("x-accel-buffering", "no"),
+]
+_PINGS = {"anthropic": sse_event(b'{"type": "ping"}', "ping")}
+
+# What a client of the upstream's own format gets to see of its headers; all others stay here.
+_RETURNED_HEADERS = re.compile(r"(?:x-)?request-id|retry-after(?:-ms)?|x-ratelimit-.*|anthropic-ratelimit-.*")
+
+_NEVER_SOON = (AUTH, BILLING, FORBIDDEN, NOT_FOUND, POLICY)
+
+
+class Gateway:
+    """Answers calls with one configuration; a reload makes a new gateway around the same health book."""
+
+    def __init__(self, routes: Routes, settings: Settings, access: Access, host: Any, book: Any) -> None:
+        self.routes = routes
+        self.settings = settings
+        self.access = access
+        self.host = host
+        self.book = book
+        self.targets: Dict[Tuple[str, str], Target] = {}
+        self.info: Dict[str, Any] = {}
+
+    async def handle(self, call: Call, client: Any) -> None:
+        """Answer one call. Every error becomes one in the client's own format, one of the router's own a 500."""
+        endpoint: Optional[Endpoint] = None
+        trail = Trail(self.host.new_id(), self.host.now(), self.host.wall())
+        try:
+            endpoint = find_endpoint(call.path)
+            authorized = check_access(self.access, endpoint, call.method, call.headers)
+            if call.method == "OPTIONS":
+                await client.respond(
+                    204,
+                    [("allow", ", ".join(endpoint.methods + ("OPTIONS",)))] + cors_headers(self.access, call.headers),
+                    b"",
+                )
+                return
+            endpoint = check_method(endpoint, call.method)
+            if call.method == "POST" and endpoint.operation != "control":
+                await self._post(endpoint, call, client, trail)
+            else:
+                await self._get(endpoint, call, client, authorized)
+        except Exception as error:
+            if not isinstance(error, RouterError):
+                self.host.failed(error)
+            wire = trail.wire or wire_of_client(endpoint, call.headers)
+            await self._refuse(_end_of(error), endpoint, wire, trail, client)
+
+    async def _refuse(
+        self, error: RouterError, endpoint: Optional[Endpoint], wire: str, trail: Trail, client: Any
+    ) -> None:
+        if client.is_open:
+            client.write(WIRE_FORMATS[wire].error_event(_error_info(error), trail.id))
+            client.cut()
+            return
+        headers = [("x-llm-router-request-id", trail.id), _JSON_TYPE]
+        if error.status == 405 and endpoint is not None:
+            headers.append(("allow", ", ".join(endpoint.methods)))
+        if error.status == 401:
+            headers.append(("www-authenticate", "Bearer"))
+        await client.respond(
+            error.status, headers, dump_json(WIRE_FORMATS[wire].render_error(_error_info(error), trail.id))
+        )
+
+    async def _get(self, endpoint: Endpoint, call: Call, client: Any, authorized: bool) -> None:
+        status, body = self._read(endpoint, call, authorized)
+        await client.respond(status, [_JSON_TYPE] + cors_headers(self.access, call.headers), dump_json(body))
+
+    def _read(self, endpoint: Endpoint, call: Call, authorized: bool) -> Tuple[int, Dict[str, Any]]:
+        anthropic = endpoint.wire == "anthropic" or bool(header(call.headers, "anthropic-version"))
+        if endpoint.operation == "models":
+            query = dict(parse_qsl(call.query))
+            limit = int(query["limit"]) if query.get("limit", "").isdigit() and len(query["limit"]) < 6 else 0
+            return 200, list_models(self.routes, anthropic, query.get("after_id") or query.get("after") or "", limit)
+        if endpoint.operation == "model":
+            return 200, find_model_entry(self.routes, endpoint.argument, anthropic)
+        if endpoint.operation == "health":
+            return 200, dict({"status": "ok"}, **(self.info if authorized else {}))
+        if endpoint.operation == "root":
+            return 200, {"name": "llm-router", "version": __version__, "endpoints": ENDPOINT_HELP} if authorized else {
+                "name": "llm-router"
+            }
+        raise RouterError("unknown path", 404, "unknown_path")
+
+    async def _post(self, endpoint: Endpoint, call: Call, client: Any, trail: Trail) -> None:
+        inbound = read_inbound(endpoint, call.headers, await call.read_body())
+        trail.wire, trail.asked, trail.operation, trail.stream = (
+            inbound.wire,
+            inbound.asked,
+            inbound.operation,
+            inbound.stream,
+        )
+        exchange = Exchange(self, inbound, client, trail, cors_headers(self.access, call.headers))
+        try:
+            await exchange.run()
+        except BaseException as error:
+            end = _end_of(error)
+            trail.status, trail.outcome, trail.message = end.status, end.code, end.message
+            raise
+        finally:
+            trail.total_ms = int((self.host.now() - trail.began) * 1000)
+            self.host.record(trail)
+
+
+ENDPOINT_HELP = {
+    "anthropic": "/v1/messages",
+    "openai": "/v1/chat/completions",
+    "responses": "/v1/responses",
+    "unified": "/route",
+    "models": "/v1/models",
+    "count_tokens": "/v1/messages/count_tokens",
+    "embeddings": "/v1/embeddings",
+    "health": "/health",
+}
+
+
+def _end_of(error: BaseException) -> RouterError:
+    """What an exception that ended a request means: a task that is cancelled has lost its client, the rest is our own fault."""
+    if isinstance(error, RouterError):
+        return error
+    if isinstance(error, Exception):
+        return RouterError("the router failed within: %s" % type(error).__name__, 500, "internal_error")
+    return RouterError("the client has left", 499, "client_gone")
+
+
+def _error_info(error: RouterError) -> ErrorInfo:
+    return ErrorInfo(error.status, error.message, code=error.code)
+
+
+class Exchange:
+    """One POST: drives the fallback engine, judges what comes back, delivers one answer."""
+
+    def __init__(self, gateway: Gateway, inbound: Inbound, client: Any, trail: Trail, cors: Headers) -> None:
+        self._gateway = gateway
+        self._host = gateway.host
+        self._settings = gateway.settings
+        self._inbound = inbound
+        self._client = client
+        self._trail = trail
+        self._cors = cors
+        self._wire = WIRE_FORMATS[inbound.wire]
+        self._requests = Requests(inbound, gateway.settings, gateway.targets)
+        self._candidate: Optional[Candidate] = None
+        self._empty: Optional[Answer] = None
+        self._asked_at = 0.0
+        self._deadline = math.inf
+        self._until = math.inf
+
+    async def run(self) -> None:
+        """Find the candidates and serve the request by its operation."""
+        plan = self._gateway.routes.find_plan(self._inbound.asked)
+        if self._inbound.operation == "count_tokens":
+            await self._count_tokens(plan)
+            return
+        if self._inbound.operation == "embeddings":
+            plan = plan._replace(candidates=plan.candidates[:1])
+            _require_format(plan.candidates[0], "openai")
+        total_ms = self._settings.total_timeout_ms
+        self._deadline = self._host.now() + total_ms / 1000 if total_ms else math.inf
+        if self._inbound.stream:
+            head = _STREAM_HEADERS + [("x-llm-router-request-id", self._trail.id)] + self._cors
+            self._client.keep_alive(self._trail.began, self._settings.keepalive_ms, head)
+        await self._serve(plan)
+
+    async def _serve(self, plan: Plan) -> None:
+        book, settings, host = self._gateway.book, self._settings, self._host
+        accepts_empty = ends_with_tool_result(self._inbound.body.value, self._inbound.wire)
+        run, action, changes = begin(self._trail.id, plan, accepts_empty, settings, book, host.now())
+        try:
+            while True:
+                book.apply(changes)
+                if not isinstance(action, Try):
+                    await self._conclude(action)
+                    return
+                if action.delay_ms:
+                    await host.sleep(min(action.delay_ms / 1000, max(0.0, self._deadline - host.now())))
+                result = await self._attempt(action, bool(run.remaining))
+                if isinstance(result, Answer):
+                    book.apply(succeed(run, self._asked_at))
+                    await self._deliver(result, run)
+                    return
+                run, action, changes = follow(run, result, settings, book, host.now(), host.jitter())
+                self._decide(action)
+        finally:
+            book.apply(release(run))
+
+    def _decide(self, action: Any) -> None:
+        """Write what follows the last attempt into the trail."""
+        if isinstance(action, Try):
+            same = action.candidate is self._candidate
+            decision = "retry in %d ms" % action.delay_ms if same else "fall back to %s" % action.candidate.ref
+        else:
+            decision = "return it" if isinstance(action, Deliver) else "give up"
+        self._trail.attempts[-1] = self._trail.attempts[-1]._replace(decision=decision)
+
+    async def _attempt(self, action: Try, has_more: bool) -> Union[Outcome, Answer]:
+        """One call to one candidate: an Answer the client may have, or what came instead."""
+        candidate = self._candidate = action.candidate
+        outbound = self._requests.make(candidate)
+        self._asked_at = self._host.now()
+        own_ms = candidate.provider.timeouts.total_ms
+        self._until = self._deadline if own_ms is None else self._asked_at + own_ms / 1000 if own_ms else math.inf
+        reply = None
+        result: Union[Outcome, Answer, None] = None
+        try:
+            reply = await self._host.send(self._within_deadline(outbound))
+            result = await self._judge(outbound, reply, has_more)
+        except UpstreamError as error:
+            result = failed_attempt(TIMEOUT if error.is_timeout else TEMPORARY, error.label, error.message)
+        finally:
+            keeps = isinstance(result, Answer) and result.reply is not None
+            if reply is not None and not keeps:
+                reply.close()
+            if isinstance(result, Outcome):
+                result = _redacted(result, candidate.provider.api_key)
+            self._note(outbound, action, result)
+        return result  # type: ignore[return-value]
+
+    def _within_deadline(self, outbound: Outbound) -> Outbound:
+        if self._until == math.inf:
+            return outbound
+        left_ms = int((self._until - self._host.now()) * 1000)
+        if left_ms <= 0:
+            raise UpstreamError("the request's total time is used up", "timeout", True)
+        own = outbound.timeouts
+        limits = own._replace(
+            connect_ms=_sooner(own.connect_ms, left_ms), first_byte_ms=_sooner(own.first_byte_ms, left_ms)
+        )
+        return outbound._replace(timeouts=limits)
+
+    def _note(self, outbound: Outbound, action: Try, result: Union[Outcome, Answer, None]) -> None:
+        took_ms = int((self._host.now() - self._asked_at) * 1000)
+        label, kind, message = "ok", OK, ""
+        if result is None:
+            label, kind = "client_gone", "client_gone"
+        elif isinstance(result, Outcome):
+            label, kind, message = result.label, result.kind, one_line(result.error.message)
+        attempt = Attempt(action.candidate.ref, outbound.wire, label, kind, action.delay_ms, took_ms, "", message)
+        self._trail.attempts.append(attempt)
+
+    async def _judge(self, outbound: Outbound, reply: Any, has_more: bool) -> Union[Outcome, Answer]:
+        """What an upstream's answer is, read as far as that takes."""
+        if not 200 <= reply.status < 300:
+            body = await self._read_error(reply)
+            return judge_error(outbound.wire, reply.status, reply.headers, body, self._host.wall())
+        is_stream = "event-stream" in header(reply.headers, "content-type").lower()
+        if is_stream and self._inbound.stream:
+            return await self._judge_stream(outbound, reply, has_more)
+        body = await self._read_whole(reply, outbound)
+        if self._inbound.operation != "chat":
+            return self._judge_plain(outbound, reply, body)
+        return self._judge_whole(outbound, reply, body)
+
+    async def _read_error(self, reply: Any) -> bytes:
+        parts: List[bytes] = []
+        try:
+            while sum(map(len, parts)) < 1_000_000:
+                data = await reply.read(5.0)
+                if not data:
+                    break
+                parts.append(data)
+        except UpstreamError:
+            pass  # what arrived of an error says enough
+        return b"".join(parts)
+
+    async def _read_whole(self, reply: Any, outbound: Outbound) -> bytes:
+        parts: List[bytes] = []
+        size = 0
+        while True:
+            data = await reply.read(self._time_left(outbound.timeouts.idle_ms))
+            if not data:
+                return b"".join(parts)
+            parts.append(data)
+            size += len(data)
+            if size > self._settings.max_answer_bytes:
+                raise UpstreamError("the answer is larger than max_answer_bytes", "too_large")
+
+    def _time_left(self, limit_ms: int, until: float = math.inf) -> Optional[float]:
+        """Seconds to wait at most: a limit (0: none), a moment, and the deadline of the attempt; None for no end."""
+        left = min(min(until, self._until) - self._host.now(), limit_ms / 1000 if limit_ms else math.inf)
+        return None if left == math.inf else max(left, 0.0)
+
+    def _judge_plain(self, outbound: Outbound, reply: Any, body: bytes) -> Union[Outcome, Answer]:
+        """An answer that is no chat (embeddings): any JSON object that is not an error."""
+        parsed = _read_json(body)
+        if not parsed or _is_error_body(parsed):
+            return self._bad_body(outbound, reply, parsed, body)
+        return Answer(self._ref, self._returned(reply, outbound), body)
+
+    def _judge_whole(self, outbound: Outbound, reply: Any, body: bytes) -> Union[Outcome, Answer]:
+        context = self._context()
+        parsed = _read_json(body)
+        if not parsed and body.lstrip()[:6] in (b"data: ", b"data:{", b"event:"):
+            folded = fold_stream(outbound.wire, body, context)
+            if isinstance(folded, ErrorInfo):
+                return self._from_error_info(folded, outbound, reply)
+            response, body = folded, b""
+        elif not parsed or _is_error_body(parsed):
+            return self._bad_body(outbound, reply, parsed, body)
+        else:
+            try:
+                response = parse_answer(parsed, outbound.wire, context)
+            except RouterError as error:
+                return failed_attempt(TEMPORARY, "unparsable", error.message)
+        answer = self._whole_answer(outbound, reply, response, body, context)
+        if not is_empty(response):
+            return answer
+        self._empty = self._empty or answer
+        return Outcome(EMPTY, reply.status, "empty", ErrorInfo(502, "the answer was complete but empty"))
+
+    def _whole_answer(
+        self, outbound: Outbound, reply: Any, response: ChatResponse, body: bytes, context: Context
+    ) -> Answer:
+        """A whole answer in the client's format: its own bytes where that is the upstream's, too."""
+        headers = self._returned(reply, outbound)
+        if self._inbound.stream:
+            return Answer(self._ref, headers, render_stream(self._inbound.wire, response, context), response.usage)
+        if outbound.wire != self._inbound.wire or not body:
+            body = dump_json(self._wire.render_response(response, context))
+        elif outbound.wire == "anthropic":
+            body = rename_model(body, self._asked())
+        return Answer(self._ref, headers, body, response.usage)
+
+    def _bad_body(self, outbound: Outbound, reply: Any, parsed: Dict[str, Any], body: bytes) -> Outcome:
+        if parsed:
+            return self._from_error_info(WIRE_FORMATS[outbound.wire].parse_error(502, parsed), outbound, reply)
+        text = str(parse_body(body)) if body else "an empty body"
+        return failed_attempt(TEMPORARY, "unparsable", "the answer is not what was asked for: %s" % one_line(text, 120))
+
+    def _from_error_info(self, info: ErrorInfo, outbound: Outbound, reply: Any) -> Outcome:
+        if info.code == "truncated":
+            return failed_attempt(TEMPORARY, "truncated", info.message)
+        return judge_in_band(info, reply.headers, outbound.wire, self._host.wall())
+
+    async def _judge_stream(self, outbound: Outbound, reply: Any, has_more: bool) -> Union[Outcome, Answer]:
+        """Hold a stream back until its first content: until then it can still turn out to be no answer (trap 130)."""
+        secret = self._candidate.provider.api_key if self._candidate is not None else ""
+        processor = make_processor(
+            outbound.wire, self._inbound.wire, self._context(), self._settings.max_event_bytes, secret
+        )
+        timeouts = outbound.timeouts
+        content_ms = timeouts.first_content_ms if has_more else 0  # the last one gets all the time there is (trap 158)
+        content_until = self._asked_at + content_ms / 1000 if content_ms else math.inf
+        held: List[bytes] = []
+        ended = False
+        while not processor.content and not ended and sum(map(len, held)) <= self._settings.max_hold_bytes:
+            wait_s = self._time_left(1000 if processor.done else timeouts.idle_ms, content_until)
+            try:
+                data = await reply.read(wait_s)
+            except UpstreamError:
+                if not processor.done:
+                    raise
+                data = b""  # the answer had ended, whatever became of the connection
+            ended = not data
+            held.append(processor.feed(data) if data else processor.finish())
+            if processor.failed is not None and not processor.content:
+                return self._from_error_info(processor.failed, outbound, reply)
+            if not ended and not processor.content and self._host.now() >= content_until:
+                raise UpstreamError("no content within %d ms" % content_ms, "timeout", True)
+        answer = Answer(self._ref, self._returned(reply, outbound), b"".join(held), processor.usage, processor)
+        if ended and processor.is_empty:
+            self._empty = self._empty or answer
+            return Outcome(EMPTY, reply.status, "empty", ErrorInfo(502, "the stream was complete but empty"))
+        if not ended:
+            answer.reply, answer.idle_ms = reply, timeouts.idle_ms
+        return answer
+
+    def _context(self) -> Context:
+        request = self._requests.neutral if self._needs_request else _BARE_REQUEST
+        return Context(request._replace(model=self._asked()), self._trail.id, int(self._host.wall()))
+
+    @property
+    def _ref(self) -> str:
+        return self._candidate.ref if self._candidate is not None else ""
+
+    @property
+    def _needs_request(self) -> bool:
+        candidate = self._candidate
+        return candidate is not None and choose_wire(candidate, self._inbound.wire) != self._inbound.wire
+
+    def _asked(self) -> str:
+        return self._inbound.asked or "smart"
+
+    def _returned(self, reply: Any, outbound: Outbound) -> Headers:
+        """The upstream's headers that its own clients may see."""
+        if outbound.wire != self._inbound.wire:
+            return []
+        return [(name, value) for name, value in reply.headers if _RETURNED_HEADERS.fullmatch(name.lower())]
+
+    def _own_headers(self) -> Headers:
+        trail = self._trail
+        headers = [("x-llm-router-request-id", trail.id), ("x-llm-router-attempts", trail.path)]
+        return headers + ([("x-llm-router-model", trail.model)] if trail.model else []) + self._cors
+
+    async def _deliver(self, answer: Answer, run: Optional[Run]) -> None:
+        trail, client = self._trail, self._client
+        trail.model, trail.status, trail.outcome, trail.usage = answer.ref, 200, OK, answer.usage
+        trail.first_content_ms = int((self._host.now() - trail.began) * 1000)
+        if not self._inbound.stream:
+            await client.respond(200, _JSON_HEADERS + self._own_headers() + answer.headers, answer.body)
+            return
+        client.begin(
+            _STREAM_HEADERS + self._own_headers() + answer.headers, _PINGS.get(self._inbound.wire, sse_comment())
+        )
+        client.write(answer.body)
+        if answer.processor is None:
+            await client.finish()
+            return
+        try:
+            await self._relay(answer, run)
+        finally:
+            if answer.reply is not None:
+                answer.reply.close()
+            trail.usage = answer.processor.usage or trail.usage
+
+    async def _relay(self, answer: Answer, run: Optional[Run]) -> None:
+        """The rest of a stream, and an honest end: after content a failure is told in the stream, then the connection
+        is cut without the last chunk, so that no client takes half an answer for a whole one (traps 14, 134)."""
+        client, processor = self._client, answer.processor
+        broken = "end"
+        if answer.reply is not None and processor.failed is None:
+            broken = await client.relay(answer.reply, processor, answer.idle_ms, self._time_left(0))
+        failure = processor.failed
+        if broken == "end" or processor.done or failure is not None:
+            client.write(processor.finish())
+            failure = processor.failed
+        else:
+            status = 504 if broken == "timeout" else 502
+            failure = ErrorInfo(status, "the upstream's answer broke off: " + broken, code="upstream_" + broken)
+            client.write(self._wire.error_event(failure, self._trail.id))
+        if failure is None:
+            await client.finish()
+            return
+        self._note_late(failure, TIMEOUT if broken == "timeout" else TEMPORARY, run)
+        client.cut()
+
+    def _note_late(self, failure: ErrorInfo, kind: str, run: Optional[Run]) -> None:
+        trail = self._trail
+        trail.outcome, trail.message = kind, one_line(failure.message)
+        trail.attempts[-1] = trail.attempts[-1]._replace(
+            kind=kind, decision="too late to fall back", message=trail.message
+        )
+        if run is not None:
+            self._gateway.book.apply(fail_late(run, kind, self._settings, self._gateway.book, self._host.now()))
+
+    async def _conclude(self, action: Any) -> None:
+        """Nobody answered, or what came is the answer: an error unchanged, an empty answer, or the router's own words."""
+        outcome = action.outcome
+        if isinstance(action, Deliver) and outcome.kind == EMPTY and self._empty is not None:
+            await self._deliver(self._empty, None)
+            return
+        trail = self._trail
+        trail.outcome, trail.message = outcome.kind, one_line(outcome.error.message)
+        if isinstance(action, Deliver):
+            await self._return_error(outcome)
+            return
+        status = give_up_status(outcome, self._inbound.wire)
+        info = outcome.error._replace(status=status, message=give_up_message(outcome, trail), type="")
+        await self._send_error(info, give_up_headers(outcome, action.retry_after), None)
+
+    async def _return_error(self, outcome: Outcome) -> None:
+        same = outcome.wire == self._inbound.wire and outcome.body is not None
+        headers = [(n, v) for n, v in outcome.headers if same and _RETURNED_HEADERS.fullmatch(n.lower())]
+        if outcome.kind == POLICY:
+            headers.append(("x-should-retry", "false"))
+        await self._send_error(
+            outcome.error._replace(status=outcome.status or 502), headers, outcome.body if same else None
+        )
+
+    async def _send_error(self, info: ErrorInfo, headers: Headers, body: Optional[bytes]) -> None:
+        """An error as the client's format has it; inside the stream when a keep-alive opened it already."""
+        self._trail.status = info.status
+        if self._client.is_open:
+            self._client.write(self._wire.error_event(info, self._trail.id))
+            self._client.cut()
+            return
+        if body is None:
+            body = dump_json(self._wire.render_error(info, self._trail.id))
+        await self._client.respond(info.status, _JSON_HEADERS + self._own_headers() + headers, body)
+
+    async def _count_tokens(self, plan: Plan) -> None:
+        """Ask a candidate that can count, else estimate. Never an error, never a word in the health book (trap 118)."""
+        candidate = plan.candidates[0]
+        count: Optional[int] = None
+        if "anthropic" in (candidate.model.formats or candidate.provider.formats):
+            count = await self._ask_count(candidate)
+        trail = self._trail
+        trail.status, trail.outcome = 200, OK
+        if count is None:
+            count = estimate_tokens(self._inbound.body.value)
+        await self._client.respond(200, _JSON_HEADERS + self._own_headers(), dump_json({"input_tokens": count}))
+
+    async def _ask_count(self, candidate: Candidate) -> Optional[int]:
+        limit_ms = self._settings.count_tokens_timeout_ms
+        self._until = self._host.now() + limit_ms / 1000
+        outbound = self._requests.make(candidate)
+        timeouts = Timeouts(limit_ms, limit_ms, 0, limit_ms, limit_ms)
+        reply = None
+        try:
+            reply = await self._host.send(outbound._replace(timeouts=timeouts))
+            parsed = _read_json(await self._read_whole(reply, outbound)) if reply.status == 200 else {}
+        except UpstreamError:
+            return None
+        finally:
+            if reply is not None:
+                reply.close()
+        count = parsed.get("input_tokens")
+        return count if isinstance(count, int) and not isinstance(count, bool) else None
+
+
+def _sooner(limit_ms: int, left_ms: int) -> int:
+    return min(limit_ms, left_ms) if limit_ms else left_ms
+
+
+_JSON_HEADERS: Headers = [_JSON_TYPE]
+_BARE_REQUEST = ChatRequest("", [])
+
+
+def _require_format(candidate: Candidate, wire: str) -> None:
+    if wire not in (candidate.model.formats or candidate.provider.formats):
+        raise RouterError(
+            "%s does not speak the %s format, which this endpoint needs" % (candidate.ref, wire),
+            400,
+            "unsupported_format",
+        )
+
+
+def _read_json(body: bytes) -> Dict[str, Any]:
+    try:
+        return as_dict(load_json(body))
+    except RouterError:
+        return {}
+
+
+def _is_error_body(body: Dict[str, Any]) -> bool:
+    """Whether a 200's body is an error all the same: an error without any answer beside it."""
+    has_answer = any(body.get(key) for key in ("choices", "content", "output", "data"))
+    told = (
+        body.get("error")
+        or body.get("type") == "error"
+        or body.get("object") == "error"
+        or body.get("status") == "failed"
+    )
+    return (
+        bool(told)
+        and not has_answer
+        or "choices" not in body
+        and not has_answer
+        and ("detail" in body or "errors" in body)
+    )
+
+
+def is_empty(response: ChatResponse) -> bool:
+    """Whether a complete answer says nothing at all: a normal stop without text, reasoning, tool call or refusal."""
+    if response.stop_reason not in ("end_turn", "stop_sequence", "tool_use"):
+        return False
+    return not any(isinstance(block, (ToolCall, Opaque)) or getattr(block, "text", "") for block in response.blocks)
+
+
+def _redacted(outcome: Outcome, secret: str) -> Outcome:
+    """An outcome in which the provider's key, should the upstream echo it, is masked (trap 183)."""
+    body = outcome.body
+    if body is not None:
+        body = mask_in(body.decode("utf-8", "surrogateescape"), secret).encode("utf-8", "surrogateescape")
+    return outcome._replace(body=body, error=outcome.error._replace(message=mask_in(outcome.error.message, secret)))
+
+
+def give_up_status(outcome: Outcome, wire: str) -> int:
+    """The client's status when nobody could serve. An upstream's bad key is the operator's fault, never the client's (trap 127)."""
+    if outcome.kind == AUTH or 200 <= outcome.status < 400:
+        return 502
+    if outcome.status in (503, 529):
+        return 529 if wire == "anthropic" else 503
+    return outcome.status or (504 if outcome.kind == TIMEOUT else 502)
+
+
+def give_up_message(outcome: Outcome, trail: Trail) -> str:
+    """The router's own error in words: the origin's error and every attempt, since clients show nothing else (trap 125)."""
+    text = outcome.error.message or outcome.label
+    if outcome.kind == AUTH:
+        text = "the provider refused the API key that is configured for it: " + text
+    return "%s (attempts: %s)" % (one_line(text, 500), trail.path)
+
+
+def give_up_headers(outcome: Outcome, retry_after: Optional[float]) -> Headers:
+    """When a client should come back: Retry-After when somebody recovers, x-should-retry: false when nobody will soon."""
+    if outcome.kind in _NEVER_SOON or retry_after is None:
+        return [("x-should-retry", "false")]
+    return [("retry-after", str(math.ceil(retry_after)))]
+
+
+# ==============================================================================
+# 19 FILES - configuration and state on disk: atomic, private, locked [host]
+# ==============================================================================
+
+CONFIG_PATH = "~/.llm-router.json"
+
+# Variables that hold a whole configuration as JSON, first wins.
+CONFIG_VARIABLES = ("LLM_ROUTER_CONFIG_JSON", "ROUTE_CONFIG_JSON", "LLM_ROUTER_JSON")
+
+_LOCK_WAIT_S = 10.0
+_EDIT_ATTEMPTS = 5
+
+
+class FileError(RouterError):
+    """Reading or writing a file failed: the program ends with exit code 1."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, 500, "file_error")
+
+
+class Loaded(NamedTuple):
+    """A configuration as found. document: None when there is none. source: where from, in words. path: its file, ""
+    when it came from a variable. warnings: what is wrong with the file itself."""
+
+    document: Optional[Dict[str, Any]]
+    source: str
+    path: str
+    warnings: Tuple[str, ...] = ()
+
+
+def config_path(given: str = "") -> str:
+    """The configuration file's path, absolute; `given` is the --config flag, "" for none."""
+    import os
+
+    return os.path.abspath(os.path.expanduser(given or CONFIG_PATH))
+
+
+def load_config(given: str, environ: Mapping[str, str]) -> Loaded:
+    """The configuration from the first source that has one: --config (`given`), a variable, the usual file.
+
+    ConfigError when it cannot be read or is no JSON object.
+    """
+    if not given:
+        for name in CONFIG_VARIABLES:
+            if environ.get(name, "").strip():
+                return Loaded(parse_config_text(environ[name], name), "the variable " + name, "")
+    path = config_path(given)
+    data, mode = read_bytes(path)
+    if data is None:
+        return Loaded(None, path, path)
+    warnings = (
+        ("%s can be read by others (mode %04o): chmod 600 it" % (one_line(path), mode),) if _is_loose(mode) else ()
+    )
+    return Loaded(parse_config_text(data, one_line(path)), path, path, warnings)
+
+
+def read_bytes(path: str) -> Tuple[Optional[bytes], int]:
+    """A file's content and permission bits; (None, 0) when it does not exist. ConfigError when it cannot be read."""
+    import os
+
+    try:
+        with open(path, "rb") as file:
+            return file.read(), os.fstat(file.fileno()).st_mode & 0o777
+    except FileNotFoundError:
+        return None, 0
+    except OSError as error:
+        raise ConfigError("cannot read %s: %s" % (one_line(path), error.strerror or error)) from None
+
+
+def _is_loose(mode: int) -> bool:
+    """Whether others may read or write. Windows shows no such thing in the mode bits."""
+    import os
+
+    return os.name == "posix" and bool(mode & 0o077)
+
+
+def edit_config_file(path: str, change: Callable[[Dict[str, Any]], Edit]) -> Edit:
+    """Apply `change` to the configuration file and write it back; the file is made when there is none.
+
+    Writers wait for one another, and a write by a program that knows nothing of the lock is noticed: the change is
+    then applied to what that program wrote. On any error the file stays as it was. Returns the edit, its notes
+    extended by what was repaired.
+    """
+    target = _real_path(path)
+    _make_parent(target)
+    with FileLock(target):
+        for _ in range(_EDIT_ATTEMPTS):
+            data, mode = read_bytes(target)
+            document = NEW_DOCUMENT if data is None else parse_config_text(data, one_line(path))
+            edit = change(document)
+            text = render_document(edit.document)
+            if text == data and not _is_loose(mode):
+                return edit
+            if write_private(target, text, expected=data, backup=True):
+                repaired = ("%s had mode %04o, now 0600" % (one_line(path), mode),) if _is_loose(mode) else ()
+                return edit._replace(notes=edit.notes + repaired)
+    raise FileError("%s keeps being changed by another program; nothing was saved" % one_line(path))
+
+
+def render_document(document: Dict[str, Any]) -> bytes:
+    """A document as it is stored: indented JSON, readable text. ConfigError for what JSON cannot say (1e999)."""
+    try:
+        text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    except ValueError:
+        raise ConfigError("the configuration holds a number that is too large to be stored") from None
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError:  # half of a surrogate pair, escaped in the file: it can only be kept escaped
+        return (json.dumps(document, indent=2) + "\n").encode("ascii")
+
+
+def _real_path(path: str) -> str:
+    """Where the file really is: a symbolic link stays a link, and what it leads to is replaced."""
+    import os
+    import stat
+
+    target = os.path.realpath(path)
+    try:
+        is_file = stat.S_ISREG(os.stat(target).st_mode)
+    except FileNotFoundError:
+        return target
+    except OSError as error:
+        raise FileError("cannot use %s: %s" % (one_line(path), error.strerror or error)) from None
+    if not is_file:
+        raise FileError("%s is not a regular file" % one_line(path))
+    return target
+
+
+def _make_parent(target: str) -> None:
+    import os
+
+    try:
+        os.makedirs(os.path.dirname(target), mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise FileError("cannot make the directory of %s: %s" % (one_line(target), error.strerror or error)) from None
+
+
+def write_private(target: str, data: bytes, expected: Optional[bytes] = None, backup: bool = False) -> bool:
+    """Replace the file `target` by `data`: whole or not at all, readable by its owner only, safe against power loss.
+
+    With `backup`, `expected` (what the file held, None when there was none) is kept as target + ".bak", and False is
+    returned, nothing done, when the file holds something else by now. FileError when writing fails.
+    """
+    import os
+
+    temporary = backed_up = ""
+    try:
+        temporary = _write_temporary(target, data)
+        if expected is not None and backup:
+            backed_up = _write_temporary(target + ".bak", expected)
+        if backup and read_bytes(target)[0] != expected:
+            return False
+        if backed_up:
+            os.replace(backed_up, target + ".bak")
+        os.replace(temporary, target)
+        _sync_directory(os.path.dirname(target))
+        return True
+    except OSError as error:
+        raise FileError("cannot write %s: %s; it is unchanged" % (one_line(target), error.strerror or error)) from None
+    finally:
+        for path in filter(None, (temporary, backed_up)):
+            _remove(path)
+
+
+def _write_temporary(target: str, data: bytes) -> str:
+    """A new file beside `target`, 0600 from the start, complete and on the disk; its path. OSError when it fails."""
+    import os
+    import secrets
+
+    path = "%s.%s.tmp" % (target, secrets.token_hex(6))
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+    descriptor = os.open(path, flags, 0o600)
+    try:
+        try:
+            _keep_owner(descriptor, target)
+            view = memoryview(data)
+            while view:
+                view = view[os.write(descriptor, view) :]
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except BaseException:
+        _remove(path)
+        raise
+    return path
+
+
+def _keep_owner(descriptor: int, target: str) -> None:
+    """Root that edits a user's file must not lock its owner out."""
+    import os
+
+    try:
+        old, new = os.stat(target), os.fstat(descriptor)
+        if (old.st_uid, old.st_gid) != (new.st_uid, new.st_gid):
+            os.fchown(descriptor, old.st_uid, old.st_gid)
+    except (OSError, AttributeError):
+        pass
+
+
+def _sync_directory(path: str) -> None:
+    """Make a rename durable. Some file systems and Windows cannot; the file itself is safe by then."""
+    import os
+
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        pass
+    finally:
+        os.close(descriptor)
+
+
+def _remove(path: str) -> None:
+    import os
+
+    try:
+        os.unlink(path)
+    except OSError:
+        pass
+
+
+class FileLock:
+    """`with FileLock(path):` one writer of `path` at a time, through a lock file beside it that goes with its owner.
+
+    FileError when the directory cannot be written or another writer holds the lock for ten seconds.
+    """
+
+    def __init__(self, target: str) -> None:
+        self._target = target
+        self._path = target + ".lock"
+        self._descriptor = -1
+
+    def __enter__(self) -> None:
+        import time
+
+        deadline = time.monotonic() + _LOCK_WAIT_S
+        while not self._try_lock():
+            if time.monotonic() > deadline:
+                raise FileError("another program is changing %s; nothing was saved" % one_line(self._target))
+            time.sleep(0.02)
+
+    def _try_lock(self) -> bool:
+        import os
+
+        try:
+            self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o600)
+        except OSError as error:
+            raise FileError(
+                "cannot write beside %s: %s; it is unchanged" % (one_line(self._target), error.strerror or error)
+            ) from None
+        if _lock_descriptor(self._descriptor) and self._is_current():
+            return True
+        os.close(self._descriptor)
+        return False
+
+    def _is_current(self) -> bool:
+        """Whether the lock file locked is still the one at its path: its last owner may have removed it meanwhile."""
+        import os
+
+        try:
+            return os.path.samestat(os.fstat(self._descriptor), os.stat(self._path))
+        except OSError:
+            return False
+
+    def __exit__(self, *_: Any) -> None:
+        import os
+
+        _remove(self._path)  # before the lock goes; Windows refuses, and the file simply stays
+        os.close(self._descriptor)
+
+
+def _lock_descriptor(descriptor: int) -> bool:
+    """Take the lock if it is free. Where a system or file system has no locks, the comparison of contents remains."""
+    import errno
+
+    try:
+        import fcntl
+    except ImportError:
+        return _lock_windows(descriptor)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in (errno.EAGAIN, errno.EACCES)
+    return True
+
+
+def _lock_windows(descriptor: int) -> bool:
+    try:
+        import msvcrt
+    except ImportError:
+        return True
+    try:
+        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+    except OSError:
+        return False
+    return True
+
+
+# ==============================================================================
+# 20 UPSTREAM - threads dial, the loop talks: connections, their pool, replies [host]
+# ==============================================================================
+#
+# A worker thread does what blocks (DNS, TCP, proxy tunnel, TLS) with http.client. The event loop then sends, waits,
+# reads and reuses the connection through add_reader and add_writer, so no thread ever waits for a model: hundreds
+# of answers that take minutes cost no thread at all.
+
+_READ_BYTES = 262_144
+_PAUSE_BYTES = 1 << 20
+_LINGER_S = 2.0
+
+UpstreamKey = Tuple[str, str, int]
+
+
+class Dial:
+    """One connection being made by a worker thread. `abort` ends it from the loop, whatever phase it is in."""
+
+    def __init__(self, target: Target, timeout_s: float, waiter: Any, network: Any) -> None:
+        self.key: UpstreamKey = (target.scheme, target.host, target.port)
+        self.waiter = waiter
+        self.sock: Any = None
+        self.error: Optional[UpstreamError] = None
+        self.prefix = ""
+        self._timeout_s = timeout_s
+        self._network = network
+        self._aborted = False
+
+    def run(self) -> None:
+        """Connect; sets `sock` (non-blocking) or `error`. Runs in a worker thread."""
+        import socket
+
+        try:
+            self._connect()
+            self.sock.setblocking(False)
+        except Exception as error:  # whatever a resolver, proxy or TLS stack raises is the dial's outcome
+            self._close()
+            self.error = _dial_error(error, self.key, socket.gaierror)
+
+    def abort(self) -> None:
+        """Stop connecting: wakes the thread by shutting the half-made socket down."""
+        import socket
+
+        self._aborted = True
+        try:
+            if self.sock is not None:
+                self.sock.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass  # not connected yet, or closed already
+
+    def _connect(self) -> None:
+        import http.client
+
+        scheme, host, port = self.key
+        proxy = self._network.proxy_for(self.key)
+        dial_host, dial_port, headers = proxy or (host, port, {})
+        connection = http.client.HTTPConnection(dial_host, dial_port, timeout=self._timeout_s)
+        connection._create_connection = self._open  # type: ignore[attr-defined]  # so that abort has the socket
+        if proxy and scheme == "https":
+            connection.set_tunnel(host, port, headers)
+        elif proxy:
+            self.prefix = "http://%s:%d" % (host, port)
+        connection.connect()
+        if scheme == "https":
+            self.sock = self._network.tls_context().wrap_socket(
+                self.sock, server_hostname=host, do_handshake_on_connect=False
+            )
+            self.sock.do_handshake()
+
+    def _open(self, address: Tuple[str, int], timeout: float, source: Any = None) -> Any:
+        import socket
+
+        failure: Optional[OSError] = None
+        for family, kind, proto, _, place in socket.getaddrinfo(address[0], address[1], 0, socket.SOCK_STREAM):
+            self._check()
+            self.sock = socket.socket(family, kind, proto)
+            self.sock.settimeout(timeout)
+            try:
+                self.sock.connect(place)
+                return self.sock
+            except OSError as error:
+                failure = error
+                self._close()
+        raise failure or OSError("the name has no address")
+
+    def _check(self) -> None:
+        if self._aborted:
+            raise OSError("the request was cancelled")
+
+    def _close(self) -> None:
+        if self.sock is not None:
+            self.sock.close()
+            self.sock = None
+
+
+def _dial_error(error: Exception, key: UpstreamKey, dns_error: Any) -> UpstreamError:
+    import ssl
+
+    labels = (
+        (dns_error, "dns"),
+        (ConnectionRefusedError, "refused"),
+        (TimeoutError, "connect_timeout"),
+        (ssl.SSLError, "tls"),
+        (ConnectionError, "reset"),
+    )
+    label = next((label for kind, label in labels if isinstance(error, kind)), "connect_failed")
+    if type(error).__name__ == "timeout":  # socket.timeout is a class of its own before Python 3.10
+        label = "connect_timeout"
+    return UpstreamError("cannot connect to %s:%d: %s" % (key[1], key[2], one_line(str(error) or label, 160)), label)
+
+
+class Network:
+    """How this machine reaches the outside: proxy variables and the one TLS context that every dial shares."""
+
+    def __init__(self, environ: Any) -> None:
+        import threading
+
+        self._environ = environ
+        self._lock = threading.Lock()
+        self._context: Any = None
+
+    def tls_context(self) -> Any:
+        """The shared client context; making one costs 27 ms, so it is made once, by the first thread that needs it."""
+        import ssl
+
+        with self._lock:
+            if self._context is None:
+                self._context = ssl.create_default_context()
+                self._context.set_alpn_protocols(["http/1.1"])
+            return self._context
+
+    def proxy_for(self, key: UpstreamKey) -> Optional[Tuple[str, int, Dict[str, str]]]:
+        """The HTTP proxy for an upstream (host, port, headers) by HTTPS_PROXY, HTTP_PROXY, ALL_PROXY and NO_PROXY; None without."""
+        scheme, host, _ = key
+        url = self._variable(scheme + "_proxy") or self._variable("all_proxy")
+        if not url or host == "localhost" or host == "::1" or host.startswith("127.") or self._is_exempt(host):
+            return None
+        parts = urlsplit(url if "://" in url else "http://" + url)
+        if not parts.hostname:
+            raise UpstreamError("the proxy variable for %s is not a URL" % scheme, "proxy")
+        headers = {}
+        if parts.username:
+            login = "%s:%s" % (unquote(parts.username), unquote(parts.password or ""))
+            headers["Proxy-Authorization"] = "Basic " + base64.b64encode(login.encode()).decode()
+        return parts.hostname, parts.port or 80, headers
+
+    def _variable(self, name: str) -> str:
+        return self._environ.get(name) or self._environ.get(name.upper()) or ""
+
+    def _is_exempt(self, host: str) -> bool:
+        names = [name.strip().lstrip(".").lower() for name in self._variable("no_proxy").split(",")]
+        return any(
+            name == "*" or (name and (host.lower() == name or host.lower().endswith("." + name))) for name in names
+        )
+
+
+class Dialer:
+    """Worker threads that connect, started as needed; a slow upstream can never take them all."""
+
+    def __init__(self, loop: Any, max_threads: int, max_per_upstream: int, on_done: Callable[[Dial], None]) -> None:
+        from queue import SimpleQueue
+
+        self._loop = loop
+        self._jobs: Any = SimpleQueue()
+        self._max_threads = max_threads
+        self._max_per_upstream = max_per_upstream
+        self._on_done = on_done
+        self._threads = 0
+        self._busy = 0
+        self._active: Dict[UpstreamKey, int] = {}
+        self._queued: Dict[UpstreamKey, List[Dial]] = {}
+
+    def submit(self, dial: Dial) -> None:
+        """Have a dial made; its `on_done` runs in the loop."""
+        if self._active.get(dial.key, 0) >= self._max_per_upstream:
+            self._queued.setdefault(dial.key, []).append(dial)
+            return
+        self._active[dial.key] = self._active.get(dial.key, 0) + 1
+        self._busy += 1
+        if self._busy > self._threads and self._threads < self._max_threads:
+            self._start_thread()
+        self._jobs.put(dial)
+
+    def cancel(self, dial: Dial) -> None:
+        """Nobody waits for this dial any more."""
+        queued = self._queued.get(dial.key, [])
+        if dial in queued:
+            queued.remove(dial)
+        dial.abort()
+
+    def close(self) -> None:
+        """Let every thread end once its dial is over."""
+        for _ in range(self._threads):
+            self._jobs.put(None)
+        self._threads = 0
+
+    def _start_thread(self) -> None:
+        import threading
+
+        self._threads += 1
+        threading.Thread(target=self._work, name="llm-router-dial-%d" % self._threads, daemon=True).start()
+
+    def _work(self) -> None:
+        for dial in iter(self._jobs.get, None):
+            dial.run()
+            try:
+                self._loop.call_soon_threadsafe(self._finished, dial)
+            except RuntimeError:  # the loop is closed: nobody is left to tell
+                return
+
+    def _finished(self, dial: Dial) -> None:
+        self._busy -= 1
+        left = self._active[dial.key] - 1
+        if left:
+            self._active[dial.key] = left
+        else:
+            del self._active[dial.key]
+        queued = self._queued.get(dial.key)
+        if queued:
+            self.submit(queued.pop(0))
+        elif queued is not None:
+            del self._queued[dial.key]
+        self._on_done(dial)
+
+
+class Connection:
+    """One connection to an upstream, driven by the loop. One exchange at a time; its Reply gets what arrives."""
+
+    def __init__(self, loop: Any, dial: Dial, on_free: Callable[["Connection"], None]) -> None:
+        import ssl
+
+        self.key = dial.key
+        self.prefix = dial.prefix
+        self.reused = False
+        self.idle_since = 0.0
+        self.unsent: Any = None
+        self.is_closed = False
+        self._loop = loop
+        self._sock = dial.sock
+        self._fd = dial.sock.fileno()
+        self._on_free = on_free
+        self._reply: Optional[Reply] = None
+        self._is_tls = isinstance(dial.sock, ssl.SSLSocket)
+        self._not_yet = (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
+        self._reads = False
+        self.resume()
+
+    def start(self, request: bytes, reply: "Reply") -> None:
+        """Send a request whose answer goes to `reply`. Errors reach the reply."""
+        self._reply = reply
+        self.unsent = memoryview(request)
+        self._send()
+
+    def is_alive(self) -> bool:
+        """Whether a kept connection can still be used: nothing may have arrived on it, least of all its end.
+
+        TLS has no MSG_PEEK; there a read that would block means alive, and what it reads otherwise is unasked for.
+        """
+        import socket
+
+        try:
+            self._sock.recv(1) if self._is_tls else self._sock.recv(1, socket.MSG_PEEK)
+        except self._not_yet:
+            return not self.is_closed
+        except OSError:
+            return False
+        return False
+
+    def pause(self) -> None:
+        """Stop reading: the kernel's buffer fills and the upstream waits."""
+        if self._reads:
+            self._reads = False
+            self._loop.remove_reader(self._fd)
+
+    def resume(self) -> None:
+        """Read again; TLS may hold decrypted bytes that no readiness event will announce."""
+        if self._reads or self.is_closed:
+            return
+        self._reads = True
+        self._loop.add_reader(self._fd, self._on_readable)
+        if self._is_tls and self._sock.pending():
+            self._loop.call_soon(self._on_readable)
+
+    def close(self) -> None:
+        """Remove both watchers, then close: in any other order the number may be reused and never served."""
+        if self.is_closed:
+            return
+        self.is_closed = True
+        self._loop.remove_reader(self._fd)
+        self._loop.remove_writer(self._fd)
+        self._sock.close()
+
+    def free(self) -> None:
+        """The exchange ended exactly: the connection may serve another."""
+        self._reply = None
+        self.reused = True
+        self._on_free(self)
+
+    def _send(self) -> None:
+        try:
+            while self.unsent:
+                self.unsent = self.unsent[self._sock.send(self.unsent) :]
+        except self._not_yet:
+            self._loop.add_writer(self._fd, self._send)
+            return
+        except OSError as error:
+            if self._reply is not None:
+                self._reply.fail(
+                    UpstreamError("the connection broke while sending: %s" % one_line(str(error), 80), "reset")
+                )
+            return
+        self.unsent = None
+        self._loop.remove_writer(self._fd)
+
+    def _on_readable(self) -> None:
+        """Read what is there and hand it over; again while TLS holds more."""
+        while self._reads:
+            try:
+                data = self._sock.recv(_READ_BYTES)
+            except self._not_yet:
+                return
+            except OSError as error:
+                self._ended(UpstreamError("the connection broke: %s" % one_line(str(error), 80), "reset"))
+                return
+            if not data:
+                self._ended(None)
+                return
+            if self._reply is None:  # unasked for bytes on an idle connection
+                self.close()
+                return
+            self._reply.feed(data)
+            if not self._is_tls or self.is_closed or not self._sock.pending():
+                return
+
+    def _ended(self, error: Optional[UpstreamError]) -> None:
+        reply = self._reply
+        if reply is None:
+            self.close()
+        else:
+            self.pause()
+            reply.end(error)
+
+
+class Reply:
+    """An upstream's answer as it arrives: the head first, then the body, pulled with `read` or pushed with `pipe`."""
+
+    def __init__(self, loop: Any, connection: Connection, max_body_bytes: int) -> None:
+        self._loop = loop
+        self._connection = connection
+        self._parser = ResponseParser()
+        self._max_body_bytes = max_body_bytes
+        self._inflater: Any = None
+        self._first = True
+        self._parts: List[bytes] = []
+        self._buffered = 0
+        self._waiter: Any = None
+        self._error: Optional[UpstreamError] = None
+        self._is_over = False
+        self._on_data: Optional[Callable[[bytes], None]] = None
+        self._on_end: Optional[Callable[[str], None]] = None
+        self.last_byte_at = 0.0
+
+    @property
+    def status(self) -> int:
+        """The status; only once the head has arrived."""
+        return self._parser.head.status  # type: ignore[union-attr]
+
+    @property
+    def headers(self) -> Headers:
+        """The headers; only once the head has arrived."""
+        return self._parser.head.headers  # type: ignore[union-attr]
+
+    @property
+    def was_untouched(self) -> bool:
+        """Whether a kept connection died before the request was sent in full: then nobody can have acted on it."""
+        return self._connection.reused and bool(self._connection.unsent) and self._parser.head is None
+
+    async def wait_for_head(self, timeout_s: Optional[float]) -> None:
+        """Wait for the final head. UpstreamError when it does not come, or not in time."""
+        while self._parser.head is None:
+            if self._error is not None:
+                raise self._error
+            await self._wait(timeout_s, "the first byte of an answer")
+
+    async def read(self, timeout_s: Optional[float]) -> bytes:
+        """The body bytes there are, waiting for some; b"" at the exact end. UpstreamError when it breaks off or stalls."""
+        while not self._parts:
+            if self._error is not None:
+                raise self._error
+            if self._is_over:
+                return b""
+            await self._wait(timeout_s, "more of the answer")
+        data = b"".join(self._parts)
+        self._parts, self._buffered = [], 0
+        if not self._is_over and self._error is None:
+            self._connection.resume()
+        return data
+
+    def pipe(self, on_data: Callable[[bytes], None], on_end: Callable[[str], None]) -> None:
+        """Push from now on: `on_data` gets body bytes as they come, `on_end` "end" or the label of what broke it."""
+        parts, self._parts, self._buffered = self._parts, [], 0
+        self._on_data, self._on_end = on_data, on_end
+        if parts:
+            on_data(b"".join(parts))
+        if self._is_over or self._error is not None:
+            self._tell_end()
+        elif self._on_data is not None:
+            self._connection.resume()
+
+    def pause(self) -> None:
+        """Stop reading from the upstream until `resume`."""
+        self._connection.pause()
+
+    def resume(self) -> None:
+        """Go on reading."""
+        if not self._is_over and self._error is None:
+            self._connection.resume()
+
+    def close(self) -> None:
+        """The answer is not wanted any further. A connection whose answer was not read to its end is cut, which is what
+        stops the upstream from working on."""
+        self._on_data = self._on_end = None
+        if not self._is_over:
+            self._is_over = True
+            self._connection.close()
+
+    def feed(self, data: bytes) -> None:
+        """Bytes from the connection."""
+        if self._is_over:
+            return
+        self.last_byte_at = self._loop.time()
+        try:
+            body = self._parser.feed(data)
+            if body:
+                body = self._inflate(body)
+        except RouterError as error:
+            self.fail(UpstreamError(error.message, "bad_response"))
+            return
+        if body:
+            self._take(body)
+        if self._parser.complete:
+            self._finish()
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def end(self, error: Optional[UpstreamError]) -> None:
+        """The connection has ended, with an error or by the peer's FIN."""
+        if self._is_over:
+            return
+        if error is None:
+            try:
+                self._parser.finish()
+            except RouterError as broken:
+                label = "truncated" if self._parser.head is not None else "reset"
+                error = UpstreamError(broken.message, label)
+        if error is not None:
+            self.fail(error)
+            return
+        self._connection.close()
+        self._finish()
+        self._wake()
+
+    def fail(self, error: UpstreamError) -> None:
+        """The exchange is broken; the connection is never used again."""
+        if self._is_over:
+            return
+        self._error = error
+        self._is_over = True
+        self._connection.close()
+        self._tell_end()
+        self._wake()
+
+    def _take(self, body: bytes) -> None:
+        if self._on_data is not None:
+            self._on_data(body)
+            return
+        self._parts.append(body)
+        self._buffered += len(body)
+        if self._buffered > _PAUSE_BYTES:
+            self._connection.pause()
+
+    def _inflate(self, body: bytes) -> bytes:
+        """Some upstreams compress although they were asked not to, a few without saying so (trap 18)."""
+        if self._first:
+            self._first = False
+            encoding = header(self.headers, "content-encoding").strip().lower()
+            if encoding in ("gzip", "x-gzip", "deflate") or looks_gzipped(body):
+                self._inflater = Inflater("gzip" if looks_gzipped(body) else encoding, self._max_body_bytes)
+        return self._inflater.feed(body) if self._inflater is not None else body
+
+    def _finish(self) -> None:
+        if self._is_over:
+            return
+        self._is_over = True
+        connection = self._connection
+        if not connection.is_closed:
+            if self._parser.reusable and connection.unsent is None:
+                connection.free()
+            else:
+                connection.close()
+        self._tell_end()
+
+    def _tell_end(self) -> None:
+        on_end, self._on_data, self._on_end = self._on_end, None, None
+        if on_end is not None:
+            on_end(self._error.label if self._error is not None else "end")
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def _wait(self, timeout_s: Optional[float], what: str) -> None:
+        self._waiter = self._loop.create_future()
+        timer = None if timeout_s is None else self._loop.call_later(timeout_s, self._time_out, what, timeout_s)
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+            if timer is not None:
+                timer.cancel()
+
+    def _time_out(self, what: str, timeout_s: float) -> None:
+        self.fail(UpstreamError("no sign of %s within %g s" % (what, round(timeout_s, 3)), "timeout", True))
+
+
+class Upstreams:
+    """Sends requests: a kept connection if one is free, else a dialled one, whichever is there first."""
+
+    def __init__(self, loop: Any, settings: Settings, environ: Any) -> None:
+        self._loop = loop
+        self._settings = settings
+        self._network = Network(environ)
+        self._dialer = Dialer(loop, settings.dial_threads, settings.dial_threads_per_upstream, self._dialled)
+        self._idle: Dict[UpstreamKey, List[Connection]] = {}
+        self._waiting: Dict[UpstreamKey, "OrderedDict[Any, None]"] = {}
+        self._sweeper: Any = None
+
+    async def send(self, outbound: Outbound) -> Reply:
+        """Send one request and wait for the head of its answer. UpstreamError when there is none."""
+        while True:
+            connection = self._take_idle(outbound.target) or await self._connect(outbound)
+            reply = Reply(self._loop, connection, self._settings.max_answer_bytes)
+            connection.start(
+                render_upstream_request("POST", connection.prefix + outbound.path, outbound.headers, outbound.body),
+                reply,
+            )
+            try:
+                await reply.wait_for_head(_seconds(outbound.timeouts.first_byte_ms))
+                return reply
+            except UpstreamError as error:
+                if error.is_timeout or not reply.was_untouched:
+                    raise
+            except BaseException:
+                reply.close()
+                raise
+
+    def close(self) -> None:
+        """Drop every kept connection and let the threads end."""
+        for connections in self._idle.values():
+            for connection in connections:
+                connection.close()
+        self._idle.clear()
+        self._dialer.close()
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+
+    def _take_idle(self, target: Target) -> Optional[Connection]:
+        connections = self._idle.get((target.scheme, target.host, target.port))
+        while connections:
+            connection = connections.pop()
+            if connection.is_alive():
+                return connection
+            connection.close()
+        return None
+
+    async def _connect(self, outbound: Outbound) -> Connection:
+        target, timeout_s = outbound.target, _seconds(outbound.timeouts.connect_ms)
+        waiter = self._loop.create_future()
+        dial = Dial(target, timeout_s or 60.0, waiter, self._network)
+        waiting = self._waiting.setdefault(dial.key, OrderedDict())
+        waiting[waiter] = None
+        timer = self._loop.call_later(timeout_s, self._too_slow, waiter, dial.key) if timeout_s else None
+        self._dialer.submit(dial)
+        try:
+            return await waiter
+        except BaseException:
+            self._dialer.cancel(dial)
+            if waiter.done() and not waiter.cancelled() and waiter.exception() is None:
+                self._free(waiter.result())  # it came in the moment the client left
+            raise
+        finally:
+            waiting.pop(waiter, None)
+            if timer is not None:
+                timer.cancel()
+
+    def _too_slow(self, waiter: Any, key: UpstreamKey) -> None:
+        if not waiter.done():
+            waiter.set_exception(UpstreamError("cannot connect to %s:%d in time" % key[1:], "connect_timeout"))
+
+    def _dialled(self, dial: Dial) -> None:
+        if dial.error is not None:
+            if not dial.waiter.done():
+                dial.waiter.set_exception(dial.error)
+            return
+        connection = Connection(self._loop, dial, self._free)
+        if not dial.waiter.done():
+            dial.waiter.set_result(connection)
+        else:
+            self._free(connection)
+
+    def _free(self, connection: Connection) -> None:
+        """Give a connection to whoever waits longest, else keep it."""
+        if connection.is_closed:
+            return
+        for waiter in self._waiting.get(connection.key, ()):
+            if not waiter.done():
+                waiter.set_result(connection)
+                return
+        idle = self._idle.setdefault(connection.key, [])
+        connection.idle_since = self._loop.time()
+        connection.resume()
+        idle.append(connection)
+        if len(idle) > self._settings.pool_size:
+            idle.pop(0).close()
+        if self._sweeper is None:
+            self._sweeper = self._loop.call_later(self._settings.pool_idle_ms / 2000, self._sweep)
+
+    def _sweep(self) -> None:
+        """Close connections that were idle for too long, sooner than upstreams do, and forget dead ones."""
+        oldest = self._loop.time() - self._settings.pool_idle_ms / 1000
+        for key, connections in list(self._idle.items()):
+            for connection in connections:
+                if connection.idle_since < oldest:
+                    connection.close()
+            self._idle[key] = [connection for connection in connections if not connection.is_closed]
+            if not self._idle[key]:
+                del self._idle[key]
+        more = bool(self._idle)
+        self._sweeper = self._loop.call_later(self._settings.pool_idle_ms / 2000, self._sweep) if more else None
+
+
+def _seconds(milliseconds: int) -> Optional[float]:
+    return milliseconds / 1000 if milliseconds else None
+
+
+# ==============================================================================
+# 21 SERVER - client connections on asyncio streams: one request after another [host]
+# ==============================================================================
+
+_CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+_HIGH_WATER_BYTES = 65_536
+_TICK_S = 0.25
+_HALF_CLOSE_WAIT_S = 0.3
+_PROBE_WAIT_S = 0.2
+_LINGER_BYTES = 1 << 20
+_UPLOAD_BYTES_PER_S = 1024
+
+
+class ClientGone(RouterError):
+    """The client's connection is broken: nothing can be sent any more."""
+
+    def __init__(self) -> None:
+        super().__init__("the client has left", 499, "client_gone")
+
+
+class Sink:
+    """Where the gateway puts the answer to one request (see GATEWAY for what each method means)."""
+
+    def __init__(self, connection: "ClientConnection", head: HttpRequest) -> None:
+        self.is_open = False
+        self.ended = False
+        self.farewell: Optional[Callable[[], bytes]] = None
+        self._connection = connection
+        self._head = head
+        self._chunked = head.version >= (1, 1)
+        self._ping = sse_comment()
+        self._timer: Any = None
+        self._every_s = 0.0
+        self._early_headers: Headers = []
+        self._sent_at = 0.0
+
+    async def respond(self, status: int, headers: Headers, body: bytes) -> None:
+        """Send a whole answer."""
+        self._stop_timer()
+        connection = self._connection
+        keep_alive = connection.may_keep_alive(self._head)
+        connection.closes = not keep_alive
+        data = render_response(
+            status,
+            headers,
+            body,
+            head_only=self._head.method == "HEAD",
+            keep_alive=keep_alive,
+            date=connection.server.date(),
+        )
+        self.ended = True
+        connection.send(data)
+        await connection.drain()
+
+    def keep_alive(self, at: float, every_ms: int, head: Headers) -> None:
+        """From `at` on, whenever `every_ms` pass in silence, send a sign of life; the first one opens the stream with `head`."""
+        if every_ms > 0:
+            self._every_s, self._early_headers, self._sent_at = every_ms / 1000, head, at
+            self._timer = self._connection.loop.call_at(at + self._every_s, self._tick)
+
+    def begin(self, headers: Headers, ping: bytes) -> None:
+        """Send the head of a stream, unless a keep-alive has done so."""
+        if not self.is_open:
+            self._send_head(headers)
+        self._ping = ping
+
+    def write(self, data: bytes) -> None:
+        """Send a piece of the stream."""
+        if data:
+            self._sent_at = self._connection.loop.time()
+            self._connection.send(encode_chunk(data) if self._chunked else data)
+
+    async def relay(self, reply: Reply, processor: Any, idle_ms: int, left_s: Optional[float]) -> str:
+        """Pump a reply through `processor` to the client until it ends; returns "end" or the label of what broke it."""
+        relay = _Relay(self, self._connection, reply, processor, idle_ms / 1000)
+        return await relay.run(left_s)
+
+    async def finish(self) -> None:
+        """The stream is complete: send its last chunk."""
+        self._stop_timer()
+        self.ended = True
+        connection = self._connection
+        connection.closes = connection.closes or not self._chunked
+        if self._chunked:
+            connection.send(LAST_CHUNK)
+        await connection.drain()
+
+    def cut(self) -> None:
+        """End the connection without the last chunk, after what was written: the client sees that the answer broke off."""
+        self._stop_timer()
+        self.ended = True
+        self._connection.closes = True
+        self._connection.was_cut = True
+
+    def probe(self) -> None:
+        """Send something harmless, so that a client that is gone answers with a reset."""
+        if self.is_open:
+            self.write(self._ping)
+        elif self._chunked:
+            self._connection.send(_CONTINUE)
+
+    def say_farewell(self) -> None:
+        """The router ends before the answer does: tell it in the stream and cut it."""
+        if self.is_open and not self.ended and self.farewell is not None:
+            self.write(self.farewell())
+            self.cut()
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _send_head(self, headers: Headers) -> None:
+        self.is_open = True
+        connection = self._connection
+        keep_alive = self._chunked and connection.may_keep_alive(self._head)
+        connection.closes = not keep_alive
+        framing = [("transfer-encoding", "chunked")] if self._chunked else []
+        fixed = framing + [("date", connection.server.date()), ("connection", "keep-alive" if keep_alive else "close")]
+        connection.send(render_head(200, headers + fixed))
+
+    def _tick(self) -> None:
+        if self.ended:
+            return
+        loop = self._connection.loop
+        if loop.time() - self._sent_at >= self._every_s - 0.001:
+            if not self.is_open:
+                self._send_head(self._early_headers)
+            if not self._connection.is_blocked():
+                self.write(self._ping)
+            self._sent_at = loop.time()
+        self._timer = loop.call_at(self._sent_at + self._every_s, self._tick)
+
+
+class _Relay:
+    """One stream on its way: what the upstream sends is processed and written in the loop's callback, without waking a
+    coroutine per chunk; the coroutine only handles what is rare: a client that reads slowly, silence, the end."""
+
+    def __init__(self, sink: Sink, connection: "ClientConnection", reply: Reply, processor: Any, idle_s: float) -> None:
+        self._sink = sink
+        self._connection = connection
+        self._reply = reply
+        self._processor = processor
+        self._idle_s = idle_s
+        self._loop = connection.loop
+        self._end = ""
+        self._waiter: Any = None
+        self._lingers = False
+
+    async def run(self, left_s: Optional[float]) -> str:
+        """Relay until the end; the label of how it ended."""
+        timers = [self._loop.call_later(left_s, self._stop, "timeout")] if left_s is not None else []
+        if self._idle_s:
+            self._reply.last_byte_at = self._loop.time()
+            self._watch_idle()
+        self._reply.pipe(self._on_data, self._stop)
+        try:
+            while not self._end:
+                self._waiter = self._loop.create_future()
+                await self._waiter
+                if self._connection.is_blocked() and not self._end:
+                    await self._connection.drain()
+                    self._reply.last_byte_at = self._loop.time()
+                    self._reply.resume()
+        finally:
+            for timer in timers:
+                timer.cancel()
+            self._end = self._end or "client_gone"
+        return self._end
+
+    def _on_data(self, data: bytes) -> None:
+        if self._end:
+            return
+        out = self._processor.feed(data)
+        if out:
+            self._sink.write(out)
+            if self._connection.is_blocked():
+                self._reply.pause()
+                self._wake()
+        if self._processor.failed is not None:
+            self._stop("failed")
+        elif self._processor.done and not self._lingers:
+            self._lingers = True  # the answer is complete; what follows is at most accounting
+            self._loop.call_later(_LINGER_S, self._stop, "end")
+
+    def _stop(self, label: str) -> None:
+        if not self._end:
+            self._end = label
+            self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def _watch_idle(self) -> None:
+        if self._end:
+            return
+        silent_s = self._loop.time() - self._reply.last_byte_at
+        if silent_s >= self._idle_s and not self._connection.is_blocked():
+            self._stop("timeout")
+        else:
+            self._loop.call_later(max(self._idle_s - silent_s, 0.01), self._watch_idle)
+
+
+class ClientConnection:
+    """One client connection: reads requests, has them answered one after another, and notices when the client leaves."""
+
+    def __init__(self, server: "Server", reader: Any, writer: Any) -> None:
+        import asyncio
+
+        self.server = server
+        self.loop = server.loop
+        self.closes = False
+        self.was_cut = False
+        self.deadline = math.inf
+        self.phase = "idle"
+        self.sink: Optional[Sink] = None
+        self.task = asyncio.current_task()
+        self._reader = reader
+        self._writer = writer
+        self._transport = writer.transport
+        self._parser = RequestParser(server.limits)
+        self._reserved = 0
+        self._at_eof = False
+        self._hook()
+
+    def _hook(self) -> None:
+        """Learn at once when the client closes or resets, also while nothing is being read from it."""
+        import socket
+
+        reader, feed_eof, set_exception = self._reader, self._reader.feed_eof, self._reader.set_exception
+
+        def on_eof() -> None:
+            feed_eof()
+            self._on_eof()
+
+        def on_exception(error: BaseException) -> None:
+            set_exception(error)
+            self._on_gone()
+
+        reader.feed_eof, reader.set_exception = on_eof, on_exception
+        self._expire_read = set_exception
+        self._transport.set_write_buffer_limits(high=_HIGH_WATER_BYTES)
+        sock = self._transport.get_extra_info("socket")
+        if sock is not None:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    async def run(self) -> None:
+        """Serve requests until the connection ends."""
+        try:
+            while not self.closes and await self._serve_one():
+                pass
+        except ClientGone:
+            pass
+        except HttpError as error:
+            await self._refuse(error)
+        finally:
+            self._transport.abort() if self.was_cut and self.is_blocked() else self._writer.close()
+
+    def may_keep_alive(self, head: HttpRequest) -> bool:
+        """Whether the connection can serve another request after this one: not with an unread body, nor in a drain."""
+        return head.keep_alive and self._body_is_read and not self.server.draining and not self._at_eof
+
+    def send(self, data: bytes) -> None:
+        """Hand bytes to the transport."""
+        if self._transport.is_closing():
+            raise ClientGone()
+        self._transport.write(data)
+
+    def is_blocked(self) -> bool:
+        """Whether the client reads slower than it is written to."""
+        return self._transport.get_write_buffer_size() > _HIGH_WATER_BYTES
+
+    async def drain(self) -> None:
+        """Wait until a slow client has taken what was written. ClientGone when it takes too long or leaves."""
+        if not self._transport.get_write_buffer_size():
+            return
+        before, self.phase = self.phase, "sending"
+        self.deadline = self.loop.time() + self.server.settings.send_timeout_ms / 1000
+        try:
+            await self._writer.drain()
+        except ConnectionError:
+            raise ClientGone() from None
+        finally:
+            self.phase, self.deadline = before, math.inf
+
+    def expire(self) -> None:
+        """The deadline of the present phase has passed."""
+        self.deadline = math.inf
+        if self.phase == "sending":
+            self._transport.abort()
+        elif self.phase == "idle":
+            self._writer.close()
+        else:
+            self._expire_read(HttpError("the request took too long to arrive", 408, "request_timeout"))
+
+    async def read_body(self) -> bytes:
+        """The body of the present request, inflated. RouterError 413, 415, 400 or 503 when it cannot be had."""
+        head, parser = self._head, self._parser
+        if parser.expects_continue and not parser.body_size:
+            self.send(_CONTINUE)
+        limit_s = self.server.settings.body_timeout_ms / 1000
+        began, self.phase = self.loop.time(), "body"
+        try:
+            body = parser.body()
+            while body is None:
+                self._reserve(parser.body_size)
+                self.deadline = began + limit_s + parser.body_size / _UPLOAD_BYTES_PER_S
+                parser.feed(await self._read())
+                body = parser.body()
+        finally:
+            self.phase, self.deadline = "serving", math.inf
+        self._body_is_read = True
+        self._reserve(len(body))
+        encoding = header(head.headers, "content-encoding").strip().lower()
+        if not encoding or encoding == "identity":
+            return body
+        return await self.loop.run_in_executor(None, inflate, body, encoding, self.server.limits.max_body_bytes)
+
+    async def _read(self) -> bytes:
+        """Some bytes from the client. ClientGone at the end of the connection."""
+        try:
+            data = await self._reader.read(_READ_BYTES)
+        except (ConnectionError, OSError):
+            raise ClientGone() from None
+        if not data:
+            raise ClientGone()
+        return data
+
+    async def _serve_one(self) -> bool:
+        head = await self._read_head()
+        if head is None:
+            return False
+        self._head = head
+        self._body_is_read = self._parser.body() is not None
+        self.phase, self.sink = "serving", Sink(self, head)
+        try:
+            await self.server.handle(Call(head.method, head.path, head.query, head.headers, self.read_body), self.sink)
+        finally:
+            self.server.reserve(-self._reserved)
+            self._reserved, self.phase, self.sink = 0, "idle", None
+        if not self._body_is_read:
+            await self._linger()
+        if not self.closes:
+            self._parser.next()
+        return not self.closes
+
+    async def _read_head(self) -> Optional[HttpRequest]:
+        """The next request's head; None when the client closed between requests."""
+        parser, settings = self._parser, self.server.settings
+        head = parser.head()
+        self.phase, self.deadline = "idle", self.loop.time() + settings.client_idle_timeout_ms / 1000
+        while head is None:
+            if parser.started and self.phase == "idle":
+                self.phase, self.deadline = "head", self.loop.time() + settings.head_timeout_ms / 1000
+            try:
+                data = await self._read()
+            except ClientGone:
+                if parser.started and self._at_eof:
+                    raise HttpError("the request ended in the middle of its head", 400, "incomplete_request") from None
+                return None
+            parser.feed(data)
+            head = parser.head()
+        self.phase, self.deadline = "serving", math.inf
+        return head
+
+    def _reserve(self, size: int) -> None:
+        self.server.reserve(size - self._reserved)
+        self._reserved = size
+
+    async def _refuse(self, error: HttpError) -> None:
+        """Answer what cannot be served as HTTP, then close so that the answer still arrives."""
+        if self.sink is None or not self.sink.ended:
+            endpoint = _endpoint_of(error.request.path) if error.request is not None else None
+            wire = wire_of_client(endpoint, error.request.headers if error.request is not None else [])
+            body = dump_json(WIRE_FORMATS[wire].render_error(_error_info(error), ""))
+            try:
+                self.send(
+                    render_response(
+                        error.status, _JSON_HEADERS, body, head_only=False, keep_alive=False, date=self.server.date()
+                    )
+                )
+                await self.drain()
+            except ClientGone:
+                return
+        await self._linger()
+
+    async def _linger(self) -> None:
+        """Close our side and read on for a moment: closing with unread bytes would reset the connection and the client
+        might never see the answer (RFC 9112, 9.6)."""
+        self.closes = True
+        self.phase, self.deadline = "idle", self.loop.time() + _LINGER_S
+        left = _LINGER_BYTES
+        try:
+            if self._transport.can_write_eof():
+                self._transport.write_eof()
+            while left > 0 and not self._at_eof:
+                left -= len(await self._read())
+        except (ClientGone, HttpError, OSError, RuntimeError):
+            return
+
+    def _on_gone(self) -> None:
+        if self.phase in ("serving", "sending", "body") and self.task is not None and not self.was_cut:
+            self.task.cancel()
+
+    def _on_eof(self) -> None:
+        """The client will send nothing more. It may have left, or only closed its half and still wait for the answer:
+        which of the two, a few harmless bytes tell, since a client that left answers them with a reset."""
+        if self._at_eof:
+            return
+        self._at_eof = True
+        if self._transport.is_closing():
+            self._on_gone()
+        elif self.phase in ("serving", "sending"):
+            self.loop.call_later(_HALF_CLOSE_WAIT_S, self._probe)
+
+    def _probe(self) -> None:
+        sink = self.sink
+        if sink is None or sink.ended or self._transport.is_closing():
+            return
+        try:
+            sink.probe()
+        except ClientGone:
+            self._on_gone()
+            return
+        self.loop.call_later(_PROBE_WAIT_S, self._check_probe)
+
+    def _check_probe(self) -> None:
+        import socket
+
+        sock = self._transport.get_extra_info("socket")
+        if sock is None or self._transport.is_closing():
+            self._on_gone()
+        elif self.sink is not None and sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+            self._transport.abort()
+            self._on_gone()
+
+
+def _endpoint_of(path: str) -> Optional[Endpoint]:
+    try:
+        return find_endpoint(path)
+    except RouterError:
+        return None
+
+
+class Server:
+    """The listener and its connections. `handle(call, sink)` answers one request."""
+
+    def __init__(
+        self,
+        loop: Any,
+        settings: Settings,
+        handle: Callable[[Call, Any], Any],
+        on_error: Callable[[BaseException], None],
+    ) -> None:
+        self.loop = loop
+        self.settings = settings
+        self.handle = handle
+        self.limits = HttpLimits(max_body_bytes=settings.max_body_bytes)
+        self.draining = False
+        self.port = 0
+        self.connections: Dict[Any, str] = {}
+        self._peers: Dict[str, int] = {}
+        self._on_error = on_error
+        self._listener: Any = None
+        self._inflight_bytes = 0
+        self._date = (0, "")
+        self._ticker: Any = None
+
+    async def listen(self, host: str, port: int) -> int:
+        """Accept connections on `host`, every address it has; returns the port. OSError when it cannot be had."""
+        import asyncio
+
+        self._listener = await asyncio.start_server(self._accept, host, port, backlog=1024, limit=_READ_BYTES)
+        self._ticker = self.loop.call_later(_TICK_S, self._tick)
+        self.port = int(self._listener.sockets[0].getsockname()[1])
+        return self.port
+
+    async def _accept(self, reader: Any, writer: Any) -> None:
+        address = writer.get_extra_info("peername")
+        peer = str(address[0]) if address else ""
+        if not self._has_room(peer):
+            busy = dump_json(WIRE_FORMATS["openai"].render_error(ErrorInfo(503, "too many connections"), ""))
+            writer.write(
+                render_response(
+                    503,
+                    _JSON_HEADERS + [("retry-after", "1")],
+                    busy,
+                    head_only=False,
+                    keep_alive=False,
+                    date=self.date(),
+                )
+            )
+            writer.close()
+            return
+        connection = ClientConnection(self, reader, writer)
+        self.connections[connection] = peer
+        self._peers[peer] = self._peers.get(peer, 0) + 1
+        try:
+            await connection.run()
+        except Exception as error:  # one broken handler must not touch the others
+            self._on_error(error)
+        finally:
+            del self.connections[connection]
+            self._leave(peer)
+            writer.close()
+
+    def _has_room(self, peer: str) -> bool:
+        total, each = self.settings.max_connections, self.settings.max_connections_per_peer
+        return (not total or len(self.connections) < total) and (not each or self._peers.get(peer, 0) < each)
+
+    def _leave(self, peer: str) -> None:
+        left = self._peers[peer] - 1
+        if left:
+            self._peers[peer] = left
+        else:
+            del self._peers[peer]
+
+    def reserve(self, size: int) -> None:
+        """Account for request bodies in memory. RouterError 503 when they are too many at once."""
+        if size > 0 and self._inflight_bytes + size > self.settings.max_inflight_bytes:
+            raise RouterError("too many request bytes are in memory, try again in a moment", 503, "overloaded")
+        self._inflight_bytes += size
+
+    def date(self) -> str:
+        """The present moment as an HTTP date (RFC 9110, 5.6.7), made once a second."""
+        import time
+        from email.utils import formatdate
+
+        now = int(time.time())
+        if self._date[0] != now:
+            self._date = (now, formatdate(now, usegmt=True))
+        return self._date[1]
+
+    async def drain(self, grace_s: float) -> bool:
+        """Stop accepting, let what runs finish for `grace_s`, then cut it with a word. True when nothing had to be cut."""
+        import asyncio
+
+        self.draining = True
+        if self._listener is not None:
+            self._listener.close()
+        until = self.loop.time() + grace_s
+        for connection in list(self.connections):
+            if connection.phase == "idle":
+                connection.deadline = min(connection.deadline, self.loop.time() + 0.2)
+        while self.connections and self.loop.time() < until:
+            await asyncio.sleep(0.02)
+        cut = list(self.connections)
+        for connection in cut:
+            if connection.sink is not None:
+                connection.sink.say_farewell()
+            connection.task.cancel()
+        if cut:
+            await asyncio.sleep(0.05)
+        if self._ticker is not None:
+            self._ticker.cancel()
+        return not cut
+
+    def _tick(self) -> None:
+        now = self.loop.time()
+        for connection in list(self.connections):
+            if now >= connection.deadline:
+                connection.expire()
+        self._ticker = self.loop.call_later(_TICK_S, self._tick)
+
+
+# ==============================================================================
+# 22 METRICS AND TRAIL - one line a request, written where it can block nobody [host]
+# ==============================================================================
+
+
+def log_record(trail: Trail) -> Dict[str, Any]:
+    """A request's trail as a JSON value: what the JSON log, and later `explain`, show."""
+    usage = trail.usage
+    return {
+        "time": _iso_time(trail.began_wall),
+        "id": trail.id,
+        "operation": trail.operation,
+        "format": trail.wire,
+        "asked": trail.asked,
+        "stream": trail.stream,
+        "model": trail.model,
+        "status": trail.status,
+        "outcome": trail.outcome,
+        "attempts": [attempt._asdict() for attempt in trail.attempts],
+        "usage": usage._asdict() if usage is not None else None,
+        "first_content_ms": trail.first_content_ms,
+        "total_ms": trail.total_ms,
+        "message": trail.message,
+    }
+
+
+def log_line(trail: Trail) -> str:
+    """A request's trail as one line of text."""
+    usage = trail.usage
+    tokens = "%d>%d" % (usage.input + usage.cache_read + usage.cache_write, usage.output) if usage is not None else "-"
+    first = "%dms" % trail.first_content_ms if trail.first_content_ms is not None else "-"
+    parts = [
+        _iso_time(trail.began_wall),
+        trail.id,
+        trail.wire + ("~" if trail.stream else ""),
+        one_line(trail.asked or "smart", 120),
+        str(trail.status),
+        trail.outcome,
+        "[%s]" % "; ".join(map(_attempt_words, trail.attempts)),
+        "tokens=%s" % tokens,
+        "first=%s" % first,
+        "total=%dms" % trail.total_ms,
+    ]
+    if trail.outcome != OK and trail.message:
+        parts.append("- " + one_line(trail.message, 200))
+    return " ".join(parts)
+
+
+def _attempt_words(attempt: Attempt) -> str:
+    wait = " after %dms" % attempt.wait_ms if attempt.wait_ms else ""
+    return "%s=%s%s %dms%s" % (
+        attempt.ref,
+        attempt.label,
+        wait,
+        attempt.took_ms,
+        " -> " + attempt.decision if attempt.decision else "",
+    )
+
+
+def _iso_time(wall: float) -> str:
+    import time
+
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(wall)) + ".%03dZ" % int(wall % 1 * 1000)
+
+
+class TrailRing:
+    """The trails of the last `size` requests by id, for `explain`."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._trails: "OrderedDict[str, Trail]" = OrderedDict()
+
+    def add(self, trail: Trail) -> None:
+        """Remember a request that has ended; the oldest one gives way."""
+        self._trails[trail.id] = trail
+        if len(self._trails) > self._size:
+            self._trails.popitem(last=False)
+
+    def find(self, id: str) -> Optional[Dict[str, Any]]:
+        """The trail of a request as a JSON value; `last` means the newest. None when it is not remembered."""
+        if id == "last" and self._trails:
+            id = next(reversed(self._trails))
+        trail = self._trails.get(id)
+        return None if trail is None else log_record(trail)
+
+
+class LogWriter:
+    """Writes lines to a stream from a thread of its own: a full disk or a stopped pipe delays no request.
+
+    At most `limit` lines wait; further ones are dropped and counted, and the count is logged when there is room again.
+    """
+
+    def __init__(self, stream: Any, limit: int = 10_000) -> None:
+        import threading
+        from collections import deque
+
+        self._stream = stream
+        self._lines: Any = deque()
+        self._limit = limit
+        self._dropped = 0
+        self._ready = threading.Event()
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="llm-router-log", daemon=True)
+        self._thread.start()
+
+    def write(self, line: str) -> None:
+        """Queue one line."""
+        if len(self._lines) >= self._limit:
+            self._dropped += 1
+            return
+        self._lines.append(line)
+        if not self._ready.is_set():
+            self._ready.set()
+
+    def close(self) -> None:
+        """Write what is queued, for a second at most."""
+        self._closed = True
+        self._ready.set()
+        self._thread.join(1.0)
+
+    def _run(self) -> None:
+        import time
+
+        while not self._closed:
+            self._ready.wait()
+            if not self._closed:
+                time.sleep(0.05)  # gather: a line written alone costs more than a request's share of the work
+            self._ready.clear()
+            self._flush()
+
+    def _flush(self) -> None:
+        lines = []
+        while self._lines:
+            lines.append(self._lines.popleft())
+        if self._dropped:
+            lines.append("%d log lines were dropped: the log could not be written fast enough" % self._dropped)
+            self._dropped = 0
+        try:
+            self._stream.write("".join(line + "\n" for line in lines))
+            self._stream.flush()
+        except (OSError, ValueError):
+            self._dropped += len(lines)
+
+
+# ==============================================================================
+# 23 PROCESS - the running server: its effects, signals, start and end [host]
+# ==============================================================================
+
+
+class StartOptions(NamedTuple):
+    """All that a server needs to start, checked. config_path: "" when the configuration came from the environment.
+
+    config_source: where it came from, in words. document: as it was read; config: the same as values.
+    """
+
+    host: str
+    port: int
+    config_path: str
+    config_source: str
+    document: Dict[str, Any]
+    config: Config
+    settings: Settings
+    require_auth: bool
+    allow_unauthenticated: bool
+    log_format: str
+    watch_config: bool
+    environ: Mapping[str, str]
+    debug: bool
+
+
+class LocalHost:
+    """The gateway's effects on this machine (see GATEWAY)."""
+
+    def __init__(
+        self, loop: Any, upstreams: Upstreams, log: Any, ring: TrailRing, log_format: str, debug: bool
+    ) -> None:
+        import random
+        import secrets
+        import time
+
+        self.now = loop.time
+        self.wall = time.time
+        self.jitter = random.Random().random
+        self.send = upstreams.send
+        self._token = secrets.token_hex
+        self._log = log
+        self._ring = ring
+        self._as_json = log_format == "json"
+        self._debug = debug
+
+    def new_id(self) -> str:
+        """A request id: unique, not guessable."""
+        return "req_" + self._token(12)
+
+    async def sleep(self, seconds: float) -> None:
+        """Wait."""
+        import asyncio
+
+        await asyncio.sleep(seconds)
+
+    def record(self, trail: Trail) -> None:
+        """A request has ended: remember its trail and write its line."""
+        self._ring.add(trail)
+        self._log.write(dump_json(log_record(trail)).decode() if self._as_json else log_line(trail))
+
+    def failed(self, error: BaseException) -> None:
+        """An error of the router's own: one line, with `--debug` its traceback. Keys never stand in it."""
+        import traceback
+
+        where = traceback.extract_tb(error.__traceback__)[-1:]
+        place = " at line %s in %s" % (where[0].lineno, where[0].name) if where else ""
+        self._log.write("internal error: %s%s" % (one_line("%s: %s" % (type(error).__name__, error)), place))
+        if self._debug:
+            self._log.write("".join(traceback.format_exception(type(error), error, error.__traceback__)).rstrip())
+
+
+def make_access(options: StartOptions) -> Access:
+    """Who may call, from the configuration and the flags."""
+    config = options.config
+    keys = (config.master_key.encode("utf-8", "surrogateescape"),) if config.master_key else ()
+    return Access(options.require_auth, keys, tuple(config.cors_origins), tuple(config.allowed_hosts))
+
+
+# ----- the instances that run here -----
+
+RUNTIME_PATH = "~/.llm-router.runtime.json"
+
+_CONTROL_TIMEOUT_S = 5.0
+
+
+class Instance(NamedTuple):
+    """One running server as the state file tells it. token: the bearer of its control channel; started: Unix seconds."""
+
+    id: str
+    pid: int
+    host: str
+    port: int
+    config: str
+    token: str
+    started: float
+
+
+def read_instances(path: str) -> List[Instance]:
+    """The entries of the state file; what is corrupt in it is left out."""
+    try:
+        data = read_bytes(path)[0]
+        entries = as_list(as_dict(load_json(data or b"{}")).get("instances"))
+        return [Instance(**as_dict(entry)) for entry in entries if _is_instance(as_dict(entry))]
+    except RouterError:
+        return []
+
+
+def _is_instance(entry: Dict[str, Any]) -> bool:
+    kinds = {"pid": int, "port": int, "started": (int, float)}
+    return set(entry) == set(Instance._fields) and all(isinstance(entry[key], kinds.get(key, str)) for key in entry)
+
+
+def change_instances(path: str, change: Callable[[List[Instance]], List[Instance]]) -> None:
+    """Rewrite the state file, one writer at a time. FileError when it cannot be written."""
+    with FileLock(path):
+        instances = change(read_instances(path))
+        write_private(path, dump_json({"instances": [instance._asdict() for instance in instances]}))
+
+
+def ask_instance(instance: Instance, verb: str, method: str = "GET") -> Dict[str, Any]:
+    """What a running instance answers on its control channel. RouterError 404, or 503 when it does not run (any more).
+
+    An answer counts only with the instance's own id: another program may have its port by now.
+    """
+    import http.client
+
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(instance.host, instance.host)  # noqa: S104  a wildcard is reached on loopback
+    connection = http.client.HTTPConnection(host, instance.port, timeout=_CONTROL_TIMEOUT_S)
+    try:
+        connection.request(method, _CONTROL + verb, headers={"authorization": "Bearer " + instance.token})
+        response = connection.getresponse()
+        answer = as_dict(load_json(response.read(10_000_000)))
+    except (OSError, http.client.HTTPException, RouterError):
+        raise RouterError("no llm-router answers on port %d" % instance.port, 503, "not_running") from None
+    finally:
+        connection.close()
+    if answer.get("instance") != instance.id:
+        raise RouterError("port %d is in the hands of another program" % instance.port, 503, "not_running")
+    if response.status != 200:
+        raise RouterError(as_text(answer.get("error")) or "the instance refused", response.status, "control_error")
+    return answer
+
+
+def find_instance(path: str, config: str, port: int) -> Instance:
+    """The running instance with that configuration file and port ("" and 0: any); stale entries are removed.
+
+    RouterError 503 when none runs, UsageError when several do.
+    """
+    alive, stale = [], []
+    for instance in read_instances(path):
+        try:
+            ask_instance(instance, "status")
+            alive.append(instance)
+        except RouterError:
+            stale.append(instance.id)
+    if stale:
+        change_instances(path, lambda known: [instance for instance in known if instance.id not in stale])
+    fits = [one for one in alive if (not config or one.config == config) and (not port or one.port == port)]
+    if not fits:
+        raise RouterError("no llm-router is running here", 503, "not_running")
+    if len(fits) > 1:
+        raise UsageError("several run here: choose one with --port=%s" % " or ".join(str(one.port) for one in fits))
+    return fits[0]
+
+
+# ----- one running server -----
+
+
+class Router:
+    """One running instance: its gateway, what it remembers, and what its control channel can do."""
+
+    def __init__(self, loop: Any, options: StartOptions, log: LogWriter) -> None:
+        import secrets
+
+        self.id = secrets.token_hex(8)
+        self.token = secrets.token_urlsafe(32)
+        self.options = options
+        self.log = log
+        self.ring = TrailRing(options.settings.trail_size)
+        self.book = HealthBook()
+        self.upstreams = Upstreams(loop, options.settings, options.environ)
+        self.host = LocalHost(loop, self.upstreams, log, self.ring, options.log_format, options.debug)
+        self.server = Server(loop, options.settings, self.handle, self.host.failed)
+        self.started = self.host.wall()
+        self.stopping: Any = None
+        self.grace_s = options.settings.drain_grace_ms / 1000
+        self.config_state = "ok"
+        self._make_gateway()
+
+    def _make_gateway(self) -> None:
+        options = self.options
+        self.gateway = Gateway(Routes(options.config), options.settings, make_access(options), self.host, self.book)
+
+    async def handle(self, call: Call, sink: Sink) -> None:
+        """Answer one call: the control channel's here, every other one's in the gateway."""
+        if not call.path.startswith(_CONTROL):
+            self.gateway.info = {"instance": self.id, "config": self.config_state}
+            await self.gateway.handle(call, sink)
+            return
+        status, body = 401, {"error": "the control channel needs its token"}
+        if has_valid_key(Access(True, (self.token.encode(),)), call.headers):
+            status, body = self._control(call.method, call.path[len(_CONTROL) :])
+        await sink.respond(status, _JSON_HEADERS, dump_json(dict(body, instance=self.id) if status != 401 else body))
+
+    def _control(self, method: str, verb: str) -> Tuple[int, Dict[str, Any]]:
+        name, _, argument = verb.partition("/")
+        if method == "GET" and name == "status":
+            return 200, self.status()
+        if method == "GET" and name == "trail":
+            record = self.ring.find(argument)
+            return (200, {"trail": record}) if record else (404, {"error": "that request is not remembered (any more)"})
+        if method == "POST" and name == "reload":
+            return self._reload()
+        if method == "POST" and name == "stop":
+            self.stop(argument)
+            return 200, {"pid": self.status()["pid"]}
+        return 404, {"error": "unknown verb"}
+
+    def stop(self, grace: str = "") -> None:
+        """Begin to drain; `grace` seconds for what is still running, "" for the setting's."""
+        if grace.isdigit() and len(grace) < 7:
+            self.grace_s = float(grace)
+        self.stopping.set()
+
+    def status(self) -> Dict[str, Any]:
+        """Everything an operator asks about, without any secret."""
+        import os
+
+        options, now = self.options, self.host.now()
+        providers = [provider for provider in options.config.providers if provider.enabled]
+        refs = [
+            "%s/%s" % (provider.id, model.id) for provider in providers for model in provider.models if model.enabled
+        ]
+        made_up = [key for key in self.book.keys() if not key.endswith("/") and key not in refs]
+        return {
+            "pid": os.getpid(),
+            "version": __version__,
+            "host": options.host,
+            "port": self.server.port,
+            "uptime_s": int(self.host.wall() - self.started),
+            "config": {"source": options.config_source, "state": self.config_state},
+            "require_auth": options.require_auth,
+            "connections": len(self.server.connections),
+            "default_model": options.config.default_model,
+            "candidates": [show_health(ref, self.book, now) for ref in refs + made_up],
+        }
+
+    def _reload(self) -> Tuple[int, Dict[str, Any]]:
+        try:
+            notes = self.reload()
+        except RouterError as error:
+            self.config_state = one_line(error.message, 500)
+            self.log.write("reload failed, the configuration before stays: " + self.config_state)
+            return 409, {"error": self.config_state}
+        return 200, {"changes": notes}
+
+    def reload(self) -> List[str]:
+        """Read the configuration again and use it for every request from now on; returns what changed. ConfigError leaves all as it was.
+
+        Open requests finish with what they began with. Providers whose URL, key or auth changed start healthy.
+        """
+        options = self.options
+        loaded = load_config(options.config_path, options.environ) if options.config_path else None
+        document = loaded.document if loaded is not None and loaded.document is not None else options.document
+        config = read_config(document, options.environ)
+        if options.require_auth and not config.master_key:
+            raise ConfigError("the new configuration has no masterKey, which --require-auth needs")
+        notes = changed_providers(options.config, config)
+        for key in self.book.keys():
+            if key.partition("/")[0] in notes:
+                self.book.apply([HealthChange(key, clear=True, at=math.inf)])
+        self.options = options._replace(config=config, document=document)
+        self._make_gateway()
+        self.config_state = "ok"
+        self.log.write("configuration reloaded" + (": %s changed" % ", ".join(notes) if notes else ""))
+        return notes
+
+    def enroll(self, port: int) -> None:
+        """Enter this instance into the state file, so that `stop`, `reload`, `status` and `explain` find it."""
+        import os
+
+        options = self.options
+        entry = Instance(self.id, os.getpid(), options.host, port, options.config_path, self.token, self.started)
+        self._change_state(lambda known: known + [entry])
+
+    def leave(self) -> None:
+        """Take this instance out of the state file."""
+        self._change_state(lambda known: [instance for instance in known if instance.id != self.id])
+
+    def _change_state(self, change: Callable[[List[Instance]], List[Instance]]) -> None:
+        import os
+
+        try:
+            change_instances(os.path.expanduser(RUNTIME_PATH), change)
+        except RouterError as error:
+            self.log.write("warning: stop, reload and status will not find this instance: " + error.message)
+
+
+def show_health(ref: str, book: Any, now: float) -> Dict[str, Any]:
+    """A candidate's state in words and seconds: ok, cooling, open (its circuit) or half-open."""
+    health, provider = book.read(ref), book.read(ref.partition("/")[0] + "/")
+    cooling_s = max(health.cooldown_until, provider.cooldown_until) - now
+    open_s = health.circuit_until - now
+    state = "open" if health.circuit_until and open_s > 0 else "half-open" if health.circuit_until else "ok"
+    if cooling_s > max(open_s, 0):
+        state = "cooling"
+    reason = provider.reason if provider.cooldown_until > max(health.cooldown_until, now) else health.reason
+    left_s = max(cooling_s, open_s, 0.0) if state in ("cooling", "open") else 0.0
+    return {"model": ref, "state": state, "left_s": round(left_s, 1), "reason": reason, "failures": health.failures}
+
+
+def changed_providers(old: Config, new: Config) -> List[str]:
+    """The ids of providers whose URL, key or auth differ: what was learned of their health is void."""
+
+    def identity(provider: Provider) -> Tuple[Any, ...]:
+        return provider.base_urls, provider.api_key, provider.auths, provider.headers, provider.enabled
+
+    before = {provider.id: identity(provider) for provider in old.providers}
+    after = {provider.id: identity(provider) for provider in new.providers}
+    return [id for id in dict.fromkeys(list(before) + list(after)) if before.get(id) != after.get(id)]
+
+
+def run_server(options: StartOptions) -> int:
+    """Serve until a signal or `stop` ends it; the exit code. SIGINT and SIGTERM drain, a second one ends at once."""
+    import asyncio
+    import sys
+
+    if sys.platform == "win32":  # the proactor loop has no add_reader: one path for every platform
+        asyncio.set_event_loop_policy(asyncio.WindowsSelectorEventLoopPolicy())
+    return asyncio.run(_serve(options))
+
+
+async def _serve(options: StartOptions) -> int:
+    import asyncio
+    import sys
+
+    loop = asyncio.get_running_loop()
+    log = LogWriter(sys.stderr)
+    router = Router(loop, options, log)
+    router.stopping = asyncio.Event()
+    try:
+        port = await _listen(router.server, options)
+        _announce(options, port)
+        _on_signals(loop, router)
+        router.enroll(port)
+        await router.stopping.wait()
+        log.write("stopping: open requests have %g s to finish" % router.grace_s)
+        clean = await router.server.drain(router.grace_s)
+        router.leave()
+    finally:
+        router.upstreams.close()
+        log.close()
+    return 0 if clean else 1
+
+
+async def _listen(server: Server, options: StartOptions) -> int:
+    import errno
+    import os
+
+    try:
+        return await server.listen(options.host, options.port)
+    except OSError as error:
+        reason = one_line(error.strerror or str(error), 160)
+        if error.errno == errno.EADDRINUSE:
+            own = [one for one in read_instances(os.path.expanduser(RUNTIME_PATH)) if one.port == options.port]
+            reason = "the port is in use" + (_own_instance_hint(own[0]) if own else "; choose another with --port")
+        raise RouterError("cannot listen on %s:%d: %s" % (options.host, options.port, reason)) from None
+
+
+def _own_instance_hint(instance: Instance) -> str:
+    try:
+        ask_instance(instance, "status")
+    except RouterError:
+        return "; choose another with --port"
+    return " by a running llm-router (pid %d): llm-router stop --port=%d ends it" % (instance.pid, instance.port)
+
+
+def _announce(options: StartOptions, port: int) -> None:
+    """What a person, or a program that waits for the first line, needs to know."""
+    name = "[%s]" % options.host if ":" in options.host else options.host
+    base = "http://%s:%d" % (name, port)
+    providers = [provider.id for provider in options.config.providers if provider.enabled]
+    lines = [
+        "listening on " + base,
+        "  Anthropic clients   ANTHROPIC_BASE_URL=%s" % base,
+        "  OpenAI clients      OPENAI_BASE_URL=%s/v1" % base,
+        "  either format       %s/route" % base,
+        "  configuration       " + one_line(options.config_source),
+        "  authorization       "
+        + ("clients must show a key" if options.require_auth else "none: anyone who can connect may use it"),
+        "  providers           %s" % ", ".join(providers),
+        "  default model       %s" % (options.config.default_model or "none"),
+    ]
+    print("\n".join(lines), flush=True)
+
+
+def _on_signals(loop: Any, router: Any) -> None:
+    """The first SIGINT or SIGTERM stops; after it both have their plain meaning: a second one ends the process."""
+    import signal
+
+    numbers = (signal.SIGINT, signal.SIGTERM)
+
+    def on_signal() -> None:
+        router.stop()
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
+
+    for number in numbers:
+        try:
+            loop.add_signal_handler(number, on_signal)
+        except NotImplementedError:  # Windows
+            signal.signal(number, lambda *_: loop.call_soon_threadsafe(on_signal))
+
+
+# ==============================================================================
+# 24 DEMO - fake providers, the router before them, and every kind of request [host]
+# ==============================================================================
+
+_DEMO_TEXT = "Hello from a provider that works."
+_DEMO_USAGE = Usage(input=12, output=7)
+_DEMO_KEEPERS = ("steady", "claudette")
+
+# Provider -> its format and what it does with a request.
+_DEMO_PROVIDERS: Dict[str, Tuple[str, str]] = {
+    "steady": ("openai", "answers"),
+    "claudette": ("anthropic", "answers"),
+    "limited": ("openai", "says 429"),
+    "failing": ("anthropic", "says 500"),
+    "lying": ("openai", "says 200, then an error"),
+    "dying": ("openai", "breaks off in the middle of a stream"),
+}
+_DEMO_REQUESTS: Dict[str, Dict[str, Any]] = {
+    "openai": {"messages": [{"role": "user", "content": "Say hello."}]},
+    "anthropic": {"max_tokens": 100, "messages": [{"role": "user", "content": "Say hello."}]},
+    "responses": {"input": "Say hello."},
+}
+_DEMO_PATHS = {"openai": "/v1/chat/completions", "anthropic": "/v1/messages", "responses": "/v1/responses"}
+
+
+# Nothing is remembered from one request to the next, so that each shows its whole trail.
+_DEMO_SETTINGS = {
+    "origin_retry_base_delay_ms": 20,
+    "origin_fallback_cooldown_ms": 0,
+    "origin_rate_limit_cooldown_ms": 0,
+    "fallback_circuit_failures": 0,
+}
+
+
+class DemoCase(NamedTuple):
+    """One request of the demo. works: whether the whole answer is expected, or an honest error in mid-stream."""
+
+    wire: str
+    stream: bool
+    provider: str
+    works: bool
+
+
+def demo_cases() -> List[DemoCase]:
+    """Every format, streamed and whole, against every provider; mid-stream deaths only where there is a stream."""
+    return [
+        DemoCase(wire, stream, provider, provider != "dying")
+        for wire in _DEMO_REQUESTS
+        for stream in (False, True)
+        for provider in _DEMO_PROVIDERS
+        if stream or provider != "dying"
+    ]
+
+
+async def _demo_provider(call: Call, sink: Sink) -> None:
+    """The fake providers: the first segment of the path says which one is meant."""
+    name = call.path.split("/")[1]
+    wire, body = WIRE_FORMATS[_DEMO_PROVIDERS[name][0]], load_json(await call.read_body())
+    context = Context(ChatRequest(as_text(body.get("model")), []), "demo", 0)
+    answer = ChatResponse("demo", "demo", [Text(_DEMO_TEXT)], "end_turn", "", _DEMO_USAGE)
+    if name in ("limited", "failing"):
+        status, message = (429, "Rate limit reached") if name == "limited" else (500, "Internal error")
+        await sink.respond(status, _JSON_HEADERS, dump_json(wire.render_error(ErrorInfo(status, message), "demo")))
+    elif name == "lying":
+        await sink.respond(
+            200, _JSON_HEADERS, dump_json(wire.render_error(ErrorInfo(502, "Provider returned error"), "demo"))
+        )
+    elif not body.get("stream"):
+        await sink.respond(200, _JSON_HEADERS, dump_json(wire.render_response(answer, context)))
+    else:
+        await _demo_stream(name, wire, answer, context, sink)
+
+
+async def _demo_stream(name: str, wire: WireFormat, answer: ChatResponse, context: Context, sink: Sink) -> None:
+    renderer = wire.renderer(context)
+    sink.begin(_STREAM_HEADERS, sse_comment())
+    for event in unfold(answer._replace(blocks=[Text("")])):
+        if isinstance(event, Closed):
+            for word in re.findall(r"\S+\s*", _DEMO_TEXT)[: 3 if name == "dying" else None]:
+                sink.write(renderer.render(Delta(word)))
+            if name == "dying":
+                sink.cut()
+                return
+        sink.write(renderer.render(event))
+    await sink.finish()
+
+
+def demo_document(base_url: str) -> Dict[str, Any]:
+    """The configuration of the demo, in the form of the configuration file."""
+    providers = []
+    for name, (wire, _) in _DEMO_PROVIDERS.items():
+        model = {"id": "demo", "fallbackModels": [] if name in _DEMO_KEEPERS + ("dying",) else ["steady/demo"]}
+        url = "%s/%s/v1" % (base_url, name)
+        providers.append(
+            {"id": name, "baseUrl": url, "apiKey": "demo-key-of-" + name, "formats": [wire], "models": [model]}
+        )
+    return {"version": 1, "defaultModel": "steady/demo", "providers": providers}
+
+
+def ask_demo(port: int, case: DemoCase) -> Tuple[bool, str, str]:
+    """Send one request of the demo over HTTP: whether the answer is right, what it was, and the decision trail."""
+    import http.client
+
+    body = dict(_DEMO_REQUESTS[case.wire], model=case.provider + "/demo", stream=case.stream)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    whole = True
+    try:
+        connection.request("POST", _DEMO_PATHS[case.wire], dump_json(body), {"content-type": "application/json"})
+        response = connection.getresponse()
+        data = b""
+        try:
+            data = response.read()
+        except http.client.IncompleteRead as error:
+            data, whole = error.partial, False
+    finally:
+        connection.close()
+    answer = _read_demo_answer(case, data)
+    right = answer == _DEMO_TEXT and whole if case.works else isinstance(answer, ErrorInfo) and not whole
+    shown = answer if isinstance(answer, str) else "an error in the stream, then a cut: " + answer.message
+    return right, shown, response.headers.get("x-llm-router-attempts", "-")
+
+
+def _read_demo_answer(case: DemoCase, data: bytes) -> Union[str, ErrorInfo]:
+    wire = WIRE_FORMATS[case.wire]
+    context = Context(ChatRequest("", []), "demo", 0)
+    try:
+        if case.stream:
+            folded = fold_stream(case.wire, data, context)
+            return folded if isinstance(folded, ErrorInfo) else join_text(folded.blocks)
+        return join_text(wire.parse_response(load_json(data), context).blocks)
+    except RouterError as error:
+        return ErrorInfo(502, error.message)
+
+
+def run_demo(once: bool, port: int) -> int:
+    """Show the router at work on fake providers; exit code 0 only if every answer was right."""
+    import asyncio
+    import sys
+
+    if sys.platform == "win32":
+        asyncio.set_event_loop_policy(asyncio.WindowsSelectorEventLoopPolicy())
+    return asyncio.run(_demo(once, port))
+
+
+async def _demo(once: bool, port: int) -> int:
+    import asyncio
+    import sys
+
+    loop = asyncio.get_running_loop()
+    settings = Settings()._replace(**_DEMO_SETTINGS)
+    log = LogWriter(sys.stderr)
+    upstreams = Upstreams(loop, settings, {})
+    host = LocalHost(loop, upstreams, _Silent() if once else log, TrailRing(100), "text", False)
+    fakes = Server(loop, settings, _demo_provider, host.failed)
+    fake_port = await fakes.listen("127.0.0.1", 0)
+    config = read_config(demo_document("http://127.0.0.1:%d" % fake_port), {})
+    server = Server(loop, settings, Gateway(Routes(config), settings, Access(), host, HealthBook()).handle, host.failed)
+    stop = _Stop(asyncio.Event())
+    try:
+        port = await server.listen("127.0.0.1", port)
+        print("listening on http://127.0.0.1:%d, with fake providers behind it:" % port)
+        for name, (wire, habit) in _DEMO_PROVIDERS.items():
+            print("  %-10s %-10s %s" % (name, wire, habit))
+        wrong = await loop.run_in_executor(None, _show_cases, port)
+        if not once:
+            print("\nstill serving on http://127.0.0.1:%d; Ctrl-C ends it" % port, flush=True)
+            _on_signals(loop, stop)
+            await stop.event.wait()
+    finally:
+        await server.drain(1.0)
+        await fakes.drain(1.0)
+        upstreams.close()
+        log.close()
+    return 1 if wrong else 0
+
+
+class _Stop:
+    """What a signal calls in the demo."""
+
+    def __init__(self, event: Any) -> None:
+        self.event = event
+
+    def stop(self) -> None:
+        """End the demo."""
+        self.event.set()
+
+
+class _Silent:
+    """A log that keeps nothing: the demo shows the trail itself."""
+
+    def write(self, line: str) -> None:
+        """Drop a line."""
+
+
+def _show_cases(port: int) -> int:
+    """Ask every case, print a line each; returns how many answers were wrong."""
+    print("\n%-10s %-9s %-16s %s" % ("client", "", "asked for", "attempts"))
+    wrong = 0
+    for case in demo_cases():
+        right, shown, attempts = ask_demo(port, case)
+        wrong += not right
+        kind = "streamed" if case.stream else "whole"
+        print("%-10s %-9s %-16s %s" % (case.wire, kind, case.provider + "/demo", attempts))
+        print("%20s %s %s" % ("", "right:" if right else "WRONG:", one_line(shown, 150)), flush=True)
+    print("\n%s" % ("every answer was right" if not wrong else "%d answers were wrong" % wrong), flush=True)
+    return wrong
+
+
+# ==============================================================================
+# 25 COMMANDS - the argument parser and what each command does [host]
+# ==============================================================================
+
+
+class Flag(NamedTuple):
+    """One flag. kind: text | bool | list (comma separated) | secret ("-" reads it from stdin) | json (an object).
+
+    aliases: other names that mean the same.
+    """
+
+    name: str
+    kind: str
+    help: str
+    aliases: Tuple[str, ...] = ()
+
+
+class Operation(NamedTuple):
+    """One `config --operation=`. flags: names in CONFIG_FLAGS; required: those that must be given."""
+
+    name: str
+    run: Callable[[Dict[str, Any], Mapping[str, str]], int]
+    help: str
+    flags: Tuple[str, ...]
+    required: Tuple[str, ...]
+    example: str
+
+
+class Command(NamedTuple):
+    """One command. run(values, environ) -> exit code; values: {"log_format": ...} of the flags that were given."""
+
+    name: str
+    run: Callable[[Dict[str, Any], Mapping[str, str]], int]
+    help: str
+    flags: Tuple[Flag, ...]
+    example: str
+
+
+_CONFIG = Flag("config", "text", "the configuration file, default " + CONFIG_PATH)
+_AS_JSON = Flag("json", "bool", "answer as JSON")
+_COMMON = (
+    Flag("debug", "bool", "show the traceback of an error"),
+    Flag("version", "bool", "show the version"),
+    Flag("help", "bool", "show this help"),
+)
+
+CONFIG_FLAGS: Tuple[Flag, ...] = (
+    Flag("operation", "text", "what to do, see below"),
+    _CONFIG,
+    _AS_JSON,
+    Flag("provider-id", "text", "the provider", ("provider",)),
+    Flag("name", "text", "the provider's name for people"),
+    Flag("base-url", "text", "the provider's base URL", ("endpoint",)),
+    Flag("openai-base-url", "text", "its base URL for the openai format"),
+    Flag("anthropic-base-url", "text", "its base URL for the anthropic format", ("claude-base-url",)),
+    Flag("api-key", "secret", "the provider's key; - reads it from stdin"),
+    Flag("api-key-env", "text", "the variable that holds the provider's key"),
+    Flag("models", "list", "the provider's models, comma separated; * for any"),
+    Flag("format", "text", "the preferred wire format: openai, anthropic or responses"),
+    Flag("formats", "list", "the wire formats the provider speaks"),
+    Flag("headers", "json", 'headers for every request, as JSON: {"x-title": "me"}'),
+    Flag("auth-type", "text", "how the key is shown: bearer, x-api-key, header or none"),
+    Flag("skip-probe", "bool", "store the provider without asking it anything"),
+    Flag("model", "list", "a model: its id at the provider, or provider/model"),
+    Flag("fallback-models", "list", "what to try when the model fails, in order, comma separated", ("fallbacks",)),
+    Flag("clear-fallbacks", "bool", "remove the model's fallbacks"),
+    Flag("alias", "text", "the alias: a name, or a pattern with *"),
+    Flag("clear-alias", "bool", "remove the alias"),
+    Flag("default-model", "text", "the model for `smart` and for requests that name none"),
+    Flag("master-key", "secret", "the key that clients show; - reads it from stdin"),
+    Flag("generate", "bool", "make a new master key and print it once"),
+)
+
+START_FLAGS: Tuple[Flag, ...] = (
+    _CONFIG,
+    Flag("watch-config", "bool", "apply changes of the file while running, default true"),
+    Flag("require-auth", "bool", "answer only requests that show the master key"),
+    Flag("allow-unauthenticated", "bool", "allow an address that others can reach without auth"),
+    Flag("log-format", "text", "text or json"),
+) + tuple(Flag(row.flag[2:], "bool" if row.type is bool else "text", row.help) for row in SETTINGS)
+
+_LOG_FORMATS = ("text", "json")
+
+
+# ----- parsing -----
+
+
+def run_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
+    """Parse a command line and do what it says; the exit code. RouterError for what cannot be done."""
+    name, rest = _split_command(argv)
+    command = _find_named(name, COMMANDS, "command", "llm-router --help lists them")
+    if command.name == "explain" and rest and not rest[0].startswith("-"):
+        rest = ["--id=" + rest[0]] + rest[1:]
+    values = parse_flags(rest, command.flags + _COMMON, _command_words(command.name))
+    if values.pop("version", False):
+        print("llm-router " + __version__)
+        return 0
+    if values.pop("help", False):
+        print(_help_text(command, values))
+        return 0
+    return command.run(values, environ)
+
+
+def _split_command(argv: Sequence[str]) -> Tuple[str, List[str]]:
+    """The command, "" for none, and the other words. Only boolean flags may stand before the command."""
+    for i, word in enumerate(argv):
+        if not word.startswith("-"):
+            return word, list(argv[:i]) + list(argv[i + 1 :])
+        if word.partition("=")[0] == "--config" and "=" not in word:
+            break
+    return "", list(argv)
+
+
+def _command_words(name: str) -> str:
+    return ("llm-router " + name).strip()
+
+
+def _find_named(name: str, rows: Sequence[Any], what: str, hint: str) -> Any:
+    for row in rows:
+        if row.name == name:
+            return row
+    near = nearest(name.lower(), [row.name for row in rows if row.name])
+    raise UsageError("unknown %s %s; %s" % (what, one_line(name, 60), "did you mean %s?" % near[0] if near else hint))
+
+
+def parse_flags(argv: Sequence[str], flags: Sequence[Flag], words: str) -> Dict[str, Any]:
+    """The values of the flags that `argv` gives, {"log_format": "json"}: booleans, lists and objects already as such.
+
+    words: the command, for errors. UsageError for anything that is not one of `flags` or has an unusable value.
+    """
+    import argparse
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> Any:
+            raise UsageError("%s: %s; %s --help shows its flags" % (words, message, words))
+
+    parser = Parser(prog=words, add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    for flag in flags:
+        names = ["--" + name for name in (flag.name,) + flag.aliases] + (["-h"] if flag.name == "help" else [])
+        options: Dict[str, Any] = {"nargs": "?", "const": "true"} if flag.kind == "bool" else {}
+        parser.add_argument(*names, dest=flag.name.replace("-", "_"), **options)
+    values, unknown = parser.parse_known_args(_join_dash_values(argv, flags))
+    if unknown:
+        raise UsageError(_unknown_words(unknown[0], flags, words))
+    kinds = {flag.name.replace("-", "_"): flag for flag in flags}
+    return {name: _read_flag_value(kinds[name], text) for name, text in vars(values).items()}
+
+
+def _join_dash_values(argv: Sequence[str], flags: Sequence[Flag]) -> List[str]:
+    """`--flag value` as `--flag=value` where a value is due: it may begin with a dash (keys do), and argparse would
+    then take it for a flag."""
+    takes_value = {"--" + name for flag in flags if flag.kind != "bool" for name in (flag.name,) + flag.aliases}
+    joined: List[str] = []
+    for word in argv:
+        if joined and joined[-1] in takes_value and not word.startswith("--"):
+            joined[-1] += "=" + word
+        else:
+            joined.append(word)
+    return joined
+
+
+def _unknown_words(word: str, flags: Sequence[Flag], words: str) -> str:
+    if not word.startswith("-"):
+        return "%s: unexpected %s; %s --help shows its flags" % (words, one_line(word, 60), words)
+    name = word.partition("=")[0]
+    near = nearest(name.lower(), ["--" + flag_name for flag in flags for flag_name in (flag.name,) + flag.aliases])
+    return "unknown flag %s; %s" % (
+        one_line(name, 60),
+        "did you mean %s?" % near[0] if near else words + " --help shows its flags",
+    )
+
+
+def _read_flag_value(flag: Flag, text: str) -> Any:
+    try:
+        return _FLAG_READERS[flag.kind](text)
+    except RouterError as error:
+        raise UsageError("--%s: %s" % (flag.name, error.message)) from None
+
+
+def _split_list(text: str) -> List[str]:
+    return [entry.strip() for entry in text.split(",") if entry.strip()]
+
+
+def _read_json_flag(text: str) -> Dict[str, Any]:
+    value = load_json(text, "value")
+    if not isinstance(value, dict):
+        raise UsageError("write a JSON object")
+    return value
+
+
+def _read_secret_flag(text: str) -> str:
+    """A key as given, or the next line of stdin for "-"; it is not shown while it is typed."""
+    if text != "-":
+        return text
+    import sys
+
+    if sys.stdin is not None and sys.stdin.isatty():
+        import getpass
+
+        text = getpass.getpass("key (not shown): ")
+    else:
+        text = sys.stdin.readline() if sys.stdin is not None else ""
+    if not text.strip():
+        raise UsageError("stdin held no key")
+    return text.strip()
+
+
+_FLAG_READERS: Dict[str, Callable[[str], Any]] = {
+    "text": str,
+    "bool": parse_bool,
+    "list": _split_list,
+    "json": _read_json_flag,
+    "secret": _read_secret_flag,
+}
+
+
+# ----- help -----
+
+
+def _help_text(command: Command, values: Dict[str, Any]) -> str:
+    lines = ["%s - %s" % (_command_words(command.name), command.help), ""]
+    if command.name == "":
+        lines += ["commands:"] + _two_columns((row.name, row.help) for row in COMMANDS if row.name) + [""]
+    flags: Sequence[Flag] = command.flags
+    example = command.example
+    if command.name == "config":
+        operation = _find_operation(values["operation"]) if values.get("operation") else None
+        if operation is None:
+            lines += ["operations:"] + _two_columns((row.name, row.help) for row in OPERATIONS) + [""]
+        else:
+            lines[0] = "llm-router config --operation=%s - %s" % (operation.name, operation.help)
+            flags = [flag for flag in flags if flag.name in operation.flags + _OPERATION_FLAGS]
+            example = operation.example
+    lines += ["flags:"] + _two_columns((_flag_words(flag), flag.help) for flag in tuple(flags) + _COMMON)
+    return "\n".join(lines + ["", "example:", "  " + example])
+
+
+def _flag_words(flag: Flag) -> str:
+    value = {"bool": "", "list": "=A,B", "json": "=JSON", "secret": "=KEY"}.get(flag.kind, "=VALUE")
+    return ("-h, --help" if flag.name == "help" else "--" + flag.name) + value
+
+
+def _two_columns(rows: Iterable[Tuple[str, str]]) -> List[str]:
+    rows = list(rows)
+    width = min(34, max(len(left) for left, _ in rows))
+    return ["  %-*s  %s" % (width, left, right) for left, right in rows]
+
+
+# ----- output -----
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2))
+
+
+def _print_error(text: str) -> None:
+    import sys
+
+    print(text, file=sys.stderr)
+
+
+def _colored(text: str, code: str) -> str:
+    """`text` in a colour when stdout is a terminal that wants one (no-color.org)."""
+    import os
+    import sys
+
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not sys.stdout.isatty()
+    return text if plain else "\033[%sm%s\033[0m" % (code, text)
+
+
+_LEVEL_COLORS = {"error": "31", "warning": "33"}
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Rows of text as aligned columns, for people."""
+    cells = [list(head)] + [[one_line(cell, 120) for cell in row] for row in rows]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in cells)
+
+
+_WAYS_ON = (
+    "add a provider: llm-router config --operation=upsert-provider --help; "
+    "or set a key variable such as OPENAI_API_KEY; or try llm-router demo"
+)
+
+
+# ----- config -----
+
+
+def run_config(values: Dict[str, Any], environ: Mapping[str, str]) -> int:
+    """`config`: one operation without any prompt."""
+    if "operation" not in values:
+        names = ", ".join(row.name for row in OPERATIONS)
+        raise UsageError("config: give --operation=, one of " + names)
+    operation = _find_operation(values.pop("operation"))
+    for name in values:
+        flag = name.replace("_", "-")
+        if flag not in operation.flags + _OPERATION_FLAGS:
+            raise UsageError("config --operation=%s does not take --%s" % (operation.name, flag))
+    missing = ["--" + flag for flag in operation.required if not values.get(flag.replace("-", "_"))]
+    if missing:
+        raise UsageError(
+            "config --operation=%s needs %s; example: %s" % (operation.name, " and ".join(missing), operation.example)
+        )
+    return operation.run(values, environ)
+
+
+def _find_operation(name: str) -> Operation:
+    return _find_named(name, OPERATIONS, "operation", "llm-router config --help lists them")
+
+
+def _edit(
+    values: Dict[str, Any], environ: Mapping[str, str], change: Callable[[Dict[str, Any]], Edit], key: str = ""
+) -> int:
+    """Apply an edit to the file and tell what was done. key: a generated master key, shown here and nowhere else."""
+    path = config_path(values.get("config", ""))
+    edit = edit_config_file(path, change)
+    if values.get("json"):
+        _print_json(dict({"path": path, "changes": list(edit.notes)}, **({"masterKey": key} if key else {})))
+    else:
+        for note in edit.notes + ("saved to " + path,):
+            print(one_line(note))
+        if key:
+            print("master key (shown only now): " + key)
+    hiding = [name for name in CONFIG_VARIABLES if environ.get(name, "").strip()]
+    if hiding and not values.get("config"):
+        _print_error("warning: %s is set and goes before this file" % hiding[0])
+    for problem in find_problems(edit.document):
+        _print_error("%s: %s" % (problem.level, show_problem(problem)))
+    return 0
+
+
+def run_upsert_provider(values: Dict[str, Any], environ: Mapping[str, str]) -> int:
+    """`--operation=upsert-provider`."""
+    urls = {"openai": values.get("openai_base_url"), "anthropic": values.get("anthropic_base_url")}
+    given = ("name", "base_url", "api_key", "api_key_env", "models", "format", "formats", "headers", "auth_type")
+    fields = {name: values.get(name) for name in given}
+    change = ProviderChange(
+        values["provider_id"], base_urls={wire: url for wire, url in urls.items() if url} or None, **fields
+    )
+    return _edit(values, environ, lambda document: upsert_provider(document, change))
+
+
+def run_remove_provider(values: Dict[str, Any], environ: Mapping[str, str]) -> int:
+    """`--operation=remove-provider`."""
+    return _edit(values, environ, lambda document: remove_provider(document, values["provider_id"]))
+
+
+def run_remove_model(values: Dict[str, Any], environ: Mapping[str, str]) -> int:
+    """`--operation=remove-model`; several models may be given."""
+
+    def change(document: Dict[str, Any]) -> Edit:
+        edit = Edit(document)
+        for model in values["model"]:
+            further = remove_model(edit.document, values["provider_id"], model)
+            edit = Edit(further.document, edit.notes + further.notes)
+        return edit
+
+    return _edit(values, environ, change)
+
+
+def run_set_fallbacks(values: Dict[str, Any], environ: Mapping[str, str]) -> int:
+    """`--operation=set-model-fallbacks`."""
+    fallbacks = values.get("fallback_models")
+    if bool(fallbacks) == bool(values.get("clear_fallbacks")):
+        raise UsageError(
+            "config --operation=set-model-fallbacks: give either --fallback-models=A,B or --clear-fallbacks"
+        )
+    model = _single(values["model"], "model")
+    return _edit(
+        values, environ, lambda document: set_model_fallbacks(document, values["provider_id"], model, fallbacks or [])
+    )
+
+
+def run_set_alias(values: Dict[str, Any], environ: Mapping[str, str]) -> int:
+    """`--operation=set-model-alias`."""
+    targets = values.get("model")
+    if bool(targets) == bool(values.get("clear_alias")):
+        raise UsageError("config --operation=set-model-alias: give either --model=REF[,REF] or --clear-alias")
+    prefix = values["provider_id"] + "/" if values.get("provider_id") else ""
+    refs = [ref if ref.startswith(prefix) else prefix + ref for ref in targets or []]
+    return _edit(values, environ, lambda document: set_model_alias(document, values["alias"], refs))
+
+
+def run_set_default(values: Dict[str, Any], environ: Mapping[str, str]) -> int:
+    """`--operation=set-default-model`; the model as --default-model, --model, or --provider-id and --model."""
+    model = values.get("default_model") or _single(values.get("model") or [], "default-model")
+    prefix = values["provider_id"] + "/" if values.get("provider_id") else ""
+    ref = model if model.startswith(prefix) else prefix + model
+    return _edit(values, environ, lambda document: set_default_model(document, ref))
+
+
+def _single(models: Sequence[str], flag: str) -> str:
+    if len(models) != 1:
+        raise UsageError("--%s: give one model" % flag)
+    return models[0]
+
+
+def run_set_master_key(values: Dict[str, Any], environ: Mapping[str, str]) -> int:
+    """`--operation=set-master-key`; a generated key is printed once, here."""
+    import secrets
+
+    if bool(values.get("master_key")) == bool(values.get("generate")):
+        raise UsageError("config --operation=set-master-key: give either --master-key=KEY or --generate")
+    if values.get("master_key"):
+        return _edit(values, environ, lambda document: set_master_key(document, values["master_key"]))
+    key = "lr-" + secrets.token_urlsafe(32)
+    return _edit(values, environ, lambda document: set_master_key(document, key), key)
+
+
+def run_list(values: Dict[str, Any], environ: Mapping[str, str]) -> int:
+    """`--operation=list`, and the program without a command: the configuration with its keys masked."""
+    loaded = load_config(values.get("config", ""), environ)
+    for warning in loaded.warnings:
+        _print_error("warning: " + warning)
+    if values.get("json"):
+        _print_json(dict(mask_document(loaded.document or {}), source=loaded.source))
+        return 0
+    print("llm-router %s" % __version__)
+    if loaded.document is None:
+        print("no configuration: %s does not exist" % one_line(loaded.path))
+        print(_WAYS_ON)
+        return 0
+    config, problems = scan_config(loaded.document, environ)
+    print(_summary(config, loaded.source))
+    errors = [problem for problem in problems if problem.level == "error"]
+    if errors:
+        print(
+            "\n%d %s: llm-router config --operation=validate" % (len(errors), "error" if len(errors) == 1 else "errors")
+        )
+    return 0
+
+
+def _summary(config: Config, source: str) -> str:
+    aliases = ["%s -> %s" % (name, ", ".join(refs)) for name, refs in config.aliases.items()]
+    facts = [
+        ("configuration", source),
+        ("master key", mask(config.master_key) or "none"),
+        ("default model", config.default_model or "none"),
+        ("aliases", "; ".join(aliases) or "none"),
+    ]
+    lines = ["%-14s %s" % (name, one_line(text)) for name, text in facts] + [""]
+    providers = [
+        (
+            p.id + ("" if p.enabled else " (off)"),
+            ",".join(p.formats),
+            _shown_url(p),
+            mask(p.api_key) or "none",
+            str(len(p.models)),
+        )
+        for p in config.providers
+    ]
+    models = [
+        (
+            "%s/%s" % (p.id, m.id) + ("" if p.enabled and m.enabled else " (off)"),
+            ", ".join(m.aliases),
+            ", ".join(m.fallback_models),
+        )
+        for p in config.providers
+        for m in p.models
+    ]
+    if not providers:
+        return "\n".join(lines + ["no providers"])
+    lines += [_table(("PROVIDER", "FORMATS", "URL", "KEY", "MODELS"), providers), ""]
+    return "\n".join(lines + [_table(("MODEL", "ALIASES", "FALLBACKS"), models)])
+
+
+def _shown_url(provider: Provider) -> str:
+    urls = dict.fromkeys(mask_url(provider.base_urls[wire]) for wire in provider.formats if wire in provider.base_urls)
+    return ", ".join(urls) or "none"
+
+
+def run_validate(values: Dict[str, Any], environ: Mapping[str, str]) -> int:
+    """`--operation=validate`: every problem with path and cure; exit code 2 when one is an error."""
+    try:
+        loaded = load_config(values.get("config", ""), environ)
+        if loaded.document is None:
+            raise ConfigError("there is no configuration: %s does not exist" % one_line(loaded.path))
+    except ConfigError as error:
+        if not values.get("json"):
+            raise
+        _print_json({"ok": False, "problems": [Problem("", error.message, "")._asdict()]})
+        return 2
+    problems = [Problem("", warning, "", "warning") for warning in loaded.warnings] + scan_config(
+        loaded.document, environ
+    )[1]
+    ok = all(problem.level != "error" for problem in problems)
+    if values.get("json"):
+        _print_json({"ok": ok, "source": loaded.source, "problems": [problem._asdict() for problem in problems]})
+        return 0 if ok else 2
+    for problem in problems:
+        print("%s: %s" % (_colored(problem.level, _LEVEL_COLORS[problem.level]), show_problem(problem)))
+    print("%s: %s" % (one_line(loaded.source), "ok" if ok else "cannot be used"))
+    return 0 if ok else 2
+
+
+# ----- the other commands -----
+
+
+def run_summary(values: Dict[str, Any], environ: Mapping[str, str]) -> int:
+    """No command: the masked summary; makes nothing."""
+    code = run_list(values, environ)
+    if not values.get("json"):
+        print("\nllm-router --help lists the commands")
+    return code
+
+
+def run_settings(values: Dict[str, Any], environ: Mapping[str, str]) -> int:
+    """`settings`: every setting with its variable, flag, default and present value."""
+    settings, warnings = read_settings({}, environ)
+    for warning in warnings:
+        _print_error("warning: " + warning)
+    rows = settings_table(settings)
+    if values.get("json"):
+        _print_json(rows)
+        return 0
+    cells = [(row["variable"], show_setting(row["default"]), show_setting(row["value"]), row["help"]) for row in rows]
+    print(_table(("VARIABLE", "DEFAULT", "VALUE", "MEANING"), cells))
+    print("\neach is also a flag of start: LLM_ROUTER_TRAIL_SIZE is --trail-size; flag, then variable, then default")
+    return 0
+
+
+def run_start(values: Dict[str, Any], environ: Mapping[str, str]) -> int:
+    """`start`: serve in the foreground until told to stop."""
+    return run_server(read_start_options(values, environ))
+
+
+def read_start_options(values: Dict[str, Any], environ: Mapping[str, str]) -> StartOptions:
+    """The options of a server, after every check that needs no socket; warnings go to stderr. UsageError otherwise."""
+    flags = {row.name: show_setting(values[row.name]) for row in SETTINGS if row.name in values}
+    settings, warnings = read_settings(flags, environ)
+    if "port" in flags and flags["port"].strip() != str(settings.port):
+        raise UsageError("--port: %s is no port; use 0 to 65535" % one_line(flags["port"], 40))
+    log_format = values.get("log_format", "text").lower()
+    if log_format not in _LOG_FORMATS:
+        raise UsageError("--log-format: use text or json")
+    host = settings.host.strip("[]")
+    loaded = _load_or_make(values.get("config", ""), environ)
+    document = loaded.document or {}
+    config = read_config(document, environ)
+    if not any(provider.enabled for provider in config.providers):
+        raise UsageError("%s has no enabled provider; %s" % (one_line(loaded.source), _WAYS_ON))
+    _check_auth(host, config, values)
+    for warning in warnings + list(loaded.warnings) + [show_problem(problem) for problem in find_problems(document)]:
+        _print_error("warning: " + warning)
+    return StartOptions(
+        host,
+        settings.port,
+        loaded.path,
+        loaded.source,
+        document,
+        config,
+        settings._replace(host=host),
+        values.get("require_auth", False),
+        values.get("allow_unauthenticated", False),
+        log_format,
+        values.get("watch_config", True),
+        environ,
+        values.get("debug", False),
+    )
+
+
+def _load_or_make(given: str, environ: Mapping[str, str]) -> Loaded:
+    """The configuration, made from well-known key variables when there is none at all."""
+    loaded = load_config(given, environ)
+    if loaded.document is not None:
+        return loaded
+    document = None if given else preset_document(environ)
+    if document is None:
+        raise UsageError("no configuration: %s does not exist; %s" % (one_line(loaded.path), _WAYS_ON))
+    names = ", ".join(provider["apiKeyEnv"] for provider in document["providers"])
+    return Loaded(document, "the key variables %s (there is no %s)" % (names, one_line(loaded.path)), "")
+
+
+def _check_auth(host: str, config: Config, values: Dict[str, Any]) -> None:
+    if values.get("require_auth") and not config.master_key:
+        raise UsageError(
+            "--require-auth needs a master key: config --operation=set-master-key --generate, or LLM_ROUTER_MASTER_KEY"
+        )
+    if not is_loopback(host) and not values.get("require_auth") and not values.get("allow_unauthenticated"):
+        raise UsageError(
+            "%s can be reached by others: add --require-auth=true, or --allow-unauthenticated=true if you want that"
+            % (one_line(host, 80) or "this address")
+        )
+
+
+def run_demo_command(values: Dict[str, Any], environ: Mapping[str, str]) -> int:
+    """`demo`: the router in front of built-in fake providers."""
+    text = values.get("port", "0")
+    if not re.fullmatch(r"[0-9]{1,5}", text) or int(text) > 65535:
+        raise UsageError("--port: %s is no port; use 0 to 65535" % one_line(text, 40))
+    return run_demo(values.get("once", False), int(text))
+
+
+# ----- the tables -----
+
+# Flags that every operation takes.
+_OPERATION_FLAGS = ("operation", "config", "json", "debug", "version", "help")
+
+_PROVIDER_FLAGS = (
+    "provider-id",
+    "name",
+    "base-url",
+    "openai-base-url",
+    "anthropic-base-url",
+    "api-key",
+    "api-key-env",
+    "models",
+    "format",
+    "formats",
+    "headers",
+    "auth-type",
+    "skip-probe",
+)
+
+OPERATIONS: Tuple[Operation, ...] = (
+    Operation(
+        "upsert-provider",
+        run_upsert_provider,
+        "add a provider, or change what is given of one",
+        _PROVIDER_FLAGS,
+        ("provider-id",),
+        "llm-router config --operation=upsert-provider --provider-id=openrouter --base-url=https://openrouter.ai/api/v1"
+        " --api-key=- --models=gpt-4o --format=openai --skip-probe=true",
+    ),
+    Operation(
+        "remove-provider",
+        run_remove_provider,
+        "remove a provider and all references to it",
+        ("provider-id",),
+        ("provider-id",),
+        "llm-router config --operation=remove-provider --provider-id=openrouter",
+    ),
+    Operation(
+        "remove-model",
+        run_remove_model,
+        "remove a model and all references to it",
+        ("provider-id", "model"),
+        ("provider-id", "model"),
+        "llm-router config --operation=remove-model --provider-id=openrouter --model=gpt-4o",
+    ),
+    Operation(
+        "set-model-fallbacks",
+        run_set_fallbacks,
+        "set what to try when a model fails",
+        ("provider-id", "model", "fallback-models", "clear-fallbacks"),
+        ("provider-id", "model"),
+        "llm-router config --operation=set-model-fallbacks --provider-id=openrouter --model=gpt-4o"
+        " --fallback-models=anthropic/claude-3-7-sonnet",
+    ),
+    Operation(
+        "set-model-alias",
+        run_set_alias,
+        "give models a further name",
+        ("alias", "provider-id", "model", "clear-alias"),
+        ("alias",),
+        "llm-router config --operation=set-model-alias --alias=fast --model=openrouter/gpt-4o",
+    ),
+    Operation(
+        "set-default-model",
+        run_set_default,
+        "set the model for `smart` and for requests that name none",
+        ("default-model", "provider-id", "model"),
+        (),
+        "llm-router config --operation=set-default-model --default-model=openrouter/gpt-4o",
+    ),
+    Operation(
+        "set-master-key",
+        run_set_master_key,
+        "set the key that clients show",
+        ("master-key", "generate"),
+        (),
+        "llm-router config --operation=set-master-key --generate",
+    ),
+    Operation(
+        "list", run_list, "show the configuration, keys masked", (), (), "llm-router config --operation=list --json"
+    ),
+    Operation(
+        "validate", run_validate, "show every problem with its cure", (), (), "llm-router config --operation=validate"
+    ),
+)
+
+# ----- the running instance -----
+
+
+def _find_running(values: Dict[str, Any]) -> Instance:
+    import os
+
+    port = values.get("port", "0")
+    if not port.isdigit() or len(port) > 5:
+        raise UsageError("--port: %s is no port" % one_line(port, 40))
+    config = config_path(values["config"]) if values.get("config") else ""
+    return find_instance(os.path.expanduser(RUNTIME_PATH), config, int(port))
+
+
+def run_status(values: Dict[str, Any], environ: Mapping[str, str]) -> int:
+    """`status`: what runs, with which configuration, and how every candidate is."""
+    status = ask_instance(_find_running(values), "status")
+    if values.get("json"):
+        _print_json(status)
+        return 0
+    config = status["config"]
+    print("llm-router %(version)s, pid %(pid)d, on %(host)s:%(port)d for %(uptime_s)d s" % status)
+    print("configuration  %s (%s)" % (one_line(config["source"]), config["state"]))
+    print("connections    %d" % status["connections"])
+    rows = [
+        (
+            one["model"] + (" (default)" if one["model"] == status["default_model"] else ""),
+            one["state"],
+            "%g s" % one["left_s"] if one["left_s"] else "",
+            one["reason"],
+        )
+        for one in status["candidates"]
+    ]
+    print(_table(("model", "state", "back in", "reason"), rows))
+    return 0
+
+
+def run_stop(values: Dict[str, Any], environ: Mapping[str, str]) -> int:
+    """`stop`: end the running instance and wait until it is gone; nothing running is fine."""
+    import time
+
+    try:
+        instance = _find_running(values)
+    except UsageError:
+        raise
+    except RouterError as error:
+        print(error.message)
+        return 0
+    grace = values.get("grace", "30")
+    if not grace.isdigit():
+        raise UsageError("--grace: give whole seconds")
+    ask_instance(instance, "stop/" + grace, "POST")
+    until = time.monotonic() + int(grace) + 5
+    while time.monotonic() < until:
+        try:
+            ask_instance(instance, "status")
+        except RouterError:
+            print("stopped (pid %d)" % instance.pid)
+            return 0
+        time.sleep(0.1)
+    raise RouterError("pid %d still runs" % instance.pid, 500, "still_running")
+
+
+def run_reload(values: Dict[str, Any], environ: Mapping[str, str]) -> int:
+    """`reload`: apply the edited configuration without losing a request."""
+    answer = ask_instance(_find_running(values), "reload", "POST")
+    print("reloaded" + (": %s changed" % ", ".join(answer["changes"]) if answer["changes"] else ""))
+    return 0
+
+
+def run_explain(values: Dict[str, Any], environ: Mapping[str, str]) -> int:
+    """`explain ID`: what became of a request and why."""
+    trail = ask_instance(_find_running(values), "trail/" + (values.get("id") or "last"))["trail"]
+    if values.get("json"):
+        _print_json(trail)
+        return 0
+    kind = "streamed" if trail["stream"] else "whole"
+    print("%(id)s  %(time)s  %(format)s %(operation)s" % trail + ", " + kind)
+    print("asked for %s, answered %s with %d by %s in %d ms" % (
+        one_line(trail["asked"] or "smart"), trail["outcome"], trail["status"], trail["model"] or "nobody", trail["total_ms"],
+    ))  # fmt: skip
+    for number, attempt in enumerate(trail["attempts"], 1):
+        wait = "after %d ms, " % attempt["wait_ms"] if attempt["wait_ms"] else ""
+        print(
+            "%3d. %s (%s): %s%s in %d ms"
+            % (number, attempt["ref"], attempt["wire"], wait, attempt["label"], attempt["took_ms"])
+        )
+        for words in filter(None, (attempt["message"], attempt["decision"] and "then: " + attempt["decision"])):
+            print("     " + one_line(words, 200))
+    if trail["usage"]:
+        print("tokens: " + ", ".join("%s %d" % (name, count) for name, count in trail["usage"].items() if count))
+    return 0
+
+
+_RUNNING_FLAGS = (_CONFIG, Flag("port", "text", "the port of the instance, when several run"))
+
+
+COMMANDS: Tuple[Command, ...] = (
+    Command(
+        "",
+        run_summary,
+        "one local endpoint for every AI provider",
+        (_CONFIG, _AS_JSON),
+        "llm-router start",
+    ),
+    Command(
+        "config", run_config, "change or show the configuration", CONFIG_FLAGS, "llm-router config --operation=list"
+    ),
+    Command(
+        "start", run_start, "serve in the foreground", START_FLAGS, "llm-router start --port=8787 --require-auth=true"
+    ),
+    Command(
+        "status",
+        run_status,
+        "show the running instance and the state of every model",
+        _RUNNING_FLAGS + (_JSON,),
+        "llm-router status --json",
+    ),
+    Command(
+        "explain",
+        run_explain,
+        "show what became of a request: explain ID, or explain last",
+        _RUNNING_FLAGS
+        + (_JSON, Flag("id", "text", "the request's id, from x-llm-router-request-id; default: the last")),
+        "llm-router explain last",
+    ),
+    Command(
+        "reload", run_reload, "apply the edited configuration; open streams go on", _RUNNING_FLAGS, "llm-router reload"
+    ),
+    Command(
+        "stop",
+        run_stop,
+        "end the running instance",
+        _RUNNING_FLAGS + (Flag("grace", "text", "seconds that open streams may take, default 30"),),
+        "llm-router stop --grace=5",
+    ),
+    Command("settings", run_settings, "show every setting", (_AS_JSON,), "llm-router settings --json"),
+    Command(
+        "demo",
+        run_demo_command,
+        "try it without key, configuration or network",
+        (Flag("once", "bool", "exit after the demonstration"), Flag("port", "text", "port to listen on, default any")),
+        "llm-router demo --once",
+    ),
+)
+
+# ==============================================================================
+# 26 MAIN - the only exit [host]
+# ==============================================================================
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Run a command line; the exit code: 0 done, 1 failed, 2 wrong input or configuration, 130 interrupted."""
+    import os
+    import sys
+
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv == ["--version"]:
+        print("llm-router " + __version__)
+        return 0
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a terminal without UTF-8 must not stop a command
+    try:
+        code = run_command(argv, os.environ)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains once more
+        return 1
+    except Exception as error:
+        return _report(error, any(word in ("--debug", "--debug=true", "--debug=1") for word in argv))
+
+
+def _report(error: Exception, debug: bool) -> int:
+    """Say on stderr what went wrong and return the exit code."""
+    import sys
+
+    if debug:
+        import traceback
+
+        traceback.print_exc()
+    known = isinstance(error, RouterError)
+    text = error.message if known else "%s: %s (--debug shows more)" % (type(error).__name__, error)
+    shown = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+    print("llm-router: " + shown, file=sys.stderr)
+    return 2 if isinstance(error, UsageError) else 1
+
+
+def entry() -> None:
+    """The console script `llm-router`."""
+    import sys
+
+    sys.exit(main())
+
+
+if __name__ == "__main__":
+    entry()

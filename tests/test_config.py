@@ -1,0 +1,880 @@
+"""CONFIG: the file as values, and every problem with its path."""
+
+import copy
+import json
+import random
+
+import pytest
+
+import llm_router as r
+
+MINIMAL = {
+    "version": 1,
+    "masterKey": "local_or_worker_key",
+    "defaultModel": "openrouter/gpt-4o",
+    "providers": [
+        {
+            "id": "openrouter",
+            "name": "OpenRouter",
+            "baseUrl": "https://openrouter.ai/api/v1",
+            "apiKey": "sk-or-v1-abc",
+            "formats": ["openai"],
+            "models": [{"id": "gpt-4o", "aliases": ["gpt4o"], "fallbackModels": ["anthropic/claude-3-7-sonnet"]}],
+        },
+        {
+            "id": "anthropic",
+            "baseUrl": "https://api.anthropic.com",
+            "format": "anthropic",
+            "apiKeyEnv": "ANTHROPIC_API_KEY",
+            "models": [{"id": "claude-3-7-sonnet"}],
+        },
+    ],
+}
+
+
+def changed(**changes):
+    """MINIMAL with values set by path: changed(providers__0__apiKey="x"); None removes."""
+    document = copy.deepcopy(MINIMAL)
+    for path, value in changes.items():
+        *parents, last = [int(part) if part.isdigit() else part for part in path.split("__")]
+        target = document
+        for part in parents:
+            target = target[part]
+        if value is None:
+            del target[last]
+        else:
+            target[last] = value
+    return document
+
+
+def problems_at(document, path, level=None):
+    found = r.find_problems(document)
+    return [p for p in found if p.path == path and level in (None, p.level)]
+
+
+def only_problem(document, path, level="error"):
+    """The one problem of the document, which must stand at `path`."""
+    found = r.find_problems(document)
+    assert [(p.path, p.level) for p in found] == [(path, level)], found
+    assert found[0].message
+    assert found[0].cure
+    return found[0]
+
+
+# ----- values -----
+
+
+def test_the_minimal_example_has_no_problem_and_reads_as_written():
+    assert r.find_problems(MINIMAL) == []
+    config = r.read_config(MINIMAL, {"ANTHROPIC_API_KEY": "sk-ant"})
+    first, second = config.providers
+    assert (config.master_key, config.default_model) == ("local_or_worker_key", "openrouter/gpt-4o")
+    assert (first.id, first.name, first.api_key, first.formats) == (
+        "openrouter",
+        "OpenRouter",
+        "sk-or-v1-abc",
+        ("openai",),
+    )
+    assert first.models[0] == r.Model("gpt-4o", ("gpt4o",), fallback_models=("anthropic/claude-3-7-sonnet",))
+    assert (second.api_key, second.formats, second.preferred) == ("sk-ant", ("anthropic",), "anthropic")
+    assert second.base_urls["anthropic"] == "https://api.anthropic.com"
+
+
+def test_reading_changes_nothing_in_the_document():
+    before = copy.deepcopy(MINIMAL)
+    r.read_config(MINIMAL, {})
+    assert before == MINIMAL
+
+
+def test_a_key_variable_wins_over_the_key_when_it_is_set():
+    document = changed(providers__0__apiKeyEnv="MY_KEY")
+    assert r.read_config(document, {"MY_KEY": " from-env\n"}).providers[0].api_key == "from-env"
+    assert r.read_config(document, {"MY_KEY": ""}).providers[0].api_key == "sk-or-v1-abc"
+    assert r.read_config(document, {}).providers[0].api_key == "sk-or-v1-abc"
+
+
+def test_the_master_key_variable_overrides_the_file():
+    assert r.read_config(MINIMAL, {"LLM_ROUTER_MASTER_KEY": "other"}).master_key == "other"
+
+
+@pytest.mark.parametrize("variable", ["ANTHROPIC_API_KEY", "LLM_ROUTER_MASTER_KEY"])
+def test_a_key_from_the_environment_cannot_smuggle_a_header(variable):
+    with pytest.raises(r.ConfigError) as caught:
+        r.read_config(MINIMAL, {variable: "key\r\nx-evil: 1"})
+    assert "evil" not in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("canonical", "others"),
+    [
+        ("masterKey", ["master-key", "master_key"]),
+        ("defaultModel", ["default-model", "default_model"]),
+        ("modelAliases", ["model-aliases"]),
+        ("corsOrigins", ["cors-origins"]),
+        ("allowedHosts", ["allowed-hosts"]),
+    ],
+)
+def test_top_keys_have_dashed_and_snake_case_twins(canonical, others):
+    value = {"modelAliases": {"fast": "openrouter/gpt-4o"}, "corsOrigins": ["http://x.example"]}.get(canonical)
+    value = value or {"allowedHosts": ["box"]}.get(canonical) or MINIMAL[canonical]
+    expected = r.read_config(dict(MINIMAL, **{canonical: value}), {})
+    for other in others:
+        document = dict(MINIMAL, **{other: value})
+        if canonical in MINIMAL:
+            del document[canonical]
+        assert r.read_config(document, {}) == expected
+        assert r.find_problems(document) == []
+
+
+@pytest.mark.parametrize(
+    ("canonical", "others"),
+    [
+        ("baseUrl", ["base-url", "base_url", "endpoint", "endpoints"]),
+        ("apiKey", ["api-key", "api_key", "credential"]),
+        ("formats", []),
+        ("models", []),
+    ],
+)
+def test_provider_keys_have_twins_and_older_names(canonical, others):
+    expected = r.read_config(MINIMAL, {})
+    for other in others:
+        document = copy.deepcopy(MINIMAL)
+        document["providers"][0][other] = document["providers"][0].pop(canonical)
+        assert r.read_config(document, {}) == expected
+        assert r.find_problems(document) == []
+
+
+def test_every_field_has_its_spellings_and_none_means_two_fields():
+    for kind, keys in r.SPELLINGS.items():
+        every = [name for names in keys.values() for name in names]
+        assert len(every) == len(set(every)), kind
+
+
+def test_the_canonical_spelling_wins_over_a_twin_with_a_warning():
+    document = changed(providers__0__credential="older")
+    assert r.read_config(document, {}).providers[0].api_key == "sk-or-v1-abc"
+    only_problem(document, "providers[0].credential", "warning")
+
+
+def test_endpoints_as_a_list_means_the_first():
+    document = changed(providers__0__baseUrl=None, providers__0__endpoints=["https://a.example/v1"])
+    assert r.read_config(document, {}).providers[0].base_urls["openai"] == "https://a.example/v1"
+
+
+def test_models_may_be_plain_names():
+    document = changed(providers__1__models=["claude-3-7-sonnet", "*"])
+    models = r.read_config(document, {}).providers[1].models
+    assert [model.id for model in models] == ["claude-3-7-sonnet", "*"]
+
+
+def test_providers_may_be_a_single_object_or_an_object_by_id():
+    single = {"providers": MINIMAL["providers"][1]}
+    assert r.read_config(single, {}).providers[0].id == "anthropic"
+    by_id = {"providers": {p["id"]: {k: v for k, v in p.items() if k != "id"} for p in MINIMAL["providers"]}}
+    assert [p.id for p in r.read_config(by_id, {}).providers] == ["openrouter", "anthropic"]
+    by_id["providers"]["openrouter"]["baseUrl"] = "x"
+    only_problem(by_id, "providers.openrouter.baseUrl")
+
+
+def test_the_format_name_claude_means_anthropic():
+    document = changed(providers__1__format="claude", providers__0__formats=["OpenAI", "claude"])
+    config = r.read_config(document, {})
+    assert config.providers[1].preferred == "anthropic"
+    assert config.providers[0].formats == ("openai", "anthropic")
+
+
+@pytest.mark.parametrize(
+    ("said", "formats", "preferred"),
+    [
+        ({"baseUrl": "https://x.example"}, ("openai",), "openai"),
+        ({"baseUrl": "https://api.anthropic.com/v1"}, ("anthropic",), "anthropic"),
+        ({"baseUrl": "https://x.example", "format": "responses"}, ("responses",), "responses"),
+        ({"baseUrlByFormat": {"anthropic": "https://x.example"}}, ("anthropic",), "anthropic"),
+        (
+            {"baseUrlByFormat": {"anthropic": "https://x.example", "openai": "https://x.example"}},
+            ("openai", "anthropic"),
+            "openai",
+        ),
+        (
+            {"baseUrlByFormat": {"anthropic": "https://x.example"}, "baseUrl": "https://y.example", "format": "openai"},
+            ("openai", "anthropic"),
+            "openai",
+        ),
+        (
+            {"baseUrl": "https://x.example", "formats": ["responses", "openai"], "format": "openai"},
+            ("responses", "openai"),
+            "openai",
+        ),
+    ],
+)
+def test_formats_have_defaults_where_they_are_unsaid(said, formats, preferred):
+    provider = r.read_config({"providers": [dict(said, id="p", apiKey="k", models=["m"])]}, {}).providers[0]
+    assert (provider.formats, provider.preferred) == (formats, preferred)
+
+
+def test_a_url_per_format_goes_before_the_base_url():
+    raw = {
+        "id": "p",
+        "apiKey": "k",
+        "models": ["m"],
+        "baseUrl": "https://a.example",
+        "baseUrlByFormat": {"claude": "https://b.example"},
+    }
+    urls = r.read_config({"providers": [raw]}, {}).providers[0].base_urls
+    assert urls == {"openai": "https://a.example", "anthropic": "https://b.example", "responses": "https://a.example"}
+
+
+def test_auth_has_a_default_per_format_and_can_be_set_for_all_or_one():
+    provider = r.read_config(MINIMAL, {}).providers[0]
+    assert {wire: auth.type for wire, auth in provider.auths.items()} == {
+        "openai": "bearer",
+        "anthropic": "x-api-key",
+        "responses": "bearer",
+    }
+    document = changed(
+        providers__0__auth={"type": "header", "headerName": "api-key", "prefix": "K "},
+        providers__0__authByFormat={"anthropic": {"type": "none"}},
+    )
+    auths = r.read_config(document, {}).providers[0].auths
+    assert auths["openai"] == r.Auth("header", "api-key", "K ")
+    assert auths["anthropic"] == r.Auth("none")
+
+
+def test_every_further_field_is_read():
+    document = changed(
+        providers__0__headers={"X-Title": "me", "user-agent": None},
+        providers__0__anthropicVersion="2023-06-01",
+        providers__0__anthropicBeta="a-1, b-2",
+        providers__0__compat={"tokenField": "max_tokens"},
+        providers__0__timeouts={"connectMs": 1, "firstByteMs": 2, "firstContentMs": 3, "idleMs": 4, "totalMs": 0},
+        providers__0__metadata={"any": 1},
+        providers__0__models__0__contextWindow=128000,
+        providers__0__models__0__maxOutputTokens=4096,
+        providers__0__models__0__cost={"input": 1.5},
+        providers__0__models__0__metadata={"any": 2},
+        providers__0__models__0__formats=["openai"],
+        corsOrigins=["https://App.example/"],
+        allowedHosts=["Box.lan"],
+        metadata={"any": 3},
+    )
+    assert r.find_problems(document) == []
+    config = r.read_config(document, {})
+    provider, model = config.providers[0], config.providers[0].models[0]
+    assert provider.headers == {"X-Title": "me", "user-agent": None}
+    assert (provider.anthropic_version, provider.anthropic_beta) == ("2023-06-01", ("a-1", "b-2"))
+    assert provider.compat == {"tokenField": "max_tokens"}
+    assert provider.timeouts == r.Timeouts(1, 2, 3, 4, 0)
+    assert (model.context_window, model.max_output_tokens, model.cost) == (128000, 4096, {"input": 1.5})
+    assert (model.metadata, model.formats) == ({"any": 2}, ("openai",))
+    assert (config.cors_origins, config.allowed_hosts) == (("https://app.example",), ("box.lan",))
+
+
+def test_ids_are_kept_as_written():
+    document = changed(providers__0__id="OpenRouter_2", defaultModel="openrouter_2/gpt-4o")
+    assert r.read_config(document, {}).providers[0].id == "OpenRouter_2"
+
+
+@pytest.mark.parametrize(
+    ("enabled", "value"), [(False, False), ("false", False), ("off", False), (True, True), ("1", True)]
+)
+def test_enabled_is_read_as_a_flag(enabled, value):
+    document = changed(providers__1__enabled=enabled, providers__0__models=["gpt-4o"])
+    assert r.scan_config(document, {})[0].providers[1].enabled is value
+
+
+@pytest.mark.parametrize(
+    ("value", "words"), [(True, "a boolean"), ({}, "an object"), ([], "a list"), (1.5, "a number")]
+)
+def test_a_wrong_type_is_named(value, words):
+    assert "is " + words in only_problem(changed(masterKey=value), "masterKey").message
+
+
+def test_null_counts_as_absent():
+    document = changed(providers__0__name=None)
+    document["providers"][0]["name"] = None
+    document["modelAliases"] = None
+    assert r.find_problems(document) == []
+
+
+def test_aliases_lead_to_one_model_or_an_ordered_list():
+    document = dict(
+        MINIMAL, modelAliases={"fast": "openrouter/gpt-4o", "claude-*": ["anthropic/claude-3-7-sonnet", "gpt4o"]}
+    )
+    assert r.find_problems(document) == []
+    assert r.read_config(document, {}).aliases == {
+        "fast": ("openrouter/gpt-4o",),
+        "claude-*": ("anthropic/claude-3-7-sonnet", "gpt4o"),
+    }
+
+
+# ----- problems: one rule each, with its path -----
+
+OFF_TYPE = [
+    ("version", "1"),
+    ("masterKey", 5),
+    ("defaultModel", []),
+    ("modelAliases", []),
+    ("corsOrigins", 3),
+    ("providers", "x"),
+    ("metadata", []),
+    ("providers[0].id", 1),
+    ("providers[0].id", "has space"),
+    ("providers[0].id", "1st"),
+    ("providers[0].id", "a/b"),
+    ("providers[0].id", ""),
+    ("providers[0].name", 1),
+    ("providers[0].enabled", "perhaps"),
+    ("providers[0].enabled", 1),
+    ("providers[0].baseUrl", 1),
+    ("providers[0].baseUrlByFormat", "https://x.example"),
+    ("providers[0].baseUrlByFormat.grpc", "https://x.example"),
+    ("providers[0].baseUrlByFormat.anthropic", "nope"),
+    ("providers[0].apiKey", 1),
+    ("providers[0].apiKey", "a\nb"),
+    ("providers[0].apiKey", "käse"),
+    ("providers[0].apiKeyEnv", "sk-or-v1-abc"),
+    ("providers[0].formats", 1),
+    ("providers[0].formats[0]", "soap"),
+    ("providers[0].formats[0]", 7),
+    ("providers[0].format", "soap"),
+    ("providers[0].auth", "bearer"),
+    ("providers[0].auth.type", "basic"),
+    ("providers[0].auth", {"type": "header"}),
+    ("providers[0].auth.headerName", "bad name"),
+    ("providers[0].auth.prefix", "a\r\nb"),
+    ("providers[0].authByFormat.anthropic.type", "basic"),
+    ("providers[0].headers", []),
+    ("providers[0].headers.X-A", "a\r\nb"),
+    ("providers[0].headers.X-A", 1),
+    ("providers[0].headers.Content-Length", "5"),
+    ("providers[0].headers.transfer-encoding", "chunked"),
+    ('providers[0].headers["a b"]', "x"),
+    ('providers[0].headers["x\\n"]', "x"),
+    ("providers[0].anthropicVersion", "a\nb"),
+    ("providers[0].anthropicBeta", 1),
+    ("providers[0].timeouts", 5),
+    ("providers[0].timeouts.idleMs", -1),
+    ("providers[0].timeouts.idleMs", 1.5),
+    ("providers[0].timeouts.idleMs", True),
+    ("providers[0].models", {}),
+    ("providers[0].models[0]", 1),
+    ("providers[0].models[0].id", ""),
+    ("providers[0].models[0].id", " padded "),
+    ("providers[0].models[0].id", "a\nb"),
+    ("providers[0].models[0].aliases", {}),
+    ("providers[0].models[0].aliases[0]", 1),
+    ("providers[0].models[0].aliases[0]", " "),
+    ("providers[0].models[0].contextWindow", "many"),
+    ("providers[0].models[0].fallbackModels", 1),
+    ("providers[0].models[0].fallbackModels[0]", {}),
+    ("modelAliases.fast", []),
+    ("modelAliases.fast[0]", 1),
+    ("modelAliases.smart", "openrouter/gpt-4o"),
+    ("corsOrigins[0]", "*"),
+    ("corsOrigins[0]", "https://x.example/path"),
+]
+
+
+def set_at(document, path, value):
+    """Set a value by a problem's path."""
+    steps = []
+    for part in path.replace('["', ".[").replace('"]', "").replace("[", ".[").replace("..", ".").split("."):
+        if part.startswith("[") and part[1:].rstrip("]").isdigit():
+            steps.append(int(part[1:].rstrip("]")))
+        else:
+            steps.append(part.lstrip("[").rstrip("]").replace("\\n", "\n"))
+    target = document
+    for step, following in zip(steps, steps[1:]):
+        if isinstance(target, dict):
+            target = target.setdefault(step, [None] if isinstance(following, int) else {})
+        else:
+            target = target[step]
+    target[steps[-1]] = value
+    return document
+
+
+@pytest.mark.parametrize(("path", "value"), OFF_TYPE, ids=["%s=%.20r" % pair for pair in OFF_TYPE])
+def test_a_value_that_cannot_be_used_is_an_error_at_its_path_with_a_cure(path, value):
+    document = set_at(copy.deepcopy(MINIMAL), path, value)
+    found = problems_at(document, path, "error")
+    assert found, r.find_problems(document)
+    assert all(problem.message and problem.cure for problem in found)
+    with pytest.raises(r.ConfigError) as caught:
+        r.read_config(document, {})
+    assert set(found) <= set(caught.value.problems)
+    assert "\n" not in caught.value.message
+
+
+BAD_URLS = [
+    "",
+    "x",
+    "openrouter.ai/api/v1",
+    "ftp://x.example",
+    "file:///etc/passwd",
+    "https://",
+    "https:///v1",
+    "https://:443",
+    "http://a@b",
+    "http://user:pass@x.example/v1",
+    "http://a\\@b",
+    "http://[::1",
+    "http://[::1]x",
+    "http://[x]/",
+    "https://x.example:0",
+    "https://x.example:99999",
+    "https://x.example:8x",
+    "https://x.example/a b",
+    "https://x.example/\n",
+    "https://x.exa\tmple/v1",
+    "https://x.example/{account}/v1",
+    "https://x.example/#top",
+    "https://exämple.de",
+    "https://x.example/\x00",
+    "javascript://x",
+]
+
+
+@pytest.mark.parametrize("url", BAD_URLS)
+def test_a_bad_base_url_is_one_error_at_its_path(url):
+    """Hardening: what is configured is parsed once, and there is only one way to read it."""
+    document = changed(providers__0__baseUrl=url)
+    if url.strip() == url:
+        only_problem(document, "providers[0].baseUrl")
+    assert r.check_url(url)[0]
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://x.example",
+        "https://x.example/",
+        "https://x.example:8443/api/v1?api-version=2024-10-21",
+        "http://localhost:11434/v1",
+        "http://127.0.0.1:1",
+        "http://[::1]:8080/v1",
+        "https://x.example/a%20b",
+        "HTTPS://X.example/v1",
+        "https://under_score.example/v1/~me/*",
+    ],
+)
+def test_a_good_base_url_is_none(url):
+    assert r.check_url(url) == ("", "")
+    assert r.find_problems(changed(providers__0__baseUrl=url)) == []
+
+
+@pytest.mark.parametrize("host", ["x.example", "192.168.1.5", "0.0.0.0", "127.evil.example", "localhost.evil.example"])
+def test_plain_http_to_another_machine_warns(host):
+    only_problem(changed(providers__0__baseUrl="http://%s/v1" % host), "providers[0].baseUrl", "warning")
+
+
+@pytest.mark.parametrize(
+    "host", ["localhost", "LOCALHOST", "a.localhost", "127.0.0.1", "127.9.9.9", "::1", "localhost."]
+)
+def test_loopback_is_told_from_the_rest(host):
+    assert r.is_loopback(host)
+    assert not r.is_loopback(host + ".evil.example")
+
+
+@pytest.mark.parametrize("host", ["", "0.0.0.0", "::", "128.0.0.1", "127.0.0", "xlocalhost", ".localhost"])
+def test_what_others_may_reach_is_not_loopback(host):
+    assert not r.is_loopback(host)
+
+
+def test_a_missing_url_id_and_empty_models_are_errors():
+    found = r.find_problems({"providers": [{"apiKey": "k"}]})
+    assert {(p.path, p.level) for p in found} == {
+        ("providers[0]", "error"),
+        ("providers[0].baseUrl", "error"),
+        ("providers[0].models", "error"),
+    }
+    only_problem(changed(providers__1__models=[], providers__0__models=["gpt-4o"]), "providers[1].models")
+
+
+def test_a_format_without_any_url_is_an_error():
+    raw = {"id": "p", "apiKey": "k", "models": ["m"], "formats": ["openai", "anthropic"]}
+    problem = only_problem(
+        {"providers": [dict(raw, baseUrlByFormat={"openai": "https://x.example"})]}, "providers[0].baseUrl"
+    )
+    assert "anthropic" in problem.message
+
+
+def test_provider_ids_that_differ_only_in_case_are_duplicates():
+    document = changed()
+    document["providers"].append(dict(document["providers"][1], id="Anthropic"))
+    assert "providers[1]" in only_problem(document, "providers[2]").message
+
+
+def test_duplicate_model_ids_are_errors_and_twins_in_case_are_warnings():
+    only_problem(
+        changed(providers__1__models=["claude-3-7-sonnet", {"id": "claude-3-7-sonnet"}]), "providers[1].models[1]"
+    )
+    only_problem(
+        changed(providers__1__models=["claude-3-7-sonnet", "Claude-3-7-Sonnet"]), "providers[1].models[1]", "warning"
+    )
+
+
+def test_an_alias_that_means_two_models_of_a_provider_warns():
+    document = changed(providers__1__models=["claude-3-7-sonnet", {"id": "b", "aliases": ["claude-3-7-sonnet"]}])
+    only_problem(document, "providers[1].models[1]", "warning")
+
+
+@pytest.mark.parametrize(
+    ("path", "ref"),
+    [
+        ("defaultModel", "openrouter/gpt-5"),
+        ("defaultModel", "nobody"),
+        ("modelAliases.fast", "openrouter/nope"),
+        ("modelAliases.fast[0]", "nope"),
+        ("providers[0].models[0].fallbackModels[0]", "anthropic/nope"),
+        ("providers[0].models[0].fallbackModels[0]", "nope/claude-3-7-sonnet"),
+    ],
+)
+def test_an_unknown_reference_is_an_error_at_its_path(path, ref):
+    only_problem(set_at(copy.deepcopy(MINIMAL), path, ref), path)
+
+
+def test_an_unknown_reference_names_what_is_near():
+    assert "openrouter/gpt-4o" in only_problem(changed(defaultModel="openrouter/gpt-4p"), "defaultModel").cure
+
+
+@pytest.mark.parametrize(
+    "ref",
+    ["openrouter/gpt-4o", "OpenRouter/gpt-4o", "openrouter/gpt4o", "gpt4o", "gpt-4o", "fast", "quick-1", "gpt-4o[1m]"],
+)
+def test_the_default_model_may_be_anything_a_client_may_ask_for(ref):
+    document = dict(changed(defaultModel=ref), modelAliases={"fast": "gpt4o", "quick-*": "openrouter/gpt-4o"})
+    assert r.find_problems(document) == []
+
+
+def test_an_alias_cannot_lead_to_an_alias_but_a_fallback_can():
+    document = dict(changed(), modelAliases={"fast": "gpt4o", "faster": "fast"})
+    only_problem(document, "modelAliases.faster")
+    document = dict(
+        changed(providers__0__models__0__fallbackModels=["fast"]), modelAliases={"fast": "claude-3-7-sonnet"}
+    )
+    assert r.find_problems(document) == []
+
+
+def test_a_provider_with_a_star_takes_any_model():
+    document = changed(providers__1__models=["*"], defaultModel="anthropic/whatever/it-is")
+    assert r.find_problems(document) == []
+
+
+def test_a_bare_name_that_two_providers_have_is_an_error_only_where_it_is_used():
+    document = changed(providers__1__models=["claude-3-7-sonnet", "gpt-4o"])
+    assert r.find_problems(document) == []
+    problem = only_problem(dict(document, defaultModel="gpt-4o"), "defaultModel")
+    assert "openrouter/gpt-4o" in problem.cure
+    assert "anthropic/gpt-4o" in problem.cure
+
+
+def test_a_reference_to_a_disabled_model_warns():
+    only_problem(changed(providers__1__enabled=False), "providers[0].models[0].fallbackModels[0]", "warning")
+
+
+@pytest.mark.parametrize(
+    ("path", "near"),
+    [
+        ("defaltModel", "defaultModel"),
+        ("providers[0].apikey", "apiKey"),
+        ("providers[0].models[0].fallbackModel", "fallbackModels"),
+        ("providers[0].timeouts.connectMS", "connectMs"),
+        ("providers[0].auth.headername", "headerName"),
+    ],
+)
+def test_an_unknown_key_is_a_warning_that_names_the_nearest(path, near):
+    problem = only_problem(set_at(copy.deepcopy(MINIMAL), path, "x"), path, "warning")
+    assert near in problem.cure
+
+
+@pytest.mark.parametrize("key", ["$schema", "_comment", "//", "#note"])
+def test_the_usual_ways_to_write_a_comment_do_not_warn(key):
+    assert r.find_problems(dict(MINIMAL, **{key: "x"})) == []
+
+
+def test_errors_inside_a_disabled_entry_are_only_warnings():
+    document = changed()
+    document["providers"].append({"id": "later", "enabled": False, "baseUrl": "x"})
+    assert {p.level for p in r.find_problems(document)} == {"warning"}
+    assert r.read_config(document, {}).providers[2].enabled is False
+
+
+def test_a_provider_without_a_key_warns_unless_it_is_local_or_wants_none():
+    document = changed(providers__0__apiKey=None)
+    only_problem(document, "providers[0]", "warning")
+    assert r.find_problems(dict(changed(providers__0__apiKey=None, providers__0__auth={"type": "none"}))) == []
+    assert r.find_problems(changed(providers__0__apiKey=None, providers__0__baseUrl="http://localhost:1/v1")) == []
+
+
+def test_no_provider_is_a_warning_and_a_newer_version_too():
+    only_problem({}, "providers", "warning")
+    only_problem(changed(version=9), "version", "warning")
+
+
+@pytest.mark.parametrize("of", ["provider", "model"])
+def test_a_dangling_fallback_of_a_disabled_entry_only_warns(of):
+    document = changed(providers__1__models__0__fallbackModels=["nope"], providers__0__models=["gpt-4o"])
+    entry = document["providers"][1] if of == "provider" else document["providers"][1]["models"][0]
+    entry["enabled"] = "OFF"
+    only_problem(document, "providers[1].models[0].fallbackModels[0]", "warning")
+
+
+def test_a_disabled_model_does_not_make_a_bare_name_ambiguous():
+    document = changed(defaultModel="gpt-4o")
+    document["providers"][1]["models"].append({"id": "gpt-4o", "enabled": False})
+    assert r.find_problems(document) == []
+    document["providers"][0]["models"][0]["enabled"] = False
+    only_problem(document, "defaultModel")
+
+
+def test_no_problem_shows_a_key():
+    """Hardening: a key stands in no message, however it is broken."""
+    secret = "sk-very-secret-0123456789"
+    for path in ("masterKey", "providers[0].apiKey", "providers[0].headers.authorization", "providers[0].apiKeyEnv"):
+        document = set_at(copy.deepcopy(MINIMAL), path, secret + "\r\nx")
+        found = r.find_problems(document)
+        assert problems_at(document, path, "error")
+        assert not any(secret in r.show_problem(problem) for problem in found)
+
+
+def test_a_problem_is_one_printable_line_whatever_the_names_hold():
+    document = changed(defaultModel="a\n\x1b[31m")
+    document["a\nb\x1b"] = 1
+    document["providers"][0]["headers"] = {"x\ny": "z"}
+    found = r.find_problems(document)
+    assert len(found) == 3
+    assert all(r.show_problem(problem).isprintable() for problem in found)
+
+
+def test_the_config_error_says_the_first_problem_and_counts_the_rest():
+    with pytest.raises(r.ConfigError) as caught:
+        r.read_config(changed(version="1", masterKey=2), {})
+    assert caught.value.message.startswith("version: ")
+    assert "1 more" in caught.value.message
+    assert len(caught.value.problems) == 2
+    assert caught.value.status == 503
+
+
+# ----- text -----
+
+
+def test_a_byte_order_mark_is_tolerated():
+    """trap 181"""
+    assert r.parse_config_text("\ufeff{}", "f") == {}
+    assert r.parse_config_text(b"\xef\xbb\xbf{}", "f") == {}
+
+
+def test_broken_json_names_place_line_and_column_and_points_at_it():
+    """trap 181"""
+    text = '{\n  "version": 1,\n  "defaultModel": oops\n}'
+    with pytest.raises(r.ConfigError) as caught:
+        r.parse_config_text(text, "/x/router.json")
+    first, line, caret = caught.value.message.split("\n")
+    assert first.startswith("/x/router.json:3:19: ")
+    assert line.strip() == '"defaultModel": oops'
+    assert caret.index("^") == line.index("oops")
+
+
+def test_the_caret_points_right_in_a_very_long_line_too():
+    text = '{"a": "%s", "b": !}' % ("x y " * 3000)
+    with pytest.raises(r.ConfigError) as caught:
+        r.parse_config_text(text, "f")
+    _, line, caret = caught.value.message.split("\n")
+    assert len(line) < 140
+    assert line[caret.index("^")] == "!"
+
+
+@pytest.mark.parametrize(
+    ("text", "hint"),
+    [
+        ('{"a": 1,}', "a comma"),
+        ('{"a": [1, 2,\n]}', "a comma"),
+        ('{\n// note\n"a": 1}', "comments"),
+        ('{"a": 1 # x\n}', "comments"),
+    ],
+)
+def test_the_usual_mistakes_get_a_hint(text, hint):
+    """trap 181"""
+    with pytest.raises(r.ConfigError, match=hint):
+        r.parse_config_text(text, "f")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '"apiKey": "hunter2" oops',
+        '"api-key": "hunter2',
+        '"headers": {"authorization": "Bearer hunter2"} oops',
+        '"x": "sk-hunter2" oops',
+        '"whatever": "hunter2hunter2hunter2hunter2" oops',
+    ],
+)
+def test_the_line_shown_for_broken_json_hides_keys(line):
+    with pytest.raises(r.ConfigError) as caught:
+        r.parse_config_text("{\n%s\n}" % line, "f")
+    assert "hunter2" not in caught.value.message
+    assert "\n" in caught.value.message
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"[]",
+        b'"x"',
+        b"null",
+        b"5",
+        b"\xff\xfe{\x00}\x00",
+        b'{"a": "\xff"}',
+        b'{"a": NaN}',
+        b'{"a": ' + b"9" * 6000 + b"}",
+    ]
+    + [b"[" * 100000, b'{"a":' * 100000, b'{"a": ' + b"[" * 80 + b"]" * 80 + b"}", b'{"a": "\x01"}', b"{" * 3],
+    ids=lambda data: repr(data[:12]),
+)
+def test_whatever_is_not_a_json_object_is_a_config_error_that_names_the_source(data):
+    with pytest.raises(r.ConfigError) as caught:
+        r.parse_config_text(data, "/x/router.json")
+    assert "/x/router.json" in caught.value.message
+
+
+def test_text_that_is_not_utf8_is_placed_too():
+    with pytest.raises(r.ConfigError, match="f:2:6"):
+        r.parse_config_text(b'{\n"name\xe4": 1}', "f")
+
+
+# ----- properties -----
+
+
+def _nodes(value, path=()):
+    yield path
+    entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, entry in entries:
+        yield from _nodes(entry, path + (key,))
+
+
+ODD = [
+    None,
+    True,
+    0,
+    -1,
+    1.5,
+    2**70,
+    "",
+    " ",
+    "x",
+    "\ud800",
+    "a\r\nb",
+    [],
+    {},
+    [[]],
+    [None],
+    {"": None},
+    {"a": {"b": []}},
+]
+
+
+@pytest.mark.parametrize("path", [p for p in _nodes(MINIMAL) if p], ids=str)
+@pytest.mark.parametrize("odd", ODD, ids=lambda odd: repr(odd)[:12])
+def test_any_odd_value_anywhere_gives_problems_and_never_another_exception(path, odd):
+    document = copy.deepcopy(MINIMAL)
+    target = document
+    for step in path[:-1]:
+        target = target[step]
+    target[path[-1]] = odd
+    for problem in r.find_problems(document):
+        assert r.show_problem(problem).isprintable()
+    r.mask_document(document)
+    try:
+        r.read_config(document, {})
+    except r.ConfigError:
+        pass
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_any_cut_or_random_text_is_a_config_error_or_an_object(seed):
+    dice = random.Random(seed)
+    text = json.dumps(MINIMAL, indent=1)
+    for _ in range(200):
+        data = bytearray(text[: dice.randrange(len(text))].encode())
+        for _ in range(dice.randrange(3)):
+            if data:
+                data[dice.randrange(len(data))] = dice.randrange(256)
+        try:
+            document = r.parse_config_text(bytes(data), "f")
+        except r.ConfigError:
+            continue
+        r.find_problems(document)
+
+
+def big_document(providers, models, ref="p%d/m%d"):
+    return {
+        "providers": [
+            {
+                "id": "p%d" % i,
+                "baseUrl": "https://x.example",
+                "apiKey": "k",
+                "models": [
+                    {"id": "m%d" % j, "fallbackModels": [ref % ((i + 1) % providers, j)]} for j in range(models)
+                ],
+            }
+            for i in range(providers)
+        ]
+    }
+
+
+class CountedNames(r.Names):
+    """Names that counts its look-ups."""
+
+    judged = 0
+
+    def judge(self, *args, **kwargs):
+        CountedNames.judged += 1
+        return super().judge(*args, **kwargs)
+
+
+def test_a_huge_configuration_is_judged_once_per_reference(monkeypatch):
+    monkeypatch.setattr(r, "Names", CountedNames)
+    CountedNames.judged = 0
+    assert r.find_problems(big_document(200, 25)) == []
+    assert CountedNames.judged == 5000
+
+
+def test_thousands_of_unknown_references_are_all_reported_without_thousands_of_guesses(monkeypatch):
+    calls = []
+    monkeypatch.setattr(r, "nearest", lambda *args: calls.append(1) or [])
+    assert len(r.find_problems(big_document(100, 25, "nope%d/m%d"))) == 2500
+    assert len(calls) <= 20
+
+
+# ----- presets -----
+
+
+def test_no_key_variable_means_no_configuration():
+    assert r.preset_document({"OPENAI_API_KEY": " ", "PATH": "x"}) is None
+
+
+@pytest.mark.parametrize("row", r.PRESETS, ids=lambda row: row.id)
+def test_each_key_variable_alone_makes_a_usable_configuration(row):
+    for variable in row.variables:
+        environ = {variable: "the-key"}
+        document = r.preset_document(environ)
+        assert r.find_problems(document) == []
+        assert "the-key" not in json.dumps(document)
+        config = r.read_config(document, environ)
+        assert [p.id for p in config.providers] == [row.id]
+        assert config.providers[0].api_key == "the-key"
+        assert config.providers[0].models == (r.Model("*"),)
+        assert config.default_model == row.id + "/" + row.model
+
+
+def test_several_key_variables_make_one_provider_each_in_the_order_of_the_table():
+    environ = {name: "k" for row in r.PRESETS for name in row.variables}
+    config = r.read_config(r.preset_document(environ), environ)
+    assert [p.id for p in config.providers] == [row.id for row in r.PRESETS]
+    assert config.default_model.startswith(r.PRESETS[0].id + "/")
+
+
+@pytest.mark.parametrize("name", "OPENAI ANTHROPIC OPENROUTER GROQ DEEPSEEK MISTRAL GEMINI".split())
+def test_the_promised_key_variables_are_known(name):
+    assert any(name + "_API_KEY" in row.variables for row in r.PRESETS)

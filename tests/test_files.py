@@ -1,0 +1,425 @@
+"""FILES: configuration on disk: atomic, private, locked."""
+
+import errno
+import json
+import os
+import stat
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+import llm_router as r
+
+posix = pytest.mark.skipif(os.name != "posix", reason="permission bits, links and limits of POSIX")
+
+OLD = {"version": 1, "masterKey": "old", "kept": "ü"}
+OLD_TEXT = json.dumps(OLD, ensure_ascii=False).encode()
+
+
+@pytest.fixture
+def path(tmp_path):
+    """A configuration file with OLD in it."""
+    file = tmp_path / "router.json"
+    file.write_bytes(OLD_TEXT)
+    file.chmod(0o600)
+    return file
+
+
+def set_key(key="new"):
+    return lambda document: r.set_master_key(document, key)
+
+
+def mode_of(file):
+    return stat.S_IMODE(os.stat(file).st_mode)
+
+
+def names_in(folder):
+    return sorted(p.name for p in folder.iterdir())
+
+
+# ----- sources -----
+
+
+def test_the_usual_file_is_in_the_home_directory(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    assert r.config_path() == str(tmp_path / ".llm-router.json")
+    assert r.config_path("~/x.json") == str(tmp_path / "x.json")
+    assert r.load_config("", {}) == r.Loaded(None, r.config_path(), r.config_path())
+
+
+def test_sources_are_asked_in_order_and_the_first_wins(path, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    (tmp_path / ".llm-router.json").write_text('{"from": "file"}')
+    (tmp_path / ".llm-router.json").chmod(0o600)
+    environ = {name: json.dumps({"from": name}) for name in r.CONFIG_VARIABLES}
+    assert r.CONFIG_VARIABLES == ("LLM_ROUTER_CONFIG_JSON", "ROUTE_CONFIG_JSON", "LLM_ROUTER_JSON")
+    assert r.load_config(str(path), environ).document == OLD
+    for name in r.CONFIG_VARIABLES:
+        loaded = r.load_config("", environ)
+        assert loaded.document == {"from": name}
+        assert name in loaded.source
+        assert loaded.path == ""
+        environ[name] = "  "
+    assert r.load_config("", environ).document == {"from": "file"}
+
+
+def test_broken_json_in_a_variable_names_the_variable():
+    with pytest.raises(r.ConfigError, match="LLM_ROUTER_CONFIG_JSON:1:2"):
+        r.load_config("", {"LLM_ROUTER_CONFIG_JSON": "{x"})
+
+
+def test_a_file_that_cannot_be_read_is_a_config_error_that_names_it(tmp_path):
+    with pytest.raises(r.ConfigError, match=str(tmp_path.name)):
+        r.load_config(str(tmp_path), {})
+
+
+@posix
+@pytest.mark.parametrize("mode", [0o644, 0o660, 0o604])
+def test_reading_a_file_that_others_can_read_warns_and_leaves_it(path, mode):
+    path.chmod(mode)
+    loaded = r.load_config(str(path), {})
+    assert "%04o" % mode in loaded.warnings[0]
+    assert mode_of(path) == mode
+
+
+# ----- edits -----
+
+
+def test_an_edit_is_saved_and_the_previous_content_kept(path):
+    edit = r.edit_config_file(str(path), set_key())
+    assert json.loads(path.read_bytes()) == dict(OLD, masterKey="new") == edit.document
+    assert "ü" in path.read_text(encoding="utf-8")
+    backup = path.with_name("router.json.bak")
+    assert backup.read_bytes() == OLD_TEXT
+    assert names_in(path.parent) == ["router.json", "router.json.bak"]
+
+
+@posix
+def test_file_and_backup_are_private_whatever_the_umask(tmp_path):
+    old = os.umask(0)
+    try:
+        path = tmp_path / "deep" / "er" / "router.json"
+        r.edit_config_file(str(path), set_key())
+        r.edit_config_file(str(path), set_key("newer"))
+    finally:
+        os.umask(old)
+    assert mode_of(path) == mode_of(str(path) + ".bak") == 0o600
+    assert mode_of(path.parent) == 0o700
+
+
+def test_the_first_edit_makes_the_file_and_no_backup(tmp_path):
+    path = tmp_path / "router.json"
+    r.edit_config_file(str(path), set_key())
+    assert json.loads(path.read_text()) == {"version": 1, "providers": [], "masterKey": "new"}
+    assert names_in(tmp_path) == ["router.json"]
+
+
+@posix
+def test_a_looser_mode_is_repaired_and_reported_even_when_nothing_else_changes(path):
+    path.write_bytes(r.render_document(OLD))
+    path.chmod(0o644)
+    edit = r.edit_config_file(str(path), set_key("old"))
+    assert mode_of(path) == 0o600
+    assert any("0644" in note for note in edit.notes)
+
+
+def test_an_edit_that_changes_nothing_writes_nothing(path):
+    path.write_bytes(r.render_document(OLD))
+    before = os.stat(path)
+    r.edit_config_file(str(path), set_key("old"))
+    after = os.stat(path)
+    assert (before.st_mtime_ns, before.st_ino) == (after.st_mtime_ns, after.st_ino)
+    assert names_in(path.parent) == ["router.json"]
+
+
+@posix
+def test_a_symbolic_link_stays_one_and_what_it_leads_to_is_changed(path, tmp_path):
+    folder = tmp_path / "links"
+    folder.mkdir()
+    (folder / "second").symlink_to(path)
+    (folder / "first").symlink_to("second")
+    r.edit_config_file(str(folder / "first"), set_key())
+    assert (folder / "first").is_symlink()
+    assert (folder / "second").is_symlink()
+    assert json.loads(path.read_bytes())["masterKey"] == "new"
+    assert names_in(folder) == ["first", "second"]
+    assert names_in(path.parent) == ["links", "router.json", "router.json.bak"]
+
+
+@posix
+def test_a_link_to_nothing_makes_what_it_leads_to(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "real.json")
+    r.edit_config_file(str(tmp_path / "link"), set_key())
+    assert (tmp_path / "link").is_symlink()
+    assert json.loads((tmp_path / "real.json").read_text())["masterKey"] == "new"
+
+
+@posix
+@pytest.mark.parametrize("make", ["folder", "loop", "fifo", "device"])
+def test_what_is_no_regular_file_is_refused(make, tmp_path):
+    path = tmp_path / "x"
+    if make == "folder":
+        path.mkdir()
+    elif make == "loop":
+        path.symlink_to("y")
+        (tmp_path / "y").symlink_to("x")
+    elif make == "fifo":
+        os.mkfifo(path)
+    else:
+        path = Path("/dev/null")
+    with pytest.raises(r.RouterError) as caught:
+        r.edit_config_file(str(path), set_key())
+    assert path.name in caught.value.message
+
+
+BROKEN = b'{\n  "masterKey": "old",\n  "x": oops\n}'
+
+
+def test_broken_json_is_reported_with_its_place_and_never_overwritten(path):
+    """trap 178"""
+    path.write_bytes(BROKEN)
+    with pytest.raises(r.ConfigError) as caught:
+        r.edit_config_file(str(path), set_key())
+    lines = caught.value.message.split("\n")
+    assert lines[0].startswith("%s:3:8:" % path)
+    assert lines[2].index("^") == lines[1].index("oops")
+    assert path.read_bytes() == BROKEN
+    assert names_in(path.parent) == ["router.json"]
+
+
+def test_a_refused_edit_leaves_the_file_untouched(path):
+    with pytest.raises(r.UsageError):
+        r.edit_config_file(str(path), set_key(""))
+    assert path.read_bytes() == OLD_TEXT
+    assert names_in(path.parent) == ["router.json"]
+
+
+@pytest.mark.parametrize("call", ["open", "write", "fsync", "replace"])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EIO, errno.EFBIG])
+@pytest.mark.parametrize("nth", [1, 2, 3])
+def test_when_the_disk_fails_the_file_is_whole_and_nothing_is_left_behind(path, monkeypatch, call, number, nth):
+    """Full disk, read-only directory, broken disk: at each of the steps of a write."""
+    real, calls = getattr(os, call), []
+
+    def failing(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == nth:
+            raise OSError(number, os.strerror(number))
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(os, call, failing)
+    try:
+        r.edit_config_file(str(path), set_key())
+    except r.FileError as error:
+        assert os.strerror(number) in error.message
+        assert "\n" not in error.message
+        assert path.read_bytes() == OLD_TEXT
+    else:
+        assert len(calls) < nth or (call, nth) == ("fsync", 3)
+        assert json.loads(path.read_bytes())["masterKey"] == "new"
+    monkeypatch.undo()
+    assert set(names_in(path.parent)) <= {"router.json", "router.json.bak"}
+
+
+def test_an_interrupt_in_mid_write_leaves_the_file_whole(path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        r.edit_config_file(str(path), set_key())
+    assert path.read_bytes() == OLD_TEXT
+    assert names_in(path.parent) == ["router.json"]
+
+
+def test_a_short_write_is_continued(path, monkeypatch):
+    real = os.write
+    monkeypatch.setattr(os, "write", lambda descriptor, data: real(descriptor, bytes(data[:3])))
+    r.edit_config_file(str(path), set_key())
+    assert json.loads(path.read_bytes()) == dict(OLD, masterKey="new")
+
+
+LIMITED = """
+import resource, sys
+sys.path.insert(0, sys.argv[1])
+import llm_router as r
+resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10))
+try:
+    r.edit_config_file(sys.argv[2], lambda document: r.set_master_key(document, "new"))
+except r.FileError as error:
+    print(error.message)
+"""
+
+
+@posix
+def test_a_real_limit_of_the_file_size_is_one_clear_line(path):
+    root = str(Path(r.__file__).parent)
+    done = subprocess.run([sys.executable, "-c", LIMITED, root, str(path)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert os.strerror(errno.EFBIG) in done.stdout
+    assert path.read_bytes() == OLD_TEXT
+    assert names_in(path.parent) == ["router.json"]
+
+
+@posix
+@pytest.mark.skipif(hasattr(os, "geteuid") and os.geteuid() == 0, reason="root may write anywhere")
+def test_a_directory_that_cannot_be_written_is_one_clear_line(path):
+    path.parent.chmod(0o500)
+    try:
+        with pytest.raises(r.FileError, match="unchanged"):
+            r.edit_config_file(str(path), set_key())
+    finally:
+        path.parent.chmod(0o700)
+    assert path.read_bytes() == OLD_TEXT
+
+
+# ----- several writers -----
+
+
+def add_alias(name):
+    return lambda document: r.Edit(dict(document, **{name: True}))
+
+
+def test_of_many_writers_at_once_none_loses_anothers_edit(path):
+    failures = []
+
+    def write(number):
+        try:
+            for i in range(5):
+                r.edit_config_file(str(path), add_alias("_%d_%d" % (number, i)))
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    document = json.loads(path.read_bytes())
+    assert {"_%d_%d" % (n, i) for n in range(8) for i in range(5)} <= set(document)
+    assert set(names_in(path.parent)) <= {"router.json", "router.json.bak", "router.json.lock"}
+
+
+WRITER = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import llm_router as r
+for i in range(10):
+    r.edit_config_file(sys.argv[2], lambda document: r.Edit(dict(document, **{"_%s_%d" % (sys.argv[3], i): True})))
+"""
+
+
+def test_of_several_processes_none_loses_anothers_edit(path):
+    root = str(Path(r.__file__).parent)
+    children = [subprocess.Popen([sys.executable, "-c", WRITER, root, str(path), str(n)]) for n in range(4)]
+    assert [child.wait(timeout=120) for child in children] == [0] * 4
+    assert {"_%d_%d" % (n, i) for n in range(4) for i in range(10)} <= set(json.loads(path.read_bytes()))
+
+
+def test_a_writer_that_knows_no_lock_does_not_lose_its_edit(path):
+    """An editor saves between our reading and our writing: the change is applied to what it wrote."""
+    seen = []
+
+    def change(document):
+        seen.append(dict(document))
+        if len(seen) == 1:
+            path.write_text('{"theirs": 1}')
+        return r.set_master_key(document, "new")
+
+    r.edit_config_file(str(path), change)
+    assert seen == [OLD, {"theirs": 1}]
+    assert json.loads(path.read_bytes()) == {"theirs": 1, "masterKey": "new"}
+    assert path.with_name("router.json.bak").read_text() == '{"theirs": 1}'
+
+
+def test_a_file_that_appears_meanwhile_is_not_overwritten(tmp_path):
+    path = tmp_path / "router.json"
+    calls = []
+
+    def change(document):
+        calls.append(document)
+        if len(calls) == 1:
+            path.write_text('{"theirs": 1}')
+        return r.set_master_key(document, "new")
+
+    r.edit_config_file(str(path), change)
+    assert json.loads(path.read_bytes()) == {"theirs": 1, "masterKey": "new"}
+
+
+def test_a_file_that_never_stops_changing_is_given_up_on_with_a_clear_message(path):
+    calls = []
+
+    def change(document):
+        calls.append(document)
+        path.write_text('{"n": %d}' % len(calls))
+        return r.set_master_key(document, "new")
+
+    with pytest.raises(r.FileError, match="another program"):
+        r.edit_config_file(str(path), change)
+    assert json.loads(path.read_bytes()) == {"n": len(calls)}
+
+
+@posix
+def test_a_lock_that_is_never_released_is_given_up_on_with_a_clear_message(path, monkeypatch):
+    import time
+
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "sleep", lambda seconds: now.__setitem__(0, now[0] + 1.0))
+    with r.FileLock(str(path)):
+        with pytest.raises(r.FileError, match="another program"):
+            r.edit_config_file(str(path), set_key())
+    assert path.read_bytes() == OLD_TEXT
+
+
+def test_a_lock_file_left_by_a_crash_does_not_matter(path):
+    path.with_name("router.json.lock").write_text("")
+    r.edit_config_file(str(path), set_key())
+    assert json.loads(path.read_bytes())["masterKey"] == "new"
+
+
+def test_without_any_file_locks_edits_still_work(path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    monkeypatch.setitem(sys.modules, "msvcrt", None)
+    r.edit_config_file(str(path), set_key())
+    assert json.loads(path.read_bytes())["masterKey"] == "new"
+
+
+def test_a_file_system_without_locks_does_not_stop_an_edit(path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+
+    def unsupported(*_):
+        raise OSError(errno.ENOTSUP, "not supported")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    r.edit_config_file(str(path), set_key())
+    assert json.loads(path.read_bytes())["masterKey"] == "new"
+
+
+# ----- what is stored -----
+
+
+def test_a_document_is_stored_as_readable_text_that_reads_back_the_same():
+    document = {"a": ["ü", "\u2028", 1.5, 2**60, None], "b": {"c": {}}}
+    data = r.render_document(document)
+    assert r.parse_config_text(data, "f") == document
+    assert "ü".encode() in data
+    assert data.endswith(b"}\n")
+
+
+def test_half_a_surrogate_pair_is_stored_escaped():
+    document = r.parse_config_text(b'{"a": "\\ud800"}', "f")
+    assert r.parse_config_text(r.render_document(document), "f") == document
+
+
+def test_a_number_too_large_for_json_is_refused_and_not_corrupted(path):
+    path.write_bytes(b'{"masterKey": "old", "x": 1e999}')
+    with pytest.raises(r.ConfigError, match="too large"):
+        r.edit_config_file(str(path), set_key())
+    assert path.read_bytes() == b'{"masterKey": "old", "x": 1e999}'

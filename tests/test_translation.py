@@ -1,0 +1,495 @@
+"""Section TRANSLATION: from any wire format to any other, whole and streamed, and the relay of one format to itself."""
+
+import json
+import random
+
+import llm_router as R
+import pytest
+
+WIRES = sorted(R.WIRE_FORMATS)
+PAIRS = [(source, target) for source in WIRES for target in WIRES if source != target]
+
+TOOLS = [
+    R.Tool("look", "", {"type": "object", "properties": {}}),
+    R.Tool("go", "", {"type": "object", "properties": {}}),
+]
+REQUEST = R.ChatRequest("asked-for", [R.Message("user", [R.Text("hi")])], tools=TOOLS, stream=True, include_usage=True)
+CONTEXT = R.Context(REQUEST, "req1", 1700000000)
+
+ANSWERS = {
+    "text": R.ChatResponse("msg_1", "m", [R.Text('Grüße, "世界" 🎉\n\u2028 end')], "end_turn", usage=R.Usage(5, 7, 2)),
+    "reasoning": R.ChatResponse(
+        "msg_1", "m", [R.Thinking("let me see"), R.Text("yes")], "max_tokens", usage=R.Usage(5, 7)
+    ),
+    "tools": R.ChatResponse(
+        "msg_1",
+        "m",
+        [R.Text("wait"), R.ToolCall("call_1", "look", '{"a":"ä","b":[1,2]}'), R.ToolCall("call_2", "go", "{}")],
+        "tool_use",
+        usage=R.Usage(5, 7),
+    ),
+    "only tools": R.ChatResponse(
+        "msg_1", "m", [R.ToolCall("call_1", "look", '{"a":1}')], "tool_use", usage=R.Usage(1, 2)
+    ),
+}
+
+
+def stream_of(source, answer, finish=True):
+    """The stream of an answer, its text in pieces of two characters."""
+    renderer = R.WIRE_FORMATS[source].renderer(CONTEXT)
+    out = []
+    for event in R.unfold(answer):
+        events = [event]
+        if isinstance(event, R.Delta):
+            events = [R.Delta(event.text[at : at + 2]) for at in range(0, len(event.text), 2)]
+        if finish or not isinstance(event, R.Finished):
+            out.extend(renderer.render(item) for item in events)
+    return b"".join(out)
+
+
+def translated(source, target, raw, sizes=None, context=CONTEXT):
+    """All output of a StreamTranslator for `raw` cut into pieces, and the translator."""
+    translator = R.StreamTranslator(source, target, context)
+    return run(translator, raw, sizes), translator
+
+
+def run(processor, raw, sizes=None):
+    out, at = [], 0
+    for size in sizes or [len(raw)]:
+        out.append(processor.feed(raw[at : at + size]))
+        at += size
+    if at < len(raw):
+        out.append(processor.feed(raw[at:]))
+    return b"".join(out) + processor.finish()
+
+
+def gist(answer):
+    """What must be the same in every format."""
+    blocks = [
+        (type(block).__name__, block.name, json.loads(block.arguments))
+        if isinstance(block, R.ToolCall)
+        else (type(block).__name__, block.text)
+        for block in answer.blocks
+    ]
+    return blocks, answer.stop_reason, answer.usage
+
+
+def folded(wire, raw):
+    return R.fold_stream(wire, raw, CONTEXT)
+
+
+# ---- every pair of formats
+
+
+@pytest.mark.parametrize("name", sorted(ANSWERS))
+@pytest.mark.parametrize("source, target", PAIRS)
+def test_a_stream_says_the_same_in_every_format(source, target, name):
+    """traps 10, 28, 53 and 54"""
+    out, translator = translated(source, target, stream_of(source, ANSWERS[name]))
+    assert gist(folded(target, out)) == gist(ANSWERS[name])
+    assert translator.content and translator.done and translator.failed is None and not translator.is_empty
+    assert translator.usage == ANSWERS[name].usage
+
+
+@pytest.mark.parametrize("name", sorted(ANSWERS))
+@pytest.mark.parametrize("source, target", PAIRS)
+def test_a_translated_stream_folds_to_the_translated_whole(source, target, name):
+    whole = R.WIRE_FORMATS[source].render_response(ANSWERS[name], CONTEXT)
+    from_whole = R.parse_answer(R.translate_response(whole, source, target, CONTEXT), target, CONTEXT)
+    out, _ = translated(source, target, stream_of(source, ANSWERS[name]))
+    assert gist(folded(target, out)) == gist(from_whole)
+
+
+@pytest.mark.parametrize("source, target", PAIRS)
+def test_any_cut_of_the_bytes_gives_the_same_output(source, target):
+    """traps 1 and 6"""
+    raw = stream_of(source, ANSWERS["text"]._replace(blocks=[R.Text("世🎉")]))
+    expected, _ = translated(source, target, raw)
+    for cut in range(1, len(raw)):
+        assert translated(source, target, raw, [cut])[0] == expected
+    assert translated(source, target, raw, [1] * len(raw))[0] == expected
+
+
+@pytest.mark.parametrize("source, target", PAIRS)
+def test_cr_and_crlf_are_line_ends_too_and_comments_are_nothing(source, target):
+    """traps 2 and 4"""
+    raw = stream_of(source, ANSWERS["tools"])
+    expected, _ = translated(source, target, raw)
+    for end in (b"\r\n", b"\r"):
+        assert translated(source, target, raw.replace(b"\n", end), [7] * (len(raw) // 7))[0] == expected
+    noisy = b": PROCESSING\n\n" + raw.replace(b"\n\n", b"\n\n: x\n\nid: 1\nretry: 5\n\n")
+    assert translated(source, target, noisy)[0] == expected
+
+
+@pytest.mark.parametrize("source, target", PAIRS)
+def test_the_space_after_the_colon_is_optional(source, target):
+    """trap 3"""
+    raw = stream_of(source, ANSWERS["tools"])
+    assert translated(source, target, raw.replace(b"data: ", b"data:"))[0] == translated(source, target, raw)[0]
+
+
+@pytest.mark.parametrize("source, target", PAIRS)
+def test_a_truncated_stream_ends_in_an_error_and_without_a_success(source, target):
+    """trap 14"""
+    raw = stream_of(source, ANSWERS["text"], finish=False)
+    out, translator = translated(source, target, raw)
+    assert translator.failed is not None and translator.failed.code == "truncated" and not translator.done
+    seen = folded(target, out)
+    assert isinstance(seen, R.ErrorInfo) and seen.message == translator.failed.message
+    assert b"[DONE]" not in out and b'"message_stop"' not in out and b'"response.completed"' not in out
+
+
+@pytest.mark.parametrize("source, target", PAIRS)
+def test_an_error_in_the_stream_is_told_in_the_client_s_format_and_ends_it(source, target):
+    """traps 19, 55 and 130"""
+    wire = R.WIRE_FORMATS[source]
+    error = wire.error_event(R.ErrorInfo(529, "overloaded", "overloaded_error"), "x")
+    translator = R.StreamTranslator(source, target, CONTEXT)
+    out = translator.feed(error + stream_of(source, ANSWERS["text"]))
+    assert translator.failed is not None and translator.failed.message == "overloaded" and not translator.content
+    assert translator.finish() == b"" and translator.feed(error) == b""
+    assert isinstance(folded(target, out), R.ErrorInfo)
+
+
+@pytest.mark.parametrize("source, target", PAIRS + [(wire, wire) for wire in WIRES])
+def test_content_is_seen_at_the_first_real_delta_and_not_before(source, target):
+    """trap 131"""
+    for answer in ANSWERS.values():
+        processor = R.make_processor(source, target, CONTEXT)
+        renderer = R.WIRE_FORMATS[source].renderer(CONTEXT)
+        events = list(R.unfold(answer))
+        opened = next(i for i, event in enumerate(events) if isinstance(event, R.Opened))
+        first = opened if isinstance(events[opened].block, R.ToolCall) else opened + 1
+        for event in events[:first]:
+            processor.feed(renderer.render(event))
+        assert not processor.content
+        processor.feed(renderer.render(events[first]))
+        assert processor.content
+
+
+@pytest.mark.parametrize("source, target", PAIRS + [(wire, wire) for wire in WIRES])
+def test_an_answer_that_says_nothing_is_empty(source, target):
+    """traps 131 and 138"""
+    processor = R.make_processor(source, target, CONTEXT)
+    run(processor, stream_of(source, R.ChatResponse("msg_1", "m", [], "end_turn", usage=R.Usage(1, 0))))
+    assert processor.is_empty and processor.failed is None
+
+
+@pytest.mark.parametrize("source, target", PAIRS + [(wire, wire) for wire in WIRES])
+def test_an_endless_event_fails_the_stream(source, target):
+    """trap 8"""
+    processor = R.make_processor(source, target, CONTEXT, 100)
+    assert processor.feed(b"data: " + b"x" * 50) == b"" and processor.failed is None
+    processor.feed(b"x" * 100)
+    assert processor.failed is not None and processor.failed.status == 502
+
+
+@pytest.mark.parametrize("source, target", PAIRS + [(wire, wire) for wire in WIRES])
+def test_whole_answers_become_streams_and_streams_whole_answers(source, target):
+    """traps 11 and 12"""
+    answer = ANSWERS["tools"]
+    body = R.WIRE_FORMATS[source].render_response(answer, CONTEXT)
+    assert gist(folded(target, R.stream_from_whole(body, source, target, CONTEXT))) == gist(answer)
+    whole = R.whole_from_stream(stream_of(source, answer), source, target, CONTEXT)
+    assert gist(R.parse_answer(whole, target, CONTEXT)) == gist(answer)
+    cut_off = R.whole_from_stream(stream_of(source, answer, finish=False), source, target, CONTEXT)
+    assert isinstance(cut_off, R.ErrorInfo) and cut_off.code == "truncated"
+
+
+@pytest.mark.parametrize("source, target", PAIRS)
+@pytest.mark.parametrize("seed", range(5))
+def test_random_events_never_raise(source, target, seed):
+    dice = random.Random(seed)
+    raw = stream_of(source, ANSWERS["tools"])
+    for _ in range(60):
+        noise = bytearray(raw)
+        for _ in range(dice.randrange(1, 12)):
+            noise[dice.randrange(len(noise))] = dice.choice(b'{}[]":,\\\n0tn')
+        for processor in (R.StreamTranslator(source, target, CONTEXT), R.StreamRelay(source, CONTEXT)):
+            run(processor, bytes(noise[: dice.randrange(len(noise))]), [dice.randrange(1, 400) for _ in range(5)])
+
+
+@pytest.mark.parametrize("source, target", PAIRS)
+def test_a_request_keeps_its_meaning(source, target):
+    request = R.ChatRequest(
+        "asked-for",
+        [
+            R.Message("user", [R.Text("hi")]),
+            R.Message("assistant", [R.Text("wait"), R.ToolCall("call_1", "look", '{"a":1}')]),
+            R.Message("user", [R.ToolResult("call_1", [R.Text("seen")])]),
+        ],
+        system=[R.Text("be brief")],
+        tools=TOOLS,
+        tool_choice=R.ToolChoice("any"),
+        parallel_tools=False,
+        max_tokens=100,
+        temperature=0.5,
+    )
+    neutral, body = R.translate_request(R.render_request(request, source), source, target, "up/stream")
+    assert neutral.model == "asked-for" and body["model"] == "up/stream"
+    again = R.WIRE_FORMATS[target].parse_request(body)
+    assert R.join_text(again.system or again.messages[0].blocks) == "be brief"
+    assert [tool.name for tool in again.tools] == ["look", "go"]
+    assert (again.tool_choice, again.parallel_tools) == (R.ToolChoice("any"), False)
+    assert (again.max_tokens, again.temperature) == (100, 0.5)
+    blocks = [block for message in again.messages for block in message.blocks]
+    call = next(block for block in blocks if isinstance(block, R.ToolCall))
+    result = next(block for block in blocks if isinstance(block, R.ToolResult))
+    assert (call.name, json.loads(call.arguments)) == ("look", {"a": 1})
+    assert result.call_id == call.id and R.join_text(result.blocks) == "seen"
+
+
+# ---- from raw OpenAI chunks to Anthropic events
+
+
+def chunk(finish=None, usage=None, **delta):
+    choices = [{"index": 0, "delta": delta, "finish_reason": finish}]
+    return b"data: %s\n\n" % json.dumps({"id": "c", "model": "up", "choices": choices, "usage": usage}).encode()
+
+
+def call(index=0, id=None, name=None, arguments=""):
+    item = {"index": index, "function": {"arguments": arguments}}
+    if id is not None:
+        item.update(id=id, type="function")
+    if name is not None:
+        item["function"]["name"] = name
+    return item
+
+
+DONE = b"data: [DONE]\n\n"
+
+
+def anthropic_answer(*chunks):
+    """The events that an Anthropic client sees, checked for their life cycle, and the folded answer."""
+    out, translator = translated("openai", "anthropic", b"".join(chunks))
+    assert translator.failed is None
+    pairs = [(event.name, json.loads(event.data)) for event in R.parse_events(out)]
+    names = [name for name, _ in pairs]
+    assert names[0] == "message_start" and names[-2:] == ["message_delta", "message_stop"]
+    assert names.count("message_start") == names.count("message_delta") == names.count("message_stop") == 1
+    current, is_open = -1, False
+    for name, data in pairs:
+        if name == "content_block_start":
+            assert not is_open and data["index"] == current + 1
+            current, is_open = current + 1, True
+        elif name.startswith("content_block"):
+            assert is_open and data["index"] == current
+            is_open = name == "content_block_delta"
+    assert not is_open
+    return R.fold_stream("anthropic", out, CONTEXT)
+
+
+def test_a_stream_that_begins_with_a_tool_call_is_complete():
+    """traps 20, 22 and 23"""
+    answer = anthropic_answer(chunk(tool_calls=[call(0, "c1", "look", '{"a":1}')]), chunk("tool_calls"), DONE)
+    assert gist(answer)[0] == [("ToolCall", "look", {"a": 1})] and answer.stop_reason == "tool_use"
+
+
+def test_the_end_without_usage_and_the_last_fragment_beside_the_finish_reason():
+    """traps 24 and 25"""
+    first = chunk(tool_calls=[call(0, "c1", "look", '{"a"')])
+    answer = anthropic_answer(first, chunk("tool_calls", tool_calls=[call(0, arguments=":1}")]))
+    assert gist(answer)[0] == [("ToolCall", "look", {"a": 1})]
+
+
+def test_an_empty_list_of_calls_is_no_call_and_tools_with_stop_are_tools():
+    """traps 26, 30, 31 and 32"""
+    answer = anthropic_answer(
+        chunk(role="assistant", content="", tool_calls=[]), chunk(content="a", tool_calls=[]), chunk("tool_calls"), DONE
+    )
+    assert gist(answer)[:2] == ([("Text", "a")], "end_turn")
+    answer = anthropic_answer(
+        chunk(role="assistant", content=""), chunk(tool_calls=[call(0, "c1", "go", "{}")]), chunk("stop"), DONE
+    )
+    assert gist(answer)[:2] == ([("ToolCall", "go", {})], "tool_use")
+
+
+def test_parallel_calls_keep_their_own_arguments_however_they_are_numbered():
+    """traps 33, 34 and 35"""
+    interleaved = [
+        chunk(tool_calls=[call(0, "c1", "look", '{"a":'), call(1, "c2", "go", '{"b":')]),
+        chunk(tool_calls=[call(1, arguments="2}")]),
+        chunk(tool_calls=[call(0, arguments="1}")]),
+    ]
+    same_index = [
+        chunk(tool_calls=[call(0, "c1", "look", '{"a":1}')]),
+        chunk(tool_calls=[call(0, "c2", "go", '{"b":2}')]),
+    ]
+    for chunks in (interleaved, same_index):
+        answer = anthropic_answer(*chunks, chunk("tool_calls"), DONE)
+        assert gist(answer)[0] == [("ToolCall", "look", {"a": 1}), ("ToolCall", "go", {"b": 2})]
+
+
+def test_a_call_without_id_or_arguments_is_whole():
+    """traps 36 and 41"""
+    answer = anthropic_answer(chunk(tool_calls=[call(0, "", "go")]), chunk("tool_calls"), DONE)
+    assert gist(answer)[0] == [("ToolCall", "go", {})] and answer.blocks[0].id
+
+
+def test_usage_chunks_and_empty_choices_are_taken_as_they_come():
+    """traps 9, 15, 16, 43 and 113"""
+    empty = b'data: {"choices":[],"prompt_filter_results":[]}\n\n'
+    usage = {"prompt_tokens": 10, "completion_tokens": 3, "prompt_tokens_details": {"cached_tokens": 4}}
+    last = b"data: %s\n\n" % json.dumps({"choices": [], "usage": usage}).encode()
+    answer = anthropic_answer(empty, chunk(content="a"), chunk("stop"), last, DONE)
+    assert gist(answer) == ([("Text", "a")], "end_turn", R.Usage(6, 3, 4))
+
+
+def test_reasoning_is_a_thinking_block_of_its_own():
+    """traps 27 and 29"""
+    answer = anthropic_answer(chunk(content=None, reasoning_content="hm"), chunk(content="a"), chunk("stop"), DONE)
+    assert gist(answer)[0] == [("Thinking", "hm"), ("Text", "a")]
+
+
+# ---- the relay of one format to itself
+
+
+@pytest.mark.parametrize("wire", WIRES)
+@pytest.mark.parametrize("name", sorted(ANSWERS))
+def test_a_relayed_stream_is_untouched_however_it_is_cut(wire, name):
+    raw = stream_of(wire, ANSWERS[name])
+    for sizes in (None, [1] * len(raw), [100] * (len(raw) // 100)):
+        relay = R.StreamRelay(wire, CONTEXT)
+        assert run(relay, raw, sizes) == raw
+        assert relay.content and relay.done and relay.failed is None and relay.usage == ANSWERS[name].usage
+
+
+@pytest.mark.parametrize("wire", WIRES)
+def test_a_relay_passes_whole_events_only(wire):
+    raw = stream_of(wire, ANSWERS["text"])
+    relay = R.StreamRelay(wire, CONTEXT)
+    for at in range(len(raw)):
+        out = relay.feed(raw[at : at + 1])
+        assert not out or out.endswith(b"\n\n")
+
+
+@pytest.mark.parametrize("wire", WIRES)
+def test_a_relayed_stream_that_breaks_off_gets_an_error_and_not_the_cut_event(wire):
+    """trap 14"""
+    raw = stream_of(wire, ANSWERS["text"], finish=False)
+    relay = R.StreamRelay(wire, CONTEXT)
+    out = run(relay, raw + b'data: {"type":"conte')
+    assert relay.failed is not None and relay.failed.code == "truncated"
+    assert out == raw + R.WIRE_FORMATS[wire].error_event(relay.failed, CONTEXT.id)
+
+
+@pytest.mark.parametrize("wire", WIRES)
+def test_a_last_event_without_its_blank_line_counts(wire):
+    raw = stream_of(wire, ANSWERS["text"])
+    for missing in (1, 2):
+        relay = R.StreamRelay(wire, CONTEXT)
+        assert run(relay, raw[:-missing]) == raw and relay.failed is None and relay.done
+
+
+@pytest.mark.parametrize("wire", WIRES)
+def test_nothing_is_relayed_behind_an_error(wire):
+    """trap 19"""
+    head = stream_of(wire, ANSWERS["text"], finish=False)
+    error = R.WIRE_FORMATS[wire].error_event(R.ErrorInfo(500, "broke"), "up")
+    relay = R.StreamRelay(wire, CONTEXT)
+    assert relay.feed(head) == head and relay.content
+    assert relay.feed(error + DONE) + relay.feed(DONE) + relay.finish() == error
+    assert relay.failed is not None and relay.failed.message == "broke"
+
+
+def test_the_model_in_a_relayed_anthropic_stream_is_the_one_that_was_asked_for():
+    """trap 44"""
+    data = {
+        "type": "message_start",
+        "message": {"id": "msg_1", "model": "up", "content": [], "usage": {"input_tokens": 1}},
+    }
+    first = b"event: message_start\ndata: %s\n\n" % json.dumps(data).encode()
+    rest = stream_of("anthropic", ANSWERS["text"]).partition(b"\n\n")[2]
+    for sizes in (None, [1] * 2000):
+        out = run(R.StreamRelay("anthropic", CONTEXT), first + rest, sizes)
+        assert out == first.replace(b'"up"', b'"asked-for"') + rest
+
+
+@pytest.mark.parametrize(
+    "data, expected",
+    [
+        (b'{"id":1,  "model" : "up", "x":"model"}', b'{"id":1,  "model" : "n\\"", "x":"model"}'),
+        (b'{"usage":{"model":"a"},"model":"up"}', b'{"usage":{"model":"a"},"model":"n\\""}'),
+        (b'{"x":"\\"model\\":\\"a\\"","model":"up"}', b'{"x":"\\"model\\":\\"a\\"","model":"n\\""}'),
+        (b'{"m\\u006fdel":"up","y":{"model":"a"}}', b'{"model":"n\\"","y":{"model":"a"}}'),
+        (b'data: {"message":{"model":"up"}}\n\n', b'data: {"message":{"model":"n\\""}}\n\n'),
+        (b'{"model":5}', b'{"model":5}'),
+        (b"no json", b"no json"),
+        (b"[]", b"[]"),
+        (b"", b""),
+    ],
+)
+def test_only_the_model_s_own_value_is_replaced(data, expected):
+    assert R.rename_model(data, 'n"') == expected
+
+
+# ---- tools
+
+
+LONG = "mcp__some-server__" + "x" * 80
+ODD = "weather.look up"
+
+
+def test_tool_names_are_short_legal_unique_and_mapped_back():
+    """trap 95"""
+    names = [LONG, LONG + "y", ODD, "weather_look up", "ok_name"]
+    short = [R.short_tool_name(name) for name in names]
+    assert len(set(short)) == len(names) and short[-1] == "ok_name"
+    assert all(0 < len(name) <= 64 and name.replace("_", "").replace("-", "").isalnum() for name in short)
+
+
+@pytest.mark.parametrize("source, target", PAIRS)
+def test_tool_names_are_shortened_in_every_place_and_restored_in_every_answer(source, target):
+    """trap 95"""
+    request = R.ChatRequest(
+        "m",
+        [
+            R.Message("user", [R.Text("a")]),
+            R.Message("assistant", [R.ToolCall("c1", LONG, "{}")]),
+            R.Message("user", [R.ToolResult("c1", [R.Text("r")])]),
+        ],
+        tools=[
+            R.Tool(LONG, "", {"type": "object", "properties": {}}),
+            R.Tool(ODD, "", {"type": "object", "properties": {}}),
+        ],
+        tool_choice=R.ToolChoice("tool", LONG),
+    )
+    text = json.dumps(R.render_request(request, target))
+    assert LONG not in text and ODD not in text and text.count(R.short_tool_name(LONG)) >= 3
+    context = R.Context(request, "req1", 1)
+    answer = R.ChatResponse("msg_1", "m", [R.ToolCall("c2", R.short_tool_name(LONG), "{}")], "tool_use")
+    body = R.WIRE_FORMATS[source].render_response(answer, CONTEXT)
+    assert R.parse_answer(body, source, context).blocks[0].name == LONG
+    out, _ = translated(source, target, stream_of(source, answer), context=context)
+    assert folded(target, out).blocks[0].name == LONG
+
+
+def test_an_ordinary_request_is_left_as_it_is():
+    assert R.shorten_tools(REQUEST) is REQUEST and R.tool_restorer(REQUEST) is None
+
+
+@pytest.mark.parametrize("pieces", [['{"input":"a\\nb"}'], list('{"input":"a\\nb"}'), ["a\nb"]])
+def test_a_custom_tool_gets_its_free_text_back(pieces):
+    """trap 60"""
+    request = REQUEST._replace(tools=[R.Tool("patch", kind="custom")])
+    context = R.Context(request, "req1", 1)
+    restorer = R.tool_restorer(request)
+    events = [
+        R.Opened(R.ToolCall("c", "patch")),
+        *map(R.Delta, pieces),
+        R.Closed(),
+        R.Opened(R.ToolCall("d", "f")),
+        R.Delta("{}"),
+        R.Closed(),
+    ]
+    restored = [item for event in events for item in restorer.restore(event)]
+    calls = [R.ToolCall("c", "patch", "a\nb", "custom"), R.ToolCall("d", "f", "{}")]
+    assert R.fold([R.Started("i", "m"), *restored, R.Finished()]).blocks == calls
+    whole = R.ChatResponse("i", "m", [R.ToolCall("c", "patch", "".join(pieces)), R.ToolCall("d", "f", "{}")])
+    assert R.restore_tools(whole, context.request).blocks == calls
+
+
+def test_a_custom_call_that_is_custom_already_streams_on():
+    restorer = R.tool_restorer(REQUEST._replace(tools=[R.Tool("patch", kind="custom")]))
+    events = [R.Opened(R.ToolCall("c", "patch", kind="custom")), R.Delta("{x"), R.Closed()]
+    assert [list(restorer.restore(event)) for event in events] == [[event] for event in events]
