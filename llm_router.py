@@ -13741,7 +13741,7 @@ COMMANDS: Tuple[Command, ...] = (
         "status",
         run_status,
         "show the running instance and the state of every model",
-        _RUNNING_FLAGS + (_JSON,),
+        _RUNNING_FLAGS + (_AS_JSON,),
         "llm-router status --json",
     ),
     Command(
@@ -13749,7 +13749,7 @@ COMMANDS: Tuple[Command, ...] = (
         run_explain,
         "show what became of a request: explain ID, or explain last",
         _RUNNING_FLAGS
-        + (_JSON, Flag("id", "text", "the request's id, from x-llm-router-request-id; default: the last")),
+        + (_AS_JSON, Flag("id", "text", "the request's id, from x-llm-router-request-id; default: the last")),
         "llm-router explain last",
     ),
     Command(
