@@ -46,11 +46,12 @@ def post(router, wire, model=None, stream=False, headers=None, timeout=20.0, **m
 
 class Told:
     """What an answer told its client. text; complete: it has its proper end; error: the error object in it or None;
-    model: the name it shows; usage: (input, output) or None."""
+    model: the name it shows; usage: (input, output) or None; ended: a chat stream's [DONE] was seen."""
 
     def __init__(self):
         self.text = ""
         self.complete = False
+        self.ended = False
         self.error = None
         self.model = None
         self.usage = None
@@ -79,15 +80,16 @@ def read_answer(wire, reply):
 
 
 def _read_chat_event(told, name, data):
+    assert not told.ended, "an event after [DONE]"
     if data == "[DONE]":
-        told.complete = True
+        told.complete = told.ended = True
         return
-    assert not told.complete, "an event after [DONE]"
     event = json.loads(data)
     told.error = told.error or event.get("error")
     told.model = told.model or event.get("model")
     for choice in event.get("choices") or []:
         told.text += choice["delta"].get("content") or ""
+        told.complete = told.complete or bool(choice.get("finish_reason"))
     if event.get("usage"):
         told.usage = (event["usage"]["prompt_tokens"], event["usage"]["completion_tokens"])
 
@@ -171,6 +173,7 @@ def assert_answer(wire, reply, text):
     assert reply.ended == "clean", reply
     told = read_answer(wire, reply)
     assert (told.text, told.complete, told.error) == (text, True, None), reply
+    assert told.ended or wire != "openai" or reply.headers["content-type"] == "application/json", "no [DONE]"
     return told
 
 

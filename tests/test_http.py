@@ -246,7 +246,7 @@ HOSTS = (
             (
                 (
                     b"x/y x?y u@x x#y x\\y http://x a:b a:-1 a:+1 a:65536 a:999999 a:1:2 :80 ::1 [::1 ::1] [::1]x [::1]:x [] [:] [:::] [1] [1:2:3:4:5:6:7] "
-                    b'[1:2:3:4:5:6:7:8:9] [12345::] [g::] [::1.2.3] [::1.2.3.4.] [::1.2.3.256] [::1%25eth0] [v1.x] [1::2::3] "a" <a> a%zz a%2 {a} a^b a|b '
+                    b'[1:2:3:4:5:6:7:8:9] [12345::] [g::] [::1.2.3] [::1.2.3.4.] [::1.2.3.256] [::1%25eth0] [v1.x] [1::2::3] [1.2.3.4::] "a" <a> a%zz a%2 {a} a^b a|b '
                     b"a\xe4 a\xc2\xb2"
                 ),
                 400,
@@ -389,6 +389,7 @@ CONNECTIONS = [
     ("pipelined", GET + b"\r\n" + POST + b"Content-Length: 1\r\n\r\nx" + CHUNKED + b"1\r\ny\r\n0\r\n\r\n" + GET + b"\r\n", [ok(), posted(b"x"), posted(b"y"), ok()]),
     ("CRLF behind a body", POST + b"Content-Length: 1\r\n\r\nx\r\n" + GET + b"\r\n", [posted(b"x"), ok()]),
     ("a body that ends in CR, then LF", POST + b"Content-Length: 2\r\n\r\nx\r\n" + GET + b"\r\n", [posted(b"x\r"), 400]),
+    ("a body that ends in CR, then LF alone", POST + b"Content-Length: 2\r\n\r\nx\r\n", [posted(b"x\r"), 400]),
     ("a bad request behind a good one", GET + b"\r\n" + b"GET / HTTP/3.0\r\n\r\n", [ok(), 505]),
     ("garbage behind a good one", GET + b"\r\n\x16\x03", [ok(), 400]),
     ("body longer than said", POST + b"Content-Length: 1\r\n\r\nxGET / HTTP/1.1\r\n\r\n", [posted(b"x"), 400]),
@@ -688,6 +689,13 @@ def test_the_smallest_chunks_cost_one_step_each():
     decoder._step = counted
     assert decoder.feed(b"1\r\nx\r\n" * 5000) == b"x" * 5000
     assert len(steps) == 5000
+
+
+def test_what_comes_behind_the_last_chunk_is_kept():
+    decoder = ChunkDecoder(HttpLimits(), HttpError)
+    assert decoder.feed(b"1\r\nx\r\n0\r\n\r\n0\r\n") == b"x"
+    assert decoder.feed(b"\r\ny") == b""
+    assert (decoder.complete, decoder.surplus, decoder.size) == (True, b"0\r\n\r\ny", 1)
 
 
 def test_a_chunked_body_may_come_in_any_pieces():

@@ -1,0 +1,815 @@
+"""Faults of providers, injected through real sockets: who is asked next, how often, and what the client is told in the end."""
+
+import json
+import time
+
+import pytest
+
+import fake_upstream as fake
+from exchanges import (
+    PATHS,
+    QUICK,
+    SHORT,
+    WIRES,
+    Pair,
+    ask,
+    assert_answer,
+    assert_stream_error,
+    attempts_of,
+    error_shape,
+    pair_config,
+    post,
+    read_answer,
+    until,
+)
+from running_router import RunningRouter, config_of, provider
+
+TEXT = "All is well, said the second one."
+STREAMED = pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+CLIENTS = pytest.mark.parametrize("client_wire", WIRES)
+UPSTREAMS = pytest.mark.parametrize("upstream_wire", WIRES)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """One router that remembers no failure, with timeouts short enough to wait for."""
+    with fake.FakeUpstream() as first, fake.FakeUpstream() as second:
+        first.plain_handler = second.plain_handler = fake.final_text(TEXT)
+        flags = QUICK + ("--first-byte-timeout-ms=250", "--whole-first-byte-timeout-ms=250", "--idle-timeout-ms=250")
+        running = RunningRouter(pair_config(first, second), flags, tmp_path_factory.mktemp("router"))
+        yield Pair(running, first, second)
+        running.kill()
+
+
+@pytest.fixture
+def pair(shared):
+    with shared.scripted():
+        yield shared
+
+
+@pytest.fixture
+def remembering(router, make_upstream):
+    """`remembering(*flags)`: a router with the health book as it is by default, before two upstreams."""
+
+    def start(*flags, **fields):
+        first, second = make_upstream(fake.final_text("first")), make_upstream(fake.final_text("second"))
+        first.plain_handler, second.plain_handler = first.handler, second.handler
+        return Pair(router(pair_config(first, second, **fields), *(SHORT + flags)), first, second)
+
+    return start
+
+
+def always(upstream, answer):
+    """Have every call answered so; returns the upstream."""
+    upstream.handler = answer if callable(answer) else lambda call: answer
+    return upstream
+
+
+# --- retries and what follows, by status ---
+
+
+@STREAMED
+@CLIENTS
+def test_a_rate_limited_origin_gets_exactly_one_call_and_the_fallback_answers(pair, client_wire, stream):
+    """Trap 142."""
+    always(pair.first, fake.error_answer("openai", 429, "slow down"))
+    reply = post(pair.router, client_wire, "a-openai/to-" + client_wire, stream)
+    assert_answer(client_wire, reply, TEXT)
+    assert pair.calls() == (1, 1)
+    assert attempts_of(reply) == [("a-openai/to-" + client_wire, "429"), ("b-%s/m" % client_wire, "ok")]
+    assert reply.headers["x-llm-router-model"] == "b-%s/m" % client_wire
+
+
+@STREAMED
+@pytest.mark.parametrize("status", [500, 502, 503, 529, 408, 409])
+def test_a_failing_origin_gets_three_calls_before_the_fallback_answers(pair, status, stream):
+    always(pair.first, fake.error_answer("anthropic", status))
+    reply = post(pair.router, "anthropic", "a-anthropic/to-anthropic", stream)
+    assert_answer("anthropic", reply, TEXT)
+    assert pair.calls() == (3, 1)
+
+
+def test_retries_wait_longer_each_time_and_never_equally_long(router, make_upstream):
+    """Jitter keeps clients that failed together from coming back together."""
+    first, second = make_upstream(), make_upstream()
+    running = router(pair_config(first, second), *QUICK, "--origin-retry-base-delay-ms=80", "--origin-retry-max-delay-ms=1000")
+    always(first, fake.error_answer("openai", 500))
+    gaps = []
+    for _ in range(4):
+        first.calls.clear()
+        post(running, "openai", "a-openai/to-openai")
+        times = [call.time for call in first.calls]
+        assert len(times) == 3
+        gaps.append((times[1] - times[0], times[2] - times[1]))
+    for one, two in gaps:
+        assert 0.039 <= one <= 0.15
+        assert 0.079 <= two <= 0.25
+    assert len({round(one, 4) for one, _ in gaps}) > 1
+
+
+@pytest.mark.parametrize("attempts", [1, 2, 5])
+def test_the_number_of_attempts_is_a_setting(router, make_upstream, attempts):
+    first, second = make_upstream(), make_upstream()
+    running = router(pair_config(first, second), *QUICK, "--origin-retry-attempts=%d" % attempts)
+    always(first, fake.error_answer("openai", 500))
+    post(running, "openai", "a-openai/to-openai")
+    assert (len(first.calls), len(second.calls)) == (attempts, 1)
+
+
+def test_an_origin_that_recovers_between_two_attempts_answers(pair):
+    pair.first.answer(fake.error_answer("openai", 503), fake.reset_before_head())
+    reply = post(pair.router, "openai", "a-openai/to-openai", True)
+    assert_answer("openai", reply, TEXT)
+    assert pair.calls() == (3, 0)
+    assert [label for _, label in attempts_of(reply)] == ["503", "reset", "ok"]
+
+
+def test_a_retry_after_longer_than_the_next_delay_goes_straight_to_the_fallback(remembering):
+    pair = remembering()
+    always(pair.first, fake.error_answer("openai", 503, headers={"retry-after": "7"}))
+    assert_answer("openai", post(pair.router, "openai", "a-openai/to-openai"), "second")
+    assert pair.calls() == (1, 1)
+
+
+@STREAMED
+@pytest.mark.parametrize("status", [401, 402, 404, 410, 403])
+def test_a_refusal_of_the_account_or_model_falls_back_at_once(pair, status, stream):
+    always(pair.first, fake.error_answer("anthropic", status))
+    assert_answer("openai", post(pair.router, "openai", "a-anthropic/to-openai", stream), TEXT)
+    assert pair.calls() == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("status", "message", "kind"),
+    [
+        (400, "Your credit balance is too low to access the Anthropic API.", "invalid_request_error"),
+        (429, "You exceeded your current quota, please check your plan and billing details.", "insufficient_quota"),
+        (403, "This request requires more credits, or fewer max_tokens.", "api_error"),
+        (400, "API key not valid. Please pass a valid API key.", "invalid_request_error"),
+        (400, "The model `gpt-9` does not exist or you do not have access to it.", "invalid_request_error"),
+        (413, "Request too large for model on tokens per minute (TPM): Limit 6000", "tokens"),
+    ],
+)
+def test_a_refusal_that_hides_behind_another_status_is_known_by_its_words(pair, status, message, kind):
+    """Traps 123, 128, 144."""
+    always(pair.first, fake.error_answer("openai", status, message, kind))
+    assert_answer("anthropic", post(pair.router, "anthropic", "a-openai/to-anthropic"), TEXT)
+    assert pair.calls() == (1, 1)
+
+
+@STREAMED
+@CLIENTS
+def test_a_policy_block_is_the_answer_and_no_later_request_reaches_the_other_provider_for_it(remembering, client_wire, stream):
+    """The README's promise: what one provider blocks is never shown to another one unasked."""
+    pair = remembering()
+    always(pair.first, fake.error_answer("openai", 403, "This request was flagged by our content policy.", "content_policy_violation"))
+    for _ in range(3):
+        reply = post(pair.router, client_wire, "a-openai/to-openai", stream)
+        assert reply.status == 403
+        assert reply.headers["x-should-retry"] == "false"
+        assert "flagged" in error_shape(client_wire, reply.json)["message"]
+    assert pair.calls() == (3, 0)
+
+
+def test_a_policy_block_may_go_to_another_model_of_the_same_provider(pair):
+    pair.first.answer(fake.error_answer("openai", 403, "blocked by content policy", "content_policy_violation"))
+    reply = post(pair.router, "openai", "a-openai/sibling")
+    assert_answer("openai", reply, TEXT)
+    assert [call.json["model"] for call in pair.first.calls] == ["sibling", "solo"]
+    assert pair.calls() == (2, 0)
+
+
+def test_a_policy_block_goes_on_where_the_operator_allows_it(router, make_upstream):
+    first, second = make_upstream(), make_upstream(fake.final_text(TEXT))
+    running = router(pair_config(first, second), *QUICK, "--allow-policy-fallback=true")
+    always(first, fake.error_answer("openai", 403, "content policy", "content_policy_violation"))
+    assert_answer("openai", post(running, "openai", "a-openai/to-openai"), TEXT)
+
+
+@STREAMED
+@UPSTREAMS
+def test_an_invalid_request_comes_back_unchanged_after_one_call(pair, upstream_wire, stream):
+    """Traps 156, 167."""
+    odd = b'{ "error" : {"message":"prompt is too long: 210000 tokens > 200000 maximum","type":"invalid_request_error", "x":1.50} }\n'
+    always(pair.first, fake.body_answer(400, odd, "application/json"))
+    reply = post(pair.router, upstream_wire, "a-%s/to-openai" % upstream_wire, stream)
+    assert (reply.status, reply.body, reply.ended) == (400, odd, "clean")
+    assert pair.calls() == (1, 0)
+
+
+@pytest.mark.parametrize("status", [400, 413, 422, 418])
+@CLIENTS
+@UPSTREAMS
+def test_an_invalid_request_keeps_its_status_and_words_in_the_clients_own_format(pair, client_wire, upstream_wire, status):
+    """Trap 121."""
+    always(pair.first, fake.error_answer(upstream_wire, status, "temperature: must be at most 1"))
+    reply = post(pair.router, client_wire, "a-%s/to-openai" % upstream_wire)
+    assert reply.status == status
+    assert "temperature: must be at most 1" in error_shape(client_wire, reply.json)["message"]
+    assert pair.calls() == (1, 0)
+
+
+def test_an_invalid_request_at_a_fallback_does_not_end_the_chain(remembering):
+    pair = remembering(modelAliases={"chain": ["a-openai/solo", "b-openai/m", "b-anthropic/m"]})
+    always(pair.first, fake.error_answer("openai", 429))
+    pair.second.answer(fake.error_answer("openai", 400, "no such field"))
+    reply = post(pair.router, "openai", "chain")
+    assert_answer("openai", reply, "second")
+    assert attempts_of(reply) == [("a-openai/solo", "429"), ("b-openai/m", "400"), ("b-anthropic/m", "ok")]
+
+
+# --- health: what one request teaches the next ---
+
+
+@pytest.mark.parametrize(
+    ("status", "calls"),
+    [(429, 1), (500, 3), (401, 1), (402, 1), (404, 1)],
+)
+def test_a_candidate_that_cools_goes_last_for_the_next_requests(remembering, status, calls):
+    pair = remembering()
+    always(pair.first, fake.error_answer("openai", status))
+    for _ in range(3):
+        assert_answer("openai", post(pair.router, "openai", "a-openai/to-openai"), "second")
+    assert pair.calls() == (calls, 3)
+
+
+def test_a_candidate_that_cools_is_still_asked_when_nobody_else_is_left(remembering):
+    """Traps 151, 166."""
+    pair = remembering()
+    always(pair.first, fake.error_answer("openai", 429))
+    post(pair.router, "openai", "a-openai/to-openai")
+    pair.clear()
+    always(pair.second, fake.error_answer("openai", 500))
+    reply = post(pair.router, "openai", "a-openai/to-openai")
+    assert_answer("openai", reply, "first")
+    assert attempts_of(reply) == [("b-openai/m", "500"), ("a-openai/to-openai", "ok")]
+
+
+def test_a_retry_after_is_kept_to_exactly(remembering):
+    """Traps 142, 143: not asked before, asked again soon after."""
+    pair = remembering()
+    pair.first.answer(fake.error_answer("openai", 429, headers={"retry-after-ms": "400"}))
+    began = time.monotonic()
+    post(pair.router, "openai", "a-openai/to-openai")
+    while len(pair.first.calls) == 1 and time.monotonic() < began + 5:
+        post(pair.router, "openai", "a-openai/to-openai")
+        time.sleep(0.02)
+    assert 0.4 <= pair.first.calls[1].time - pair.first.calls[0].time <= 0.7
+
+
+def test_a_fallback_that_fails_is_remembered_as_well(remembering):
+    """Trap 148."""
+    pair = remembering()
+    always(pair.first, fake.error_answer("openai", 429, headers={"retry-after": "20"}))
+    always(pair.second, fake.error_answer("openai", 429, headers={"retry-after": "3"}))
+    reply = post(pair.router, "openai", "a-openai/to-openai")
+    assert (reply.status, pair.calls()) == (429, (1, 1))
+    assert reply.headers["retry-after"] == "3"
+    second = post(pair.router, "openai", "a-openai/to-openai")
+    assert [candidate for candidate, _ in attempts_of(second)] == ["b-openai/m", "a-openai/to-openai"]
+
+
+def test_a_success_clears_what_was_held_against_a_candidate(remembering):
+    pair = remembering("--origin-fallback-cooldown-ms=0", "--origin-retry-attempts=1", "--fallback-circuit-cooldown-ms=60000")
+    for _ in range(3):  # with two failures in a row the circuit would open
+        pair.first.answer(fake.error_answer("openai", 500))
+        assert_answer("openai", post(pair.router, "openai", "a-openai/to-openai"), "second")
+        assert_answer("openai", post(pair.router, "openai", "a-openai/to-openai"), "first")
+
+
+def test_two_failed_requests_open_the_circuit_and_one_probe_closes_it(remembering):
+    """Traps 149, 150, 152."""
+    pair = remembering("--origin-fallback-cooldown-ms=0", "--origin-retry-attempts=2", "--fallback-circuit-cooldown-ms=500")
+    always(pair.first, fake.error_answer("openai", 500))
+    for calls in (2, 4, 4, 4):
+        post(pair.router, "openai", "a-openai/to-openai")
+        assert len(pair.first.calls) == calls
+    pair.first.handler = pair.first.plain_handler
+    time.sleep(0.55)
+    for _ in range(2):
+        assert_answer("openai", post(pair.router, "openai", "a-openai/to-openai"), "first")
+
+
+def test_an_invalid_request_and_a_missing_model_name_touch_nobodys_health(remembering):
+    """Trap 154."""
+    pair = remembering()
+    for _ in range(3):
+        pair.first.answer(fake.error_answer("openai", 400, "This model's maximum context length is 8192 tokens", "invalid_request_error"))
+        assert post(pair.router, "openai", "a-openai/to-openai").status == 400
+    assert_answer("openai", post(pair.router, "openai", "a-openai/to-openai"), "first")
+
+
+def test_a_bad_key_benches_the_whole_provider_and_a_rate_limit_only_its_model(remembering):
+    """Trap 145."""
+    pair = remembering()
+    pair.first.answer(fake.error_answer("openai", 429))
+    post(pair.router, "openai", "a-openai/to-openai")
+    assert_answer("openai", post(pair.router, "openai", "a-openai/to-anthropic"), "first")
+    pair.first.answer(fake.error_answer("openai", 401))
+    post(pair.router, "openai", "a-openai/to-anthropic")
+    assert_answer("openai", post(pair.router, "openai", "a-openai/to-responses"), "second")
+
+
+# --- nobody is left ---
+
+
+@STREAMED
+@CLIENTS
+@pytest.mark.parametrize(
+    ("first", "status", "headers"),
+    [
+        (fake.error_answer("openai", 401), 502, {"x-should-retry": "false"}),
+        (fake.error_answer("openai", 402), 402, {"x-should-retry": "false"}),
+        (fake.error_answer("openai", 404), 404, {"x-should-retry": "false"}),
+        (fake.error_answer("openai", 429), 429, {"retry-after": "1"}),
+        (fake.error_answer("openai", 500), 500, {"retry-after": "1"}),
+        (fake.error_answer("openai", 503), 503, {"retry-after": "1"}),
+        (fake.reset_before_head(), 502, {"retry-after": "1"}),
+        (fake.hang_before_head(), 504, {"retry-after": "1"}),
+        (fake.text_answer(200, "<html>"), 502, {"retry-after": "1"}),
+    ],
+    ids=["auth", "billing", "missing", "limited", "failing", "overloaded", "reset", "silent", "html"],
+)
+def test_when_nobody_is_left_the_origin_decides_the_status_and_every_attempt_is_told(pair, first, status, headers, client_wire, stream):
+    """Traps 122, 125, 126, 127."""
+    always(pair.first, first)
+    always(pair.second, fake.error_answer("anthropic", 529))
+    reply = post(pair.router, client_wire, "a-openai/to-anthropic", stream)
+    expected = 529 if status == 503 and client_wire == "anthropic" else status
+    assert reply.status == expected
+    assert {name: reply.headers.get(name) for name in headers} == headers
+    error = error_shape(client_wire, reply.json)
+    assert "a-openai/to-anthropic=" in error["message"]
+    assert "b-anthropic/m=529" in error["message"]
+    if expected == 529:
+        assert error["type"] == "overloaded_error"
+
+
+# --- answers that are none ---
+
+NO_ANSWERS = {
+    "html": fake.text_answer(200, "<html><title>Bad gateway</title></html>", content_type="text/html"),
+    "nothing": fake.body_answer(200, b"", "application/json"),
+    "half a JSON": fake.body_answer(200, b'{"id": "x", "choices": [{"mess', "application/json"),
+    "a JSON list": fake.json_answer(200, []),
+    "a JSON of another kind": fake.json_answer(200, {"ok": True}),
+    "an error": fake.json_answer(200, {"error": {"message": "overloaded", "type": "overloaded_error", "code": 529}}),
+    "an anthropic error": fake.json_answer(200, {"type": "error", "error": {"type": "api_error", "message": "internal"}}),
+    "closed": fake.close_before_head(),
+    "reset": fake.reset_before_head(),
+    "not HTTP": fake.raw(b"220 smtp ready\r\n"),
+    "two lengths": fake.raw(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\ncontent-length: 3\r\n\r\n{}"),
+    "length and chunks": fake.raw(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\ntransfer-encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n"),
+    "bad chunk size": fake.bad_chunk_answer(b'{"id": ', content_type="application/json"),
+    "too short": fake.wrong_length_answer(200, b'{"id": "x"', 500),
+    "silent after the head": fake.hang_after_head("application/json"),
+    "a redirect loop": fake.redirect_answer("/v1/chat/completions", 307),
+    "an upgrade": fake.raw(b"HTTP/1.1 101 Switching Protocols\r\n\r\n"),
+    "an endless head": fake.raw(b"HTTP/1.1 200 OK\r\n" + b"a: b\r\n" * 60000),
+}
+
+
+@STREAMED
+@CLIENTS
+@UPSTREAMS
+@pytest.mark.parametrize("name", NO_ANSWERS)
+def test_what_is_no_answer_leads_to_the_fallback(pair, name, upstream_wire, client_wire, stream):
+    """Traps 141, 12; hardening, proxies 13."""
+    if upstream_wire != client_wire and name not in ("html", "half a JSON", "an error", "too short"):
+        upstream_wire = client_wire  # the other pairs of formats take the same path
+        if stream:
+            return
+    always(pair.first, NO_ANSWERS[name])
+    reply = post(pair.router, client_wire, "a-%s/to-%s" % (upstream_wire, client_wire), stream)
+    assert_answer(client_wire, reply, TEXT)
+    assert attempts_of(reply)[-1] == ("b-%s/m" % client_wire, "ok")
+    assert len(pair.second.calls) == 1
+
+
+def stream_error(wire, message="the fake upstream fell over", kind="api_error"):
+    """An error as an event of the wire format."""
+    if wire == "anthropic":
+        return fake.sse({"type": "error", "error": {"type": kind, "message": message}}, "error")
+    if wire == "responses":
+        response = dict(fake.responses_whole(status="failed"), error={"code": kind, "message": message})
+        return fake.sse({"type": "response.failed", "sequence_number": 9, "response": response}, "response.failed")
+    return fake.sse({"error": {"message": message, "type": kind, "code": None}})
+
+
+def before_content(wire):
+    """The life-cycle events that come before any content."""
+    marks = {"openai": 1, "anthropic": 3, "responses": 4}
+    return fake.STREAMS[wire]("text")[: marks[wire]]
+
+
+@pytest.mark.parametrize("fault", ["error first", "error after the start", "cut at once", "ended at once", "cut after the start", "ended after the start", "silent after the start", "reset after the start", "bad chunk"])
+@CLIENTS
+@UPSTREAMS
+def test_a_stream_that_fails_before_its_content_leads_to_the_fallback(pair, fault, client_wire, upstream_wire):
+    """Traps 19, 55, 130, 131, 135."""
+    start = before_content(upstream_wire)
+    answers = {
+        "error first": fake.sse_answer([stream_error(upstream_wire)]),
+        "error after the start": fake.sse_answer(start + [stream_error(upstream_wire)]),
+        "cut at once": fake.sse_answer([], end="cut"),
+        "ended at once": fake.sse_answer([]),
+        "cut after the start": fake.sse_answer(start, end="cut"),
+        "ended after the start": fake.sse_answer(start),
+        "silent after the start": fake.sse_answer(start, end="hang"),
+        "reset after the start": fake.sse_answer(start, end="reset"),
+        "bad chunk": fake.bad_chunk_answer(b"".join(start)),
+    }
+    always(pair.first, answers[fault])
+    reply = post(pair.router, client_wire, "a-%s/to-openai" % upstream_wire, True)
+    assert_answer(client_wire, reply, TEXT)
+    assert len(pair.first.calls) == (1 if fault == "silent after the start" else 3)
+
+
+@pytest.mark.parametrize("fault", ["error", "cut", "ended", "silent", "reset", "bad chunk", "half an event"])
+@CLIENTS
+@UPSTREAMS
+def test_a_stream_that_fails_after_its_content_ends_in_an_error_and_a_cut(pair, fault, client_wire, upstream_wire):
+    """Traps 14, 134: no second answer behind half a first one, and no clean end."""
+    events = fake.STREAMS[upstream_wire]("half of it ")
+    cut = next(n for n, event in enumerate(events) if b"half" in event) + 1
+    start = events[:cut]
+    sent = fake.sse_answer(start)
+    answers = {
+        "error": fake.sse_answer(start + [stream_error(upstream_wire)]),
+        "cut": fake.sse_answer(start, end="cut"),
+        "ended": fake.sse_answer(start),
+        "silent": fake.sse_answer(start, end="hang"),
+        "reset": fake.sse_answer(start + [fake.Wait(0.05)], end="reset"),
+        "bad chunk": fake.Answer(*sent.steps[:-1], fake.Wait(0.05), b"zz\r\nno chunk\r\n", close=True),
+        "half an event": fake.sse_answer(start + [events[cut][:-9]], end="cut"),
+    }
+    always(pair.first, answers[fault])
+    reply = post(pair.router, client_wire, "a-%s/to-openai" % upstream_wire, True)
+    told = assert_stream_error(client_wire, reply)
+    assert "half of it ".startswith(told.text)
+    assert told.text
+    assert pair.calls() == (1, 0)
+
+
+def test_a_failure_after_content_is_remembered_and_logged(remembering):
+    """Traps 14, 165: the next request goes to the other one."""
+    pair = remembering()
+    events = fake.chat_stream("half of it")
+    always(pair.first, fake.sse_answer(events[:3], end="cut"))
+    reply = post(pair.router, "openai", "a-openai/to-openai", True)
+    line = pair.router.wait_log(reply.headers["x-llm-router-request-id"])
+    assert " temporary " in line
+    assert "too late to fall back" in line
+    assert_answer("openai", post(pair.router, "openai", "a-openai/to-openai", True), "second")
+
+
+@pytest.mark.parametrize("end", ["clean", "cut", "reset"])
+@pytest.mark.parametrize("client_wire", ["openai", "anthropic"])
+@UPSTREAMS
+def test_a_stream_cut_at_any_byte_is_either_the_whole_answer_or_a_clear_error(pair, client_wire, upstream_wire, end):
+    """Trap 14, at every offset of a short stream, in the same format and translated."""
+    events = fake.STREAMS[upstream_wire]("Hi 東")
+    size = len(b"".join(events))
+    step = 1 if end == "cut" else 7
+    offsets = range(0, size, step) if client_wire == upstream_wire else range(0, size, step * 3)
+    whole = {}
+    for offset in offsets:
+        pair.first.answer(fake.sse_answer(events, cut_after=offset, end=end))
+        pair.first.handler = fake.final_text("again")
+        reply = post(pair.router, client_wire, "a-%s/solo" % upstream_wire, True)
+        told = read_answer(client_wire, reply)
+        assert told.honest_end, (offset, reply.body)
+        assert (reply.ended == "clean") == told.complete, (offset, reply.ended)
+        if told.complete:
+            assert told.text in ("Hi 東", "again"), (offset, reply.body)
+            whole.setdefault(told.text, []).append(offset)
+        else:
+            assert "Hi 東".startswith(told.text), (offset, reply.body)
+    assert min(whole["again"]) == 0
+
+
+def test_a_whole_answer_cut_at_any_byte_is_never_taken_for_whole(pair):
+    """Hardening, proxies 16."""
+    for wire in WIRES:
+        body = json.dumps(fake.WHOLES[wire]("Hi")).encode()
+        for size in list(range(0, len(body), 11)) + [len(body) - 1]:
+            pair.first.answer(fake.wrong_length_answer(200, body[:size], len(body)))
+            reply = post(pair.router, wire, "a-%s/solo" % wire)
+            assert read_answer(wire, reply).text == TEXT
+            pair.first.answer(fake.close_delimited_answer(200, body[:size]))
+            assert_answer(wire, post(pair.router, wire, "a-%s/solo" % wire), TEXT)
+
+
+# --- conversions ---
+
+
+@CLIENTS
+@UPSTREAMS
+def test_a_json_answer_to_a_stream_request_becomes_a_stream(pair, client_wire, upstream_wire):
+    """Trap 12."""
+    always(pair.first, fake.json_answer(200, fake.WHOLES[upstream_wire]("whole", tool_calls=[("f", {"a": 1})])))
+    reply = post(pair.router, client_wire, "a-%s/solo" % upstream_wire, True)
+    assert reply.headers["content-type"].startswith("text/event-stream")
+    told = assert_answer(client_wire, reply, "whole")
+    assert told.complete
+    assert b'"f"' in reply.body
+
+
+@pytest.mark.parametrize("content_type", ["text/event-stream", "application/json", "text/plain"])
+@CLIENTS
+@UPSTREAMS
+def test_a_stream_answer_to_a_plain_request_becomes_one_body(pair, client_wire, upstream_wire, content_type):
+    """Trap 11."""
+    always(pair.first, fake.sse_answer(fake.STREAMS[upstream_wire]("in pieces"), headers={"content-type": content_type}))
+    reply = post(pair.router, client_wire, "a-%s/solo" % upstream_wire)
+    assert reply.headers["content-type"] == "application/json"
+    assert_answer(client_wire, reply, "in pieces")
+
+
+@CLIENTS
+@UPSTREAMS
+def test_a_stream_answer_to_a_plain_request_that_ends_in_an_error_leads_to_the_fallback(pair, client_wire, upstream_wire):
+    """Traps 11, 14."""
+    events = fake.STREAMS[upstream_wire]("half")
+    start = events[: next(n for n, event in enumerate(events) if b"half" in event) + 1]
+    for fault in (start + [stream_error(upstream_wire)], start):
+        pair.clear()
+        always(pair.first, fake.sse_answer(fault))
+        reply = post(pair.router, client_wire, "a-%s/to-openai" % upstream_wire)
+        assert_answer(client_wire, reply, TEXT)
+
+
+@pytest.mark.parametrize(("upstream_wire", "odd"), [
+    ("openai", b": OPENROUTER PROCESSING\n\n"),
+    ("openai", b"data: {broken\n\n"),
+    ("openai", b'data: {"choices": [], "prompt_filter_results": []}\n\n'),
+    ("openai", b"id: 7\nretry: 10\nevent: message\n"),
+    ("anthropic", b'event: ping\ndata: {"type": "ping"}\n\n'),
+    ("anthropic", b'event: new_kind\ndata: {"type": "new_kind"}\n\n'),
+    ("responses", b'event: response.new\ndata: {"type": "response.new", "sequence_number": 1}\n\n'),
+])
+@CLIENTS
+def test_an_odd_event_in_a_stream_harms_nothing(pair, upstream_wire, odd, client_wire):
+    """Traps 4, 5, 13, 15, 16."""
+    events = fake.STREAMS[upstream_wire]("fine")
+    always(pair.first, fake.sse_answer([odd, events[0], odd, *events[1:]]))
+    reply = post(pair.router, client_wire, "a-%s/solo" % upstream_wire, True)
+    if client_wire == upstream_wire and b"broken" in odd:
+        assert reply.ended == "clean"
+        assert b"fine" in reply.body
+    else:
+        assert_answer(client_wire, reply, "fine")
+
+
+@pytest.mark.parametrize("newline", [b"\r\n", b"\r"])
+@CLIENTS
+@UPSTREAMS
+def test_other_line_ends_and_missing_spaces_are_read_as_well(pair, client_wire, upstream_wire, newline):
+    """Traps 2, 3, also with a CR at the end of a chunk."""
+    raw = b"".join(fake.STREAMS[upstream_wire]("fine 東")).replace(b"data: ", b"data:").replace(b"\n", newline)
+    pair.first.answer(fake.sse_answer([raw[at : at + 3] for at in range(0, len(raw), 3)]))
+    assert_answer(client_wire, post(pair.router, client_wire, "a-%s/solo" % upstream_wire, True), "fine 東")
+
+
+# --- empty answers ---
+
+
+@STREAMED
+@CLIENTS
+@UPSTREAMS
+def test_an_empty_answer_leads_to_the_fallback_after_one_call(pair, client_wire, upstream_wire, stream):
+    """Trap 138."""
+    always(pair.first, fake.model_answer(upstream_wire, stream, ""))
+    reply = post(pair.router, client_wire, "a-%s/to-openai" % upstream_wire, stream)
+    assert_answer(client_wire, reply, TEXT)
+    assert pair.calls() == (1, 1)
+    assert attempts_of(reply)[0] == ("a-%s/to-openai" % upstream_wire, "empty")
+
+
+@STREAMED
+@CLIENTS
+@UPSTREAMS
+def test_when_every_answer_is_empty_the_empty_answer_is_the_answer(pair, client_wire, upstream_wire, stream):
+    """Traps 139, 140: nothing is invented."""
+    always(pair.first, fake.model_answer(upstream_wire, stream, ""))
+    always(pair.second, lambda call: fake.model_answer(call.wire, stream, ""))
+    assert_answer(client_wire, post(pair.router, client_wire, "a-%s/to-openai" % upstream_wire, stream), "")
+    assert pair.calls() == (1, 1)
+
+
+def test_an_empty_answer_to_a_tool_result_is_taken_as_it_is(pair):
+    always(pair.first, fake.json_answer(200, fake.chat_whole("")))
+    history = [{"role": "user", "content": "x"}, {"role": "assistant", "content": None, "tool_calls": [{"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}]}, {"role": "tool", "tool_call_id": "c", "content": "done"}]
+    assert_answer("openai", post(pair.router, "openai", "a-openai/to-openai", messages=history), "")
+    assert pair.calls() == (1, 0)
+
+
+def test_empty_answers_touch_nobodys_health(remembering):
+    """Trap 140."""
+    pair = remembering()
+    for _ in range(4):
+        pair.first.answer(fake.json_answer(200, fake.chat_whole("")))
+        post(pair.router, "openai", "a-openai/to-openai")
+    assert_answer("openai", post(pair.router, "openai", "a-openai/to-openai"), "first")
+
+
+@pytest.mark.parametrize("fields", [{"tool_calls": [("f", {})]}, {"reasoning": "hm, hm"}], ids=["tool", "reasoning"])
+@STREAMED
+@CLIENTS
+@UPSTREAMS
+def test_a_tool_call_or_reasoning_alone_is_content(pair, client_wire, upstream_wire, stream, fields):
+    always(pair.first, fake.model_answer(upstream_wire, stream, "", **fields))
+    reply = post(pair.router, client_wire, "a-%s/to-openai" % upstream_wire, stream)
+    assert reply.status == 200
+    assert pair.calls() == (1, 0)
+
+
+# --- timeouts ---
+
+
+@STREAMED
+def test_a_silent_origin_times_out_once_and_the_fallback_answers(pair, stream):
+    always(pair.first, fake.hang_before_head())
+    began = time.monotonic()
+    reply = post(pair.router, "openai", "a-openai/to-openai", stream)
+    assert_answer("openai", reply, TEXT)
+    assert 0.25 <= time.monotonic() - began < 2
+    assert attempts_of(reply)[0] == ("a-openai/to-openai", "timeout")
+    assert pair.calls() == (1, 1)
+    assert pair.first.calls[0].closed.wait(1)
+
+
+def test_comments_and_life_cycle_events_do_not_stop_the_clock_for_the_first_content(router, make_upstream):
+    """Traps 131, 157, 158: the last candidate gets all the time it needs."""
+    first, second = make_upstream(), make_upstream()
+    running = router(pair_config(first, second), *QUICK, "--first-content-timeout-ms=250")
+    for wire in WIRES:
+        first.answer(fake.sse_answer(before_content(wire) + [b": still here\n\n"] * 40, delay=0.02))
+        second.answer(fake.sse_answer([fake.Wait(0.4)] + fake.STREAMS[wire](TEXT)))
+        began = time.monotonic()
+        reply = post(running, wire, "a-%s/to-%s" % (wire, wire), True)
+        assert_answer(wire, reply, TEXT)
+        assert attempts_of(reply)[0][1] == "timeout"
+        assert 0.6 <= time.monotonic() - began < 1.5
+
+
+def test_a_stream_with_a_byte_now_and_then_is_not_cut_by_the_idle_timeout(pair):
+    """Hardening, proxies 18; trap 160."""
+    events = fake.chat_stream("slow but good")
+    always(pair.first, fake.sse_answer(events, delay=0.1))
+    assert_answer("openai", post(pair.router, "openai", "a-openai/to-openai", True), "slow but good")
+    always(pair.first, fake.drip(fake.json_answer(200, fake.chat_whole("slow")), 120, 0.1))
+    assert_answer("openai", post(pair.router, "openai", "a-openai/to-openai"), "slow")
+
+
+@STREAMED
+def test_a_total_timeout_ends_even_an_answer_that_goes_on(router, make_upstream, stream):
+    first, second = make_upstream(), make_upstream()
+    running = router(pair_config(first, second), *QUICK, "--total-timeout-ms=400")
+    endless = fake.chat_stream("x" * 600)
+    first.handler = lambda call: fake.sse_answer(endless, delay=0.05) if stream else fake.drip(fake.json_answer(200, fake.chat_whole("x" * 600)), 10, 0.05)
+    began = time.monotonic()
+    reply = post(running, "openai", "a-openai/solo", stream)
+    assert time.monotonic() - began < 2
+    if stream:
+        assert_stream_error("openai", reply)
+    else:
+        assert reply.status == 504
+    assert first.calls[0].closed.wait(1)
+
+
+def test_a_provider_may_have_its_own_timeouts(router, make_upstream):
+    first, second = make_upstream(), make_upstream(fake.final_text(TEXT))
+    config = pair_config(first, second)
+    timeouts = {"a-openai": {"firstByteMs": 150}, "a-anthropic": {"totalMs": 150}, "a-responses": {"idleMs": 150}}
+    for entry in config["providers"]:
+        entry["timeouts"] = timeouts.get(entry["id"], {})
+    running = router(config, *QUICK)
+    first.answer(
+        fake.hang_before_head(),
+        fake.sse_answer(before_content("anthropic") + [b": still here\n\n"] * 40, delay=0.02),
+        fake.sse_answer(before_content("responses"), end="hang"),
+    )
+    for wire in WIRES:
+        began = time.monotonic()
+        reply = post(running, wire, "a-%s/to-openai" % wire, True)
+        assert_answer(wire, reply, TEXT)
+        assert attempts_of(reply)[0][1] == "timeout"
+        assert time.monotonic() - began < 1.5
+
+
+# --- early commit by keep-alives ---
+
+
+@CLIENTS
+@UPSTREAMS
+def test_after_an_early_commit_a_failure_still_falls_back(router, make_upstream, client_wire, upstream_wire):
+    """Traps 132, 133: only comments were sent, so nothing is lost."""
+    first, second = make_upstream(), make_upstream(fake.final_text(TEXT))
+    running = router(pair_config(first, second), *QUICK, "--keepalive-ms=40")
+    always(first, fake.later(fake.error_answer(upstream_wire, 500), 0.1))
+    stream = running.open(PATHS[client_wire], ask(client_wire, "a-%s/to-openai" % upstream_wire, stream=True))
+    assert stream.headers["x-llm-router-attempts"] is None
+    reply = stream.read_rest()
+    assert_answer(client_wire, reply, TEXT)
+    assert reply.comments
+    assert (len(first.calls), len(second.calls)) == (3, 1)
+    line = running.wait_log(reply.headers["x-llm-router-request-id"])
+    assert line.count("=500") == 3
+
+
+@CLIENTS
+def test_after_an_early_commit_an_exhausted_chain_is_told_in_the_stream(router, make_upstream, client_wire):
+    first, second = make_upstream(), make_upstream()
+    running = router(pair_config(first, second), *QUICK, "--keepalive-ms=40")
+    always(first, fake.later(fake.error_answer("openai", 500), 0.1))
+    always(second, fake.error_answer("anthropic", 503))
+    reply = post(running, client_wire, "a-openai/to-anthropic", True)
+    told = assert_stream_error(client_wire, reply)
+    assert "b-anthropic/m=503" in told.error["message"]
+    assert "error" in [name for name, _ in reply.events] or client_wire != "anthropic"
+
+
+@CLIENTS
+def test_after_an_early_commit_an_invalid_request_is_told_in_the_stream(router, make_upstream, client_wire):
+    first, second = make_upstream(), make_upstream()
+    running = router(pair_config(first, second), *QUICK, "--keepalive-ms=40")
+    always(first, fake.later(fake.error_answer("openai", 400, "no such field"), 0.1))
+    told = assert_stream_error(client_wire, post(running, client_wire, "a-openai/to-anthropic", True))
+    assert "no such field" in told.error["message"]
+    assert (len(first.calls), len(second.calls)) == (1, 0)
+
+
+# --- where the bytes come from: nothing but the configured place ---
+
+
+@STREAMED
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_a_redirect_is_never_followed(pair, make_upstream, status, stream):
+    """Hardening 22, 32."""
+    decoy = make_upstream()
+    always(pair.first, fake.redirect_answer(decoy.url + "/v1/chat/completions", status))
+    reply = post(pair.router, "openai", "a-openai/to-openai", stream)
+    assert_answer("openai", reply, TEXT)
+    assert (decoy.connections, pair.calls()) == (0, (1, 1))
+    assert reply.headers.get("location") is None
+
+
+def test_nothing_in_a_request_chooses_where_it_goes_or_which_key_is_sent(pair, make_upstream):
+    """Hardening 1, 2, 23."""
+    decoy = make_upstream()
+    fields = {name: decoy.url for name in ("api_base", "base_url", "proxy", "endpoint", "url")}
+    fields.update(api_key="stolen", custom_llm_provider="x", extra_headers={"authorization": "Bearer stolen"})
+    content = [{"type": "image_url", "image_url": {"url": decoy.url + "/i.png"}}, {"type": "text", "text": "hi"}]
+    headers = {"x-portkey-custom-host": decoy.url, "x-forwarded-host": decoy.url, "x-base-url": decoy.url}
+    messages = [{"role": "user", "content": content}]
+    for wire in ("openai", "anthropic"):
+        post(pair.router, "openai", "a-%s/solo" % wire, headers=headers, messages=messages, **fields)
+    assert decoy.connections == 0
+    assert pair.first.calls[0].header("authorization") == "Bearer first-provider-key"
+
+
+@pytest.mark.skipif(not fake.can_tls(), reason="a certificate takes the openssl program")
+def test_an_upstream_with_an_untrusted_certificate_gets_no_key_and_the_fallback_answers(router, make_upstream):
+    """Hardening 34."""
+    first, second = make_upstream(tls=True), make_upstream(fake.final_text(TEXT))
+    running = router(pair_config(first, second), *QUICK)
+    reply = post(running, "openai", "a-openai/to-openai")
+    assert_answer("openai", reply, TEXT)
+    assert attempts_of(reply)[0] == ("a-openai/to-openai", "tls")
+    assert first.calls == []
+
+
+@pytest.mark.skipif(not fake.can_tls(), reason="a certificate takes the openssl program")
+@STREAMED
+def test_an_upstream_with_a_trusted_certificate_answers_over_tls(router, make_upstream, stream):
+    first = make_upstream(fake.final_text(TEXT * 2000), tls=True)
+    running = router(config_of(provider(first)), env={"SSL_CERT_FILE": first.cafile})
+    for _ in range(3):
+        assert_answer("openai", post(running, "openai", "fake/fake-model", stream), TEXT * 2000)
+    assert first.connections == 1
+
+
+def test_a_refused_connection_and_an_unknown_name_lead_to_the_fallback(router, make_upstream):
+    first, second = make_upstream(), make_upstream(fake.final_text(TEXT))
+    config = pair_config(first, second)
+    config["providers"][0]["baseUrl"] = "http://127.0.0.1:%d/v1" % fake.dead_port()
+    config["providers"][2]["baseUrl"] = "http://no-such-name.invalid/v1"
+    running = router(config, *QUICK)
+    for id, label in ((config["providers"][0]["id"], "refused"), (config["providers"][2]["id"], "dns")):
+        reply = post(running, "openai", id + "/to-openai")
+        assert_answer("openai", reply, TEXT)
+        assert attempts_of(reply)[:-1] == [(id + "/to-openai", label)] * 3
+
+
+def test_an_address_that_never_answers_costs_one_connect_timeout(router, make_upstream):
+    first, second = make_upstream(), make_upstream(fake.final_text(TEXT))
+    with fake.blackhole() as port:
+        config = pair_config(first, second)
+        config["providers"][0]["baseUrl"] = "http://127.0.0.1:%d/v1" % port
+        running = router(config, *QUICK, "--connect-timeout-ms=300", "--origin-retry-attempts=1")
+        began = time.monotonic()
+        reply = post(running, "openai", "a-openai/to-openai")
+        assert_answer("openai", reply, TEXT)
+        assert attempts_of(reply)[0] == ("a-openai/to-openai", "connect_timeout")
+        assert 0.3 <= time.monotonic() - began < 1.5
