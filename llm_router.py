@@ -25,20 +25,21 @@ Contents:
   10  ANTHROPIC MESSAGES    Messages API: requests, answers, streams, errors [pure]
   11  OPENAI RESPONSES      Responses API: requests, answers, streams, errors [pure]
   12  TRANSLATION           the table of wire formats, and streams from one to another [pure]
-  13  INBOUND               paths, who may call, and what a request asks for [pure]
-  14  ROUTING               a model's name becomes an ordered list of candidates [pure]
-  15  OUTBOUND              a candidate and a request become an upstream request [pure]
-  16  OUTCOMES              status, headers and body of an upstream's answer: what they mean [pure]
-  17  FALLBACK              what to do next after each outcome, clock and dice passed in [pure]
-  18  GATEWAY               one request from its head to its end, through injected effects [async]
-  19  FILES                 configuration and state on disk: atomic, private, locked [host]
-  20  UPSTREAM              threads dial, the loop talks: connections, their pool, replies [host]
-  21  SERVER                client connections on asyncio streams: one request after another [host]
-  22  METRICS AND TRAIL     one line a request, written where it can block nobody [host]
-  23  PROCESS               the running server: its effects, signals, start and end [host]
-  24  DEMO                  fake providers, the router before them, and every kind of request [host]
-  25  COMMANDS              the argument parser and what each command does [host]
-  26  MAIN                  the only exit [host]
+  13  COMPATIBILITY         what a given upstream refuses or needs, and lessons from a 400 [pure]
+  14  INBOUND               paths, who may call, and what a request asks for [pure]
+  15  ROUTING               a model's name becomes an ordered list of candidates [pure]
+  16  OUTBOUND              a candidate and a request become an upstream request [pure]
+  17  OUTCOMES              status, headers and body of an upstream's answer: what they mean [pure]
+  18  FALLBACK              what to do next after each outcome, clock and dice passed in [pure]
+  19  GATEWAY               one request from its head to its end, through injected effects [async]
+  20  FILES                 configuration and state on disk: atomic, private, locked [host]
+  21  UPSTREAM              threads dial, the loop talks: connections, their pool, replies [host]
+  22  SERVER                client connections on asyncio streams: one request after another [host]
+  23  METRICS AND TRAIL     one line a request, written where it can block nobody [host]
+  24  PROCESS               the running server: its effects, signals, start and end [host]
+  25  DEMO                  fake providers, the router before them, and every kind of request [host]
+  26  COMMANDS              flags, help and what each command does [host]
+  27  MAIN                  the only exit [host]
 """
 
 from __future__ import annotations
@@ -258,18 +259,25 @@ def nearest(name: str, known: Iterable[str], count: int = 1) -> List[str]:
 # 3 SETTINGS - one row per knob: name, default, limits, variable, flag [pure]
 # ==============================================================================
 
+_MOST = 86_400_000  # a day in milliseconds; more than any count needs
+_MOST_BYTES = 2**40
+
 
 class Setting(NamedTuple):
-    """One knob. type: int, bool or str; low, high: the numbers allowed (None: no limit); clamp: a number outside the
-    limits becomes the nearest limit, where others become the default. `variable` and `flag` derive from the name."""
+    """One knob; its default's type (int, bool or str) is its own. low, high: the numbers allowed. clamp: a number
+    outside becomes the nearest limit, where others become the default."""
 
     name: str
-    type: type
     default: Any
-    low: Optional[int]
-    high: Optional[int]
     help: str
+    low: int = 0
+    high: int = _MOST
     clamp: bool = False
+
+    @property
+    def type(self) -> type:
+        """int, bool or str."""
+        return self.default.__class__
 
     @property
     def variable(self) -> str:
@@ -282,58 +290,47 @@ class Setting(NamedTuple):
         return "--" + self.name.replace("_", "-")
 
 
-_DAY_MS = 86_400_000
-
-
-def _ms(name: str, default: int, help: str) -> Setting:
-    return Setting(name, int, default, 0, _DAY_MS, help)
-
-
-def _count(name: str, default: int, help: str, low: int = 1) -> Setting:
-    return Setting(name, int, default, low, 2**40, help)
-
-
 SETTINGS: Tuple[Setting, ...] = (
-    Setting("host", str, "127.0.0.1", None, None, "address to listen on"),
-    Setting("port", int, 8787, 0, 65535, "port to listen on; 0 picks a free one"),
-    Setting("origin_retry_attempts", int, 3, 1, 10, "attempts at the origin before falling back", clamp=True),
-    _ms("origin_retry_base_delay_ms", 250, "delay before the first retry, doubled for each further one"),
-    _ms("origin_retry_max_delay_ms", 3000, "longest delay between retries"),
-    _ms("origin_fallback_cooldown_ms", 45000, "cooldown after a temporary failure that led to a fallback"),
-    _ms("origin_rate_limit_cooldown_ms", 30000, "cooldown after a rate limit without Retry-After"),
-    _ms("origin_billing_cooldown_ms", 900000, "cooldown of a provider whose credit is used up"),
-    _ms("origin_auth_cooldown_ms", 600000, "cooldown of a provider that refuses its key"),
-    _ms("origin_policy_cooldown_ms", 120000, "cooldown after a policy block, where policy fallback is allowed"),
-    Setting("allow_policy_fallback", bool, False, None, None, "let policy-blocked requests go to other providers"),
-    _count("fallback_circuit_failures", 2, "failed requests in a row that open a model's circuit; 0: no circuit", 0),
-    _ms("fallback_circuit_cooldown_ms", 30000, "how long a circuit stays open; 0: no circuit"),
-    _ms("retry_after_wait_ms", 0, "longest wait for a cooling candidate when no other is left"),
-    Setting("context_fallback", bool, False, None, None, "try the next candidate when the context is too long"),
-    _ms("connect_timeout_ms", 10000, "connecting to a provider, TLS included; 0: off"),
-    _ms("first_byte_timeout_ms", 120000, "first byte of a streamed answer; 0: off"),
-    _ms("whole_first_byte_timeout_ms", 600000, "first byte of an answer that is not streamed; 0: off"),
-    _ms("first_content_timeout_ms", 0, "first content of a streamed answer; 0: off"),
-    _ms("idle_timeout_ms", 120000, "silence between two reads of an answer; 0: off"),
-    _ms("total_timeout_ms", 0, "a whole answer; 0: off"),
-    _ms("keepalive_ms", 10000, "silence after which a waiting stream gets a comment; 0: off"),
-    _count("max_body_bytes", 67_108_864, "largest request body, inflated"),
-    _count("max_inflight_bytes", 536_870_912, "request bodies in memory, all together"),
-    _count("max_hold_bytes", 262_144, "bytes of a stream held back before its first content"),
-    _count("max_event_bytes", 67_108_864, "largest single event of a stream"),
-    _count("max_answer_bytes", 268_435_456, "largest answer that is not streamed"),
-    _count("max_connections", 4096, "client connections at once"),
-    _count("max_connections_per_peer", 2048, "client connections at once from one address; 0: no limit", 0),
-    _ms("head_timeout_ms", 15000, "a request's head, from its first byte to its last"),
-    _ms("body_timeout_ms", 60000, "silence while a request's body arrives"),
-    _ms("client_idle_timeout_ms", 75000, "how long an idle client connection is kept"),
-    _ms("send_timeout_ms", 60000, "how long a client may take nothing of its answer"),
-    _ms("pool_idle_ms", 30000, "how long an idle connection to a provider is kept"),
-    _count("pool_size", 128, "idle connections kept per provider; 0: none", 0),
-    _count("dial_threads", 48, "connections being opened at once"),
-    _count("dial_threads_per_upstream", 16, "connections being opened at once to one provider"),
-    _ms("drain_grace_ms", 30000, "how long open streams may go on after stop"),
-    _count("trail_size", 500, "requests that explain can still show", 0),
-    _ms("count_tokens_timeout_ms", 3000, "forwarded count_tokens, before the local estimate answers"),
+    Setting("host", "127.0.0.1", "address to listen on"),
+    Setting("port", 8787, "port to listen on; 0 picks a free one", 0, 65535),
+    Setting("origin_retry_attempts", 3, "attempts at the origin before falling back", 1, 10, clamp=True),
+    Setting("origin_retry_base_delay_ms", 250, "delay before the first retry, doubled for each further one"),
+    Setting("origin_retry_max_delay_ms", 3000, "longest delay between retries"),
+    Setting("origin_fallback_cooldown_ms", 45000, "cooldown after a temporary failure that led to a fallback"),
+    Setting("origin_rate_limit_cooldown_ms", 30000, "cooldown after a rate limit without Retry-After"),
+    Setting("origin_billing_cooldown_ms", 900000, "cooldown of a provider whose credit is used up"),
+    Setting("origin_auth_cooldown_ms", 600000, "cooldown of a provider that refuses its key"),
+    Setting("origin_policy_cooldown_ms", 120000, "cooldown after a policy block, where policy fallback is allowed"),
+    Setting("allow_policy_fallback", False, "let policy-blocked requests go to other providers"),
+    Setting("fallback_circuit_failures", 2, "failed requests in a row that open a model's circuit; 0: no circuit"),
+    Setting("fallback_circuit_cooldown_ms", 30000, "how long a circuit stays open; 0: no circuit"),
+    Setting("retry_after_wait_ms", 0, "longest wait for a cooling candidate when no other is left"),
+    Setting("context_fallback", False, "try the next candidate when the context is too long"),
+    Setting("connect_timeout_ms", 10000, "connecting to a provider, TLS included; 0: off"),
+    Setting("first_byte_timeout_ms", 120000, "first byte of a streamed answer; 0: off"),
+    Setting("whole_first_byte_timeout_ms", 600000, "first byte of an answer that is not streamed; 0: off"),
+    Setting("first_content_timeout_ms", 0, "first content of a streamed answer; 0: off"),
+    Setting("idle_timeout_ms", 120000, "silence between two reads of an answer; 0: off"),
+    Setting("total_timeout_ms", 0, "a whole answer; 0: off"),
+    Setting("keepalive_ms", 10000, "silence after which a waiting stream gets a comment; 0: off"),
+    Setting("max_body_bytes", 67_108_864, "largest request body, inflated", 1, _MOST_BYTES),
+    Setting("max_inflight_bytes", 536_870_912, "request bodies in memory, all together", 1, _MOST_BYTES),
+    Setting("max_hold_bytes", 262_144, "bytes of a stream held back before its first content", 1, _MOST_BYTES),
+    Setting("max_event_bytes", 67_108_864, "largest single event of a stream", 1, _MOST_BYTES),
+    Setting("max_answer_bytes", 268_435_456, "largest answer that is not streamed", 1, _MOST_BYTES),
+    Setting("max_connections", 4096, "client connections at once", 1),
+    Setting("max_connections_per_peer", 2048, "client connections at once from one address; 0: no limit"),
+    Setting("head_timeout_ms", 15000, "a request's head, from its first byte to its last"),
+    Setting("body_timeout_ms", 60000, "silence while a request's body arrives"),
+    Setting("client_idle_timeout_ms", 75000, "how long an idle client connection is kept"),
+    Setting("send_timeout_ms", 60000, "how long a client may take nothing of its answer"),
+    Setting("pool_idle_ms", 30000, "how long an idle connection to a provider is kept"),
+    Setting("pool_size", 128, "idle connections kept per provider; 0: none"),
+    Setting("dial_threads", 48, "connections being opened at once", 1),
+    Setting("dial_threads_per_upstream", 16, "connections being opened at once to one provider", 1),
+    Setting("drain_grace_ms", 30000, "how long open streams may go on after stop"),
+    Setting("trail_size", 500, "requests that explain can still show"),
+    Setting("count_tokens_timeout_ms", 3000, "forwarded count_tokens, before the local estimate answers"),
 )
 
 Settings = namedtuple("Settings", [row.name for row in SETTINGS], defaults=[row.default for row in SETTINGS])
@@ -345,21 +342,10 @@ _WHOLE_NUMBER = re.compile(r"[+-]?[0-9]{1,15}", re.ASCII)
 
 def parse_bool(text: str) -> bool:
     """A flag's or variable's boolean: 1 0 true false yes no on off, any case. UsageError for anything else."""
-    try:
-        return _BOOLS[text.strip().lower()]
-    except KeyError:
-        raise UsageError("%s is not a boolean: use true or false" % (one_line(text, 40) or "an empty value")) from None
-
-
-def parse_setting(row: Setting, text: str) -> Any:
-    """The value that `text` gives a setting, limits not yet applied. UsageError when it is not of the row's type."""
-    if row.type is bool:
-        return parse_bool(text)
-    if row.type is str:
-        return text.strip()
-    if not _WHOLE_NUMBER.fullmatch(text.strip()):
-        raise UsageError("%s is not a whole number" % (one_line(text, 40) or "an empty value"))
-    return int(text)
+    value = _BOOLS.get(text.strip().lower())
+    if value is None:
+        raise UsageError("%s is not a boolean: use true or false" % (one_line(text, 40) or "an empty value"))
+    return value
 
 
 def read_settings(flags: Mapping[str, str], environ: Mapping[str, str]) -> Tuple[Settings, List[str]]:
@@ -370,32 +356,29 @@ def read_settings(flags: Mapping[str, str], environ: Mapping[str, str]) -> Tuple
     """
     values, warnings = {}, []
     for row in SETTINGS:
-        text, source = flags.get(row.name), row.flag
-        if text is None:
-            text, source = environ.get(row.variable) or None, row.variable
-        if text is not None:
-            values[row.name], complaint = _judge_setting(row, text)
+        source, text = (row.flag, flags[row.name]) if row.name in flags else (row.variable, environ.get(row.variable))
+        if text or row.name in flags:
+            values[row.name], complaint = _read_setting(row, (text or "").strip())
             if complaint:
                 warnings.append("%s: %s; using %s" % (source, complaint, show_setting(values[row.name])))
     return Settings(**values), warnings
 
 
-def _judge_setting(row: Setting, text: str) -> Tuple[Any, str]:
+def _read_setting(row: Setting, text: str) -> Tuple[Any, str]:
     """The value to use, and what is wrong with the one that was given ("" when nothing is)."""
-    try:
-        value = parse_setting(row, text)
-    except UsageError as error:
-        return row.default, error.message
-    if value == "":
-        return row.default, "an empty value"
-    nearest_limit = value
-    if row.low is not None and value < row.low:
-        nearest_limit = row.low
-    elif row.high is not None and value > row.high:
-        nearest_limit = row.high
-    if nearest_limit == value:
-        return value, ""
-    return (nearest_limit if row.clamp else row.default), "%d is outside %d to %d" % (value, row.low, row.high)
+    if row.type is not int:
+        value: Any = _BOOLS.get(text.lower()) if row.type is bool else text or None
+        return (
+            (row.default, "%s is not usable" % (one_line(text, 40) or "an empty value"))
+            if value is None
+            else (value, "")
+        )
+    if not _WHOLE_NUMBER.fullmatch(text):
+        return row.default, "%s is not a whole number" % (one_line(text, 40) or "an empty value")
+    number = min(max(int(text), row.low), row.high)
+    if number == int(text):
+        return number, ""
+    return number if row.clamp else row.default, "%d is outside %d to %d" % (int(text), row.low, row.high)
 
 
 def show_setting(value: Any) -> str:
@@ -405,16 +388,8 @@ def show_setting(value: Any) -> str:
 
 def settings_table(settings: Settings) -> List[Dict[str, Any]]:
     """The settings as rows for people and for --json: variable, flag, default, value, help."""
-    return [
-        {
-            "variable": row.variable,
-            "flag": row.flag,
-            "default": row.default,
-            "value": getattr(settings, row.name),
-            "help": row.help,
-        }
-        for row in SETTINGS
-    ]
+    names = ("variable", "flag", "default", "help")
+    return [dict({name: getattr(row, name) for name in names}, value=getattr(settings, row.name)) for row in SETTINGS]
 
 
 # ==============================================================================
@@ -422,16 +397,18 @@ def settings_table(settings: Settings) -> List[Dict[str, Any]]:
 # ==============================================================================
 
 WIRES = ("openai", "anthropic", "responses")
+AUTH_TYPES = ("bearer", "x-api-key", "header", "none")
 
 # Other names of a wire format that older files use.
 _WIRE_ALIASES = {"claude": "anthropic"}
 
+# The format of a provider that says none: OpenAI's, save for who invented another.
+_FORMAT_OF_HOST = {"api.anthropic.com": "anthropic"}
+
 
 class Auth(NamedTuple):
-    """How a provider is shown its key. type: bearer | x-api-key | header (then `header_name`) | none.
-
-    prefix: what stands before the key in the header `header_name`.
-    """
+    """How a provider is shown its key. type: one of AUTH_TYPES. header_name, prefix: for the type header, the header and
+    what stands before the key in it."""
 
     type: str = "bearer"
     header_name: str = ""
@@ -504,8 +481,8 @@ class Problem(NamedTuple):
 
 
 class Field(NamedTuple):
-    """One key of the file. kind: what it holds, a key of _READERS. aliases: other spellings that older files use;
-    the dashed and snake-case twins of all of them are accepted as well."""
+    """One key of the file. kind: what it holds, a row of _TEXTS or a reader of _Scan; [kind]: one or a list of them,
+    {kind}: one per wire format. aliases: other spellings that older files use, beside the dashed and snake-case twins."""
 
     key: str
     kind: str
@@ -517,10 +494,10 @@ FIELDS: Dict[str, Tuple[Field, ...]] = {
     "config": (
         Field("version", "whole", "version of the file's shape, 1"),
         Field("masterKey", "secret", "the key that clients show to the router"),
-        Field("defaultModel", "text", "the model for `smart` and for requests that name none"),
-        Field("modelAliases", "alias_map", "name, or pattern with *, to a model ref or an ordered list of them"),
-        Field("corsOrigins", "origins", "browser origins that may use the router"),
-        Field("allowedHosts", "texts", "further Host names that are answered while auth is off"),
+        Field("defaultModel", "default", "the model for `smart` and for requests that name none"),
+        Field("modelAliases", "aliases", "name, or pattern with *, to a model ref or an ordered list of them"),
+        Field("corsOrigins", "[origin]", "browser origins that may use the router"),
+        Field("allowedHosts", "[name]", "further Host names that are answered while auth is off"),
         Field("providers", "providers", "the accounts requests may go to"),
         Field("metadata", "object", "anything; kept, not used"),
     ),
@@ -529,13 +506,13 @@ FIELDS: Dict[str, Tuple[Field, ...]] = {
         Field("name", "text", "name for people"),
         Field("enabled", "flag", "false keeps the entry and does not use it"),
         Field("baseUrl", "url", "where the provider's API is", ("endpoint", "endpoints")),
-        Field("baseUrlByFormat", "url_map", "a base URL of its own per wire format"),
+        Field("baseUrlByFormat", "{url}", "a base URL of its own per wire format"),
         Field("apiKey", "secret", "the key the router shows to the provider", ("credential",)),
         Field("apiKeyEnv", "variable", "environment variable that holds the key; wins when it is set"),
-        Field("formats", "wires", "wire formats the provider speaks: openai, anthropic, responses"),
+        Field("formats", "[wire]", "wire formats the provider speaks: openai, anthropic, responses"),
         Field("format", "wire", "the preferred one of them"),
         Field("auth", "auth", "how the key is shown"),
-        Field("authByFormat", "auth_map", "the same per wire format"),
+        Field("authByFormat", "{auth}", "the same per wire format"),
         Field("headers", "headers", "headers for every request; null removes one"),
         Field("anthropicVersion", "header_value", "the anthropic-version header"),
         Field("anthropicBeta", "betas", "anthropic-beta features to ask for"),
@@ -546,14 +523,14 @@ FIELDS: Dict[str, Tuple[Field, ...]] = {
     ),
     "model": (
         Field("id", "model_id", "the provider's own name of the model; * for any"),
-        Field("aliases", "texts", "further names"),
-        Field("formats", "wires", "wire formats of this model, when not all of the provider's"),
+        Field("aliases", "[name]", "further names"),
+        Field("formats", "[wire]", "wire formats of this model, when not all of the provider's"),
         Field("enabled", "flag", "false keeps the entry and does not use it"),
         Field("contextWindow", "whole", "tokens that input and output may have together"),
         Field("maxOutputTokens", "whole", "tokens that an answer may have"),
         Field("cost", "object", "prices"),
         Field("metadata", "object", "anything; kept, not used"),
-        Field("fallbackModels", "refs", "models to try when this one fails, in order"),
+        Field("fallbackModels", "[fallback]", "models to try when this one fails, in order"),
     ),
     "auth": (
         Field("type", "auth_type", "bearer, x-api-key, header or none"),
@@ -569,22 +546,20 @@ FIELDS: Dict[str, Tuple[Field, ...]] = {
     ),
 }
 
-AUTH_TYPES = ("bearer", "x-api-key", "header", "none")
 
-
-def _twins(name: str) -> Tuple[str, ...]:
-    dashed = re.sub("[A-Z]", lambda match: "-" + match.group().lower(), name)
-    return (name, dashed, dashed.replace("-", "_"))
+def _snake(name: str) -> str:
+    return re.sub("[A-Z]", lambda match: "_" + match.group().lower(), name)
 
 
 def _spellings(field: Field) -> Tuple[str, ...]:
-    return tuple(dict.fromkeys(twin for name in (field.key,) + field.aliases for twin in _twins(name)))
+    names = [field.key, *field.aliases]
+    snakes = [_snake(name) for name in names]
+    return tuple(dict.fromkeys(names + [name.replace("_", "-") for name in snakes] + snakes))
 
 
-# {"provider": {"baseUrl": ("baseUrl", "base-url", "base_url", "endpoint", ...)}}: first found wins.
+# {"provider": {"baseUrl": ("baseUrl", "endpoint", ..., "base-url", "base_url")}}: first found wins.
 SPELLINGS = {kind: {field.key: _spellings(field) for field in fields} for kind, fields in FIELDS.items()}
-_CANONICAL = {kind: {s: key for key, all_ in keys.items() for s in all_} for kind, keys in SPELLINGS.items()}
-_KIND_OF = {kind: {field.key: field.kind for field in fields} for kind, fields in FIELDS.items()}
+_FIELD_OF = {kind: {s: f for f in fields for s in _spellings(f)} for kind, fields in FIELDS.items()}
 
 
 def find_key(raw: Dict[str, Any], kind: str, key: str) -> Optional[str]:
@@ -593,127 +568,71 @@ def find_key(raw: Dict[str, Any], kind: str, key: str) -> Optional[str]:
     return next((name for name in SPELLINGS[kind][key] if raw.get(name) is not None), None)
 
 
-def get_field(raw: Dict[str, Any], kind: str, key: str, default: Any = None) -> Any:
-    """The value of a field in a raw object, whatever its spelling."""
-    name = find_key(raw, kind, key)
-    return default if name is None else raw[name]
+def get_field(raw: Dict[str, Any], kind: str, key: str) -> Any:
+    """The value of a field in a raw object, whatever its spelling; None when it has none."""
+    return raw.get(find_key(raw, kind, key) or key)
 
 
 # ----- reading text -----
 
+_MAX_DEPTH = 60  # far below the recursion limit, so that no walk of a document needs to fear it
 _SECRET_VALUE = re.compile(r'("[^"]*(?:key|secret|token|auth|credential|password)[^"]*"\s*:\s*")([^"]*)', re.IGNORECASE)
-_LONG_TOKEN = re.compile(r"[A-Za-z0-9_+/=-]{24,}|\bsk-[A-Za-z0-9_-]+")
+_LONG_TOKEN = re.compile(r"()([A-Za-z0-9_+/=-]{24,}|\bsk-[A-Za-z0-9_-]+)")
+_JSON_TYPES = ((bool, "a boolean"), (dict, "an object"), (list, "a list"), (str, "text"), ((int, float), "a number"))
 
 
 def parse_config_text(text: Union[str, bytes], source: str) -> Dict[str, Any]:
     """The JSON object in `text`. ConfigError names `source`, line and column and shows the place, keys hidden."""
-    if isinstance(text, (bytes, bytearray)):
-        text = _decode_config(bytes(text), source)
-    text = text[1:] if text[:1] == "\ufeff" else text
     try:
-        document = json.loads(text, parse_constant=_refuse_constant)
+        text = text if isinstance(text, str) else bytes(text).decode("utf-8")
+        document = _JSON_DECODER.decode(text[1:] if text[:1] == "\ufeff" else text)
+        depth = _depth(document)
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        column = error.start - error.object.rfind(b"\n", 0, error.start)
+        raise ConfigError("%s:%d:%d: not UTF-8 text; save the file as UTF-8" % (source, line, column)) from None
     except json.JSONDecodeError as error:
-        raise ConfigError(_syntax_message(text, source, error)) from None
+        raise ConfigError(_syntax_message(source, error)) from None
     except (ValueError, RecursionError) as error:
         raise ConfigError("%s is not usable JSON: %s" % (source, one_line(str(error), 120))) from None
     if not isinstance(document, dict):
         raise ConfigError("%s must hold a JSON object, it holds %s" % (source, _json_type(document)))
-    if _is_deeper(document, _MAX_DEPTH):
+    if depth > _MAX_DEPTH:
         raise ConfigError("%s is nested deeper than %d levels" % (source, _MAX_DEPTH))
     return document
 
 
-# Far below the recursion limit, so that no walk of a document needs to fear it.
-_MAX_DEPTH = 60
-
-
-def _is_deeper(value: Any, limit: int) -> bool:
-    level = [value]
-    for _ in range(limit):
-        level = [
-            child
-            for entry in level
-            for child in (entry.values() if isinstance(entry, dict) else entry)
-            if isinstance(child, (dict, list))
-        ]
-        if not level:
-            return False
-    return True
-
-
-def _decode_config(data: bytes, source: str) -> str:
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        before = data[: error.start]
-        line, column = before.count(b"\n") + 1, error.start - (before.rfind(b"\n") + 1) + 1
-        raise ConfigError("%s:%d:%d: not UTF-8 text; save the file as UTF-8" % (source, line, column)) from None
-
-
-def _syntax_message(text: str, source: str, error: json.JSONDecodeError) -> str:
-    line = (text.splitlines() or [""])[error.lineno - 1 : error.lineno]
-    shown = _hide_secrets(line[0] if line else "").replace("\t", " ")
-    at = min(error.colno - 1, len(shown))
-    start = max(0, at - 70)
-    shown = "".join(c if c.isprintable() else "?" for c in shown[start : start + 100])
-    place = "%s:%d:%d" % (source, error.lineno, error.colno)
-    return "%s: %s%s\n  %s\n  %s^" % (place, error.msg, _syntax_hint(text, error.pos), shown, " " * (at - start))
-
-
-def _syntax_hint(text: str, at: int) -> str:
-    before, after = text[:at].rstrip(), text[at : at + 2]
-    if after[:1] == "#" or after in ("//", "/*"):
-        return " (JSON has no comments)"
-    if after[:1] == "," and re.match(r",\s*[]}]", text[at : at + 80]) or before[-1:] == "," and after[:1] in ("}", "]"):
-        return " (a comma before the closing bracket)"
-    return ""
-
-
-def _hide_secrets(line: str) -> str:
-    """`line` with what may be a key as asterisks of the same length, so that a caret still points right."""
-    line = _SECRET_VALUE.sub(lambda match: match.group(1) + "*" * len(match.group(2)), line)
-    return _LONG_TOKEN.sub(lambda match: "*" * len(match.group()), line)
-
-
-_JSON_TYPES = ((bool, "a boolean"), (dict, "an object"), (list, "a list"), (str, "text"), ((int, float), "a number"))
+def _depth(value: Any) -> int:
+    entries = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return 1 + max(map(_depth, entries), default=0)
 
 
 def _json_type(value: Any) -> str:
     return next((name for type_, name in _JSON_TYPES if isinstance(value, type_)), "null")
 
 
-# ----- reading values: one pass makes the Config and finds the problems -----
+def _syntax_message(source: str, error: json.JSONDecodeError) -> str:
+    shown = _hide_secrets("".join(error.doc.splitlines()[error.lineno - 1 : error.lineno]))
+    at = min(error.colno - 1, len(shown))
+    start = max(0, at - 70)
+    shown = "".join(c if c.isprintable() else " " for c in shown[start : start + 100])
+    before, after, hint = error.doc[: error.pos].rstrip()[-1:], error.doc[error.pos :], ""
+    if after[:1] == "#" or after[:2] in ("//", "/*"):
+        hint = " (JSON has no comments)"
+    elif re.match(r",\s*[]}]", after) or before == "," and after[:1] in ("}", "]"):
+        hint = " (a comma before the closing bracket)"
+    place = "%s:%d:%d: %s%s" % (source, error.lineno, error.colno, error.msg, hint)
+    return "%s\n  %s\n  %s^" % (place, shown, " " * (at - start))
 
 
-class _Notes:
-    """The problems found so far. lenient: inside a disabled entry, where errors do no harm."""
-
-    def __init__(self) -> None:
-        self.problems: List[Problem] = []
-        self.lenient = False
-        self.guesses_left = 20  # comparing a name with thousands of others is slow; nobody reads more guesses
-
-    def error(self, path: str, message: str, cure: str) -> None:
-        self.problems.append(Problem(path, message, cure, "warning" if self.lenient else "error"))
-
-    def warn(self, path: str, message: str, cure: str) -> None:
-        self.problems.append(Problem(path, message, cure, "warning"))
-
-    def is_a(self, path: str, value: Any, type_: type, words: str) -> bool:
-        """Whether `value` is of the JSON type, noted when it is not."""
-        if isinstance(value, type_):
-            return True
-        self.error(path, "must be %s, is %s" % (words, _json_type(value)), "write %s" % words)
-        return False
+def _hide_secrets(line: str) -> str:
+    """`line` with what may be a key as asterisks of the same length, so that a caret still points right."""
+    for pattern in (_SECRET_VALUE, _LONG_TOKEN):
+        line = pattern.sub(lambda match: match.group(1) + "*" * len(match.group(2)), line)
+    return line
 
 
-class _Place(NamedTuple):
-    """Where a provider or model stands in the file. fallbacks: (path, ref) of each fallback."""
-
-    path: str
-    value: Any
-    models: Tuple[Any, ...] = ()
-    fallbacks: Tuple[Tuple[str, str], ...] = ()
+# ----- one pass over a document makes the values and finds the problems -----
 
 
 def find_problems(document: Dict[str, Any]) -> List[Problem]:
@@ -733,8 +652,8 @@ def read_config(document: Dict[str, Any], environ: Mapping[str, str]) -> Config:
 
 def scan_config(document: Dict[str, Any], environ: Mapping[str, str]) -> Tuple[Config, List[Problem]]:
     """What can be read of a configuration, however broken, and everything wrong in it."""
-    notes = _Notes()
-    return _scan(document, environ, notes), notes.problems
+    scan = _Scan(environ)
+    return scan.scan(document), scan.problems
 
 
 def show_problem(problem: Problem) -> str:
@@ -742,73 +661,9 @@ def show_problem(problem: Problem) -> str:
     return "%s: %s; %s" % (problem.path or "configuration", problem.message, problem.cure)
 
 
-def _scan(document: Dict[str, Any], environ: Mapping[str, str], notes: _Notes) -> Config:
-    values = _read_object(notes, "", document, "config", {"providers": environ})
-    places = values.get("providers") or []
-    if not places:
-        notes.warn("providers", "no provider is configured", "add one with config --operation=upsert-provider")
-    if (values.get("version") or 1) > 1:
-        notes.warn("version", "written for a newer version", "check the other warnings: unknown keys have no effect")
-    aliases = values.get("modelAliases") or {}
-    _check_references(
-        notes, places, aliases, (_join("", _written(document, "defaultModel")), values.get("defaultModel"))
-    )
-    return Config(
-        _env_secret(notes, environ, "LLM_ROUTER_MASTER_KEY", "LLM_ROUTER_MASTER_KEY") or values.get("masterKey") or "",
-        values.get("defaultModel") or "",
-        {name: tuple(ref for _, ref in refs) for name, refs in aliases.items()},
-        values.get("corsOrigins") or (),
-        tuple(host.lower() for host in values.get("allowedHosts") or ()),
-        tuple(place.value for place in places),
-    )
-
-
-def _written(document: Dict[str, Any], key: str) -> str:
-    return find_key(document, "config", key) or key
-
-
-def _join(path: str, key: str) -> str:
-    """The path of a member: `a.b`, or `a["b c"]` where the key is not a plain word."""
-    if re.fullmatch(r"[A-Za-z_][A-Za-z0-9_-]*", key):
-        return "%s.%s" % (path, key) if path else key
-    return '%s["%s"]' % (path, one_line(key, 80).replace('"', '\\"'))
-
-
-def _read_object(notes: _Notes, path: str, raw: Dict[str, Any], kind: str, extra: Dict[str, Any]) -> Dict[str, Any]:
-    """The fields of an object by canonical key; unknown keys become warnings.
-
-    extra: for a reader that needs more than the value, {key: what it gets}.
-    """
-    canonical, kinds, values = _CANONICAL[kind], _KIND_OF[kind], {}
-    for name, value in raw.items():
-        key = canonical.get(name)
-        where = _join(path, name)
-        if key is None:
-            _note_unknown_key(notes, where, name, kind)
-        elif value is None:
-            continue
-        elif find_key(raw, kind, key) != name:
-            notes.warn(where, "says again what %s says" % find_key(raw, kind, key), "remove one of them")
-        else:
-            reader = _READERS[kinds[key]]
-            values[key] = reader(notes, where, value, extra[key]) if key in extra else reader(notes, where, value)
-    return values
-
-
-def _note_unknown_key(notes: _Notes, path: str, name: str, kind: str) -> None:
-    if name[:1] in ("_", "$", "#") or name[:2] == "//":  # the usual ways to write a comment or a schema reference
-        return
-    near = nearest(name, _KIND_OF[kind])
-    notes.warn(
-        path, "is not a known key", "did you mean %s?" % near[0] if near else "remove it, or keep it: it is ignored"
-    )
-
-
-# ----- readers, one per kind: (notes, path, value) -> value, or None when it cannot be used -----
-
-_PROVIDER_ID = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 _HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110, 5.6.2
 _HEADER_VALUE = re.compile(r"[\t -~\u0080-\u00ff]*")  # RFC 9110, 5.5; no CR, LF or NUL
+_ORIGIN = re.compile(r"[^/]+://[^/?#*\s]+")
 _SECRET = re.compile(r"[ -~]*")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _FRAMING_HEADERS = ("content-length", "transfer-encoding", "connection", "keep-alive", "upgrade", "te", "trailer")
@@ -830,313 +685,342 @@ def check_url(url: str) -> Tuple[str, str]:
         return "has a character that no URL may have", "remove spaces, backslashes, braces and control characters"
     try:
         parts = urlsplit(url)
-        port_is_bad = parts.port == 0
+        host_is_good = parts.port != 0 and _AUTHORITY.fullmatch(parts.netloc)
     except ValueError:
         return "has a host or port that cannot be read", "write https://HOST:PORT/..."
     if parts.scheme not in ("http", "https"):
         return "has the scheme %s" % one_line(parts.scheme, 20), "use https:// or http://"
     if "@" in parts.netloc:
         return "has a user name or password in it", "remove what is before the @; keys go into apiKey"
-    if port_is_bad or not _AUTHORITY.fullmatch(parts.netloc):
+    if not host_is_good:
         return "has no usable host", "write https://HOST:PORT/..."
-    if parts.fragment:
-        return "has a fragment", "remove the # and what follows"
-    return "", ""
+    return ("has a fragment", "remove the # and what follows") if parts.fragment else ("", "")
 
 
-def _read_text(notes: _Notes, path: str, value: Any) -> Optional[str]:
-    return value.strip() if notes.is_a(path, value, str, "text") else None
+def _wire_of(text: str) -> str:
+    return _WIRE_ALIASES.get(text.strip().lower(), text.strip().lower())
 
 
-def _read_secret(notes: _Notes, path: str, value: Any) -> Optional[str]:
-    if not notes.is_a(path, value, str, "text"):
-        return None
-    secret = value.strip()
-    if not _SECRET.fullmatch(secret):
-        notes.error(path, "has a character that no key has", "copy the key again, without line breaks")
-        return None
-    return secret
+_NAME_WANTED = (str.strip, bool, "is empty", "remove it or write a name")
+
+# Kinds of text: how it is tidied, what it must then be, what is wrong otherwise, the cure.
+# fmt: off
+_TEXTS: Dict[str, Tuple[Callable[[str], str], Callable[[str], Any], str, str]] = {
+    "text": (str.strip, lambda text: True, "", ""),
+    "name": _NAME_WANTED,
+    "default": (str.strip, lambda text: True, "", ""),  # these three are references: a client's name for a model,
+    "fallback": _NAME_WANTED,  # a model or an alias,
+    "target": _NAME_WANTED,  # a model
+    "secret": (str.strip, _SECRET.fullmatch, "has a character that no key has", "copy the key again, without line breaks"),
+    "variable": (str.strip, _VARIABLE.fullmatch, "is not the name of an environment variable",
+                 "write a name like OPENAI_API_KEY; the key itself goes into apiKey"),
+    "provider_id": (str, re.compile(r"[A-Za-z][A-Za-z0-9_-]*").fullmatch, "is not a provider id",
+                    "use a letter, then letters, digits, - and _"),
+    "model_id": (str, lambda text: text and text == text.strip() and text.isprintable(), "is not a model id",
+                 "write the provider's own name of the model, without spaces around it"),
+    "wire": (_wire_of, WIRES.__contains__, "is not a wire format", "use " + ", ".join(WIRES)),
+    "auth_type": (lambda text: text.strip().lower(), AUTH_TYPES.__contains__, "is not an auth type",
+                  "use " + ", ".join(AUTH_TYPES)),
+    "header_name": (str, lambda text: _HEADER_NAME.fullmatch(text) and text.lower() not in _FRAMING_HEADERS,
+                    "is not a header that can be set", "use letters, digits and -; framing headers are the router's own"),
+    "header_value": (str, _HEADER_VALUE.fullmatch, "is not a header value", "remove line breaks and control characters"),
+    "origin": (lambda text: text.strip().rstrip("/").lower(), _ORIGIN.fullmatch, "is not an origin",
+               "write scheme://host:port; a wildcard would let any web page spend your money"),
+}
+# fmt: on
 
 
-def _read_variable(notes: _Notes, path: str, value: Any) -> Optional[str]:
-    if isinstance(value, str) and _VARIABLE.fullmatch(value.strip()):
-        return value.strip()
-    notes.error(
-        path,
-        "is not the name of an environment variable",
-        "write a name like OPENAI_API_KEY; the key itself goes into apiKey",
-    )
-    return None
+class _Scan:
+    """A pass over a document. Its readers, `_read_KIND(path, value)`, return None for what cannot be used, and note it."""
 
+    def __init__(self, environ: Mapping[str, str]) -> None:
+        self.problems: List[Problem] = []
+        self._environ = environ
+        self._references: List[Tuple[str, str, str, bool]] = []  # path, name, kind, lenient
+        self._lenient = False  # inside a disabled entry, where errors do no harm
 
-def _read_whole(notes: _Notes, path: str, value: Any) -> Optional[int]:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0 or value > 2**53:
-        notes.error(path, "must be a whole number of at least 0", "write a number without quotes or fraction")
-        return None
-    return value
+    def scan(self, document: Dict[str, Any]) -> Config:
+        """The Config of a whole document."""
+        values = self._read_fields("config", "", document)
+        if not values.get("providers"):
+            self._warn("providers", "no provider is configured", "add one with config --operation=upsert-provider")
+        if values.get("version", 1) > 1:
+            self._warn("version", "is of a newer version", "check the other warnings: unknown keys have no effect")
+        values["master_key"] = self._read_variable_value("LLM_ROUTER_MASTER_KEY") or values.get("master_key", "")
+        values["aliases"] = values.get("model_aliases", {})
+        values["allowed_hosts"] = tuple(map(str.lower, values.get("allowed_hosts", ())))
+        config = Config(**{name: value for name, value in values.items() if name in Config._fields})
+        self._check_references(ModelIndex(config.providers, config.aliases))
+        return config
 
+    def _error(self, path: str, message: str, cure: str) -> None:
+        self.problems.append(Problem(path, message, cure, "warning" if self._lenient else "error"))
 
-def _read_flag(notes: _Notes, path: str, value: Any) -> Optional[bool]:
-    if isinstance(value, str) and value.strip().lower() in _BOOLS:
-        return _BOOLS[value.strip().lower()]
-    return value if notes.is_a(path, value, bool, "true or false") else None
+    def _warn(self, path: str, message: str, cure: str) -> None:
+        self.problems.append(Problem(path, message, cure, "warning"))
 
+    def _is(self, path: str, value: Any, type_: type, words: str) -> bool:
+        """Whether `value` is of the JSON type, noted when it is not."""
+        if not isinstance(value, type_):
+            self._error(path, "must be %s, is %s" % (words, _json_type(value)), "write %s" % words)
+        return isinstance(value, type_)
 
-def _read_any(notes: _Notes, path: str, value: Any) -> Any:
-    return value
+    # ----- kinds -----
 
+    def _read(self, kind: str, path: str, value: Any) -> Any:
+        if kind[0] == "[":
+            return tuple(entry for _, entry in self._read_each(kind[1:-1], path, value))
+        if kind[0] == "{":
+            return self._read_by_wire(kind[1:-1], path, value)
+        if kind not in _TEXTS:
+            return getattr(self, "_read_" + kind)(path, value)
+        if not self._is(path, value, str, "text"):
+            return None
+        tidy, is_good, message, cure = _TEXTS[kind]
+        text = tidy(value)
+        if not is_good(text):
+            return self._error(path, message, cure)
+        if kind in ("default", "fallback", "target"):
+            self._references.append((path, text, kind, self._lenient))
+        return text
 
-def _read_plain_object(notes: _Notes, path: str, value: Any) -> Optional[Dict[str, Any]]:
-    return value if notes.is_a(path, value, dict, "an object") else None
+    def _read_each(self, kind: str, path: str, value: Any) -> List[Tuple[str, Any]]:
+        """What can be used of a list, or of one text in place of a list, each with its path."""
+        entries = [(path, value)] if isinstance(value, str) else []
+        if not entries and self._is(path, value, list, "a list"):
+            entries = [("%s[%d]" % (path, i), entry) for i, entry in enumerate(value)]
+        read = [(where, self._read(kind, where, entry)) for where, entry in entries]
+        return [(where, entry) for where, entry in read if entry is not None]
 
+    def _items(self, path: str, value: Any) -> List[Tuple[str, str, Any]]:
+        """The path, name and value of each member of an object."""
+        good = self._is(path, value, dict, "an object")
+        return [(_join(path, name), name, entry) for name, entry in value.items()] if good else []
 
-def _read_refs(notes: _Notes, path: str, value: Any) -> Tuple[Tuple[str, str], ...]:
-    """A text or a list of texts as ((path, text), ...)."""
-    if isinstance(value, str):
-        entries = [(path, value)]
-    elif notes.is_a(path, value, list, "a list of texts"):
-        entries = [("%s[%d]" % (path, i), entry) for i, entry in enumerate(value)]
-    else:
-        return ()
-    good = [(where, entry.strip()) for where, entry in entries if notes.is_a(where, entry, str, "text")]
-    for where, text in good:
-        if not text:
-            notes.error(where, "is empty", "remove it or write a name")
-    return tuple((where, text) for where, text in good if text)
+    def _read_by_wire(self, kind: str, path: str, value: Any) -> Dict[str, Any]:
+        found = {}
+        for where, name, entry in self._items(path, value):
+            wire = self._read("wire", where, name)
+            good = self._read(kind, where, entry) if wire and entry is not None else None
+            if good is not None:
+                found[wire] = good
+        return found
 
+    def _read_fields(self, kind: str, path: str, raw: Any) -> Dict[str, Any]:
+        """The fields of an object by their attributes' names (`base_url`); unknown keys become warnings."""
+        values = {}
+        for where, name, value in self._items(path, raw):
+            field = _FIELD_OF[kind].get(name)
+            if field is None:
+                self._note_unknown_key(where, name, kind)
+            elif value is not None and find_key(raw, kind, field.key) != name:
+                self._warn(where, "says again what %s says" % find_key(raw, kind, field.key), "remove one of them")
+            elif value is not None:
+                values[_snake(field.key)] = self._read(field.kind, where, value)
+        return {name: value for name, value in values.items() if value is not None}
 
-def _read_texts(notes: _Notes, path: str, value: Any) -> Tuple[str, ...]:
-    return tuple(text for _, text in _read_refs(notes, path, value))
+    def _note_unknown_key(self, path: str, name: str, kind: str) -> None:
+        if name[:1] in ("_", "$", "#") or name[:2] == "//":  # the usual ways to write a comment or a schema reference
+            return
+        near = nearest(name, SPELLINGS[kind])
+        self._warn(path, "is not a known key", "did you mean %s?" % near[0] if near else "remove it: it has no effect")
 
-
-def _read_betas(notes: _Notes, path: str, value: Any) -> Tuple[str, ...]:
-    value = value.split(",") if isinstance(value, str) else value
-    good = _read_refs(notes, path, value)
-    return tuple(text for where, text in good if _read_header_value(notes, where, text) is not None)
-
-
-def _read_origins(notes: _Notes, path: str, value: Any) -> Tuple[str, ...]:
-    origins = []
-    for where, text in _read_refs(notes, path, value):
-        scheme, separator, rest = text.rstrip("/").partition("://")
-        if not separator or not rest or re.search(r"[/?#*\s]", rest):
-            notes.error(
-                where,
-                "is not an origin",
-                "write scheme://host:port; a wildcard would let any web page spend your money",
-            )
-        else:
-            origins.append((scheme + separator + rest).lower())
-    return tuple(origins)
-
-
-def _read_alias_map(notes: _Notes, path: str, value: Any) -> Dict[str, Tuple[Tuple[str, str], ...]]:
-    if not notes.is_a(path, value, dict, "an object"):
-        return {}
-    aliases = {}
-    for name, target in value.items():
-        refs = _read_refs(notes, _join(path, name), target)
-        if not name.strip() or name == "smart":
-            notes.error(_join(path, name), "cannot be an alias", "choose another name; for smart set defaultModel")
-        elif not refs:
-            notes.error(_join(path, name), "leads to no model", "write provider/model, or remove the alias")
-        else:
-            aliases[name] = refs
-    return aliases
-
-
-def _read_provider_id(notes: _Notes, path: str, value: Any) -> Optional[str]:
-    if isinstance(value, str) and _PROVIDER_ID.fullmatch(value):
+    def _read_any(self, path: str, value: Any) -> Any:
         return value
-    notes.error(path, "is not a provider id", "use a letter, then letters, digits, - and _")
-    return None
 
+    def _read_object(self, path: str, value: Any) -> Any:
+        return value if self._is(path, value, dict, "an object") else None
 
-def _read_model_id(notes: _Notes, path: str, value: Any) -> Optional[str]:
-    if isinstance(value, str) and value.strip() == value and value.isprintable() and value:
-        return value
-    notes.error(path, "is not a model id", "write the provider's own name of the model, without spaces around it")
-    return None
+    def _read_whole(self, path: str, value: Any) -> Any:
+        if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 2**53:
+            return value
+        return self._error(path, "must be a whole number of at least 0", "write a number without quotes or fraction")
 
+    def _read_flag(self, path: str, value: Any) -> Any:
+        value = _BOOLS.get(value.strip().lower(), value) if isinstance(value, str) else value
+        return value if self._is(path, value, bool, "true or false") else None
 
-def _read_wire(notes: _Notes, path: str, value: Any) -> Optional[str]:
-    name = value.strip().lower() if isinstance(value, str) else ""
-    name = _WIRE_ALIASES.get(name, name)
-    if name in WIRES:
-        return name
-    notes.error(path, "is not a wire format", "use %s or %s" % (", ".join(WIRES[:-1]), WIRES[-1]))
-    return None
+    def _read_betas(self, path: str, value: Any) -> Any:
+        parts = self._read("[name]", path, value.split(",") if isinstance(value, str) else value)
+        return tuple(part for part in parts if self._read("header_value", path, part) is not None)
 
+    def _read_url(self, path: str, value: Any) -> Any:
+        if isinstance(value, list) and value:
+            if len(value) > 1:
+                self._warn(path, "holds several URLs, only the first is used", "make one provider of each")
+            path, value = path + "[0]", value[0]
+        url = self._read("text", path, value)
+        message, cure = check_url(url) if url is not None else ("", "")
+        if message:
+            return self._error(path, message, cure)
+        if url and urlsplit(url).scheme == "http" and not is_loopback(urlsplit(url).hostname or ""):
+            self._warn(path, "sends keys and prompts unencrypted", "use https:// unless you trust the network")
+        return url
 
-def _read_wires(notes: _Notes, path: str, value: Any) -> Tuple[str, ...]:
-    wires = (_read_wire(notes, where, text) for where, text in _read_refs(notes, path, value))
-    return tuple(dict.fromkeys(wire for wire in wires if wire))
+    def _read_headers(self, path: str, value: Any) -> Dict[str, Optional[str]]:
+        headers = {}
+        for where, name, text in self._items(path, value):
+            good = self._read("header_name", where, name)
+            if good and (text is None or self._read("header_value", where, text) is not None):
+                headers[good] = text and text.strip()
+        return headers
 
+    def _read_aliases(self, path: str, value: Any) -> Dict[str, Tuple[str, ...]]:
+        aliases = {}
+        for where, name, target in self._items(path, value):
+            refs = self._read("[target]", where, target)
+            if not name.strip() or name == "smart":
+                self._error(where, "cannot be an alias", "choose another name; for smart set defaultModel")
+            elif not refs:
+                self._error(where, "leads to no model", "write provider/model, or remove the alias")
+            else:
+                aliases[name] = refs
+        return aliases
 
-def _read_url(notes: _Notes, path: str, value: Any) -> Optional[str]:
-    if isinstance(value, list) and value:
-        if len(value) > 1:
-            notes.warn(path, "holds several URLs, only the first is used", "make one provider of each")
-        path, value = path + "[0]", value[0]
-    if not notes.is_a(path, value, str, "text"):
-        return None
-    url = value.strip()
-    message, cure = check_url(url)
-    if message:
-        notes.error(path, message, cure)
-        return None
-    parts = urlsplit(url)
-    if parts.scheme == "http" and not is_loopback(parts.hostname or ""):
-        notes.warn(path, "sends keys and prompts unencrypted", "use https:// unless you trust the network")
-    return url
+    def _read_auth(self, path: str, value: Any) -> Any:
+        auth = Auth(**self._read_fields("auth", path, value))
+        if auth.type == "header" and not auth.header_name:
+            self._error(path, "has the type header and no header", "add headerName")
+        return auth
 
+    def _read_timeouts(self, path: str, value: Any) -> Timeouts:
+        return Timeouts(**self._read_fields("timeouts", path, value))
 
-def _read_by_wire(notes: _Notes, path: str, value: Any, reader: Callable[..., Any]) -> Dict[str, Any]:
-    found: Dict[str, Any] = {}
-    for name, entry in (value if notes.is_a(path, value, dict, "an object") else {}).items():
-        wire = _read_wire(notes, _join(path, name), name)
-        if wire and entry is not None:
-            found[wire] = reader(notes, _join(path, name), entry)
-    return {wire: entry for wire, entry in found.items() if entry is not None}
+    def _read_variable_value(self, name: str, path: str = "") -> str:
+        """The key that an environment variable holds, "" when it holds none."""
+        value = self._environ.get(name, "").strip()
+        if _SECRET.fullmatch(value):
+            return value
+        message = "the variable %s holds a character that no key has" % one_line(name, 80)
+        self._error(path or name, message, "set it again")
+        return ""
 
+    # ----- providers and models -----
 
-def _read_url_map(notes: _Notes, path: str, value: Any) -> Dict[str, str]:
-    return _read_by_wire(notes, path, value, _read_url)
+    def _read_providers(self, path: str, value: Any) -> Tuple[Provider, ...]:
+        read = [(where, self._read_provider(where, raw)) for where, raw in provider_entries(path, value)]
+        found = [(where, provider) for where, provider in read if provider is not None]
+        self._check_ids("provider", [(where, provider.id) for where, provider in found if provider.id], str.lower)
+        return tuple(provider for _, provider in found)
 
+    def _read_provider(self, path: str, raw: Any) -> Optional[Provider]:
+        if not self._is(path, raw, dict, "an object" if path.endswith("]") else "a list of objects"):
+            return None
+        self._lenient = _is_off(raw, "provider")
+        values = self._read_fields("provider", path, raw)
+        if find_key(raw, "provider", "id") is None:
+            self._error(path, "the provider has no id", 'add "id"')
+        if not values.get("models"):
+            where = _join(path, find_key(raw, "provider", "models") or "models")
+            self._error(where, "has no models", "add at least one; * passes any id through")
+        key = self._read_variable_value(values.get("api_key_env", ""), _join(path, "apiKeyEnv"))
+        values["api_key"] = key or values.get("api_key", "")
+        values["id"] = values.get("id", "")
+        values["name"] = values.get("name") or values["id"]
+        values["formats"], values["preferred"] = _formats_of(values)
+        values["base_urls"] = self._base_urls_of(path, raw, values)
+        values["auths"] = _auths_of(values)
+        provider = Provider(**{name: value for name, value in values.items() if name in Provider._fields})
+        self._check_provider(path, provider, values)
+        self._lenient = False
+        return provider
 
-def _read_auth_map(notes: _Notes, path: str, value: Any) -> Dict[str, Auth]:
-    return _read_by_wire(notes, path, value, _read_auth)
+    def _base_urls_of(self, path: str, raw: Any, values: Dict[str, Any]) -> Dict[str, str]:
+        own, base = values.get("base_url_by_format", {}), values.get("base_url")
+        urls = {wire: own.get(wire) or base or (own.get("openai") if wire == "responses" else None) for wire in WIRES}
+        missing = [wire for wire in values["formats"] if not urls[wire]]
+        if missing and find_key(raw, "provider", "baseUrl") is None:  # one that is there and bad has been noted
+            message = "there is no base URL for the format %s" % missing[0]
+            self._error(_join(path, "baseUrl"), message, "add baseUrl, or baseUrlByFormat.%s" % missing[0])
+        return {wire: url for wire, url in urls.items() if url}
 
-
-def _read_auth_type(notes: _Notes, path: str, value: Any) -> Optional[str]:
-    name = value.strip().lower() if isinstance(value, str) else ""
-    if name in AUTH_TYPES:
-        return name
-    notes.error(path, "is not an auth type", "use %s or %s" % (", ".join(AUTH_TYPES[:-1]), AUTH_TYPES[-1]))
-    return None
-
-
-def _read_header_name(notes: _Notes, path: str, value: Any) -> Optional[str]:
-    if not isinstance(value, str) or not _HEADER_NAME.fullmatch(value):
-        notes.error(path, "is not a header name", "use letters, digits and -")
-        return None
-    if value.lower() in _FRAMING_HEADERS:
-        notes.error(path, "is a header that the router must set itself", "remove it")
-        return None
-    return value
-
-
-def _read_header_value(notes: _Notes, path: str, value: Any) -> Optional[str]:
-    if not isinstance(value, str) or not _HEADER_VALUE.fullmatch(value):
-        notes.error(path, "is not a header value", "write text without line breaks or control characters")
-        return None
-    return value
-
-
-def _read_headers(notes: _Notes, path: str, value: Any) -> Dict[str, Optional[str]]:
-    headers: Dict[str, Optional[str]] = {}
-    for name, text in (value if notes.is_a(path, value, dict, "an object") else {}).items():
-        where = _join(path, name)
-        good = _read_header_name(notes, where, name)
-        if good and (text is None or _read_header_value(notes, where, text) is not None):
-            headers[good] = text if text is None else text.strip()
-    return headers
-
-
-def _read_auth(notes: _Notes, path: str, value: Any) -> Optional[Auth]:
-    if not notes.is_a(path, value, dict, "an object"):
-        return None
-    values = _read_object(notes, path, value, "auth", {})
-    auth = Auth(values.get("type") or "bearer", values.get("headerName") or "", values.get("prefix") or "")
-    if auth.type == "header" and not auth.header_name:
-        notes.error(path, "has the type header and no header", "add headerName")
-    return auth
-
-
-def _read_timeouts(notes: _Notes, path: str, value: Any) -> Optional[Timeouts]:
-    if not notes.is_a(path, value, dict, "an object"):
-        return None
-    values = _read_object(notes, path, value, "timeouts", {})
-    return Timeouts(*(values.get(field.key) for field in FIELDS["timeouts"]))
-
-
-def provider_entries(value: Any) -> List[Tuple[str, Dict[str, Any]]]:
-    """The providers of a file as (path suffix, raw provider).
-
-    They may stand in a list, alone, or in an object id -> provider, where each gets its id when it has none of its
-    own. What is no object is left out.
-    """
-    if isinstance(value, list):
-        return [("[%d]" % i, raw) for i, raw in enumerate(value) if isinstance(raw, dict)]
-    if not isinstance(value, dict) or not value:
-        return []
-    if get_field(value, "provider", "id") is not None or not all(isinstance(raw, dict) for raw in value.values()):
-        return [("", value)]
-    return [
-        (_join("", key), raw if get_field(raw, "provider", "id") else dict(raw, id=key)) for key, raw in value.items()
-    ]
-
-
-def _read_providers(notes: _Notes, path: str, value: Any, environ: Mapping[str, str]) -> List[_Place]:
-    if isinstance(value, list):
-        for i, raw in enumerate(value):
-            notes.is_a("%s[%d]" % (path, i), raw, dict, "an object")
-    else:
-        notes.is_a(path, value, dict, "a list of objects")
-    places = []
-    for suffix, raw in provider_entries(value):
-        where = path + suffix if suffix[:1] in ("[", "") else path + "." + suffix
-        places.append(_read_provider(notes, where, raw, environ))
-    _check_duplicates(
-        notes, [(place.path, place.value.id) for place in places if place.value.id], "provider", str.lower
-    )
-    return places
-
-
-def _check_duplicates(notes: _Notes, ids: Sequence[Tuple[str, str]], what: str, fold_: Callable[[str], str]) -> None:
-    seen: Dict[str, str] = {}
-    for path, id_ in ids:
-        first = seen.setdefault(fold_(id_), path)
-        if first != path:
-            notes.error(
-                path,
-                "the %s id %s is already used at %s" % (what, one_line(id_, 80), first),
-                "rename or remove one of them",
+    def _check_provider(self, path: str, provider: Provider, values: Dict[str, Any]) -> None:
+        hosts = [urlsplit(url).hostname or "" for url in provider.base_urls.values()]
+        has_key = provider.api_key or "api_key_env" in values or provider.headers
+        wants_key = any(provider.auths[wire].type != "none" for wire in provider.formats)
+        if wants_key and not has_key and not all(map(is_loopback, hosts)):
+            self._warn(path, "the provider has no key", 'add apiKey or apiKeyEnv, or auth {"type": "none"}')
+        if values.get("format", provider.preferred) not in provider.formats:
+            self._warn(
+                path, "the preferred format %s is not one of its formats" % values["format"], "add it to formats"
             )
+        for model in provider.models:
+            if model.formats and not set(model.formats) & set(provider.formats):
+                message = "the model %s has no format that its provider speaks" % one_line(model.id, 80)
+                self._warn(path, message, "correct formats")
+
+    def _read_models(self, path: str, value: Any) -> Tuple[Model, ...]:
+        found = self._read_each("model", path, value)
+        self._check_ids("model", [(where, model.id) for where, model in found], str)
+        owners, folded = {model.id: model for _, model in found}, {}
+        for where, model in found:
+            twin = folded.setdefault(model.id.lower(), model.id)
+            if twin != model.id:
+                self._warn(
+                    where, "differs from %s only in case" % one_line(twin, 80), "remove one, if they are the same"
+                )
+            for alias in model.aliases:
+                if owners.setdefault(alias, model) is not model:
+                    message = "its alias %s also means %s" % (one_line(alias, 80), owners[alias].id)
+                    self._warn(where, message, "rename one of them")
+        return tuple(model for _, model in found)
+
+    def _read_model(self, path: str, raw: Any) -> Optional[Model]:
+        raw = {"id": raw} if isinstance(raw, str) else raw
+        if not self._is(path, raw, dict, "text or an object"):
+            return None
+        before, self._lenient = self._lenient, self._lenient or _is_off(raw, "model")
+        values = self._read_fields("model", path, raw)
+        if find_key(raw, "model", "id") is None:
+            self._error(path, "the model has no id", 'add "id"')
+        self._lenient = before
+        return Model(**values) if "id" in values else None
+
+    def _check_ids(self, what: str, ids: Sequence[Tuple[str, str]], fold_case: Callable[[str], str]) -> None:
+        seen: Dict[str, str] = {}
+        for path, id_ in ids:
+            first = seen.setdefault(fold_case(id_), path)
+            if first != path:
+                message = "the %s id %s is already used at %s" % (what, one_line(id_, 80), first)
+                self._error(path, message, "rename or remove one of them")
+
+    def _check_references(self, index: ModelIndex) -> None:
+        guesses_left = 20  # comparing a name with thousands of others is slow; nobody reads more guesses
+        for path, name, kind, self._lenient in self._references:
+            name = bare_name(name) if kind == "default" else name
+            verdict = index.judge(name, kind != "target", kind == "default") if name else ""
+            shown = one_line(name, 80)
+            if verdict == "unknown":
+                guesses_left -= 1
+                near = nearest(name, index.names) if guesses_left >= 0 else []
+                cure = "did you mean %s?" % near[0] if near else "write provider/model, both as they are configured"
+                self._error(path, "names the model %s, which is not configured" % shown, cure)
+            elif verdict == "ambiguous":
+                refs = ", ".join("%s/%s" % (provider.id, model.id) for provider, model in index.find(name))
+                self._error(path, "names the model %s, which several providers have" % shown, "write one of " + refs)
+            elif verdict == "disabled":
+                self._warn(path, "names the model %s, which is disabled" % shown, "enable it or name another")
+        self._lenient = False
 
 
-def _read_provider(notes: _Notes, path: str, raw: Dict[str, Any], environ: Mapping[str, str]) -> _Place:
-    notes.lenient = _is_off(raw, "provider")
-    values = _read_object(notes, path, raw, "provider", {})
-    if find_key(raw, "provider", "id") is None:
-        notes.error(path, "the provider has no id", 'add "id"')
-    models = values.get("models") or ()
-    if not models:
-        notes.error(
-            _join(path, find_key(raw, "provider", "models") or "models"),
-            "has no models",
-            "add at least one; * passes any id through",
-        )
-    formats, preferred = _formats_of(values)
-    provider = Provider(
-        values.get("id") or "",
-        values.get("name") or values.get("id") or "",
-        values.get("enabled") is not False,
-        _base_urls_of(notes, path, values, formats),
-        _key_of(notes, path, values, environ),
-        formats,
-        preferred,
-        _auths_of(values),
-        values.get("headers") or {},
-        values.get("anthropicVersion") or "",
-        values.get("anthropicBeta") or (),
-        values.get("compat"),
-        values.get("timeouts") or Timeouts(),
-        tuple(place.value for place in models),
-    )
-    _check_provider(notes, path, provider, values)
-    notes.lenient = False
-    return _Place(path, provider, tuple(models))
+def _join(path: str, key: str) -> str:
+    """The path of a member: `a.b`, or `a["b c"]` where the key is not a plain word."""
+    if re.fullmatch(r"[A-Za-z_][A-Za-z0-9_-]*", key):
+        return "%s.%s" % (path, key) if path else key
+    return '%s["%s"]' % (path, one_line(key, 80).replace('"', '\\"'))
+
+
+def provider_entries(path: str, value: Any) -> List[Tuple[str, Any]]:
+    """The providers of a file as (path, raw provider). They may stand in a list, alone, or in an object id -> provider,
+    where each gets its id when it has none of its own."""
+    if isinstance(value, list):
+        return [("%s[%d]" % (path, i), raw) for i, raw in enumerate(value)]
+    if not isinstance(value, dict) or not all(isinstance(raw, dict) for raw in value.values()):
+        return [(path, value)]
+    if get_field(value, "provider", "id") is not None:
+        return [(path, value)]
+    named = [(key, raw if get_field(raw, "provider", "id") else dict(raw, id=key)) for key, raw in value.items()]
+    return [(_join(path, key), raw) for key, raw in named]
 
 
 def _is_off(raw: Dict[str, Any], kind: str) -> bool:
@@ -1146,346 +1030,134 @@ def _is_off(raw: Dict[str, Any], kind: str) -> bool:
 
 def _formats_of(values: Dict[str, Any]) -> Tuple[Tuple[str, ...], str]:
     """The wire formats of a provider and the preferred one, with the defaults for what is unsaid."""
-    preferred, formats = values.get("format"), values.get("formats")
+    preferred, formats = values.get("format"), tuple(dict.fromkeys(values.get("formats", ())))
     if not formats:
-        formats = tuple(wire for wire in WIRES if wire in (values.get("baseUrlByFormat") or {}))
-        if preferred and preferred not in formats:
-            formats = (preferred,) + formats
+        formats = tuple(wire for wire in WIRES if wire in values.get("base_url_by_format", {}))
+        formats = (preferred,) + formats if preferred and preferred not in formats else formats
     if not formats:
-        host = urlsplit(values.get("baseUrl") or "").hostname or ""
-        formats = (_FORMAT_OF_HOST.get(host, "openai"),)
+        formats = (_FORMAT_OF_HOST.get(urlsplit(values.get("base_url", "")).hostname or "", "openai"),)
     return formats, preferred if preferred in formats else formats[0]
 
 
-# The format of a provider that says none: OpenAI's, save for who invented another.
-_FORMAT_OF_HOST = {"api.anthropic.com": "anthropic"}
-
-
-def _base_urls_of(notes: _Notes, path: str, values: Dict[str, Any], formats: Sequence[str]) -> Dict[str, str]:
-    own, base = values.get("baseUrlByFormat") or {}, values.get("baseUrl")
-    urls = {wire: own.get(wire) or base for wire in WIRES}
-    urls["responses"] = urls["responses"] or own.get("openai")
-    missing = [wire for wire in formats if not urls[wire]]
-    said_badly = "baseUrl" in values and base is None  # already noted
-    if missing and not said_badly and None not in own.values():
-        notes.error(
-            _join(path, "baseUrl"),
-            "there is no base URL for the format %s" % missing[0],
-            "add baseUrl, or baseUrlByFormat.%s" % missing[0],
-        )
-    return {wire: url for wire, url in urls.items() if url}
-
-
 def _auths_of(values: Dict[str, Any]) -> Dict[str, Auth]:
-    own, all_ = values.get("authByFormat") or {}, values.get("auth")
-    return {wire: own.get(wire) or all_ or Auth("x-api-key" if wire == "anthropic" else "bearer") for wire in WIRES}
+    own, common = values.get("auth_by_format", {}), values.get("auth")
+    return {wire: own.get(wire) or common or Auth("x-api-key" if wire == "anthropic" else "bearer") for wire in WIRES}
 
 
-def _key_of(notes: _Notes, path: str, values: Dict[str, Any], environ: Mapping[str, str]) -> str:
-    name = values.get("apiKeyEnv") or ""
-    return _env_secret(notes, environ, name, _join(path, "apiKeyEnv")) or values.get("apiKey") or ""
+# ----- what names mean -----
 
 
-def _env_secret(notes: _Notes, environ: Mapping[str, str], name: str, path: str) -> str:
-    value = environ.get(name, "").strip() if name else ""
-    if not _SECRET.fullmatch(value):
-        notes.error(path, "the variable %s holds a character that no key has" % one_line(name, 80), "set it again")
-        return ""
-    return value
+def bare_name(name: str) -> str:
+    """`name` without a trailing `[...]`, with which clients mark variants such as `[1m]`."""
+    return name[: name.rindex("[")] if name.endswith("]") and "[" in name else name
 
 
-def _check_provider(notes: _Notes, path: str, provider: Provider, values: Dict[str, Any]) -> None:
-    has_key = provider.api_key or values.get("apiKeyEnv")
-    hosts = [urlsplit(url).hostname or "" for url in provider.base_urls.values()]
-    wants_key = any(provider.auths[wire].type != "none" for wire in provider.formats)
-    if not has_key and wants_key and not provider.headers and not all(map(is_loopback, hosts)):
-        notes.warn(path, "the provider has no key", 'add apiKey or apiKeyEnv, or auth {"type": "none"}')
-    if values.get("format") and values["format"] not in provider.formats:
-        notes.warn(path, "the preferred format %s is not one of its formats" % values["format"], "add it to formats")
-    for model in provider.models:
-        if model.formats and not set(model.formats) & set(provider.formats):
-            notes.warn(
-                path, "the model %s has no format that its provider speaks" % one_line(model.id, 80), "correct formats"
-            )
+class ModelIndex:
+    """What model names mean in a configuration, indexed so that no look-up grows with its size. Disabled entries mean
+    nothing. aliases: name or pattern -> model refs. names: all a client may list, `provider/model` and plain aliases."""
 
-
-def _read_models(notes: _Notes, path: str, value: Any) -> Tuple[_Place, ...]:
-    if isinstance(value, str):
-        value = [value]
-    if not notes.is_a(path, value, list, "a list"):
-        return ()
-    places = tuple(filter(None, (_read_model(notes, "%s[%d]" % (path, i), raw) for i, raw in enumerate(value))))
-    named = [(place.path, place.value.id) for place in places]
-    _check_duplicates(notes, named, "model", str)
-    _check_model_names(notes, places)
-    return places
-
-
-def _read_model(notes: _Notes, path: str, raw: Any) -> Optional[_Place]:
-    if isinstance(raw, str):
-        raw = {"id": raw}
-    if not notes.is_a(path, raw, dict, "text or an object"):
-        return None
-    before = notes.lenient
-    notes.lenient = before or _is_off(raw, "model")
-    values = _read_object(notes, path, raw, "model", {})
-    if find_key(raw, "model", "id") is None:
-        notes.error(path, "the model has no id", 'add "id"')
-    notes.lenient = before
-    if not values.get("id"):
-        return None
-    refs = values.get("fallbackModels") or ()
-    model = Model(
-        values["id"],
-        values.get("aliases") or (),
-        values.get("formats") or (),
-        values.get("enabled") is not False,
-        values.get("contextWindow"),
-        values.get("maxOutputTokens"),
-        values.get("cost"),
-        values.get("metadata"),
-        tuple(ref for _, ref in refs),
-    )
-    return _Place(path, model, (), refs)
-
-
-def _check_model_names(notes: _Notes, places: Sequence[_Place]) -> None:
-    """Names that two models of one provider share: whoever asks for one gets the first."""
-    owners = {place.value.id: place for place in places}
-    folded: Dict[str, str] = {}
-    for place in places:
-        twin = folded.setdefault(place.value.id.lower(), place.value.id)
-        if twin != place.value.id:
-            notes.warn(
-                place.path,
-                "differs from the model %s only in case" % one_line(twin, 80),
-                "remove one, if they are the same",
-            )
-    for place in places:
-        for alias in place.value.aliases:
-            if owners.setdefault(alias, place) is not place:
-                notes.warn(
-                    place.path,
-                    "its alias %s also means %s" % (one_line(alias, 80), owners[alias].value.id),
-                    "rename one of them",
-                )
-
-
-_READERS: Dict[str, Callable[..., Any]] = {
-    "alias_map": _read_alias_map,
-    "any": _read_any,
-    "auth": _read_auth,
-    "auth_map": _read_auth_map,
-    "auth_type": _read_auth_type,
-    "betas": _read_betas,
-    "flag": _read_flag,
-    "header_name": _read_header_name,
-    "header_value": _read_header_value,
-    "headers": _read_headers,
-    "model_id": _read_model_id,
-    "models": _read_models,
-    "object": _read_plain_object,
-    "origins": _read_origins,
-    "provider_id": _read_provider_id,
-    "providers": _read_providers,
-    "refs": _read_refs,
-    "secret": _read_secret,
-    "text": _read_text,
-    "texts": _read_texts,
-    "timeouts": _read_timeouts,
-    "url": _read_url,
-    "url_map": _read_url_map,
-    "variable": _read_variable,
-    "whole": _read_whole,
-    "wire": _read_wire,
-    "wires": _read_wires,
-}
-
-
-# ----- references -----
-
-
-class Names:
-    """What model names mean in a configuration: an index, so that checking all references stays linear."""
-
-    def __init__(self, providers: Iterable[Provider], aliases: Iterable[str]) -> None:
-        self.aliases = set(aliases)
-        self._patterns = [
-            re.compile(".*".join(map(re.escape, name.split("*")))) for name in self.aliases if "*" in name
-        ]
-        self._refs: Dict[Tuple[str, str], bool] = {}
-        self._owners: Dict[str, Dict[str, None]] = {}
+    def __init__(self, providers: Iterable[Provider], aliases: Mapping[str, Tuple[str, ...]]) -> None:
+        self.aliases = aliases
+        self._models: Dict[Tuple[str, str], Tuple[Provider, Model]] = {}
+        self._owners: Dict[str, Dict[str, Tuple[Provider, Model]]] = {}
+        self._disabled: Set[Tuple[str, str]] = set()
+        self.names = [alias for alias in aliases if "*" not in alias]
         for provider in providers:
             for model in provider.models:
-                self._add(provider, model)
+                self._add(provider, model, "%s/%s" % (provider.id, model.id))
+        patterns = sorted((name for name in aliases if "*" in name), key=lambda name: -len(name.replace("*", "")))
+        self._patterns = [
+            (re.compile(".*".join(map(re.escape, p.split("*"))), re.DOTALL), aliases[p]) for p in patterns
+        ]
 
-    def _add(self, provider: Provider, model: Model) -> None:
-        enabled = provider.enabled and model.enabled
-        for name in (model.id,) + model.aliases:
-            key = (provider.id.lower(), name)
-            self._refs[key] = self._refs.get(key, False) or enabled
-            if enabled and name != "*":
-                self._owners.setdefault(name, {})["%s/%s" % (provider.id, model.id)] = None
+    def _add(self, provider: Provider, model: Model, ref: str) -> None:
+        names = [(provider.id.lower(), name) for name in (model.id,) + model.aliases]
+        if not (provider.enabled and model.enabled):
+            self._disabled.update(names)
+            return
+        for name in names:
+            self._models.setdefault(name, (provider, model))
+            if name[1] != "*":
+                self._owners.setdefault(name[1], {})[ref] = (provider, model)
+        if model.id != "*":
+            self.names.append(ref)
 
-    def judge(self, ref: str, aliases: bool = True, patterns: bool = False) -> str:
-        """ "" when `ref` means one enabled model, else unknown, disabled or ambiguous. aliases, patterns: whether it
-        may also be an alias, or match an alias pattern."""
-        if aliases and ref in self.aliases:
+    def find(self, name: str) -> List[Tuple[Provider, Model]]:
+        """The enabled models that `name` (`provider/model`, or a bare id or alias) means: one, none, or those among which
+        it is ambiguous. A model that `*` passes through bears the id that was asked for."""
+        provider_id, _, model_id = name.partition("/")
+        found = self._models.get((provider_id.lower(), model_id))
+        wild = self._models.get((provider_id.lower(), "*")) if model_id and not found else None
+        if wild:
+            found = (wild[0], wild[1]._replace(id=bare_name(model_id)))  # no upstream knows the suffix (trap 190)
+        return [found] if found else list(self._owners.get(name, {}).values())
+
+    def find_pattern(self, name: str) -> Optional[Tuple[str, ...]]:
+        """The refs of the alias pattern with the longest literal part that `name` matches."""
+        return next((refs for pattern, refs in self._patterns if pattern.fullmatch(name)), None)
+
+    def judge(self, name: str, aliases: bool = True, patterns: bool = False) -> str:
+        """ "" when `name` means one enabled model, else unknown, disabled or ambiguous. aliases, patterns: whether it may
+        also be an alias, or match an alias pattern."""
+        found = self.find(name)
+        if len(found) == 1 or aliases and name in self.aliases or patterns and self.find_pattern(name) is not None:
             return ""
-        provider_id, _, model_id = ref.partition("/")
-        found = self._refs.get((provider_id.lower(), model_id)) if model_id else None
-        if not found and model_id:
-            wild = self._refs.get((provider_id.lower(), "*"))
-            found = wild if wild or found is None else found
-        owners = self._owners.get(ref, {})
-        if found or len(owners) == 1 or patterns and any(pattern.fullmatch(ref) for pattern in self._patterns):
-            return ""
-        return "ambiguous" if owners else "unknown" if found is None else "disabled"
-
-    def near(self, ref: str) -> List[str]:
-        """The names most like `ref`, best first."""
-        names = list(self.aliases) + ["%s/%s" % key for key in self._refs if key[1] != "*"]
-        return nearest(ref, names)
-
-    def owners(self, name: str) -> List[str]:
-        """The enabled models, `provider/model`, that the bare id or alias `name` means."""
-        return list(self._owners.get(name, {}))
-
-
-def _check_references(
-    notes: _Notes, places: Sequence[_Place], aliases: Dict[str, Any], default: Tuple[str, Any]
-) -> None:
-    names = Names([place.value for place in places], aliases)
-    bare = re.sub(r"\[[^\[\]]*\]$", "", default[1] or "")
-    if bare:
-        _check_reference(notes, default[0], bare, names, names.judge(bare, True, True))
-    for refs in aliases.values():
-        for path, ref in refs:
-            _check_reference(notes, path, ref, names, names.judge(ref, aliases=False))
-    for place in places:
-        for model_place in place.models:
-            notes.lenient = not (place.value.enabled and model_place.value.enabled)
-            for path, ref in model_place.fallbacks:
-                _check_reference(notes, path, ref, names, names.judge(ref))
-    notes.lenient = False
-
-
-def _check_reference(notes: _Notes, path: str, ref: str, names: Names, verdict: str) -> None:
-    shown = one_line(ref, 80)
-    if verdict == "unknown":
-        notes.guesses_left -= 1
-        near = names.near(ref) if notes.guesses_left >= 0 else []
-        cure = "did you mean %s?" % near[0] if near else "write provider/model, both as they are configured"
-        notes.error(path, "names the model %s, which is not configured" % shown, cure)
-    elif verdict == "ambiguous":
-        notes.error(
-            path,
-            "names the model %s, which several providers have" % shown,
-            "write one of " + ", ".join(names.owners(ref)),
-        )
-    elif verdict == "disabled":
-        notes.warn(path, "names the model %s, which is disabled" % shown, "enable it or name another")
+        provider_id, _, model_id = name.partition("/")
+        is_off = self._disabled.intersection({(provider_id.lower(), model_id), (provider_id.lower(), "*")})
+        return "ambiguous" if found else "disabled" if model_id and is_off else "unknown"
 
 
 # ----- well-known providers -----
 
 
 class Preset(NamedTuple):
-    """A well-known provider. urls: wire format -> base URL, the preferred format first. variables: where its users
-    keep the key. model: a model that every account has."""
+    """A well-known provider. keys: where its users keep the key, variables without their `_API_KEY`. model: one that
+    every account has. openai, anthropic, responses: base URLs without https://."""
 
     id: str
     name: str
-    urls: Tuple[Tuple[str, str], ...]
-    variables: Tuple[str, ...]
+    keys: str
     model: str
+    openai: str = ""
+    anthropic: str = ""
+    responses: str = ""
 
-
-def _preset(id: str, name: str, url: str, variables: str, model: str, anthropic: str = "") -> Preset:
-    urls = (("openai", url),) + ((("anthropic", anthropic),) if anthropic else ())
-    return Preset(id, name, urls, tuple(variables.split()), model)
+    @property
+    def variables(self) -> List[str]:
+        """Its key variables, the first that is set wins."""
+        return [name + "_API_KEY" for name in self.keys.split()]
 
 
 # In the order in which the first key found gives the default model.
 PRESETS: Tuple[Preset, ...] = (
-    Preset(
-        "openai",
-        "OpenAI",
-        (("openai", "https://api.openai.com/v1"), ("responses", "https://api.openai.com/v1")),
-        ("OPENAI_API_KEY",),
-        "gpt-4o",
-    ),
-    Preset(
-        "anthropic",
-        "Anthropic",
-        (("anthropic", "https://api.anthropic.com"),),
-        ("ANTHROPIC_API_KEY",),
-        "claude-sonnet-4-5",
-    ),
-    _preset("openrouter", "OpenRouter", "https://openrouter.ai/api/v1", "OPENROUTER_API_KEY", "openrouter/auto"),
-    _preset("groq", "Groq", "https://api.groq.com/openai/v1", "GROQ_API_KEY", "llama-3.3-70b-versatile"),
-    _preset(
-        "deepseek",
-        "DeepSeek",
-        "https://api.deepseek.com/v1",
-        "DEEPSEEK_API_KEY",
-        "deepseek-chat",
-        "https://api.deepseek.com/anthropic",
-    ),
-    _preset("mistral", "Mistral", "https://api.mistral.ai/v1", "MISTRAL_API_KEY", "mistral-large-latest"),
-    _preset(
-        "gemini",
-        "Google Gemini",
-        "https://generativelanguage.googleapis.com/v1beta/openai",
-        "GEMINI_API_KEY GOOGLE_API_KEY",
-        "gemini-2.5-flash",
-    ),
-    _preset("xai", "xAI", "https://api.x.ai/v1", "XAI_API_KEY", "grok-4"),
-    _preset(
-        "together",
-        "Together",
-        "https://api.together.xyz/v1",
-        "TOGETHER_API_KEY",
-        "meta-llama/Llama-3.3-70B-Instruct-Turbo",
-    ),
-    _preset("cerebras", "Cerebras", "https://api.cerebras.ai/v1", "CEREBRAS_API_KEY", "llama-3.3-70b"),
-    _preset(
-        "moonshot",
-        "Moonshot",
-        "https://api.moonshot.ai/v1",
-        "MOONSHOT_API_KEY",
-        "kimi-latest",
-        "https://api.moonshot.ai/anthropic",
-    ),
-    _preset("zai", "Z.ai", "https://api.z.ai/api/paas/v4", "ZAI_API_KEY", "glm-4.6", "https://api.z.ai/api/anthropic"),
+    Preset("openai", "OpenAI", "OPENAI", "gpt-4o", "api.openai.com/v1", responses="api.openai.com/v1"),
+    Preset("anthropic", "Anthropic", "ANTHROPIC", "claude-sonnet-4-5", anthropic="api.anthropic.com"),
+    Preset("openrouter", "OpenRouter", "OPENROUTER", "openrouter/auto", "openrouter.ai/api/v1"),
+    Preset("groq", "Groq", "GROQ", "llama-3.3-70b-versatile", "api.groq.com/openai/v1"),
+    Preset("deepseek", "DeepSeek", "DEEPSEEK", "deepseek-chat", "api.deepseek.com/v1", "api.deepseek.com/anthropic"),
+    Preset("mistral", "Mistral", "MISTRAL", "mistral-large-latest", "api.mistral.ai/v1"),
+    Preset("gemini", "Gemini", "GEMINI GOOGLE", "gemini-2.5-flash", "generativelanguage.googleapis.com/v1beta/openai"),
+    Preset("xai", "xAI", "XAI", "grok-4", "api.x.ai/v1"),
+    Preset("together", "Together", "TOGETHER", "meta-llama/Llama-3.3-70B-Instruct-Turbo", "api.together.xyz/v1"),
+    Preset("cerebras", "Cerebras", "CEREBRAS", "llama-3.3-70b", "api.cerebras.ai/v1"),
+    Preset("moonshot", "Moonshot", "MOONSHOT", "kimi-latest", "api.moonshot.ai/v1", "api.moonshot.ai/anthropic"),
+    Preset("zai", "Z.ai", "ZAI", "glm-4.6", "api.z.ai/api/paas/v4", "api.z.ai/api/anthropic"),
 )
 
 
 def preset_document(environ: Mapping[str, str]) -> Optional[Dict[str, Any]]:
     """A configuration of every well-known provider whose key variable is set; None when none is."""
-    found = [(row, name) for row in PRESETS for name in row.variables if environ.get(name, "").strip()]
-    rows = {row.id: (row, name) for row, name in reversed(found)}
+    found = [(row, [name for name in row.variables if environ.get(name, "").strip()]) for row in PRESETS]
+    rows = [(row, names[0]) for row, names in found if names]
     if not rows:
         return None
-    ordered = [rows[row.id] for row in PRESETS if row.id in rows]
-    first = ordered[0][0]
-    return {
-        "version": 1,
-        "defaultModel": "%s/%s" % (first.id, first.model),
-        "providers": [_preset_provider(row, name) for row, name in ordered],
-    }
+    providers = [_preset_provider(row, name) for row, name in rows]
+    return {"version": 1, "defaultModel": "%s/%s" % (rows[0][0].id, rows[0][0].model), "providers": providers}
 
 
 def _preset_provider(row: Preset, variable: str) -> Dict[str, Any]:
-    return {
-        "id": row.id,
-        "name": row.name,
-        "baseUrlByFormat": dict(row.urls),
-        "apiKeyEnv": variable,
-        "formats": [wire for wire, _ in row.urls],
-        "format": row.urls[0][0],
-        "models": ["*"],
-    }
+    urls = {wire: "https://" + getattr(row, wire) for wire in WIRES if getattr(row, wire)}
+    return {"id": row.id, "name": row.name, "baseUrlByFormat": urls, "apiKeyEnv": variable, "models": ["*"]}
 
 
 # ==============================================================================
@@ -1524,109 +1196,79 @@ class ProviderChange(NamedTuple):
     enabled: Optional[bool] = None
 
 
-# Fields of a ProviderChange that are stored as they come: attribute -> key in the file.
-_STORED = (
-    ("name", "name"),
-    ("base_url", "baseUrl"),
-    ("api_key", "apiKey"),
-    ("api_key_env", "apiKeyEnv"),
-    ("enabled", "enabled"),
-)
-
-
 def upsert_provider(document: Dict[str, Any], change: ProviderChange) -> Edit:
     """Add the provider or change what is given of it. UsageError when the result would not be usable.
 
     models: the list becomes the given one; models that were there keep their objects, disabled ones stay.
     """
-    new, providers = _copy_with_providers(document)
-    provider = _find_provider(providers, change.id)
-    is_new = provider is None
-    if provider is None:
-        _require_for_new(change)
-        provider = {"id": change.id}
-        providers.append(provider)
-    for attribute, key in _STORED:
-        if getattr(change, attribute) is not None:
-            _put(provider, "provider", key, getattr(change, attribute))
+    new, providers = _open(document)
+    old = _find_provider(providers, change.id)
+    provider = _new_provider(change) if old is None else old
+    for name in ("name", "base_url", "api_key", "api_key_env", "enabled"):
+        if getattr(change, name) is not None:
+            _put(provider, "provider", name, getattr(change, name))
     _put_formats(provider, change)
     _merge_into(provider, "baseUrlByFormat", change.base_urls)
     _merge_into(provider, "headers", change.headers)
-    if change.auth_type is not None:
-        _put(
-            provider, "provider", "auth", dict(as_dict(get_field(provider, "provider", "auth")), type=change.auth_type)
-        )
-    notes = ["%s provider %s" % ("added" if is_new else "changed", get_field(provider, "provider", "id"))]
+    _merge_into(provider, "auth", change.auth_type and {"type": change.auth_type})
+    notes = ["%s provider %s" % ("added" if old is None else "changed", get_field(provider, "provider", "id"))]
     if change.models is not None:
         notes += _put_models(provider, change.models)
-    if len(providers) == 1 and is_new and get_field(new, "config", "defaultModel") is None and change.models[0] != "*":
-        _put(new, "config", "defaultModel", "%s/%s" % (change.id, change.models[0]))
-        notes.append("default model: %s/%s" % (change.id, change.models[0]))
-    return _checked(document, Edit(new, tuple(notes)))
+    if old is None:
+        providers.append(provider)
+        if len(providers) == 1 and not get_field(new, "config", "defaultModel") and change.models[0] != "*":
+            new["defaultModel"] = "%s/%s" % (change.id, change.models[0])
+            notes.append("default model: " + new["defaultModel"])
+    return _finish(document, new, notes)
 
 
 def remove_provider(document: Dict[str, Any], provider_id: str) -> Edit:
     """Remove a provider and every reference to its models. UsageError when there is none of that id."""
-    new, providers = _copy_with_providers(document)
+    new, providers = _open(document)
     provider = _require_provider(providers, provider_id)
-    kept = [entry for entry in providers if entry is not provider]
-    _put(new, "config", "providers", kept)
-    notes = _drop_lost_references(document, new)
-    return _checked(document, Edit(new, ("removed provider %s" % get_field(provider, "provider", "id"),) + notes))
+    providers.remove(provider)
+    return _finish(document, new, ["removed provider %s" % get_field(provider, "provider", "id")], True)
 
 
 def remove_model(document: Dict[str, Any], provider_id: str, model: str) -> Edit:
     """Remove a model of a provider and every reference to it. UsageError when it is not there, or is the last one."""
-    new, providers = _copy_with_providers(document)
-    provider = _require_provider(providers, provider_id)
-    models = _models_of(provider)
-    found = _require_model(models, provider_id, model)
+    new, models, found, ref = _open_model(document, provider_id, model)
     if len(models) == 1:
-        raise UsageError(
-            "%s is the last model of %s: use remove-provider, or add another first" % (found["id"], provider_id)
-        )
-    _put(provider, "provider", "models", [entry for entry in models if entry is not found])
-    notes = _drop_lost_references(document, new)
-    return _checked(document, Edit(new, ("removed model %s/%s" % (provider_id, found["id"]),) + notes))
+        raise UsageError("%s is the last model of its provider: use remove-provider, or add another first" % ref)
+    models.remove(found)
+    return _finish(document, new, ["removed model " + ref], True)
 
 
 def set_model_fallbacks(document: Dict[str, Any], provider_id: str, model: str, fallbacks: Sequence[str]) -> Edit:
     """Set the ordered fallbacks of a model; an empty list clears them."""
-    new, providers = _copy_with_providers(document)
-    provider = _require_provider(providers, provider_id)
-    models = _models_of(provider)
-    found = _require_model(models, provider_id, model)
-    ref = "%s/%s" % (get_field(provider, "provider", "id"), found["id"])
+    new, _, found, ref = _open_model(document, provider_id, model)
     if any(fallback.lower() == ref.lower() for fallback in fallbacks):
         raise UsageError("%s cannot be its own fallback" % ref)
     _put(found, "model", "fallbackModels", list(dict.fromkeys(fallbacks)))
     if not fallbacks:
-        found.pop("fallbackModels")
-    _put(provider, "provider", "models", models)
-    note = "fallbacks of %s: %s" % (ref, ", ".join(dict.fromkeys(fallbacks)) or "none")
-    return _checked(document, Edit(new, (note,)))
+        del found["fallbackModels"]
+    return _finish(document, new, ["fallbacks of %s: %s" % (ref, ", ".join(dict.fromkeys(fallbacks)) or "none")])
 
 
 def set_model_alias(document: Dict[str, Any], alias: str, targets: Sequence[str]) -> Edit:
     """Let `alias` (a name, or a pattern with *) mean the model refs `targets`, in order; none removes the alias."""
     new = _copy(document)
-    aliases = dict(as_dict(get_field(new, "config", "modelAliases")))
-    if not targets and alias not in aliases:
-        raise UsageError("there is no alias %s%s" % (one_line(alias, 80), _did_you_mean(alias, aliases)))
+    aliases = as_dict(get_field(new, "config", "modelAliases"))
+    _put(new, "config", "modelAliases", aliases)
     if targets:
         aliases[alias] = targets[0] if len(targets) == 1 else list(dict.fromkeys(targets))
-        _put(new, "config", "modelAliases", aliases)
-        return _checked(document, Edit(new, ("alias %s: %s" % (alias, ", ".join(dict.fromkeys(targets))),)))
+        return _finish(document, new, ["alias %s: %s" % (alias, ", ".join(dict.fromkeys(targets)))])
+    if alias not in aliases:
+        raise UsageError("there is no alias %s%s" % (one_line(alias, 80), _did_you_mean(alias, aliases)))
     del aliases[alias]
-    _put(new, "config", "modelAliases", aliases)
-    return _checked(document, Edit(new, ("removed alias %s" % alias,) + _drop_lost_references(document, new)))
+    return _finish(document, new, ["removed alias %s" % alias], True)
 
 
 def set_default_model(document: Dict[str, Any], model: str) -> Edit:
     """Set the model that `smart` and requests without a model use."""
     new = _copy(document)
     _put(new, "config", "defaultModel", model)
-    return _checked(document, Edit(new, ("default model: %s" % model,)))
+    return _finish(document, new, ["default model: %s" % model])
 
 
 def set_master_key(document: Dict[str, Any], key: str) -> Edit:
@@ -1635,81 +1277,42 @@ def set_master_key(document: Dict[str, Any], key: str) -> Edit:
         raise UsageError("the master key is empty: give one, or use --generate")
     new = _copy(document)
     _put(new, "config", "masterKey", key.strip())
-    return _checked(document, Edit(new, ("master key set",)))
+    return _finish(document, new, ["master key set"])
 
 
-def mask_document(document: Any, kind: str = "config") -> Any:
-    """A copy of a document (or of one object of it) with every key masked, fit to be shown."""
-    if not isinstance(document, dict):
-        return document
-    canonical = _CANONICAL.get(kind, {})
-    return {name: _mask_value(canonical.get(name, name), value) for name, value in document.items()}
+# ----- masking -----
 
-
-_SECRET_FIELDS = ("masterKey", "apiKey")
 _SECRET_WORDS = re.compile(r"key|secret|token|auth|credential|password|cookie", re.IGNORECASE)
 _SECRET_QUERY = re.compile(r"([?&][^=&#]*(?:key|secret|token|sig|password)[^=&#]*=)[^&#]+", re.IGNORECASE)
 # Headers whose values are no secrets; the value of any other is masked.
-_PLAIN_HEADERS = (
-    "accept",
-    "anthropic-beta",
-    "anthropic-version",
-    "http-referer",
-    "openai-beta",
-    "referer",
-    "user-agent",
-    "x-title",
-)
+_PLAIN_HEADERS = "accept anthropic-beta anthropic-version http-referer openai-beta referer user-agent x-title".split()
 
 
-def _mask_value(key: str, value: Any) -> Any:
-    if key in _SECRET_FIELDS and isinstance(value, str):
-        return mask(value)
-    if key in ("baseUrl", "baseUrlByFormat"):
-        return _mask_urls(value)
-    if key == "apiKeyEnv" and isinstance(value, str):
-        return value if _VARIABLE.fullmatch(value) else mask(value)
-    if key == "providers":
-        return _mask_providers(value)
-    if key == "headers":
-        return {name: _mask_header(name, text) for name, text in as_dict(value).items()}
-    if key in ("auth", "authByFormat"):
-        return value
-    return _mask_foreign(key, value)
-
-
-def _mask_providers(value: Any) -> Any:
-    if isinstance(value, list):
-        return [mask_document(entry, "provider") for entry in value]
-    if get_field(as_dict(value), "provider", "id") is not None:
-        return mask_document(value, "provider")
-    return {name: mask_document(entry, "provider") for name, entry in as_dict(value).items()}
-
-
-def _mask_urls(value: Any) -> Any:
+def mask_document(value: Any, under: str = "") -> Any:
+    """A copy of a document, or of what stands in it under the key `under`, with every secret masked, fit to be shown.
+    Keys that nobody knows may hold secrets as well: texts under a telling name, at any depth."""
     if isinstance(value, dict):
-        return {name: _mask_urls(entry) for name, entry in value.items()}
+        return {name: mask_document(entry, _secret_name(name, under)) for name, entry in value.items()}
     if isinstance(value, list):
-        return [_mask_urls(entry) for entry in value]
-    return mask_url(value) if isinstance(value, str) else value
+        return [mask_document(entry, under) for entry in value]
+    if not isinstance(value, str):
+        return value if value is None or under != "header key" else "***"
+    if under in ("baseUrl", "baseUrlByFormat"):
+        return mask_url(value)
+    is_plain = under == "apiKeyEnv" and _VARIABLE.fullmatch(value) or not _SECRET_WORDS.search(under)
+    return value if is_plain else mask(value)
+
+
+def _secret_name(name: str, under: str) -> str:
+    if under == "headers":
+        return "" if name.lower() in _PLAIN_HEADERS else "header key"
+    field = _FIELD_OF["provider"].get(name)
+    return under if under == "baseUrlByFormat" else field.key if field else name
 
 
 def mask_url(url: str) -> str:
     """A URL without passwords, and with the keys in its query masked."""
     return _SECRET_QUERY.sub(r"\1***", re.sub(r"//[^/?#]*@", "//***@", url))
-
-
-def _mask_header(name: str, value: Any) -> Any:
-    return value if value is None or name.lower() in _PLAIN_HEADERS else mask(str(value))
-
-
-def _mask_foreign(key: str, value: Any) -> Any:
-    """Keys nobody knows may hold secrets as well: texts under a telling name, at any depth."""
-    if isinstance(value, dict):
-        return {name: _mask_foreign(name, entry) for name, entry in value.items()}
-    if isinstance(value, list):
-        return [_mask_foreign(key, entry) for entry in value]
-    return mask(value) if isinstance(value, str) and _SECRET_WORDS.search(key) else value
 
 
 # ----- the document -----
@@ -1721,29 +1324,28 @@ def _copy(value: Any) -> Any:
     return [_copy(entry) for entry in value] if isinstance(value, list) else value
 
 
-def _copy_with_providers(document: Dict[str, Any]) -> Tuple[Dict[str, Any], List[Any]]:
+def _open(document: Dict[str, Any]) -> Tuple[Dict[str, Any], List[Any]]:
     """A copy of the document whose providers are a list; also that list."""
     new = _copy(document)
     value = get_field(new, "config", "providers")
-    providers = value if isinstance(value, list) else [raw for _, raw in provider_entries(value)]
-    if value is None or providers is not value:
-        _put(new, "config", "providers", providers)
-    return new, providers
+    if not isinstance(value, list):
+        value = [raw for _, raw in provider_entries("", value) if isinstance(raw, dict)]
+        _put(new, "config", "providers", value)
+    return new, value
 
 
-def _put(raw: Dict[str, Any], kind: str, key: str, value: Any) -> None:
+def _put(raw: Dict[str, Any], kind: str, name: str, value: Any) -> None:
     """Set a field under its canonical spelling, in place of any other; other keys keep their order."""
-    others = [name for name in SPELLINGS[kind][key] if name in raw and name != key]
-    for name in others:
-        del raw[name]
+    key = _FIELD_OF[kind][name].key
+    for other in SPELLINGS[kind][key]:
+        if other != key:
+            raw.pop(other, None)
     raw[key] = value
 
 
 def _find_provider(providers: Sequence[Any], provider_id: str) -> Optional[Dict[str, Any]]:
-    for entry in providers:
-        if isinstance(entry, dict) and as_text(get_field(entry, "provider", "id")).lower() == provider_id.lower():
-            return entry
-    return None
+    named = ((as_text(get_field(as_dict(entry), "provider", "id")), entry) for entry in providers)
+    return next((entry for id_, entry in named if id_ and id_.lower() == provider_id.lower()), None)
 
 
 def _require_provider(providers: Sequence[Any], provider_id: str) -> Dict[str, Any]:
@@ -1755,7 +1357,6 @@ def _require_provider(providers: Sequence[Any], provider_id: str) -> Dict[str, A
 
 
 def _models_of(provider: Dict[str, Any]) -> List[Any]:
-    """The provider's models; plain names become objects only where a change needs one."""
     value = get_field(provider, "provider", "models")
     return [value] if isinstance(value, str) else as_list(value)
 
@@ -1764,41 +1365,38 @@ def _model_id(entry: Any) -> str:
     return entry if isinstance(entry, str) else as_text(get_field(as_dict(entry), "model", "id"))
 
 
-def _require_model(models: List[Any], provider_id: str, model: str) -> Dict[str, Any]:
-    """The model's object, put into `models` in place of a plain name.
+def _open_model(document: Dict[str, Any], provider_id: str, model: str) -> Tuple[Dict[str, Any], List[Any], Any, str]:
+    """A copy of the document, the models of a provider in it, one of them as an object, and its ref.
 
-    `model`: its id or an alias, with or without the provider's id in front.
+    `model`: its id or an alias, with or without the provider's id in front. A plain name becomes an object.
     """
+    new, providers = _open(document)
+    provider = _require_provider(providers, provider_id)
+    models = _models_of(provider)
+    _put(provider, "provider", "models", models)
     prefix = provider_id.lower() + "/"
-    names = (model, model[len(prefix) :]) if model.lower().startswith(prefix) else (model,)
-    for name in names:
+    for name in (model, model[len(prefix) :]) if model.lower().startswith(prefix) else (model,):
         for i, entry in enumerate(models):
             if _model_id(entry) == name or name in as_list(get_field(as_dict(entry), "model", "aliases")):
-                if isinstance(entry, str):
-                    models[i] = {"id": entry}
-                return models[i]
-    known = [_model_id(entry) for entry in models]
-    raise UsageError("%s has no model %s%s" % (provider_id, one_line(model, 80), _did_you_mean(model, known)))
+                models[i] = {"id": entry} if isinstance(entry, str) else entry
+                return new, models, models[i], "%s/%s" % (get_field(provider, "provider", "id"), _model_id(entry))
+    near = _did_you_mean(model, map(_model_id, models))
+    raise UsageError("%s has no model %s%s" % (provider_id, one_line(model, 80), near))
 
 
 def _did_you_mean(name: str, known: Iterable[str]) -> str:
-    known = [entry for entry in known if entry]
+    known = list(filter(None, known))
     near = nearest(name, known)
-    if near:
-        return "; did you mean %s?" % near[0]
-    return "; there are " + ", ".join(known[:10]) if known else ""
+    return "; did you mean %s?" % near[0] if near else "; there are " + ", ".join(known[:10]) if known else ""
 
 
-def _require_for_new(change: ProviderChange) -> None:
-    missing = []
-    if not change.base_url and not change.base_urls:
-        missing.append("--base-url=URL")
-    if not change.models:
-        missing.append("--models=NAME,... (or --models=* for any)")
+def _new_provider(change: ProviderChange) -> Dict[str, Any]:
+    missing = [] if change.base_url or change.base_urls else ["--base-url=URL"]
+    missing += [] if change.models else ["--models=NAME,... (or --models=* for any)"]
     if missing:
-        raise UsageError(
-            "there is no provider %s yet; to add it, give %s as well" % (one_line(change.id, 80), " and ".join(missing))
-        )
+        shown = one_line(change.id, 80), " and ".join(missing)
+        raise UsageError("there is no provider %s yet; to add it, give %s as well" % shown)
+    return {"id": change.id}
 
 
 def _put_formats(provider: Dict[str, Any], change: ProviderChange) -> None:
@@ -1809,112 +1407,82 @@ def _put_formats(provider: Dict[str, Any], change: ProviderChange) -> None:
         return
     _put(provider, "provider", "format", change.format)
     formats = as_list(get_field(provider, "provider", "formats"))
-    spoken = [_WIRE_ALIASES.get(entry, entry) for entry in formats if isinstance(entry, str)]
-    if formats and _WIRE_ALIASES.get(change.format, change.format) not in spoken:
-        _put(
-            provider,
-            "provider",
-            "formats",
-            [change.format] if len(formats) == 1 and change.formats is None else formats + [change.format],
-        )
+    if formats and _wire_of(change.format) not in [_wire_of(entry) for entry in formats if isinstance(entry, str)]:
+        kept = [] if len(formats) == 1 and change.formats is None else formats
+        _put(provider, "provider", "formats", kept + [change.format])
 
 
-def _merge_into(provider: Dict[str, Any], key: str, entries: Optional[Dict[str, Any]]) -> None:
+def _merge_into(provider: Dict[str, Any], key: str, entries: Any) -> None:
     if entries:
-        kept = as_dict(get_field(provider, "provider", key))
         changed = {name.lower() for name in entries}
-        merged = {name: value for name, value in kept.items() if _WIRE_ALIASES.get(name, name).lower() not in changed}
-        _put(provider, "provider", key, dict(merged, **entries))
+        old = as_dict(get_field(provider, "provider", key))
+        kept = {name: value for name, value in old.items() if _wire_of(name) not in changed}
+        _put(provider, "provider", key, dict(kept, **entries))
 
 
 def _put_models(provider: Dict[str, Any], names: Sequence[str]) -> List[str]:
     """Make `names` the provider's models; what became of the old ones."""
     old = _models_of(provider)
     by_id = {_model_id(entry): entry for entry in reversed(old)}
-    names = list(dict.fromkeys(names))
-    models = [by_id.get(name, {"id": name}) for name in names]
-    disabled = [
-        entry for entry in old if isinstance(entry, dict) and _is_off(entry, "model") and _model_id(entry) not in names
-    ]
+    gone = [entry for entry in old if _model_id(entry) not in names]
+    disabled = [entry for entry in gone if isinstance(entry, dict) and _is_off(entry, "model")]
+    models = [by_id.get(name, {"id": name}) for name in dict.fromkeys(names)]
     _put(provider, "provider", "models", models + disabled)
-    kept = {id(entry) for entry in models + disabled}
-    dropped = [_model_id(entry) for entry in old if id(entry) not in kept and _model_id(entry) not in names]
-    notes = ["models: %s" % ", ".join(names)]
-    return notes + (["no longer listed: %s" % ", ".join(dropped)] if dropped else [])
+    dropped = ", ".join(_model_id(entry) for entry in gone if entry not in disabled)
+    return ["models: %s" % ", ".join(dict.fromkeys(names))] + (["no longer listed: " + dropped] if dropped else [])
 
 
-# ----- references that an edit would leave dangling -----
+# ----- what an edit would break -----
 
 
-def _names_of(document: Dict[str, Any]) -> Names:
-    providers = [
-        place.value
-        for place in _read_providers(_Notes(), "providers", get_field(document, "config", "providers") or [], {})
-    ]
-    return Names(providers, as_dict(get_field(document, "config", "modelAliases")))
-
-
-def _drop_lost_references(old: Dict[str, Any], new: Dict[str, Any]) -> Tuple[str, ...]:
-    """Remove from `new` every reference that meant a model in `old` and means none any more; says which."""
-    notes: List[str] = []
-    before, found = _names_of(old), True
-    while found:
-        after, found = _names_of(new), False
-        for drop in (_drop_from_aliases, _drop_from_fallbacks, _drop_default):
-            lost = drop(new, lambda ref, aliases: before.judge(ref, aliases) != "unknown" == after.judge(ref, aliases))
-            notes += lost
-            found = found or bool(lost)
-    return tuple(notes)
-
-
-def _drop_from_aliases(document: Dict[str, Any], is_lost: Callable[[str, bool], bool]) -> List[str]:
-    notes = []
-    aliases = as_dict(get_field(document, "config", "modelAliases"))
-    for name, value in list(aliases.items()):
-        refs = [value] if isinstance(value, str) else as_list(value)
-        kept = [ref for ref in refs if not (isinstance(ref, str) and is_lost(ref, False))]
-        if len(kept) < len(refs):
-            notes.append("alias %s no longer leads to %s" % (name, ", ".join(ref for ref in refs if ref not in kept)))
-            if kept:
-                aliases[name] = kept
-            else:
-                del aliases[name]
-                notes.append("removed alias %s" % name)
-    return notes
-
-
-def _drop_from_fallbacks(document: Dict[str, Any], is_lost: Callable[[str, bool], bool]) -> List[str]:
-    notes = []
-    for provider in as_list(get_field(document, "config", "providers")):
-        for model in _models_of(as_dict(provider)):
-            refs = get_field(as_dict(model), "model", "fallbackModels")
-            refs = [refs] if isinstance(refs, str) else as_list(refs)
-            lost = [ref for ref in refs if isinstance(ref, str) and is_lost(ref, True)]
-            if lost:
-                _put(model, "model", "fallbackModels", [ref for ref in refs if ref not in lost])
-                place = "%s/%s" % (get_field(provider, "provider", "id"), _model_id(model))
-                notes.append("%s no longer falls back to %s" % (place, ", ".join(lost)))
-    return notes
-
-
-def _drop_default(document: Dict[str, Any], is_lost: Callable[[str, bool], bool]) -> List[str]:
-    ref = get_field(document, "config", "defaultModel")
-    if not isinstance(ref, str) or not is_lost(ref, True):
-        return []
-    del document[find_key(document, "config", "defaultModel") or ""]
-    return ["there is no default model any more: it was %s" % ref]
-
-
-def _checked(old: Dict[str, Any], edit: Edit) -> Edit:
-    """The edit, refused with UsageError when it brings in an error that was not there before."""
+def _finish(old: Dict[str, Any], new: Dict[str, Any], notes: List[str], drops: bool = False) -> Edit:
+    """The edit, refused with UsageError when it brings in an error that was not there before. drops: references that it
+    left dangling go as well."""
+    notes += _drop_references(old, new) if drops else []
     known = [problem.message for problem in find_problems(old) if problem.level == "error"]
-    for problem in find_problems(edit.document):
-        if problem.level != "error":
-            continue
-        if problem.message not in known:
-            raise UsageError(show_problem(problem))
-        known.remove(problem.message)
-    return edit
+    for problem in find_problems(new):
+        if problem.level == "error":
+            if problem.message not in known:
+                raise UsageError(show_problem(problem))
+            known.remove(problem.message)
+    return Edit(new, tuple(notes))
+
+
+def _drop_references(old: Dict[str, Any], new: Dict[str, Any]) -> List[str]:
+    """Remove from `new` every reference that meant a model in `old` and means none any more; says which."""
+    notes, before, found = [], _index_of(old), True
+    while found:  # an alias that goes takes along what led to it
+        after, found = _index_of(new), False
+        for holder, key, aliases, words, emptied in _references_in(new):
+            refs = [holder[key]] if isinstance(holder[key], str) else as_list(holder[key])
+            known = [ref for ref in refs if isinstance(ref, str) and before.judge(ref, aliases) != "unknown"]
+            lost = [ref for ref in known if after.judge(ref, aliases) == "unknown"]
+            if lost:
+                found, holder[key] = True, [ref for ref in refs if ref not in lost]
+                notes.append("%s %s" % (words, ", ".join(lost)))
+            if lost and emptied and not holder[key]:
+                del holder[key]
+                notes.append(emptied)
+    return notes
+
+
+def _index_of(document: Dict[str, Any]) -> ModelIndex:
+    config = scan_config(document, {})[0]
+    return ModelIndex(config.providers, config.aliases)
+
+
+def _references_in(document: Dict[str, Any]) -> List[Tuple[Dict[str, Any], str, bool, str, str]]:
+    """Where references stand: the object, its key, whether they may name aliases, what to say of one that is dropped, and
+    of a key that goes with its last one."""
+    aliases = as_dict(get_field(document, "config", "modelAliases"))
+    rows = [(aliases, a, False, "alias %s no longer leads to" % a, "removed alias %s" % a) for a in aliases]
+    for provider in map(as_dict, as_list(get_field(document, "config", "providers"))):
+        for model in map(as_dict, _models_of(provider)):
+            key = find_key(model, "model", "fallbackModels")
+            place = "%s/%s" % (get_field(provider, "provider", "id"), _model_id(model))
+            rows += [(model, key, True, place + " no longer falls back to", "")] if key else []
+    key = find_key(document, "config", "defaultModel")
+    return rows + ([(document, key, True, "the default model was", "there is no default model")] if key else [])
 
 
 # ==============================================================================
@@ -2002,6 +1570,8 @@ class EventSplitter:
 def parse_events(raw: bytes) -> List[SseEvent]:
     """The events in `raw`, which must be cut at event borders. Comments, ids and retry fields are dropped."""
     text = str(raw, "utf-8", "replace")
+    if text[:1] == "\ufeff":  # one byte order mark at the start is no part of the stream (WHATWG)
+        text = text[1:]
     if "\r" in text:
         text = text.replace("\r\n", "\n").replace("\r", "\n")
     events = []
@@ -2026,14 +1596,10 @@ class SseDecoder:
 
     def __init__(self, max_event_bytes: int = MAX_EVENT_BYTES) -> None:
         self._splitter = EventSplitter(max_event_bytes)
-        self._started = False
 
     def feed(self, data: bytes) -> List[SseEvent]:
         """Events completed by `data`. UpstreamError for an event above the limit."""
         whole = self._splitter.feed(data)
-        if whole and not self._started:
-            self._started = True
-            whole = whole[3:] if whole.startswith(b"\xef\xbb\xbf") else whole
         return parse_events(whole) if whole else []
 
     def finish(self) -> List[SseEvent]:
@@ -2646,7 +2212,7 @@ def looks_gzipped(data: bytes) -> bool:
 
 def inflate(data: bytes, encoding: str, max_bytes: int) -> bytes:
     """`data` without its content coding (RFC 9110 8.4.1): gzip of any number of members, deflate with or without
-    zlib's wrapper, identity. RouterError: 413 when more than `max_bytes` would come out, 400 corrupt, 415 other codings."""
+    zlib's wrapper, identity. RouterError: 413 above `max_bytes` of output, 400 corrupt, 415 other codings."""
     inflater = Inflater(encoding, max_bytes, RouterError)
     plain = inflater.feed(data)
     inflater.finish()
@@ -2996,34 +2562,24 @@ def _read_answer_length(values: Sequence[str]) -> int:
 Extra = Optional[Dict[str, Dict[str, Any]]]
 
 
-class Text(Value):
+class _Words(Value):
+    __slots__ = ("text", "extra")
+
+    def __init__(self, text: str, extra: Extra = None) -> None:
+        self.text = text
+        self.extra = extra
+
+
+class Text(_Words):
     """Plain text."""
 
-    __slots__ = ("text", "extra")
 
-    def __init__(self, text: str, extra: Extra = None) -> None:
-        self.text = text
-        self.extra = extra
-
-
-class Refusal(Value):
+class Refusal(_Words):
     """The model's words for declining (OpenAI's `refusal`); other formats show them as text."""
 
-    __slots__ = ("text", "extra")
 
-    def __init__(self, text: str, extra: Extra = None) -> None:
-        self.text = text
-        self.extra = extra
-
-
-class Thinking(Value):
+class Thinking(_Words):
     """Reasoning text. `extra` holds what proves or continues it: signature, encrypted content, details."""
-
-    __slots__ = ("text", "extra")
-
-    def __init__(self, text: str, extra: Extra = None) -> None:
-        self.text = text
-        self.extra = extra
 
 
 class Media(Value):
@@ -3167,14 +2723,8 @@ class Usage(NamedTuple):
 
 
 # Why an answer ended, in the neutral form: the words of Anthropic's stop_reason, which tell most apart.
-STOP_REASONS = (
-    "end_turn",
-    "max_tokens",
-    "stop_sequence",
-    "tool_use",
-    "refusal",
-    "pause_turn",
-    "model_context_window_exceeded",
+STOP_REASONS = tuple(
+    "end_turn max_tokens stop_sequence tool_use refusal pause_turn model_context_window_exceeded".split()
 )
 
 
@@ -3330,32 +2880,25 @@ def own_extra(value: Any, wire: str) -> Dict[str, Any]:
 
 def fold(events: Iterable[Any]) -> Union[ChatResponse, ErrorInfo]:
     """A whole stream as one answer; its ErrorInfo when it failed."""
-    started, blocks, deltas = Started("", ""), [], []
+    begun, blocks, deltas = Started("", ""), [], []
     for event in events:
         if isinstance(event, Delta):
             deltas.append(event.text)
         elif isinstance(event, Opened):
-            blocks.append(_copy_block(event.block))
-            deltas = []
+            blocks.append(event.block)
+            deltas = [block_text(event.block)]
         elif isinstance(event, Extended):
+            blocks[-1] = with_text(blocks[-1], block_text(blocks[-1]))
             _extend(blocks[-1], event)
-        elif isinstance(event, Closed):
-            _add_text(blocks[-1], "".join(deltas))
+        elif isinstance(event, Closed) and len(deltas) > 1:
+            blocks[-1] = with_text(blocks[-1], "".join(deltas))
         elif isinstance(event, Started):
-            started = event
+            begun = event
         elif isinstance(event, Failed):
             return event.error
         elif isinstance(event, Finished):
-            return ChatResponse(
-                started.id,
-                started.model,
-                blocks,
-                event.stop_reason,
-                event.stop_sequence,
-                event.usage,
-                started.created,
-                event.extra,
-            )
+            ended = (event.stop_reason, event.stop_sequence, event.usage)
+            return ChatResponse(begun.id, begun.model, blocks, *ended, begun.created, event.extra)
     return ErrorInfo(502, "the stream ended before the answer was complete", code="truncated")
 
 
@@ -3363,47 +2906,37 @@ def unfold(response: ChatResponse) -> Iterator[Any]:
     """A whole answer as the stream events it would have been: `fold(unfold(r)) == r`."""
     yield Started(response.id, response.model, response.usage, response.created)
     for block in response.blocks:
-        text = _get_text(block)
-        yield Opened(_without_text(block) if text else block)
+        text = block_text(block)
+        yield Opened(with_text(block, "") if text else block)
         if text:
             yield Delta(text)
         yield Closed()
     yield Finished(response.stop_reason, response.stop_sequence, response.usage, response.extra)
 
 
-def _text_slot(block: Any) -> str:
-    return "arguments" if isinstance(block, ToolCall) else "text"
+def block_text(block: Any) -> str:
+    """The text of a block that deltas add to: of a call its arguments, "" for a block without any."""
+    return block.arguments if isinstance(block, ToolCall) else getattr(block, "text", "")
 
 
-def _get_text(block: Any) -> str:
-    return getattr(block, _text_slot(block), "")
-
-
-def _copy_block(block: Any) -> Any:
-    return type(block)(*block._fields())
-
-
-def _without_text(block: Any) -> Any:
-    copy = _copy_block(block)
-    setattr(copy, _text_slot(block), "")
+def with_text(block: Any, text: str) -> Any:
+    """The block with another text (block_text)."""
+    copy = type(block)(*block._fields())
+    setattr(copy, "arguments" if isinstance(block, ToolCall) else "text", text)
     return copy
 
 
-def _add_text(block: Any, text: str) -> None:
-    if text:
-        setattr(block, _text_slot(block), _get_text(block) + text)
-
-
 def _extend(block: Any, event: Extended) -> None:
-    bags = {wire: dict(bag) for wire, bag in (block.extra or {}).items()}
-    bag = bags.setdefault(event.wire, {})
+    bag = dict(own_extra(block, event.wire))
     for key, value in event.values.items():
         bag[key] = bag[key] + value if isinstance(value, (str, list)) and type(bag.get(key)) is type(value) else value
-    block.extra = bags
+    block.extra = {**(block.extra or {}), event.wire: bag}
 
 
-# Tools that take free text (kind "custom", OpenAI's grammar tools) where only JSON functions are known: shared by
-# every wire format. The later translation applies them; a wire format's own section need not.
+# Tools that take free text (kind "custom", OpenAI's grammar tools) where only JSON functions are known: TRANSLATION
+# offers them as functions of one string and turns the calls back.
+
+_CUSTOM_SCHEMA = {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}
 
 
 def tool_grammar(tool: Tool) -> Tuple[str, str]:
@@ -3425,13 +2958,7 @@ def custom_as_function(tool: Tool) -> Tool:
     notes = [tool.description] if tool.description else []
     if definition:
         notes.append("The input must follow this %s grammar:\n%s" % (syntax or "lark", definition))
-    schema = {
-        "type": "object",
-        "properties": {"input": {"type": "string"}},
-        "required": ["input"],
-        "additionalProperties": False,
-    }
-    return tool._replace(description="\n\n".join(notes), schema=schema, kind="function", strict=None)
+    return tool._replace(description="\n\n".join(notes), schema=_CUSTOM_SCHEMA, kind="function", strict=None)
 
 
 def custom_call_as_function(call: ToolCall) -> ToolCall:
@@ -3445,12 +2972,253 @@ def custom_input(arguments: str) -> str:
         value = load_json(arguments)
     except RouterError:
         return arguments
-    if isinstance(value, str):
+    if isinstance(value, dict):
+        value = next(iter(value.values()), "") if len(value) < 2 else value.get("input")
+    return value if isinstance(value, str) else arguments
+
+
+# Arguments of tools.
+
+# The key under which arguments that are no JSON object are put, where the format demands an object (trap 42).
+RAW_ARGUMENTS = "_raw"
+
+
+def arguments_text(value: Any) -> str:
+    """Arguments as text; some clients and servers send the object itself."""
+    if value is None or isinstance(value, str):
+        return value or ""
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
+
+
+def arguments_object(arguments: str) -> Dict[str, Any]:
+    """Arguments as an object (trap 42): nothing and null are {}, an object in a string (encoded twice) is unwrapped,
+    anything else is kept under RAW_ARGUMENTS."""
+    if not arguments.strip():
+        return {}
+    try:
+        value = load_json(arguments)
+        value = load_json(value) if isinstance(value, str) else value
+    except RouterError:
+        return {RAW_ARGUMENTS: arguments}
+    return value if isinstance(value, dict) else {} if value is None else {RAW_ARGUMENTS: arguments}
+
+
+def unique_id(wanted: str, taken: Set[str]) -> str:
+    """`wanted`, or with a number behind it when it is in `taken`, which gets the result (trap 38)."""
+    name, number = wanted, 0
+    while name in taken:
+        number += 1
+        name = "%s_%d" % (wanted, number)
+    taken.add(name)
+    return name
+
+
+# Conversations.
+
+NO_RESULT = "(no result)"
+
+
+def tidy_messages(messages: Iterable[Message]) -> List[Message]:
+    """A conversation as every upstream wants it; TRANSLATION does this before it renders a request in any format.
+
+    Empty text and empty turns are left out (trap 82), neighbours of one role are one turn unless their `extra` differs.
+    Calls come last in their turn (80) under ids of their own (38), and the very next turn, a user's, begins with their
+    results in the same order (77): a call without one gets NO_RESULT (79), a second one is dropped (81). A result
+    without a call becomes text (78).
+    """
+    return _join_turns(_place_results(_join_turns(messages)))
+
+
+def _join_turns(messages: Iterable[Message]) -> List[Message]:
+    merged: List[Message] = []
+    for role, blocks, extra in messages:
+        kept = [block for block in blocks if getattr(block, "text", "-").strip() or block.extra]
+        if kept and merged and merged[-1].role == role and merged[-1].extra == extra:
+            merged[-1].blocks.extend(kept)
+        elif kept:
+            merged.append(Message(role, kept, extra))
+    return merged
+
+
+def _place_results(messages: Iterable[Message]) -> List[Message]:
+    turns: List[Message] = []
+    taken: Set[str] = set()
+    waiting: Dict[str, List[Tuple[List[Any], int]]] = {}  # id the client uses -> places its results belong to
+    for role, blocks, extra in messages:
+        calls = [block for block in blocks if isinstance(block, ToolCall)]
+        rest: List[Any] = []
+        for block in blocks:
+            if isinstance(block, ToolResult):
+                rest += _settle(block, waiting)
+            elif not isinstance(block, ToolCall):
+                rest.append(block)
+        named, results = [], []
+        waiting.update((call.id, []) for call in calls)
+        for index, call in enumerate(calls):
+            call_id = unique_id(call.id or "call_%d" % len(taken), taken)
+            named.append(ToolCall(call_id, call.name, call.arguments, call.kind, call.extra))
+            waiting[call.id].append((results, index))
+            # An error where the format has a flag for it; elsewhere the words are enough.
+            results.append(ToolResult(call_id, [Text(NO_RESULT)], extra={"anthropic": {"is_error": True}}))
+        turns.append(Message(role, rest + named, extra))
+        turns.append(Message("user", results))
+    return turns
+
+
+def _settle(result: ToolResult, waiting: Dict[str, List[Tuple[List[Any], int]]]) -> List[Any]:
+    """Puts a result at its place, if that is still free; the blocks that stand for it if no call asked for it."""
+    if result.call_id not in waiting:
+        return [Text("[result of tool call %s]" % result.call_id), *result.blocks]
+    if waiting[result.call_id]:
+        results, index = waiting[result.call_id].pop(0)
+        results[index] = ToolResult(results[index].call_id, result.blocks, result.is_error, result.extra)
+    return []
+
+
+# Media.
+
+_DATA_URL = re.compile(r"data:([^;,]*)(?:;[^;,]*)*;base64,", re.IGNORECASE)
+
+
+def media_of_url(kind: str, url: str, name: str = "", extra: Extra = None) -> Media:
+    """The Media that a URL stands for; a data URL (RFC 2397) is taken apart."""
+    match = _DATA_URL.match(url)
+    if match:
+        return Media(kind, match.group(1).lower(), url[match.end() :], name=name, extra=extra)
+    return Media(kind, url=url, name=name, extra=extra)
+
+
+def url_of_media(media: Media, default_type: str = "application/octet-stream") -> str:
+    """The URL of a Media, a data URL where it has none."""
+    return media.url or "data:%s;base64,%s" % (media.media_type or default_type, media.data)
+
+
+def text_of_media(media: Media) -> Optional[str]:
+    """The words of a text document that came as base64; None for anything else (trap 105)."""
+    media_type = media.media_type.lower().split(";")[0].strip()
+    if (
+        media.kind != "document"
+        or not media.data
+        or not (media_type.startswith("text/") or media_type == "application/json")
+    ):
+        return None
+    try:
+        return base64.b64decode("".join(media.data.split()), validate=True).decode("utf-8", "replace")
+    except ValueError:
+        return None
+
+
+def note_of_media(media: Media) -> str:
+    """What stands in the place of media that a format does not take."""
+    return "[%s left out: %s]" % (media.kind, media.name or media.url or media.media_type or "no name")
+
+
+# Keys of blocks that only one format knows whose strings mean something to another model.
+_READABLE_KEYS = ("name", "query", "code", "command", "url", "title", "text", "stdout", "stderr", "error_code")
+
+
+def readable(value: Any) -> str:
+    """The words in a nested foreign block, in order, without ids and encrypted content (trap 107)."""
+    found: List[str] = []
+    stack = [value]
+    while stack:
+        value = stack.pop()
+        if isinstance(value, list):
+            stack.extend(reversed(value))
+        elif isinstance(value, dict):
+            found.extend(
+                text for key, text in value.items() if key in _READABLE_KEYS and isinstance(text, str) and text
+            )
+            stack.extend(child for child in reversed(list(value.values())) if isinstance(child, (dict, list)))
+    return " ".join(found)
+
+
+# Readers that every format shares.
+
+_KINDS = {str: "a string", list: "an array", dict: "an object", int: "an integer", float: "a number", bool: "a boolean"}
+
+
+def field_error(path: str, message: str) -> RouterError:
+    """The refusal of a client's request, with the path of what is wrong in it."""
+    return RouterError("%s: %s" % (path, message), 400, "invalid_request")
+
+
+def check_field(value: Any, kinds: Tuple[type, ...], path: str, need: bool = True) -> Any:
+    """`value` if it is of one of `kinds`, or null where there is no `need`; else RouterError 400.
+
+    A boolean is a number to Python, but not to the APIs.
+    """
+    if isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool)) or (value is None and not need):
         return value
-    texts = [text for text in as_dict(value).values() if isinstance(text, str)]
-    if isinstance(as_dict(value).get("input"), str):
-        return value["input"]
-    return texts[0] if len(texts) == 1 and len(value) == 1 else arguments
+    raise field_error(path, "expected %s" % " or ".join(_KINDS[kind] for kind in kinds))
+
+
+def rest_of(item: Dict[str, Any], known: Iterable[str], wire: str) -> Extra:
+    """A bag with what `item` says besides the `known` keys; None when that is nothing."""
+    rest = {key: value for key, value in item.items() if key not in known and value not in (None, [], {})}
+    return {wire: rest} if rest else None
+
+
+# What errors inside a 200 mean as a status, by their type or code: openai.types and anthropic.types (ErrorType,
+# ResponseError), and the words of other providers.
+_STATUS_WORDS = {
+    400: "invalid_request_error tool_use_failed context_length_exceeded invalid_prompt bio_policy cyber_policy"
+    " misalignment_policy_violation data_residency_mismatch invalid_encrypted_content previous_response_not_found",
+    401: "authentication_error invalid_api_key",
+    402: "insufficient_balance billing_error",
+    403: "permission_error permission_denied usage_not_included",
+    404: "not_found_error model_not_found",
+    409: "conflict_error",
+    413: "request_too_large",
+    429: "rate_limit_error rate_limit_exceeded requests tokens insufficient_quota usage_limit_reached",
+    500: "api_error server_error internal_server_error",
+    503: "service_unavailable server_is_overloaded slow_down",
+    504: "timeout_error vector_store_timeout",
+    529: "overloaded_error",
+}
+ERROR_STATUSES = {word: status for status, words in _STATUS_WORDS.items() for word in words.split()}
+
+
+def read_error(status: int, body: Any, unknown: int = 502) -> ErrorInfo:
+    """An error answer in any of the shapes in use: {"error": {...} or "..."}, {"message"}, {"detail"}, a list, text.
+
+    body: parsed JSON, or text. JSON inside strings is unwrapped (trap 124). A status below 400 (an error in a stream)
+    is replaced by the one that the error names, or by that of its code or type, else by `unknown`.
+    """
+    error = _innermost_error(body, 8)
+    message, raw = error["message"], _innermost_error(as_dict(error.get("metadata")).get("raw"), 4)["message"]
+    message = "%s: %s" % (message, raw) if message and raw else message or raw  # OpenRouter: the words of who answered
+    kind = as_text(error.get("type")) or as_text(error.get("status"))
+    code = as_dict(error.get("details")).get("error_code") if error.get("code") is None else error["code"]
+    code = str(code) if isinstance(code, int) and not isinstance(code, bool) else as_text(code)
+    if status >= 400:
+        message = message or (one_line(dump_json(body).decode()) if body and not isinstance(body, str) else "")
+    else:
+        named = (str(error.get(key)) for key in ("status_code", "code", "status"))
+        number = next((int(word) for word in named if re.fullmatch(r"[45]\d\d", word)), 0)
+        status = number or ERROR_STATUSES.get(code) or ERROR_STATUSES.get(kind.lower()) or unknown
+    message = message or "the upstream answered with status %d" % status
+    return ErrorInfo(status, message, "" if kind == "error" else kind, code, as_text(error.get("param")))
+
+
+def _innermost_error(value: Any, depth: int) -> Dict[str, Any]:
+    """The fields of the object that tells the error, its words under `message`, "" when there are none."""
+    if isinstance(value, list):
+        value = value[0] if value else None
+    if isinstance(value, str):
+        start = value.find("{")
+        try:
+            inner = _innermost_error(load_json(value[start:]), depth - 1) if start >= 0 and depth else {}
+        except RouterError:
+            inner = {}
+        before = value[:start].rstrip(" :-") if inner.get("message") else value.strip()[:4000]
+        return {**inner, "message": ": ".join(words for words in (before, inner.get("message")) if words)}
+    outer = as_dict(value)
+    for key in ("error", "message", "detail", "msg", "error_message", "title", "errors"):
+        inner = _innermost_error(outer[key], depth - 1) if outer.get(key) and depth else {}
+        if inner.get("message"):
+            return {**outer, **inner} if key == "error" else {**inner, **outer, "message": inner["message"]}
+    return {**outer, "message": as_text(outer.get("message"))}
 
 
 # ==============================================================================
@@ -3463,19 +3231,17 @@ def custom_input(arguments: str) -> str:
 
 _CHAT = "openai"
 
-_CHAT_NO_RESULT = "(no result)"
-
-# Greatest length of `user` and `safety_identifier` in OpenAI's API reference.
+# Greatest length of `user` in OpenAI's API reference.
 _CHAT_MAX_USER = 64
 
 # Field of the request -> what becomes of it when a request or answer of another format is written in this one.
 CHAT_LOSSES = {
-    "thinking in the history": "left out, unless it was read from this format (reasoning_content, reasoning_details)",
+    "thinking in the history": "becomes reasoning_content on turns with tool calls, is left out on others",
     "cache_control": "left out",
     "server tools and their blocks": "left out; what is readable in them becomes text",
     "tool results without a call": "become text of the user's turn",
-    "tool calls without a result": "get the result `%s`" % _CHAT_NO_RESULT,
-    "second calls or results with one id": "left out",
+    "tool calls without a result": "get the result `%s`" % NO_RESULT,
+    "second results of one call": "left out",
     "is_error of tool results": "becomes the word `Error: ` in front of the text",
     "images and files in tool results": "become a user message after the tool messages",
     "images and files in system or assistant messages": "become a short text note",
@@ -3493,30 +3259,31 @@ CHAT_LOSSES = {
 
 # ---- requests: Chat Completions -> neutral
 
-_CHAT_TYPES: Dict[str, Tuple[Tuple[type, ...], str]] = {
-    "model": ((str,), "a string"),
-    "messages": ((list,), "an array"),
-    "input": ((str, list), "a string or an array"),
-    "system": ((str, list), "a string or an array"),
-    "instructions": ((str,), "a string"),
-    "tools": ((list,), "an array"),
-    "functions": ((list,), "an array"),
-    "tool_choice": ((str, dict), "a string or an object"),
-    "function_call": ((str, dict), "a string or an object"),
-    "parallel_tool_calls": ((bool,), "a boolean"),
-    "max_tokens": ((int,), "an integer"),
-    "max_completion_tokens": ((int,), "an integer"),
-    "temperature": ((int, float), "a number"),
-    "top_p": ((int, float), "a number"),
-    "top_k": ((int,), "an integer"),
-    "stop": ((str, list), "a string or an array"),
-    "stream": ((bool,), "a boolean"),
-    "stream_options": ((dict,), "an object"),
-    "response_format": ((dict,), "an object"),
-    "reasoning_effort": ((str,), "a string"),
-    "reasoning": ((dict,), "an object"),
-    "thinking": ((dict,), "an object"),
-    "user": ((str,), "a string"),
+# Field -> its types, and the attribute of ChatRequest that is its value ("" for those that are read further down).
+_CHAT_FIELDS: Dict[str, Tuple[Tuple[type, ...], str]] = {
+    "model": ((str,), "model"),
+    "max_tokens": ((int,), "max_tokens"),
+    "max_completion_tokens": ((int,), "max_tokens"),
+    "temperature": ((int, float), "temperature"),
+    "top_p": ((int, float), "top_p"),
+    "top_k": ((int,), "top_k"),
+    "parallel_tool_calls": ((bool,), "parallel_tools"),
+    "stream": ((bool,), "stream"),
+    "user": ((str,), "user"),
+    "messages": ((list,), ""),
+    "input": ((str, list), ""),
+    "system": ((str, list), ""),
+    "instructions": ((str,), ""),
+    "tools": ((list,), ""),
+    "functions": ((list,), ""),
+    "tool_choice": ((str, dict), ""),
+    "function_call": ((str, dict), ""),
+    "stop": ((str, list), ""),
+    "stream_options": ((dict,), ""),
+    "response_format": ((dict,), ""),
+    "reasoning_effort": ((str,), ""),
+    "reasoning": ((dict,), ""),
+    "thinking": ((dict,), ""),
 }
 
 
@@ -3526,69 +3293,40 @@ def parse_chat_request(body: Dict[str, Any]) -> ChatRequest:
     Bodies mixed with the other formats' shapes, as some editors send them, are read by shape (trap 66): content blocks
     and tools of the Messages API, flat tools, `input` for `messages`. RouterError 400 with the path of a wrong value.
     """
-    body = _chat_object(body, "body")
-    for key, (kinds, words) in _CHAT_TYPES.items():
-        _chat_check(body.get(key), kinds, words, key)
-    system, messages = _chat_turns(_chat_items(body))
-    own_system = [] if body.get("system") is None else _chat_parts(body["system"], "system")
-    if body.get("instructions"):
-        own_system.append(Text(body["instructions"]))
+    check_field(body, (dict,), "body")
+    found: Dict[str, Any] = {"model": ""}
+    for key, (kinds, attribute) in _CHAT_FIELDS.items():
+        value = check_field(body.get(key), kinds, key, False)
+        if attribute and value is not None:
+            found[attribute] = value
+    system = _chat_parts(body.get("system"), "system") + _chat_parts(body.get("instructions"), "instructions")
+    first, messages = _chat_turns(_chat_items(body))
     choice, allowed = _chat_tool_choice(body)
-    stop = body.get("stop")
-    limit = body.get("max_completion_tokens")
+    tools = [
+        _chat_tool(item, "%s[%d]" % (key, n))
+        for key in ("tools", "functions")
+        for n, item in enumerate(body.get(key) or [])
+    ]
+    stop = body.get("stop") or []
     return ChatRequest(
-        model=body.get("model") or "",
         messages=messages,
-        system=own_system + system,
-        tools=[tool for tool in _chat_tools(body) if allowed is None or tool.name in allowed],
+        system=system + first,
+        tools=[tool for tool in tools if allowed is None or tool.name in allowed],
         tool_choice=choice,
-        parallel_tools=body.get("parallel_tool_calls"),
-        max_tokens=body.get("max_tokens") if limit is None else limit,
-        temperature=body.get("temperature"),
-        top_p=body.get("top_p"),
-        top_k=body.get("top_k"),
-        stop=[stop] if isinstance(stop, str) else [text for text in stop or [] if isinstance(text, str)],
-        stream=bool(body.get("stream")),
+        stop=[stop] if isinstance(stop, str) else [text for text in stop if isinstance(text, str)],
         include_usage=as_dict(body.get("stream_options")).get("include_usage") is True,
         output=_chat_output(body.get("response_format") or {}),
         reasoning=_chat_reasoning(body),
-        user=body.get("user") or "",
-        fields=_chat_rest(body, _CHAT_TYPES),
+        fields=_chat_rest(body, _CHAT_FIELDS),
+        **found,
     )
-
-
-def _chat_invalid(path: str, message: str) -> RouterError:
-    return RouterError("%s: %s" % (path, message), 400, "invalid_request")
-
-
-def _chat_check(value: Any, kinds: Tuple[type, ...], words: str, path: str) -> Any:
-    """`value` if it is None or of one of `kinds`; a boolean is a number to Python, but not to the API."""
-    if value is not None and (not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds)):
-        raise _chat_invalid(path, "expected %s" % words)
-    return value
-
-
-def _chat_object(value: Any, path: str) -> Dict[str, Any]:
-    if not isinstance(value, dict):
-        raise _chat_invalid(path, "expected an object")
-    return value
-
-
-def _chat_string(item: Dict[str, Any], key: str, path: str) -> str:
-    if not isinstance(item.get(key), str):
-        raise _chat_invalid("%s.%s" % (path, key), "expected a string")
-    return item[key]
 
 
 def _chat_rest(item: Dict[str, Any], known: Iterable[str]) -> Extra:
     """What `item` says besides the `known` keys. `cache_control`, which some providers take, has Anthropic's shape."""
-    rest = {key: value for key, value in item.items() if key not in known and value is not None}
-    extra = {}
-    if isinstance(rest.get("cache_control"), dict):
-        extra["anthropic"] = {"cache_control": rest.pop("cache_control")}
-    if rest:
-        extra[_CHAT] = rest
-    return extra or None
+    cache = {"cache_control": as_dict(item.get("cache_control"))}
+    bags = rest_of(cache, (), "anthropic"), rest_of(item, (*known, *cache), _CHAT)
+    return {wire: bag for found in bags for wire, bag in (found or {}).items()} or None
 
 
 def _chat_items(body: Dict[str, Any]) -> List[Tuple[str, Dict[str, Any]]]:
@@ -3596,20 +3334,19 @@ def _chat_items(body: Dict[str, Any]) -> List[Tuple[str, Dict[str, Any]]]:
     name = "input" if body.get("messages") is None and body.get("input") else "messages"
     items = body.get(name)
     if not items:
-        raise _chat_invalid("messages", "expected at least one message")
+        raise field_error("messages", "expected at least one message")
     if isinstance(items, str):
-        return [(name, {"role": "user", "content": items})]
+        items = [{"role": "user", "content": items}]
     paths = ["%s[%d]" % (name, index) for index in range(len(items))]
-    return [(path, _chat_item(_chat_object(item, path))) for path, item in zip(paths, items)]
+    return [(path, _chat_item(check_field(item, (dict,), path))) for path, item in zip(paths, items)]
 
 
 def _chat_item(item: Dict[str, Any]) -> Dict[str, Any]:
     """A message; items `function_call` and `function_call_output` of the Responses API as the messages they mean."""
-    kind = item.get("type")
-    if "role" not in item and kind == "function_call":
-        call = {"id": item.get("call_id"), "function": {"name": item.get("name"), "arguments": item.get("arguments")}}
-        return {"role": "assistant", "tool_calls": [call]}
-    if "role" not in item and kind == "function_call_output":
+    kind = None if "role" in item else item.get("type")
+    if kind == "function_call":
+        return {"role": "assistant", "tool_calls": [{"id": item.get("call_id"), "function": item}]}
+    if kind == "function_call_output":
         return {"role": "tool", "tool_call_id": item.get("call_id"), "content": item.get("output")}
     return item
 
@@ -3621,187 +3358,155 @@ def _chat_turns(items: List[Tuple[str, Dict[str, Any]]]) -> Tuple[List[Any], Lis
     legacy: Dict[str, str] = {}  # function name -> id given to its last call
     for path, item in items:
         message = _chat_message(item, path, legacy)
+        last = turns[-1].blocks if turns and turns[-1].role == message.role == "user" and not message.extra else []
         if message.role == "system" and not turns:
             system += message.blocks
-        elif message.role == "user" and _takes_more(turns, message):
-            turns[-1].blocks.extend(message.blocks)
+        elif last and all(isinstance(block, ToolResult) for block in last):
+            last += message.blocks
         else:
             turns.append(message)
     return system, turns
 
 
-def _takes_more(turns: List[Message], message: Message) -> bool:
-    """Whether the last turn is nothing but tool results, so that further ones or the user's words belong to it."""
-    if not turns or turns[-1].role != "user" or message.extra:
-        return False
-    return bool(turns[-1].blocks) and all(isinstance(block, ToolResult) for block in turns[-1].blocks)
-
-
 def _chat_message(item: Dict[str, Any], path: str, legacy: Dict[str, str]) -> Message:
     role = item.get("role")
     if role not in ("system", "developer", "user", "assistant", "tool", "function"):
-        raise _chat_invalid(path + ".role", "expected system, developer, user, assistant, tool or function")
-    content = _chat_check(item.get("content"), (str, list), "a string or an array of parts", path + ".content")
-    blocks = _chat_parts(content or [], path + ".content")
+        raise field_error(path + ".role", "expected system, developer, user, assistant or tool")
+    blocks = _chat_parts(item.get("content"), path + ".content")
+    name = as_text(item.get("name"))
     if role in ("tool", "function"):
-        name = as_text(item.get("name"))
         call_id = as_text(item.get("tool_call_id")) or legacy.get(name) or "call_" + (name or "0")
         return Message("user", [ToolResult(call_id, blocks)])
-    extra = {_CHAT: {"name": item["name"]}} if item.get("name") and isinstance(item["name"], str) else None
+    extra = {_CHAT: {"name": name}} if name else None
     if role != "assistant":
         return Message("user" if role == "user" else "system", blocks, extra)
-    refusal = [Refusal(item["refusal"])] if item.get("refusal") and isinstance(item["refusal"], str) else []
-    return Message(role, _chat_thoughts(item) + blocks + refusal + _chat_calls(item, path, legacy), extra)
+    if as_text(item.get("refusal")):
+        blocks.append(Refusal(item["refusal"]))
+    return Message(role, _chat_thoughts(item) + blocks + _chat_calls(item, path, legacy), extra)
+
+
+# Fields with reasoning text; the first that has any is read, since some servers send it twice.
+_CHAT_REASONING = ("reasoning_content", "reasoning")
 
 
 def _chat_thoughts(item: Dict[str, Any]) -> List[Any]:
     """Reasoning that providers want to see again: reasoning_content, reasoning or reasoning_details."""
     field = next((key for key in _CHAT_REASONING if as_text(item.get(key))), "")
     details = [detail for detail in as_list(item.get("reasoning_details")) if isinstance(detail, dict)]
-    if not field and not details:
-        return []
-    bag: Dict[str, Any] = {"field": field or _CHAT_REASONING[0]}
-    if details:
-        bag["reasoning_details"] = details
-    return [Thinking(as_text(item.get(field)), {_CHAT: bag})]
+    bag = {"field": field or _CHAT_REASONING[0], **({"reasoning_details": details} if details else {})}
+    return [Thinking(as_text(item.get(field)), {_CHAT: bag})] if field or details else []
 
 
 def _chat_calls(item: Dict[str, Any], path: str, legacy: Dict[str, str]) -> List[Any]:
     """`tool_calls`, and the `function_call` that came before them, which has no id: it gets one."""
-    calls = _chat_check(item.get("tool_calls"), (list,), "an array", path + ".tool_calls") or []
+    calls = check_field(item.get("tool_calls"), (list,), path + ".tool_calls", False) or []
     found = [_chat_call(call, "%s.tool_calls[%d]" % (path, index)) for index, call in enumerate(calls)]
-    old = _chat_check(item.get("function_call"), (dict,), "an object", path + ".function_call")
-    if old and not calls:
-        name = _chat_string(old, "name", path + ".function_call")
-        legacy[name] = "call_" + re.sub(r"\D+", "_", path).strip("_")
-        found.append(ToolCall(legacy[name], name, _arguments_text(old.get("arguments"))))
+    if item.get("function_call") and not calls:
+        call = _chat_call({"function": item["function_call"]}, path)
+        call.id = legacy[call.name] = "call_" + re.sub(r"\D+", "_", path).strip("_")
+        found.append(call)
     return found
-
-
-def _chat_call(value: Any, path: str) -> ToolCall:
-    item = _chat_object(value, path)
-    kind = "custom" if isinstance(item.get("custom"), dict) else "function"
-    inner = _chat_object(item.get(kind), "%s.%s" % (path, kind))
-    name = _chat_string(inner, "name", "%s.%s" % (path, kind))
-    arguments = _arguments_text(inner.get("input" if kind == "custom" else "arguments"))
-    return ToolCall(as_text(item.get("id")), name, arguments, kind, _chat_rest(item, _CHAT_CALL_KEYS))
 
 
 _CHAT_CALL_KEYS = frozenset(("index", "id", "type", "function", "custom"))
 
 
-def _arguments_text(value: Any) -> str:
-    """Arguments as text; some clients and servers send the object itself."""
-    if value is None or isinstance(value, str):
-        return value or ""
-    return json.dumps(value, ensure_ascii=False)
+def _chat_call(value: Any, path: str) -> ToolCall:
+    item = check_field(value, (dict,), path)
+    kind = "custom" if isinstance(item.get("custom"), dict) else "function"
+    inner = check_field(item.get(kind), (dict,), "%s.%s" % (path, kind))
+    name = check_field(inner.get("name"), (str,), "%s.%s.name" % (path, kind))
+    arguments = arguments_text(inner.get("input" if kind == "custom" else "arguments"))
+    return ToolCall(as_text(item.get("id")), name, arguments, kind, _chat_rest(item, _CHAT_CALL_KEYS))
 
 
 def _chat_parts(content: Any, path: str) -> List[Any]:
     if isinstance(content, str):
         return [Text(content)] if content else []
-    return [_chat_part(part, "%s[%d]" % (path, index)) for index, part in enumerate(content)]
+    parts = check_field(content, (str, list), path, False) or []
+    return [_chat_part(part, "%s[%d]" % (path, index)) for index, part in enumerate(parts)]
 
 
 def _chat_part(value: Any, path: str) -> Any:
     """One content part (SDK: ChatCompletionContentPartParam), or a block of another format in its place (trap 66)."""
     if isinstance(value, str):
         return Text(value)
-    item = _chat_object(value, path)
-    kind = item.get("type")
+    item = check_field(value, (dict,), path)
+    kind = item.get("type", "text" if isinstance(item.get("text"), str) else "")
     reader = _CHAT_READERS.get(kind) if isinstance(kind, str) else None
-    if reader is not None:
-        return reader(item, path)
-    if kind is None and isinstance(item.get("text"), str):
-        return _read_chat_text(item, path)
-    return Opaque(_CHAT, item)
+    return reader(item, path) if reader else Opaque(_CHAT, item)
 
 
 def _read_chat_text(item: Dict[str, Any], path: str) -> Text:
-    return Text(_chat_string(item, "text", path), _chat_rest(item, ("type", "text")))
-
-
-def _read_chat_refusal(item: Dict[str, Any], path: str) -> Refusal:
-    return Refusal(_chat_string(item, "refusal", path))
+    return Text(check_field(item.get("text"), (str,), path + ".text"), _chat_rest(item, ("type", "text")))
 
 
 def _read_chat_thinking(item: Dict[str, Any], path: str) -> Thinking:
-    """`thinking` is a string in the Messages API, with a signature, and a list of text parts at Mistral."""
     signature = as_text(item.get("signature"))
     return Thinking(_thinking_text(item), {"anthropic": {"signature": signature}} if signature else None)
 
 
 def _thinking_text(item: Dict[str, Any]) -> str:
+    """`thinking` is a string in the Messages API, and a list of text parts at Mistral."""
     value = item.get("thinking")
     return as_text(value) or "".join(as_text(as_dict(part).get("text")) for part in as_list(value))
-
-
-_DATA_URL = re.compile(r"data:([^;,]*)(?:;[^;,]*)*;base64,", re.IGNORECASE)
-
-
-def _media_of_url(kind: str, url: str, name: str = "", extra: Extra = None) -> Media:
-    match = _DATA_URL.match(url)
-    if match:
-        return Media(kind, match.group(1).lower(), url[match.end() :], name=name, extra=extra)
-    return Media(kind, url=url, name=name, extra=extra)
 
 
 def _read_chat_image(item: Dict[str, Any], path: str) -> Media:
     """`image_url` is an object with `url` and `detail`, or the URL itself (`input_image` of the Responses API)."""
     value = item.get("image_url")
     inner = value if isinstance(value, dict) else {"url": value, "detail": item.get("detail")}
-    url = _chat_string(inner, "url", path + ".image_url")
-    extra = _chat_rest({**item, "detail": inner.get("detail")}, ("type", "image_url"))
-    return _media_of_url("image", url, extra=extra)
+    url = check_field(inner.get("url"), (str,), path + ".image_url.url")
+    return media_of_url("image", url, extra=_chat_rest({**item, "detail": inner.get("detail")}, ("type", "image_url")))
 
 
 def _read_chat_audio(item: Dict[str, Any], path: str) -> Media:
-    inner = _chat_object(item.get("input_audio"), path + ".input_audio")
+    inner = check_field(item.get("input_audio"), (dict,), path + ".input_audio")
     form = as_text(inner.get("format")) or "wav"
-    return Media("audio", "audio/" + form, _chat_string(inner, "data", path + ".input_audio"))
+    return Media("audio", "audio/" + form, check_field(inner.get("data"), (str,), path + ".input_audio.data"))
 
 
 def _read_chat_file(item: Dict[str, Any], path: str) -> Any:
     """`file` with `file_data` (a data URL, or bare base64); a `file_id` means nothing elsewhere."""
-    inner = item.get("file") if isinstance(item.get("file"), dict) else item
-    data, name = as_text(inner.get("file_data")), as_text(inner.get("filename"))
+    inner = as_dict(item.get("file")) or item
+    data = as_text(inner.get("file_data"))
     if not data:
         return Opaque(_CHAT, item)
-    if data.startswith(("data:", "http://", "https://")):
-        media = _media_of_url("document", data, name)
-        return media if media.media_type else Media("document", "application/pdf", media.data, media.url, name)
-    return Media("document", "application/pdf", data, name=name)
+    if not data.startswith(("data:", "http://", "https://")):
+        data = "data:application/pdf;base64," + data
+    media = media_of_url("document", data, as_text(inner.get("filename")))
+    media.media_type = media.media_type or "application/pdf"
+    return media
 
 
 def _read_source(item: Dict[str, Any], path: str) -> Any:
     """An `image` or `document` block of the Messages API."""
-    source = _chat_object(item.get("source"), path + ".source")
-    kind = "image" if item.get("type") == "image" else "document"
-    media_type, name = as_text(source.get("media_type")), as_text(item.get("title"))
-    if source.get("type") == "text":
-        return Text(_chat_string(source, "data", path + ".source"))
-    if source.get("type") == "url":
-        return Media(kind, media_type, url=_chat_string(source, "url", path + ".source"), name=name)
-    if source.get("type") == "base64":
-        return Media(kind, media_type, _chat_string(source, "data", path + ".source"), name=name)
-    return Opaque("anthropic", item)
+    source = check_field(item.get("source"), (dict,), path + ".source")
+    form = as_text(source.get("type"))
+    if form not in ("text", "url", "base64"):
+        return Opaque("anthropic", item)
+    field = "url" if form == "url" else "data"
+    value = check_field(source.get(field), (str,), "%s.source.%s" % (path, field))
+    if form == "text":
+        return Text(value)
+    return Media(item["type"], as_text(source.get("media_type")), name=as_text(item.get("title")), **{field: value})
 
 
 def _read_tool_use(item: Dict[str, Any], path: str) -> ToolCall:
-    return ToolCall(as_text(item.get("id")), _chat_string(item, "name", path), _arguments_text(item.get("input") or {}))
+    name = check_field(item.get("name"), (str,), path + ".name")
+    return ToolCall(as_text(item.get("id")), name, arguments_text(item.get("input") or {}))
 
 
 def _read_tool_result(item: Dict[str, Any], path: str) -> ToolResult:
-    content = _chat_check(item.get("content"), (str, list), "a string or an array of blocks", path + ".content")
-    call_id = _chat_string(item, "tool_use_id", path)
-    return ToolResult(call_id, _chat_parts(content or [], path + ".content"), item.get("is_error") is True)
+    call_id = check_field(item.get("tool_use_id"), (str,), path + ".tool_use_id")
+    return ToolResult(call_id, _chat_parts(item.get("content"), path + ".content"), item.get("is_error") is True)
 
 
 _CHAT_READERS: Dict[str, Callable[[Dict[str, Any], str], Any]] = {
     "text": _read_chat_text,
     "input_text": _read_chat_text,
     "output_text": _read_chat_text,
-    "refusal": _read_chat_refusal,
+    "refusal": lambda item, path: Refusal(check_field(item.get("refusal"), (str,), path + ".refusal")),
     "image_url": _read_chat_image,
     "input_image": _read_chat_image,
     "input_audio": _read_chat_audio,
@@ -3814,50 +3519,40 @@ _CHAT_READERS: Dict[str, Callable[[Dict[str, Any], str], Any]] = {
     "tool_result": _read_tool_result,
 }
 
-
-def _chat_tools(body: Dict[str, Any]) -> List[Tool]:
-    """`tools`, and the `functions` that came before them."""
-    found = [_chat_tool(item, "tools[%d]" % index) for index, item in enumerate(body.get("tools") or [])]
-    old = [_chat_function(item, "functions[%d]" % index) for index, item in enumerate(body.get("functions") or [])]
-    return found + old
-
-
 # Anthropic's own tools bear a date in their type (web_search_20250305).
 _DATED_TYPE = re.compile(r".*_20\d{6}$")
 
 
 def _chat_tool(value: Any, path: str) -> Tool:
     """SDK: ChatCompletionToolUnionParam, nested or flat; or a tool in Anthropic's shape (trap 66)."""
-    item = _chat_object(value, path)
+    item = check_field(value, (dict,), path)
     kind = item.get("type")
-    if kind == "custom" and "input_schema" not in item:
-        inner = item["custom"] if isinstance(item.get("custom"), dict) else item
-        name = _chat_string(inner, "name", path + ".custom")
-        form = {_CHAT: {"format": inner["format"]}} if isinstance(inner.get("format"), dict) else None
-        return Tool(name, as_text(inner.get("description")), kind="custom", extra=form)
-    if isinstance(item.get("function"), dict):
-        tool = _chat_function(item["function"], path + ".function")
-        return tool._replace(extra=_chat_rest(item, ("type", "function")))
-    if kind in (None, "function", "custom"):
-        return _chat_function(item, path)
-    wire = "anthropic" if _DATED_TYPE.match(as_text(kind)) else _CHAT
-    return Tool(as_text(item.get("name")) or as_text(kind), kind="server", extra={wire: item})
-
-
-def _chat_function(value: Any, path: str) -> Tool:
-    """SDK: FunctionDefinition; `input_schema` is what the Messages API calls `parameters`."""
-    item = _chat_object(value, path)
-    key = "parameters" if item.get("parameters") is not None else "input_schema"
-    schema = _chat_check(item.get(key), (dict,), "an object", "%s.%s" % (path, key))
-    strict = item.get("strict")
-    cache = {"cache_control": item.get("cache_control")}
-    return Tool(
-        _chat_string(item, "name", path),
-        as_text(item.get("description")),
-        schema,
-        strict=strict if isinstance(strict, bool) else None,
-        extra=_chat_rest(cache, ()),
+    is_custom = kind == "custom" and "input_schema" not in item
+    nested = item.get("custom" if is_custom else "function")
+    if kind not in (None, "function", "custom") and not isinstance(nested, dict):
+        wire = "anthropic" if _DATED_TYPE.match(as_text(kind)) else _CHAT
+        return Tool(as_text(item.get("name")) or as_text(kind), kind="server", extra={wire: item})
+    inner, path = (
+        (nested, path + (".custom" if is_custom else ".function")) if isinstance(nested, dict) else (item, path)
     )
+    name, description = check_field(inner.get("name"), (str,), path + ".name"), as_text(inner.get("description"))
+    if is_custom:
+        form = inner.get("format")
+        return Tool(
+            name, description, kind="custom", extra={_CHAT: {"format": form}} if isinstance(form, dict) else None
+        )
+    key = "parameters" if inner.get("parameters") is not None else "input_schema"
+    schema = check_field(inner.get(key), (dict,), "%s.%s" % (path, key), False)
+    return Tool(
+        name, description, schema, strict=_bool_or_none(inner.get("strict")), extra=_chat_rest(item, _CHAT_TOOL_KEYS)
+    )
+
+
+_CHAT_TOOL_KEYS = frozenset(("type", "function", "name", "description", "parameters", "input_schema", "strict"))
+
+
+def _bool_or_none(value: Any) -> Optional[bool]:
+    return value if isinstance(value, bool) else None
 
 
 _CHAT_CHOICES = {"auto": "auto", "none": "none", "required": "any", "any": "any"}
@@ -3867,43 +3562,40 @@ def _chat_tool_choice(body: Dict[str, Any]) -> Tuple[Optional[ToolChoice], Optio
     """(the choice, names of the only tools allowed or None). SDK: ChatCompletionToolChoiceOptionParam."""
     value = body.get("tool_choice") if body.get("tool_choice") is not None else body.get("function_call")
     item = as_dict(value)
-    kind = value if isinstance(value, str) else as_text(item.get("type"))
+    kind = as_text(value) or as_text(item.get("type"))
     if kind in _CHAT_CHOICES:
         return ToolChoice(_CHAT_CHOICES[kind]), None
     if kind == "allowed_tools":
         inner = as_dict(item.get("allowed_tools")) or item
-        names = {_chosen_name(tool) for tool in as_list(inner.get("tools"))}
-        return ToolChoice(_CHAT_CHOICES.get(as_text(inner.get("mode")), "auto")), names
+        mode = _CHAT_CHOICES.get(as_text(inner.get("mode")), "auto")
+        return ToolChoice(mode), {_chosen_name(tool) for tool in as_list(inner.get("tools"))}
     name = _chosen_name(item)
     return (ToolChoice("tool", name) if name else None), None
 
 
 def _chosen_name(value: Any) -> str:
     item = as_dict(value)
-    inner = as_dict(item.get("function")) or as_dict(item.get("custom")) or item
-    return as_text(inner.get("name"))
+    return as_text((as_dict(item.get("function")) or as_dict(item.get("custom")) or item).get("name"))
 
 
 def _chat_output(form: Dict[str, Any]) -> Optional[JsonOutput]:
     """`response_format` (SDK: ResponseFormatJSONSchema, ResponseFormatJSONObject)."""
-    if form.get("type") == "json_object":
-        return JsonOutput()
     if form.get("type") != "json_schema":
-        return None
-    inner = _chat_object(form.get("json_schema"), "response_format.json_schema")
-    schema = _chat_check(inner.get("schema"), (dict,), "an object", "response_format.json_schema.schema")
-    strict = inner.get("strict")
-    name, description = as_text(inner.get("name")), as_text(inner.get("description"))
-    return JsonOutput(schema, name, strict if isinstance(strict, bool) else None, description)
+        return JsonOutput() if form.get("type") == "json_object" else None
+    inner = check_field(form.get("json_schema"), (dict,), "response_format.json_schema")
+    schema = check_field(inner.get("schema"), (dict,), "response_format.json_schema.schema", False)
+    return JsonOutput(
+        schema, as_text(inner.get("name")), _bool_or_none(inner.get("strict")), as_text(inner.get("description"))
+    )
 
 
 def _chat_reasoning(body: Dict[str, Any]) -> Optional[Reasoning]:
     """`reasoning_effort`, or OpenRouter's `reasoning`, or `thinking` in the shape of the Messages API."""
     own, thinking = body.get("reasoning") or {}, body.get("thinking") or {}
-    effort = body.get("reasoning_effort") or as_text(own.get("effort"))
-    budget = as_int(own.get("max_tokens")) or as_int(thinking.get("budget_tokens"))
     if thinking.get("type") == "disabled" or own.get("enabled") is False:
         return Reasoning("none")
+    effort = body.get("reasoning_effort") or as_text(own.get("effort"))
+    budget = as_int(own.get("max_tokens")) or as_int(thinking.get("budget_tokens"))
     adaptive = thinking.get("type") == "adaptive" or (own.get("enabled") is True and not effort and not budget)
     extra = _chat_rest(own, ("effort", "max_tokens", "enabled"))
     return Reasoning(effort, budget, adaptive, extra) if effort or budget or adaptive or extra else None
@@ -3915,26 +3607,25 @@ def _chat_reasoning(body: Dict[str, Any]) -> Optional[Reasoning]:
 _CHAT_EFFORTS = ((4096, "low"), (16384, "medium"), (math.inf, "high"))
 
 # Format -> its request fields that mean the same here.
-_CHAT_SHARED: Dict[str, Tuple[str, ...]] = {
-    "responses": (
-        "service_tier",
-        "metadata",
-        "prompt_cache_key",
-        "prompt_cache_retention",
-        "safety_identifier",
-        "store",
-    ),
-    "anthropic": ("service_tier",),
+_CHAT_SHARED = {
+    "responses": "service_tier metadata prompt_cache_key prompt_cache_retention safety_identifier store".split(),
+    "anthropic": ["service_tier"],
 }
 _CHAT_TIERS = {"standard_only": "default"}
 
 
 def render_chat_request(request: ChatRequest) -> Dict[str, Any]:
-    """The request as a body of POST /v1/chat/completions, in OpenAI's own words, with `max_tokens` for the limit."""
-    messages = _system_message(request.system, None) + _write_chat_turns(_merge_calls(request.messages))
-    body: Dict[str, Any] = {"model": request.model, "messages": messages}
-    _put_chat_tools(body, request)
-    simple = {
+    """The request as a body of POST /v1/chat/completions, in OpenAI's own words, with `max_tokens` for the limit.
+
+    Its messages must be tidy (tidy_messages): each turn of calls is followed by all their results.
+    """
+    messages = _write_text_turn(Message("system", request.system))
+    for message in request.messages:
+        messages += _CHAT_WRITERS[message.role](message)
+    fields: Dict[str, Any] = {
+        "model": request.model,
+        "messages": messages,
+        **_write_chat_tools(request),
         "max_tokens": request.max_tokens,
         "temperature": request.temperature,
         "top_p": request.top_p,
@@ -3945,23 +3636,22 @@ def render_chat_request(request: ChatRequest) -> Dict[str, Any]:
         "stream": request.stream or None,
         "stream_options": {"include_usage": True} if request.stream else None,
     }
-    body.update((key, value) for key, value in simple.items() if value is not None)
-    for key, value in _chat_shared_fields(request.fields or {}).items():
-        body.setdefault(key, value)
-    return body
+    body = {key: value for key, value in fields.items() if value is not None}
+    return {**_chat_shared_fields(request.fields or {}), **body}
 
 
 def _chat_shared_fields(fields: Dict[str, Dict[str, Any]]) -> Dict[str, Any]:
-    found = dict(fields.get(_CHAT) or {})
-    for wire, keys in _CHAT_SHARED.items():
-        bag = fields.get(wire) or {}
-        found.update((key, bag[key]) for key in keys if key in bag and key not in found)
+    found = {
+        key: bag[key]
+        for wire, keys in _CHAT_SHARED.items()
+        for bag in [fields.get(wire) or {}]
+        for key in keys
+        if key in bag
+    }
     verbosity = as_dict((fields.get("responses") or {}).get("text")).get("verbosity")
-    if verbosity:
-        found.setdefault("verbosity", verbosity)
-    tier = found.get("service_tier")
-    if isinstance(tier, str):
-        found["service_tier"] = _CHAT_TIERS.get(tier, tier)
+    found.update({"verbosity": verbosity} if verbosity else {}, **(fields.get(_CHAT) or {}))
+    if isinstance(found.get("service_tier"), str):
+        found["service_tier"] = _CHAT_TIERS.get(found["service_tier"], found["service_tier"])
     return found
 
 
@@ -3977,27 +3667,21 @@ def _write_chat_effort(reasoning: Reasoning) -> Optional[str]:
 def _write_chat_output(output: JsonOutput) -> Dict[str, Any]:
     if output.schema is None:
         return {"type": "json_object"}
-    inner: Dict[str, Any] = {"name": output.name or "answer", "schema": output.schema}
-    if output.description:
-        inner["description"] = output.description
-    if output.strict is not None:
-        inner["strict"] = output.strict
-    return {"type": "json_schema", "json_schema": inner}
+    fields = {"description": output.description or None, "strict": output.strict}
+    inner = {"name": output.name or "answer", "schema": output.schema}
+    return {"type": "json_schema", "json_schema": {**inner, **_without_none(fields)}}
 
 
-def _put_chat_tools(body: Dict[str, Any], request: ChatRequest) -> None:
+def _without_none(fields: Dict[str, Any]) -> Dict[str, Any]:
+    return {key: value for key, value in fields.items() if value is not None}
+
+
+def _write_chat_tools(request: ChatRequest) -> Dict[str, Any]:
     """tools, tool_choice and parallel_tool_calls; the latter two are errors without the first."""
     tools = [item for item in map(_write_chat_tool, request.tools) if item]
-    if not tools:
-        return
-    body["tools"] = tools
-    choice = request.tool_choice
-    if choice is not None:
-        value = _write_chat_choice(choice, {tool.name: tool.kind for tool in request.tools})
-        if value is not None:
-            body["tool_choice"] = value
-    if request.parallel_tools is not None:
-        body["parallel_tool_calls"] = request.parallel_tools
+    kinds = {tool.name: tool.kind for tool in request.tools}
+    choice = _write_chat_choice(request.tool_choice, kinds) if request.tool_choice else None
+    return {"tools": tools, "tool_choice": choice, "parallel_tool_calls": request.parallel_tools} if tools else {}
 
 
 def _write_chat_choice(choice: ToolChoice, kinds: Dict[str, str]) -> Any:
@@ -4012,177 +3696,120 @@ def _write_chat_tool(tool: Tool) -> Optional[Dict[str, Any]]:
     own = own_extra(tool, _CHAT)
     if tool.kind == "server":
         return own or None
-    inner: Dict[str, Any] = {"name": tool.name}
-    if tool.description:
-        inner["description"] = tool.description
+    inner: Dict[str, Any] = {"name": tool.name, "description": tool.description or None}
     if tool.kind == "custom":
         syntax, definition = tool_grammar(tool)
-        if definition:
-            inner["format"] = {"type": "grammar", "grammar": {"syntax": syntax or "lark", "definition": definition}}
-        return {"type": "custom", "custom": inner}
-    inner["parameters"] = _object_schema(tool.schema)
-    if tool.strict is not None:
-        inner["strict"] = tool.strict
-    return {**own, "type": "function", "function": inner}
+        grammar = {"syntax": syntax or "lark", "definition": definition}
+        inner["format"] = {"type": "grammar", "grammar": grammar} if definition else None
+        return {"type": "custom", "custom": _without_none(inner)}
+    inner.update(parameters=_object_schema(tool.schema or {}), strict=tool.strict)
+    return {**own, "type": "function", "function": _without_none(inner)}
 
 
-def _object_schema(schema: Optional[Dict[str, Any]]) -> Dict[str, Any]:
+def _object_schema(schema: Dict[str, Any]) -> Dict[str, Any]:
     """A schema that says it is an object and has properties (trap 94)."""
-    if schema and schema.get("type") == "object" and "properties" in schema:
-        return schema
-    named = any(key in (schema or {}) for key in ("type", "anyOf", "oneOf", "allOf", "$ref"))
-    filled = dict(schema or {}) if named else {"type": "object", **(schema or {})}
-    if filled.get("type") == "object":
-        filled.setdefault("properties", {})
-    return filled
+    if not any(key in schema for key in ("type", "anyOf", "oneOf", "allOf", "$ref")):
+        schema = {"type": "object", **schema}
+    return schema if schema.get("type") != "object" else {"properties": {}, **schema}
 
 
-def _merge_calls(messages: List[Message]) -> List[Message]:
-    """Calls that a client sent as one assistant turn each become one turn, so that their results can follow it."""
-    merged: List[Message] = []
-    for message in messages:
-        last = merged[-1] if merged else None
-        if last and message.role == last.role == "assistant" and any(isinstance(b, ToolCall) for b in last.blocks):
-            merged[-1] = last._replace(blocks=last.blocks + message.blocks)
-        else:
-            merged.append(message)
-    return merged
+def _write_text_turn(message: Message) -> List[Dict[str, Any]]:
+    """A system message: text alone, in which media are only noted."""
+    texts = [
+        note_of_media(block) if isinstance(block, Media) else getattr(block, "text", "") for block in message.blocks
+    ]
+    return _parts_message(message, [{"type": "text", "text": text} for text in texts if text])
 
 
-def _write_chat_turns(messages: List[Message]) -> List[Dict[str, Any]]:
-    """The conversation. Each assistant turn is followed by the results of its calls, wherever they stood (trap 77)."""
-    out: List[Dict[str, Any]] = []
-    answered: Set[str] = set()  # ids of the last assistant turn, whose further results are duplicates (trap 81)
-    carried: List[Dict[str, Any]] = []  # parts of results that a tool message cannot hold (trap 104)
-    for index, message in enumerate(messages):
-        if message.role == "user":
-            parts = carried + _user_parts(message.blocks, answered)
-            out += _parts_message("user", parts, message)
-            carried = []
-            continue
-        if carried and message.role == "assistant":
-            out += _parts_message("user", carried, None)
-            carried = []
-        if message.role == "assistant":
-            results = _following_results(messages, index)
-            turn, calls = _assistant_message(message, index)
-            out += turn
-            answered = set(calls)
-            for call_id in calls:
-                item, parts = _tool_message(call_id, results.get(call_id))
-                out.append(item)
-                carried = carried + parts
-        else:
-            out += _system_message(message.blocks, message)
-    return out + (_parts_message("user", carried, None) if carried else [])
-
-
-def _following_results(messages: List[Message], index: int) -> Dict[str, ToolResult]:
-    """The first result for each id between the assistant turn at `index` and the next one."""
-    found: Dict[str, ToolResult] = {}
-    for later in range(index + 1, len(messages)):
-        message = messages[later]
-        if message.role == "assistant":
-            break
-        for block in message.blocks:
-            if isinstance(block, ToolResult):
-                found.setdefault(block.call_id, block)
-    return found
-
-
-def _user_parts(blocks: List[Any], answered: Set[str]) -> List[Dict[str, Any]]:
-    """The parts of a user turn. Results of calls in the turn before have been written; others become text (trap 78)."""
+def _write_user_turn(message: Message) -> List[Dict[str, Any]]:
+    """Tool messages (trap 77), then one user message, which also has what they cannot hold (trap 104)."""
+    items: List[Dict[str, Any]] = []
     parts: List[Dict[str, Any]] = []
-    for block in blocks:
-        if not isinstance(block, ToolResult):
+    for block in message.blocks:
+        if isinstance(block, ToolResult):
+            item, rest = _tool_message(block)
+            items.append(item)
+            parts += rest
+        else:
             parts += _chat_part_of(block)
-        elif block.call_id not in answered:
-            parts.append({"type": "text", "text": "[result of tool call %s]" % block.call_id})
-            parts += [part for inner in block.blocks for part in _chat_part_of(inner)]
-    return parts
+    return items + _parts_message(message, parts)
 
 
-def _parts_message(role: str, parts: List[Dict[str, Any]], message: Optional[Message]) -> List[Dict[str, Any]]:
+def _parts_message(message: Message, parts: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
     """A message of `parts`, none when there are none (trap 82). Text alone is a string, which every server takes."""
     if not parts:
         return []
-    if all(part.get("type") == "text" for part in parts):
-        content: Any = "\n\n".join(part["text"] for part in parts)
-    else:
-        content = parts
-    item = {"role": role, "content": content}
-    name = own_extra(message, _CHAT).get("name") if message else None
-    return [{**item, "name": name} if name else item]
+    is_text = all(part.get("type") == "text" for part in parts)
+    content = "\n\n".join(part["text"] for part in parts) if is_text else parts
+    return [{"role": message.role, "content": content, **_chat_name(message)}]
 
 
-def _system_message(blocks: List[Any], message: Optional[Message]) -> List[Dict[str, Any]]:
-    return _parts_message("system", _words_of(blocks), message)
-
-
-def _words_of(blocks: List[Any]) -> List[Dict[str, Any]]:
-    """Parts of roles that hold nothing but text."""
-    texts = [_media_note(block) if isinstance(block, Media) else getattr(block, "text", "") for block in blocks]
-    return [{"type": "text", "text": text} for text in texts if text]
-
-
-def _assistant_message(message: Message, index: int) -> Tuple[List[Dict[str, Any]], List[str]]:
-    """(the message, ids of its calls): text before the calls (trap 80), null content only beside them (trap 83)."""
-    calls: Dict[str, Dict[str, Any]] = {}
-    texts, refusals, fields = [], [], {}
-    for block in message.blocks:
-        if isinstance(block, ToolCall):
-            call_id = block.id or "call_%d_%d" % (index, len(calls))
-            calls.setdefault(call_id, _write_chat_call(block, call_id))
-        elif isinstance(block, Refusal):
-            refusals.append(block.text)
-        elif isinstance(block, Thinking):
-            fields.update(_write_chat_thoughts(block, fields))
-        else:
-            texts.append(_media_note(block) if isinstance(block, Media) else getattr(block, "text", ""))
-    content = "".join(texts)
-    if not content and not calls and not any(refusals):
-        return [], []
-    item: Dict[str, Any] = {"role": "assistant", "content": content or None, **fields}
-    if any(refusals):
-        item["refusal"] = "".join(refusals)
-    if calls:
-        item["tool_calls"] = list(calls.values())
+def _chat_name(message: Message) -> Dict[str, Any]:
     name = own_extra(message, _CHAT).get("name")
-    return [{**item, "name": name} if name else item], list(calls)
+    return {"name": name} if name else {}
+
+
+def _write_assistant_turn(message: Message) -> List[Dict[str, Any]]:
+    """Content is null only beside calls (trap 83). Foreign thinking is for turns with calls only (traps 84, 87)."""
+    has_calls = any(isinstance(block, ToolCall) for block in message.blocks)
+    blocks = [b for b in message.blocks if has_calls or not isinstance(b, Thinking) or own_extra(b, _CHAT)]
+    fields = _answer_fields(blocks, "call_0")
+    if not _SAID_FIELDS & fields.keys():
+        return []
+    return [{"role": "assistant", "content": None, **fields, **_chat_name(message)}]
+
+
+_CHAT_WRITERS = {"system": _write_text_turn, "user": _write_user_turn, "assistant": _write_assistant_turn}
+
+# Block type -> the field of a message or delta that holds its text (trap 54).
+_CHAT_TEXT_FIELDS: Dict[type, str] = {Text: "content", Refusal: "refusal", Thinking: "reasoning_content"}
+
+_SAID_FIELDS = frozenset(("content", "refusal", "tool_calls"))
+
+
+def _answer_fields(blocks: List[Any], call_id: str) -> Dict[str, Any]:
+    """What an assistant says, as fields of its message: text before calls (trap 80). call_id begins ids that lack."""
+    fields: Dict[str, Any] = {}
+    for block in blocks:
+        bag, text = {} if isinstance(block, Opaque) else own_extra(block, _CHAT), getattr(block, "text", "")
+        field = _CHAT_TEXT_FIELDS.get(type(block), "content")
+        if isinstance(block, ToolCall):
+            calls = fields.setdefault("tool_calls", [])
+            calls.append(_write_chat_call(block, block.id or "%s_%d" % (call_id, len(calls))))
+        elif isinstance(block, Opaque):
+            _add_own_part(fields, block)
+        elif isinstance(block, Media):
+            text = note_of_media(block)
+        elif isinstance(block, Thinking):
+            field = as_text(bag.get("field")) or field
+            if as_list(bag.get("reasoning_details")):
+                fields.setdefault("reasoning_details", []).extend(bag["reasoning_details"])
+        if text:
+            fields[field] = fields.get(field, "") + text
+    return fields
+
+
+def _add_own_part(message: Dict[str, Any], block: Opaque) -> None:
+    if block.wire == _CHAT and block.value.get("type") == "image_url":
+        message.setdefault("images", []).append(block.value)
 
 
 def _write_chat_call(call: ToolCall, call_id: str) -> Dict[str, Any]:
-    key = "input" if call.kind == "custom" else "arguments"
-    arguments = call.arguments if call.kind == "custom" else call.arguments or "{}"
-    inner = {"name": call.name, key: arguments}
-    return {**own_extra(call, _CHAT), "id": call_id, "type": call.kind, call.kind: inner}
+    inner = {"input": call.arguments} if call.kind == "custom" else {"arguments": call.arguments or "{}"}
+    return {**own_extra(call, _CHAT), "id": call_id, "type": call.kind, call.kind: {"name": call.name, **inner}}
 
 
-def _write_chat_thoughts(block: Thinking, fields: Dict[str, Any]) -> Dict[str, Any]:
-    """Reasoning of this format under the field it came in (trap 87); that of others is left out (trap 84)."""
-    bag = own_extra(block, _CHAT)
-    if not bag:
-        return {}
-    field = as_text(bag.get("field")) or _CHAT_REASONING[0]
-    written = {field: as_text(fields.get(field)) + block.text} if block.text else {}
-    if as_list(bag.get("reasoning_details")):
-        written["reasoning_details"] = as_list(fields.get("reasoning_details")) + bag["reasoning_details"]
-    return written
-
-
-def _tool_message(call_id: str, result: Optional[ToolResult]) -> Tuple[Dict[str, Any], List[Dict[str, Any]]]:
-    """(the tool message, parts that must follow in a user message). A call without a result gets one (trap 79)."""
-    if result is None:
-        return {"role": "tool", "tool_call_id": call_id, "content": _CHAT_NO_RESULT}, []
+def _tool_message(result: ToolResult) -> Tuple[Dict[str, Any], List[Dict[str, Any]]]:
+    """(the tool message, parts that must follow in a user message)."""
     parts = [part for block in result.blocks for part in _chat_part_of(block)]
     text = "\n".join(part["text"] for part in parts if part.get("type") == "text")
     rest = [part for part in parts if part.get("type") != "text"]
     if rest:
         text = text or "(see the next message)"
-        rest.insert(0, {"type": "text", "text": "[from the result of tool call %s]" % call_id})
+        rest.insert(0, {"type": "text", "text": "[from the result of tool call %s]" % result.call_id})
     if result.is_error and not text.lower().startswith("error"):
         text = "Error: " + text
-    return {"role": "tool", "tool_call_id": call_id, "content": text}, rest
+    return {"role": "tool", "tool_call_id": result.call_id, "content": text}, rest
 
 
 def _chat_part_of(block: Any) -> List[Dict[str, Any]]:
@@ -4194,11 +3821,11 @@ def _chat_part_of(block: Any) -> List[Dict[str, Any]]:
     if not isinstance(block, Media):
         return []
     part = _CHAT_MEDIA[block.kind](block) if block.kind in _CHAT_MEDIA else None
-    return [part or {"type": "text", "text": _media_note(block)}]
+    return [part or {"type": "text", "text": note_of_media(block)}]
 
 
 def _write_chat_image(block: Media) -> Dict[str, Any]:
-    inner = {"url": block.url or "data:%s;base64,%s" % (block.media_type or "image/png", block.data)}
+    inner = {"url": url_of_media(block, "image/png")}
     detail = own_extra(block, _CHAT).get("detail")
     return {"type": "image_url", "image_url": {**inner, "detail": detail} if detail else inner}
 
@@ -4214,13 +3841,10 @@ def _write_chat_document(block: Media) -> Optional[Dict[str, Any]]:
     if block.data and block.media_type in ("", "application/pdf"):
         url = "data:application/pdf;base64," + block.data
         return {"type": "file", "file": {"filename": block.name or "document.pdf", "file_data": url}}
-    if block.data and (block.media_type.startswith("text/") or block.media_type == "application/json"):
-        try:
-            text = base64.b64decode(block.data, validate=True).decode("utf-8", "replace")
-        except (ValueError, binascii.Error):
-            return None
-        return {"type": "text", "text": "%s\n%s" % (block.name, text) if block.name else text or "(empty document)"}
-    return None
+    text = text_of_media(block)
+    if text is None:
+        return None
+    return {"type": "text", "text": "%s\n%s" % (block.name, text) if block.name else text or "(empty document)"}
 
 
 _CHAT_MEDIA: Dict[str, Callable[[Media], Optional[Dict[str, Any]]]] = {
@@ -4230,46 +3854,29 @@ _CHAT_MEDIA: Dict[str, Callable[[Media], Optional[Dict[str, Any]]]] = {
 }
 
 
-def _media_note(block: Media) -> str:
-    return "[%s left out: %s]" % (block.kind, block.name or block.url or block.media_type or "no name")
-
-
 # ---- whole answers
 
-# finish_reason in lower case -> stop reason (trap 47). Beside OpenAI's five: Mistral model_length, Together eos, z.ai
-# sensitive and model_context_window_exceeded, Gemini's and Anthropic's own words at routers that pass them through.
+# finish_reason in lower case -> stop reason, if not a stop reason itself (trap 47). Beside OpenAI's five: Mistral
+# model_length, Together eos, z.ai sensitive, Gemini's and Anthropic's words at routers that pass them through.
 _CHAT_STOPS = {
-    "stop": "end_turn",
-    "eos": "end_turn",
-    "end_turn": "end_turn",
     "length": "max_tokens",
-    "max_tokens": "max_tokens",
     "max_output_tokens": "max_tokens",
     "model_length": "model_context_window_exceeded",
-    "model_context_window_exceeded": "model_context_window_exceeded",
     "tool_calls": "tool_use",
     "function_call": "tool_use",
-    "tool_use": "tool_use",
-    "stop_sequence": "stop_sequence",
-    "pause_turn": "pause_turn",
     "content_filter": "refusal",
-    "refusal": "refusal",
     "safety": "refusal",
     "recitation": "refusal",
     "prohibited_content": "refusal",
     "sensitive": "refusal",
+    **{reason: reason for reason in STOP_REASONS},
 }
 
 # finish_reasons that mean a failure: OpenRouter, Mistral | z.ai | vLLM and SGLang | DeepSeek.
 _CHAT_FAILURES = {"error": 502, "network_error": 502, "abort": 502, "insufficient_system_resource": 503}
 
 # Stop reason -> finish_reason (SDK: Choice.finish_reason).
-_CHAT_FINISHES = {
-    "max_tokens": "length",
-    "model_context_window_exceeded": "length",
-    "tool_use": "tool_calls",
-    "refusal": "content_filter",
-}
+_CHAT_FINISHES = {"max_tokens": "length", "model_context_window_exceeded": "length", "refusal": "content_filter"}
 
 # What an answer says beside its text; kept for conversions between a stream and a whole answer of this format.
 _CHAT_ANSWER_KEYS = ("service_tier", "system_fingerprint", "provider", "citations", "search_results")
@@ -4283,10 +3890,14 @@ def parse_chat_response(body: Dict[str, Any], context: Context) -> ChatResponse:
     if not isinstance(body, dict) or not (as_list(body.get("choices")) or body.get("error")):
         raise RouterError("the upstream's answer is no chat completion", 502, "invalid_answer")
     parser = ChatStreamParser(context)
-    answer = fold(parser.read(body) + parser.end())
+    answer = fold(parser.read(body, "message") + parser.end())
     if isinstance(answer, ErrorInfo):
         raise RouterError(answer.message, answer.status, answer.code or answer.type or "upstream_error")
     return answer
+
+
+def _first_count(*values: Any) -> int:
+    return next(filter(None, map(as_int, values)), 0)
 
 
 def _chat_usage(usage: Dict[str, Any]) -> Usage:
@@ -4295,59 +3906,45 @@ def _chat_usage(usage: Dict[str, Any]) -> Usage:
     Together, Hugging Face: cached_tokens; DeepSeek: prompt_cache_hit_tokens; Mistral: num_cached_tokens. xAI counts
     reasoning beside completion_tokens, which shows in the total.
     """
-    details = as_dict(usage.get("prompt_tokens_details"))
-    prompt = as_int(usage.get("prompt_tokens")) or as_int(usage.get("input_tokens"))
-    output = as_int(usage.get("completion_tokens")) or as_int(usage.get("output_tokens"))
-    cached = as_int(details.get("cached_tokens"))
-    for key in ("cached_tokens", "prompt_cache_hit_tokens", "num_cached_tokens"):
-        cached = cached or as_int(usage.get(key))
-    written = as_int(details.get("cache_write_tokens"))
-    reasoning = as_int(as_dict(usage.get("completion_tokens_details")).get("reasoning_tokens"))
-    reasoning = reasoning or as_int(usage.get("reasoning_tokens"))
-    if reasoning and as_int(usage.get("total_tokens")) == prompt + output + reasoning:
+    details, get = as_dict(usage.get("prompt_tokens_details")), usage.get
+    prompt = _first_count(get("prompt_tokens"), get("input_tokens"))
+    output = _first_count(get("completion_tokens"), get("output_tokens"))
+    counts = (
+        details.get("cached_tokens"),
+        get("cached_tokens"),
+        get("prompt_cache_hit_tokens"),
+        get("num_cached_tokens"),
+    )
+    reasoning = as_dict(get("completion_tokens_details")).get("reasoning_tokens")
+    reasoning = _first_count(reasoning, get("reasoning_tokens"))
+    if reasoning and as_int(get("total_tokens")) == prompt + output + reasoning:
         output += reasoning
-    cached = min(cached, prompt)
-    written = min(written, prompt - cached)
+    cached = min(_first_count(*counts), prompt)
+    written = min(as_int(details.get("cache_write_tokens")), prompt - cached)
     return Usage(prompt - cached - written, output, cached, written, reasoning)
 
 
 def _write_chat_usage(usage: Usage) -> Dict[str, Any]:
     """SDK: CompletionUsage; prompt_tokens include the cached ones (trap 113)."""
     prompt = usage.input + usage.cache_read + usage.cache_write
-    details = {"cached_tokens": usage.cache_read}
-    if usage.cache_write:
-        details["cache_write_tokens"] = usage.cache_write
+    written = {"cache_write_tokens": usage.cache_write} if usage.cache_write else {}
     return {
         "prompt_tokens": prompt,
         "completion_tokens": usage.output,
         "total_tokens": prompt + usage.output,
-        "prompt_tokens_details": details,
+        "prompt_tokens_details": {"cached_tokens": usage.cache_read, **written},
         "completion_tokens_details": {"reasoning_tokens": usage.reasoning},
     }
 
 
 def render_chat_response(response: ChatResponse, context: Context) -> Dict[str, Any]:
     """SDK: ChatCompletion. `model` is what the client asked for (trap 44); `usage` is left out when nobody told it."""
-    bag = own_extra(response, _CHAT)
-    message: Dict[str, Any] = {"role": "assistant", "content": None, "refusal": None}
-    calls = []
-    for block in response.blocks:
-        if isinstance(block, ToolCall):
-            calls.append(_write_chat_call(block, block.id or "call_%s_%d" % (context.id, len(calls))))
-        elif isinstance(block, Opaque):
-            _add_own_part(message, block)
-        elif type(block) in _CHAT_TEXT_FIELDS and block.text:
-            field = _CHAT_TEXT_FIELDS[type(block)]
-            message[field] = (message.get(field) or "") + block.text
-        if isinstance(block, Thinking) and own_extra(block, _CHAT).get("reasoning_details"):
-            message.setdefault("reasoning_details", []).extend(own_extra(block, _CHAT)["reasoning_details"])
-    if message["content"] is None and not calls and message["refusal"] is None:
-        message["content"] = ""
-    if calls:
-        message["tool_calls"] = calls
+    bag, fields = own_extra(response, _CHAT), _answer_fields(response.blocks, "call_" + context.id)
+    content = None if _SAID_FIELDS & fields.keys() else ""
+    message = {"role": "assistant", "content": content, "refusal": None, **fields}
     if bag.get("annotations"):
         message["annotations"] = bag["annotations"]
-    reason = _shown_finish(response.stop_reason, bool(calls), message["refusal"] is not None)
+    reason = _shown_finish(response.stop_reason, "tool_calls" in fields, "refusal" in fields)
     answer = {
         "id": _chat_id(response.id, context),
         "object": "chat.completion",
@@ -4361,37 +3958,20 @@ def render_chat_response(response: ChatResponse, context: Context) -> Dict[str, 
     return answer
 
 
-# Block type -> the field of a message or delta that holds its text (trap 54).
-_CHAT_TEXT_FIELDS: Dict[type, str] = {Text: "content", Refusal: "refusal", Thinking: "reasoning_content"}
-
-
-def _add_own_part(message: Dict[str, Any], block: Opaque) -> None:
-    if block.wire == _CHAT and block.value.get("type") == "image_url":
-        message.setdefault("images", []).append(block.value)
-
-
 def _chat_id(upstream_id: str, context: Context) -> str:
     return upstream_id if upstream_id.startswith("chatcmpl-") else "chatcmpl-" + context.id
 
 
 def _shown_finish(reason: str, has_calls: bool, has_refusal: bool) -> str:
     """The finish_reason; `tool_calls` exactly when calls were sent and nothing cut the answer short (trap 53)."""
-    if reason in ("tool_use", "end_turn", "stop_sequence", "pause_turn"):
-        return "tool_calls" if has_calls else "stop"
-    return "stop" if reason == "refusal" and has_refusal else _CHAT_FINISHES.get(reason, "stop")
+    if reason in _CHAT_FINISHES:
+        return "stop" if reason == "refusal" and has_refusal else _CHAT_FINISHES[reason]
+    return "tool_calls" if has_calls else "stop"
 
 
 # ---- streams: Chat Completions -> neutral
 
-
-def _refuse_chat_constant(name: str) -> Any:
-    raise ValueError("%s is not JSON" % name)
-
-
-_decode_chunk = json.JSONDecoder(parse_constant=_refuse_chat_constant).decode
-
-# Fields with reasoning text; the first that has any is read, since some servers send it twice.
-_CHAT_REASONING = ("reasoning_content", "reasoning")
+_decode_chunk = _JSON_DECODER.decode
 
 # Tags around the reasoning of models whose server leaves it in the content (trap 48).
 _THINK_OPEN = "<think>"
@@ -4402,49 +3982,42 @@ _MAX_HELD = 4096
 
 
 class _Slot:
-    """One tool call of a stream: what came of it so far. sent: how many of `pieces` were passed on."""
+    """A block of an answer, open or to come. waiting: its text not yet passed on. For calls also pieces: all of it,
+    size: its length, and id: the upstream's own, which may come after the block was opened (trap 37)."""
 
-    __slots__ = ("id", "name", "pieces", "kind", "extra", "is_open", "head", "is_cumulative", "sent")
+    __slots__ = ("block", "is_open", "waiting", "pieces", "size", "id", "is_cumulative")
 
-    def __init__(self) -> None:
-        self.id = ""
-        self.name = ""
-        self.pieces: List[str] = []
-        self.kind = "function"
-        self.extra: Dict[str, Any] = {}
+    def __init__(self, block: Any) -> None:
+        self.block = block
         self.is_open = False
-        self.head = ""
+        self.waiting: List[str] = []
+        self.pieces: List[str] = []
+        self.size = 0
+        self.id = ""
         self.is_cumulative = False
-        self.sent = 0
 
-    def arguments(self) -> str:
-        return "".join(self.pieces)
-
-    def add(self, text: str) -> str:
-        """Takes arguments and returns what of them is new: some servers repeat all from the start (trap 40)."""
-        if self.head and text[:1] == self.head[:1] == "{" and text.startswith(self.head):
-            text = self._new_suffix(text)
+    def add_arguments(self, text: str) -> None:
+        """More arguments. Some servers repeat all of them from the start (trap 40), but an object may begin like the one
+        around it: after `:`, `,` or `[` a repetition must be known as such."""
+        if 0 < self.size <= len(text) and text[0] == "{" and self.block.kind == "function":
+            so_far = "".join(self.pieces)
+            may_nest = so_far.rstrip().endswith((":", ",", "["))
+            if text.startswith(so_far) and (self.is_cumulative or not may_nest):
+                self.is_cumulative = True
+                text = text[self.size :]
         if text:
-            if len(self.head) < 32:
-                self.head = (self.head + text)[:32]
             self.pieces.append(text)
-        return text
-
-    def _new_suffix(self, text: str) -> str:
-        """An object may begin like the one around it: after `:`, `,` or `[` a repetition must be known as such."""
-        so_far = self.arguments()
-        may_nest = so_far.rstrip().endswith((":", ",", "["))
-        if text.startswith(so_far) and self.kind == "function" and (self.is_cumulative or not may_nest):
-            self.is_cumulative = True
-            return text[len(so_far) :]
-        return text
+            self.waiting.append(text)
+            self.size += len(text)
 
     def is_complete(self) -> bool:
-        """Whether the arguments are a whole JSON object, so that nothing can follow."""
-        if self.kind != "function" or not self.pieces or not self.pieces[-1].rstrip().endswith("}"):
+        """Whether nothing can follow in it once another block began: of a call, when its arguments are a JSON object."""
+        if type(self.block) is not ToolCall:
+            return True
+        if not self.is_open or not self.pieces or not self.pieces[-1].rstrip().endswith("}"):
             return False
         try:
-            return isinstance(_decode_chunk(self.arguments()), dict)
+            return self.block.kind == "function" and type(_decode_chunk("".join(self.pieces))) is dict
         except (ValueError, RecursionError):
             return False
 
@@ -4452,10 +4025,10 @@ class _Slot:
 class ChatStreamParser:
     """Chunks (SDK: ChatCompletionChunk) and their dialects to neutral stream events, one block open at a time.
 
-    Blocks open when their first text comes. The first unfinished tool call streams; others are held and follow whole,
-    in order (trap 33), and so does text that comes after a call began. Finished is told at `[DONE]` or at the end of
-    the bytes, so that usage sent last is in it. done: a finish_reason or `[DONE]` was seen. usage: the last counts
-    told, or None. skipped: events and parts that could not be read.
+    Every block is a slot in the order in which they began. The first unfinished one streams; those behind it are held
+    and follow whole (trap 33). Finished is told at `[DONE]` or at the end of the bytes, so that usage sent last is in
+    it. done: a finish_reason or `[DONE]` was seen. usage: the last counts told, or None. skipped: events and parts that
+    could not be read.
     """
 
     def __init__(self, context: Context) -> None:
@@ -4466,61 +4039,52 @@ class ChatStreamParser:
         self._out: List[Any] = []
         self._is_started = False
         self._is_ended = False
-        self._id = ""
-        self._model = ""
-        self._created = 0
-        self._block: Any = None  # type of the open block
-        self._types: Set[type] = set()  # of all blocks so far
+        self._slots: List[_Slot] = []
+        self._active = 0  # the slot that streams; those before it are closed
+        self._flowing: Any = None  # type of the block whose text may go out at once: open, and the last one
+        self._types: Set[type] = set()  # of all blocks opened so far
+        self._calls: List[_Slot] = []
+        self._by_key: Dict[Any, _Slot] = {}
+        self._ids: Set[str] = set()
+        self._details: List[Any] = []  # reasoning details that came amid another block
+        self._think = "before"  # | "inside" the tags | "after" them, at white space | "outside"
+        self._held = ""  # text that may be the beginning of a tag
         self._reason = ""
         self._stop_sequence = ""
         self._extra: Dict[str, Any] = {}
-        self._think = "before"  # | "inside" the tags | "after" them, at white space | "outside"
-        self._held = ""  # text that may be the beginning of a tag
-        self._space = ""  # white space in front of a text block
-        self._slots: List[_Slot] = []
-        self._by_key: Dict[Any, _Slot] = {}
-        self._active = 0  # the slot that streams; those before it are closed
-        self._ids: Set[str] = set()
-        self._late: List[Tuple[type, List[str], List[Any]]] = []  # what came after a call began
 
     def feed(self, event: SseEvent) -> List[Any]:
         """The neutral events that `event` completes."""
-        if event.data.strip() == "[DONE]":
+        data = event.data
+        if data.strip() == "[DONE]":
+            self.done = True
             return self.end()
         try:
-            chunk = _decode_chunk(event.data)
+            chunk = _decode_chunk(data)
         except (ValueError, RecursionError):
-            if event.name == "error" and not self._is_ended:
-                return self._fail(parse_chat_error(200, event.data))
-            self.skipped += bool(event.data.strip())
-            return []
+            chunk = {} if event.name == "error" else None
         if type(chunk) is not dict:
-            self.skipped += 1
+            self.skipped += bool(data.strip())
             return []
-        if event.name == "error" and not self._is_ended and not chunk.get("error"):
-            chunk = {"error": chunk}
+        if event.name == "error" and not chunk.get("error"):
+            chunk = {"error": chunk or data}
         return self.read(chunk)
 
     def finish(self) -> List[Any]:
         """The end of the bytes: without a finish_reason or `[DONE]` the answer was cut off (trap 14)."""
-        if self._is_ended:
-            return []
-        if self.done:
-            return self.end()
-        message = "the upstream's stream ended before a finish_reason or [DONE]"
-        return self._fail(ErrorInfo(502, message, "server_error", "truncated"))
+        if not self.done and not self._is_ended:
+            message = "the upstream's stream ended before its answer was complete"
+            self._fail(ErrorInfo(502, message, "server_error", "truncated"))
+        return self.end()
 
-    def read(self, chunk: Dict[str, Any]) -> List[Any]:
-        """The neutral events of one chunk, or of a whole answer."""
-        usage = chunk.get("usage")
-        if usage:
-            self._count(usage)
+    def read(self, chunk: Dict[str, Any], field: str = "delta") -> List[Any]:
+        """The neutral events of one chunk, or of a whole answer, whose text is in the `field` message (or in both)."""
+        if chunk.get("usage"):
+            self._count(chunk["usage"])
+        choices = chunk.get("choices")
         if self._is_ended:
             return []
-        if chunk.get("error"):
-            return self._fail(parse_chat_error(200, chunk))
-        choices = chunk.get("choices")
-        if not choices or type(choices) is not list:
+        if chunk.get("error") or not choices or type(choices) is not list:
             return self._read_without_choice(chunk)
         choice = choices[0]
         if type(choice) is not dict or choice.get("index"):
@@ -4529,77 +4093,71 @@ class ChatStreamParser:
                 return []  # only the first of n answers is read
         if not self._is_started:
             self._start(chunk)
-        delta = choice.get("delta")
+        delta = choice.get(field)
         if type(delta) is not dict:
-            delta = choice.get("message")
+            delta = as_dict(choice.get("message" if field == "delta" else "delta"))
         is_last = choice.get("finish_reason") or choice.get("usage") or choice.get("error")
-        if type(delta) is dict:
-            if len(delta) == 1 and self._block is Text and not is_last and self._think == "outside":
-                text = delta.get("content")  # nearly every chunk of an answer
-                if text and type(text) is str:
-                    return [Delta(text)]
-            for field, reader in self._READERS:
-                value = delta.get(field)
-                if value:
-                    reader(self, value, delta)
+        if len(delta) == 1 and self._flowing is Text and not is_last and self._think == "outside":
+            text = delta.get("content")  # nearly every chunk of an answer
+            if text and type(text) is str:
+                return [Delta(text)]
+        for key, reader in self._READERS:
+            value = delta.get(key)
+            if value:
+                reader(self, value, delta)
         if is_last:
             self._read_end_of_choice(choice)
-        out, self._out = self._out, []
-        return out
+        return self._take()
 
     def end(self) -> List[Any]:
         """The end of the answer: whatever is held, closed blocks, and Finished once."""
-        if self._is_ended:
-            return []
-        if not self._is_started:
+        if not self._is_ended:
             self._start({})
-        self._flush()
-        self._advance(True)
-        for kind, pieces, details in self._late:
-            self._write_late(kind, "".join(pieces), details)
-        if self._space and not self._types:
-            self._open(Text(""))
-            self._out.append(Delta(self._space))
-        self._close()
-        self.done = self._is_ended = True
-        extra = {_CHAT: self._extra} if self._extra else None
-        self._out.append(Finished(self._stop_reason(), self._stop_sequence, self.usage, extra))
+            self._flush()
+            if self._details:
+                self._add_slot(Thinking("", {_CHAT: {"reasoning_details": self._details}}))
+            self._advance(True)
+            self._is_ended = True
+            extra = {_CHAT: self._extra} if self._extra else None
+            self._out.append(Finished(self._stop_reason(), self._stop_sequence, self.usage, extra))
+        return self._take()
+
+    def _take(self) -> List[Any]:
         out, self._out = self._out, []
         return out
 
     # -- the chunk around the delta
 
     def _start(self, chunk: Dict[str, Any]) -> None:
+        if self._is_started:
+            return
         self._is_started = True
-        self._id = as_text(chunk.get("id")) or self._id or "chatcmpl-" + self._context.id
-        self._model = as_text(chunk.get("model")) or self._model
-        self._created = as_int(chunk.get("created")) or self._created or self._context.created
         self._extra.update((key, chunk[key]) for key in _CHAT_ANSWER_KEYS if chunk.get(key) is not None)
-        self._out.append(Started(self._id, self._model, self.usage, self._created))
+        answer_id = as_text(chunk.get("id")) or "chatcmpl-" + self._context.id
+        created = as_int(chunk.get("created")) or self._context.created
+        self._out.append(Started(answer_id, as_text(chunk.get("model")), self.usage, created))
 
     def _read_without_choice(self, chunk: Dict[str, Any]) -> List[Any]:
-        """Usage alone (trap 15), Azure's prompt_filter_results (trap 16), or an error without its envelope."""
-        bare = "choices" not in chunk and not chunk.get("usage")
-        if bare and ("error" in (chunk.get("object"), chunk.get("type")) or _has_words(chunk)):
-            return self._fail(parse_chat_error(200, chunk))
+        """An error, with or without its envelope, usage alone (trap 15), or Azure's prompt_filter_results (trap 16)."""
+        is_error = chunk.get("error") or "error" in (chunk.get("object"), chunk.get("type"))
+        has_words = as_text(chunk.get("message")) or as_text(chunk.get("detail"))
+        if chunk.get("error") or ((is_error or has_words) and "choices" not in chunk and not chunk.get("usage")):
+            self._fail(read_error(200, chunk))
         self._count(as_dict(chunk.get("x_groq")).get("usage"))
-        return []
+        return self._take()
 
     def _read_end_of_choice(self, choice: Dict[str, Any]) -> None:
         """What rides with the last delta, read after it (trap 25); the first of two reasons counts (trap 50)."""
         self._count(choice.get("usage"))
         reason = as_text(choice.get("finish_reason")).lower()
         if choice.get("error") or reason in _CHAT_FAILURES:
-            status = _CHAT_FAILURES.get(reason, 200)
-            error = {"error": choice.get("error") or "the upstream ended its answer with finish_reason %s" % reason}
-            self._out = self._fail(parse_chat_error(status, error))
-            return
-        if reason and not self._reason:
+            error = choice.get("error") or "the upstream ended its answer with finish_reason %s" % reason
+            self._fail(read_error(_CHAT_FAILURES.get(reason, 200), {"error": error}))
+        elif reason and not self._reason:
             self.done = True
             self._reason = reason
             matched = choice.get("stop_reason")  # vLLM: the stop text that was met, or a token id
-            if isinstance(matched, str) and matched in self._context.request.stop:
-                self._stop_sequence = matched
+            self._stop_sequence = as_text(matched) if matched in self._context.request.stop else ""
 
     def _count(self, usage: Any) -> None:
         if isinstance(usage, dict):
@@ -4612,66 +4170,66 @@ class ChatStreamParser:
         reason = _CHAT_STOPS.get(self._reason, "end_turn")
         if reason not in ("end_turn", "tool_use", "stop_sequence"):
             return reason
-        if ToolCall in self._types:
-            return "tool_use"
-        if Refusal in self._types:
-            return "refusal"
-        if self._stop_sequence:
-            return "stop_sequence"
-        return "end_turn" if reason == "tool_use" else reason
+        for kind, implied in ((ToolCall, "tool_use"), (Refusal, "refusal")):
+            if kind in self._types:
+                return implied
+        return "stop_sequence" if self._stop_sequence or reason == "stop_sequence" else "end_turn"
 
-    def _fail(self, error: ErrorInfo) -> List[Any]:
+    def _fail(self, error: ErrorInfo) -> None:
         self._flush()
-        self._close()
-        self.done = self._is_ended = True
-        out, self._out = self._out, []
-        return out + [Failed(error)]
-
-    # -- blocks of text
-
-    def _open(self, block: Any) -> None:
-        self._close()
-        self._block = type(block)
-        self._types.add(self._block)
-        self._out.append(Opened(block))
-
-    def _close(self) -> None:
-        if self._block is not None:
-            self._block = None
+        if self._active < len(self._slots) and self._slots[self._active].is_open:
             self._out.append(Closed())
+        self._is_ended = True
+        self._out.append(Failed(error))
+
+    # -- blocks
+
+    def _add_slot(self, block: Any) -> _Slot:
+        self._slots.append(_Slot(block))
+        self._flowing = None
+        return self._slots[-1]
+
+    def _advance(self, is_end: bool = False) -> None:
+        """Opens the first unfinished block, passes on what it holds, and goes on when nothing can follow in it."""
+        while self._active < len(self._slots):
+            slot, is_last = self._slots[self._active], self._active + 1 == len(self._slots)
+            if not slot.is_open and self._may_open(slot, is_last, is_end):
+                self._open(slot)
+            if slot.is_open and slot.waiting:
+                self._out.append(Delta("".join(slot.waiting)))
+                slot.waiting.clear()
+            if not is_end and (is_last or not slot.is_complete()):
+                self._flowing = type(slot.block) if slot.is_open and is_last else None
+                return
+            if slot.is_open:
+                self._out.append(Closed())
+            elif type(slot.block) is ToolCall:
+                self.skipped += 1  # a call without a name
+            self._active += 1
+
+    def _may_open(self, slot: _Slot, is_last: bool, is_end: bool) -> bool:
+        """A call needs its name; white space alone is no text (trap 32), unless it is all there is."""
+        if type(slot.block) is ToolCall:
+            return bool(slot.block.name and (slot.id or slot.pieces or is_end))
+        if type(slot.block) is not Text:
+            return True
+        text = "".join(slot.waiting)
+        return bool(text.strip()) or len(text) >= _MAX_HELD or (is_end and is_last and not self._types)
+
+    def _open(self, slot: _Slot) -> None:
+        if type(slot.block) is ToolCall:
+            slot.block.id = unique_id(slot.id or "call_%s_%d" % (self._context.id, len(self._ids)), self._ids)
+        slot.is_open = True
+        self._types.add(type(slot.block))
+        self._out.append(Opened(slot.block))
 
     def _add_text(self, kind: type, text: str) -> None:
-        """More text of a block of `kind`, which opens when it must; after a tool call began it waits."""
-        if self._block is not kind:
-            if self._slots and not self._is_past_calls():
-                self._hold_late(kind, text, [])
-                return
-            if kind is Text:
-                text = self._space + text
-                if not text.strip() and len(text) < _MAX_HELD:
-                    self._space = text
-                    return
-                self._space = ""
-            self._open(kind(""))
-        self._out.append(Delta(text))
-
-    def _is_past_calls(self) -> bool:
-        return self._active >= len(self._slots)
-
-    def _hold_late(self, kind: type, text: str, details: List[Any]) -> None:
-        if not self._late or self._late[-1][0] is not kind:
-            self._late.append((kind, [], []))
-        self._late[-1][1].append(text)
-        self._late[-1][2].extend(details)
-
-    def _write_late(self, kind: type, text: str, details: List[Any]) -> None:
-        if not text.strip() and not details:
-            return
-        self._open(kind(""))
-        if text:
+        if self._flowing is kind:
             self._out.append(Delta(text))
-        if details:
-            self._out.append(Extended(_CHAT, {"reasoning_details": details}))
+            return
+        slot = self._slots[-1] if self._slots and type(self._slots[-1].block) is kind else self._add_slot(kind(""))
+        slot.waiting.append(text)
+        self._advance()
 
     def _read_content(self, value: Any, delta: Dict[str, Any]) -> None:
         if type(value) is str:
@@ -4679,54 +4237,45 @@ class ChatStreamParser:
                 self._add_text(Text, value)
             else:
                 self._read_tagged(value)
-        elif type(value) is list:
-            for part in value:
-                self._read_part(as_dict(part))
-
-    def _read_part(self, part: Dict[str, Any]) -> None:
-        """A content part of an answer; Mistral sends thinking so."""
-        if part.get("type") == "thinking":
-            self._read_thought(_thinking_text(part), part)
-        elif part.get("type") == "refusal":
-            self._read_refusal(part.get("refusal"), part)
-        elif part.get("text") and isinstance(part["text"], str):
-            self._read_content(part["text"], part)
+            return
+        for part in map(as_dict, as_list(value)):  # Mistral sends thinking as parts
+            kind = part.get("type")
+            text = _thinking_text(part) if kind == "thinking" else part.get("refusal" if kind == "refusal" else "text")
+            if text and type(text) is str and kind in ("thinking", "refusal"):
+                self._add_text(Thinking if kind == "thinking" else Refusal, text)
+            elif text and type(text) is str:
+                self._read_content(text, part)
 
     def _read_tagged(self, text: str) -> None:
         """Content that begins, or may begin, with a <think> tag; both tags may be cut anywhere (trap 48)."""
         text, self._held = self._held + text, ""
         if self._think == "before":
             begin = text.lstrip()
-            if begin.startswith(_THINK_OPEN) and not self._slots:
-                self._think, text = "inside", begin[len(_THINK_OPEN) :]
-            elif _THINK_OPEN.startswith(begin) and len(text) < _MAX_HELD and not self._slots:
+            if _THINK_OPEN.startswith(begin) and begin != _THINK_OPEN and len(text) < _MAX_HELD:
                 self._held = text
                 return
-            else:
-                self._think = "outside"
-                self._add_text(Text, text)
-                return
+            is_tagged = begin.startswith(_THINK_OPEN)
+            self._think, text = ("inside", begin[len(_THINK_OPEN) :]) if is_tagged else ("outside", text)
         if self._think == "inside":
             text = self._read_tagged_thought(text)
-        text = text.lstrip()
-        if text and self._think == "after":
+        if self._think == "after":
+            text = text.lstrip()
+        if text:
             self._think = "outside"
             self._add_text(Text, text)
 
     def _read_tagged_thought(self, text: str) -> str:
         """Reasoning up to the closing tag; what comes after that is returned."""
-        end = text.find(_THINK_CLOSE)
-        keep = _partial_length(text, _THINK_CLOSE) if end < 0 else 0
-        thought = text[:end] if end >= 0 else text[: len(text) - keep]
-        if self._block is not Thinking:
-            thought = thought.lstrip()
+        thought, tag, rest = text.partition(_THINK_CLOSE)
+        if tag:
+            self._think = "after"
+        else:
+            keep = next((n for n in range(len(_THINK_CLOSE) - 1, 0, -1) if text.endswith(_THINK_CLOSE[:n])), 0)
+            thought, self._held = text[: len(text) - keep], text[len(text) - keep :]
+        thought = thought if self._flowing is Thinking else thought.lstrip()
         if thought:
             self._add_text(Thinking, thought)
-        if end >= 0:
-            self._think = "after"
-            return text[end + len(_THINK_CLOSE) :]
-        self._held = text[len(text) - keep :]
-        return ""
+        return rest
 
     def _flush(self) -> None:
         """Text that was held because it might have been the beginning of a tag."""
@@ -4735,31 +4284,33 @@ class ChatStreamParser:
             self._add_text(Thinking if self._think == "inside" else Text, held)
 
     def _read_thought(self, value: Any, delta: Dict[str, Any]) -> None:
-        if type(value) is str and value:
+        if type(value) is str:
             self._add_text(Thinking, value)
 
     def _read_second_thought(self, value: Any, delta: Dict[str, Any]) -> None:
         """`reasoning`, unless it repeats `reasoning_content`."""
-        if not delta.get(_CHAT_REASONING[0]):
+        if not delta.get("reasoning_content"):
             self._read_thought(value, delta)
 
     def _read_details(self, value: Any, delta: Dict[str, Any]) -> None:
         """OpenRouter's reasoning_details: text, summary, encrypted data or a signature, to be sent back unchanged."""
-        details = [item for item in as_list(value) if any(as_dict(item).get(key) for key in _DETAIL_KEYS)]
-        if not details:
-            return
+        details = [
+            item for item in as_list(value) if any(map(as_dict(item).get, ("text", "summary", "data", "signature")))
+        ]
         if not any(as_text(delta.get(field)) for field in _CHAT_REASONING):
             text = "".join(as_text(item.get("text")) or as_text(item.get("summary")) for item in details)
-            self._read_thought(text, delta)
-        if self._block is None and not self._slots:
-            self._open(Thinking(""))
-        if self._block is Thinking:
+            if text:
+                self._add_text(Thinking, text)
+        if details and not self._slots:
+            self._add_slot(Thinking(""))
+            self._advance()
+        if details and self._flowing is Thinking:
             self._out.append(Extended(_CHAT, {"reasoning_details": details}))
         else:
-            self._hold_late(Thinking, "", details)
+            self._details += details
 
     def _read_refusal(self, value: Any, delta: Dict[str, Any]) -> None:
-        if type(value) is str and value:
+        if type(value) is str:
             self._add_text(Refusal, value)
 
     def _read_audio(self, value: Any, delta: Dict[str, Any]) -> None:
@@ -4770,9 +4321,9 @@ class ChatStreamParser:
     def _read_images(self, value: Any, delta: Dict[str, Any]) -> None:
         """Images as some routers put them beside the content: {"type": "image_url", "image_url": {"url"}}."""
         for item in as_list(value):
-            if isinstance(item, dict) and self._is_past_calls():
-                self._open(Opaque(_CHAT, item))
-                self._close()
+            if isinstance(item, dict):
+                self._add_slot(Opaque(_CHAT, item))
+        self._advance()
 
     def _read_annotations(self, value: Any, delta: Dict[str, Any]) -> None:
         self._extra.setdefault("annotations", []).extend(item for item in as_list(value) if isinstance(item, dict))
@@ -4785,91 +4336,50 @@ class ChatStreamParser:
 
     def _read_calls(self, value: Any, delta: Dict[str, Any]) -> None:
         touched: List[_Slot] = []
-        for entry in as_list(value):
-            inner = as_dict(entry).get("function")
-            kind = "function"
+        for entry in map(as_dict, as_list(value)):
+            inner, kind, field = entry.get("function"), "function", "arguments"
             if type(inner) is not dict:
-                inner, kind = as_dict(as_dict(entry).get("custom")), "custom"
-            if not inner and not as_dict(entry).get("id"):
+                inner, kind, field = as_dict(entry.get("custom")), "custom", "input"
+            if not inner and not entry.get("id"):
                 self.skipped += 1
                 continue
-            text = _arguments_text(inner.get("arguments" if kind == "function" else "input"))
-            slot = self._find_slot(entry, as_text(inner.get("name")), text, touched)
+            name, text = as_text(inner.get("name")), arguments_text(inner.get(field))
+            slot = self._find_call(entry, name, text, touched)
             touched.append(slot)
-            self._fill_slot(slot, entry, inner, kind, text)
+            slot.id = slot.id or as_text(entry.get("id"))
+            if not slot.is_open:
+                if not slot.block.name:  # in every chunk, at some servers: the first counts (trap 39)
+                    slot.block.name, slot.block.kind = name, kind
+                more = rest_of(entry, _CHAT_CALL_KEYS, _CHAT)
+                slot.block.extra = (
+                    {_CHAT: {**own_extra(slot.block, _CHAT), **more[_CHAT]}} if more else slot.block.extra
+                )
+            slot.add_arguments(text)
+            self._advance()
 
-    def _fill_slot(self, slot: _Slot, entry: Dict[str, Any], inner: Dict[str, Any], kind: str, text: str) -> None:
-        """The name counts once (trap 39); an id that comes after the block opened changes nothing (trap 37)."""
-        slot.id = slot.id or as_text(entry.get("id"))
-        if not slot.name:
-            slot.name, slot.kind = as_text(inner.get("name")), kind
-        if not slot.is_open and len(entry) > 2:
-            slot.extra.update((key, item) for key, item in entry.items() if key not in _CHAT_CALL_KEYS and item)
-        text = slot.add(text) if text else ""
-        if not slot.is_open or not self._slots or self._slots[self._active] is not slot:
-            self._advance(False)
-        elif text:
-            slot.sent = len(slot.pieces)
-            self._out.append(Delta(text))
-
-    def _find_slot(self, entry: Dict[str, Any], name: str, text: str, touched: List[_Slot]) -> _Slot:
+    def _find_call(self, entry: Dict[str, Any], name: str, text: str, touched: List[_Slot]) -> _Slot:
         """The call that an entry continues, or a new one: `index` and `id` may be missing, or the same for all."""
         call_id, key = as_text(entry.get("id")), entry.get("index")
         key = key if type(key) in (int, str) else None
-        slot = self._by_key.get(("index", key)) if key is not None else None
-        same_id = self._by_key.get(("id", call_id)) if call_id else None
-        if slot is None and same_id is not None and (key is None or not name):
-            slot = same_id
-        elif slot is None and self._slots and not call_id and (key is None or not name):
-            slot = self._slots[-1]
+        slot = self._by_key.get(("index", key))
+        if slot is None and (key is None or not name):
+            slot = self._by_key.get(("id", call_id)) or (self._calls[-1] if self._calls and not call_id else None)
         if slot is None or (name and self._is_new_call(slot, call_id, name, text, touched)):
-            if not self._slots:
-                self._flush()
-                self._space = ""
-            slot = _Slot()
-            self._slots.append(slot)
+            self._flush()
+            slot = self._add_slot(ToolCall("", ""))
+            self._calls.append(slot)
         if key is not None:
-            self._by_key[("index", key)] = slot
+            self._by_key["index", key] = slot
         if call_id:
             self._by_key.setdefault(("id", call_id), slot)
         return slot
 
     def _is_new_call(self, slot: _Slot, call_id: str, name: str, text: str, touched: List[_Slot]) -> bool:
         """Whether an entry that bears a name is another call than `slot`, although its index is the same (trap 35)."""
-        if slot in touched:
-            return True
-        if call_id and slot.id:
-            return call_id != slot.id
-        if not slot.is_complete():
-            return False
-        return name != slot.name or (text.lstrip()[:1] == "{" and text != slot.arguments())
-
-    def _advance(self, is_end: bool) -> None:
-        """Opens the first unfinished call, passes on what it holds, and goes on when nothing can follow in it."""
-        while self._active < len(self._slots):
-            slot = self._slots[self._active]
-            if not slot.is_open and slot.name and (slot.id or slot.pieces or is_end):
-                self._open_call(slot)
-            if slot.is_open and slot.sent < len(slot.pieces):
-                self._out.append(Delta("".join(slot.pieces[slot.sent :])))
-                slot.sent = len(slot.pieces)
-            has_next = self._active + 1 < len(self._slots)
-            if not is_end and not (slot.is_open and has_next and slot.is_complete()):
-                return
-            if slot.is_open:
-                self._close()
-            else:
-                self.skipped += 1  # a call without a name
-            self._active += 1
-
-    def _open_call(self, slot: _Slot) -> None:
-        number = self._active
-        call_id = slot.id or "call_%s_%d" % (self._context.id, number)
-        if call_id in self._ids:
-            call_id = "%s_%d" % (call_id, number)
-        self._ids.add(call_id)
-        slot.is_open = True
-        self._open(ToolCall(call_id, slot.name, "", slot.kind, {_CHAT: slot.extra} if slot.extra else None))
+        if slot in touched or (call_id and slot.id):
+            return slot in touched or call_id != slot.id
+        repeated = name == slot.block.name and (text.lstrip()[:1] != "{" or text == "".join(slot.pieces))
+        return not repeated and slot.is_complete()
 
     # In the order in which they are read when one delta has several.
     _READERS = (
@@ -4886,23 +4396,9 @@ class ChatStreamParser:
     )
 
 
-_DETAIL_KEYS = ("text", "summary", "data", "signature")
-
-
-def _partial_length(text: str, tag: str) -> int:
-    """How many characters at the end of `text` may be the beginning of `tag`."""
-    return next((size for size in range(min(len(tag) - 1, len(text)), 0, -1) if text.endswith(tag[:size])), 0)
-
-
-def _has_words(chunk: Dict[str, Any]) -> bool:
-    return any(isinstance(chunk.get(key), str) and chunk[key] for key in ("message", "detail"))
-
-
 # ---- streams: neutral -> Chat Completions
 
 _quote_json = json.encoder.encode_basestring_ascii
-
-_CHAT_DONE = b"data: [DONE]\n\n"
 
 
 class ChatStreamRenderer:
@@ -4916,111 +4412,95 @@ class ChatStreamRenderer:
         self._context = context
         self._state = "before"
         self._head = ""
-        self._tail = ',"logprobs":null,"finish_reason":null}]%s}\n\n' % self._no_usage()
-        self._prefix = ""  # of a delta of the open block
-        self._suffix = ""
+        # With include_usage every chunk but the last says that it has none (SDK: ChatCompletionChunk.usage).
+        self._tail = ',"logprobs":null,"finish_reason":%s}]' + (
+            ',"usage":null}' if context.request.include_usage else "}"
+        )
+        self._prefix = self._suffix = ""  # around a delta of the open block; "" when it shows none
         self._calls = 0
-        self._call: Optional[ToolCall] = None
-        self._has_arguments = False
+        self._lacks_arguments = False
         self._has_refusal = False
 
     def render(self, event: Any) -> bytes:
         """The bytes for `event`, b"" when the client sees nothing of it."""
         if type(event) is Delta:
-            self._has_arguments = True
-            if self._prefix and self._state == "open":
-                return (self._prefix + _quote_json(event.text) + self._suffix).encode("ascii")
-            return b""
+            self._lacks_arguments = False
+            return (self._prefix + _quote_json(event.text) + self._suffix).encode("ascii") if self._prefix else b""
         handler = self._HANDLERS.get(type(event))
         return handler(self, event) if handler and self._state != "ended" else b""
-
-    def _no_usage(self) -> str:
-        """With include_usage every chunk but the last says that it has none (SDK: ChatCompletionChunk.usage)."""
-        return ',"usage":null' if self._context.request.include_usage else ""
 
     def _start(self, event: Started) -> bytes:
         if self._state != "before":
             return b""
         self._state = "open"
-        known = {
-            "id": _chat_id(event.id, self._context),
-            "object": "chat.completion.chunk",
-            "created": self._context.created or event.created,
-            "model": self._context.request.model,
-        }
-        self._head = "data: " + dump_json(known).decode("ascii")[:-1]
+        known = {"id": _chat_id(event.id, self._context), "object": "chat.completion.chunk"}
+        known.update(created=self._context.created or event.created, model=self._context.request.model)
+        self._head = "data: " + dump_json(known).decode("ascii")[:-1] + ',"choices":['
         return self._chunk({"role": "assistant", "content": ""})
 
-    def _ensure_started(self) -> bytes:
-        return self._start(Started("", "")) if self._state == "before" else b""
+    def _chunk(self, delta: Dict[str, Any], reason: str = "null") -> bytes:
+        self._around(dump_json(delta).decode("ascii"), "", reason)
+        chunk, self._prefix = self._prefix + self._suffix, ""
+        return chunk.encode("ascii")
 
-    def _chunk(self, delta: Dict[str, Any]) -> bytes:
-        text = self._head + ',"choices":[{"index":0,"delta":' + dump_json(delta).decode("ascii") + self._tail
-        return text.encode("ascii")
-
-    def _set_prefix(self, before: str, after: str) -> None:
-        self._prefix = self._head + ',"choices":[{"index":0,"delta":' + before
-        self._suffix = after + self._tail
+    def _around(self, before: str, after: str, reason: str = "null") -> None:
+        self._prefix = '%s{"index":0,"delta":%s' % (self._head, before)
+        self._suffix = after + self._tail % reason + "\n\n"
 
     def _open(self, event: Opened) -> bytes:
-        out, block = self._ensure_started(), event.block
-        self._prefix, self._has_arguments = "", False
+        out, block = self._start(Started("", "")), event.block
+        self._prefix = ""
         if isinstance(block, ToolCall):
             return out + self._open_call(block)
+        details = self._details({} if isinstance(block, Opaque) else own_extra(block, _CHAT))
         if isinstance(block, Opaque):
-            message: Dict[str, Any] = {}
-            _add_own_part(message, block)
-            return out + (self._chunk(message) if message else b"")
-        field = _CHAT_TEXT_FIELDS.get(type(block))
-        if field is None:
-            return out
-        self._has_refusal = self._has_refusal or isinstance(block, Refusal)
-        self._set_prefix('{"%s":' % field, "}")
-        if block.text:
-            out += self.render(Delta(block.text))
-        bag = own_extra(block, _CHAT)
-        return out + (self._details(bag) if isinstance(block, Thinking) else b"")
+            fields = _answer_fields([block], "")
+            return out + (self._chunk(fields) if fields else b"")
+        if type(block) in _CHAT_TEXT_FIELDS:
+            self._has_refusal = self._has_refusal or isinstance(block, Refusal)
+            self._around('{"%s":' % _CHAT_TEXT_FIELDS[type(block)], "}")
+            out += self.render(Delta(block.text)) if block.text else b""
+        return out + details
 
     def _open_call(self, call: ToolCall) -> bytes:
         key = "input" if call.kind == "custom" else "arguments"
         entry = _write_chat_call(call, call.id or "call_%s_%d" % (self._context.id, self._calls))
         entry[call.kind][key] = call.arguments
-        self._set_prefix('{"tool_calls":[{"index":%d,"%s":{"%s":' % (self._calls, call.kind, key), "}}]}")
         out = self._chunk({"tool_calls": [{"index": self._calls, **entry}]})
+        self._around('{"tool_calls":[{"index":%d,"%s":{"%s":' % (self._calls, call.kind, key), "}}]}")
         self._calls += 1
-        self._call = call
-        self._has_arguments = bool(call.arguments)
+        self._lacks_arguments = call.kind == "function" and not call.arguments
         return out
 
     def _close(self, event: Closed) -> bytes:
         """A call without arguments is one with an empty object (trap 41): clients parse them."""
-        call, self._call = self._call, None
-        out = b""
-        if call is not None and call.kind == "function" and not self._has_arguments:
-            out = self.render(Delta("{}"))
+        out = self.render(Delta("{}")) if self._lacks_arguments else b""
         self._prefix = ""
         return out
 
     def _extend(self, event: Extended) -> bytes:
-        return self._details(event.values) if event.wire == _CHAT and self._state == "open" else b""
+        if event.wire != _CHAT or self._state != "open":
+            return b""
+        around = self._prefix, self._suffix
+        out = self._details(event.values)
+        self._prefix, self._suffix = around
+        return out
 
     def _details(self, bag: Dict[str, Any]) -> bytes:
         details = bag.get("reasoning_details")
         return self._chunk({"reasoning_details": details}) if details else b""
 
     def _finish(self, event: Finished) -> bytes:
-        out = self._ensure_started()
-        self._state = "ended"
         reason = _shown_finish(event.stop_reason, self._calls > 0, self._has_refusal)
-        end = self._head + ',"choices":[{"index":0,"delta":{},"logprobs":null,"finish_reason":"%s"}]%s}\n\n'
-        out += (end % (reason, self._no_usage())).encode("ascii")
+        out = self._start(Started("", "")) + self._chunk({}, '"%s"' % reason)
+        self._state = "ended"
         if event.usage is not None and self._context.request.include_usage:
             usage = dump_json(_write_chat_usage(event.usage)).decode("ascii")
-            out += ('%s,"choices":[],"usage":%s}\n\n' % (self._head, usage)).encode("ascii")
-        return out + _CHAT_DONE
+            out += ('%s],"usage":%s}\n\n' % (self._head, usage)).encode("ascii")
+        return out + b"data: [DONE]\n\n"
 
     def _fail(self, event: Failed) -> bytes:
-        self._state = "ended"
+        self._state, self._prefix = "ended", ""
         return chat_error_event(event.error, self._context.id)
 
     _HANDLERS: Dict[type, Callable[..., bytes]] = {
@@ -5035,33 +4515,6 @@ class ChatStreamRenderer:
 
 # ---- errors
 
-# Error types and codes -> the status they come with (platform.openai.com/docs/guides/error-codes, and the words of
-# other providers), for errors that come in a 200.
-_CHAT_STATUSES = {
-    "invalid_request_error": 400,
-    "context_length_exceeded": 400,
-    "content_filter": 400,
-    "tool_use_failed": 400,
-    "authentication_error": 401,
-    "invalid_api_key": 401,
-    "insufficient_balance": 402,
-    "permission_error": 403,
-    "permission_denied": 403,
-    "not_found_error": 404,
-    "model_not_found": 404,
-    "timeout_error": 408,
-    "rate_limit_error": 429,
-    "rate_limit_exceeded": 429,
-    "requests": 429,
-    "tokens": 429,
-    "insufficient_quota": 429,
-    "server_error": 500,
-    "internal_server_error": 500,
-    "service_unavailable": 503,
-    "server_is_overloaded": 503,
-    "overloaded_error": 503,
-}
-
 # Error types by status (platform.openai.com/docs/guides/error-codes); 4xx and 5xx otherwise.
 _CHAT_ERROR_TYPES = {
     401: "authentication_error",
@@ -5069,88 +4522,6 @@ _CHAT_ERROR_TYPES = {
     404: "not_found_error",
     429: "rate_limit_error",
 }
-
-
-def parse_chat_error(status: int, body: Any) -> ErrorInfo:
-    """An error answer in any of the shapes in use: {"error": {...} or "..."}, {"message"}, {"detail"}, a list, text.
-
-    body: parsed JSON, or text. JSON inside strings is unwrapped for its message (trap 124). A status below 400 (an
-    error in a stream) is replaced by the one that the error names, or by that of its type or code, else by 502.
-    """
-    error = _error_object(body)
-    message = _error_message(error)
-    kind = as_text(error.get("type")) or as_text(error.get("status"))
-    kind = "" if kind == "error" else kind
-    code = _error_code(error.get("code"))
-    if status < 400:
-        status = _error_status(error, kind, code)
-    return ErrorInfo(
-        status,
-        message or "the upstream answered with status %d" % status,
-        kind,
-        code,
-        as_text(error.get("param")),
-    )
-
-
-def _error_object(body: Any, depth: int = 4) -> Dict[str, Any]:
-    """The innermost object that tells the error, made of whatever stands in its place."""
-    value = body[0] if isinstance(body, list) and body else body
-    if isinstance(value, str):
-        return _unwrap_error(value, depth)
-    outer = as_dict(value)
-    error = outer.get("error")
-    if isinstance(error, (dict, list)) and error and depth > 0:
-        return _error_object(error, depth - 1)
-    if error and isinstance(error, str):
-        inner = _unwrap_error(error, depth)
-        return {**{key: item for key, item in outer.items() if key != "error"}, **inner}
-    return outer
-
-
-def _unwrap_error(text: str, depth: int) -> Dict[str, Any]:
-    """Text as an error: JSON in it, also after other words, tells more than the text around it."""
-    start = text.find("{")
-    if start >= 0 and depth > 0:
-        try:
-            inner = _error_object(load_json(text[start:]), depth - 1)
-        except RouterError:
-            inner = {}
-        if _error_message(inner, depth - 1):
-            before = text[:start].rstrip(" :-")
-            words = _error_message(inner, depth - 1)
-            return {**inner, "message": "%s: %s" % (before, words) if before else words}
-    return {"message": text.strip()[:4000]}
-
-
-def _error_message(error: Dict[str, Any], depth: int = 4) -> str:
-    """What the error says, with the words of the provider behind the one that answered (OpenRouter: metadata.raw)."""
-    texts = (error.get(key) for key in ("message", "detail", "msg", "error_message", "title"))
-    message = next((text for text in texts if text and isinstance(text, str)), "")
-    if not message:
-        for value in (error.get("detail"), error.get("message"), error.get("errors")):
-            nested = _error_object(value, depth - 1) if isinstance(value, (dict, list)) and value and depth > 0 else {}
-            message = message or (_error_message(nested, depth - 1) if nested else "")
-    elif "{" in message and depth > 0:
-        message = as_text(_unwrap_error(message, depth - 1).get("message"))
-    raw = as_dict(error.get("metadata")).get("raw")
-    if raw and isinstance(raw, str) and depth > 0:
-        inner = as_text(_unwrap_error(raw, depth - 1).get("message"))
-        message = "%s: %s" % (message, inner) if message and inner else message or inner
-    return message
-
-
-def _error_code(code: Any) -> str:
-    return str(code) if isinstance(code, int) and not isinstance(code, bool) else as_text(code)
-
-
-def _error_status(error: Dict[str, Any], kind: str, code: str) -> int:
-    """The status of an error that came in a 200."""
-    for value in (error.get("status_code"), error.get("code"), error.get("status")):
-        number = int(value) if isinstance(value, str) and re.fullmatch(r"[45]\d\d", value) else value
-        if isinstance(number, int) and 400 <= number <= 599:
-            return number
-    return _CHAT_STATUSES.get(code) or _CHAT_STATUSES.get(kind.lower()) or 502
 
 
 def render_chat_error(info: ErrorInfo, request_id: str) -> Dict[str, Any]:
@@ -5174,7 +4545,7 @@ OPENAI_CHAT = WireFormat(
     render_response=render_chat_response,
     parser=ChatStreamParser,
     renderer=ChatStreamRenderer,
-    parse_error=parse_chat_error,
+    parse_error=read_error,
     render_error=render_chat_error,
     error_event=chat_error_event,
     watch=re.compile(
@@ -5183,6 +4554,7 @@ OPENAI_CHAT = WireFormat(
     ),
     losses=CHAT_LOSSES,
 )
+
 # ==============================================================================
 # 10 ANTHROPIC MESSAGES - Messages API: requests, answers, streams, errors [pure]
 # ==============================================================================
@@ -5193,18 +4565,9 @@ OPENAI_CHAT = WireFormat(
 
 _ANTHROPIC = "anthropic"
 
-# Stands where the API demands a turn that the conversation does not have.
-_ANTHROPIC_FILLER = "(continue)"
-_ANTHROPIC_NO_RESULT = "(no result)"
-
-# The key under which arguments that are no JSON object are put, so that `input` stays an object (trap 42).
-RAW_ARGUMENTS = "_raw"
-
-# Least budget_tokens of ThinkingConfigEnabledParam.
+# Least budget_tokens of ThinkingConfigEnabledParam, and what an effort is worth.
 _ANTHROPIC_MIN_BUDGET = 1024
-
 _ANTHROPIC_BUDGETS = {"minimal": 1024, "low": 2048, "medium": 8192, "high": 16384, "xhigh": 24576, "max": 31999}
-
 _ANTHROPIC_EFFORTS = ("low", "medium", "high", "xhigh", "max")
 
 
@@ -5217,7 +4580,7 @@ class AnthropicModel(NamedTuple):
     API demands it; every model of the row accepts it.
     """
 
-    pattern: Pattern[str]
+    pattern: str
     thinking: str
     efforts: Tuple[str, ...]
     sampling: bool
@@ -5227,34 +4590,22 @@ class AnthropicModel(NamedTuple):
 
 # First match wins. platform.claude.com/docs: "Models overview", "Thinking", "Effort", "What's new in Claude ...".
 # The last row is for what others serve in this format: the oldest spelling is the one they know.
+_ANTHROPIC_FOURTH = r"claude-(3[-.]7|(opus|sonnet|haiku)-4([-.@][015]\b|[-@]20|(?![-.@\d]))|4-)"
 ANTHROPIC_MODELS = (
-    AnthropicModel(re.compile(r"claude-(instant|2|3-(opus|sonnet|haiku))"), "", (), True, True, 4096),
-    AnthropicModel(re.compile(r"claude-3[-.]5"), "", (), True, True, 8192),
-    AnthropicModel(
-        re.compile(r"claude-(3[-.]7|(opus|sonnet|haiku)-4([-.@][015]\b|[-@]20|(?![-.@\d]))|4-)"),
-        "budget",
-        (),
-        True,
-        True,
-        32000,
-    ),
-    AnthropicModel(
-        re.compile(r"claude-(opus|sonnet)-4[-.]6"), "adaptive", ("low", "medium", "high", "max"), True, False, 32000
-    ),
-    AnthropicModel(re.compile(r"claude-"), "adaptive", _ANTHROPIC_EFFORTS, False, False, 32000),
-    AnthropicModel(re.compile(r""), "budget", (), True, True, 8192),
+    AnthropicModel(r"claude-(instant|2|3-(opus|sonnet|haiku))", "", (), True, True, 4096),
+    AnthropicModel(r"claude-3[-.]5", "", (), True, True, 8192),
+    AnthropicModel(_ANTHROPIC_FOURTH, "budget", (), True, True, 32000),
+    AnthropicModel(r"claude-(opus|sonnet)-4[-.]6", "adaptive", ("low", "medium", "high", "max"), True, False, 32000),
+    AnthropicModel(r"claude-", "adaptive", _ANTHROPIC_EFFORTS, False, False, 32000),
+    AnthropicModel(r"", "budget", (), True, True, 8192),
 )
 
 # Field of the request -> what becomes of it when a request or answer of another format is written in this one.
 ANTHROPIC_LOSSES = {
-    "audio": "becomes a short text note: the Messages API takes no sound",
-    "documents other than PDF and text": "become a short text note",
+    "audio, documents other than PDF and text": "become a short text note",
     "system messages after the first turn": "become text of the user's turn, at their place",
-    "custom tools": "become functions with one string, `input`, and are turned back in the answer",
     "server tools of other formats": "left out, as are their blocks",
     "reasoning without an Anthropic signature": "left out of the history",
-    "tool results without a call": "become text of the user's turn",
-    "tool calls without a result": "get the result `%s`" % _ANTHROPIC_NO_RESULT,
     "temperature above 1": "becomes 1; with top_p and top_k left out while thinking and for models that refuse them",
     "top_p beside temperature": "left out",
     "JSON mode without a schema": "becomes a sentence in `system`",
@@ -5269,24 +4620,16 @@ ANTHROPIC_LOSSES = {
 
 # ---- requests: Anthropic -> neutral
 
-_ANTHROPIC_TYPES: Dict[str, Tuple[Tuple[type, ...], str]] = {
-    "model": ((str,), "string"),
-    "messages": ((list,), "array"),
-    "system": ((str, list), "string or array"),
-    "tools": ((list,), "array"),
-    "tool_choice": ((dict,), "object"),
-    "max_tokens": ((int,), "integer"),
-    "temperature": ((int, float), "number"),
-    "top_p": ((int, float), "number"),
-    "top_k": ((int,), "integer"),
-    "stop_sequences": ((list,), "array"),
-    "stream": ((bool,), "boolean"),
-    "thinking": ((dict,), "object"),
-    "output_config": ((dict,), "object"),
-    "output_format": ((dict,), "object"),
-    "metadata": ((dict,), "object"),
-    "thread": ((dict,), "object"),
-}
+_ANTHROPIC_KINDS: Tuple[Tuple[Tuple[type, ...], str], ...] = (
+    ((str,), "model"),
+    ((list,), "messages tools stop_sequences"),
+    ((str, list), "system"),
+    ((dict,), "tool_choice thinking output_config output_format metadata thread"),
+    ((int,), "max_tokens top_k"),
+    ((int, float), "temperature top_p"),
+    ((bool,), "stream"),
+)
+_ANTHROPIC_KNOWN = " ".join(names for _, names in _ANTHROPIC_KINDS).split()
 
 
 def parse_anthropic_request(body: Dict[str, Any]) -> ChatRequest:
@@ -5294,41 +4637,32 @@ def parse_anthropic_request(body: Dict[str, Any]) -> ChatRequest:
 
     RouterError 400 with the path of the value in Anthropic's way of writing it ("messages.3.content.0: ...").
     """
-    for key, (kinds, words) in _ANTHROPIC_TYPES.items():
-        _anthropic_check(body.get(key), kinds, words, key)
+    for kinds, names in _ANTHROPIC_KINDS:
+        for name in names.split():
+            check_field(body.get(name), kinds, name, need=False)
     if body.get("messages") is None:
-        raise _anthropic_invalid("messages", "Field required")
+        raise field_error("messages", "Field required")
     _refuse_thread(body.get("thread"))
-    choice = body.get("tool_choice") or {}
+    choice, config = body.get("tool_choice") or {}, body.get("output_config") or {}
+    mode = choice.get("type") if choice.get("type") in ("auto", "any", "none", "tool") else ""
+    schema = as_dict(config.get("format") or body.get("output_format")).get("schema")
+    further = {key: value for key, value in config.items() if key not in ("effort", "format")}
+    rest = {**body, "output_config": further}
     return ChatRequest(
         model=body.get("model") or "",
         messages=[_anthropic_message(item, "messages.%d" % index) for index, item in enumerate(body["messages"])],
-        system=_anthropic_blocks(body.get("system") or [], "system"),
+        system=_anthropic_blocks(body.get("system"), "system"),
         tools=[_anthropic_tool(item, "tools.%d" % index) for index, item in enumerate(body.get("tools") or [])],
-        tool_choice=_anthropic_tool_choice(choice),
+        tool_choice=ToolChoice(mode, as_text(choice.get("name")) if mode == "tool" else "") if mode else None,
         parallel_tools=False if choice.get("disable_parallel_tool_use") is True else None,
-        max_tokens=body.get("max_tokens"),
-        temperature=body.get("temperature"),
-        top_p=body.get("top_p"),
-        top_k=body.get("top_k"),
+        **{name: body.get(name) for name in ("max_tokens", "temperature", "top_p", "top_k")},
         stop=[text for text in body.get("stop_sequences") or [] if isinstance(text, str)],
         stream=bool(body.get("stream")),
-        output=_anthropic_output(body),
-        reasoning=_anthropic_reasoning(body),
+        output=JsonOutput(schema) if isinstance(schema, dict) else None,
+        reasoning=_anthropic_reasoning(body.get("thinking"), as_text(config.get("effort"))),
         user=as_text(as_dict(body.get("metadata")).get("user_id")),
-        fields=_anthropic_fields(body),
+        fields=rest_of(rest, set(_ANTHROPIC_KNOWN) - {"output_config"}, _ANTHROPIC),
     )
-
-
-def _anthropic_invalid(path: str, message: str) -> RouterError:
-    return RouterError("%s: %s" % (path, message), 400, "invalid_request")
-
-
-def _anthropic_check(value: Any, kinds: Tuple[type, ...], words: str, path: str) -> Any:
-    """`value` if it is None or of one of `kinds`; a boolean is a number to Python, but not to the API."""
-    if value is not None and (not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds)):
-        raise _anthropic_invalid(path, "Input should be a valid %s" % words)
-    return value
 
 
 def _refuse_thread(thread: Optional[Dict[str, Any]]) -> None:
@@ -5336,69 +4670,35 @@ def _refuse_thread(thread: Optional[Dict[str, Any]]) -> None:
 
     anthropic.types.ThreadUnsupportedRequestErrorDetails, ThreadNotFoundErrorDetails.
     """
-    if thread is None:
-        return
-    code = "thread_not_found" if thread.get("type") == "continue" else "thread_unsupported_request"
-    raise RouterError("thread: not available for this model through the router; send the full conversation", 400, code)
+    if thread is not None:
+        code = "thread_not_found" if thread.get("type") == "continue" else "thread_unsupported_request"
+        words = "thread: not available for this model through the router; send the full conversation"
+        raise RouterError(words, 400, code)
 
 
-def _anthropic_fields(body: Dict[str, Any]) -> Extra:
-    rest = {key: value for key, value in body.items() if key not in _ANTHROPIC_TYPES and value is not None}
-    config = {
-        key: value for key, value in as_dict(body.get("output_config")).items() if key not in ("effort", "format")
-    }
-    if config:
-        rest["output_config"] = config
-    return {_ANTHROPIC: rest} if rest else None
-
-
-def _anthropic_output(body: Dict[str, Any]) -> Optional[JsonOutput]:
-    """`output_config.format`, or the beta's older `output_format`: {"type": "json_schema", "schema": {...}}."""
-    wanted = as_dict(body.get("output_config")).get("format") or body.get("output_format")
-    return JsonOutput(schema=wanted["schema"]) if isinstance(as_dict(wanted).get("schema"), dict) else None
-
-
-def _anthropic_reasoning(body: Dict[str, Any]) -> Optional[Reasoning]:
+def _anthropic_reasoning(thinking: Optional[Dict[str, Any]], effort: str) -> Optional[Reasoning]:
     """`thinking` and `output_config.effort`. Thinking switched off wins over an effort (trap 88)."""
-    thinking, effort = body.get("thinking"), as_text(as_dict(body.get("output_config")).get("effort"))
     if not thinking and not effort:
         return None
-    bag = {key: value for key, value in (("thinking", thinking), ("effort", effort)) if value}
+    extra = {_ANTHROPIC: {key: value for key, value in (("thinking", thinking), ("effort", effort)) if value}}
     kind = as_dict(thinking).get("type")
     if kind == "disabled":
-        return Reasoning("none", extra={_ANTHROPIC: bag})
+        return Reasoning("none", extra=extra)
     budget = as_int(as_dict(thinking).get("budget_tokens"))
-    return Reasoning(effort, budget, kind in ("adaptive", "between_tools"), {_ANTHROPIC: bag})
+    return Reasoning(effort, budget, kind in ("adaptive", "between_tools"), extra)
 
 
 def _anthropic_tool(item: Any, path: str) -> Tool:
     """A custom tool (ToolParam), or one that Anthropic defines by its `type` (web_search_20250305, ...)."""
-    if not isinstance(item, dict):
-        raise _anthropic_invalid(path, "Input should be an object")
-    kind, name = item.get("type"), as_text(item.get("name"))
+    kind, name = check_field(item, (dict,), path).get("type"), as_text(item.get("name"))
     if kind not in (None, "custom"):
         return Tool(name or as_text(kind), kind="server", extra={_ANTHROPIC: item})
     if not name:
-        raise _anthropic_invalid(path + ".name", "Field required")
-    schema = _anthropic_check(item.get("input_schema"), (dict,), "object", path + ".input_schema")
-    strict = item.get("strict")
-    return Tool(
-        name,
-        as_text(item.get("description")),
-        schema,
-        strict=strict if isinstance(strict, bool) else None,
-        extra=_anthropic_rest(item, ("type", "name", "description", "input_schema", "strict")),
-    )
-
-
-_ANTHROPIC_CHOICES = ("auto", "any", "none", "tool")
-
-
-def _anthropic_tool_choice(choice: Dict[str, Any]) -> Optional[ToolChoice]:
-    mode = choice.get("type")
-    return (
-        ToolChoice(mode, as_text(choice.get("name")) if mode == "tool" else "") if mode in _ANTHROPIC_CHOICES else None
-    )
+        raise field_error(path + ".name", "Field required")
+    schema = check_field(item.get("input_schema"), (dict,), path + ".input_schema", need=False)
+    strict = item["strict"] if isinstance(item.get("strict"), bool) else None
+    extra = rest_of(item, ("type", "name", "description", "input_schema", "strict"), _ANTHROPIC)
+    return Tool(name, as_text(item.get("description")), schema, strict=strict, extra=extra)
 
 
 _ANTHROPIC_ROLES = {"user": "user", "assistant": "assistant", "system": "system", "developer": "system"}
@@ -5406,47 +4706,40 @@ _ANTHROPIC_ROLES = {"user": "user", "assistant": "assistant", "system": "system"
 
 def _anthropic_message(item: Any, path: str) -> Message:
     """One message. Role system occurs in mid-conversation (SystemMessageParam, Claude Code; trap 73)."""
-    if not isinstance(item, dict):
-        raise _anthropic_invalid(path, "Input should be an object")
-    role = _ANTHROPIC_ROLES.get(as_text(item.get("role")))
+    role = _ANTHROPIC_ROLES.get(as_text(check_field(item, (dict,), path).get("role")))
     if role is None:
-        raise _anthropic_invalid(path + ".role", "Input should be 'user', 'assistant' or 'system'")
-    content = item.get("content")
-    if not isinstance(content, (str, list)):
-        raise _anthropic_invalid(path + ".content", "Input should be a valid string or array")
+        raise field_error(path + ".role", "Input should be 'user', 'assistant' or 'system'")
+    content = check_field(item.get("content"), (str, list), path + ".content")
     return Message(role, _anthropic_blocks(content, path + ".content"))
 
 
 def _anthropic_blocks(content: Any, path: str) -> List[Any]:
     if isinstance(content, str):
         return [Text(content)] if content else []
-    return [_anthropic_block(item, "%s.%d" % (path, index)) for index, item in enumerate(content)]
+    return [_anthropic_block(item, "%s.%d" % (path, index)) for index, item in enumerate(content or [])]
+
+
+# The strings without which a block of a request is refused.
+_ANTHROPIC_STRINGS = {"text": "text", "thinking": "thinking", "tool_use": "id name", "tool_result": "tool_use_id"}
 
 
 def _anthropic_block(item: Any, path: str) -> Any:
     """One content block of a request as a neutral value."""
-    if not isinstance(item, dict):
-        raise _anthropic_invalid(path, "Input should be an object")
-    kind = item.get("type")
-    if not isinstance(kind, str):
-        raise _anthropic_invalid(path + ".type", "Field required")
-    reader = _ANTHROPIC_READERS.get(kind)
-    if reader is not None:
-        return reader(item, path)
-    if kind == "server_tool_use" or kind == "mcp_tool_use" or kind.endswith("_tool_result"):
-        return _anthropic_shown(item, "[%s] %s" % (kind, _readable(item)))
-    return Opaque(_ANTHROPIC, item)
-
-
-def _anthropic_rest(item: Dict[str, Any], known: Sequence[str]) -> Extra:
-    rest = {key: value for key, value in item.items() if key not in known and value not in (None, [])}
-    return {_ANTHROPIC: rest} if rest else None
-
-
-def _anthropic_string(item: Dict[str, Any], key: str, path: str) -> str:
-    if not isinstance(item.get(key), str):
-        raise _anthropic_invalid("%s.%s" % (path, key), "Input should be a valid string")
-    return item[key]
+    kind = check_field(check_field(item, (dict,), path).get("type"), (str,), path + ".type")
+    for key in _ANTHROPIC_STRINGS.get(kind, "").split():
+        check_field(item.get(key), (str,), "%s.%s" % (path, key))
+    if kind in ("image", "document"):
+        return _anthropic_media(item, path + ".source")
+    if kind == "search_result":
+        words = (as_text(item.get("title")), as_text(item.get("source")), readable(item.get("content")))
+        return _anthropic_shown(item, "\n".join(words))
+    if kind == "tool_use":
+        check_field(item.get("input"), (dict,), path + ".input", need=False)
+    if kind == "tool_result":
+        return _anthropic_result(item, path + ".content")
+    if kind in ("server_tool_use", "mcp_tool_use") or kind.endswith("_tool_result"):
+        return _anthropic_shown(item, "[%s] %s" % (kind, readable(item)))
+    return _anthropic_part(item, "")
 
 
 def _anthropic_shown(item: Dict[str, Any], text: str) -> Text:
@@ -5454,224 +4747,130 @@ def _anthropic_shown(item: Dict[str, Any], text: str) -> Text:
     return Text(text, {_ANTHROPIC: {"block": item}})
 
 
-# Keys of server-run tools' blocks whose strings mean something to another model.
-_READABLE_KEYS = ("name", "query", "code", "command", "url", "title", "text", "stdout", "stderr", "error_code")
-
-
-def _readable(value: Any) -> str:
-    """The words in a nested block, in order, without ids and encrypted content."""
-    found: List[str] = []
-    stack = [value]
-    while stack:
-        value = stack.pop()
-        if isinstance(value, list):
-            stack.extend(reversed(value))
-        elif isinstance(value, dict):
-            found.extend(
-                text for key, text in value.items() if key in _READABLE_KEYS and isinstance(text, str) and text
-            )
-            stack.extend(child for child in reversed(list(value.values())) if isinstance(child, (dict, list)))
-    return " ".join(found)
-
-
-def _read_anthropic_text(item: Dict[str, Any], path: str) -> Text:
-    return Text(_anthropic_string(item, "text", path), _anthropic_rest(item, ("type", "text")))
-
-
-def _read_anthropic_image(item: Dict[str, Any], path: str) -> Any:
-    """ImageBlockParam: base64 and url sources; a file id means nothing elsewhere."""
-    source = as_dict(item.get("source"))
-    extra = _anthropic_rest(item, ("type", "source"))
-    if source.get("type") == "base64":
-        return Media(
-            "image", as_text(source.get("media_type")), _anthropic_string(source, "data", path + ".source"), extra=extra
-        )
-    if source.get("type") == "url":
-        return Media("image", url=_anthropic_string(source, "url", path + ".source"), extra=extra)
+def _anthropic_media(item: Dict[str, Any], path: str) -> Any:
+    """ImageBlockParam, DocumentBlockParam: a file id means nothing elsewhere, a text source is text to everyone else."""
+    kind, source, title = item["type"], as_dict(item.get("source")), as_text(item.get("title"))
+    form, default = source.get("type"), "application/pdf" if kind == "document" else ""
+    extra = rest_of(item, ("type", "source", "title"), _ANTHROPIC)
+    if form == "base64":
+        data = check_field(source.get("data"), (str,), path + ".data")
+        return Media(kind, as_text(source.get("media_type")) or default, data, "", title, extra)
+    if form == "url":
+        return Media(kind, default, "", check_field(source.get("url"), (str,), path + ".url"), title, extra)
+    if form in ("text", "content"):
+        content = source.get("data") if form == "text" else source.get("content")
+        words = (title, as_text(item.get("context")), content if isinstance(content, str) else readable(content))
+        return _anthropic_shown(item, "\n".join(filter(None, words)))
     return Opaque(_ANTHROPIC, item)
 
 
-def _read_anthropic_document(item: Dict[str, Any], path: str) -> Any:
-    """DocumentBlockParam: PDFs are Media; text sources are text to everyone else."""
-    source = as_dict(item.get("source"))
-    kind, title = source.get("type"), as_text(item.get("title"))
-    extra = _anthropic_rest(item, ("type", "source", "title"))
-    if kind == "base64":
-        data = _anthropic_string(source, "data", path + ".source")
-        return Media("document", as_text(source.get("media_type")) or "application/pdf", data, name=title, extra=extra)
-    if kind == "url":
-        return Media(
-            "document",
-            "application/pdf",
-            url=_anthropic_string(source, "url", path + ".source"),
-            name=title,
-            extra=extra,
-        )
-    if kind in ("text", "content"):
-        content = source.get("data") if kind == "text" else source.get("content")
-        text = content if isinstance(content, str) else _readable(content)
-        return _anthropic_shown(item, "\n".join(part for part in (title, as_text(item.get("context")), text) if part))
+def _anthropic_result(item: Dict[str, Any], path: str) -> ToolResult:
+    blocks = _anthropic_blocks(check_field(item.get("content"), (str, list), path, need=False), path)
+    blocks = [_anthropic_shown(b.value, dump_json(b.value).decode()) if isinstance(b, Opaque) else b for b in blocks]
+    extra = rest_of(item, ("type", "tool_use_id", "content", "is_error"), _ANTHROPIC)
+    return ToolResult(item["tool_use_id"], blocks, item.get("is_error") is True, extra)
+
+
+def _anthropic_part(item: Dict[str, Any], call_id: str) -> Any:
+    """A block that an answer can hold. call_id: for a call without one."""
+    kind = item.get("type")
+    if kind == "text":
+        return Text(as_text(item.get("text")), rest_of(item, ("type", "text"), _ANTHROPIC))
+    if kind == "thinking":
+        extra = {key: value for key, value in item.items() if key not in ("type", "thinking")}
+        return Thinking(as_text(item.get("thinking")), {_ANTHROPIC: extra} if extra else None)
+    if kind == "tool_use":
+        extra = rest_of(item, ("type", "id", "name", "input"), _ANTHROPIC)
+        arguments = arguments_text(item.get("input") or {})
+        return ToolCall(as_text(item.get("id")) or call_id, as_text(item.get("name")), arguments, extra=extra)
     return Opaque(_ANTHROPIC, item)
-
-
-def _read_anthropic_search_result(item: Dict[str, Any], path: str) -> Text:
-    """SearchResultBlockParam: a source, a title and text blocks."""
-    return _anthropic_shown(
-        item, "\n".join((as_text(item.get("title")), as_text(item.get("source")), _readable(item.get("content"))))
-    )
-
-
-def _read_anthropic_thinking(item: Dict[str, Any], path: str) -> Thinking:
-    return Thinking(_anthropic_string(item, "thinking", path), _anthropic_rest(item, ("type", "thinking")))
-
-
-def _read_anthropic_tool_use(item: Dict[str, Any], path: str) -> ToolCall:
-    arguments = item.get("input")
-    if arguments is not None and not isinstance(arguments, dict):
-        raise _anthropic_invalid(path + ".input", "Input should be an object")
-    name, call_id = _anthropic_string(item, "name", path), _anthropic_string(item, "id", path)
-    return ToolCall(
-        call_id, name, _dump_arguments(arguments), extra=_anthropic_rest(item, ("type", "id", "name", "input"))
-    )
-
-
-def _read_anthropic_tool_result(item: Dict[str, Any], path: str) -> ToolResult:
-    content = item.get("content")
-    if content is not None and not isinstance(content, (str, list)):
-        raise _anthropic_invalid(path + ".content", "Input should be a valid string or array")
-    blocks = [
-        _anthropic_shown(block.value, dump_json(block.value).decode()) if isinstance(block, Opaque) else block
-        for block in _anthropic_blocks(content or [], path + ".content")
-    ]
-    extra = _anthropic_rest(item, ("type", "tool_use_id", "content", "is_error"))
-    return ToolResult(_anthropic_string(item, "tool_use_id", path), blocks, item.get("is_error") is True, extra)
-
-
-_ANTHROPIC_READERS: Dict[str, Callable[[Dict[str, Any], str], Any]] = {
-    "text": _read_anthropic_text,
-    "image": _read_anthropic_image,
-    "document": _read_anthropic_document,
-    "search_result": _read_anthropic_search_result,
-    "thinking": _read_anthropic_thinking,
-    "tool_use": _read_anthropic_tool_use,
-    "tool_result": _read_anthropic_tool_result,
-}
-
-
-def _dump_arguments(arguments: Any) -> str:
-    return json.dumps(arguments, separators=(",", ":"), ensure_ascii=False) if arguments else "{}"
 
 
 # ---- requests: neutral -> Anthropic
 
 
 def render_anthropic_request(request: ChatRequest) -> Dict[str, Any]:
-    """A ChatRequest as the body of POST /v1/messages; `request.model` decides the row of ANTHROPIC_MODELS."""
-    row = next(row for row in ANTHROPIC_MODELS if row.pattern.search(request.model))
-    lead = 0
-    while lead < len(request.messages) and request.messages[lead].role == "system":
-        lead += 1
-    turns = _anthropic_turns(request.messages[lead:], row.prefill)
+    """A ChatRequest as the body of POST /v1/messages; `request.model` decides the row of ANTHROPIC_MODELS.
+
+    The conversation must be tidy (tidy_messages): calls answered in the turn that follows them.
+    """
+    row = next(row for row in ANTHROPIC_MODELS if re.search(row.pattern, request.model))
+    own, output = (request.fields or {}).get(_ANTHROPIC) or {}, request.output
+    lead = next((i for i, message in enumerate(request.messages) if message.role != "system"), len(request.messages))
     system = [*request.system, *(block for message in request.messages[:lead] for block in message.blocks)]
-    body: Dict[str, Any] = {"model": request.model, "messages": turns}
-    body.update((request.fields or {}).get(_ANTHROPIC) or {})
-    _put_anthropic_system(body, system, request.output)
-    _put_anthropic_tools(body, request)
-    _put_anthropic_reasoning(body, request, row)
-    _put_anthropic_sampling(body, request, row)
-    if request.output is not None and request.output.schema is not None:
-        output_format = {"type": "json_schema", "schema": request.output.schema}
-        body["output_config"] = {**as_dict(body.get("output_config")), "format": output_format}
-    if request.user:
-        body["metadata"] = {"user_id": request.user}
-    if request.stream:
-        body["stream"] = True
-    return body
-
-
-def _put_anthropic_system(body: Dict[str, Any], blocks: List[Any], output: Optional[JsonOutput]) -> None:
-    """`system`: a string where that says it all. JSON mode without a schema has no field, so it is said in words."""
-    parts = [part for part in map(_write_anthropic_block, blocks) if part and part.get("type") == "text"]
     if output is not None and output.schema is None:
-        parts.append({"type": "text", "text": "Answer with one valid JSON object and nothing else."})
-    if len(parts) == 1 and len(parts[0]) == 2:
-        body["system"] = parts[0]["text"]
-    elif parts:
-        body["system"] = parts
+        system.append(Text("Answer with one valid JSON object and nothing else."))
+    turns = _anthropic_turns(request.messages[lead:], row.prefill)
+    tools = [tool for tool in map(_write_anthropic_tool, request.tools) if tool]
+    choice = _write_anthropic_choice(request, [tool.get("name") for tool in tools]) if tools else {}
+    max_tokens = row.max_tokens if request.max_tokens is None else request.max_tokens
+    thinking, effort = _write_anthropic_reasoning(request.reasoning, row, max_tokens, choice, turns)
+    config = {**as_dict(own.get("output_config")), **({"effort": effort} if effort else {})}
+    if output is not None and output.schema is not None:
+        config["format"] = {"type": "json_schema", "schema": output.schema}
+    samples = row.sampling and as_dict(thinking).get("type") in (None, "disabled")  # trap 72
+    has_temperature = samples and request.temperature is not None
+    body = {
+        **{"model": request.model, "messages": turns, **own},
+        "system": _anthropic_content([part for part in _anthropic_parts(system) if part.get("type") == "text"]),
+        "tools": tools,
+        "tool_choice": choice,
+        "max_tokens": max_tokens,
+        "thinking": thinking,
+        "output_config": config,
+        "temperature": min(request.temperature, 1.0) if has_temperature else None,
+        "top_p": request.top_p if samples and not has_temperature else None,
+        "top_k": request.top_k if samples else None,
+        "stop_sequences": [text for text in request.stop if text.strip()],
+        "metadata": {"user_id": request.user} if request.user else None,
+        "stream": request.stream or None,
+    }
+    return {key: value for key, value in body.items() if value not in (None, [], {})}
 
 
-def _put_anthropic_tools(body: Dict[str, Any], request: ChatRequest) -> None:
-    tools = [tool for tool in map(_write_anthropic_tool, request.tools) if tool is not None]
-    if not tools:
-        return
-    body["tools"] = tools
-    choice = _write_anthropic_choice(request.tool_choice, {tool.get("name") for tool in tools})
-    if request.parallel_tools is False and choice.get("type") != "none":
-        choice = {"type": "auto", **choice, "disable_parallel_tool_use": True}
-    if choice:
-        body["tool_choice"] = choice
-
-
-def _write_anthropic_choice(choice: Optional[ToolChoice], names: Set[Any]) -> Dict[str, Any]:
+def _write_anthropic_choice(request: ChatRequest, names: List[Any]) -> Dict[str, Any]:
     """Traps 96 and 97. A forced tool that had to be left out cannot be forced."""
-    if choice is None or (choice.mode == "tool" and choice.name not in names):
-        return {}
-    return {"type": "tool", "name": choice.name} if choice.mode == "tool" else {"type": choice.mode}
+    mode, name = request.tool_choice or ("", "")
+    choice = {"type": mode, "name": name} if mode == "tool" else {"type": mode}
+    if not mode or (mode == "tool" and name not in names):
+        choice = {}
+    if request.parallel_tools is False and mode != "none":
+        return {"type": "auto", **choice, "disable_parallel_tool_use": True}
+    return choice
 
 
-# How a free-text tool is offered to a format that knows functions only; TRANSLATION undoes it in the answer.
-CUSTOM_TOOL_SCHEMA = {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}
-
-
-def _write_anthropic_tool(tool: Tool) -> Optional[Dict[str, Any]]:
+def _write_anthropic_tool(tool: Tool) -> Dict[str, Any]:
     bag = own_extra(tool, _ANTHROPIC)
     if tool.kind == "server":
-        return bag or None
-    schema = CUSTOM_TOOL_SCHEMA if tool.kind == "custom" else {"type": "object", **(tool.schema or {})}
-    schema = schema if "properties" in schema else {**schema, "properties": {}}
-    item: Dict[str, Any] = {"name": tool.name, "input_schema": schema}
-    if tool.description:
-        item["description"] = tool.description
-    if tool.strict and tool.kind == "function":
-        item["strict"] = True
-    return {**item, **bag}
+        return bag
+    about = {"description": tool.description} if tool.description else {}
+    strict = {"strict": True} if tool.strict else {}
+    schema = {"type": "object", "properties": {}, **(tool.schema or {})}
+    return {"name": tool.name, "input_schema": schema, **about, **strict, **bag}
 
 
-def _put_anthropic_reasoning(body: Dict[str, Any], request: ChatRequest, row: AnthropicModel) -> None:
-    """`max_tokens`, `thinking` and `output_config.effort`. Forced tools and thinking exclude each other."""
-    body["max_tokens"] = row.max_tokens if request.max_tokens is None else request.max_tokens
-    reasoning = request.reasoning
-    if reasoning is None:
-        return
-    own = own_extra(reasoning, _ANTHROPIC)
-    if own:
-        body.update({"thinking": own["thinking"]} if own.get("thinking") else {})
-        effort, thinking = own.get("effort"), None
-    else:
-        effort = _nearest_effort(reasoning, row)
-        thinking = _write_anthropic_thinking(reasoning, row, body["max_tokens"])
-    if effort:
-        body["output_config"] = {**as_dict(body.get("output_config")), "effort": effort}
-    forced = as_dict(body.get("tool_choice")).get("type") in ("any", "tool")
-    broken_off = row.thinking == "budget" and _lacks_thinking(body["messages"])
-    if thinking and (thinking["type"] == "disabled" or not (forced or broken_off)):
-        body["thinking"] = thinking
+def _write_anthropic_reasoning(
+    reasoning: Optional[Reasoning], row: AnthropicModel, max_tokens: int, choice: Dict[str, Any], turns: List[Any]
+) -> Tuple[Optional[Dict[str, Any]], str]:
+    """(`thinking`, `output_config.effort`). A budget leaves a quarter of max_tokens free (trap 89).
 
-
-def _write_anthropic_thinking(reasoning: Reasoning, row: AnthropicModel, max_tokens: int) -> Optional[Dict[str, Any]]:
-    """The ThinkingConfigParam for what another format asked; a budget leaves a quarter of max_tokens free (trap 89).
-
-    display: the newest models hide their reasoning unless told, and who asked for reasoning wants to see it.
+    Forced tools and thinking exclude each other. display: the newest models hide their reasoning unless told, and who
+    asked for reasoning wants to see it.
     """
-    room = max_tokens * 3 // 4
-    if not row.thinking or (row.thinking == "budget" and reasoning.effort != "none" and room < _ANTHROPIC_MIN_BUDGET):
-        return None
-    if reasoning.effort == "none":
-        return {"type": "disabled"}
+    own = own_extra(reasoning, _ANTHROPIC) if reasoning else {}
+    if reasoning is None or own:
+        return own.get("thinking"), own.get("effort", "")
+    effort, room = _nearest_effort(reasoning, row), max_tokens * 3 // 4
+    if reasoning.effort == "none" and row.thinking:
+        return {"type": "disabled"}, effort
+    if not row.thinking or choice.get("type") in ("any", "tool"):
+        return None, effort
     if row.thinking == "adaptive":
-        return {"type": "adaptive", "display": "summarized"}
+        return {"type": "adaptive", "display": "summarized"}, effort
+    if room < _ANTHROPIC_MIN_BUDGET or _lacks_thinking(turns):
+        return None, effort
     budget = reasoning.budget or _ANTHROPIC_BUDGETS.get(reasoning.effort, _ANTHROPIC_BUDGETS["medium"])
-    return {"type": "enabled", "budget_tokens": max(_ANTHROPIC_MIN_BUDGET, min(budget, room))}
+    return {"type": "enabled", "budget_tokens": max(_ANTHROPIC_MIN_BUDGET, min(budget, room))}, effort
 
 
 def _nearest_effort(reasoning: Reasoning, row: AnthropicModel) -> str:
@@ -5685,235 +4884,122 @@ def _nearest_effort(reasoning: Reasoning, row: AnthropicModel) -> str:
     return next((name for name in reversed(_ANTHROPIC_EFFORTS[: order + 1]) if name in row.efforts), row.efforts[0])
 
 
-def _lacks_thinking(turns: List[Dict[str, Any]]) -> bool:
+def _lacks_thinking(turns: Sequence[Any]) -> bool:
     """Whether the tool turn that goes on has no thinking block in front, which budgeted thinking refuses (trap 86)."""
-    last = next((turn["content"] for turn in reversed(turns) if turn["role"] == "assistant"), [])
-    kinds = [part.get("type") for part in last] if isinstance(last, list) else []
+    last = next((turn for turn in reversed(turns) if as_dict(turn).get("role") == "assistant"), {})
+    kinds = [as_dict(part).get("type") for part in as_list(last.get("content"))]
     return "tool_use" in kinds and kinds[0] not in ("thinking", "redacted_thinking")
 
 
-def _put_anthropic_sampling(body: Dict[str, Any], request: ChatRequest, row: AnthropicModel) -> None:
-    """Sampling fields where the model takes them (trap 72): not while thinking, temperature alone and up to 1."""
-    thinking = as_dict(body.get("thinking")).get("type") not in (None, "disabled")
-    if row.sampling and not thinking:
-        if request.temperature is not None:
-            body["temperature"] = min(request.temperature, 1.0)
-        elif request.top_p is not None:
-            body["top_p"] = request.top_p
-        if request.top_k is not None:
-            body["top_k"] = request.top_k
-    stop = [text for text in request.stop if text.strip()]
-    if stop:
-        body["stop_sequences"] = stop
-
-
 def _anthropic_turns(messages: List[Message], prefill: bool) -> List[Dict[str, Any]]:
-    """`messages`: turns alternate, start with the user, and every call is answered in the turn that follows it."""
-    turns = _pair_results(_merge_turns(messages))
-    rendered = []
-    for role, blocks in turns:
-        parts = [part for part in map(_write_anthropic_block, blocks) if part is not None]
-        if not parts:
-            continue
-        if rendered and rendered[-1]["role"] == role:
-            rendered[-1]["content"].extend(parts)
-        else:
-            rendered.append({"role": role, "content": parts})
-    if not rendered or rendered[0]["role"] != "user":
-        rendered.insert(0, {"role": "user", "content": [{"type": "text", "text": _ANTHROPIC_FILLER}]})
-    _end_turns(rendered, prefill)
-    for turn in rendered:
-        content = turn["content"]
-        if len(content) == 1 and content[0].get("type") == "text" and len(content[0]) == 2:
-            turn["content"] = content[0]["text"]
-    return rendered
+    """`messages`: turns alternate and start with the user. A system message between them is the user's (trap 74).
 
-
-def _end_turns(turns: List[Dict[str, Any]], prefill: bool) -> None:
-    """A conversation that ends with the assistant: a prefill without white space behind it, or one more user turn."""
-    if turns[-1]["role"] != "assistant":
-        return
-    last = turns[-1]["content"][-1]
-    if prefill and last.get("type") == "text":
-        last["text"] = last["text"].rstrip()
-    else:
-        turns.append({"role": "user", "content": [{"type": "text", "text": _ANTHROPIC_FILLER}]})
-
-
-def _merge_turns(messages: List[Message]) -> List[Tuple[str, List[Any]]]:
-    """Neighbours of one role joined. A system message between them is the user's, never the assistant's (trap 74)."""
-    turns: List[Tuple[str, List[Any]]] = []
-    for message in messages:
-        role = "assistant" if message.role == "assistant" else "user"
-        if turns and turns[-1][0] == role:
-            turns[-1][1].extend(message.blocks)
-        else:
-            turns.append((role, list(message.blocks)))
-    return turns
-
-
-def _pair_results(turns: List[Tuple[str, List[Any]]]) -> List[Tuple[str, List[Any]]]:
-    """Calls last in their turn and results first in the next, one for each call (traps 77 to 81).
-
-    A call without a result gets one that says so, a result without a call becomes text, a second result for
-    one call is dropped; ids are made unique and legal.
+    A conversation that ends with the assistant: a prefill without white space behind it, or one more user turn.
     """
-    paired: List[Tuple[str, List[Any]]] = []
-    taken: Set[str] = set()
-    calls: Dict[str, List[str]] = OrderedDict()
-    for role, blocks in turns:
-        if role == "assistant":
-            calls, blocks = _take_calls(blocks, taken)
-            paired.append((role, blocks))
-        else:
-            paired.append((role, _answer_calls(calls, blocks)))
-            calls = OrderedDict()
-    if calls:
-        paired.append(("user", _answer_calls(calls, [])))
-    return paired
+    filler = {"role": "user", "content": [{"type": "text", "text": "(continue)"}]}
+    turns: List[Dict[str, Any]] = []
+    for message in messages:
+        role, parts = "assistant" if message.role == "assistant" else "user", _anthropic_parts(message.blocks)
+        if parts and turns and turns[-1]["role"] == role:
+            turns[-1]["content"] += parts
+        elif parts:
+            turns.append({"role": role, "content": parts})
+    if not turns or turns[0]["role"] != "user":
+        turns.insert(0, filler)
+    last = turns[-1]["content"][-1]
+    if turns[-1]["role"] == "assistant" and not (prefill and last.get("type") == "text"):
+        turns.append(filler)
+    elif turns[-1]["role"] == "assistant":
+        last["text"] = last["text"].rstrip()
+    return [{**turn, "content": _anthropic_content(turn["content"])} for turn in turns]
 
 
-_ANTHROPIC_ID = re.compile(r"[^a-zA-Z0-9_-]")
+def _anthropic_content(parts: List[Dict[str, Any]]) -> Any:
+    """`parts`, or a string where that says it all."""
+    is_plain = len(parts) == 1 and parts[0].get("type") == "text" and len(parts[0]) == 2
+    return parts[0]["text"] if is_plain else parts
 
 
-def _take_calls(blocks: List[Any], taken: Set[str]) -> Tuple[Dict[str, List[str]], List[Any]]:
-    """The turn with its calls last, and which ids each of the client's call ids stands for; `taken` grows."""
-    calls: Dict[str, List[str]] = OrderedDict()
-    rest, last = [], []
+def _anthropic_parts(blocks: Iterable[Any], is_answer: bool = False) -> List[Dict[str, Any]]:
+    """The content blocks for `blocks`, without those that this format has no place for.
+
+    Text of white space is refused in a request (trap 82); reasoning goes back only if Anthropic signed it (trap 85),
+    in an answer it is shown although nobody signed it.
+    """
+    parts = []
     for block in blocks:
-        if not isinstance(block, ToolCall):
-            rest.append(block)
-            continue
-        base = unique = _ANTHROPIC_ID.sub("_", block.id) or "toolu"
-        while unique in taken:
-            unique = "%s_%d" % (base, len(taken))
-        taken.add(unique)
-        calls.setdefault(block.id, []).append(unique)
-        last.append(ToolCall(unique, block.name, block.arguments, block.kind, block.extra))
-    return calls, rest + last
+        bag = {} if isinstance(block, Opaque) else own_extra(block, _ANTHROPIC)
+        if isinstance(block, (Text, Refusal)):
+            if "block" in bag:
+                parts.append(bag["block"])
+            elif block.text if is_answer else block.text.strip():
+                parts.append({"type": "text", "text": block.text, **bag})
+        elif isinstance(block, Thinking):
+            if bag.get("signature") or (is_answer and block.text):
+                parts.append({"type": "thinking", "thinking": block.text, "signature": "", **bag})
+        elif isinstance(block, ToolCall):
+            item = {"type": "tool_use", "id": _legal_id(block.id), "name": block.name}
+            parts.append({**item, "input": arguments_object(block.arguments), **bag})
+        elif isinstance(block, ToolResult):
+            parts.append({**_write_anthropic_result(block), **bag})
+        elif isinstance(block, Media):
+            parts.append(_write_anthropic_media(block, bag))
+        elif block.wire == _ANTHROPIC:
+            parts.append(block.value)
+    return parts
 
 
-def _answer_calls(calls: Dict[str, List[str]], blocks: List[Any]) -> List[Any]:
-    first: List[Any] = []
-    rest: List[Any] = []
-    open_ids = {call_id: list(ids) for call_id, ids in calls.items()}
-    for block in blocks:
-        if not isinstance(block, ToolResult):
-            rest.append(block)
-        elif open_ids.get(block.call_id):
-            first.append(ToolResult(open_ids[block.call_id].pop(0), block.blocks, block.is_error, block.extra))
-        elif block.call_id not in calls:
-            rest.extend(block.blocks)
-    missing = [unique for ids in open_ids.values() for unique in ids]
-    first.extend(ToolResult(unique, [Text(_ANTHROPIC_NO_RESULT)], True) for unique in missing)
-    return first + rest
-
-
-def _write_anthropic_block(block: Any) -> Optional[Dict[str, Any]]:
-    """One content block, or None for what this format has no place for."""
-    writer = _ANTHROPIC_WRITERS.get(type(block))
-    return writer(block) if writer else None
-
-
-def _write_anthropic_text(block: Any) -> Optional[Dict[str, Any]]:
-    """Empty text is refused by the API (trap 82)."""
-    bag = own_extra(block, _ANTHROPIC)
-    if "block" in bag:
-        return bag["block"]
-    return {"type": "text", "text": block.text, **bag} if block.text.strip() else None
-
-
-def _write_anthropic_thinking_block(block: Thinking) -> Optional[Dict[str, Any]]:
-    """Only what Anthropic signed may come back to it (trap 85)."""
-    bag = own_extra(block, _ANTHROPIC)
-    return {"type": "thinking", "thinking": block.text, **bag} if bag.get("signature") else None
-
-
-def _write_anthropic_call(block: ToolCall) -> Dict[str, Any]:
-    item = {
-        "type": "tool_use",
-        "id": block.id,
-        "name": block.name,
-        "input": arguments_object(block.arguments, block.kind),
-    }
-    return {**item, **own_extra(block, _ANTHROPIC)}
+def _legal_id(call_id: str) -> str:
+    return re.sub(r"[^a-zA-Z0-9_-]", "_", call_id) or "toolu"
 
 
 def _write_anthropic_result(block: ToolResult) -> Dict[str, Any]:
-    item: Dict[str, Any] = {"type": "tool_result", "tool_use_id": block.call_id}
-    content = [part for part in map(_write_anthropic_block, block.blocks) if part is not None]
-    if len(content) == 1 and content[0].get("type") == "text" and len(content[0]) == 2:
-        item["content"] = content[0]["text"]
-    elif content:
-        item["content"] = content
-    if block.is_error:
-        item["is_error"] = True
-    return {**item, **own_extra(block, _ANTHROPIC)}
+    content = _anthropic_parts(block.blocks)
+    item: Dict[str, Any] = {"type": "tool_result", "tool_use_id": _legal_id(block.call_id)}
+    if content:
+        item["content"] = _anthropic_content(content)
+    return {**item, "is_error": True} if block.is_error else item
 
 
-_ANTHROPIC_IMAGES = ("image/jpeg", "image/png", "image/gif", "image/webp")
+_ANTHROPIC_MEDIA = {"image": ("image/jpeg", "image/png", "image/gif", "image/webp"), "document": ("application/pdf",)}
 
 
-def _write_anthropic_media(block: Media) -> Dict[str, Any]:
+def _write_anthropic_media(block: Media, bag: Dict[str, Any]) -> Dict[str, Any]:
     """An image or document block, or a note for what the API does not take (traps 102, 105)."""
-    source = _anthropic_source(block)
-    if source is None:
-        what = " ".join(part for part in (block.kind, block.media_type, block.name) if part)
-        return {"type": "text", "text": "[%s: left out, it cannot be sent to this model]" % what}
-    item: Dict[str, Any] = {"type": block.kind, "source": source}
-    if block.kind == "document" and block.name:
-        item["title"] = block.name
-    return {**item, **own_extra(block, _ANTHROPIC)}
+    media_type, text = block.media_type.lower().split(";")[0].strip(), text_of_media(block)
+    if block.url and block.kind in _ANTHROPIC_MEDIA:
+        source = {"type": "url", "url": block.url}
+    elif media_type in _ANTHROPIC_MEDIA.get(block.kind, ()):
+        source = {"type": "base64", "media_type": media_type, "data": block.data}
+    elif text is not None:
+        source = {"type": "text", "media_type": "text/plain", "data": text}
+    else:
+        return {"type": "text", "text": note_of_media(block)}
+    title = {"title": block.name} if block.kind == "document" and block.name else {}
+    return {"type": block.kind, "source": source, **title, **bag}
 
 
-def _anthropic_source(block: Media) -> Optional[Dict[str, Any]]:
-    if block.kind not in ("image", "document"):
-        return None
-    if block.url:
-        return {"type": "url", "url": block.url}
-    media_type = block.media_type.lower().split(";")[0].strip()
-    if media_type in (_ANTHROPIC_IMAGES if block.kind == "image" else ("application/pdf",)):
-        return {"type": "base64", "media_type": media_type, "data": block.data}
-    if block.kind == "document" and media_type.startswith("text/"):
-        try:
-            text = base64.b64decode("".join(block.data.split()), validate=True).decode("utf-8")
-        except ValueError:
-            return None
-        return {"type": "text", "media_type": "text/plain", "data": text}
-    return None
+def drop_unsigned_thinking(body: Dict[str, Any]) -> Optional[Dict[str, Any]]:
+    """A Messages body without the reasoning that this router showed of other formats; None if it holds none.
 
-
-def _write_anthropic_opaque(block: Opaque) -> Optional[Dict[str, Any]]:
-    return block.value if block.wire == _ANTHROPIC else None
-
-
-_ANTHROPIC_WRITERS: Dict[type, Callable[[Any], Optional[Dict[str, Any]]]] = {
-    Text: _write_anthropic_text,
-    Refusal: _write_anthropic_text,
-    Thinking: _write_anthropic_thinking_block,
-    Media: _write_anthropic_media,
-    ToolCall: _write_anthropic_call,
-    ToolResult: _write_anthropic_result,
-    Opaque: _write_anthropic_opaque,
-}
-
-
-def arguments_object(arguments: str, kind: str = "function") -> Dict[str, Any]:
-    """Tool arguments as the object that `input` must be (trap 42).
-
-    Empty and null are {}. An object in a string (encoded twice) is unwrapped. Anything else is kept under
-    RAW_ARGUMENTS; the free text of a custom tool under `input`, as CUSTOM_TOOL_SCHEMA has it.
+    It bears an empty signature, which Anthropic refuses (trap 85); signed reasoning stays. Where a tool turn goes on
+    that thus lacks the thinking that a budget demands, thinking is off for this request (trap 86).
     """
-    if kind == "custom":
-        return {"input": arguments}
-    if not arguments.strip():
-        return {}
-    try:
-        value = load_json(arguments, "arguments")
-        value = load_json(value, "arguments") if isinstance(value, str) else value
-    except RouterError:
-        return {RAW_ARGUMENTS: arguments}
-    return value if isinstance(value, dict) else {} if value is None else {RAW_ARGUMENTS: arguments}
+    messages: List[Any] = []
+    for message in as_list(body.get("messages")):
+        content = as_dict(message).get("content")
+        kept = [part for part in as_list(content) if as_dict(part).get("type") != "thinking" or part.get("signature")]
+        if len(kept) == len(as_list(content)):
+            messages.append(message)
+        elif kept:
+            messages.append({**message, "content": kept})
+    if messages == as_list(body.get("messages")):
+        return None
+    body = {**body, "messages": messages}
+    if as_dict(body.get("thinking")).get("type") == "enabled" and _lacks_thinking(messages):
+        del body["thinking"]
+        body.pop("context_management", None)  # to clear old thinking is an error without thinking
+    return body
 
 
 # ---- answers
@@ -5921,68 +5007,27 @@ def arguments_object(arguments: str, kind: str = "function") -> Dict[str, Any]:
 # Keys of a Message that only this format knows, kept in the answer's bag.
 _ANTHROPIC_ANSWER_KEYS = ("stop_details", "container", "context_management", "diagnostics")
 
-# Counts that Usage holds; an answer's usage with more keys is kept whole in the bag.
-_ANTHROPIC_COUNTS = (
-    "input_tokens",
-    "output_tokens",
-    "cache_creation_input_tokens",
-    "cache_read_input_tokens",
-    "output_tokens_details",
-)
+# Counts that Usage holds; what an answer's usage says besides is kept in the bag.
+_ANTHROPIC_COUNTS = ("input_tokens", "output_tokens", "cache_read_input_tokens", "cache_creation_input_tokens")
 
 
 def parse_anthropic_response(body: Dict[str, Any], context: Context) -> ChatResponse:
     """A Message (anthropic.types.Message) as a ChatResponse. RouterError 502 for anything else."""
     if not isinstance(body, dict) or not isinstance(body.get("content"), list):
         raise RouterError("the upstream's answer is not an Anthropic message", 502, "upstream_answer_invalid")
-    blocks = [_anthropic_answer_block(item, context, index) for index, item in enumerate(body["content"])]
-    return ChatResponse(
-        id=as_text(body.get("id")) or "msg_" + context.id,
-        model=as_text(body.get("model")),
-        blocks=[block for block in blocks if block is not None],
-        stop_reason=_anthropic_stop(body.get("stop_reason"), any(isinstance(block, ToolCall) for block in blocks)),
-        stop_sequence=as_text(body.get("stop_sequence")),
-        usage=_anthropic_usage(body["usage"]) if isinstance(body.get("usage"), dict) else None,
-        extra=_anthropic_answer_extra(body, as_dict(body.get("usage"))),
-        created=context.created,
-    )
-
-
-def _anthropic_answer_block(item: Any, context: Context, index: int) -> Any:
-    """A block of an answer: unlike in a request's history, what a server-run tool did stays opaque."""
-    item = as_dict(item)
-    kind = item.get("type")
-    if kind == "text":
-        return Text(as_text(item.get("text")), _anthropic_rest(item, ("type", "text")))
-    if kind == "thinking":
-        return Thinking(as_text(item.get("thinking")), _anthropic_rest(item, ("type", "thinking")))
-    if kind == "tool_use":
-        call_id = as_text(item.get("id")) or "toolu_%s_%d" % (context.id, index)
-        extra = _anthropic_rest(item, ("type", "id", "name", "input"))
-        return ToolCall(call_id, as_text(item.get("name")), _dump_arguments(item.get("input")), extra=extra)
-    return Opaque(_ANTHROPIC, item) if item else None
-
-
-def _anthropic_stop(reason: Any, has_calls: bool) -> str:
-    if reason in STOP_REASONS:
-        return reason
-    return "tool_use" if has_calls else "end_turn"
+    return fold(AnthropicStreamParser(context).read(body))
 
 
 def _anthropic_usage(usage: Dict[str, Any]) -> Usage:
     """anthropic.types.Usage: input_tokens are already without the cached ones (trap 113)."""
-    return Usage(
-        as_int(usage.get("input_tokens")),
-        as_int(usage.get("output_tokens")),
-        as_int(usage.get("cache_read_input_tokens")),
-        as_int(usage.get("cache_creation_input_tokens")),
-        as_int(as_dict(usage.get("output_tokens_details")).get("thinking_tokens")),
-    )
+    counts = (as_int(usage.get(key)) for key in _ANTHROPIC_COUNTS)
+    return Usage(*counts, as_int(as_dict(usage.get("output_tokens_details")).get("thinking_tokens")))
 
 
 def _anthropic_answer_extra(answer: Dict[str, Any], usage: Dict[str, Any]) -> Extra:
     bag = {key: answer[key] for key in _ANTHROPIC_ANSWER_KEYS if answer.get(key) is not None}
-    further = {key: value for key, value in usage.items() if key not in _ANTHROPIC_COUNTS and value is not None}
+    known = (*_ANTHROPIC_COUNTS, "output_tokens_details")
+    further = {key: value for key, value in usage.items() if key not in known and value is not None}
     if further:
         bag["usage"] = further
     reason = answer.get("stop_reason")
@@ -5993,34 +5038,21 @@ def _anthropic_answer_extra(answer: Dict[str, Any], usage: Dict[str, Any]) -> Ex
 
 def render_anthropic_response(response: ChatResponse, context: Context) -> Dict[str, Any]:
     """A ChatResponse as a Message, under the model name that the client asked for (trap 44)."""
-    content = [item for item in map(_write_anthropic_answer_block, response.blocks) if item is not None]
+    content = _anthropic_parts(response.blocks, is_answer=True)
     bag = dict(own_extra(response, _ANTHROPIC))
     has_calls = any(item.get("type") == "tool_use" for item in content)
-    message = {
-        "id": _anthropic_message_id(response.id, context),
-        "type": "message",
-        "role": "assistant",
-        "model": context.request.model or response.model,
-        "content": content,
-        "stop_reason": bag.pop("stop_reason", None) or _shown_stop(response.stop_reason, has_calls),
-        "stop_sequence": response.stop_sequence or None,
-        "usage": _write_anthropic_usage(response.usage, bag.pop("usage", None)),
-    }
-    return {**message, **bag}
+    reason = bag.pop("stop_reason", None) or _shown_stop(response.stop_reason, has_calls)
+    usage = _write_anthropic_usage(response.usage, bag.pop("usage", None))
+    message = _anthropic_shell(response.id, response.model, usage, context)
+    said = {"content": content, "stop_reason": reason, "stop_sequence": response.stop_sequence or None}
+    return {**message, **said, **bag}
 
 
-def _write_anthropic_answer_block(block: Any) -> Optional[Dict[str, Any]]:
-    """As in a request, but reasoning of others is shown although nobody signed it, and white space stays."""
-    if isinstance(block, (Text, Refusal)):
-        return {"type": "text", "text": block.text, **own_extra(block, _ANTHROPIC)} if block.text else None
-    if isinstance(block, Thinking):
-        bag = {"signature": "", **own_extra(block, _ANTHROPIC)}
-        return {"type": "thinking", "thinking": block.text, **bag} if block.text or bag["signature"] else None
-    return _write_anthropic_block(block)
-
-
-def _anthropic_message_id(upstream_id: str, context: Context) -> str:
-    return upstream_id if upstream_id.startswith("msg_") else "msg_" + context.id
+def _anthropic_shell(upstream_id: str, model: str, usage: Dict[str, Any], context: Context) -> Dict[str, Any]:
+    """A Message as it begins."""
+    answer_id = upstream_id if upstream_id.startswith("msg_") else "msg_" + context.id
+    shell = {"id": answer_id, "type": "message", "role": "assistant", "model": context.request.model or model}
+    return {**shell, "content": [], "stop_reason": None, "stop_sequence": None, "usage": usage}
 
 
 def _shown_stop(reason: str, has_calls: bool) -> str:
@@ -6033,25 +5065,11 @@ def _shown_stop(reason: str, has_calls: bool) -> str:
 def _write_anthropic_usage(usage: Optional[Usage], further: Optional[Dict[str, Any]] = None) -> Dict[str, Any]:
     """Always an object with integers: SDKs and Claude Code add them up unseen (trap 43)."""
     usage = usage or Usage()
-    counts: Dict[str, Any] = {
-        "input_tokens": usage.input,
-        "cache_creation_input_tokens": usage.cache_write,
-        "cache_read_input_tokens": usage.cache_read,
-        "output_tokens": usage.output,
-    }
-    if usage.reasoning:
-        counts["output_tokens_details"] = {"thinking_tokens": usage.reasoning}
-    return {**(further or {}), **counts}
+    counts: Dict[str, Any] = {**(further or {}), **dict(zip(_ANTHROPIC_COUNTS, usage))}
+    return {**counts, "output_tokens_details": {"thinking_tokens": usage.reasoning}} if usage.reasoning else counts
 
 
 # ---- streams: Anthropic -> neutral
-
-
-def _refuse_json_constant(name: str) -> Any:
-    raise ValueError("%s is not JSON" % name)
-
-
-_decode_event = json.JSONDecoder(parse_constant=_refuse_json_constant).decode
 
 # Delta type -> the field with its text, and the block it belongs to (anthropic.types.RawContentBlockDelta).
 _ANTHROPIC_DELTAS: Dict[Any, Tuple[str, type]] = {
@@ -6072,14 +5090,14 @@ class AnthropicStreamParser:
         self.done = False
         self.skipped = 0
         self._context = context
-        self._ended = False
-        self._started = False
-        self._block: Any = None
+        self._is_ended = False
+        self._is_started = False
+        self._block: Any = None  # the open block; of one that only this format knows, its own object
         self._index: Any = None
-        self._held = ""
+        self._held = ""  # text that came in the start event
         self._pieces: List[str] = []
         self._blocks = 0
-        self._called = False
+        self._has_calls = False
         self._counts: Dict[str, Any] = {}
         self._answer: Dict[str, Any] = {}
 
@@ -6090,10 +5108,10 @@ class AnthropicStreamParser:
 
     def feed(self, event: SseEvent) -> List[Any]:
         """The neutral events that `event` completes."""
-        if self._ended:
+        if self._is_ended:
             return []
         try:
-            data = _decode_event(event.data)
+            data = _JSON_DECODER.decode(event.data)
             kind = data.get("type") or ("error" if data.get("error") else None)
             if kind == "content_block_delta":
                 return self._delta(data["delta"], data.get("index", self._index))
@@ -6105,86 +5123,84 @@ class AnthropicStreamParser:
 
     def finish(self) -> List[Any]:
         """The end of the bytes: without message_stop the answer was cut off, whatever message_delta said."""
-        if self._ended:
+        if self._is_ended:
             return []
         return self._fail(ErrorInfo(502, "the upstream's stream ended before message_stop", "api_error", "truncated"))
+
+    def read(self, message: Dict[str, Any]) -> List[Any]:
+        """The events of a whole Message."""
+        events = self._start({"message": message})
+        for item in message["content"]:
+            if isinstance(item, dict) and item:
+                events += self._open({"content_block": item}) + self._close_block()
+        return events + self._message_delta({"delta": message}) + self._stop({})
 
     def _start(self, data: Dict[str, Any]) -> List[Any]:
         message = as_dict(data.get("message"))
         self._count(message.get("usage"))
         self._answer.update((key, message[key]) for key in _ANTHROPIC_ANSWER_KEYS if message.get(key) is not None)
-        if self._started:
+        if self._is_started:
             return []
-        self._started = True
-        model, message_id = as_text(message.get("model")), as_text(message.get("id"))
-        return [Started(message_id or "msg_" + self._context.id, model, self.usage, self._context.created)]
+        self._is_started = True
+        answer_id = as_text(message.get("id")) or "msg_" + self._context.id
+        return [Started(answer_id, as_text(message.get("model")), self.usage, self._context.created)]
 
-    def _ensure_started(self) -> List[Any]:
-        return [] if self._started else self._start({})
+    def _make_way(self) -> List[Any]:
+        return ([] if self._is_started else self._start({})) + self._close_block()
 
     def _open(self, data: Dict[str, Any]) -> List[Any]:
         item = data["content_block"]
-        block = _anthropic_answer_block(item, self._context, self._blocks)
-        if block is None:
-            raise ValueError("a block is an object")
-        events = self._ensure_started() + self._close_block()
+        block = _anthropic_part(item, "toolu_%s_%d" % (self._context.id, self._blocks))
+        events = self._make_way()
         self._blocks += 1
-        self._called = self._called or isinstance(block, ToolCall)
         self._index = data.get("index")
         if isinstance(block, Opaque):
             self._block, self._pieces = dict(item), []
             return events
-        self._block = block
-        self._held = _get_text(block)
-        return events + [Opened(_without_text(block))]
-
-    def _open_missing(self, block: Any, index: Any) -> List[Any]:
-        """A delta without its start: the block is what the delta says it is."""
-        events = self._ensure_started() + self._close_block()
-        self._block, self._index, self._held = block, index, ""
-        return events + [Opened(block)]
+        self._has_calls = self._has_calls or isinstance(block, ToolCall)
+        self._block, self._held = block, block_text(block)
+        return events + [Opened(with_text(block, ""))]
 
     def _delta(self, delta: Dict[str, Any], index: Any) -> List[Any]:
         kind = delta["type"]
         field, block_type = _ANTHROPIC_DELTAS.get(kind, ("", None))
         text = delta.get(field)
-        if type(self._block) is block_type and index == self._index:
-            if not text or type(text) is not str:
-                return []
-            if self._held:
-                return self._held_delta(text)
-            return [Delta(text)]
-        return self._other_delta(delta, kind, text, block_type, index)
-
-    def _held_delta(self, text: str) -> List[Any]:
-        """The first delta: text in the start event precedes it, a tool's `input` there is only a placeholder."""
-        held, self._held = self._held, ""
-        return [Delta(text)] if isinstance(self._block, ToolCall) else [Delta(held + text)]
-
-    def _other_delta(self, delta: Dict[str, Any], kind: str, text: Any, block_type: Any, index: Any) -> List[Any]:
-        if isinstance(self._block, dict) and index == self._index:
-            self._add_to_opaque(delta)
+        if type(self._block) is not block_type or index != self._index:
+            return self._other_delta(delta, text if isinstance(text, str) else "", block_type, index)
+        if not text or type(text) is not str:
             return []
-        if block_type in (Text, Thinking) and text and isinstance(text, str):
-            if self._block is None or index == self._index:
-                return self._open_missing(block_type(""), index) + [Delta(text)]
-        if index == self._index:
-            if kind == "signature_delta" and isinstance(self._block, Thinking) and delta.get("signature"):
-                return self._release() + [Extended(_ANTHROPIC, {"signature": as_text(delta["signature"])})]
-            if kind == "citations_delta" and isinstance(self._block, Text) and delta.get("citation"):
-                return self._release() + [Extended(_ANTHROPIC, {"citations": [delta["citation"]]})]
-        self.skipped += 1
-        return []
+        if self._held:  # text in the start event precedes this, a tool's `input` there was only a placeholder
+            text, self._held = text if block_type is ToolCall else self._held + text, ""
+        return [Delta(text)]
 
-    def _add_to_opaque(self, delta: Dict[str, Any]) -> None:
+    def _other_delta(self, delta: Dict[str, Any], text: str, block_type: Any, index: Any) -> List[Any]:
+        """A delta of an Opaque block, one that adds no text, or one without its start, which opens what it says."""
+        block, kind, values = self._block, delta["type"], {}
+        if isinstance(block, dict) and index == self._index:
+            return self._add_to_opaque(delta)
+        if text and block_type in (Text, Thinking) and (block is None or index == self._index):
+            events = self._make_way()
+            self._block, self._index = block_type(""), index
+            return events + [Opened(self._block), Delta(text)]
+        if index == self._index and kind == "signature_delta" and isinstance(block, Thinking):
+            values = {"signature": delta.get("signature")}
+        elif index == self._index and kind == "citations_delta" and isinstance(block, Text):
+            values = {"citations": [delta.get("citation")]}
+        if not any(values.values()):
+            self.skipped += 1
+            return []
+        return self._release() + [Extended(_ANTHROPIC, values)]
+
+    def _add_to_opaque(self, delta: Dict[str, Any]) -> List[Any]:
         """`input` comes as JSON text; other deltas name the block's own fields (compaction_delta: content)."""
         if delta["type"] == "input_json_delta":
             self._pieces.append(as_text(delta.get("partial_json")))
-            return
+            return []
         for key, value in delta.items():
             if key != "type" and value is not None:
                 old = self._block.get(key)
                 self._block[key] = old + value if isinstance(old, str) and isinstance(value, str) else value
+        return []
 
     def _release(self) -> List[Any]:
         held, self._held = self._held, ""
@@ -6197,12 +5213,11 @@ class AnthropicStreamParser:
         block, self._block = self._block, None
         if block is None:
             return []
-        if isinstance(block, dict):
-            if self._pieces:
-                block["input"] = arguments_object("".join(self._pieces))
-            opaque = Opaque(_ANTHROPIC, block)
-            return [Opened(opaque), Closed()]
-        return self._release() + [Closed()]
+        if not isinstance(block, dict):
+            return self._release() + [Closed()]
+        if self._pieces:
+            block["input"] = arguments_object("".join(self._pieces))
+        return [Opened(Opaque(_ANTHROPIC, block)), Closed()]
 
     def _count(self, usage: Any) -> None:
         """Later counts win, except that a zero never hides a number: some upstreams repeat the fields empty."""
@@ -6213,27 +5228,21 @@ class AnthropicStreamParser:
     def _message_delta(self, data: Dict[str, Any]) -> List[Any]:
         self._count(data.get("usage"))
         for part in (data, as_dict(data.get("delta"))):
-            self._answer.update(
-                (key, value)
-                for key, value in part.items()
-                if value is not None and key not in ("type", "delta", "usage")
-            )
+            self._answer.update((key, value) for key, value in part.items() if value is not None)
         return []
 
     def _stop(self, data: Dict[str, Any]) -> List[Any]:
-        events = self._ensure_started() + self._close_block()
-        self.done = self._ended = True
-        reason = _anthropic_stop(self._answer.get("stop_reason"), self._called)
+        events = self._make_way()
+        self.done = self._is_ended = True
+        reason = self._answer.get("stop_reason")
+        if reason not in STOP_REASONS:
+            reason = "tool_use" if self._has_calls else "end_turn"
         extra = _anthropic_answer_extra(self._answer, self._counts)
         return events + [Finished(reason, as_text(self._answer.get("stop_sequence")), self.usage, extra)]
 
-    def _error(self, data: Dict[str, Any]) -> List[Any]:
-        return self._fail(parse_anthropic_error(200, data))
-
     def _fail(self, error: ErrorInfo) -> List[Any]:
-        events = self._close_block()
-        self._ended = True
-        return events + [Failed(error)]
+        self._is_ended = True
+        return self._close_block() + [Failed(error)]
 
     _HANDLERS: Dict[Any, Callable[..., List[Any]]] = {
         "message_start": _start,
@@ -6241,7 +5250,7 @@ class AnthropicStreamParser:
         "content_block_stop": _close,
         "message_delta": _message_delta,
         "message_stop": _stop,
-        "error": _error,
+        "error": lambda self, data: self._fail(read_error(200, data, 500)),
         "ping": lambda self, data: [Ping()],
     }
 
@@ -6249,8 +5258,6 @@ class AnthropicStreamParser:
 # ---- streams: neutral -> Anthropic
 
 _escape_json = json.encoder.encode_basestring_ascii
-
-_ANTHROPIC_PING = sse_event(b'{"type":"ping"}', "ping")
 
 
 def _anthropic_event(name: str, **fields: Any) -> bytes:
@@ -6271,9 +5278,9 @@ class AnthropicStreamRenderer:
         self._usage: Optional[Usage] = None
         self._index = 0
         self._block: Any = None
-        self._shown = False
-        self._prefix = ""
-        self._pieces: List[str] = []
+        self._is_shown = False
+        self._prefix = ""  # everything of a delta event that stands before its text: a delta costs one concatenation
+        self._pieces: List[str] = []  # of arguments that are held
         self._ids: Set[str] = set()
 
     def render(self, event: Any) -> bytes:
@@ -6289,72 +5296,49 @@ class AnthropicStreamRenderer:
         if self._state != "before":
             return b""
         self._state, self._usage = "inside", event.usage
-        return _anthropic_event(
-            "message_start",
-            message={
-                "id": _anthropic_message_id(event.id, self._context),
-                "type": "message",
-                "role": "assistant",
-                "model": self._context.request.model or event.model,
-                "content": [],
-                "stop_reason": None,
-                "stop_sequence": None,
-                "usage": _write_anthropic_usage(event.usage),
-            },
-        )
+        usage = _write_anthropic_usage(event.usage)
+        return _anthropic_event("message_start", message=_anthropic_shell(event.id, event.model, usage, self._context))
 
-    def _ensure_started(self) -> bytes:
-        return self._start(Started("", "")) if self._state == "before" else b""
+    def _make_way(self) -> bytes:
+        return self._start(Started("", "")) + self._close()
 
     def _open(self, event: Opened) -> bytes:
-        out = self._ensure_started() + self._close(None)
-        self._block, self._shown, self._pieces = event.block, False, []
-        if isinstance(event.block, ToolCall):
-            return out + self._show(self._call_block(event.block))
-        if isinstance(event.block, Opaque):
-            return out + self._opaque(event.block)
-        text = event.block.text
-        return out + (self._first_delta(text) if text else b"")
+        out, block = self._make_way(), event.block
+        self._block, self._pieces = block, []
+        if isinstance(block, ToolCall):
+            call_id = unique_id(block.id or "toolu_%s_%d" % (self._context.id, self._index), self._ids)
+            self._pieces += [block.arguments] if block.arguments else []
+            item = {"type": "tool_use", "id": call_id, "name": block.name, "input": {}, **own_extra(block, _ANTHROPIC)}
+            return out + self._show(item)
+        if isinstance(block, Opaque):
+            return out + (self._show_opaque(block.value) if block.wire == _ANTHROPIC else b"")
+        return out + (self._first_delta(block.text) if block.text else b"")
 
-    def _call_block(self, call: ToolCall) -> Dict[str, Any]:
-        call_id = call.id or "toolu_%s_%d" % (self._context.id, self._index)
-        if call_id in self._ids:
-            call_id = "%s_%d" % (call_id, self._index)
-        self._ids.add(call_id)
-        if call.arguments:
-            self._pieces.append(call.arguments)
-        return {"type": "tool_use", "id": call_id, "name": call.name, "input": {}, **own_extra(call, _ANTHROPIC)}
-
-    def _opaque(self, block: Opaque) -> bytes:
+    def _show_opaque(self, item: Dict[str, Any]) -> bytes:
         """A block of this format that a stream shows whole; `input` goes in a delta, where the SDKs look for it."""
-        if block.wire != _ANTHROPIC:
-            return b""
-        if not isinstance(block.value.get("input"), dict):
-            return self._show(block.value)
-        out = self._show({**block.value, "input": {}})
-        text = _dump_arguments(block.value["input"])
-        return out + self._delta_event({"type": "input_json_delta", "partial_json": text})
+        if not isinstance(item.get("input"), dict):
+            return self._show(item)
+        return self._show({**item, "input": {}}) + self._arguments_delta(item["input"])
 
     def _show(self, item: Dict[str, Any]) -> bytes:
-        self._shown = True
+        self._is_shown = True
         return _anthropic_event("content_block_start", index=self._index, content_block=item)
 
     def _set_prefix(self, delta: str, field: str) -> None:
-        """Everything of a delta event that stands before its text, so that a delta costs one concatenation."""
-        self._prefix = (
-            'event: content_block_delta\ndata: {"type":"content_block_delta","index":%d,"delta":{"type":"%s","%s":'
-            % (self._index, delta, field)
-        )
+        event = 'event: content_block_delta\ndata: {"type":"content_block_delta","index":%d,"delta":{"type":"%s","%s":'
+        self._prefix = event % (self._index, delta, field)
 
     def _first_delta(self, text: str) -> bytes:
         """The slow path: opens a text or reasoning block, or looks at the first character of a tool's arguments."""
-        block = self._block
-        if isinstance(block, ToolCall):
-            return self._arguments(text)
-        if not isinstance(block, (Text, Refusal, Thinking)) or self._state != "inside":
+        if isinstance(self._block, ToolCall):
+            if self._pieces or not text.lstrip().startswith("{"):
+                self._pieces.append(text)
+                return b""
+            self._set_prefix("input_json_delta", "partial_json")
+            return self.render(Delta(text))
+        if not isinstance(self._block, (Text, Refusal, Thinking)) or self._state != "inside":
             return b""
-        out = self._show_text(block)
-        return out + (self._prefix + _escape_json(text) + "}}\n\n").encode("ascii")
+        return self._show_text(self._block) + self.render(Delta(text))
 
     def _show_text(self, block: Any) -> bytes:
         if isinstance(block, Thinking):
@@ -6363,65 +5347,55 @@ class AnthropicStreamRenderer:
         self._set_prefix("text_delta", "text")
         return self._show({"type": "text", "text": "", **own_extra(block, _ANTHROPIC)})
 
-    def _arguments(self, text: str) -> bytes:
-        if self._pieces or self._block.kind == "custom" or not text.lstrip().startswith("{"):
-            self._pieces.append(text)
-            return b""
-        self._set_prefix("input_json_delta", "partial_json")
-        return (self._prefix + _escape_json(text) + "}}\n\n").encode("ascii")
+    def _delta_event(self, kind: str, **fields: Any) -> bytes:
+        return _anthropic_event("content_block_delta", index=self._index, delta={"type": kind, **fields})
 
-    def _delta_event(self, delta: Dict[str, Any]) -> bytes:
-        return _anthropic_event("content_block_delta", index=self._index, delta=delta)
+    def _arguments_delta(self, arguments: Dict[str, Any]) -> bytes:
+        return self._delta_event("input_json_delta", partial_json=arguments_text(arguments))
 
     def _extend(self, event: Extended) -> bytes:
         if event.wire != _ANTHROPIC or not isinstance(self._block, (Text, Thinking)):
             return b""
-        out = b"" if self._shown else self._show_text(self._block)
+        out = b"" if self._is_shown else self._show_text(self._block)
         if isinstance(self._block, Thinking) and event.values.get("signature"):
-            return out + self._delta_event({"type": "signature_delta", "signature": event.values["signature"]})
+            return out + self._delta_event("signature_delta", signature=event.values["signature"])
         citations = as_list(event.values.get("citations"))
-        return out + b"".join(self._delta_event({"type": "citations_delta", "citation": item}) for item in citations)
+        return out + b"".join(self._delta_event("citations_delta", citation=citation) for citation in citations)
 
-    def _close(self, event: Optional[Closed]) -> bytes:
+    def _close(self, event: Optional[Closed] = None) -> bytes:
         block, self._block, self._prefix = self._block, None, ""
         signature = own_extra(block, _ANTHROPIC).get("signature") if isinstance(block, Thinking) else ""
-        out = self._show_text(block) if signature and not self._shown else b""
-        if not self._shown:
+        out = self._show_text(block) if signature and not self._is_shown else b""
+        if not self._is_shown:
             return b""
         if isinstance(block, ToolCall) and self._pieces:
-            arguments = arguments_object("".join(self._pieces), block.kind)
-            out += self._delta_event({"type": "input_json_delta", "partial_json": _dump_arguments(arguments)})
+            out += self._arguments_delta(arguments_object("".join(self._pieces)))
         if signature:
-            out += self._delta_event({"type": "signature_delta", "signature": signature})
-        self._shown, self._prefix, self._pieces = False, "", []
+            out += self._delta_event("signature_delta", signature=signature)
+        self._is_shown, self._prefix = False, ""
         out += _anthropic_event("content_block_stop", index=self._index)
         self._index += 1
         return out
 
     def _finish(self, event: Finished) -> bytes:
-        out = self._ensure_started() + self._close(None)
+        out, bag = self._make_way(), dict(own_extra(event, _ANTHROPIC))
         self._state = "after"
-        bag = dict(own_extra(event, _ANTHROPIC))
-        further = bag.pop("usage", None)
-        reason = bag.pop("stop_reason", None) or _shown_stop(event.stop_reason, bool(self._ids))
-        managed = {"context_management": bag.pop("context_management")} if "context_management" in bag else {}
+        fields = {"usage": _write_anthropic_usage(event.usage or self._usage, bag.pop("usage", None))}
+        if "context_management" in bag:
+            fields["context_management"] = bag.pop("context_management")
         bag.pop("diagnostics", None)
+        reason = bag.pop("stop_reason", None) or _shown_stop(event.stop_reason, bool(self._ids))
         delta = {"stop_reason": reason, "stop_sequence": event.stop_sequence or None, **bag}
-        usage = _write_anthropic_usage(event.usage or self._usage, further)
-        return (
-            out
-            + _anthropic_event("message_delta", delta=delta, usage=usage, **managed)
-            + _anthropic_event("message_stop")
-        )
+        return out + _anthropic_event("message_delta", delta=delta, **fields) + _anthropic_event("message_stop")
 
     def _fail(self, event: Failed) -> bytes:
-        out = self._close(None)
+        out = self._close()
         self._state = "after"
         return out + anthropic_error_event(event.error, self._context.id)
 
     def _ping(self, event: Ping) -> bytes:
         """Only between message_start and the end (trap 45)."""
-        return _ANTHROPIC_PING if self._state == "inside" else b""
+        return _anthropic_event("ping") if self._state == "inside" else b""
 
     _HANDLERS: Dict[type, Callable[..., bytes]] = {
         Started: _start,
@@ -6438,34 +5412,10 @@ class AnthropicStreamRenderer:
 
 # platform.claude.com/docs/en/api/errors; anthropic.types.shared.ErrorType.
 _ANTHROPIC_ERROR_TYPES = {
-    400: "invalid_request_error",
-    401: "authentication_error",
-    402: "billing_error",
-    403: "permission_error",
-    404: "not_found_error",
-    408: "timeout_error",
-    413: "request_too_large",
-    429: "rate_limit_error",
-    500: "api_error",
-    503: "overloaded_error",
-    504: "timeout_error",
-    529: "overloaded_error",
-}
-
-# The other way, for errors inside a stream, whose status was 200.
-_ANTHROPIC_ERROR_STATUSES = {
-    "invalid_request_error": 400,
-    "authentication_error": 401,
-    "billing_error": 402,
-    "permission_error": 403,
-    "not_found_error": 404,
-    "conflict_error": 409,
-    "request_too_large": 413,
-    "rate_limit_error": 429,
-    "api_error": 500,
-    "timeout_error": 504,
-    "overloaded_error": 529,
-}
+    400: "invalid_request_error", 401: "authentication_error", 402: "billing_error", 403: "permission_error",
+    404: "not_found_error", 408: "timeout_error", 413: "request_too_large", 429: "rate_limit_error", 500: "api_error",
+    503: "overloaded_error", 504: "timeout_error", 529: "overloaded_error",
+}  # fmt: skip
 
 # error.details that clients act on, by error code (_refuse_thread).
 _ANTHROPIC_DETAILS: Dict[str, Dict[str, Any]] = {
@@ -6474,44 +5424,13 @@ _ANTHROPIC_DETAILS: Dict[str, Dict[str, Any]] = {
 }
 
 
-def parse_anthropic_error(status: int, body: Any) -> ErrorInfo:
-    """An error answer ({"type": "error", "error": {"type", "message", "details"}}) or whatever stands in its place.
-
-    body: parsed JSON, or text. A status below 400 (an error event in a stream) is replaced by the one of its type.
-    """
-    outer = as_dict(body)
-    error = outer.get("error")
-    inner = as_dict(error)
-    kind = as_text(inner.get("type")) or (as_text(outer.get("type")) if not inner else "")
-    message = next(
-        (
-            text
-            for text in map(as_text, (inner.get("message"), error, outer.get("message"), outer.get("detail"), body))
-            if text
-        ),
-        "",
-    )
-    code = as_dict(inner.get("details")).get("error_code")
-    code = inner.get("code") if code is None else code
-    if status < 400:
-        status = _ANTHROPIC_ERROR_STATUSES.get(kind, 500)
-    words = "" if code is None or isinstance(code, (dict, list, bool)) else str(code)
-    return ErrorInfo(status, message or "the upstream answered with status %d" % status, kind, words)
-
-
-def anthropic_error_type(info: ErrorInfo) -> str:
-    """The error type for `info`: its own if this format has it, else the one of its status (traps 121, 122)."""
-    if info.type in _ANTHROPIC_ERROR_STATUSES:
-        return info.type
-    return _ANTHROPIC_ERROR_TYPES.get(info.status) or ("api_error" if info.status >= 500 else "invalid_request_error")
-
-
 def render_anthropic_error(info: ErrorInfo, request_id: str) -> Dict[str, Any]:
-    """anthropic.types.shared.ErrorResponse."""
-    error: Dict[str, Any] = {"type": anthropic_error_type(info), "message": info.message}
-    if info.code in _ANTHROPIC_DETAILS:
-        error["details"] = _ANTHROPIC_DETAILS[info.code]
-    return {"type": "error", "error": error, "request_id": request_id}
+    """anthropic.types.shared.ErrorResponse. The type is the error's own if this format has it, else the one of its
+    status (traps 121, 122)."""
+    other = _ANTHROPIC_ERROR_TYPES[500 if info.status >= 500 else 400]
+    kind = info.type if info.type in _ANTHROPIC_ERROR_TYPES.values() else _ANTHROPIC_ERROR_TYPES.get(info.status, other)
+    details = {"details": _ANTHROPIC_DETAILS[info.code]} if info.code in _ANTHROPIC_DETAILS else {}
+    return {"type": "error", "error": {"type": kind, "message": info.message, **details}, "request_id": request_id}
 
 
 def anthropic_error_event(info: ErrorInfo, request_id: str) -> bytes:
@@ -6528,7 +5447,7 @@ ANTHROPIC_MESSAGES = WireFormat(
     render_response=render_anthropic_response,
     parser=AnthropicStreamParser,
     renderer=AnthropicStreamRenderer,
-    parse_error=parse_anthropic_error,
+    parse_error=read_error,
     render_error=render_anthropic_error,
     error_event=anthropic_error_event,
     watch=re.compile(rb'"(?:usage|error|message_stop)"'),
@@ -8142,8 +7061,9 @@ def translate_request(
 
 
 def render_request(request: ChatRequest, target: str) -> Dict[str, Any]:
-    """A neutral request as a body of the format `target`, with tool names that every provider takes."""
-    return WIRE_FORMATS[target].render_request(shorten_tools(request))
+    """A neutral request as a body of the format `target`: tidy, and with tools that every provider takes."""
+    request = shorten_tools(request._replace(messages=tidy_messages(request.messages)))
+    return WIRE_FORMATS[target].render_request(request if target == "responses" else _without_customs(request))
 
 
 def parse_answer(body: Dict[str, Any], source: str, context: Context) -> ChatResponse:
@@ -8170,30 +7090,18 @@ def render_stream(target: str, response: ChatResponse, context: Context) -> byte
     return b"".join(renderer.render(event) for event in unfold(response))
 
 
-def stream_from_whole(body: Dict[str, Any], source: str, target: str, context: Context) -> bytes:
-    """A whole answer's body of the format `source` as an event stream of `target`. RouterError 502 when it is none."""
-    return render_stream(target, parse_answer(body, source, context), context)
-
-
-def whole_from_stream(raw: bytes, source: str, target: str, context: Context) -> Union[Dict[str, Any], ErrorInfo]:
-    """A complete event stream of the format `source` as one answer of `target`, or the error that it ended with."""
-    answer = fold_stream(source, raw, context)
-    return answer if isinstance(answer, ErrorInfo) else WIRE_FORMATS[target].render_response(answer, context)
-
-
 # ---- tools whose names or kinds not every format takes
 
 # OpenAI's limit for function names, the tightest one in use; Anthropic allows 128 of the same characters.
 _TOOL_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
-_ODD_CHARACTERS = re.compile(r"[^a-zA-Z0-9_-]+")
 
 
 def short_tool_name(name: str) -> str:
     """`name`, or a legal one made of its beginning and its hash: always the same for one name (trap 95)."""
-    if _TOOL_NAME.fullmatch(name):
+    if not name or _TOOL_NAME.fullmatch(name):
         return name
     digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:10]
-    return _ODD_CHARACTERS.sub("_", name)[:53] + "_" + digest
+    return re.sub(r"[^a-zA-Z0-9_-]+", "_", name)[:53] + "_" + digest
 
 
 def shorten_tools(request: ChatRequest) -> ChatRequest:
@@ -8207,17 +7115,24 @@ def shorten_tools(request: ChatRequest) -> ChatRequest:
         tools=[
             tool if tool.kind == "server" else tool._replace(name=short_tool_name(tool.name)) for tool in request.tools
         ],
-        tool_choice=choice and choice._replace(name=choice.name and short_tool_name(choice.name)),
-        messages=[
-            message._replace(blocks=[_short_call(block) for block in message.blocks]) for message in request.messages
-        ],
+        tool_choice=choice and choice._replace(name=short_tool_name(choice.name)),
+        messages=_map_calls(
+            request.messages, lambda c: ToolCall(c.id, short_tool_name(c.name), c.arguments, c.kind, c.extra)
+        ),
     )
 
 
-def _short_call(block: Any) -> Any:
-    if not isinstance(block, ToolCall):
-        return block
-    return ToolCall(block.id, short_tool_name(block.name), block.arguments, block.kind, block.extra)
+def _map_calls(messages: List[Message], change: Callable[[ToolCall], ToolCall]) -> List[Message]:
+    changed = ([change(b) if isinstance(b, ToolCall) else b for b in message.blocks] for message in messages)
+    return [message._replace(blocks=blocks) for message, blocks in zip(messages, changed)]
+
+
+def _without_customs(request: ChatRequest) -> ChatRequest:
+    """Free-text tools as functions, since few servers of the other formats know them (trap 60)."""
+    return request._replace(
+        tools=[custom_as_function(tool) if tool.kind == "custom" else tool for tool in request.tools],
+        messages=_map_calls(request.messages, lambda c: custom_call_as_function(c) if c.kind == "custom" else c),
+    )
 
 
 class ToolRestorer:
@@ -8235,19 +7150,18 @@ class ToolRestorer:
             self._held.append(event.text)
             return ()
         if kind is Opened and isinstance(event.block, ToolCall):
-            call = self.restore_call(event.block)
-            self._held = [] if call.kind != event.block.kind else None
-            return (Opened(call),)
+            call = event.block
+            name = self._names.get(call.name, call.name)
+            self._held = [] if name in self._customs and call.kind != "custom" else None
+            return (
+                Opened(
+                    ToolCall(call.id, name, call.arguments, call.kind if self._held is None else "custom", call.extra)
+                ),
+            )
         if kind is Closed and self._held is not None:
-            text, self._held = unwrap_custom("".join(self._held)), None
+            text, self._held = custom_input("".join(self._held)), None
             return (Delta(text), event) if text else (event,)
         return (event,)
-
-    def restore_call(self, call: ToolCall) -> ToolCall:
-        """A call under its client's name and kind, its arguments as they are."""
-        name = self._names.get(call.name, call.name)
-        kind = "custom" if name in self._customs else call.kind
-        return ToolCall(call.id, name, call.arguments, kind, call.extra)
 
 
 def tool_restorer(request: ChatRequest) -> Optional[ToolRestorer]:
@@ -8262,51 +7176,38 @@ def restore_tools(response: ChatResponse, request: ChatRequest) -> ChatResponse:
     restorer = tool_restorer(request)
     if restorer is None:
         return response
-    blocks = []
-    for block in response.blocks:
-        if isinstance(block, ToolCall):
-            call = restorer.restore_call(block)
-            arguments = block.arguments if call.kind == block.kind else unwrap_custom(block.arguments)
-            block = ToolCall(call.id, call.name, arguments, call.kind, call.extra)
-        blocks.append(block)
-    return response._replace(blocks=blocks)
-
-
-def unwrap_custom(arguments: str) -> str:
-    """The free text in the arguments of a function that stands for a custom tool (CUSTOM_TOOL_SCHEMA, trap 60)."""
-    try:
-        value = load_json(arguments, "arguments")
-    except RouterError:
-        return arguments
-    if isinstance(value, dict):
-        text = value.get("input") if "input" in value or len(value) != 1 else next(iter(value.values()))
-        return text if isinstance(text, str) else arguments if value else ""
-    return value if isinstance(value, str) else arguments
+    restored = fold(item for event in unfold(response) for item in restorer.restore(event))
+    return restored if isinstance(restored, ChatResponse) else response
 
 
 # ---- streams
 
 
-class _StreamState:
-    """What both kinds of stream processors tell: how far the answer is and what became of it.
+class StreamTranslator:
+    """An answer's bytes from the format `source` to `target`: `feed(bytes) -> bytes`, `finish() -> bytes`.
 
+    A failure ends the output with an error event of the target's format and without its terminator.
     content: the first content was seen: text, reasoning or refusal that is not empty, or a tool's name. done: the
     terminator was seen. failed: the error that ended the stream, also when it ended too early. usage: tokens so far.
-    secret: the provider's key; should the upstream's error echo it, it is masked (trap 183).
+    limit: bytes of one event. secret: the provider's key; should the upstream's error echo it, it is masked (trap 183).
     """
 
-    def __init__(self, source: str, context: Context, secret: str = "") -> None:
+    def __init__(
+        self, source: str, target: str, context: Context, limit: int = MAX_EVENT_BYTES, secret: str = ""
+    ) -> None:
         self.content = False
         self.failed: Optional[ErrorInfo] = None
-        self._context = context
         self._secret = secret
+        self._splitter = EventSplitter(limit)
         self._parser = WIRE_FORMATS[source].parser(context)
+        self._render = WIRE_FORMATS[target].renderer(context).render
+        self._restorer = tool_restorer(context.request)
         self._finished: Optional[Finished] = None
         self._has_opaque = False
 
     @property
     def done(self) -> bool:
-        return self._parser.done
+        return self._parser.done and self.failed is None
 
     @property
     def usage(self) -> Optional[Usage]:
@@ -8315,118 +7216,85 @@ class _StreamState:
     @property
     def is_empty(self) -> bool:
         """A complete answer with a normal stop that says nothing at all (trap 138)."""
-        finished = self._finished
-        if self.content or self._has_opaque or finished is None:
+        if self.content or self._has_opaque or self._finished is None:
             return False
-        return finished.stop_reason in ("end_turn", "stop_sequence", "tool_use")
-
-    def _look(self, event: Any) -> None:
-        kind = type(event)
-        if kind is Delta:
-            self.content = True
-        elif kind is Opened:
-            self.content = self.content or bool(isinstance(event.block, ToolCall) and event.block.name)
-            self._has_opaque = self._has_opaque or isinstance(event.block, Opaque)
-        elif kind is Finished:
-            self._finished = event
-        elif kind is Failed:
-            self.failed = event.error._replace(message=mask_in(event.error.message, self._secret))
-
-    def _hide(self, out: bytes) -> bytes:
-        """What is sent of an upstream's error."""
-        return mask_in(out.decode("utf-8", "surrogateescape"), self._secret).encode("utf-8", "surrogateescape")
-
-
-class StreamTranslator(_StreamState):
-    """An answer's bytes from the format `source` to `target`: `feed(bytes) -> bytes`, `finish() -> bytes`.
-
-    A failure ends the output with an error event of the target's format and without its terminator.
-    """
-
-    def __init__(
-        self, source: str, target: str, context: Context, max_event_bytes: int = MAX_EVENT_BYTES, secret: str = ""
-    ) -> None:
-        super().__init__(source, context, secret)
-        self._decoder = SseDecoder(max_event_bytes)
-        self._render = WIRE_FORMATS[target].renderer(context).render
-        self._restorer = tool_restorer(context.request)
+        return self._finished.stop_reason in ("end_turn", "stop_sequence", "tool_use")
 
     def feed(self, data: bytes) -> bytes:
         """The target's bytes for what `data` completes."""
         if self.failed is not None:
             return b""
         try:
-            events = self._decoder.feed(data)
+            whole = self._splitter.feed(data)
         except RouterError as error:
-            return self._write([Failed(ErrorInfo(error.status, error.message, code=error.code))])
-        parse = self._parser.feed
-        if len(events) == 1:
-            return self._write(parse(events[0]))
-        return b"".join([self._write(parse(event)) for event in events])
+            return self._fail(ErrorInfo(error.status, error.message, code=error.code))
+        return self._take(whole) if whole else b""
 
     def finish(self) -> bytes:
         """The target's bytes for the end of the stream; a stream without its end becomes an error."""
-        if self.failed is not None:
-            return b""
-        parts = [self._write(self._parser.feed(event)) for event in self._decoder.finish()]
-        return b"".join(parts) + self._write(self._parser.finish())
+        rest = self._splitter.finish()
+        out = self._take(rest.rstrip(b"\r\n") + b"\n\n") if self.failed is None and _is_complete(rest) else b""
+        return out + self._end(self._parser.finish()) if self.failed is None else out
+
+    def _take(self, whole: bytes) -> bytes:
+        parse = self._parser.feed
+        return b"".join([self._write(parse(event)) for event in parse_events(whole)])
 
     def _write(self, events: Sequence[Any]) -> bytes:
         if self._restorer is not None:
             events = [restored for event in events for restored in self._restorer.restore(event)]
         if len(events) == 1 and self.content and type(events[0]) is Delta:
             return self._render(events[0])
-        for event in events:
-            self._look(event)
+        self._look(events)
         out = b"".join([self._render(event) for event in events])
         return out if self.failed is None else self._hide(out)
 
+    _end = _write
 
-class StreamRelay(_StreamState):
-    """An answer's bytes from a format to the same one, untouched but cut after whole events: `feed`, `finish`.
+    def _look(self, events: Sequence[Any]) -> None:
+        for event in events:
+            kind = type(event)
+            if kind is Delta:
+                self.content = True
+            elif kind is Opened:
+                self.content = self.content or bool(isinstance(event.block, ToolCall) and event.block.name)
+                self._has_opaque = self._has_opaque or isinstance(event.block, Opaque)
+            elif kind is Finished:
+                self._finished = event
+            elif kind is Failed:
+                self.failed = event.error._replace(message=mask_in(event.error.message, self._secret))
+
+    def _fail(self, error: ErrorInfo) -> bytes:
+        return self._write([Failed(error)])
+
+    def _hide(self, out: bytes) -> bytes:
+        """What is sent of an upstream's error."""
+        return mask_in(out.decode("utf-8", "surrogateescape"), self._secret).encode("utf-8", "surrogateescape")
+
+
+class StreamRelay(StreamTranslator):
+    """An answer's bytes from a format to the same one, untouched but cut after whole events.
 
     Until the first content every event is parsed; after it only those that the format's `watch` finds, so a relayed
     chunk costs one search. Nothing follows the event in which the upstream told an error. A last event that the
     connection cut off is not passed on. Where the format shows the model in its first event, that is renamed.
     """
 
-    def __init__(self, source: str, context: Context, max_event_bytes: int = MAX_EVENT_BYTES, secret: str = "") -> None:
-        super().__init__(source, context, secret)
-        self._splitter = EventSplitter(max_event_bytes)
+    def __init__(self, source: str, context: Context, limit: int = MAX_EVENT_BYTES, secret: str = "") -> None:
+        super().__init__(source, source, context, limit, secret)
+        self._context = context
         self._error_event = WIRE_FORMATS[source].error_event
         self._watch = WIRE_FORMATS[source].watch.search
         self._mark = _MODEL_EVENTS.get(source, b"") if context.request.model else b""
 
-    def feed(self, data: bytes) -> bytes:
-        """The whole events in what was fed so far."""
-        try:
-            whole = self._splitter.feed(data)
-        except RouterError as error:
-            return self._fail(ErrorInfo(error.status, error.message, code=error.code))
-        if whole and self.content and self.failed is None and not self._watch(whole):
+    def _take(self, whole: bytes) -> bytes:
+        if self.content and not self._watch(whole):
             return whole
-        return self._inspect(whole) if whole and self.failed is None else b""
-
-    def finish(self) -> bytes:
-        """What is left at the end of the stream; one that is not complete gets an error event."""
-        if self.failed is not None:
-            return b""
-        rest = self._splitter.finish()
-        out = self._inspect(rest.rstrip(b"\r\n") + b"\n\n") if rest.strip() and _is_complete(rest) else b""
-        if self.failed is None:
-            for event in self._parser.finish():
-                self._look(event)
-            if self.failed is not None:
-                out += self._fail(self.failed)
-        return out
-
-    def _inspect(self, whole: bytes) -> bytes:
         passed = []
         for raw in _split_events(whole):
             if not self.content or self._watch(raw):
-                for sse in parse_events(raw[3:] if raw.startswith(b"\xef\xbb\xbf") else raw):
-                    for event in self._parser.feed(sse):
-                        self._look(event)
+                for event in parse_events(raw):
+                    self._look(self._parser.feed(event))
                 if self._mark and self._mark in raw:
                     raw, self._mark = rename_model(raw, self._context.request.model), b""
             passed.append(raw)
@@ -8434,18 +7302,22 @@ class StreamRelay(_StreamState):
                 return self._hide(b"".join(passed))
         return b"".join(passed)
 
+    def _end(self, events: Sequence[Any]) -> bytes:
+        self._look(events)
+        return b"" if self.failed is None else self._fail(self.failed)
+
     def _fail(self, error: ErrorInfo) -> bytes:
         self.failed = error
         return self._error_event(error, self._context.id)
 
 
 def make_processor(
-    source: str, target: str, context: Context, max_event_bytes: int = MAX_EVENT_BYTES, secret: str = ""
-) -> Union[StreamTranslator, StreamRelay]:
+    source: str, target: str, context: Context, limit: int = MAX_EVENT_BYTES, secret: str = ""
+) -> StreamTranslator:
     """What stands between an upstream that speaks `source` and a client that speaks `target`."""
     if source == target:
-        return StreamRelay(source, context, max_event_bytes, secret)
-    return StreamTranslator(source, target, context, max_event_bytes, secret)
+        return StreamRelay(source, context, limit, secret)
+    return StreamTranslator(source, target, context, limit, secret)
 
 
 def _split_events(whole: bytes) -> Iterator[bytes]:
@@ -8459,8 +7331,9 @@ def _split_events(whole: bytes) -> Iterator[bytes]:
 
 def _is_complete(rest: bytes) -> bool:
     """Whether bytes without a blank line behind them are all the same a whole event, or were cut off in it."""
+    events = parse_events(rest)
     try:
-        return all(event.data == "[DONE]" or load_json(event.data) is not None for event in parse_events(rest))
+        return bool(events) and all(event.data == "[DONE]" or load_json(event.data) is not None for event in events)
     except RouterError:
         return False
 
@@ -8495,17 +7368,155 @@ def rename_model(data: bytes, name: str) -> bytes:
 
 
 # ==============================================================================
-# 13 INBOUND - paths, who may call, and what a request asks for [pure]
+# 13 COMPATIBILITY - what a given upstream refuses or needs, and lessons from a 400 [pure]
+# ==============================================================================
+#
+# Rows speak of what the router itself adds or names when it translates; a request that is passed through in its own
+# format is never altered. What no row knows is learned from the 400 that names the field, once per model.
+
+
+class Compat(NamedTuple):
+    """One family of upstreams, found by host or by a provider's `compat`. fixes: names in FIXES, always applied."""
+
+    name: str
+    hosts: Tuple[str, ...]
+    fixes: Tuple[str, ...] = ()
+
+
+class Fix(NamedTuple):
+    """A change to a translated body. apply(body) changes it in place. refused: matches the 400 that asks for this change;
+    needs: a field that must stand in the body for it to make sense."""
+
+    apply: Callable[[Dict[str, Any]], None]
+    needs: str
+    refused: Pattern[str]
+
+
+def _rename(old: str, new: str) -> Callable[[Dict[str, Any]], None]:
+    def apply(body: Dict[str, Any]) -> None:
+        if old in body:
+            body.setdefault(new, body.pop(old))
+
+    return apply
+
+
+def _drop(*names: str) -> Callable[[Dict[str, Any]], None]:
+    def apply(body: Dict[str, Any]) -> None:
+        for name in names:
+            body.pop(name, None)
+
+    return apply
+
+
+def _drop_reasoning(body: Dict[str, Any]) -> None:
+    """`reasoning_content` in the history is what DeepSeek and Moonshot ask for and what others refuse (traps 84, 87)."""
+    for message in as_list(body.get("messages")):
+        as_dict(message).pop("reasoning_content", None)
+
+
+_REFUSAL = (
+    r"unsupported|not supported|unrecognized|unknown|unexpected|not permitted|invalid|extra|not allowed|cannot|does not"
+)
+
+
+def _names(field: str) -> Pattern[str]:
+    """An error that says no to `field`: the field's name as a word of its own and a word of refusal."""
+    word = r"(?<![\w.])%s(?![\w])" % field
+    return re.compile(r"(?s)(?=.*%s)(?=.*(?:%s))" % (word, _REFUSAL))
+
+
+# Vendors' API references, and the public threads that TRAPS of this kind were met in (traps 70, 71, 108).
+FIXES: Dict[str, Fix] = {
+    "max_completion_tokens": Fix(_rename("max_tokens", "max_completion_tokens"), "max_tokens", _names("max_tokens")),
+    "max_tokens": Fix(
+        _rename("max_completion_tokens", "max_tokens"), "max_completion_tokens", _names("max_completion_tokens")
+    ),
+    "no stream_options": Fix(_drop("stream_options"), "stream_options", _names("stream_options")),
+    "no parallel_tool_calls": Fix(_drop("parallel_tool_calls"), "parallel_tool_calls", _names("parallel_tool_calls")),
+    "no reasoning_effort": Fix(_drop("reasoning_effort"), "reasoning_effort", _names("reasoning_effort")),
+    "no reasoning": Fix(_drop("reasoning", "include"), "reasoning", _names(r"reasoning(?:\.\w+)?")),
+    "no thinking": Fix(_drop("thinking"), "thinking", _names("thinking")),
+    "no output_config": Fix(_drop("output_config"), "output_config", _names("output_config")),
+    "no reasoning_content": Fix(_drop_reasoning, "messages", _names("reasoning_content")),
+    "no store": Fix(_drop("store"), "store", _names("store")),
+    "no strict": Fix(lambda body: _drop_strict(body), "tools", _names("strict")),
+}
+
+# The field's own words beside a fix: OpenAI answers `max_tokens` with "Use 'max_completion_tokens' instead".
+_STATES_INSTEAD = re.compile(r"use '?(max_completion_tokens|max_tokens)'? instead")
+
+
+def _drop_strict(body: Dict[str, Any]) -> None:
+    for tool in as_list(body.get("tools")):
+        as_dict(tool).pop("strict", None)
+        as_dict(as_dict(tool).get("function")).pop("strict", None)
+
+
+COMPATS: Tuple[Compat, ...] = (
+    Compat("openai", ("api.openai.com",), ("max_completion_tokens", "no reasoning_content")),
+    Compat("azure", ("openai.azure.com", "services.ai.azure.com"), ("max_completion_tokens", "no reasoning_content")),
+    Compat("anthropic", ("api.anthropic.com",)),
+    Compat("openrouter", ("openrouter.ai",)),
+    Compat("deepseek", ("api.deepseek.com",)),
+    Compat("moonshot", ("api.moonshot.ai", "api.moonshot.cn")),
+    Compat("zai", ("api.z.ai", "open.bigmodel.cn")),
+    Compat("qwen", ("dashscope.aliyuncs.com", "dashscope-intl.aliyuncs.com")),
+    Compat("groq", ("api.groq.com",), ("no reasoning_content",)),
+    Compat("mistral", ("api.mistral.ai",), ("no stream_options", "no reasoning_content", "no reasoning_effort")),
+    Compat("gemini", ("generativelanguage.googleapis.com",), ("no reasoning_content",)),
+    Compat("xai", ("api.x.ai",)),
+    Compat("together", ("api.together.xyz", "api.together.ai")),
+    Compat("cerebras", ("api.cerebras.ai",), ("max_completion_tokens", "no reasoning_content")),
+    Compat("ollama", ()),
+    Compat("lmstudio", ()),
+    Compat("vllm", ()),
+    Compat("llamacpp", ()),
+)
+_COMPATS_BY_NAME = {row.name: row for row in COMPATS}
+_PLAIN = Compat("", ())
+
+
+def find_compat(name: str, host: str) -> Compat:
+    """The row for a provider: by its `compat`, else by the host of its URL; an empty row for what nobody knows."""
+    if name in _COMPATS_BY_NAME:
+        return _COMPATS_BY_NAME[name]
+    for row in COMPATS:
+        if any(host == known or host.endswith("." + known) for known in row.hosts):
+            return row
+    return _PLAIN
+
+
+def apply_fixes(body: Dict[str, Any], fixes: Iterable[str]) -> Dict[str, Any]:
+    """A translated body as the upstream wants it. `body` is changed in place."""
+    for name in fixes:
+        FIXES[name].apply(body)
+    return body
+
+
+def learn_fix(body: Dict[str, Any], words: Sequence[str], known: Iterable[str]) -> str:
+    """The fix that a 400's words ask for, "" when it names nothing that the router added or that was not tried yet."""
+    text = "\n".join(words).lower()
+    instead = _STATES_INSTEAD.search(text)
+    if instead and instead.group(1) not in known and FIXES[instead.group(1)].needs in body:
+        return instead.group(1)
+    for name, fix in FIXES.items():
+        if name not in known and fix.needs in body and fix.refused.search(text):
+            return name
+    return ""
+
+
+# ==============================================================================
+# 14 INBOUND - paths, who may call, and what a request asks for [pure]
 # ==============================================================================
 
-_PATH = re.compile(r"(?:/(?:route|router))?(?:/(anthropic|openai))?(?:/v1)?(?:/(.*))?", re.DOTALL)
+_PATH = re.compile(r"(?:/(?:route|router))?(?:/(anthropic|openai))?(?:/v1)?(?:/(.+))?", re.DOTALL)
 
 
 class Endpoint(NamedTuple):
     """What a path means. operation: chat, count_tokens, embeddings, models, model, root, health, metrics or control.
 
     methods: what the path answers to. wire: the format the path fixes, "" when the request decides.
-    argument: the rest of the path, percent-decoded (a model id, a control verb). is_open: needs no key.
+    argument: the rest of the path, percent-decoded (a model id, a control verb). is_open: reading it needs no key.
     """
 
     operation: str
@@ -8528,7 +7539,7 @@ _ENDPOINTS: Dict[str, Endpoint] = {
     "": Endpoint("chat"),
 }
 _ROOT_ENDPOINTS: Dict[str, Endpoint] = {
-    "/": Endpoint("root", _READ + ("POST",), is_open=True),
+    "": Endpoint("root", _READ + ("POST",), is_open=True),
     "/health": Endpoint("health", _READ, is_open=True),
     "/metrics": Endpoint("metrics", _READ),
 }
@@ -8537,11 +7548,12 @@ _CONTROL = "/_router/"
 
 def find_endpoint(path: str) -> Endpoint:
     """The endpoint of a request path (no query). RouterError 404 for a path that means nothing."""
-    if path in _ROOT_ENDPOINTS:
-        return _ROOT_ENDPOINTS[path]
+    bare = path[:-1] if path.endswith("/") else path
+    if bare in _ROOT_ENDPOINTS:
+        return _ROOT_ENDPOINTS[bare]
     if path.startswith(_CONTROL):
         return Endpoint("control", ("GET", "POST"), argument=path[len(_CONTROL) :])
-    match = _PATH.fullmatch(path[:-1] if path.endswith("/") else path)
+    match = _PATH.fullmatch(bare)
     prefix, tail = (match.group(1) or "", match.group(2) or "") if match else ("", path)
     endpoint = _ENDPOINTS.get(tail)
     if endpoint is None and tail.startswith("models/"):
@@ -8621,7 +7633,8 @@ def check_access(access: Access, endpoint: Endpoint, method: str, headers: Heade
         )
     if not origin and not trusted and method == "POST" and header(headers, "sec-fetch-site") == "cross-site":
         raise RouterError("cross-site requests from a browser are refused; see corsOrigins", 403, "origin_not_allowed")
-    if not authorized and not endpoint.is_open:
+    is_open = endpoint.is_open and method in _READ or method == "OPTIONS"  # a browser's preflight carries no key
+    if not authorized and not is_open:
         raise RouterError("missing or wrong API key", 401, "invalid_api_key")
     return authorized
 
@@ -8787,54 +7800,82 @@ def wire_of_client(endpoint: Optional[Endpoint], headers: Headers) -> str:
     """The format an error before parsing is written in: what the path fixes, else what the headers show."""
     if endpoint is not None and endpoint.wire:
         return endpoint.wire
-    return "anthropic" if header(headers, "anthropic-version") else "openai"
+    return detect_wire(headers, {})
 
 
 # What a token is worth, chosen so that the estimate errs high: a client that compacts early loses little, one that
-# compacts too late is refused (traps 116, 117). Characters a token for ASCII text; tokens for one other character.
-_ASCII_PER_TOKEN = 3.3
-_TOKENS_PER_OTHER = 0.9
-_TOKENS_PER_MEDIA = 1600
-_DOCUMENT_BYTES_PER_TOKEN = 24.0
-_TOKENS_PER_ITEM = 4
-_UNCOUNTED_KEYS = frozenset(("model", "stream", "cache_control", "type", "role", "media_type", "signature"))
-_MEDIA_TYPES = frozenset(("image", "image_url", "input_image"))
+# compacts too late is refused (traps 116, 117). Characters a token, tokens for each UTF-8 byte beyond one a character,
+# characters of base64 a token, and Anthropic's own words around tools (its documentation, "Tool use", says 313 to 675
+# by model), forced formats, citations and thinking, as answers with a known usage show them.
+_CHARACTERS_PER_TOKEN = 3.0
+_TOKENS_PER_EXTRA_BYTE = 0.45
+_TOKENS_PER_OBJECT = 4
+_TOKENS_PER_IMAGE = 1600
+_BASE64_PER_IMAGE_TOKEN = 13.0
+_BASE64_PER_DOCUMENT_TOKEN = 32.0
+_TOOL_PROMPT_TOKENS = 560
+_FORMAT_TOKENS = 200
+_CITATIONS_TOKENS = 600
+_THINKING_TOKENS = 30
+_COUNTED_FIELDS = (
+    "system",
+    "instructions",
+    "messages",
+    "input",
+    "tools",
+    "output_config",
+    "output_format",
+    "response_format",
+    "text",
+)
+_UNCOUNTED_TEXTS = frozenset(("type", "role", "id", "tool_use_id", "call_id", "media_type", "signature", "effort"))
+_IMAGE_TYPES = ("image", "image_url", "input_image")
 
 
 def estimate_tokens(body: Dict[str, Any]) -> int:
     """About how many input tokens a request body of any format is: system, messages, tools, results, thinking, media."""
-    tokens = 3.0
-    pending: List[Any] = [value for key, value in body.items() if key not in _UNCOUNTED_KEYS]
+    tokens = 3.0 + _words_around(body)
+    pending: List[Any] = [body[field] for field in _COUNTED_FIELDS if field in body]
     while pending:
         value = pending.pop()
         if isinstance(value, str):
             tokens += _text_tokens(value)
         elif isinstance(value, list):
             pending.extend(value)
-        elif isinstance(value, dict):
-            tokens += _TOKENS_PER_ITEM
-            if value.get("type") in _MEDIA_TYPES:
-                tokens += _TOKENS_PER_MEDIA
-            elif value.get("type") == "base64":
-                tokens += len(as_text(value.get("data"))) * 0.75 / _DOCUMENT_BYTES_PER_TOKEN
-            else:
-                tokens += sum(map(_text_tokens, value)) if "type" not in value else 0
-                pending.extend(part for key, part in value.items() if key not in _UNCOUNTED_KEYS)
-        elif value is not None:
-            tokens += 1
+        elif not isinstance(value, dict):
+            tokens += value is not None
+        elif value.get("type") in _IMAGE_TYPES:
+            tokens += _image_tokens(value)
+        elif value.get("type") == "base64":
+            tokens += len(as_text(value.get("data"))) / _BASE64_PER_DOCUMENT_TOKEN
+        else:
+            tokens += _TOKENS_PER_OBJECT + (0 if isinstance(value.get("type"), str) else sum(map(_text_tokens, value)))
+            tokens += _CITATIONS_TOKENS if as_dict(value.get("citations")).get("enabled") else 0
+            pending.extend(
+                part for key, part in value.items() if key not in _UNCOUNTED_TEXTS or not isinstance(part, str)
+            )
     return math.ceil(tokens)
 
 
+def _words_around(body: Dict[str, Any]) -> int:
+    has_tools = any("input_schema" in as_dict(tool) for tool in as_list(body.get("tools")))
+    has_format = body.get("output_format") or as_dict(body.get("output_config")).get("format")
+    thinks = as_dict(body.get("thinking")).get("type") in ("enabled", "adaptive")
+    return has_tools * _TOOL_PROMPT_TOKENS + bool(has_format) * _FORMAT_TOKENS + thinks * _THINKING_TOKENS
+
+
+def _image_tokens(block: Dict[str, Any]) -> float:
+    size = len(as_text(as_dict(block.get("source")).get("data")))
+    return min(_TOKENS_PER_IMAGE, 60 + size / _BASE64_PER_IMAGE_TOKEN) if size else _TOKENS_PER_IMAGE
+
+
 def _text_tokens(text: str) -> float:
-    if text.isascii():
-        return len(text) / _ASCII_PER_TOKEN
-    others = len(text.encode("utf-8", "surrogatepass")) - len(text)  # 1 to 3 bytes more for each character beyond ASCII
-    count = min(others, len(text))
-    return (len(text) - count) / _ASCII_PER_TOKEN + count * _TOKENS_PER_OTHER
+    extra = 0 if text.isascii() else len(text.encode("utf-8", "surrogatepass")) - len(text)
+    return len(text) / _CHARACTERS_PER_TOKEN + extra * _TOKENS_PER_EXTRA_BYTE
 
 
 # ==============================================================================
-# 14 ROUTING - a model's name becomes an ordered list of candidates [pure]
+# 15 ROUTING - a model's name becomes an ordered list of candidates [pure]
 # ==============================================================================
 
 
@@ -8855,40 +7896,27 @@ class Plan(NamedTuple):
 
 
 class Routes:
-    """A configuration indexed for look-ups, so that no request's cost grows with its size.
-
-    Names are found in the order of the README: exact alias, `provider/model`, a bare model id or alias,
-    alias patterns (longest literal part first), then all again without a trailing `[...]`.
-    """
+    """A configuration as plans. Names are found in the order of the README: exact alias, `provider/model`, a bare model id
+    or alias, alias patterns (longest literal part first), then all again without a trailing `[...]`."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self._providers = {p.id.lower(): p for p in config.providers if p.enabled}
-        self._models: Dict[Tuple[str, str], Tuple[Provider, Model]] = {}
-        self._by_id: Dict[str, List[Tuple[Provider, Model]]] = {}
-        for provider in self._providers.values():
-            for model in provider.models:
-                if model.enabled:
-                    self._index(provider, model)
-        self._patterns = _compile_patterns(config.aliases)
-
-    def _index(self, provider: Provider, model: Model) -> None:
-        for name in (model.id,) + tuple(model.aliases):
-            self._models.setdefault((provider.id.lower(), name), (provider, model))
-            if name != "*":
-                self._by_id.setdefault(name, []).append((provider, model))
+        self._index = ModelIndex(config.providers, config.aliases)
 
     def find_plan(self, asked: str) -> Plan:
         """The candidates for the name a client asked for. RouterError 404 that names what is near."""
-        name = asked if asked and asked != "smart" else self.config.default_model
+        name = self.config.default_model if bare_name(asked) in ("", "smart") else asked
         if not name:
-            raise RouterError("no model was asked for and no defaultModel is configured", 404, "model_not_found")
-        bare = re.sub(r"\[[^\[\]]*\]$", "", name)
-        for known in (name, bare) if bare != name else (name,):
+            raise _not_found("no model was asked for and no defaultModel is configured")
+        if len(name) > _MAX_NAME or not name.isprintable():  # it would end up in headers, logs and the health book
+            raise _not_found("the model's name is too long or holds control characters")
+        for known in dict.fromkeys((name, bare_name(name))):
             plan = self._find(asked, known)
             if plan is not None:
                 return plan
-        raise RouterError(self._unknown(name), 404, "model_not_found")
+        near = nearest(name, self.names(), 3)
+        hint = "near it: %s" % ", ".join(near) if near else "GET /v1/models lists what there is"
+        raise _not_found("the model %s is not configured; %s" % (one_line(name, 80), hint))
 
     def _find(self, asked: str, name: str) -> Optional[Plan]:
         targets = self.config.aliases.get(name) if "*" not in name else None
@@ -8896,67 +7924,43 @@ class Routes:
             single = self.find_candidate(name)
             if single is not None:
                 return Plan(asked, self._with_fallbacks(single))
-            targets = next((refs for pattern, refs in self._patterns if pattern.fullmatch(name)), None)
+            targets = self._index.find_pattern(name)
         return None if targets is None else self._alias_plan(asked, targets)
 
     def _alias_plan(self, asked: str, targets: Sequence[str]) -> Plan:
-        found = [candidate for candidate in map(self.find_candidate, targets) if candidate is not None]
+        found = self._find_all(targets)
         if not found:
-            raise RouterError("the alias %s leads to no enabled model" % one_line(asked, 80), 404, "model_not_found")
-        return Plan(asked, self._with_fallbacks(found[0]) if len(targets) == 1 else _distinct(found))
+            raise _not_found("the alias %s leads to no enabled model" % one_line(asked, 80))
+        return Plan(asked, self._with_fallbacks(found[0]) if len(targets) == 1 else found)
 
     def find_candidate(self, name: str) -> Optional[Candidate]:
-        """The model that `name` (`provider/model`, or a bare id or alias) means; None when there is none."""
-        provider_id, slash, model_id = name.partition("/")
-        provider = self._providers.get(provider_id.lower()) if slash else None
-        if provider is not None and model_id:
-            found = self._models.get((provider.id.lower(), model_id))
-            if found is not None:
-                return _candidate(*found)
-            found = self._models.get((provider.id.lower(), "*"))
-            if found is not None:
-                return _candidate(found[0], found[1]._replace(id=model_id))
-        owners = self._by_id.get(name, [])
-        if len(owners) > 1:
-            refs = ", ".join(sorted("%s/%s" % (p.id, m.id) for p, m in owners))
-            raise RouterError(
-                "several providers have the model %s: ask for one of %s" % (one_line(name, 80), refs),
-                404,
-                "model_not_found",
-            )
-        return _candidate(*owners[0]) if owners else None
+        """The model that `name` (`provider/model`, or a bare id or alias) means; None when there is none. RouterError 404
+        when several providers have it."""
+        found = self._index.find(name)
+        if len(found) > 1:
+            refs = ", ".join(sorted("%s/%s" % (provider.id, model.id) for provider, model in found))
+            raise _not_found("several providers have the model %s: ask for one of %s" % (one_line(name, 80), refs))
+        return next((Candidate("%s/%s" % (p.id, m.id), p, m, m.id) for p, m in found), None)
+
+    def _find_all(self, refs: Iterable[str]) -> Tuple[Candidate, ...]:
+        found = [candidate for candidate in map(self.find_candidate, refs) if candidate is not None]
+        return tuple({candidate.ref: candidate for candidate in found}.values())
 
     def _with_fallbacks(self, origin: Candidate) -> Tuple[Candidate, ...]:
-        fallbacks = (self.find_candidate(self._target_of(ref)) for ref in origin.model.fallback_models)
-        return _distinct([origin] + [candidate for candidate in fallbacks if candidate is not None])
-
-    def _target_of(self, ref: str) -> str:
-        targets = self.config.aliases.get(ref)
-        return targets[0] if targets else ref
-
-    def _unknown(self, name: str) -> str:
-        near = nearest(name, self.names(), 3)
-        hint = "; near it: %s" % ", ".join(near) if near else "; GET /v1/models lists what there is"
-        return "the model %s is not configured%s" % (one_line(name, 80), hint)
+        refs = (target for ref in origin.model.fallback_models for target in self.config.aliases.get(ref, (ref,)))
+        return (origin,) + tuple(candidate for candidate in self._find_all(refs) if candidate.ref != origin.ref)
 
     def names(self) -> List[str]:
         """Every name a client may list: `smart`, aliases, then each enabled `provider/model`."""
-        refs = ["%s/%s" % (p.id, m.id) for p in self._providers.values() for m in p.models if m.enabled and m.id != "*"]
-        aliases = [alias for alias in self.config.aliases if "*" not in alias]
-        return (["smart"] if self.config.default_model else []) + aliases + refs
+        smart = ["smart"] if self.config.default_model else []
+        return list(dict.fromkeys(smart + self._index.names))
 
 
-def _candidate(provider: Provider, model: Model) -> Candidate:
-    return Candidate("%s/%s" % (provider.id, model.id), provider, model, model.id)
+_MAX_NAME = 512
 
 
-def _distinct(candidates: Iterable[Candidate]) -> Tuple[Candidate, ...]:
-    return tuple({candidate.ref: candidate for candidate in candidates}.values())
-
-
-def _compile_patterns(aliases: Dict[str, Tuple[str, ...]]) -> List[Tuple[Pattern[str], Tuple[str, ...]]]:
-    patterns = sorted((name for name in aliases if "*" in name), key=lambda name: -len(name.replace("*", "")))
-    return [(re.compile(".*".join(map(re.escape, name.split("*"))), re.DOTALL), aliases[name]) for name in patterns]
+def _not_found(message: str) -> RouterError:
+    return RouterError(message, 404, "model_not_found")
 
 
 def list_models(routes: Routes, anthropic: bool, after: str = "", limit: int = 0) -> Dict[str, Any]:
@@ -8984,22 +7988,22 @@ def find_model_entry(routes: Routes, name: str, anthropic: bool) -> Dict[str, An
 
 
 # ==============================================================================
-# 15 OUTBOUND - a candidate and a request become an upstream request [pure]
+# 16 OUTBOUND - a candidate and a request become an upstream request [pure]
 # ==============================================================================
 
 
 class Target(NamedTuple):
     """Where requests of one provider in one wire format go, and what every one of them carries.
 
-    path: with the base URL's own query. headers: everything fixed by the configuration. merged: header names that
-    the client's request may add to or fill in.
+    path: with the base URL's own query. headers: everything fixed by the configuration; None for one that it removes,
+    whoever else would add it.
     """
 
     scheme: str
     host: str
     port: int
     path: str
-    headers: Tuple[Tuple[str, str], ...]
+    headers: Tuple[Tuple[str, Optional[str]], ...]
 
     @property
     def origin(self) -> str:
@@ -9069,8 +8073,8 @@ def make_target(provider: Provider, wire: str) -> Target:
     )
 
 
-def _fixed_headers(provider: Provider, wire: str, netloc: str) -> Tuple[Tuple[str, str], ...]:
-    headers = {
+def _fixed_headers(provider: Provider, wire: str, netloc: str) -> Tuple[Tuple[str, Optional[str]], ...]:
+    headers: Dict[str, Optional[str]] = {
         "host": netloc.rpartition("@")[2],
         "user-agent": "llm-router/" + __version__,
         "accept-encoding": "identity",
@@ -9083,11 +8087,7 @@ def _fixed_headers(provider: Provider, wire: str, netloc: str) -> Tuple[Tuple[st
         headers["anthropic-version"] = provider.anthropic_version
     if wire == "anthropic" and provider.anthropic_beta:
         headers["anthropic-beta"] = ",".join(provider.anthropic_beta)
-    for key, value in provider.headers.items():
-        if value is None:
-            headers.pop(key.lower(), None)
-        else:
-            headers[key.lower()] = value
+    headers.update((key.lower(), value) for key, value in provider.headers.items())
     return tuple(headers.items())
 
 
@@ -9115,17 +8115,17 @@ def choose_wire(candidate: Candidate, client_wire: str) -> str:
 def merge_headers(target: Target, client_headers: Headers, client_wire: str, wire: str, stream: bool) -> Headers:
     """The headers of one upstream request: the target's, and of the client's only what its format allows through."""
     headers = dict(target.headers)
-    headers["accept"] = "text/event-stream" if stream else "application/json"
+    headers.setdefault("accept", "text/event-stream" if stream else "application/json")
     if client_wire == wire:
         for name in _FORWARDED[wire]:
             value = header(client_headers, name)
-            if value and name == "anthropic-beta":
-                headers[name] = merge_list(headers.get(name, ""), value)
+            if value and name == "anthropic-beta" and headers.get(name):
+                headers[name] = merge_list(headers[name] or "", value)
             elif value:
                 headers.setdefault(name, value)
     if wire == "anthropic":
         headers.setdefault("anthropic-version", ANTHROPIC_VERSION)
-    return list(headers.items())
+    return [(name, value) for name, value in headers.items() if value is not None]
 
 
 def merge_list(first: str, second: str) -> str:
@@ -9158,10 +8158,17 @@ class Requests:
     translated through the neutral form.
     """
 
-    def __init__(self, inbound: Inbound, settings: Settings, targets: Dict[Tuple[str, str], Target]) -> None:
+    def __init__(
+        self,
+        inbound: Inbound,
+        settings: Settings,
+        targets: Dict[Tuple[str, str], Target],
+        lessons: Mapping[str, Tuple[str, ...]],
+    ) -> None:
         self._inbound = inbound
         self._settings = settings
         self._targets = targets
+        self._lessons = lessons
         self._neutral: Optional[ChatRequest] = None
 
     @property
@@ -9181,7 +8188,8 @@ class Requests:
         if wire == inbound.wire:
             body = replace_field(inbound.body, "model", candidate.model_id)
         else:
-            body = dump_json(render_request(self.neutral._replace(model=candidate.model_id), wire))
+            fixes = find_compat(as_text(provider.compat), target.host).fixes + self._lessons.get(candidate.ref, ())
+            body = dump_json(apply_fixes(render_request(self.neutral._replace(model=candidate.model_id), wire), fixes))
         headers = merge_headers(target, inbound.headers, inbound.wire, wire, inbound.stream)
         timeouts = resolve_timeouts(provider, self._settings, inbound.stream)
         return Outbound(target, path, headers, body, wire, inbound.stream, timeouts)
@@ -9200,7 +8208,7 @@ def _operation_path(path: str, own: str, operation: str) -> str:
 
 
 # ==============================================================================
-# 16 OUTCOMES - status, headers and body of an upstream's answer: what they mean [pure]
+# 17 OUTCOMES - status, headers and body of an upstream's answer: what they mean [pure]
 # ==============================================================================
 
 OK = "ok"
@@ -9256,6 +8264,11 @@ SIGNALS: Tuple[Signal, ...] = (
         _words(r"tokens? per (?:min|minute|day)", r"\btp[md]\b", r"rate_limit"),
     ),
     Signal(
+        RATE_LIMITED,  # Gemini words its windows like an account without credit (ai.google.dev, Rate limits)
+        (429,),
+        _words(r"quota exceeded for (?:quota )?metric", r"please retry in \d"),
+    ),
+    Signal(
         OVERFLOW,
         (400, 413, 422),
         _words(
@@ -9289,6 +8302,8 @@ SIGNALS: Tuple[Signal, ...] = (
             r"monthly spending limit",
             r"spend(?:ing)? limit",
             r"requires more credits",
+            r"specified (?:api |workspace )*usage limits",
+            r"(?:key|credit) limit exceeded",
             r"payment required",
             r"budget (?:has been )?exceeded",
             r"^1113$",
@@ -9380,7 +8395,7 @@ _TELLING_KEYS = (
 )  # fmt: skip
 
 
-def error_words(body: Any, depth: int = 6) -> List[str]:
+def error_words(body: Any, depth: int = 12) -> List[str]:
     """The telling strings of an error body, JSON inside strings unwrapped (trap 124), outermost first."""
     words: List[str] = []
     _collect_words(body, depth, words)
@@ -9398,22 +8413,22 @@ def _collect_words(value: Any, depth: int, words: List[str]) -> None:
         for item in value[:8]:
             _collect_words(item, depth - 1, words)
     elif isinstance(value, str):
-        words.append(value[:2000])
-        inner = _inner_json(value)
-        if inner is not None:
-            _collect_words(inner, depth - 1, words)
+        before, inner, after = _split_json(value)
+        words.append((before + after)[:2000])
+        _collect_words(inner, depth - 1, words)
     elif isinstance(value, int) and not isinstance(value, bool):
         words.append(str(value)[:20])
 
 
-def _inner_json(text: str) -> Any:
-    start = text.find("{")
+def _split_json(text: str) -> Tuple[str, Any, str]:
+    """What stands before, in and after the JSON object inside a text; the object's own text may echo the client's words."""
+    start, end = text.find("{"), text.rfind("}") + 1
     if start < 0 or len(text) > 100_000:
-        return None
+        return text, None, ""
     try:
-        return json.loads(text[start : text.rfind("}") + 1])
-    except (ValueError, RecursionError):
-        return None
+        return text[:start], load_json(text[start:end]), text[end:]
+    except RouterError:
+        return text, None, ""
 
 
 def kind_of(status: int, words: Sequence[str]) -> str:
@@ -9428,7 +8443,7 @@ def kind_of(status: int, words: Sequence[str]) -> str:
 def judge_error(wire: str, status: int, headers: Headers, body: bytes, now: float) -> Outcome:
     """The outcome of an answer whose status is not 2xx. now: Unix seconds, for dates in headers and bodies."""
     parsed = parse_body(body)
-    words = error_words(parsed) if not isinstance(parsed, str) else [parsed[:2000]]
+    words = error_words(parsed)
     info = WIRE_FORMATS[wire].parse_error(status, parsed)
     wait = read_retry_after(headers, words, parsed, now)
     return Outcome(kind_of(status, words), status, str(status), info, wait, tuple(headers), body, wire)
@@ -9438,7 +8453,7 @@ def judge_in_band(info: ErrorInfo, headers: Headers, wire: str, now: float) -> O
     """The outcome of an error that came inside a 200: a first event, or a body that is an error."""
     words = [word for word in (info.type, info.code, info.message) if word]
     named = next((_IN_BAND_STATUSES[word] for word in (info.code, info.type) if word in _IN_BAND_STATUSES), 0)
-    told = int(info.code) if info.code.isdigit() and 400 <= int(info.code[:6]) <= 599 else 0
+    told = int(info.code) if re.fullmatch(r"[45][0-9][0-9]", info.code) else 0
     status = named or told
     kind = kind_of(status, words) if status else TEMPORARY
     kind = kind if kind in _IN_BAND_KINDS else TEMPORARY
@@ -9459,9 +8474,9 @@ def parse_body(body: bytes) -> Any:
     except RouterError:
         text = body[:20_000].decode("utf-8", "replace")
     if "<html" in text[:2000].lower() or text[:9].lower() == "<!doctype":
-        title = re.search(r"<title[^>]*>(.*?)</title>", text, re.IGNORECASE | re.DOTALL)
+        title = re.search(r"<title[^<>]*>([^<]*)", text, re.IGNORECASE)
         return "HTML page: %s" % one_line(
-            " ".join((title.group(1) if title else re.sub(r"<[^>]*>", " ", text)).split()), 120
+            " ".join((title.group(1) if title else re.sub(r"<[^<>]*>", " ", text)).split()), 120
         )
     return text
 
@@ -9532,14 +8547,13 @@ def _read_reset(value: str, now: float) -> Optional[float]:
     return number - now if number > 1e9 else number
 
 
-def _from_body(body: Any, now: float, depth: int = 5) -> Optional[float]:
+def _from_body(body: Any, now: float, depth: int = 10) -> Optional[float]:
     found: Optional[float] = None
     if isinstance(body, dict) and depth:
         for key in _BODY_DELAYS:
-            if found is None and key in body:
-                found = (
-                    _number(str(body[key])) if _number(str(body[key])) is not None else read_duration(str(body[key]))
-                )
+            told = body.get(key)
+            if found is None and isinstance(told, (str, int, float)):
+                found = _number(str(told)) if _number(str(told)) is not None else read_duration(str(told))
         headers = as_dict(body.get("headers"))  # OpenRouter nests the provider's headers in metadata
         if found is None and headers:
             found = _from_reset_headers([(str(k), str(v)) for k, v in headers.items()], now)
@@ -9548,6 +8562,8 @@ def _from_body(body: Any, now: float, depth: int = 5) -> Optional[float]:
     elif isinstance(body, list) and depth:
         for value in body[:8]:
             found = _from_body(value, now, depth - 1) if found is None else found
+    elif isinstance(body, str) and depth:
+        found = _from_body(_split_json(body)[1], now, depth - 1)
     return found
 
 
@@ -9575,7 +8591,7 @@ def read_duration(text: str) -> Optional[float]:
 
 
 def _number(text: str) -> Optional[float]:
-    return float(text) if re.fullmatch(r"\s*\d{1,15}(?:\.\d{1,9})?\s*", text) else None
+    return float(text) if re.fullmatch(r"\s*-?[0-9]{1,40}(?:\.[0-9]{1,40})?\s*", text) else None
 
 
 def _seconds_until(text: str, now: float) -> Optional[float]:
@@ -9593,7 +8609,7 @@ def _seconds_until(text: str, now: float) -> Optional[float]:
 
 
 # ==============================================================================
-# 17 FALLBACK - what to do next after each outcome, clock and dice passed in [pure]
+# 18 FALLBACK - what to do next after each outcome, clock and dice passed in [pure]
 # ==============================================================================
 #
 # `begin` and `follow` decide, the gateway does. Health is read from a book that a host keeps and changed by the
@@ -9622,7 +8638,7 @@ HEALTHY = Health()
 class HealthChange(NamedTuple):
     """One change to the book. What is None stays; a cooldown never shortens an older one.
 
-    clear: all good again, unless it failed after the moment `at`: an answer to a call that was made before a failure
+    frees: the request whose half-open slot is free again, if it still has it. clear: all good again, unless it failed after the moment `at`: an answer to a call that was made before a failure
     says nothing about the time after it.
     """
 
@@ -9632,6 +8648,7 @@ class HealthChange(NamedTuple):
     failures: Optional[int] = None
     reason: Optional[str] = None
     probe: Optional[str] = None
+    frees: str = ""
     clear: bool = False
     at: float = 0.0
 
@@ -9673,12 +8690,13 @@ def changed_health(health: Health, change: HealthChange) -> Health:
     until = (
         health.cooldown_until if change.cooldown_until is None else max(health.cooldown_until, change.cooldown_until)
     )
+    probe = "" if change.frees and change.frees == health.probe else health.probe
     return Health(
         until,
         health.circuit_until if change.circuit_until is None else change.circuit_until,
         health.failures if change.failures is None else change.failures,
         health.reason if change.reason is None else change.reason,
-        health.probe if change.probe is None else change.probe,
+        probe if change.probe is None else change.probe,
         max(health.failed_at, change.at),
     )
 
@@ -9742,9 +8760,9 @@ class GiveUp(Value):
 
 class Run(NamedTuple):
     """How far one request has come. remaining: candidates not tried yet, in the plan's order; tries: attempts at
-    `current` so far, of `allowed`; first: the origin's last outcome; last: the last outcome of all; empty: an empty
-    answer that may have to do; blamed: providers whose key or account failed; counted: refs whose circuit was counted;
-    probes: refs whose half-open slot this request holds; waited_ms: spent waiting for a cooling candidate."""
+    `current` so far, of `allowed`; first: the origin's last outcome; last: the last outcome of all; blamed:
+    providers whose key or account failed; counted: refs whose circuit was counted; probes: refs whose half-open slot this
+    request holds; waited_ms: spent waiting for a cooling candidate; fenced: a policy block keeps it inside one provider."""
 
     id: str
     plan: Plan
@@ -9755,12 +8773,11 @@ class Run(NamedTuple):
     allowed: int = 1
     first: Optional[Outcome] = None
     last: Optional[Outcome] = None
-    empty: Optional[Outcome] = None
     blamed: Tuple[str, ...] = ()
     counted: Tuple[str, ...] = ()
     probes: Tuple[str, ...] = ()
     waited_ms: int = 0
-    context_above: int = 0
+    fenced: bool = False
 
 
 Step = Tuple[Run, Any, List[HealthChange]]
@@ -9854,10 +8871,8 @@ def follow(run: Run, outcome: Outcome, settings: Settings, book: Any, now: float
     candidate, rule = run.current or run.plan.candidates[0], rule_for(outcome.kind, settings)
     is_origin = candidate is run.plan.candidates[0]
     run = run._replace(last=outcome, first=outcome if is_origin else run.first, tries=run.tries + 1)
-    if outcome.kind == EMPTY:
-        run = run._replace(empty=run.empty or outcome)
-        if run.accepts_empty:
-            return _end(run, Deliver(outcome), [])
+    if outcome.kind == EMPTY and run.accepts_empty:
+        return _end(run, Deliver(outcome), [])
     delay_ms = backoff_ms(run.tries, settings, jitter)
     if rule.retries and run.tries < run.allowed and (outcome.retry_after or 0) * 1000 <= delay_ms:
         return run, Try(candidate, delay_ms), []
@@ -9879,13 +8894,13 @@ def _after_refusal(run: Run, candidate: Candidate, outcome: Outcome, settings: S
     larger = tuple(c for c in run.remaining if (c.model.context_window or 0) > limit)
     if not larger:
         return _end(run, Deliver(outcome), [])
-    return _next_candidate(run._replace(remaining=larger, context_above=limit), settings, book, now)
+    return _next_candidate(run._replace(remaining=larger), settings, book, now)
 
 
 def _narrowed(run: Run, candidate: Candidate, rule: Rule) -> Run:
     if rule.falls_back == "provider":
         same = tuple(c for c in run.remaining if c.provider.id == candidate.provider.id)
-        run = run._replace(remaining=same)
+        run = run._replace(remaining=same, fenced=True)
     if rule.blames:
         run = run._replace(blamed=run.blamed + (candidate.provider.id,))
     return run
@@ -9896,7 +8911,7 @@ def _changes(
 ) -> List[HealthChange]:
     """What leaving `candidate` after `outcome` writes into the book."""
     key = candidate.ref if rule.scope == "model" else provider_key(candidate)
-    changes = [HealthChange(candidate.ref, probe="")] if candidate.ref in run.probes else []
+    changes = [HealthChange(candidate.ref, frees=run.id)] if candidate.ref in run.probes else []
     seconds = _cooldown_s(run, outcome, rule, settings)
     if seconds > 0:
         changes.append(HealthChange(key, cooldown_until=now + seconds, reason=outcome.kind, at=now))
@@ -9944,13 +8959,13 @@ def _wait_ms(ready: float, run: Run, settings: Settings, now: float) -> int:
 
 
 def _exhausted(run: Run, settings: Settings, book: Any, now: float) -> Step:
-    outcome = run.empty or run.first or run.last
+    outcome = run.first or run.last
     if outcome is None:
         return _end(run, GiveUp(failed_attempt(TEMPORARY, "none", "no candidate is left")), [])
     back = [c for c in run.plan.candidates if ready_at(c, book) > now]
     soonest = min(back, key=lambda c: ready_at(c, book)) if back else None
-    waits = soonest is not None and RULES[outcome.kind].comes_back and outcome.kind != EMPTY
-    if soonest is not None and waits and len(back) == len(run.plan.candidates):
+    may_wait = RULES[outcome.kind].comes_back and not run.fenced and not run.waited_ms
+    if soonest is not None and may_wait and len(back) == len(run.plan.candidates):
         if _wait_ms(ready_at(soonest, book), run, settings, now):
             return _next_candidate(run._replace(remaining=(soonest,)), settings, book, now)
     if outcome.kind in (EMPTY, POLICY, INVALID, OVERFLOW):
@@ -9966,7 +8981,7 @@ def _end(run: Run, action: Any, changes: List[HealthChange]) -> Step:
 
 def release(run: Run) -> List[HealthChange]:
     """The changes that free every half-open slot the request holds: for a client that left, and for every end."""
-    return [HealthChange(ref, probe="") for ref in run.probes]
+    return [HealthChange(ref, frees=run.id) for ref in run.probes]
 
 
 def succeed(run: Run, asked_at: float) -> List[HealthChange]:
@@ -9994,7 +9009,7 @@ def backoff_ms(retry: int, settings: Settings, jitter: float) -> int:
 
 
 # ==============================================================================
-# 18 GATEWAY - one request from its head to its end, through injected effects [async]
+# 19 GATEWAY - one request from its head to its end, through injected effects [async]
 # ==============================================================================
 #
 # The gateway is handed a host and, per request, a client; it touches nothing else.
@@ -10010,6 +9025,7 @@ def backoff_ms(retry: int, settings: Settings, jitter: float) -> int:
 #         begin(headers, ping): the head of a stream; ping: what is sent in silence from now on
 #         write(data); await relay(reply, processor, idle_ms, left_s) -> "end" or the label of what broke it
 #         await finish(): the end of a complete stream; cut(): end the connection without one
+#         farewell: gives the error event for a stream that the host has to cut because it stops itself
 # A client that leaves cancels the task that runs here: what must be undone stands in `finally`.
 
 
@@ -10096,7 +9112,14 @@ class Gateway:
         self.host = host
         self.book = book
         self.targets: Dict[Tuple[str, str], Target] = {}
+        self.lessons: Dict[str, Tuple[str, ...]] = {}
         self.info: Dict[str, Any] = {}
+
+    def learn(self, ref: str, fixes: Tuple[str, ...]) -> None:
+        """Remember what a model's upstream asked for; at most a thousand models, a reload forgets."""
+        self.lessons[ref] = fixes
+        while len(self.lessons) > 1000:
+            del self.lessons[next(iter(self.lessons))]
 
     async def handle(self, call: Call, client: Any) -> None:
         """Answer one call. Every error becomes one in the client's own format, one of the router's own a 500."""
@@ -10140,6 +9163,9 @@ class Gateway:
         )
 
     async def _get(self, endpoint: Endpoint, call: Call, client: Any, authorized: bool) -> None:
+        if endpoint.operation == "metrics":
+            await client.respond(200, [("content-type", "text/plain; version=0.0.4")], self.host.metrics().encode())
+            return
         status, body = self._read(endpoint, call, authorized)
         await client.respond(status, [_JSON_TYPE] + cors_headers(self.access, call.headers), dump_json(body))
 
@@ -10216,7 +9242,7 @@ class Exchange:
         self._trail = trail
         self._cors = cors
         self._wire = WIRE_FORMATS[inbound.wire]
-        self._requests = Requests(inbound, gateway.settings, gateway.targets)
+        self._requests = Requests(inbound, gateway.settings, gateway.targets, gateway.lessons)
         self._candidate: Optional[Candidate] = None
         self._empty: Optional[Answer] = None
         self._asked_at = 0.0
@@ -10237,7 +9263,11 @@ class Exchange:
         if self._inbound.stream:
             head = _STREAM_HEADERS + [("x-llm-router-request-id", self._trail.id)] + self._cors
             self._client.keep_alive(self._trail.began, self._settings.keepalive_ms, head)
+            self._client.farewell = self._farewell
         await self._serve(plan)
+
+    def _farewell(self) -> bytes:
+        return self._wire.error_event(ErrorInfo(503, "the router is stopping", code="stopping"), self._trail.id)
 
     async def _serve(self, plan: Plan) -> None:
         book, settings, host = self._gateway.book, self._settings, self._host
@@ -10271,9 +9301,22 @@ class Exchange:
         self._trail.attempts[-1] = self._trail.attempts[-1]._replace(decision=decision)
 
     async def _attempt(self, action: Try, has_more: bool) -> Union[Outcome, Answer]:
-        """One call to one candidate: an Answer the client may have, or what came instead."""
+        """An attempt at a candidate; once more at once when its 400 names a field that the router itself had added."""
         candidate = self._candidate = action.candidate
         outbound = self._requests.make(candidate)
+        result = await self._call(outbound, action, has_more)
+        if isinstance(result, Outcome) and result.kind == INVALID and outbound.wire != self._inbound.wire:
+            known = self._gateway.lessons.get(candidate.ref, ())
+            fix = learn_fix(load_json(outbound.body), error_words(parse_body(result.body or b"")), known)
+            if fix:
+                self._gateway.learn(candidate.ref, known + (fix,))
+                self._trail.attempts[-1] = self._trail.attempts[-1]._replace(decision="learned, again: " + fix)
+                return await self._call(self._requests.make(candidate), Try(candidate), has_more)
+        return result
+
+    async def _call(self, outbound: Outbound, action: Try, has_more: bool) -> Union[Outcome, Answer]:
+        """One call: an Answer the client may have, or what came instead."""
+        candidate = action.candidate
         self._asked_at = self._host.now()
         own_ms = candidate.provider.timeouts.total_ms
         self._until = self._deadline if own_ms is None else self._asked_at + own_ms / 1000 if own_ms else math.inf
@@ -10667,7 +9710,7 @@ def give_up_headers(outcome: Outcome, retry_after: Optional[float]) -> Headers:
 
 
 # ==============================================================================
-# 19 FILES - configuration and state on disk: atomic, private, locked [host]
+# 20 FILES - configuration and state on disk: atomic, private, locked [host]
 # ==============================================================================
 
 CONFIG_PATH = "~/.llm-router.json"
@@ -10708,18 +9751,15 @@ def load_config(given: str, environ: Mapping[str, str]) -> Loaded:
 
     ConfigError when it cannot be read or is no JSON object.
     """
-    if not given:
-        for name in CONFIG_VARIABLES:
-            if environ.get(name, "").strip():
-                return Loaded(parse_config_text(environ[name], name), "the variable " + name, "")
+    named = [name for name in CONFIG_VARIABLES if environ.get(name, "").strip() and not given]
+    if named:
+        return Loaded(parse_config_text(environ[named[0]], named[0]), "the variable " + named[0], "")
     path = config_path(given)
     data, mode = read_bytes(path)
     if data is None:
         return Loaded(None, path, path)
-    warnings = (
-        ("%s can be read by others (mode %04o): chmod 600 it" % (one_line(path), mode),) if _is_loose(mode) else ()
-    )
-    return Loaded(parse_config_text(data, one_line(path)), path, path, warnings)
+    loose = "%s can be read by others (mode %04o): chmod 600 it" % (one_line(path), mode)
+    return Loaded(parse_config_text(data, one_line(path)), path, path, (loose,) if _is_loose(mode) else ())
 
 
 def read_bytes(path: str) -> Tuple[Optional[bytes], int]:
@@ -10749,13 +9789,11 @@ def edit_config_file(path: str, change: Callable[[Dict[str, Any]], Edit]) -> Edi
     then applied to what that program wrote. On any error the file stays as it was. Returns the edit, its notes
     extended by what was repaired.
     """
-    target = _real_path(path)
-    _make_parent(target)
+    target = _prepare(path)
     with FileLock(target):
         for _ in range(_EDIT_ATTEMPTS):
             data, mode = read_bytes(target)
-            document = NEW_DOCUMENT if data is None else parse_config_text(data, one_line(path))
-            edit = change(document)
+            edit = change(NEW_DOCUMENT if data is None else parse_config_text(data, one_line(path)))
             text = render_document(edit.document)
             if text == data and not _is_loose(mode):
                 return edit
@@ -10768,39 +9806,28 @@ def edit_config_file(path: str, change: Callable[[Dict[str, Any]], Edit]) -> Edi
 def render_document(document: Dict[str, Any]) -> bytes:
     """A document as it is stored: indented JSON, readable text. ConfigError for what JSON cannot say (1e999)."""
     try:
-        text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    except ValueError:
-        raise ConfigError("the configuration holds a number that is too large to be stored") from None
-    try:
-        return text.encode("utf-8")
+        return (json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8")
     except UnicodeEncodeError:  # half of a surrogate pair, escaped in the file: it can only be kept escaped
         return (json.dumps(document, indent=2) + "\n").encode("ascii")
+    except ValueError:
+        raise ConfigError("the configuration holds a number that is too large to be stored") from None
 
 
-def _real_path(path: str) -> str:
-    """Where the file really is: a symbolic link stays a link, and what it leads to is replaced."""
+def _prepare(path: str) -> str:
+    """Where the file really is, its directory made: a symbolic link stays a link, and what it leads to is replaced."""
     import os
-    import stat
 
     target = os.path.realpath(path)
     try:
-        is_file = stat.S_ISREG(os.stat(target).st_mode)
+        os.makedirs(os.path.dirname(target), mode=0o700, exist_ok=True)
+        os.lstat(target)  # a link that is still there leads round in a circle
     except FileNotFoundError:
         return target
     except OSError as error:
         raise FileError("cannot use %s: %s" % (one_line(path), error.strerror or error)) from None
-    if not is_file:
+    if not os.path.isfile(target):
         raise FileError("%s is not a regular file" % one_line(path))
     return target
-
-
-def _make_parent(target: str) -> None:
-    import os
-
-    try:
-        os.makedirs(os.path.dirname(target), mode=0o700, exist_ok=True)
-    except OSError as error:
-        raise FileError("cannot make the directory of %s: %s" % (one_line(target), error.strerror or error)) from None
 
 
 def write_private(target: str, data: bytes, expected: Optional[bytes] = None, backup: bool = False) -> bool:
@@ -10811,23 +9838,23 @@ def write_private(target: str, data: bytes, expected: Optional[bytes] = None, ba
     """
     import os
 
-    temporary = backed_up = ""
+    written: Dict[str, str] = {}  # where a complete file waits -> where it belongs
     try:
-        temporary = _write_temporary(target, data)
+        written[_write_temporary(target, data)] = target
         if expected is not None and backup:
-            backed_up = _write_temporary(target + ".bak", expected)
+            written[_write_temporary(target + ".bak", expected)] = target + ".bak"
         if backup and read_bytes(target)[0] != expected:
             return False
-        if backed_up:
-            os.replace(backed_up, target + ".bak")
-        os.replace(temporary, target)
+        for temporary in reversed(list(written)):
+            os.replace(temporary, written[temporary])
+            del written[temporary]
         _sync_directory(os.path.dirname(target))
         return True
     except OSError as error:
         raise FileError("cannot write %s: %s; it is unchanged" % (one_line(target), error.strerror or error)) from None
     finally:
-        for path in filter(None, (temporary, backed_up)):
-            _remove(path)
+        for temporary in written:
+            _remove(temporary)
 
 
 def _write_temporary(target: str, data: bytes) -> str:
@@ -10836,17 +9863,12 @@ def _write_temporary(target: str, data: bytes) -> str:
     import secrets
 
     path = "%s.%s.tmp" % (target, secrets.token_hex(6))
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
-    descriptor = os.open(path, flags, 0o600)
     try:
-        try:
-            _keep_owner(descriptor, target)
-            view = memoryview(data)
-            while view:
-                view = view[os.write(descriptor, view) :]
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        with open(path, "xb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+            _keep_owner(file.fileno(), target)
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
     except BaseException:
         _remove(path)
         raise
@@ -10871,14 +9893,12 @@ def _sync_directory(path: str) -> None:
 
     try:
         descriptor = os.open(path, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(descriptor)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
     except OSError:
         pass
-    finally:
-        os.close(descriptor)
 
 
 def _remove(path: str) -> None:
@@ -10898,8 +9918,7 @@ class FileLock:
 
     def __init__(self, target: str) -> None:
         self._target = target
-        self._path = target + ".lock"
-        self._descriptor = -1
+        self._file: Any = None
 
     def __enter__(self) -> None:
         import time
@@ -10911,33 +9930,27 @@ class FileLock:
             time.sleep(0.02)
 
     def _try_lock(self) -> bool:
+        """Whether it is locked now, and the lock file still the one at its path: its last owner may have removed it."""
         import os
 
+        path = self._target + ".lock"
+        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
         try:
-            self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o600)
+            self._file = open(path, "r+b", 0, opener=lambda name, _: os.open(name, flags, 0o600))
         except OSError as error:
-            raise FileError(
-                "cannot write beside %s: %s; it is unchanged" % (one_line(self._target), error.strerror or error)
-            ) from None
-        if _lock_descriptor(self._descriptor) and self._is_current():
-            return True
-        os.close(self._descriptor)
+            words = one_line(self._target), error.strerror or error
+            raise FileError("cannot write beside %s: %s; it is unchanged" % words) from None
+        try:
+            if _lock_descriptor(self._file.fileno()) and os.path.samestat(os.fstat(self._file.fileno()), os.stat(path)):
+                return True
+        except OSError:
+            pass
+        self._file.close()
         return False
 
-    def _is_current(self) -> bool:
-        """Whether the lock file locked is still the one at its path: its last owner may have removed it meanwhile."""
-        import os
-
-        try:
-            return os.path.samestat(os.fstat(self._descriptor), os.stat(self._path))
-        except OSError:
-            return False
-
     def __exit__(self, *_: Any) -> None:
-        import os
-
-        _remove(self._path)  # before the lock goes; Windows refuses, and the file simply stays
-        os.close(self._descriptor)
+        _remove(self._target + ".lock")  # before the lock goes; Windows refuses, and the file simply stays
+        self._file.close()
 
 
 def _lock_descriptor(descriptor: int) -> bool:
@@ -10946,10 +9959,10 @@ def _lock_descriptor(descriptor: int) -> bool:
 
     try:
         import fcntl
+
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except ImportError:
         return _lock_windows(descriptor)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         return error.errno not in (errno.EAGAIN, errno.EACCES)
     return True
@@ -10958,17 +9971,17 @@ def _lock_descriptor(descriptor: int) -> bool:
 def _lock_windows(descriptor: int) -> bool:
     try:
         import msvcrt
+
+        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
     except ImportError:
         return True
-    try:
-        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
     except OSError:
         return False
     return True
 
 
 # ==============================================================================
-# 20 UPSTREAM - threads dial, the loop talks: connections, their pool, replies [host]
+# 21 UPSTREAM - threads dial, the loop talks: connections, their pool, replies [host]
 # ==============================================================================
 #
 # A worker thread does what blocks (DNS, TCP, proxy tunnel, TLS) with http.client. The event loop then sends, waits,
@@ -11320,6 +10333,7 @@ class Reply:
         self._max_body_bytes = max_body_bytes
         self._inflater: Any = None
         self._first = True
+        self._held = b""
         self._parts: List[bytes] = []
         self._buffered = 0
         self._waiter: Any = None
@@ -11449,16 +10463,28 @@ class Reply:
             self._connection.pause()
 
     def _inflate(self, body: bytes) -> bytes:
-        """Some upstreams compress although they were asked not to, a few without saying so (trap 18)."""
+        """Some upstreams compress although they were asked not to, a few without saying so or say so without doing it (trap 18)."""
         if self._first:
+            body, self._held = self._held + body, b""
+            if len(body) < 2 and not self._parser.complete:
+                self._held = body  # too little to tell
+                return b""
             self._first = False
             encoding = header(self.headers, "content-encoding").strip().lower()
-            if encoding in ("gzip", "x-gzip", "deflate") or looks_gzipped(body):
-                self._inflater = Inflater("gzip" if looks_gzipped(body) else encoding, self._max_body_bytes)
+            if looks_gzipped(body):
+                self._inflater = Inflater("gzip", self._max_body_bytes)
+            elif encoding == "deflate":
+                self._inflater = Inflater(encoding, self._max_body_bytes)
         return self._inflater.feed(body) if self._inflater is not None else body
 
     def _finish(self) -> None:
         if self._is_over:
+            return
+        try:
+            if self._inflater is not None:
+                self._inflater.finish()
+        except RouterError as error:
+            self.fail(UpstreamError(error.message, "truncated"))
             return
         self._is_over = True
         connection = self._connection
@@ -11613,7 +10639,7 @@ def _seconds(milliseconds: int) -> Optional[float]:
 
 
 # ==============================================================================
-# 21 SERVER - client connections on asyncio streams: one request after another [host]
+# 22 SERVER - client connections on asyncio streams: one request after another [host]
 # ==============================================================================
 
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -11715,7 +10741,7 @@ class Sink:
 
     def say_farewell(self) -> None:
         """The router ends before the answer does: tell it in the stream and cut it."""
-        if self.is_open and not self.ended and self.farewell is not None:
+        if self.is_open and not self.ended and self.farewell is not None and not self._connection.is_gone():
             self.write(self.farewell())
             self.cut()
 
@@ -11734,7 +10760,7 @@ class Sink:
         connection.send(render_head(200, headers + fixed))
 
     def _tick(self) -> None:
-        if self.ended:
+        if self.ended or self._connection.is_gone():
             return
         loop = self._connection.loop
         if loop.time() - self._sent_at >= self._every_s - 0.001:
@@ -11762,7 +10788,7 @@ class _Relay:
         self._lingers = False
 
     async def run(self, left_s: Optional[float]) -> str:
-        """Relay until the end; the label of how it ended."""
+        """Relay until the end; the label of how it ended. ClientGone when the client left."""
         timers = [self._loop.call_later(left_s, self._stop, "timeout")] if left_s is not None else []
         if self._idle_s:
             self._reply.last_byte_at = self._loop.time()
@@ -11780,6 +10806,8 @@ class _Relay:
             for timer in timers:
                 timer.cancel()
             self._end = self._end or "client_gone"
+        if self._end == "client_gone":
+            raise ClientGone()
         return self._end
 
     def _on_data(self, data: bytes) -> None:
@@ -11787,6 +10815,9 @@ class _Relay:
             return
         out = self._processor.feed(data)
         if out:
+            if self._connection.is_gone():
+                self._stop("client_gone")
+                return
             self._sink.write(out)
             if self._connection.is_blocked():
                 self._reply.pause()
@@ -11877,9 +10908,13 @@ class ClientConnection:
 
     def send(self, data: bytes) -> None:
         """Hand bytes to the transport."""
-        if self._transport.is_closing():
+        if self.is_gone():
             raise ClientGone()
         self._transport.write(data)
+
+    def is_gone(self) -> bool:
+        """Whether nothing can be sent any more."""
+        return bool(self._transport.is_closing())
 
     def is_blocked(self) -> bool:
         """Whether the client reads slower than it is written to."""
@@ -11925,6 +10960,8 @@ class ClientConnection:
         finally:
             self.phase, self.deadline = "serving", math.inf
         self._body_is_read = True
+        if self._at_eof:
+            self._probe_soon()
         self._reserve(len(body))
         encoding = header(head.headers, "content-encoding").strip().lower()
         if not encoding or encoding == "identity":
@@ -12026,11 +11063,14 @@ class ClientConnection:
         if self._transport.is_closing():
             self._on_gone()
         elif self.phase in ("serving", "sending"):
-            self.loop.call_later(_HALF_CLOSE_WAIT_S, self._probe)
+            self._probe_soon()
 
-    def _probe(self) -> None:
-        sink = self.sink
-        if sink is None or sink.ended or self._transport.is_closing():
+    def _probe_soon(self) -> None:
+        if self.sink is not None:
+            self.loop.call_later(_HALF_CLOSE_WAIT_S, self._probe, self.sink)
+
+    def _probe(self, sink: Sink) -> None:
+        if sink is not self.sink or sink.ended or self._transport.is_closing():
             return
         try:
             sink.probe()
@@ -12091,6 +11131,8 @@ class Server:
         return self.port
 
     async def _accept(self, reader: Any, writer: Any) -> None:
+        import asyncio
+
         address = writer.get_extra_info("peername")
         peer = str(address[0]) if address else ""
         if not self._has_room(peer):
@@ -12112,6 +11154,8 @@ class Server:
         self._peers[peer] = self._peers.get(peer, 0) + 1
         try:
             await connection.run()
+        except asyncio.CancelledError:
+            pass  # the client left; a cancelled task would make asyncio's streams log a traceback before Python 3.12
         except Exception as error:  # one broken handler must not touch the others
             self._on_error(error)
         finally:
@@ -12136,6 +11180,11 @@ class Server:
             raise RouterError("too many request bytes are in memory, try again in a moment", 503, "overloaded")
         self._inflight_bytes += size
 
+    @property
+    def open_streams(self) -> int:
+        """How many streams are being answered."""
+        return sum(connection.sink is not None and connection.sink.is_open for connection in self.connections)
+
     def date(self) -> str:
         """The present moment as an HTTP date (RFC 9110, 5.6.7), made once a second."""
         import time
@@ -12154,10 +11203,10 @@ class Server:
         if self._listener is not None:
             self._listener.close()
         until = self.loop.time() + grace_s
-        for connection in list(self.connections):
-            if connection.phase == "idle":
-                connection.deadline = min(connection.deadline, self.loop.time() + 0.2)
         while self.connections and self.loop.time() < until:
+            for connection in self.connections:
+                if connection.phase == "idle":
+                    connection.deadline = min(connection.deadline, self.loop.time() + 0.2)
             await asyncio.sleep(0.02)
         cut = list(self.connections)
         for connection in cut:
@@ -12179,7 +11228,7 @@ class Server:
 
 
 # ==============================================================================
-# 22 METRICS AND TRAIL - one line a request, written where it can block nobody [host]
+# 23 METRICS AND TRAIL - one line a request, written where it can block nobody [host]
 # ==============================================================================
 
 
@@ -12264,6 +11313,68 @@ class TrailRing:
         return None if trail is None else log_record(trail)
 
 
+_BUCKETS_S = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+
+
+class Metrics:
+    """Counters of everything that was recorded, as Prometheus text (exposition format 0.0.4).
+
+    Labels come from the configuration and the contract only, never from what a client may make up without limit.
+    """
+
+    def __init__(self) -> None:
+        self._counts: Dict[Tuple[str, ...], int] = {}
+        self._times: Dict[Tuple[str, str], List[float]] = {}
+
+    def count(self, trail: Trail, known: Any) -> None:
+        """Count a request that has ended. known: the refs that are configured."""
+        wire = trail.wire or "none"
+        self._add(
+            1, "llm_router_requests_total", "format", wire, "operation", trail.operation, "status", str(trail.status)
+        )
+        for attempt in trail.attempts:
+            model = attempt.ref if attempt.ref in known else attempt.ref.partition("/")[0] + "/*"
+            self._add(1, "llm_router_attempts_total", "model", model, "outcome", attempt.kind)
+        self._observe("llm_router_request_seconds", wire, trail.total_ms / 1000)
+        if trail.first_content_ms is not None:
+            self._observe("llm_router_first_content_seconds", wire, trail.first_content_ms / 1000)
+        if trail.usage is not None:
+            for kind, tokens in zip(Usage._fields, trail.usage):
+                self._add(tokens, "llm_router_tokens_total", "kind", kind)
+
+    def render(self, gauges: Dict[str, Dict[str, float]]) -> str:
+        """All metrics as text. gauges: name -> model ("" for none) -> present value."""
+        rows = [(key[0], "counter", key[0], key[1:], float(value)) for key, value in self._counts.items()]
+        for (name, wire), times in self._times.items():
+            counts = [sum(times[1 : at + 2]) for at in range(len(_BUCKETS_S) + 1)]
+            for bound, total in zip(["%g" % bound for bound in _BUCKETS_S] + ["+Inf"], counts):
+                rows.append((name, "histogram", name + "_bucket", ("format", wire, "le", bound), total))
+            rows.append((name, "histogram", name + "_sum", ("format", wire), times[0]))
+            rows.append((name, "histogram", name + "_count", ("format", wire), counts[-1]))
+        for name, values in gauges.items():
+            rows += [(name, "gauge", name, ("model", model) if model else (), value) for model, value in values.items()]
+        lines, family = [], ""
+        for name, kind, sample, labels, value in sorted(rows, key=lambda row: row[0]):
+            if name != family:
+                lines.append("# TYPE %s %s" % (name, kind))
+                family = name
+            shown = ",".join('%s="%s"' % (key, _label(text)) for key, text in zip(labels[::2], labels[1::2]))
+            lines.append("%s%s %.12g" % (sample, "{%s}" % shown if shown else "", value))
+        return "\n".join(lines) + "\n"
+
+    def _add(self, amount: int, *key: str) -> None:
+        self._counts[key] = self._counts.get(key, 0) + amount
+
+    def _observe(self, name: str, wire: str, seconds: float) -> None:
+        times = self._times.setdefault((name, wire), [0.0] * (len(_BUCKETS_S) + 2))  # the sum, then each bucket's count
+        times[0] += seconds
+        times[1 + next((at for at, bound in enumerate(_BUCKETS_S) if seconds <= bound), len(_BUCKETS_S))] += 1
+
+
+def _label(text: str) -> str:
+    return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+
+
 class LogWriter:
     """Writes lines to a stream from a thread of its own: a full disk or a stopped pipe delays no request.
 
@@ -12323,7 +11434,7 @@ class LogWriter:
 
 
 # ==============================================================================
-# 23 PROCESS - the running server: its effects, signals, start and end [host]
+# 24 PROCESS - the running server: its effects, signals, start and end [host]
 # ==============================================================================
 
 
@@ -12365,6 +11476,9 @@ class LocalHost:
         self._token = secrets.token_hex
         self._log = log
         self._ring = ring
+        self.counters = Metrics()
+        self.known: Any = ()
+        self.metrics: Callable[[], str] = lambda: self.counters.render({})
         self._as_json = log_format == "json"
         self._debug = debug
 
@@ -12379,8 +11493,9 @@ class LocalHost:
         await asyncio.sleep(seconds)
 
     def record(self, trail: Trail) -> None:
-        """A request has ended: remember its trail and write its line."""
+        """A request has ended: remember its trail, count it, write its line."""
         self._ring.add(trail)
+        self.counters.count(trail, self.known)
         self._log.write(dump_json(log_record(trail)).decode() if self._as_json else log_line(trail))
 
     def failed(self, error: BaseException) -> None:
@@ -12514,6 +11629,8 @@ class Router:
 
     def _make_gateway(self) -> None:
         options = self.options
+        self.host.known = frozenset(self._refs())
+        self.host.metrics = self._metrics
         self.gateway = Gateway(Routes(options.config), options.settings, make_access(options), self.host, self.book)
 
     async def handle(self, call: Call, sink: Sink) -> None:
@@ -12551,11 +11668,7 @@ class Router:
         """Everything an operator asks about, without any secret."""
         import os
 
-        options, now = self.options, self.host.now()
-        providers = [provider for provider in options.config.providers if provider.enabled]
-        refs = [
-            "%s/%s" % (provider.id, model.id) for provider in providers for model in provider.models if model.enabled
-        ]
+        options, now, refs = self.options, self.host.now(), self._refs()
         made_up = [key for key in self.book.keys() if not key.endswith("/") and key not in refs]
         return {
             "pid": os.getpid(),
@@ -12569,6 +11682,25 @@ class Router:
             "default_model": options.config.default_model,
             "candidates": [show_health(ref, self.book, now) for ref in refs + made_up],
         }
+
+    def _refs(self) -> List[str]:
+        providers = [provider for provider in self.options.config.providers if provider.enabled]
+        return [
+            "%s/%s" % (provider.id, model.id) for provider in providers for model in provider.models if model.enabled
+        ]
+
+    def _metrics(self) -> str:
+        now = self.host.now()
+        states = {ref: show_health(ref, self.book, now) for ref in self._refs()}
+        gauges = {
+            "llm_router_open_streams": {"": float(self.server.open_streams)},
+            "llm_router_connections": {"": float(len(self.server.connections))},
+            "llm_router_cooldown_seconds": {ref: state["left_s"] for ref, state in states.items()},
+            "llm_router_circuit_open": {
+                ref: float(state["state"] in ("open", "half-open")) for ref, state in states.items()
+            },
+        }
+        return self.host.counters.render(gauges)
 
     def _reload(self) -> Tuple[int, Dict[str, Any]]:
         try:
@@ -12665,9 +11797,9 @@ async def _serve(options: StartOptions) -> int:
     router.stopping = asyncio.Event()
     try:
         port = await _listen(router.server, options)
-        _announce(options, port)
         _on_signals(loop, router)
         router.enroll(port)
+        _announce(options, port)  # last: whoever reads it may stop, reload and ask for the status at once
         await router.stopping.wait()
         log.write("stopping: open requests have %g s to finish" % router.grace_s)
         clean = await router.server.drain(router.grace_s)
@@ -12738,7 +11870,7 @@ def _on_signals(loop: Any, router: Any) -> None:
 
 
 # ==============================================================================
-# 24 DEMO - fake providers, the router before them, and every kind of request [host]
+# 25 DEMO - fake providers, the router before them, and every kind of request [host]
 # ==============================================================================
 
 _DEMO_TEXT = "Hello from a provider that works."
@@ -12946,15 +12078,16 @@ def _show_cases(port: int) -> int:
 
 
 # ==============================================================================
-# 25 COMMANDS - the argument parser and what each command does [host]
+# 26 COMMANDS - flags, help and what each command does [host]
 # ==============================================================================
+
+Values = Dict[str, Any]  # of the flags that were given: {"log_format": "json"}
+Environ = Mapping[str, str]
 
 
 class Flag(NamedTuple):
-    """One flag. kind: text | bool | list (comma separated) | secret ("-" reads it from stdin) | json (an object).
-
-    aliases: other names that mean the same.
-    """
+    """One flag. kind: text | bool | list (comma separated) | secret ("-" reads it from stdin) | json (an object) | word
+    (a text that may also stand without its flag). aliases: other names that mean the same."""
 
     name: str
     kind: str
@@ -12963,21 +12096,28 @@ class Flag(NamedTuple):
 
 
 class Operation(NamedTuple):
-    """One `config --operation=`. flags: names in CONFIG_FLAGS; required: those that must be given."""
+    """One `config --operation=`. flags: names in CONFIG_FLAGS; required: those that must be given. sample: what follows
+    --operation=NAME in its example. change: what it does to the file, or run: what else it does."""
 
     name: str
-    run: Callable[[Dict[str, Any], Mapping[str, str]], int]
     help: str
     flags: Tuple[str, ...]
     required: Tuple[str, ...]
-    example: str
+    sample: str
+    change: Optional[Callable[[Values], Callable[[Dict[str, Any]], Edit]]] = None
+    run: Optional[Callable[[Values, Environ], int]] = None
+
+    @property
+    def example(self) -> str:
+        """A command line that works."""
+        return ("llm-router config --operation=%s %s" % (self.name, self.sample)).strip()
 
 
 class Command(NamedTuple):
-    """One command. run(values, environ) -> exit code; values: {"log_format": ...} of the flags that were given."""
+    """One command. run(values, environ) -> exit code."""
 
     name: str
-    run: Callable[[Dict[str, Any], Mapping[str, str]], int]
+    run: Callable[[Values, Environ], int]
     help: str
     flags: Tuple[Flag, ...]
     example: str
@@ -13017,6 +12157,8 @@ CONFIG_FLAGS: Tuple[Flag, ...] = (
     Flag("master-key", "secret", "the key that clients show; - reads it from stdin"),
     Flag("generate", "bool", "make a new master key and print it once"),
 )
+_PROVIDER_FLAGS = tuple(flag.name for flag in CONFIG_FLAGS[3:16])
+_OPERATION_FLAGS = ("operation", "config", "json", "debug", "version", "help")  # every operation takes these
 
 START_FLAGS: Tuple[Flag, ...] = (
     _CONFIG,
@@ -13026,18 +12168,19 @@ START_FLAGS: Tuple[Flag, ...] = (
     Flag("log-format", "text", "text or json"),
 ) + tuple(Flag(row.flag[2:], "bool" if row.type is bool else "text", row.help) for row in SETTINGS)
 
-_LOG_FORMATS = ("text", "json")
+_RUNNING_FLAGS = (_CONFIG, Flag("port", "text", "the port of the instance, when several run"))
+_ID = Flag("id", "word", "the request's id, from the header x-llm-router-request-id; default: last")
 
 
 # ----- parsing -----
 
 
-def run_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
+def run_command(argv: Sequence[str], environ: Environ) -> int:
     """Parse a command line and do what it says; the exit code. RouterError for what cannot be done."""
-    name, rest = _split_command(argv)
-    command = _find_named(name, COMMANDS, "command", "llm-router --help lists them")
-    if command.name == "explain" and rest and not rest[0].startswith("-"):
-        rest = ["--id=" + rest[0]] + rest[1:]
+    at = next((i for i, word in enumerate(argv) if not word.startswith("-") or word == "--config"), None)
+    named = at is not None and argv[at] != "--config"
+    command = _find_named(argv[at] if named else "", COMMANDS, "command", "llm-router --help lists them")
+    rest = [word for i, word in enumerate(argv) if not named or i != at]
     values = parse_flags(rest, command.flags + _COMMON, _command_words(command.name))
     if values.pop("version", False):
         print("llm-router " + __version__)
@@ -13048,103 +12191,85 @@ def run_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     return command.run(values, environ)
 
 
-def _split_command(argv: Sequence[str]) -> Tuple[str, List[str]]:
-    """The command, "" for none, and the other words. Only boolean flags may stand before the command."""
-    for i, word in enumerate(argv):
-        if not word.startswith("-"):
-            return word, list(argv[:i]) + list(argv[i + 1 :])
-        if word.partition("=")[0] == "--config" and "=" not in word:
-            break
-    return "", list(argv)
-
-
 def _command_words(name: str) -> str:
     return ("llm-router " + name).strip()
 
 
 def _find_named(name: str, rows: Sequence[Any], what: str, hint: str) -> Any:
-    for row in rows:
-        if row.name == name:
-            return row
-    near = nearest(name.lower(), [row.name for row in rows if row.name])
-    raise UsageError("unknown %s %s; %s" % (what, one_line(name, 60), "did you mean %s?" % near[0] if near else hint))
+    found = next((row for row in rows if row.name == name), None)
+    if found is None:
+        near = nearest(name.lower(), [row.name for row in rows if row.name])
+        hint = "did you mean %s?" % near[0] if near else hint
+        raise UsageError("unknown %s %s; %s" % (what, one_line(name, 60), hint))
+    return found
 
 
-def parse_flags(argv: Sequence[str], flags: Sequence[Flag], words: str) -> Dict[str, Any]:
+def parse_flags(argv: Sequence[str], flags: Sequence[Flag], words: str) -> Values:
     """The values of the flags that `argv` gives, {"log_format": "json"}: booleans, lists and objects already as such.
 
     words: the command, for errors. UsageError for anything that is not one of `flags` or has an unusable value.
     """
-    import argparse
-
-    class Parser(argparse.ArgumentParser):
-        def error(self, message: str) -> Any:
-            raise UsageError("%s: %s; %s --help shows its flags" % (words, message, words))
-
-    parser = Parser(prog=words, add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    for flag in flags:
-        names = ["--" + name for name in (flag.name,) + flag.aliases] + (["-h"] if flag.name == "help" else [])
-        options: Dict[str, Any] = {"nargs": "?", "const": "true"} if flag.kind == "bool" else {}
-        parser.add_argument(*names, dest=flag.name.replace("-", "_"), **options)
-    values, unknown = parser.parse_known_args(_join_dash_values(argv, flags))
-    if unknown:
-        raise UsageError(_unknown_words(unknown[0], flags, words))
-    kinds = {flag.name.replace("-", "_"): flag for flag in flags}
-    return {name: _read_flag_value(kinds[name], text) for name, text in vars(values).items()}
-
-
-def _join_dash_values(argv: Sequence[str], flags: Sequence[Flag]) -> List[str]:
-    """`--flag value` as `--flag=value` where a value is due: it may begin with a dash (keys do), and argparse would
-    then take it for a flag."""
-    takes_value = {"--" + name for flag in flags if flag.kind != "bool" for name in (flag.name,) + flag.aliases}
-    joined: List[str] = []
-    for word in argv:
-        if joined and joined[-1] in takes_value and not word.startswith("--"):
-            joined[-1] += "=" + word
-        else:
-            joined.append(word)
-    return joined
+    known = {"--" + name: flag for flag in flags for name in (flag.name, *flag.aliases)}
+    known.update({"-h": known["--help"]} if "--help" in known else {})
+    bare = {flag.kind: flag for flag in flags}.get("word")
+    values: Values = {}
+    waiting = list(argv)
+    while waiting:
+        word, equals, text = waiting.pop(0).partition("=")
+        flag = known.get(word)
+        if flag is None and bare is not None and not word.startswith("-") and bare.name not in values:
+            flag, text = bare, word + equals + text
+        elif flag is None:
+            raise UsageError(_unknown_word(word, known, words))
+        elif not equals:
+            text = _following_value(flag, waiting, words)
+        values[flag.name.replace("-", "_")] = _read_flag_value(flag, text)
+    return values
 
 
-def _unknown_words(word: str, flags: Sequence[Flag], words: str) -> str:
-    if not word.startswith("-"):
-        return "%s: unexpected %s; %s --help shows its flags" % (words, one_line(word, 60), words)
-    name = word.partition("=")[0]
-    near = nearest(name.lower(), ["--" + flag_name for flag in flags for flag_name in (flag.name,) + flag.aliases])
-    return "unknown flag %s; %s" % (
-        one_line(name, 60),
-        "did you mean %s?" % near[0] if near else words + " --help shows its flags",
-    )
+def _following_value(flag: Flag, waiting: List[str], words: str) -> str:
+    """The value that follows a flag as a word of its own. It may begin with a dash: keys do."""
+    following = waiting[0] if waiting else "--"
+    if flag.kind == "bool":
+        return waiting.pop(0) if following.lower() in _BOOLS else "true"
+    if following.startswith("--"):
+        raise UsageError("--%s needs a value; %s --help shows its flags" % (flag.name, words))
+    return waiting.pop(0)
+
+
+def _unknown_word(word: str, known: Iterable[str], words: str) -> str:
+    near = nearest(word.lower(), known) if word.startswith("--") else []
+    hint = "did you mean %s?" % near[0] if near else words + " --help shows its flags"
+    return "%s %s; %s" % ("unknown flag" if word.startswith("-") else "unexpected", one_line(word, 60), hint)
 
 
 def _read_flag_value(flag: Flag, text: str) -> Any:
     try:
-        return _FLAG_READERS[flag.kind](text)
+        if flag.kind == "bool":
+            return parse_bool(text)
+        if flag.kind == "list":
+            return [entry.strip() for entry in text.split(",") if entry.strip()]
+        if flag.kind == "json":
+            return _json_object(text)
+        return _read_secret(flag) if flag.kind == "secret" and text == "-" else text
     except RouterError as error:
         raise UsageError("--%s: %s" % (flag.name, error.message)) from None
 
 
-def _split_list(text: str) -> List[str]:
-    return [entry.strip() for entry in text.split(",") if entry.strip()]
-
-
-def _read_json_flag(text: str) -> Dict[str, Any]:
+def _json_object(text: str) -> Dict[str, Any]:
     value = load_json(text, "value")
     if not isinstance(value, dict):
         raise UsageError("write a JSON object")
     return value
 
 
-def _read_secret_flag(text: str) -> str:
-    """A key as given, or the next line of stdin for "-"; it is not shown while it is typed."""
-    if text != "-":
-        return text
+def _read_secret(flag: Flag) -> str:
+    """The next line of stdin; not shown while it is typed."""
+    import getpass
     import sys
 
     if sys.stdin is not None and sys.stdin.isatty():
-        import getpass
-
-        text = getpass.getpass("key (not shown): ")
+        text = getpass.getpass("%s (not shown): " % flag.name)
     else:
         text = sys.stdin.readline() if sys.stdin is not None else ""
     if not text.strip():
@@ -13152,39 +12277,35 @@ def _read_secret_flag(text: str) -> str:
     return text.strip()
 
 
-_FLAG_READERS: Dict[str, Callable[[str], Any]] = {
-    "text": str,
-    "bool": parse_bool,
-    "list": _split_list,
-    "json": _read_json_flag,
-    "secret": _read_secret_flag,
-}
+def _port_of(values: Values) -> int:
+    """The flag --port, 0 when it was not given."""
+    text = values.get("port", "0")
+    if not re.fullmatch(r"[0-9]{1,5}", text) or int(text) > 65535:
+        raise UsageError("--port: %s is no port; use 0 to 65535" % (one_line(text, 40) or "an empty value"))
+    return int(text)
 
 
-# ----- help -----
+# ----- help and output -----
 
 
-def _help_text(command: Command, values: Dict[str, Any]) -> str:
-    lines = ["%s - %s" % (_command_words(command.name), command.help), ""]
+def _help_text(command: Command, values: Values) -> str:
+    title, flags, example, lines = _command_words(command.name), command.flags, command.example, [""]
+    help = command.help
     if command.name == "":
         lines += ["commands:"] + _two_columns((row.name, row.help) for row in COMMANDS if row.name) + [""]
-    flags: Sequence[Flag] = command.flags
-    example = command.example
-    if command.name == "config":
-        operation = _find_operation(values["operation"]) if values.get("operation") else None
-        if operation is None:
-            lines += ["operations:"] + _two_columns((row.name, row.help) for row in OPERATIONS) + [""]
-        else:
-            lines[0] = "llm-router config --operation=%s - %s" % (operation.name, operation.help)
-            flags = [flag for flag in flags if flag.name in operation.flags + _OPERATION_FLAGS]
-            example = operation.example
-    lines += ["flags:"] + _two_columns((_flag_words(flag), flag.help) for flag in tuple(flags) + _COMMON)
-    return "\n".join(lines + ["", "example:", "  " + example])
+    elif command.name == "config" and values.get("operation"):
+        row = _find_operation(values["operation"])
+        title, help, example = "llm-router config --operation=" + row.name, row.help, row.example
+        flags = tuple(flag for flag in flags if flag.name in row.flags + _OPERATION_FLAGS)
+    elif command.name == "config":
+        lines += ["operations:"] + _two_columns((row.name, row.help) for row in OPERATIONS) + [""]
+    lines += ["flags:"] + _two_columns((_flag_words(flag), flag.help) for flag in flags + _COMMON)
+    return "\n".join(["%s - %s" % (title, help)] + lines + ["", "example:", "  " + example])
 
 
 def _flag_words(flag: Flag) -> str:
     value = {"bool": "", "list": "=A,B", "json": "=JSON", "secret": "=KEY"}.get(flag.kind, "=VALUE")
-    return ("-h, --help" if flag.name == "help" else "--" + flag.name) + value
+    return flag.name.upper() if flag.kind == "word" else ("-h, --" if flag.name == "help" else "--") + flag.name + value
 
 
 def _two_columns(rows: Iterable[Tuple[str, str]]) -> List[str]:
@@ -13193,29 +12314,28 @@ def _two_columns(rows: Iterable[Tuple[str, str]]) -> List[str]:
     return ["  %-*s  %s" % (width, left, right) for left, right in rows]
 
 
-# ----- output -----
-
-
-def _print_json(value: Any) -> None:
+def _print_json(value: Any) -> int:
     print(json.dumps(value, indent=2))
+    return 0
 
 
-def _print_error(text: str) -> None:
+def _warn(lines: Iterable[str]) -> None:
     import sys
 
-    print(text, file=sys.stderr)
+    for line in lines:
+        print(line if line.startswith("error: ") else "warning: " + line, file=sys.stderr)
 
 
-def _colored(text: str, code: str) -> str:
-    """`text` in a colour when stdout is a terminal that wants one (no-color.org)."""
+_COLORS = {"error": "31", "open": "31", "warning": "33", "cooling": "33", "half-open": "33", "ok": "32"}
+
+
+def _colored(text: str, word: str) -> str:
+    """`text` in the colour of a state when stdout is a terminal that wants one (no-color.org)."""
     import os
     import sys
 
     plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not sys.stdout.isatty()
-    return text if plain else "\033[%sm%s\033[0m" % (code, text)
-
-
-_LEVEL_COLORS = {"error": "31", "warning": "33"}
+    return text if plain or word not in _COLORS else "\033[%sm%s\033[0m" % (_COLORS[word], text)
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -13223,6 +12343,14 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     cells = [list(head)] + [[one_line(cell, 120) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in cells)
+
+
+def show_duration(ms: float) -> str:
+    """A time span for people: `850 ms`, `1.2 s`, `2 min 5 s`, `3 h 12 min`."""
+    s = int(ms / 1000)
+    if ms < 60_000:
+        return "%d ms" % ms if ms < 1000 else "%.1f s" % (ms / 1000)
+    return "%d min %d s" % divmod(s, 60) if s < 3600 else "%d h %d min" % divmod(s // 60, 60)
 
 
 _WAYS_ON = (
@@ -13234,68 +12362,56 @@ _WAYS_ON = (
 # ----- config -----
 
 
-def run_config(values: Dict[str, Any], environ: Mapping[str, str]) -> int:
+def run_config(values: Values, environ: Environ) -> int:
     """`config`: one operation without any prompt."""
     if "operation" not in values:
-        names = ", ".join(row.name for row in OPERATIONS)
-        raise UsageError("config: give --operation=, one of " + names)
+        raise UsageError("config: give --operation=, one of " + ", ".join(row.name for row in OPERATIONS))
     operation = _find_operation(values.pop("operation"))
+    words = "config --operation=" + operation.name
     for name in values:
-        flag = name.replace("_", "-")
-        if flag not in operation.flags + _OPERATION_FLAGS:
-            raise UsageError("config --operation=%s does not take --%s" % (operation.name, flag))
+        if name.replace("_", "-") not in operation.flags + _OPERATION_FLAGS:
+            raise UsageError("%s does not take --%s" % (words, name.replace("_", "-")))
     missing = ["--" + flag for flag in operation.required if not values.get(flag.replace("-", "_"))]
     if missing:
-        raise UsageError(
-            "config --operation=%s needs %s; example: %s" % (operation.name, " and ".join(missing), operation.example)
-        )
-    return operation.run(values, environ)
+        raise UsageError("%s needs %s; example: %s" % (words, " and ".join(missing), operation.example))
+    if operation.run is not None:
+        return operation.run(values, environ)
+    return _edit(values, environ, operation.change(values))
 
 
 def _find_operation(name: str) -> Operation:
     return _find_named(name, OPERATIONS, "operation", "llm-router config --help lists them")
 
 
-def _edit(
-    values: Dict[str, Any], environ: Mapping[str, str], change: Callable[[Dict[str, Any]], Edit], key: str = ""
-) -> int:
-    """Apply an edit to the file and tell what was done. key: a generated master key, shown here and nowhere else."""
+def _edit(values: Values, environ: Environ, change: Callable[[Dict[str, Any]], Edit]) -> int:
+    """Apply an edit to the file and tell what was done; a generated master key is shown here and nowhere else."""
     path = config_path(values.get("config", ""))
     edit = edit_config_file(path, change)
+    key = edit.document["masterKey"] if values.get("generate") else ""
     if values.get("json"):
         _print_json(dict({"path": path, "changes": list(edit.notes)}, **({"masterKey": key} if key else {})))
     else:
-        for note in edit.notes + ("saved to " + path,):
-            print(one_line(note))
+        print("\n".join(map(one_line, edit.notes + ("saved to " + path,))))
         if key:
             print("master key (shown only now): " + key)
-    hiding = [name for name in CONFIG_VARIABLES if environ.get(name, "").strip()]
-    if hiding and not values.get("config"):
-        _print_error("warning: %s is set and goes before this file" % hiding[0])
-    for problem in find_problems(edit.document):
-        _print_error("%s: %s" % (problem.level, show_problem(problem)))
+    hiding = [name for name in CONFIG_VARIABLES if environ.get(name, "").strip() and not values.get("config")]
+    _warn(["%s is set and goes before this file" % name for name in hiding[:1]])
+    _warn_of(find_problems(edit.document))
     return 0
 
 
-def run_upsert_provider(values: Dict[str, Any], environ: Mapping[str, str]) -> int:
-    """`--operation=upsert-provider`."""
-    urls = {"openai": values.get("openai_base_url"), "anthropic": values.get("anthropic_base_url")}
-    given = ("name", "base_url", "api_key", "api_key_env", "models", "format", "formats", "headers", "auth_type")
-    fields = {name: values.get(name) for name in given}
-    change = ProviderChange(
-        values["provider_id"], base_urls={wire: url for wire, url in urls.items() if url} or None, **fields
-    )
-    return _edit(values, environ, lambda document: upsert_provider(document, change))
+def _warn_of(problems: Iterable[Problem]) -> None:
+    _warn(("error: " if problem.level == "error" else "") + show_problem(problem) for problem in problems)
 
 
-def run_remove_provider(values: Dict[str, Any], environ: Mapping[str, str]) -> int:
-    """`--operation=remove-provider`."""
-    return _edit(values, environ, lambda document: remove_provider(document, values["provider_id"]))
+def _upsert(values: Values) -> Callable[[Dict[str, Any]], Edit]:
+    urls = {wire: values[wire + "_base_url"] for wire in ("openai", "anthropic") if values.get(wire + "_base_url")}
+    fields = {name: values[name] for name in ProviderChange._fields if name in values}
+    change = ProviderChange(values["provider_id"], base_urls=urls or None, **fields)
+    return lambda document: upsert_provider(document, change)
 
 
-def run_remove_model(values: Dict[str, Any], environ: Mapping[str, str]) -> int:
-    """`--operation=remove-model`; several models may be given."""
-
+def _remove_models(values: Values) -> Callable[[Dict[str, Any]], Edit]:
     def change(document: Dict[str, Any]) -> Edit:
         edit = Edit(document)
         for model in values["model"]:
@@ -13303,78 +12419,66 @@ def run_remove_model(values: Dict[str, Any], environ: Mapping[str, str]) -> int:
             edit = Edit(further.document, edit.notes + further.notes)
         return edit
 
-    return _edit(values, environ, change)
+    return change
 
 
-def run_set_fallbacks(values: Dict[str, Any], environ: Mapping[str, str]) -> int:
-    """`--operation=set-model-fallbacks`."""
-    fallbacks = values.get("fallback_models")
-    if bool(fallbacks) == bool(values.get("clear_fallbacks")):
-        raise UsageError(
-            "config --operation=set-model-fallbacks: give either --fallback-models=A,B or --clear-fallbacks"
-        )
-    model = _single(values["model"], "model")
-    return _edit(
-        values, environ, lambda document: set_model_fallbacks(document, values["provider_id"], model, fallbacks or [])
-    )
+def _need_one(values: Values, first: str, second: str) -> None:
+    """Exactly one of two flags must be given."""
+    if bool(values.get(first.replace("-", "_"))) == bool(values.get(second.replace("-", "_"))):
+        raise UsageError("give either --%s or --%s" % (first, second))
 
 
-def run_set_alias(values: Dict[str, Any], environ: Mapping[str, str]) -> int:
-    """`--operation=set-model-alias`."""
-    targets = values.get("model")
-    if bool(targets) == bool(values.get("clear_alias")):
-        raise UsageError("config --operation=set-model-alias: give either --model=REF[,REF] or --clear-alias")
+def _set_fallbacks(values: Values) -> Callable[[Dict[str, Any]], Edit]:
+    _need_one(values, "fallback-models", "clear-fallbacks")
+    model, fallbacks = _single(values["model"]), values.get("fallback_models") or []
+    return lambda document: set_model_fallbacks(document, values["provider_id"], model, fallbacks)
+
+
+def _set_alias(values: Values) -> Callable[[Dict[str, Any]], Edit]:
+    _need_one(values, "model", "clear-alias")
+    refs = [_ref_of(values, model) for model in values.get("model") or []]
+    return lambda document: set_model_alias(document, values["alias"], refs)
+
+
+def _set_default(values: Values) -> Callable[[Dict[str, Any]], Edit]:
+    ref = _ref_of(values, values.get("default_model") or _single(values.get("model") or []))
+    return lambda document: set_default_model(document, ref)
+
+
+def _ref_of(values: Values, model: str) -> str:
     prefix = values["provider_id"] + "/" if values.get("provider_id") else ""
-    refs = [ref if ref.startswith(prefix) else prefix + ref for ref in targets or []]
-    return _edit(values, environ, lambda document: set_model_alias(document, values["alias"], refs))
+    return model if model.startswith(prefix) else prefix + model
 
 
-def run_set_default(values: Dict[str, Any], environ: Mapping[str, str]) -> int:
-    """`--operation=set-default-model`; the model as --default-model, --model, or --provider-id and --model."""
-    model = values.get("default_model") or _single(values.get("model") or [], "default-model")
-    prefix = values["provider_id"] + "/" if values.get("provider_id") else ""
-    ref = model if model.startswith(prefix) else prefix + model
-    return _edit(values, environ, lambda document: set_default_model(document, ref))
-
-
-def _single(models: Sequence[str], flag: str) -> str:
+def _single(models: Sequence[str]) -> str:
     if len(models) != 1:
-        raise UsageError("--%s: give one model" % flag)
+        raise UsageError("--model: give one model")
     return models[0]
 
 
-def run_set_master_key(values: Dict[str, Any], environ: Mapping[str, str]) -> int:
-    """`--operation=set-master-key`; a generated key is printed once, here."""
+def _set_master_key(values: Values) -> Callable[[Dict[str, Any]], Edit]:
     import secrets
 
-    if bool(values.get("master_key")) == bool(values.get("generate")):
-        raise UsageError("config --operation=set-master-key: give either --master-key=KEY or --generate")
-    if values.get("master_key"):
-        return _edit(values, environ, lambda document: set_master_key(document, values["master_key"]))
-    key = "lr-" + secrets.token_urlsafe(32)
-    return _edit(values, environ, lambda document: set_master_key(document, key), key)
+    _need_one(values, "master-key", "generate")
+    key = values.get("master_key") or "lr-" + secrets.token_urlsafe(32)
+    return lambda document: set_master_key(document, key)
 
 
-def run_list(values: Dict[str, Any], environ: Mapping[str, str]) -> int:
+def run_list(values: Values, environ: Environ) -> int:
     """`--operation=list`, and the program without a command: the configuration with its keys masked."""
     loaded = load_config(values.get("config", ""), environ)
-    for warning in loaded.warnings:
-        _print_error("warning: " + warning)
+    _warn(loaded.warnings)
     if values.get("json"):
-        _print_json(dict(mask_document(loaded.document or {}), source=loaded.source))
-        return 0
+        return _print_json(dict(mask_document(loaded.document or {}), source=loaded.source))
     print("llm-router %s" % __version__)
     if loaded.document is None:
-        print("no configuration: %s does not exist" % one_line(loaded.path))
-        print(_WAYS_ON)
+        print("no configuration: %s does not exist\n%s" % (one_line(loaded.path), _WAYS_ON))
         return 0
     config, problems = scan_config(loaded.document, environ)
     print(_summary(config, loaded.source))
-    errors = [problem for problem in problems if problem.level == "error"]
+    errors = sum(problem.level == "error" for problem in problems)
     if errors:
-        print(
-            "\n%d %s: llm-router config --operation=validate" % (len(errors), "error" if len(errors) == 1 else "errors")
-        )
+        print("\nproblems that must be solved: %d; llm-router config --operation=validate shows them" % errors)
     return 0
 
 
@@ -13382,42 +12486,28 @@ def _summary(config: Config, source: str) -> str:
     aliases = ["%s -> %s" % (name, ", ".join(refs)) for name, refs in config.aliases.items()]
     facts = [
         ("configuration", source),
-        ("master key", mask(config.master_key) or "none"),
-        ("default model", config.default_model or "none"),
-        ("aliases", "; ".join(aliases) or "none"),
+        ("master key", mask(config.master_key)),
+        ("default model", config.default_model),
     ]
-    lines = ["%-14s %s" % (name, one_line(text)) for name, text in facts] + [""]
-    providers = [
-        (
-            p.id + ("" if p.enabled else " (off)"),
-            ",".join(p.formats),
-            _shown_url(p),
-            mask(p.api_key) or "none",
-            str(len(p.models)),
-        )
-        for p in config.providers
+    lines = ["%-14s %s" % (name, one_line(text) or "none") for name, text in facts + [("aliases", "; ".join(aliases))]]
+    if not config.providers:
+        return "\n".join(lines + ["", "no providers"])
+    providers, models = [], []
+    for p in config.providers:
+        urls = dict.fromkeys(mask_url(p.base_urls[wire]) for wire in p.formats if wire in p.base_urls)
+        name = p.id + ("" if p.enabled else " (off)")
+        providers.append((name, ",".join(p.formats), ", ".join(urls) or "none", mask(p.api_key) or "none"))
+        for m in p.models:
+            name = "%s/%s%s" % (p.id, m.id, "" if p.enabled and m.enabled else " (off)")
+            models.append((name, ", ".join(m.aliases), ", ".join(m.fallback_models)))
+    tables = [
+        _table(("PROVIDER", "FORMATS", "URL", "KEY"), providers),
+        _table(("MODEL", "ALIASES", "FALLBACKS"), models),
     ]
-    models = [
-        (
-            "%s/%s" % (p.id, m.id) + ("" if p.enabled and m.enabled else " (off)"),
-            ", ".join(m.aliases),
-            ", ".join(m.fallback_models),
-        )
-        for p in config.providers
-        for m in p.models
-    ]
-    if not providers:
-        return "\n".join(lines + ["no providers"])
-    lines += [_table(("PROVIDER", "FORMATS", "URL", "KEY", "MODELS"), providers), ""]
-    return "\n".join(lines + [_table(("MODEL", "ALIASES", "FALLBACKS"), models)])
+    return "\n\n".join(["\n".join(lines)] + tables)
 
 
-def _shown_url(provider: Provider) -> str:
-    urls = dict.fromkeys(mask_url(provider.base_urls[wire]) for wire in provider.formats if wire in provider.base_urls)
-    return ", ".join(urls) or "none"
-
-
-def run_validate(values: Dict[str, Any], environ: Mapping[str, str]) -> int:
+def run_validate(values: Values, environ: Environ) -> int:
     """`--operation=validate`: every problem with path and cure; exit code 2 when one is an error."""
     try:
         loaded = load_config(values.get("config", ""), environ)
@@ -13428,23 +12518,46 @@ def run_validate(values: Dict[str, Any], environ: Mapping[str, str]) -> int:
             raise
         _print_json({"ok": False, "problems": [Problem("", error.message, "")._asdict()]})
         return 2
-    problems = [Problem("", warning, "", "warning") for warning in loaded.warnings] + scan_config(
-        loaded.document, environ
-    )[1]
+    problems = [Problem("", warning, "", "warning") for warning in loaded.warnings]
+    problems += scan_config(loaded.document, environ)[1]
     ok = all(problem.level != "error" for problem in problems)
     if values.get("json"):
         _print_json({"ok": ok, "source": loaded.source, "problems": [problem._asdict() for problem in problems]})
-        return 0 if ok else 2
-    for problem in problems:
-        print("%s: %s" % (_colored(problem.level, _LEVEL_COLORS[problem.level]), show_problem(problem)))
-    print("%s: %s" % (one_line(loaded.source), "ok" if ok else "cannot be used"))
+    else:
+        for problem in problems:
+            print("%s: %s" % (_colored(problem.level, problem.level), show_problem(problem)))
+        print("%s: %s" % (one_line(loaded.source), "ok" if ok else "cannot be used"))
     return 0 if ok else 2
 
 
-# ----- the other commands -----
+# fmt: off
+OPERATIONS: Tuple[Operation, ...] = (
+    Operation("upsert-provider", "add a provider, or change what is given of one", _PROVIDER_FLAGS, ("provider-id",),
+              "--provider-id=openrouter --base-url=https://openrouter.ai/api/v1 --api-key=- --models=gpt-4o --format=openai"
+              " --skip-probe=true", _upsert),
+    Operation("remove-provider", "remove a provider and all references to it", ("provider-id",), ("provider-id",),
+              "--provider-id=openrouter", lambda values: lambda document: remove_provider(document, values["provider_id"])),
+    Operation("remove-model", "remove a model and all references to it", ("provider-id", "model"), ("provider-id", "model"),
+              "--provider-id=openrouter --model=gpt-4o", _remove_models),
+    Operation("set-model-fallbacks", "set what to try when a model fails",
+              ("provider-id", "model", "fallback-models", "clear-fallbacks"), ("provider-id", "model"),
+              "--provider-id=openrouter --model=gpt-4o --fallback-models=anthropic/claude-3-7-sonnet", _set_fallbacks),
+    Operation("set-model-alias", "give models a further name", ("alias", "provider-id", "model", "clear-alias"), ("alias",),
+              "--alias=fast --model=openrouter/gpt-4o", _set_alias),
+    Operation("set-default-model", "set the model for `smart` and for requests that name none",
+              ("default-model", "provider-id", "model"), (), "--default-model=openrouter/gpt-4o", _set_default),
+    Operation("set-master-key", "set the key that clients show", ("master-key", "generate"), (), "--generate",
+              _set_master_key),
+    Operation("list", "show the configuration, keys masked", (), (), "--json", None, run_list),
+    Operation("validate", "show every problem with its cure", (), (), "", None, run_validate),
+)
+# fmt: on
 
 
-def run_summary(values: Dict[str, Any], environ: Mapping[str, str]) -> int:
+# ----- start, settings, demo -----
+
+
+def run_summary(values: Values, environ: Environ) -> int:
     """No command: the masked summary; makes nothing."""
     code = run_list(values, environ)
     if not values.get("json"):
@@ -13452,221 +12565,106 @@ def run_summary(values: Dict[str, Any], environ: Mapping[str, str]) -> int:
     return code
 
 
-def run_settings(values: Dict[str, Any], environ: Mapping[str, str]) -> int:
+def run_settings(values: Values, environ: Environ) -> int:
     """`settings`: every setting with its variable, flag, default and present value."""
     settings, warnings = read_settings({}, environ)
-    for warning in warnings:
-        _print_error("warning: " + warning)
+    _warn(warnings)
     rows = settings_table(settings)
     if values.get("json"):
-        _print_json(rows)
-        return 0
+        return _print_json(rows)
     cells = [(row["variable"], show_setting(row["default"]), show_setting(row["value"]), row["help"]) for row in rows]
     print(_table(("VARIABLE", "DEFAULT", "VALUE", "MEANING"), cells))
     print("\neach is also a flag of start: LLM_ROUTER_TRAIL_SIZE is --trail-size; flag, then variable, then default")
     return 0
 
 
-def run_start(values: Dict[str, Any], environ: Mapping[str, str]) -> int:
+def run_start(values: Values, environ: Environ) -> int:
     """`start`: serve in the foreground until told to stop."""
     return run_server(read_start_options(values, environ))
 
 
-def read_start_options(values: Dict[str, Any], environ: Mapping[str, str]) -> StartOptions:
+def read_start_options(values: Values, environ: Environ) -> StartOptions:
     """The options of a server, after every check that needs no socket; warnings go to stderr. UsageError otherwise."""
+    _port_of(values)
     flags = {row.name: show_setting(values[row.name]) for row in SETTINGS if row.name in values}
     settings, warnings = read_settings(flags, environ)
-    if "port" in flags and flags["port"].strip() != str(settings.port):
-        raise UsageError("--port: %s is no port; use 0 to 65535" % one_line(flags["port"], 40))
     log_format = values.get("log_format", "text").lower()
-    if log_format not in _LOG_FORMATS:
+    if log_format not in ("text", "json"):
         raise UsageError("--log-format: use text or json")
-    host = settings.host.strip("[]")
+    settings = settings._replace(host=settings.host.strip("[]"))
     loaded = _load_or_make(values.get("config", ""), environ)
-    document = loaded.document or {}
-    config = read_config(document, environ)
+    config = read_config(loaded.document, environ)
     if not any(provider.enabled for provider in config.providers):
         raise UsageError("%s has no enabled provider; %s" % (one_line(loaded.source), _WAYS_ON))
-    _check_auth(host, config, values)
-    for warning in warnings + list(loaded.warnings) + [show_problem(problem) for problem in find_problems(document)]:
-        _print_error("warning: " + warning)
-    return StartOptions(
-        host,
-        settings.port,
-        loaded.path,
-        loaded.source,
-        document,
-        config,
-        settings._replace(host=host),
-        values.get("require_auth", False),
-        values.get("allow_unauthenticated", False),
-        log_format,
-        values.get("watch_config", True),
-        environ,
-        values.get("debug", False),
-    )
+    auth, open_to_all = values.get("require_auth", False), values.get("allow_unauthenticated", False)
+    if auth and not config.master_key:
+        cure = "config --operation=set-master-key --generate, or LLM_ROUTER_MASTER_KEY"
+        raise UsageError("--require-auth needs a master key: " + cure)
+    if not is_loopback(settings.host) and not auth and not open_to_all:
+        cure = "add --require-auth=true, or --allow-unauthenticated=true if you want that"
+        raise UsageError("%s can be reached by others: %s" % (one_line(settings.host, 80), cure))
+    _warn(warnings + list(loaded.warnings))
+    _warn_of(find_problems(loaded.document))
+    found = (loaded.path, loaded.source, loaded.document, config, settings)
+    how = (auth, open_to_all, log_format, values.get("watch_config", True), environ, values.get("debug", False))
+    return StartOptions(settings.host, settings.port, *found, *how)
 
 
-def _load_or_make(given: str, environ: Mapping[str, str]) -> Loaded:
+def _load_or_make(given: str, environ: Environ) -> Loaded:
     """The configuration, made from well-known key variables when there is none at all."""
     loaded = load_config(given, environ)
-    if loaded.document is not None:
-        return loaded
-    document = None if given else preset_document(environ)
+    document = preset_document(environ) if loaded.document is None and not given else loaded.document
     if document is None:
         raise UsageError("no configuration: %s does not exist; %s" % (one_line(loaded.path), _WAYS_ON))
+    if loaded.document is not None:
+        return loaded
     names = ", ".join(provider["apiKeyEnv"] for provider in document["providers"])
     return Loaded(document, "the key variables %s (there is no %s)" % (names, one_line(loaded.path)), "")
 
 
-def _check_auth(host: str, config: Config, values: Dict[str, Any]) -> None:
-    if values.get("require_auth") and not config.master_key:
-        raise UsageError(
-            "--require-auth needs a master key: config --operation=set-master-key --generate, or LLM_ROUTER_MASTER_KEY"
-        )
-    if not is_loopback(host) and not values.get("require_auth") and not values.get("allow_unauthenticated"):
-        raise UsageError(
-            "%s can be reached by others: add --require-auth=true, or --allow-unauthenticated=true if you want that"
-            % (one_line(host, 80) or "this address")
-        )
-
-
-def run_demo_command(values: Dict[str, Any], environ: Mapping[str, str]) -> int:
+def run_demo_command(values: Values, environ: Environ) -> int:
     """`demo`: the router in front of built-in fake providers."""
-    text = values.get("port", "0")
-    if not re.fullmatch(r"[0-9]{1,5}", text) or int(text) > 65535:
-        raise UsageError("--port: %s is no port; use 0 to 65535" % one_line(text, 40))
-    return run_demo(values.get("once", False), int(text))
+    return run_demo(values.get("once", False), _port_of(values))
 
-
-# ----- the tables -----
-
-# Flags that every operation takes.
-_OPERATION_FLAGS = ("operation", "config", "json", "debug", "version", "help")
-
-_PROVIDER_FLAGS = (
-    "provider-id",
-    "name",
-    "base-url",
-    "openai-base-url",
-    "anthropic-base-url",
-    "api-key",
-    "api-key-env",
-    "models",
-    "format",
-    "formats",
-    "headers",
-    "auth-type",
-    "skip-probe",
-)
-
-OPERATIONS: Tuple[Operation, ...] = (
-    Operation(
-        "upsert-provider",
-        run_upsert_provider,
-        "add a provider, or change what is given of one",
-        _PROVIDER_FLAGS,
-        ("provider-id",),
-        "llm-router config --operation=upsert-provider --provider-id=openrouter --base-url=https://openrouter.ai/api/v1"
-        " --api-key=- --models=gpt-4o --format=openai --skip-probe=true",
-    ),
-    Operation(
-        "remove-provider",
-        run_remove_provider,
-        "remove a provider and all references to it",
-        ("provider-id",),
-        ("provider-id",),
-        "llm-router config --operation=remove-provider --provider-id=openrouter",
-    ),
-    Operation(
-        "remove-model",
-        run_remove_model,
-        "remove a model and all references to it",
-        ("provider-id", "model"),
-        ("provider-id", "model"),
-        "llm-router config --operation=remove-model --provider-id=openrouter --model=gpt-4o",
-    ),
-    Operation(
-        "set-model-fallbacks",
-        run_set_fallbacks,
-        "set what to try when a model fails",
-        ("provider-id", "model", "fallback-models", "clear-fallbacks"),
-        ("provider-id", "model"),
-        "llm-router config --operation=set-model-fallbacks --provider-id=openrouter --model=gpt-4o"
-        " --fallback-models=anthropic/claude-3-7-sonnet",
-    ),
-    Operation(
-        "set-model-alias",
-        run_set_alias,
-        "give models a further name",
-        ("alias", "provider-id", "model", "clear-alias"),
-        ("alias",),
-        "llm-router config --operation=set-model-alias --alias=fast --model=openrouter/gpt-4o",
-    ),
-    Operation(
-        "set-default-model",
-        run_set_default,
-        "set the model for `smart` and for requests that name none",
-        ("default-model", "provider-id", "model"),
-        (),
-        "llm-router config --operation=set-default-model --default-model=openrouter/gpt-4o",
-    ),
-    Operation(
-        "set-master-key",
-        run_set_master_key,
-        "set the key that clients show",
-        ("master-key", "generate"),
-        (),
-        "llm-router config --operation=set-master-key --generate",
-    ),
-    Operation(
-        "list", run_list, "show the configuration, keys masked", (), (), "llm-router config --operation=list --json"
-    ),
-    Operation(
-        "validate", run_validate, "show every problem with its cure", (), (), "llm-router config --operation=validate"
-    ),
-)
 
 # ----- the running instance -----
 
 
-def _find_running(values: Dict[str, Any]) -> Instance:
+def _find_running(values: Values) -> Instance:
     import os
 
-    port = values.get("port", "0")
-    if not port.isdigit() or len(port) > 5:
-        raise UsageError("--port: %s is no port" % one_line(port, 40))
     config = config_path(values["config"]) if values.get("config") else ""
-    return find_instance(os.path.expanduser(RUNTIME_PATH), config, int(port))
+    return find_instance(os.path.expanduser(RUNTIME_PATH), config, _port_of(values))
 
 
-def run_status(values: Dict[str, Any], environ: Mapping[str, str]) -> int:
+def run_status(values: Values, environ: Environ) -> int:
     """`status`: what runs, with which configuration, and how every candidate is."""
     status = ask_instance(_find_running(values), "status")
     if values.get("json"):
-        _print_json(status)
-        return 0
-    config = status["config"]
-    print("llm-router %(version)s, pid %(pid)d, on %(host)s:%(port)d for %(uptime_s)d s" % status)
-    print("configuration  %s (%s)" % (one_line(config["source"]), config["state"]))
-    print("connections    %d" % status["connections"])
-    rows = [
-        (
-            one["model"] + (" (default)" if one["model"] == status["default_model"] else ""),
-            one["state"],
-            "%g s" % one["left_s"] if one["left_s"] else "",
-            one["reason"],
-        )
-        for one in status["candidates"]
-    ]
-    print(_table(("model", "state", "back in", "reason"), rows))
+        return _print_json(status)
+    host = "[%s]" % status["host"] if ":" in status["host"] else status["host"]
+    up = show_duration(status["uptime_s"] * 1000)
+    print("llm-router %s on http://%s:%d, pid %d, up %s" % (status["version"], host, status["port"], status["pid"], up))
+    print("configuration  %s (%s)" % (one_line(status["config"]["source"]), one_line(status["config"]["state"])))
+    print("authorization  " + ("clients must show a key" if status["require_auth"] else "none"))
+    print("connections    %d\n" % status["connections"])
+    rows = []
+    for one in status["candidates"]:
+        name = one["model"] + (" (default)" if one["model"] == status["default_model"] else "")
+        back = show_duration(one["left_s"] * 1000) if one["left_s"] else ""
+        rows.append((name, one["state"], back, str(one["failures"] or ""), one["reason"]))
+    head, *lines = _table(("MODEL", "STATE", "BACK IN", "FAILURES", "REASON"), rows).split("\n")
+    print("\n".join([head] + [_colored(line, row[1]) for line, row in zip(lines, rows)]))
     return 0
 
 
-def run_stop(values: Dict[str, Any], environ: Mapping[str, str]) -> int:
+def run_stop(values: Values, environ: Environ) -> int:
     """`stop`: end the running instance and wait until it is gone; nothing running is fine."""
     import time
 
+    grace = values.get("grace", "30")
+    if not re.fullmatch("[0-9]{1,6}", grace):
+        raise UsageError("--grace: %s is no number of seconds" % (one_line(grace, 40) or "an empty value"))
     try:
         instance = _find_running(values)
     except UsageError:
@@ -13674,106 +12672,83 @@ def run_stop(values: Dict[str, Any], environ: Mapping[str, str]) -> int:
     except RouterError as error:
         print(error.message)
         return 0
-    grace = values.get("grace", "30")
-    if not grace.isdigit():
-        raise UsageError("--grace: give whole seconds")
     ask_instance(instance, "stop/" + grace, "POST")
     until = time.monotonic() + int(grace) + 5
     while time.monotonic() < until:
+        time.sleep(0.05)
         try:
             ask_instance(instance, "status")
         except RouterError:
-            print("stopped (pid %d)" % instance.pid)
+            print("stopped (pid %d, port %d)" % (instance.pid, instance.port))
             return 0
-        time.sleep(0.1)
     raise RouterError("pid %d still runs" % instance.pid, 500, "still_running")
 
 
-def run_reload(values: Dict[str, Any], environ: Mapping[str, str]) -> int:
+def run_reload(values: Values, environ: Environ) -> int:
     """`reload`: apply the edited configuration without losing a request."""
-    answer = ask_instance(_find_running(values), "reload", "POST")
-    print("reloaded" + (": %s changed" % ", ".join(answer["changes"]) if answer["changes"] else ""))
+    instance = _find_running(values)
+    try:
+        changes = ask_instance(instance, "reload", "POST")["changes"]
+    except RouterError as error:
+        stays = "not reloaded, the last good configuration stays: " if error.code == "control_error" else ""
+        raise RouterError(stays + error.message, error.status, error.code) from None
+    print("reloaded, " + ("changed providers: " + ", ".join(changes) if changes else "every provider is as it was"))
     return 0
 
 
-def run_explain(values: Dict[str, Any], environ: Mapping[str, str]) -> int:
+def run_explain(values: Values, environ: Environ) -> int:
     """`explain ID`: what became of a request and why."""
     trail = ask_instance(_find_running(values), "trail/" + (values.get("id") or "last"))["trail"]
     if values.get("json"):
-        _print_json(trail)
-        return 0
-    kind = "streamed" if trail["stream"] else "whole"
-    print("%(id)s  %(time)s  %(format)s %(operation)s" % trail + ", " + kind)
-    print("asked for %s, answered %s with %d by %s in %d ms" % (
-        one_line(trail["asked"] or "smart"), trail["outcome"], trail["status"], trail["model"] or "nobody", trail["total_ms"],
-    ))  # fmt: skip
-    for number, attempt in enumerate(trail["attempts"], 1):
-        wait = "after %d ms, " % attempt["wait_ms"] if attempt["wait_ms"] else ""
-        print(
-            "%3d. %s (%s): %s%s in %d ms"
-            % (number, attempt["ref"], attempt["wire"], wait, attempt["label"], attempt["took_ms"])
-        )
-        for words in filter(None, (attempt["message"], attempt["decision"] and "then: " + attempt["decision"])):
-            print("     " + one_line(words, 200))
-    if trail["usage"]:
-        print("tokens: " + ", ".join("%s %d" % (name, count) for name, count in trail["usage"].items() if count))
+        return _print_json(trail)
+    print(_explanation(trail))
     return 0
 
 
-_RUNNING_FLAGS = (_CONFIG, Flag("port", "text", "the port of the instance, when several run"))
+def _explanation(trail: Dict[str, Any]) -> str:
+    """A request's story: what was asked, who was tried and why the next one, what the client got."""
+    asked = one_line(trail["asked"]) or "the default model"
+    kind = "%s %s%s" % (trail["format"], trail["operation"], ", streamed" if trail["stream"] else "")
+    lines = ["%s  %s" % (trail["id"], trail["time"].replace("T", " ")), "asked for      %s (%s)" % (asked, kind), ""]
+    width = max([len(attempt["ref"]) for attempt in trail["attempts"]] + [0])
+    for number, attempt in enumerate(trail["attempts"], 1):
+        said = attempt["kind"].replace("_", " ")
+        said = said if attempt["label"] in ("", attempt["kind"]) else "%s: %s" % (attempt["label"], said)
+        times = "%s%s" % ("waited %s, " % show_duration(attempt["wait_ms"]) if attempt["wait_ms"] else "",
+                          "took " + show_duration(attempt["took_ms"]))  # fmt: skip
+        row = "%3d. %-*s  %-9s  %s (%s)" % (number, width, attempt["ref"], attempt["wire"], said, times)
+        lines += [_colored(row, "ok" if attempt["kind"] == OK else "warning")]
+        lines += ["       " + one_line(attempt["message"], 200)] if attempt["message"] else []
+        lines += ["       -> " + one_line(attempt["decision"], 200)] if attempt["decision"] else []
+    first = ", first content after " + show_duration(trail["first_content_ms"]) if trail["first_content_ms"] else ""
+    lines += ["", "answered by    %s" % (trail["model"] or "nobody")] if trail["outcome"] == OK else [""]
+    lines += ["outcome        %s, status %d" % (trail["outcome"].replace("_", " "), trail["status"])]
+    lines += ["time           %s%s" % (show_duration(trail["total_ms"]), first)]
+    counts = ["%d %s" % (count, name.replace("_", " ")) for name, count in (trail["usage"] or {}).items() if count]
+    lines += ["tokens         " + ", ".join(counts)] if counts else []
+    return "\n".join(lines + (["error          " + one_line(trail["message"], 500)] if trail["message"] else []))
 
 
+# fmt: off
 COMMANDS: Tuple[Command, ...] = (
-    Command(
-        "",
-        run_summary,
-        "one local endpoint for every AI provider",
-        (_CONFIG, _AS_JSON),
-        "llm-router start",
-    ),
-    Command(
-        "config", run_config, "change or show the configuration", CONFIG_FLAGS, "llm-router config --operation=list"
-    ),
-    Command(
-        "start", run_start, "serve in the foreground", START_FLAGS, "llm-router start --port=8787 --require-auth=true"
-    ),
-    Command(
-        "status",
-        run_status,
-        "show the running instance and the state of every model",
-        _RUNNING_FLAGS + (_AS_JSON,),
-        "llm-router status --json",
-    ),
-    Command(
-        "explain",
-        run_explain,
-        "show what became of a request: explain ID, or explain last",
-        _RUNNING_FLAGS
-        + (_AS_JSON, Flag("id", "text", "the request's id, from x-llm-router-request-id; default: the last")),
-        "llm-router explain last",
-    ),
-    Command(
-        "reload", run_reload, "apply the edited configuration; open streams go on", _RUNNING_FLAGS, "llm-router reload"
-    ),
-    Command(
-        "stop",
-        run_stop,
-        "end the running instance",
-        _RUNNING_FLAGS + (Flag("grace", "text", "seconds that open streams may take, default 30"),),
-        "llm-router stop --grace=5",
-    ),
+    Command("", run_summary, "one local endpoint for every AI provider", (_CONFIG, _AS_JSON), "llm-router start"),
+    Command("config", run_config, "change or show the configuration", CONFIG_FLAGS, "llm-router config --operation=list"),
+    Command("start", run_start, "serve in the foreground", START_FLAGS, "llm-router start --port=8787 --require-auth=true"),
+    Command("status", run_status, "show the running instance and the state of every model", (*_RUNNING_FLAGS, _AS_JSON),
+            "llm-router status --json"),
+    Command("explain", run_explain, "show what became of a request and why: explain ID, or explain last",
+            (_ID, *_RUNNING_FLAGS, _AS_JSON), "llm-router explain last"),
+    Command("reload", run_reload, "apply the edited configuration; open streams go on", _RUNNING_FLAGS, "llm-router reload"),
+    Command("stop", run_stop, "end the running instance", (*_RUNNING_FLAGS, Flag("grace", "text",
+            "seconds that open streams may take, default 30")), "llm-router stop --grace=5"),
     Command("settings", run_settings, "show every setting", (_AS_JSON,), "llm-router settings --json"),
-    Command(
-        "demo",
-        run_demo_command,
-        "try it without key, configuration or network",
-        (Flag("once", "bool", "exit after the demonstration"), Flag("port", "text", "port to listen on, default any")),
-        "llm-router demo --once",
-    ),
+    Command("demo", run_demo_command, "try it without key, configuration or network", (Flag("once", "bool",
+            "exit after the demonstration"), Flag("port", "text", "port to listen on, default any")), "llm-router demo --once"),
 )
+# fmt: on
 
 # ==============================================================================
-# 26 MAIN - the only exit [host]
+# 27 MAIN - the only exit [host]
 # ==============================================================================
 
 
@@ -13805,10 +12780,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 def _report(error: Exception, debug: bool) -> int:
     """Say on stderr what went wrong and return the exit code."""
     import sys
+    import traceback
 
     if debug:
-        import traceback
-
         traceback.print_exc()
     known = isinstance(error, RouterError)
     text = error.message if known else "%s: %s (--debug shows more)" % (type(error).__name__, error)

@@ -14,8 +14,8 @@ PATHS = {"openai": "/v1/chat/completions", "anthropic": "/v1/messages", "respons
 
 # Short delays, and no health from one request to the next: what many tests that share a router need.
 QUICK = (
-    "--origin-retry-base-delay-ms=10",
-    "--origin-retry-max-delay-ms=40",
+    "--origin-retry-base-delay-ms=2",
+    "--origin-retry-max-delay-ms=8",
     "--origin-fallback-cooldown-ms=0",
     "--origin-rate-limit-cooldown-ms=0",
     "--origin-billing-cooldown-ms=0",

@@ -823,21 +823,21 @@ def big_document(providers, models, ref="p%d/m%d"):
     }
 
 
-class CountedNames(r.Names):
-    """Names that counts its look-ups."""
+class CountedIndex(r.ModelIndex):
+    """An index that counts its look-ups."""
 
     judged = 0
 
     def judge(self, *args, **kwargs):
-        CountedNames.judged += 1
+        CountedIndex.judged += 1
         return super().judge(*args, **kwargs)
 
 
 def test_a_huge_configuration_is_judged_once_per_reference(monkeypatch):
-    monkeypatch.setattr(r, "Names", CountedNames)
-    CountedNames.judged = 0
+    monkeypatch.setattr(r, "ModelIndex", CountedIndex)
+    CountedIndex.judged = 0
     assert r.find_problems(big_document(200, 25)) == []
-    assert CountedNames.judged == 5000
+    assert CountedIndex.judged == 5000
 
 
 def test_thousands_of_unknown_references_are_all_reported_without_thousands_of_guesses(monkeypatch):

@@ -6,8 +6,9 @@ import os
 import random
 from pathlib import Path
 
-import llm_router as router
 import pytest
+
+import llm_router as router
 from llm_router import (
     OPENAI_CHAT,
     ChatRequest,
@@ -298,7 +299,7 @@ def test_a_call_without_arguments_is_opened_and_closed():
 
 
 def test_arguments_that_are_an_object_become_text():
-    assert blocks(chunk(calls(entry(0, "a", "f", {"x": [1]})))) == [ToolCall("a", "f", '{"x": [1]}')]
+    assert blocks(chunk(calls(entry(0, "a", "f", {"x": [1]})))) == [ToolCall("a", "f", '{"x":[1]}')]
 
 
 def test_a_call_without_a_name_is_left_out_and_counted():
@@ -637,9 +638,10 @@ def test_a_stream_that_begins_with_an_error_only_fails():
 
 def test_a_stream_that_stops_without_its_end_is_truncated():
     """trap 14"""
-    parser, events = run(chunk({"content": "a"}), chunk(calls(entry(0, "a", "f", "{"))), done=False)
+    _, events = run(chunk({"content": "a"}), chunk(calls(entry(0, "a", "f", "{"))), done=False)
     assert events[-2:] == [Closed(), events[-1]] and events[-1].error.code == "truncated"
-    assert run(done=False)[1][-1].error.code == "truncated"
+    parser, events = run(done=False)
+    assert events[-1].error.code == "truncated" and not parser.done
 
 
 def test_a_finish_reason_without_done_is_an_end_at_the_end_of_the_bytes():
@@ -693,12 +695,28 @@ PAIRS = [
     ([{"reasoning_content": "r"}, {"content": "a"}], {"reasoning_content": "r", "content": "a"}, "length"),
     ([{"content": "<thi"}, {"content": "nk>r</think>a"}], {"content": "<think>r</think>a"}, "stop"),
     ([{"refusal": "n"}, {"refusal": "o"}], {"content": None, "refusal": "no"}, "stop"),
-    ([{"content": "\n"}, calls(entry(0, "a", "f", "{")), calls(entry(0, arguments="}"))], {"content": "\n", **calls(entry(id="a", name="f", arguments="{}"))}, "tool_calls"),
-    ([calls(entry(0, "a", "f", "")), calls(entry(1, "b", "g", "{}"))], calls(entry(id="a", name="f", arguments=""), entry(id="b", name="g", arguments="{}")), "stop"),
-    ([{"function_call": {"name": "f", "arguments": "{}"}}], {"function_call": {"name": "f", "arguments": "{}"}}, "function_call"),
-    ([{"audio": {"transcript": "he"}}, {"audio": {"transcript": "y"}}], {"content": None, "audio": {"id": "x", "data": "AA", "transcript": "hey"}}, "stop"),
+    (
+        [{"content": "\n"}, calls(entry(0, "a", "f", "{")), calls(entry(0, arguments="}"))],
+        {"content": "\n", **calls(entry(id="a", name="f", arguments="{}"))},
+        "tool_calls",
+    ),
+    (
+        [calls(entry(0, "a", "f", "")), calls(entry(1, "b", "g", "{}"))],
+        calls(entry(id="a", name="f", arguments=""), entry(id="b", name="g", arguments="{}")),
+        "stop",
+    ),
+    (
+        [{"function_call": {"name": "f", "arguments": "{}"}}],
+        {"function_call": {"name": "f", "arguments": "{}"}},
+        "function_call",
+    ),
+    (
+        [{"audio": {"transcript": "he"}}, {"audio": {"transcript": "y"}}],
+        {"content": None, "audio": {"id": "x", "data": "AA", "transcript": "hey"}},
+        "stop",
+    ),
     ([{"content": [{"type": "text", "text": "a"}]}], {"content": [{"type": "text", "text": "a"}]}, "stop"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("deltas, message, finish", PAIRS)
@@ -772,8 +790,15 @@ def test_an_answer_survives_writing_and_reading():
     image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA"}}
     extra = {"openai": {"annotations": [{"type": "url_citation"}], "service_tier": "flex"}}
     before = ChatResponse(
-        "chatcmpl-u", "asked", [Thinking("hm"), Text("Hi"), Opaque("openai", image), ToolCall("b", "g", '{"x":1}')], "tool_use", "", Usage(5, 3, 2), 1700000000, extra
-    )  # fmt: skip
+        "chatcmpl-u",
+        "asked",
+        [Thinking("hm"), Text("Hi"), Opaque("openai", image), ToolCall("b", "g", '{"x":1}')],
+        "tool_use",
+        "",
+        Usage(5, 3, 2),
+        1700000000,
+        extra,
+    )
     assert OPENAI_CHAT.parse_response(OPENAI_CHAT.render_response(before, make_context()), make_context()) == before
 
 
@@ -1013,22 +1038,43 @@ def test_legacy_functions_become_tools_and_calls_with_ids():
         ({"type": "text", "text": "x"}, Text("x")),
         ({"type": "image_url", "image_url": {"url": "https://h/i.png"}}, Media("image", url="https://h/i.png")),
         ({"type": "image_url", "image_url": "https://h/i.png"}, Media("image", url="https://h/i.png")),
-        ({"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}, Media("image", "image/png", "AA==")),
-        ({"type": "image_url", "image_url": {"url": "data:image/png;charset=x;base64,AA", "detail": "low"}}, Media("image", "image/png", "AA", extra={"openai": {"detail": "low"}})),
+        (
+            {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}},
+            Media("image", "image/png", "AA=="),
+        ),
+        (
+            {"type": "image_url", "image_url": {"url": "data:image/png;charset=x;base64,AA", "detail": "low"}},
+            Media("image", "image/png", "AA", extra={"openai": {"detail": "low"}}),
+        ),
         ({"type": "input_audio", "input_audio": {"data": "AA", "format": "mp3"}}, Media("audio", "audio/mp3", "AA")),
-        ({"type": "file", "file": {"filename": "a.pdf", "file_data": "data:application/pdf;base64,AA"}}, Media("document", "application/pdf", "AA", name="a.pdf")),
+        (
+            {"type": "file", "file": {"filename": "a.pdf", "file_data": "data:application/pdf;base64,AA"}},
+            Media("document", "application/pdf", "AA", name="a.pdf"),
+        ),
         ({"type": "file", "file": {"file_data": "AA"}}, Media("document", "application/pdf", "AA")),
         ({"type": "file", "file": {"file_id": "f1"}}, Opaque("openai", {"type": "file", "file": {"file_id": "f1"}})),
         ({"type": "refusal", "refusal": "no"}, Refusal("no")),
-        ({"type": "video_url", "video_url": {"url": "u"}}, Opaque("openai", {"type": "video_url", "video_url": {"url": "u"}})),
-        ({"type": "text", "text": "x", "cache_control": {"type": "ephemeral"}}, Text("x", {"anthropic": {"cache_control": {"type": "ephemeral"}}})),
+        (
+            {"type": "video_url", "video_url": {"url": "u"}},
+            Opaque("openai", {"type": "video_url", "video_url": {"url": "u"}}),
+        ),
+        (
+            {"type": "text", "text": "x", "cache_control": {"type": "ephemeral"}},
+            Text("x", {"anthropic": {"cache_control": {"type": "ephemeral"}}}),
+        ),
         ({"type": "input_text", "text": "x"}, Text("x")),
-        ({"type": "tool_use", "id": "a", "name": "f", "input": {"x": 1}}, ToolCall("a", "f", '{"x": 1}')),
-        ({"type": "tool_result", "tool_use_id": "a", "content": "R", "is_error": True}, ToolResult("a", [Text("R")], True)),
-        ({"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "AA"}}, Media("image", "image/png", "AA")),
+        ({"type": "tool_use", "id": "a", "name": "f", "input": {"x": 1}}, ToolCall("a", "f", '{"x":1}')),
+        (
+            {"type": "tool_result", "tool_use_id": "a", "content": "R", "is_error": True},
+            ToolResult("a", [Text("R")], True),
+        ),
+        (
+            {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "AA"}},
+            Media("image", "image/png", "AA"),
+        ),
         ({"type": "thinking", "thinking": "hm", "signature": "s"}, Thinking("hm", {"anthropic": {"signature": "s"}})),
     ],
-)  # fmt: skip
+)
 def test_each_part_becomes_its_block(part, block):
     """trap 66: blocks of the other formats too"""
     assert read([user([part])]).messages[0].blocks == [block]
@@ -1051,15 +1097,32 @@ def test_reasoning_in_the_history_is_kept_and_written_back():
 @pytest.mark.parametrize(
     "tool, expected",
     [
-        ({"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object"}, "strict": True}}, Tool("f", "d", {"type": "object"}, strict=True)),
+        (
+            {
+                "type": "function",
+                "function": {"name": "f", "description": "d", "parameters": {"type": "object"}, "strict": True},
+            },
+            Tool("f", "d", {"type": "object"}, strict=True),
+        ),
         ({"type": "function", "name": "f", "parameters": {}}, Tool("f", "", {})),
-        ({"name": "f", "input_schema": {"type": "object"}, "cache_control": {"type": "ephemeral"}}, Tool("f", "", {"type": "object"}, extra={"anthropic": {"cache_control": {"type": "ephemeral"}}})),
-        ({"type": "custom", "custom": {"name": "c", "format": {"type": "text"}}}, Tool("c", kind="custom", extra={"openai": {"format": {"type": "text"}}})),
+        (
+            {"name": "f", "input_schema": {"type": "object"}, "cache_control": {"type": "ephemeral"}},
+            Tool("f", "", {"type": "object"}, extra={"anthropic": {"cache_control": {"type": "ephemeral"}}}),
+        ),
+        (
+            {"type": "custom", "custom": {"name": "c", "format": {"type": "text"}}},
+            Tool("c", kind="custom", extra={"openai": {"format": {"type": "text"}}}),
+        ),
         ({"type": "custom", "name": "f", "input_schema": {}}, Tool("f", "", {})),
-        ({"type": "web_search_20250305", "name": "web_search"}, Tool("web_search", kind="server", extra={"anthropic": {"type": "web_search_20250305", "name": "web_search"}})),
+        (
+            {"type": "web_search_20250305", "name": "web_search"},
+            Tool(
+                "web_search", kind="server", extra={"anthropic": {"type": "web_search_20250305", "name": "web_search"}}
+            ),
+        ),
         ({"type": "web_search"}, Tool("web_search", kind="server", extra={"openai": {"type": "web_search"}})),
     ],
-)  # fmt: skip
+)
 def test_each_tool_is_read_by_its_shape(tool, expected):
     """trap 66"""
     assert read([user()], tools=[tool]).tools == [expected]
@@ -1143,7 +1206,7 @@ def written(*messages, **fields):
 
 
 def messages_of(*messages, **fields):
-    return written(*messages, **fields)["messages"]
+    return router.render_request(ChatRequest("m", list(messages), **fields), "openai")["messages"]
 
 
 CALLS = Message("assistant", [ToolCall("a", "f", ""), Text("text"), ToolCall("b", "g", '{"x":1}')])
@@ -1197,15 +1260,16 @@ def test_a_call_without_a_result_gets_one():
     ]
 
 
-def test_second_results_and_second_calls_with_one_id_are_dropped():
-    """trap 81"""
+def test_second_results_are_dropped_and_second_calls_with_one_id_get_another():
+    """traps 38, 81"""
     twice = Message("assistant", [ToolCall("a", "f", "{}"), ToolCall("a", "f", "{}")])
     results = [
         Message("user", [ToolResult("a", [Text("1")]), ToolResult("a", [Text("2")])]),
         Message("user", [ToolResult("a", [Text("3")])]),
     ]
     found = messages_of(twice, *results)
-    assert len(found[0]["tool_calls"]) == 1 and found[1:] == [tool_message("a", "1")]
+    assert [call["id"] for call in found[0]["tool_calls"]] == ["a", "a_1"]
+    assert found[1:] == [tool_message("a", "1"), tool_message("a_1", "2")]
 
 
 def test_empty_texts_and_turns_are_left_out():
@@ -1263,12 +1327,18 @@ def test_an_error_result_says_so():
 @pytest.mark.parametrize(
     "media, part",
     [
-        (Media("image", url="https://h/i", extra={"openai": {"detail": "low"}}), {"type": "image_url", "image_url": {"url": "https://h/i", "detail": "low"}}),
+        (
+            Media("image", url="https://h/i", extra={"openai": {"detail": "low"}}),
+            {"type": "image_url", "image_url": {"url": "https://h/i", "detail": "low"}},
+        ),
         (Media("audio", "audio/mpeg", "AA"), {"type": "input_audio", "input_audio": {"data": "AA", "format": "mp3"}}),
-        (Media("document", "application/pdf", "AA", name="a.pdf"), {"type": "file", "file": {"filename": "a.pdf", "file_data": "data:application/pdf;base64,AA"}}),
+        (
+            Media("document", "application/pdf", "AA", name="a.pdf"),
+            {"type": "file", "file": {"filename": "a.pdf", "file_data": "data:application/pdf;base64,AA"}},
+        ),
         (Opaque("openai", {"type": "video_url"}), {"type": "video_url"}),
     ],
-)  # fmt: skip
+)
 def test_media_are_written_as_parts(media, part):
     """traps 102, 105"""
     assert messages_of(Message("user", [media])) == [user([part])]
@@ -1283,7 +1353,17 @@ def test_documents_that_are_text_are_written_as_text():
     ]
 
 
-def test_thinking_of_others_and_foreign_blocks_are_dropped():
+def test_thinking_is_written_back_on_turns_with_calls_whatever_format_it_came_from():
+    """trap 87: DeepSeek and Moonshot refuse a turn with calls that lacks it"""
+    thoughts = [Thinking("hm ", {"anthropic": {"signature": "s"}}), Thinking("", {"anthropic": {"data": "x"}})]
+    own = Thinking("so", {"openai": {"field": "reasoning_content"}})
+    for count in (1, 2):
+        turn = Message("assistant", [*thoughts[:count], own, *CALLS.blocks])
+        assert messages_of(turn)[0] == {**CALLS_WRITTEN, "reasoning_content": "hm so"}
+    assert "reasoning_content" not in messages_of(Message("assistant", [thoughts[1], *CALLS.blocks]))[0]
+
+
+def test_thinking_of_others_and_foreign_blocks_are_dropped_on_turns_without_calls():
     """traps 84, 107"""
     turn = Message(
         "assistant", [Thinking("hm", {"anthropic": {"signature": "s"}}), Opaque("anthropic", {"type": "x"}), Text("x")]
@@ -1450,21 +1530,37 @@ def test_reading_what_was_written_gives_the_same_request():
         (400, {"error": {"message": "m", "type": "t", "param": "p", "code": "c"}}, ErrorInfo(400, "m", "t", "c", "p")),
         (402, {"error": {"message": "m", "code": 402}}, ErrorInfo(402, "m", "", "402")),
         (429, {"code": "exhausted", "error": "no credits"}, ErrorInfo(429, "no credits", "", "exhausted")),
-        (429, [{"error": {"code": 429, "message": "m", "status": "RESOURCE_EXHAUSTED"}}], ErrorInfo(429, "m", "RESOURCE_EXHAUSTED", "429")),
+        (
+            429,
+            [{"error": {"code": 429, "message": "m", "status": "RESOURCE_EXHAUSTED"}}],
+            ErrorInfo(429, "m", "RESOURCE_EXHAUSTED", "429"),
+        ),
         (401, {"detail": "Invalid API Key"}, ErrorInfo(401, "Invalid API Key")),
         (422, {"detail": [{"loc": ["body"], "msg": "field required"}]}, ErrorInfo(422, "field required")),
-        (400, {"object": "error", "message": "m", "type": "BadRequestError", "code": 400}, ErrorInfo(400, "m", "BadRequestError", "400")),
+        (
+            400,
+            {"object": "error", "message": "m", "type": "BadRequestError", "code": 400},
+            ErrorInfo(400, "m", "BadRequestError", "400"),
+        ),
         (502, "plain words\n", ErrorInfo(502, "plain words")),
         (400, '{"error": {"message": "m"}}', ErrorInfo(400, "m")),
         (400, {"error": '{"error": {"message": "m", "code": "c"}}'}, ErrorInfo(400, "m", "", "c")),
-        (400, {"error": {"message": 'Error from provider: {"error": {"message": "inner"}}'}}, ErrorInfo(400, "Error from provider: inner")),
-        (429, {"error": {"message": "Provider returned error", "metadata": {"raw": '{"error": {"message": "inner"}}'}}}, ErrorInfo(429, "Provider returned error: inner")),
+        (
+            400,
+            {"error": {"message": 'Error from provider: {"error": {"message": "inner"}}'}},
+            ErrorInfo(400, "Error from provider: inner"),
+        ),
+        (
+            429,
+            {"error": {"message": "Provider returned error", "metadata": {"raw": '{"error": {"message": "inner"}}'}}},
+            ErrorInfo(429, "Provider returned error: inner"),
+        ),
         (503, {}, ErrorInfo(503, "the upstream answered with status 503")),
         (500, None, ErrorInfo(500, "the upstream answered with status 500")),
         (200, {"error": {"message": "m", "type": "insufficient_quota"}}, ErrorInfo(429, "m", "insufficient_quota")),
         (200, {"error": {"message": "m"}}, ErrorInfo(502, "m")),
     ],
-)  # fmt: skip
+)
 def test_an_error_is_read_in_every_shape(status, body, expected):
     """trap 124"""
     assert OPENAI_CHAT.parse_error(status, body) == expected
@@ -1642,7 +1738,7 @@ WORDS = (
     "reasoning_content reasoning reasoning_details refusal audio images annotations function_call tools tool_choice messages user "
     "assistant system tool tool_call_id image_url url file file_data thinking source data detail metadata raw status code stop "
     "response_format json_schema schema stream_options prompt_tokens completion_tokens prompt_tokens_details cached_tokens model"
-).split()  # fmt: skip
+).split()
 VALUES = WORDS + [
     "",
     "<think>",
@@ -1686,17 +1782,39 @@ REQUEST = {
     "model": "m",
     "messages": [
         {"role": "system", "content": "s"},
-        user([{"type": "text", "text": "x"}, {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA"}}, {"type": "file", "file": {"file_data": "AA"}}]),
-        {"role": "assistant", "content": None, "reasoning_content": "r", "tool_calls": [entry(id="a", name="f", arguments="{}")]},
+        user(
+            [
+                {"type": "text", "text": "x"},
+                {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA"}},
+                {"type": "file", "file": {"file_data": "AA"}},
+            ]
+        ),
+        {
+            "role": "assistant",
+            "content": None,
+            "reasoning_content": "r",
+            "tool_calls": [entry(id="a", name="f", arguments="{}")],
+        },
         {"role": "tool", "tool_call_id": "a", "content": [{"type": "text", "text": "R"}]},
-        user([{"type": "tool_result", "tool_use_id": "q", "content": [{"type": "image", "source": {"type": "base64", "data": "AA"}}]}]),
+        user(
+            [
+                {
+                    "type": "tool_result",
+                    "tool_use_id": "q",
+                    "content": [{"type": "image", "source": {"type": "base64", "data": "AA"}}],
+                }
+            ]
+        ),
     ],
-    "tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}, {"type": "custom", "custom": {"name": "c"}}],
+    "tools": [
+        {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}},
+        {"type": "custom", "custom": {"name": "c"}},
+    ],
     "tool_choice": {"type": "function", "function": {"name": "f"}},
     "response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": {}}},
     "stream_options": {"include_usage": True},
     "reasoning": {"effort": "low"},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -1711,6 +1829,7 @@ def test_foreign_requests_are_read_or_refused(seed):
             assert error.status == 400
             continue
         router.dump_json(OPENAI_CHAT.render_request(request))
+        router.dump_json(router.render_request(request, "openai"))
         accepted += 1
     assert accepted > 50
 

@@ -1,0 +1,296 @@
+"""status, explain, reload, stop and the state file, against the real program as a process."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+
+import fake_upstream as fake
+import llm_router as r
+from running_router import PROGRAM, clean_environment, config_of, provider
+
+CHAT = "/v1/chat/completions"
+MESSAGES = {"messages": [{"role": "user", "content": "hi"}]}
+QUICK = ("--origin-retry-base-delay-ms=1", "--watch-config=false")
+
+
+def run(home, *words):
+    """(exit code, stdout, stderr) of a command with `home` as its home directory."""
+    done = subprocess.run(
+        [sys.executable, str(PROGRAM)] + list(words),
+        env=clean_environment(home),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=60,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def ok(home, *words):
+    code, out, err = run(home, *words)
+    assert (code, err) == (0, "")
+    return out
+
+
+def refused(home, code, *words):
+    """The one line of an error."""
+    got, out, err = run(home, *words)
+    assert (got, out) == (code, "")
+    assert err.startswith("llm-router: ")
+    assert err.count("\n") == 1
+    return err
+
+
+def state_file(home):
+    return home / ".llm-router.runtime.json"
+
+
+def instances(home):
+    return json.loads(state_file(home).read_text())["instances"]
+
+
+def two_models(upstream, **fields):
+    """Model a, which falls back to model b, at one upstream."""
+    return config_of(provider(upstream, models=({"id": "a", "fallbackModels": ["fake/b"]}, "b")), **fields)
+
+
+@pytest.fixture
+def running(router, upstream):
+    """A running router whose default model is fake/a; its upstream as `.upstream`."""
+    started = router(two_models(upstream), *QUICK)
+    started.upstream = upstream
+    return started
+
+
+# ----- status -----
+
+
+def test_status_shows_where_it_runs_with_what_and_every_model(running):
+    out = ok(running.home, "status")
+    lines = [line.split() for line in out.splitlines()]
+    assert "http://127.0.0.1:%d, pid %d" % (running.port, running.process.pid) in out
+    assert "%s (ok)" % running.config_path in out
+    assert ["MODEL", "STATE", "BACK", "IN", "FAILURES", "REASON"] in lines
+    assert ["fake/a", "(default)", "ok"] in lines
+    assert ["fake/b", "ok"] in lines
+    assert "upstream-key" not in out
+
+
+def test_status_counts_down_what_cools_and_says_why(running):
+    running.upstream.answer(fake.json_answer(429, {"error": {"message": "slow down"}}, {"retry-after": "3000"}))
+    running.post(CHAT, MESSAGES)
+    line = next(line for line in ok(running.home, "status").splitlines() if line.startswith("fake/a"))
+    assert "cooling" in line
+    assert "49 min" in line
+    state = json.loads(ok(running.home, "status", "--json"))
+    cooling = next(one for one in state["candidates"] if one["model"] == "fake/a")
+    assert cooling["state"] == "cooling"
+    assert 2900 < cooling["left_s"] <= 3000
+
+
+def test_status_as_json_holds_no_secret(running):
+    out = ok(running.home, "status", "--json")
+    status = json.loads(out)
+    assert (status["pid"], status["port"]) == (running.process.pid, running.port)
+    entry = instances(running.home)[0]
+    assert entry["token"] not in out
+    assert "upstream-key" not in out
+
+
+@pytest.mark.parametrize("words", [("status",), ("explain",), ("reload",)])
+def test_what_needs_a_running_instance_fails_without_one(tmp_path, words):
+    assert "no llm-router is running" in refused(tmp_path, 1, *words)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("port", ["x", "70000", "-1", ""])
+def test_a_port_that_is_none_is_wrong_input(tmp_path, port):
+    assert "--port" in refused(tmp_path, 2, "status", "--port=" + port)
+
+
+# ----- explain -----
+
+
+def test_explain_tells_the_story_of_the_last_request(running):
+    running.upstream.answer(fake.json_answer(429, {"error": {"message": "slow down"}}))
+    reply = running.post(CHAT, dict(MESSAGES, model="fake/a"))
+    out = ok(running.home, "explain", "last")
+    lines = [" ".join(line.split()) for line in out.splitlines()]
+    assert lines[0].startswith(reply.headers["x-llm-router-request-id"] + " ")
+    assert lines[1] == "asked for fake/a (openai chat)"
+    first, second = [number for number, line in enumerate(lines) if line[:2] in ("1.", "2.")]
+    assert lines[first].startswith("1. fake/a openai 429: rate limited (took ")
+    assert lines[first + 1 : first + 3] == ["slow down", "-> fall back to fake/b"]
+    assert lines[second].startswith("2. fake/b openai ok (took ")
+    assert "answered by fake/b" in lines
+    assert "outcome ok, status 200" in lines
+    assert "tokens 11 input, 7 output" in lines
+    assert ok(running.home, "explain") == out
+
+
+def test_explain_tells_waits_streams_and_failures(running):
+    for _ in range(4):
+        running.upstream.answer(fake.json_answer(500, {"error": {"message": "oh\x1b[31m no"}}))
+    reply = running.post(CHAT, MESSAGES, stream=True)
+    out = ok(running.home, "explain", reply.headers["x-llm-router-request-id"])
+    assert "asked for      the default model (openai chat, streamed)" in out
+    assert out.count("500: temporary") == 4
+    assert "(waited 1 ms, took " in out
+    assert "-> give up" in out
+    assert "answered by" not in out
+    assert "outcome        temporary, status 500" in out
+    assert "\x1b" not in out
+
+
+def test_explain_as_json_and_by_flag_is_the_record_of_that_request(running):
+    id = running.post(CHAT, MESSAGES).headers["x-llm-router-request-id"]
+    running.post(CHAT, MESSAGES)
+    for words in (["--json", id], ["--id=" + id, "--json"], [id, "--json"]):
+        assert json.loads(ok(running.home, "explain", *words))["id"] == id
+
+
+def test_explain_of_a_request_that_nobody_remembers_fails(running):
+    assert "not remembered" in refused(running.home, 1, "explain", "req_nope")
+    assert "not remembered" in refused(running.home, 1, "explain", "last")
+
+
+def test_explain_takes_one_request(running):
+    assert "unexpected two" in refused(running.home, 2, "explain", "one", "two")
+
+
+# ----- reload -----
+
+
+def test_reload_applies_an_edit_and_names_the_providers_that_changed(running, make_upstream):
+    other = make_upstream(fake.final_text("from the other"))
+    running.write_config(two_models(other))
+    assert ok(running.home, "reload") == "reloaded, changed providers: fake\n"
+    assert "from the other" in running.post(CHAT, MESSAGES).text
+    assert ok(running.home, "reload") == "reloaded, every provider is as it was\n"
+
+
+@pytest.mark.parametrize("broken", ['{"providers": oops}', '{"defaultModel": "nope"}'])
+def test_reload_of_a_broken_edit_keeps_the_last_good_configuration_and_says_so(running, broken):
+    running.write_config(broken)
+    error = run(running.home, "reload")
+    assert error[:2] == (1, "")
+    assert "oops" in error[2] or "defaultModel" in error[2]
+    assert "stays" in error[2]
+    assert running.post(CHAT, MESSAGES).status == 200
+    assert "(ok)" not in ok(running.home, "status")
+    running.write_config(two_models(running.upstream))
+    ok(running.home, "reload")
+    assert "(ok)" in ok(running.home, "status")
+
+
+# ----- stop -----
+
+
+def test_stop_waits_until_the_instance_is_gone(running):
+    assert ok(running.home, "stop") == "stopped (pid %d, port %d)\n" % (running.process.pid, running.port)
+    assert running.process.wait(10) == 0
+    assert instances(running.home) == []
+
+
+def test_stop_without_an_instance_is_done_at_once(tmp_path):
+    assert "no llm-router is running" in ok(tmp_path, "stop")
+
+
+def test_stop_takes_seconds_only(running):
+    for grace in ("x", "-1", "", "1.5"):
+        assert "--grace" in refused(running.home, 2, "stop", "--grace=" + grace)
+    assert running.process.poll() is None
+
+
+def test_an_open_stream_may_finish_after_stop(running):
+    gate, events = threading.Event(), fake.chat_stream("late")
+    running.upstream.answer(fake.sse_answer(events[:-1] + [fake.Gate(gate)] + events[-1:]))
+    stream = running.open(CHAT, dict(MESSAGES, stream=True))
+    child = subprocess.Popen(
+        [sys.executable, str(PROGRAM), "stop"], env=clean_environment(running.home), stdout=subprocess.PIPE
+    )
+    running.wait_log("stopping")
+    gate.set()
+    assert stream.read_rest().ended == "clean"
+    assert b"stopped" in child.communicate(timeout=30)[0]
+
+
+# ----- several instances, and the state file -----
+
+
+@pytest.fixture
+def both(router, upstream):
+    """Two running routers that share one state file."""
+    first = router(two_models(upstream), *QUICK)
+    second = router(two_models(upstream), *QUICK, env={"HOME": first.home, "USERPROFILE": first.home})
+    return first, second
+
+
+def test_of_several_instances_the_port_or_the_configuration_chooses(both):
+    first, second = both
+    error = refused(first.home, 2, "stop")
+    assert "--port=%d" % first.port in error
+    assert str(second.port) in error
+    assert first.process.poll() is second.process.poll() is None
+    for words, pid in (
+        (["--port=%d" % second.port], second.process.pid),
+        (["--config=%s" % first.config_path], first.process.pid),
+    ):
+        assert json.loads(ok(first.home, "status", "--json", *words))["pid"] == pid
+    assert "pid %d" % second.process.pid in ok(first.home, "stop", "--port", str(second.port))
+    assert "pid %d" % first.process.pid in ok(first.home, "status")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permission bits of POSIX")
+def test_the_state_file_is_private(running):
+    assert state_file(running.home).stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("text", ["", "oops", "[]", '{"instances": [1, {"pid": 1}, {"id": []}]}', "\x00" * 100])
+def test_a_corrupt_state_file_is_none(tmp_path, text):
+    state_file(tmp_path).write_text(text)
+    assert "no llm-router is running" in ok(tmp_path, "stop")
+    assert "no llm-router is running" in refused(tmp_path, 1, "status")
+
+
+def test_a_corrupt_state_file_is_replaced_by_the_next_start(router, upstream, tmp_path):
+    (tmp_path / "router1").mkdir()
+    state_file(tmp_path / "router1").write_text("oops")
+    started = router(two_models(upstream), *QUICK)
+    assert "pid %d" % started.process.pid in ok(started.home, "status")
+
+
+def test_a_stale_entry_is_cleaned_and_the_living_one_stays(running):
+    alive = instances(running.home)[0]
+    dead = dict(alive, id="0" * 16, port=fake.dead_port())
+    state_file(running.home).write_text(json.dumps({"instances": [dead, alive]}))
+    assert "pid %d" % running.process.pid in ok(running.home, "status")
+    assert instances(running.home) == [alive]
+
+
+def test_a_killed_instance_leaves_nothing_that_matters(running):
+    running.kill()
+    assert "no llm-router is running" in ok(running.home, "stop")
+    assert instances(running.home) == []
+
+
+def test_another_program_on_the_port_of_a_dead_instance_is_not_taken_for_it(running, upstream):
+    """The entry's id must come back: a port may be in other hands by now."""
+    alive = instances(running.home)[0]
+    running.kill()
+    upstream.handler = lambda call: fake.json_answer(200, {"instance": "another", "pid": 1})
+    state_file(running.home).write_text(json.dumps({"instances": [dict(alive, port=int(upstream.url.rsplit(":", 1)[1]))]}))
+    assert "no llm-router is running" in ok(running.home, "stop")
+    assert instances(running.home) == []
+
+
+@pytest.mark.parametrize(
+    ("ms", "words"),
+    [(0, "0 ms"), (999, "999 ms"), (1000, "1.0 s"), (59_900, "59.9 s"), (125_000, "2 min 5 s"), (11_520_000, "3 h 12 min")],
+)
+def test_durations_read_well(ms, words):
+    assert r.show_duration(ms) == words

@@ -1,0 +1,841 @@
+"""The client's side on real sockets: bad input, who may call, clients that leave or stop reading, start and end of the process."""
+
+import asyncio
+import contextlib
+import gzip
+import json
+import os
+import re
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+import zlib
+
+import pytest
+
+import fake_upstream as fake
+import llm_router
+from exchanges import (
+    PATHS,
+    QUICK,
+    WIRES,
+    Pair,
+    ask,
+    assert_answer,
+    assert_stream_error,
+    attempts_of,
+    error_shape,
+    pair_config,
+    post,
+    read_answer,
+    until,
+)
+from running_router import PROGRAM, RunningRouter, clean_environment, config_of, provider
+
+TEXT = "An answer, 答え."
+KEY = "the-master-key-5d2c"
+OTHER = {"openai": "anthropic", "anthropic": "openai", "responses": "anthropic"}
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """One router that remembers nothing, with short time limits for clients."""
+    with fake.FakeUpstream() as first, fake.FakeUpstream() as second:
+        first.plain_handler = second.plain_handler = fake.final_text(TEXT)
+        flags = QUICK + ("--max-body-bytes=2000000", "--head-timeout-ms=300", "--body-timeout-ms=300", "--client-idle-timeout-ms=1500")
+        running = RunningRouter(pair_config(first, second), flags, tmp_path_factory.mktemp("router"))
+        yield Pair(running, first, second)
+        running.kill()
+
+
+@pytest.fixture
+def pair(shared):
+    with shared.scripted():
+        yield shared
+
+
+@pytest.fixture(scope="module")
+def shared_locked(tmp_path_factory):
+    """One router that asks for a key."""
+    with fake.FakeUpstream() as first, fake.FakeUpstream() as second:
+        first.plain_handler = second.plain_handler = fake.final_text(TEXT)
+        config = pair_config(first, second, masterKey=KEY, corsOrigins=["https://app.example"])
+        running = RunningRouter(config, QUICK + ("--require-auth=true",), tmp_path_factory.mktemp("router"))
+        yield Pair(running, first, second)
+        running.kill()
+
+
+@pytest.fixture
+def locked(shared_locked):
+    with shared_locked.scripted():
+        yield shared_locked
+
+
+def no_calls(pair):
+    """Whether nothing at all reached an upstream."""
+    return pair.calls() == (0, 0)
+
+
+def request_bytes(body, path=PATHS["openai"], headers=(), version="1.1"):
+    """A POST as bytes."""
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    lines = ["POST %s HTTP/%s" % (path, version), "host: localhost", "content-length: %d" % len(data), *headers]
+    return "\r\n".join(lines).encode() + b"\r\n\r\n" + data
+
+
+def connect(router):
+    return socket.create_connection((router.host, router.port), 10)
+
+
+# --- bad input ---
+
+BAD_BODIES = {
+    "nothing": b"",
+    "not JSON": b"{model: x}",
+    "half": b'{"model": "a-openai/solo", "messages": [',
+    "a list": b"[]",
+    "a number": b"7",
+    "null": b"null",
+    "not UTF-8": b'{"model": "\xff\xfe"}',
+    "UTF-16": '{"model": "a-openai/solo"}'.encode("utf-16"),
+    "NaN": b'{"temperature": NaN}',
+    "two values": b"{} {}",
+    "deep lists": b'{"messages": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+    "deep objects": b'{"a":' * 100_000 + b"1" + b"}" * 100_000,
+    "a huge integer": b'{"max_tokens": ' + b"9" * 5000 + b"}",
+    "a model that is a list": b'{"model": []}',
+    "a stream that is text": b'{"stream": "yes"}',
+}
+
+
+@pytest.mark.parametrize("wire", WIRES)
+@pytest.mark.parametrize("name", BAD_BODIES)
+def test_a_body_that_is_no_request_is_a_400_in_the_clients_format(pair, name, wire):
+    """Hardening 37; trap 121."""
+    reply = pair.router.post(PATHS[wire], BAD_BODIES[name])
+    assert reply.status == 400, reply
+    assert error_shape(wire, reply.json)["type"] == "invalid_request_error"
+    assert no_calls(pair)
+    assert "Traceback" not in reply.text
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [b'{"model": "a-openai/solo", "model": "b-openai/m", "messages": []}', b'\xef\xbb\xbf{"model": "a-openai/solo", "messages": []}', b'{"model": "a-openai/solo", "messages": [{"content": "\\ud800"}]}'],
+    ids=["duplicate keys", "byte order mark", "lone surrogate"],
+)
+def test_odd_but_readable_json_passes(pair, odd):
+    """Hardening 37."""
+    assert pair.router.post(PATHS["openai"], odd).status == 200
+
+
+@pytest.mark.parametrize("wire", WIRES)
+def test_a_message_that_cannot_be_translated_is_a_400_that_names_the_place(pair, wire):
+    body = ask(wire, "a-%s/solo" % OTHER[wire])
+    body["input" if wire == "responses" else "messages"] = [17]
+    reply = pair.router.post(PATHS[wire], body)
+    assert reply.status == 400
+    error_shape(wire, reply.json)
+    assert no_calls(pair)
+
+
+def test_a_body_above_the_limit_is_a_413_before_it_was_sent(pair):
+    """Hardening, proxies 25 and 27: in both framings, and the client sees the status."""
+    for wire in WIRES:
+        head = b"POST %s HTTP/1.1\r\nhost: x.localhost\r\ncontent-length: 2000001\r\n\r\n" % PATHS[wire].encode()
+        answer = pair.router.raw(head + b"x" * 1000, timeout=3)
+        assert answer.startswith(b"HTTP/1.1 413 ")
+        error_shape(wire, json.loads(answer.partition(b"\r\n\r\n")[2]))
+    chunked = b"POST /v1/messages HTTP/1.1\r\nhost: x.localhost\r\ntransfer-encoding: chunked\r\n\r\n"
+    answer = pair.router.raw(chunked + fake.chunk(b"x" * 1_000_000) * 3, timeout=3)
+    assert answer.startswith(b"HTTP/1.1 413 ")
+    assert pair.router.post("/v1/messages", b" " * 2_100_000).status == 413
+    assert no_calls(pair)
+
+
+@pytest.mark.parametrize("coding", ["gzip", "deflate", "GZIP", "x-gzip", "identity"])
+def test_a_compressed_body_is_read(pair, coding):
+    data = json.dumps(ask("openai", "a-openai/solo")).encode()
+    packed = {"deflate": zlib.compress, "identity": bytes}.get(coding, gzip.compress)(data)
+    reply = pair.router.post(PATHS["openai"], packed, {"content-encoding": coding})
+    assert_answer("openai", reply, TEXT)
+    call = pair.first.calls[0]
+    assert (call.json["model"], call.header("content-encoding")) == ("solo", None)
+
+
+@pytest.mark.parametrize(
+    ("body", "coding", "status"),
+    [
+        (b"{}", "br", 415),
+        (b"{}", "gzip, br", 415),
+        (gzip.compress(b"{}")[:-6], "gzip", 400),
+        (b"no gzip at all", "gzip", 400),
+        (gzip.compress(b'{"a": "' + b"0" * 50_000_000 + b'"}'), "gzip", 413),
+    ],
+    ids=["brotli", "two codings", "cut off", "not gzip", "bomb"],
+)
+def test_a_body_that_cannot_be_inflated_is_refused(pair, body, coding, status):
+    """Hardening 31: limits apply after inflation."""
+    reply = pair.router.post("/v1/messages", body, {"content-encoding": coding})
+    assert reply.status == status
+    error_shape("anthropic", reply.json)
+    assert no_calls(pair)
+
+
+@pytest.mark.parametrize("wire", WIRES)
+def test_an_unknown_model_is_a_404_that_names_what_is_near(pair, wire):
+    """Trap 125; hardening 14: names only, no URL and no key."""
+    reply = post(pair.router, wire, "a-opnai/solo")
+    assert reply.status == 404
+    error = error_shape(wire, reply.json)
+    assert "a-openai/solo" in error["message"]
+    assert "127.0.0.1" not in reply.text
+    assert "provider-key" not in reply.text
+    assert error["type"] in ("not_found_error", "invalid_request_error")
+    assert no_calls(pair)
+
+
+def test_a_bare_name_that_several_providers_have_is_a_404_that_lists_them(pair):
+    reply = post(pair.router, "openai", "solo")
+    assert reply.status == 404
+    assert all("a-%s/solo" % wire in reply.text for wire in WIRES)
+
+
+@pytest.mark.parametrize("path", ["/nothing", "/v1/nothing", "/v1", "/anthropic/v1/nothing", "/v1/v1/messages", "/../etc/passwd", "/metrics/x"])
+def test_an_unknown_path_is_a_404_in_a_fitting_format(pair, path):
+    """Trap 185."""
+    if path != "/v1":
+        reply = pair.router.post(path, {})
+        assert reply.status == 404
+        error_shape("openai", reply.json)
+    reply = pair.router.get(path, {"anthropic-version": "2023-06-01"})
+    assert reply.status in (404, 405)
+    error_shape("anthropic", reply.json)
+    assert no_calls(pair)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allow"),
+    [
+        ("GET", "/v1/messages", {"POST"}),
+        ("DELETE", "/v1/chat/completions", {"POST"}),
+        ("PUT", "/v1/responses", {"POST"}),
+        ("POST", "/v1/models", {"GET", "HEAD"}),
+        ("POST", "/health", {"GET", "HEAD"}),
+        ("PATCH", "/", {"GET", "HEAD", "POST"}),
+    ],
+)
+def test_a_wrong_method_is_a_405_with_allow(pair, method, path, allow):
+    reply = pair.router.request(method, path, {} if method != "GET" else None)
+    assert reply.status == 405
+    assert set(reply.headers["allow"].split(", ")) >= allow
+    error_shape("anthropic" if path == "/v1/messages" else "openai", reply.json)
+
+
+def test_head_and_get_of_the_root_and_of_health_answer_shortly(pair):
+    """Claude Code starts with HEAD /."""
+    for path in ("/", "/health"):
+        assert pair.router.get(path).status == 200
+        reply = pair.router.request("HEAD", path)
+        assert (reply.status, reply.body) == (200, b"")
+        assert int(reply.headers["content-length"]) > 0
+    assert pair.router.get("/health").json["status"] == "ok"
+
+
+# --- framing and slow clients ---
+
+
+def test_requests_on_one_connection_are_answered_one_after_another_also_pipelined(pair):
+    """The HTTP bar, 3."""
+    for number in (1, 2, 3):
+        pair.first.answer(fake.later(fake.json_answer(200, fake.chat_whole("answer %d" % number)), 0.15 / number))
+    body = ask("openai", "a-openai/solo")
+    answers = pair.router.raw(request_bytes(body) * 2 + request_bytes(body, headers=["connection: close"]))
+    assert re.findall(rb"answer \d", answers) == [b"answer 1", b"answer 2", b"answer 3"]
+    assert answers.count(b"HTTP/1.1 200 ") == 3
+
+
+def test_a_request_may_arrive_byte_by_byte(pair):
+    with connect(pair.router) as client:
+        data = request_bytes(ask("openai", "a-openai/solo"), headers=["connection: close"])
+        for at in range(len(data)):
+            client.sendall(data[at : at + 1])
+        answer = b""
+        while part := client.recv(65536):
+            answer += part
+    assert answer.startswith(b"HTTP/1.1 200 ")
+    assert len(pair.first.calls) == 1
+
+
+def test_a_client_that_expects_100_continue_gets_it_only_where_its_body_is_wanted(pair, locked):
+    """Hardening, proxies 26."""
+    body = json.dumps(ask("openai", "a-openai/solo")).encode()
+    head = b"POST %s HTTP/1.1\r\nhost: localhost\r\nexpect: 100-continue\r\nconnection: close\r\ncontent-length: %d\r\n\r\n"
+    with connect(pair.router) as client:
+        client.sendall(head % (PATHS["openai"].encode(), len(body)))
+        assert client.recv(1000) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        client.sendall(body)
+        assert client.recv(1000).startswith(b"HTTP/1.1 200 ")
+    for running, path, size, status in ((locked.router, PATHS["openai"], 50, b"401"), (pair.router, "/nothing", 50, b"404"), (pair.router, PATHS["openai"], 3_000_000, b"413")):
+        with connect(running) as client:
+            client.sendall(head % (path.encode(), size))
+            assert client.recv(1000).split()[1] == status
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"POST /v1/messages HTTP/1.1\r\nhost: a\r\ncontent-length: 2\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n",
+        b"POST /v1/messages HTTP/1.1\r\nhost: a\r\nhost: b\r\ncontent-length: 2\r\n\r\n{}",
+        b"POST /v1/messages HTTP/1.1\r\ncontent-length: 2\r\n\r\n{}",
+        b"POST /v1/messages HTTP/1.1\r\nhost: u@x\r\ncontent-length: 2\r\n\r\n{}",
+        b"GARBAGE\r\n\r\n",
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+        b"POST /v1/messages HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n",
+    ],
+    ids=["length and chunks", "two hosts", "no host", "bad host", "garbage", "TLS", "bad chunk"],
+)
+def test_a_request_that_is_no_http_is_a_400_and_the_end_of_the_connection(pair, raw):
+    """The HTTP bar, 1, 2 and 4."""
+    answer = pair.router.raw(raw + b"\r\n" * 2, timeout=4)
+    assert re.match(rb"HTTP/1\.1 4\d\d ", answer), answer
+    assert b"connection: close" in answer.lower()
+    assert no_calls(pair)
+
+
+def test_a_head_or_body_that_takes_too_long_is_a_408(pair):
+    """The HTTP bar, 6; trickling does not help."""
+    body = b'POST /v1/messages HTTP/1.1\r\nhost: localhost\r\ncontent-length: 1000\r\n\r\n{"a": "'
+    for start in (b"POST /v1/messages HTTP/1.1\r\nhost: loc", body):
+        began = time.monotonic()
+        with connect(pair.router) as client:
+            client.sendall(start)
+            answer = b""
+            while not answer and time.monotonic() < began + 4:
+                with contextlib.suppress(socket.timeout, ConnectionError):
+                    client.sendall(b"x")
+                    client.settimeout(0.05)
+                    answer = client.recv(1000)
+        assert answer.startswith(b"HTTP/1.1 408 "), (start, answer)
+        assert time.monotonic() - began < 2
+    assert no_calls(pair)
+
+
+def test_an_idle_connection_is_closed_after_a_while(pair):
+    began = time.monotonic()
+    assert pair.router.raw(b"", timeout=5) == b""
+    assert 1.4 <= time.monotonic() - began < 3
+
+
+def test_a_client_of_http_1_0_gets_a_stream_without_chunks(pair):
+    answer = pair.router.raw(request_bytes(ask("openai", "a-openai/solo", stream=True), version="1.0"))
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert b"transfer-encoding" not in head.lower()
+    assert b"connection: close" in head.lower()
+    assert body.startswith(b"data: {")
+    assert body.endswith(b"data: [DONE]\n\n")
+
+
+def test_a_broken_stream_of_http_1_0_still_ends_in_an_error_event(pair):
+    pair.first.answer(fake.sse_answer(fake.chat_stream("half")[:2], end="cut"))
+    answer = pair.router.raw(request_bytes(ask("openai", "a-openai/solo", stream=True), version="1.0"))
+    assert b'"error"' in answer.rpartition(b"data: ")[2]
+    assert b"[DONE]" not in answer
+
+
+def test_too_many_connections_and_too_many_bytes_are_refused_at_once(router, upstream):
+    """Hardening, proxies 28 and 29."""
+    running = router(config_of(provider(upstream)), "--max-connections=3", "--max-inflight-bytes=100000")
+    assert post(running, "openai", text="x" * 50_000).status == 200
+    reply = post(running, "openai", text="x" * 150_000)
+    assert reply.status == 503
+    error_shape("openai", reply.json)
+    clients = [connect(running) for _ in range(3)]
+    until(lambda: b"503" in running.raw(b"GET / HTTP/1.1\r\nhost: localhost\r\n\r\n", timeout=2), 3)
+    for client in clients:
+        client.close()
+    until(lambda: b"HTTP/1.1 200" in running.raw(b"GET / HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n", timeout=2), 3)
+
+
+# --- who may call ---
+
+
+@pytest.mark.parametrize("carrier", ["authorization", "x-api-key", "api-key"])
+@pytest.mark.parametrize("wire", WIRES)
+def test_any_carrier_of_the_key_opens_and_a_wrong_key_does_not(locked, wire, carrier):
+    """Hardening 19; the clients' list, 3."""
+    prefix = "Bearer " if carrier == "authorization" else ""
+    assert_answer(wire, post(locked.router, wire, "a-%s/solo" % wire, headers={carrier: prefix + KEY}), TEXT)
+    locked.clear()
+    for wrong in (KEY + "x", KEY[:-1], "", "' OR 1=1", "%s{}", "\xe9", "x" * 20_000):
+        reply = post(locked.router, wire, "a-%s/solo" % wire, headers={carrier: prefix + wrong})
+        assert reply.status == 401, (wrong[:20], reply)
+        assert error_shape(wire, reply.json)["type"] == ("authentication_error" if wire == "anthropic" else "invalid_request_error") or wire != "anthropic"
+        assert reply.headers["www-authenticate"] == "Bearer"
+        assert not wrong or wrong not in reply.text
+    assert no_calls(locked)
+
+
+def test_a_right_key_beside_a_wrong_one_opens(locked):
+    headers = {"authorization": "Bearer wrong", "x-api-key": KEY}
+    assert post(locked.router, "anthropic", "a-anthropic/solo", headers=headers).status == 200
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [("POST", path) for path in ("/", "/route", "/v1/messages", "/v1/chat/completions", "/v1/responses", "/v1/embeddings", "/v1/messages/count_tokens", "/anthropic")]
+    + [("GET", path) for path in ("/v1/models", "/v1/models/a-openai/solo", "/metrics", "/_router/status", "/_router/trail/x")]
+    + [("POST", "/_router/stop"), ("POST", "/_router/reload")],
+)
+def test_no_route_but_root_and_health_answers_without_the_key(locked, method, path):
+    """Hardening 3, 18."""
+    reply = locked.router.request(method, path, {} if method == "POST" else None)
+    assert reply.status == (401 if path != "/" or method == "POST" else 200)
+    assert no_calls(locked)
+
+
+def test_health_without_the_key_is_minimal_and_with_it_tells_more(locked):
+    assert locked.router.get("/health").json == {"status": "ok"}
+    assert set(locked.router.get("/health", {"x-api-key": KEY}).json) > {"status"}
+    assert "endpoints" not in locked.router.get("/").json
+
+
+def test_an_early_401_is_seen_by_a_client_that_still_sends_its_body(locked):
+    """The HTTP bar, 7: lingering close."""
+    for _ in range(5):
+        reply = locked.router.post("/v1/messages", b"x" * 900_000)
+        assert reply.status == 401
+
+
+@pytest.mark.parametrize(
+    ("host", "passes"),
+    [("127.0.0.1:8787", True), ("localhost", True), ("api.localhost:1", True), ("[::1]:80", True), ("192.168.1.9", True), ("host.docker.internal", True), ("evil.example", False), ("localhost.evil.example", False), ("evil.localhost.example", False)],
+)
+def test_without_auth_only_names_of_this_machine_are_hosts(pair, host, passes):
+    """Hardening 25: DNS rebinding."""
+    for path, body in (("/v1/models", None), ("/v1/messages", ask("anthropic", "a-anthropic/solo")), ("/health", None)):
+        reply = pair.router.request("POST" if body else "GET", path, body, {"host": host})
+        assert (reply.status == 200) == passes
+        assert passes or (reply.status == 403 and host.split(":")[0] in reply.text)
+    assert passes or no_calls(pair)
+
+
+@pytest.mark.parametrize("origin", ["https://evil.example", "null", "http://localhost.evil.example", "http://127.0.0.1:1"])
+def test_a_foreign_origin_is_refused_and_named(pair, origin):
+    """Hardening 26, 27."""
+    for content_type in ("application/json", "text/plain"):
+        reply = post(pair.router, "openai", "a-openai/solo", headers={"origin": origin, "content-type": content_type})
+        assert reply.status == 403
+        assert origin in reply.text
+        assert "corsOrigins" in reply.text
+        assert not [name for name in reply.headers if name.lower().startswith("access-control")]
+    reply = post(pair.router, "openai", "a-openai/solo", headers={"sec-fetch-site": "cross-site", "content-type": "text/plain"})
+    assert reply.status == 403
+    assert no_calls(pair)
+
+
+def test_the_own_origin_passes_and_a_key_lets_any_origin_pass(pair, locked):
+    own = "http://127.0.0.1:%d" % pair.router.port
+    assert post(pair.router, "openai", "a-openai/solo", headers={"origin": own}).status == 200
+    foreign = {"origin": "https://evil.example"}
+    assert post(locked.router, "openai", "a-openai/solo", headers=foreign).status in (401, 403)
+    reply = post(locked.router, "openai", "a-openai/solo", headers=dict(foreign, authorization="Bearer " + KEY))
+    assert reply.status == 200
+    assert reply.headers.get("access-control-allow-origin") is None
+
+
+def test_cors_answers_name_the_listed_origin_and_never_a_wildcard(locked):
+    """Hardening 26, 28."""
+    asked = {"origin": "https://app.example", "access-control-request-method": "POST", "access-control-request-headers": "x-api-key"}
+    flight = locked.router.request("OPTIONS", "/v1/messages", None, asked)
+    if flight.status == 401:
+        pytest.fail("a preflight never carries a key")
+    assert flight.status == 204
+    assert flight.headers["access-control-allow-origin"] == "https://app.example"
+    assert "x-api-key" in flight.headers["access-control-allow-headers"]
+    assert flight.headers.get("access-control-allow-private-network") is None
+    for stream in (False, True):
+        reply = post(locked.router, "openai", "a-openai/solo", stream, headers={"origin": "https://app.example", "x-api-key": KEY})
+        assert reply.headers["access-control-allow-origin"] == "https://app.example"
+        assert "x-llm-router-model" in reply.headers["access-control-expose-headers"]
+    other = locked.router.request("OPTIONS", "/v1/messages", None, dict(asked, origin="https://evil.example"))
+    assert other.headers.get("access-control-allow-origin") is None
+
+
+# --- clients that leave ---
+
+
+def leave(client, how):
+    """Go away with a FIN or a RST."""
+    if how == "reset":
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    client.close()
+
+
+HOW = pytest.mark.parametrize("how", ["close", "reset"])
+
+
+def assert_cancelled(pair, call, before=0):
+    """The upstream's connection was closed within a second, and the log has the request as 499."""
+    assert call.closed.wait(1.2), "the upstream still works"
+    until(lambda: len([line for line in pair.router.log() if " 499 client_gone " in line]) > before, 3)
+
+
+def gone_before(pair):
+    return len([line for line in pair.router.log() if " 499 client_gone " in line])
+
+
+@HOW
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize("phase", ["waiting for the head", "before content", "within the answer"])
+@pytest.mark.parametrize("upstream_wire", ["openai", "anthropic"])
+def test_when_a_client_leaves_its_upstream_is_closed_within_a_second(pair, phase, upstream_wire, stream, how):
+    """Traps 161, 162."""
+    events = fake.STREAMS[upstream_wire]("words " * 50)
+    whole = json.dumps(fake.WHOLES[upstream_wire]("words " * 50)).encode()
+    start = fake.head(200, {"content-type": "application/json", "content-length": str(len(whole))})
+    answers = {
+        "waiting for the head": fake.hang_before_head(),
+        "before content": fake.sse_answer(events[:1], end="hang") if stream else fake.Answer(start, fake.Hang()),
+        "within the answer": fake.sse_answer(events[:9], end="hang") if stream else fake.Answer(start + whole[:99], fake.Hang()),
+    }
+    pair.first.answer(answers[phase])
+    before = gone_before(pair)
+    client = connect(pair.router)
+    client.sendall(request_bytes(ask("openai", "a-%s/to-openai" % upstream_wire, stream=stream)))
+    call = pair.first.wait_calls(1)[0]
+    if stream and phase == "within the answer":
+        received = b""
+        while b"words" not in received:
+            received += client.recv(65536)
+    else:
+        time.sleep(0.05)
+    leave(client, how)
+    assert_cancelled(pair, call, before)
+    assert pair.calls() == (1, 0)
+
+
+@HOW
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+def test_a_client_that_leaves_right_after_its_request_is_noticed_as_well(pair, stream, how):
+    """Trap 161: the end of the connection arrives together with the request."""
+    pair.first.answer(fake.hang_before_head())
+    before = gone_before(pair)
+    client = connect(pair.router)
+    client.sendall(request_bytes(ask("openai", "a-openai/solo", stream=stream)))
+    leave(client, how)
+    with contextlib.suppress(AssertionError):
+        pair.first.wait_calls(1, 1)
+    if pair.first.calls:
+        assert_cancelled(pair, pair.first.calls[0], before)
+
+
+def test_a_client_that_leaves_during_a_backoff_costs_no_further_call(router, make_upstream):
+    first, second = make_upstream(), make_upstream()
+    running = router(pair_config(first, second), *QUICK, "--origin-retry-base-delay-ms=1500", "--origin-retry-max-delay-ms=1500")
+    first.handler = lambda call: fake.error_answer("openai", 500)
+    with connect(running) as client:
+        client.sendall(request_bytes(ask("openai", "a-openai/to-openai")))
+        first.wait_calls(1)
+        time.sleep(0.05)
+    running.wait_log(" 499 client_gone ", 3)
+    time.sleep(1.2)
+    assert (len(first.calls), len(second.calls)) == (1, 0)
+
+
+def test_a_client_that_leaves_harms_nobodys_health(router, make_upstream):
+    """Trap 162."""
+    first, second = make_upstream(fake.final_text("first")), make_upstream(fake.final_text("second"))
+    running = router(pair_config(first, second))
+    events = fake.chat_stream("words " * 50)
+    first.answer(fake.hang_before_head(), fake.sse_answer(events[:1], end="hang"), fake.sse_answer(events[:9], end="hang"))
+    for number in (1, 2, 3):
+        with connect(running) as client:
+            client.sendall(request_bytes(ask("openai", "a-openai/to-openai", stream=True)))
+            first.wait_calls(number)
+            time.sleep(0.05)
+        assert first.calls[-1].closed.wait(1.2)
+    reply = post(running, "openai", "a-openai/to-openai")
+    assert attempts_of(reply) == [("a-openai/to-openai", "ok")]
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.9], ids=["at once", "after a while"])
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+def test_a_client_that_only_closed_its_half_still_gets_its_answer(pair, stream, delay):
+    """Hardening, proxies 24."""
+    answer = fake.model_answer("openai", stream, TEXT)
+    pair.first.answer(fake.later(answer, delay) if not stream else fake.sse_answer([fake.Wait(delay), *fake.chat_stream(TEXT)]))
+    received = pair.router.raw(request_bytes(ask("openai", "a-openai/solo", stream=stream)), half_close=True)
+    assert received.count(b"HTTP/1.1 200 ") == 1
+    assert "答え" in received.decode() or "\\u7b54" in received.decode()
+    assert received.endswith(b"0\r\n\r\n" if stream else b"}")
+
+
+# --- clients that do not read ---
+
+
+def memory_kb(pid):
+    try:
+        with open("/proc/%d/status" % pid, encoding="ascii", errors="replace") as status:
+            return int(re.search(r"^VmRSS:\s+(\d+)", status.read(), re.MULTILINE).group(1))
+    except FileNotFoundError:
+        pytest.skip("this needs /proc")
+        return 0
+
+
+@pytest.mark.parametrize("client_wire", ["openai", "anthropic"])
+def test_a_client_that_stops_reading_holds_its_own_upstream_only_and_memory_stays_small(router, upstream, client_wire):
+    """Hardening, proxies 22: 50 MB wait at the upstream, not in the router; then the client gets every byte."""
+    running = router(config_of(provider(upstream)))
+    post(running, "openai")
+    piece = fake.sse({"choices": [{"index": 0, "delta": {"content": "x" * 50_000}, "finish_reason": None}]})
+    events = fake.chat_stream("y")
+    big = fake.sse_answer([events[0], *[piece] * 1000, *events[1:]])
+    upstream.answer(big)
+    before = memory_kb(running.process.pid)
+    stream = running.open(PATHS[client_wire], ask(client_wire, stream=True))
+    call = upstream.wait_calls(2)[1]
+    sent = until(lambda: stalled(call), 5, 0.1)
+    assert sent < 25_000_000
+    for _ in range(10):
+        assert post(running, "openai").status == 200
+    assert memory_kb(running.process.pid) - before < 30_000
+    received = 0
+    while data := stream._response.read1(1 << 20):
+        received += len(data)
+    assert received > 50_000_000
+    assert b"".join([data[-20:]]) == b""
+    assert memory_kb(running.process.pid) - before < 40_000
+    stream.close()
+
+
+def stalled(call):
+    """Bytes sent so far, once they do not grow any more."""
+    sent = call.sent_bytes
+    time.sleep(0.15)
+    return sent if sent and sent == call.sent_bytes else 0
+
+
+def test_a_client_that_never_reads_again_is_cut_after_the_send_timeout(router, upstream):
+    running = router(config_of(provider(upstream)), "--send-timeout-ms=500")
+    piece = fake.sse({"choices": [{"index": 0, "delta": {"content": "x" * 50_000}, "finish_reason": None}]})
+    upstream.answer(fake.sse_answer([fake.chat_stream("y")[0], *[piece] * 1000]))
+    with connect(running) as client:
+        client.sendall(request_bytes(ask("openai", stream=True)))
+        call = upstream.wait_calls(1)[0]
+        assert call.closed.wait(4)
+        running.wait_log(" 499 client_gone ", 3)
+
+
+# --- the process ---
+
+
+def test_a_stop_lets_a_running_stream_finish_and_refuses_new_connections(router, upstream):
+    """Hardening, proxies 4, 5."""
+    running = router(config_of(provider(upstream)))
+    gate = threading.Event()
+    events = fake.chat_stream(TEXT)
+    upstream.answer(fake.sse_answer([*events[:3], fake.Gate(gate), *events[3:]]))
+    stream = running.open(PATHS["openai"], ask("openai", stream=True))
+    assert stream.read_event(2)
+    idle = connect(running)
+    running.process.send_signal(signal.SIGTERM)
+    running.wait_log("stopping", 3)
+    with pytest.raises(ConnectionError):
+        connect(running).recv(1)
+    assert idle.recv(100) == b""
+    idle.close()
+    assert running.process.poll() is None
+    gate.set()
+    assert_answer("openai", stream.read_rest(), TEXT)
+    assert running.process.wait(3) == 0
+    running.wait_log(stream.headers["x-llm-router-request-id"], 1)
+
+
+@pytest.mark.parametrize("wire", WIRES)
+def test_a_stream_that_outlives_the_grace_ends_in_an_error_event_and_the_exit_code_tells(router, upstream, wire):
+    """Hardening, proxies 4."""
+    running = router(config_of(provider(upstream)), "--drain-grace-ms=200")
+    upstream.answer(fake.sse_answer(fake.chat_stream(TEXT)[:4], end="hang"))
+    stream = running.open(PATHS[wire], ask(wire, stream=True))
+    assert stream.read_until("An ")
+    running.process.send_signal(signal.SIGTERM)
+    told = assert_stream_error(wire, stream.read_rest())
+    assert "stopping" in told.error["message"]
+    assert running.process.wait(3) == 1
+    assert upstream.calls[0].closed.wait(1)
+
+
+@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_it_at_once(router, upstream, first):
+    """Hardening, proxies 7."""
+    running = router(config_of(provider(upstream)))
+    upstream.answer(fake.hang_before_head())
+    with connect(running) as client:
+        client.sendall(request_bytes(ask("openai")))
+        upstream.wait_calls(1)
+        running.process.send_signal(first)
+        running.wait_log("stopping", 3)
+        running.process.send_signal(first)
+        assert running.process.wait(2) in (-first, 130, 1)
+
+
+def test_an_idle_router_stops_at_once(router, upstream):
+    running = router(config_of(provider(upstream)))
+    post(running, "openai")
+    began = time.monotonic()
+    assert running.stop(5) == 0
+    assert time.monotonic() - began < 1.5
+
+
+def test_a_port_in_use_is_said_in_one_line(router, upstream, tmp_path):
+    """Trap 176."""
+    running = router(config_of(provider(upstream)))
+    command = [sys.executable, str(PROGRAM), "start", "--port=%d" % running.port, "--config=%s" % running.config_path]
+    second = subprocess.run(command, env=clean_environment(tmp_path), capture_output=True, timeout=20, text=True)
+    assert second.returncode == 1
+    assert len(second.stderr.strip().splitlines()) == 1
+    assert str(running.port) in second.stderr
+    assert second.stdout == ""
+    assert post(running, "openai").status == 200
+
+
+def test_a_log_that_cannot_be_written_stops_nothing(tmp_path, upstream):
+    """Hardening, proxies 31."""
+    if not os.path.exists("/dev/full"):
+        pytest.skip("this needs /dev/full")
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(config_of(provider(upstream))))
+    config.chmod(0o600)
+    command = [sys.executable, str(PROGRAM), "start", "--port=0", "--config=%s" % config]
+    with open("/dev/full", "wb") as full:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=full, env=clean_environment(tmp_path))
+    try:
+        port = int(process.stdout.readline().rsplit(b":", 1)[1])
+        from running_router import Caller
+
+        for _ in range(5):
+            assert post(Caller(port), "openai").status == 200
+            time.sleep(0.06)
+    finally:
+        process.terminate()
+        assert process.wait(5) == 0
+        process.stdout.close()
+
+
+def in_process(handle, work, settings=None):
+    """Run a Server with `handle` in this process, and `work(port)` in a thread beside it; what work returned, and the
+    errors that reached the server."""
+
+    async def run():
+        errors = []
+        loop = asyncio.get_running_loop()
+        server = llm_router.Server(loop, settings or llm_router.Settings(), handle, errors.append)
+        port = await server.listen("127.0.0.1", 0)
+        try:
+            return await loop.run_in_executor(None, work, port, server), errors
+        finally:
+            await server.drain(1.0)
+
+    return asyncio.run(run())
+
+
+def test_small_writes_leave_at_once():
+    """TCP_NODELAY on every accepted socket: without it a second token may wait for the acknowledgement of the first."""
+    seen = []
+
+    async def handle(call, sink):
+        sock = sink._connection._transport.get_extra_info("socket")
+        seen.append(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+        await sink.respond(200, [], b"ok")
+
+    def work(port, server):
+        from running_router import Caller
+
+        return Caller(port).get("/").body
+
+    body, errors = in_process(handle, work)
+    assert (body, errors, [bool(value) for value in seen]) == (b"ok", [], [True])
+
+
+def test_a_broken_handler_harms_only_its_own_request():
+    """Hardening, proxies 33."""
+
+    async def handle(call, sink):
+        if call.path == "/bad":
+            raise ValueError("broken")
+        await sink.respond(200, [], b"ok")
+
+    def work(port, server):
+        from running_router import Caller
+
+        with pytest.raises((OSError, __import__("http.client").client.HTTPException)):
+            Caller(port).get("/bad")
+        return Caller(port).get("/good").body
+
+    body, errors = in_process(handle, work)
+    assert body == b"ok"
+    assert [str(error) for error in errors] == ["broken"]
+
+
+@pytest.mark.parametrize("wire", WIRES)
+def test_an_error_of_the_routers_own_is_a_500_in_the_clients_format(wire, upstream):
+    """Trap 129: told as what it is, and never a fallback."""
+    failures, recorded = [], []
+
+    class Host:
+        now = wall = staticmethod(time.monotonic)
+        jitter = staticmethod(lambda: 0.5)
+        new_id = staticmethod(lambda: "req_test")
+        failed = staticmethod(failures.append)
+        record = staticmethod(recorded.append)
+
+        async def sleep(self, seconds):
+            raise AssertionError("it must not wait")
+
+        async def send(self, outbound):
+            raise ZeroDivisionError("a bug")
+
+    config = llm_router.read_config(pair_config(upstream, upstream), {})
+    settings = llm_router.Settings()
+    gateway = llm_router.Gateway(llm_router.Routes(config), settings, llm_router.Access(), Host(), llm_router.HealthBook())
+
+    def work(port, server):
+        from running_router import Caller
+
+        return post(Caller(port), wire, "a-openai/to-openai")
+
+    reply, errors = in_process(gateway.handle, work)
+    assert reply.status == 500
+    error_shape(wire, reply.json)
+    assert "a bug" not in reply.text
+    assert [type(error) for error in failures] == [ZeroDivisionError]
+    assert [(trail.status, trail.outcome) for trail in recorded] == [(500, "internal_error")]
+    assert errors == []
+
+
+def test_the_shared_routers_had_no_errors_of_their_own(shared, shared_locked):
+    """Hardening, proxies 32; hardening 15: after all that was thrown at them, no traceback, no key that was tried."""
+    for pair in (shared, shared_locked):
+        post(pair.router, "openai", "a-openai/solo", headers={"x-api-key": KEY})
+        time.sleep(0.1)
+        log = pair.router.log()
+        assert not [line for line in log if "internal error" in line or "Traceback" in line or "xception" in line]
+        assert not [line for line in log if KEY in line or "OR 1=1" in line]
+
+
+def test_a_stream_that_was_read_to_its_end_leaves_the_connection_usable(pair):
+    """One connection serves streams and whole answers in turn."""
+    with connect(pair.router) as client:
+        for stream in (True, False, True):
+            client.sendall(request_bytes(ask("openai", "a-openai/solo", stream=stream)))
+            answer = b""
+            while not answer.endswith(b"0\r\n\r\n" if stream else b"}}"):
+                answer += client.recv(65536)
+            assert answer.startswith(b"HTTP/1.1 200 ")
+            assert b"connection: keep-alive" in answer.lower()
+    assert read_answer("openai", post(pair.router, "openai", "a-openai/solo")).text == TEXT

@@ -1,0 +1,453 @@
+"""Connections to providers: their pool, odd but valid answers, proxies, dialling, and what is left when clients leave."""
+
+import contextlib
+import gzip
+import json
+import os
+import socket
+import struct
+import threading
+import time
+import zlib
+
+import pytest
+
+import fake_upstream as fake
+from exchanges import PATHS, QUICK, WIRES, ask, assert_answer, attempts_of, post, until
+from running_router import config_of, provider
+
+TEXT = "An answer, 答え."
+STREAMED = pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+needs_proc = pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="this needs /proc")
+
+
+@pytest.fixture
+def single(router, upstream):
+    """`single(*flags)`: a router before one upstream of OpenAI format, which answers TEXT."""
+
+    def start(*flags, env=None, **fields):
+        upstream.handler = fake.final_text(TEXT)
+        return router(config_of(provider(upstream, **fields)), *(QUICK + flags), env=env)
+
+    return start
+
+
+def together(count, work):
+    """Run `work(number)` in `count` threads; the results in order."""
+    results = [None] * count
+
+    def one(number):
+        results[number] = work(number)
+
+    workers = [threading.Thread(target=one, args=(number,)) for number in range(count)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    return results
+
+
+# --- the pool ---
+
+
+@STREAMED
+def test_requests_one_after_another_share_a_connection(single, upstream, stream):
+    """Hardening, proxies 14: back in the pool after the exact end, whatever the framing."""
+    running = single()
+    for _ in range(6):
+        assert_answer("openai", post(running, "openai", "fake/fake-model", stream), TEXT)
+    assert upstream.connections == 1
+
+
+def test_requests_at_once_get_their_own_connections_and_these_are_used_again(single, upstream):
+    running = single()
+    upstream.handler = lambda call: fake.later(fake.final_text(TEXT)(call), 0.15)
+    for _ in range(2):
+        together(12, lambda number: assert_answer("openai", post(running, "openai", "fake/fake-model"), TEXT))
+    assert upstream.connections <= 13
+
+
+def test_an_answer_that_was_an_error_leaves_its_connection_usable(single, upstream):
+    running = single()
+    upstream.answer(fake.error_answer("openai", 400), fake.error_answer("openai", 429), fake.chunked_answer(500, [b"{}"]))
+    for _ in range(4):
+        post(running, "openai", "fake/fake-model")
+    assert upstream.connections == 1
+
+
+def test_a_kept_connection_that_the_upstream_closed_is_not_used_again(single, upstream):
+    """Hardening, proxies 10."""
+    running = single()
+    for _ in range(3):
+        upstream.answer(fake.raw(*fake.json_answer(200, fake.chat_whole(TEXT)).steps))
+        reply = post(running, "openai", "fake/fake-model")
+        assert attempts_of(reply) == [("fake/fake-model", "ok")]
+        time.sleep(0.05)
+    assert upstream.connections == 3
+
+
+def test_a_kept_connection_on_which_something_unasked_arrived_is_not_used_again(single, upstream):
+    """Some servers say 408 before they close an idle connection: it is not the answer to the next request."""
+    running = single()
+    late = [fake.Wait(0.05), fake.head(408, {"content-length": "0"})]
+    upstream.answer(fake.Answer(*fake.json_answer(200, fake.chat_whole(TEXT)).steps, *late))
+    for _ in range(2):
+        reply = post(running, "openai", "fake/fake-model")
+        assert attempts_of(reply) == [("fake/fake-model", "ok")]
+        time.sleep(0.15)
+    assert upstream.connections == 2
+
+
+def test_a_connection_with_bytes_behind_its_answer_is_not_used_again(single, upstream):
+    """Response splitting: what follows an answer is never the next one's."""
+    running = single()
+    evil = fake.json_answer(200, fake.chat_whole("evil")).bytes
+    upstream.answer(fake.Answer(fake.json_answer(200, fake.chat_whole(TEXT)).bytes + evil))
+    for _ in range(2):
+        assert_answer("openai", post(running, "openai", "fake/fake-model"), TEXT)
+    assert (upstream.connections, len(upstream.calls)) == (2, 2)
+
+
+def test_a_request_that_was_sent_in_full_is_never_repeated_in_silence(single, upstream):
+    """Hardening, proxies 9 and 10: a POST costs money; what is repeated counts as an attempt and shows in the trail."""
+    running = single("--origin-retry-attempts=1")
+    post(running, "openai", "fake/fake-model")
+    upstream.answer(fake.close_before_head(), fake.reset_before_head())
+    for label in ("reset", "reset"):
+        reply = post(running, "openai", "fake/fake-model")
+        assert reply.status == 502
+        assert attempts_of(reply) == [("fake/fake-model", label)]
+    assert len(upstream.calls) == 3
+
+
+def test_a_request_that_a_dying_connection_did_not_take_in_full_goes_out_again(router):
+    """Hardening, proxies 9: nobody can have acted on half a request."""
+    whole = fake.json_answer(200, fake.chat_whole(TEXT)).bytes
+    seen = []
+
+    def serve(listener):
+        with contextlib.suppress(OSError):
+            for turn in range(2):
+                connection, _ = listener.accept()
+                seen.append(read_request(connection))
+                connection.sendall(whole)
+                if not turn:  # the second request on this connection is cut off in its middle
+                    connection.recv(1000)
+                    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                connection.close()
+
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(8)
+        threading.Thread(target=serve, args=(listener,), daemon=True).start()
+        running = router(config_of(provider("http://127.0.0.1:%d" % listener.getsockname()[1])), *QUICK)
+        assert_answer("openai", post(running, "openai", "fake/fake-model"), TEXT)
+        reply = post(running, "openai", "fake/fake-model", text="x" * 40_000_000)
+        assert_answer("openai", reply, TEXT)
+    assert attempts_of(reply) == [("fake/fake-model", "ok")]
+    assert [size > 40_000_000 for size in seen] == [False, True]
+
+
+def read_request(connection):
+    """Read one request with Content-Length off a socket; the size of its body."""
+    data = b""
+    while b"\r\n\r\n" not in data:
+        data += connection.recv(65536)
+    head, _, rest = data.partition(b"\r\n\r\n")
+    length = next(int(line.split(b":")[1]) for line in head.lower().split(b"\r\n") if line.startswith(b"content-length"))
+    have = len(rest)
+    while have < length:
+        have += len(connection.recv(1 << 20))
+    return have
+
+
+def test_idle_connections_are_closed_after_a_while_and_never_too_many_kept(single, upstream):
+    running = single("--pool-size=3", "--pool-idle-ms=400")
+    upstream.handler = lambda call: fake.later(fake.final_text(TEXT)(call), 0.1)
+    together(8, lambda number: post(running, "openai", "fake/fake-model"))
+    until(lambda: upstream.open_connections <= 3, 2)
+    until(lambda: upstream.open_connections == 0, 3)
+    assert_answer("openai", post(running, "openai", "fake/fake-model"), TEXT)
+
+
+# --- odd but valid answers ---
+
+
+def odd_answers(body):
+    """Ways to send the same JSON that a client of HTTP must understand."""
+    plain = fake.head(200, {"content-type": "application/json", "content-length": str(len(body))}) + body
+    chunks = b"".join(b"%X;name=\"v\"\r\n%s\r\n" % (len(part), part) for part in (body[:5], body[5:]))
+    packed = gzip.compress(body)
+    coded = {"content-type": "application/json", "content-encoding": "gzip"}
+    return {
+        "a 103 first": fake.informational_first(fake.Answer(plain)),
+        "several 1xx first": fake.informational_first(fake.informational_first(fake.Answer(plain), 102, {}), 100, {}),
+        "chunked": fake.chunked_answer(200, [body[:7], body[7:]]),
+        "chunks with extensions and trailers": fake.Answer(fake.head(200, {"content-type": "application/json", "Transfer-Encoding": "Chunked"}) + chunks + b"0;a=b\r\nx-trailer: y\r\n\r\n"),
+        "ended by the connection": fake.close_delimited_answer(200, body),
+        "HTTP/1.0": fake.raw(b"HTTP/1.0 200 OK\r\n\r\n" + body),
+        "byte by byte": fake.drip(fake.Answer(plain), 1),
+        "no reason phrase": fake.Answer(plain.replace(b"200 Whatever", b"200 ", 1)),
+        "lone line feeds": fake.Answer(plain.replace(b"\r\n", b"\n")),
+        "equal lengths twice": fake.Answer(plain.replace(b"\r\n\r\n", b"\r\ncontent-length: %d\r\n\r\n" % len(body), 1)),
+        "gzip": fake.gzip_answer(200, json.loads(body)),
+        "undeclared gzip": fake.gzip_answer(200, json.loads(body), declared=False),
+        "undeclared gzip, byte by byte": fake.drip(fake.gzip_answer(200, json.loads(body), declared=False), 1),
+        "gzip in chunks": fake.chunked_answer(200, [packed[:1], packed[1:9], packed[9:]], coded),
+        "declared gzip that is none": fake.body_answer(200, body, "application/json", coded),
+        "deflate": fake.body_answer(200, zlib.compress(body), "application/json", {"content-encoding": "deflate"}),
+        "no content type": fake.body_answer(200, body, ""),
+        "a byte order mark": fake.body_answer(200, b"\xef\xbb\xbf" + body, "application/json"),
+        "201": fake.body_answer(201, body, "application/json"),
+    }
+
+
+ODD_NAMES = sorted(odd_answers(b"{}"))
+
+
+@pytest.mark.parametrize("client_wire", ["openai", "anthropic"])
+def test_every_way_to_send_a_whole_answer_is_understood(single, upstream, client_wire):
+    """Trap 18; hardening, proxies 15."""
+    running = single("--origin-retry-attempts=1")
+    for name in ODD_NAMES:
+        upstream.answer(odd_answers(json.dumps(fake.chat_whole(TEXT)).encode())[name])
+        reply = post(running, client_wire, "fake/fake-model")
+        assert reply.status == 200, (name, reply)
+        assert "content-encoding" not in reply.headers
+        assert_answer(client_wire, reply, TEXT)
+
+
+@pytest.mark.parametrize("framing", ["chunked", "close", "length"])
+@pytest.mark.parametrize("gzipped", [False, True])
+def test_every_way_to_send_a_stream_is_understood(single, upstream, framing, gzipped):
+    """Traps 1, 6, 18: also a byte at a time."""
+    running = single("--origin-retry-attempts=1")
+    for client_wire in ("openai", "anthropic"):
+        for size in (1, 5, 100_000):
+            answer = fake.drip(fake.sse_answer(fake.chat_stream(TEXT), framing=framing, gzip=gzipped), size)
+            upstream.answer(fake.informational_first(answer))
+            assert_answer(client_wire, post(running, client_wire, "fake/fake-model", True), TEXT)
+
+
+def test_an_inflated_answer_is_bounded(single, upstream):
+    """Hardening 31: a gzip bomb is no answer."""
+    running = single("--max-answer-bytes=1000000", "--origin-retry-attempts=1")
+    bomb = gzip.compress(b'{"a": "' + b"0" * 50_000_000 + b'"}')
+    upstream.answer(fake.body_answer(200, bomb, "application/json", {"content-encoding": "gzip"}))
+    assert post(running, "openai", "fake/fake-model").status == 502
+    assert_answer("openai", post(running, "openai", "fake/fake-model"), TEXT)
+
+
+def test_a_single_huge_event_passes_and_one_above_the_limit_is_an_error(single, upstream):
+    """Trap 8: base64 images and tool arguments come in one line."""
+    running = single("--max-event-bytes=3000000", "--origin-retry-attempts=1")
+    big = "x" * 2_000_000
+    events = fake.chat_stream(TEXT)
+    huge = fake.sse({"choices": [{"index": 0, "delta": {"content": big}, "finish_reason": None}]})
+    for client_wire in ("openai", "anthropic"):
+        upstream.answer(fake.sse_answer([events[0], huge, *events[1:]]))
+        assert_answer(client_wire, post(running, client_wire, "fake/fake-model", True), big + TEXT)
+        upstream.answer(fake.sse_answer([events[0], b"data: " + b"y" * 4_000_000, b"\n\n", *events[1:]]))
+        assert post(running, client_wire, "fake/fake-model", True).status == 502
+
+
+# --- what is sent ---
+
+
+def test_a_request_carries_exactly_the_headers_it_needs(single, upstream):
+    running = single(headers={"X-Extra": "1", "User-Agent": "mine", "Accept": None})
+    post(running, "openai", "fake/fake-model", headers={"user-agent": "client", "connection": "keep-alive", "te": "trailers", "x-api-key": "client"})
+    sent = {name.lower(): value for name, value in upstream.calls[0].headers}
+    assert sent["host"] == "127.0.0.1:%d" % upstream.port
+    assert sent["authorization"] == "Bearer upstream-key"
+    assert sent["content-type"] == "application/json"
+    assert sent["accept-encoding"] == "identity"
+    assert (sent["x-extra"], sent["user-agent"]) == ("1", "mine")
+    assert not {"te", "x-api-key", "cookie", "x-forwarded-for"} & set(sent)
+    assert len(sent) == len(upstream.calls[0].headers)
+
+
+@pytest.mark.parametrize(
+    ("base", "path"),
+    [
+        ("", "/v1/chat/completions"),
+        ("/", "/v1/chat/completions"),
+        ("/v1", "/v1/chat/completions"),
+        ("/v1/", "/v1/chat/completions"),
+        ("/api/paas/v4", "/api/paas/v4/chat/completions"),
+        ("/v1beta/openai", "/v1beta/openai/chat/completions"),
+        ("/proxy/x", "/proxy/x/v1/chat/completions"),
+        ("/v1/chat/completions", "/v1/chat/completions"),
+        ("/v1?api-version=7", "/v1/chat/completions?api-version=7"),
+    ],
+)
+def test_a_base_url_of_any_shape_leads_to_the_right_path(router, upstream, base, path):
+    """Trap 182."""
+    running = router(config_of(provider(upstream.url + base)))
+    post(running, "openai", "fake/fake-model")
+    assert upstream.calls[0].path == path
+
+
+@pytest.mark.parametrize(
+    ("auth", "expected"),
+    [
+        ({"type": "bearer"}, ("authorization", "Bearer upstream-key")),
+        ({"type": "x-api-key"}, ("x-api-key", "upstream-key")),
+        ({"type": "header", "headerName": "api-key"}, ("api-key", "upstream-key")),
+        ({"type": "header", "headerName": "Authorization", "prefix": "Token "}, ("authorization", "Token upstream-key")),
+        ({"type": "none"}, None),
+    ],
+)
+def test_the_key_goes_where_the_provider_wants_it(router, upstream, auth, expected):
+    running = router(config_of(provider(upstream, auth=auth)))
+    post(running, "openai", "fake/fake-model")
+    shown = [(name.lower(), value) for name, value in upstream.calls[0].headers if "upstream-key" in value]
+    assert shown == ([expected] if expected else [])
+
+
+# --- proxies ---
+
+
+def test_a_plain_upstream_is_reached_through_the_http_proxy(router, make_upstream):
+    """Trap 184."""
+    proxy = make_upstream(fake.final_text(TEXT))
+    config = config_of(provider("http://models.example:8080/v1"))
+    running = router(config, env={"HTTP_PROXY": proxy.url, "NO_PROXY": "other.example"})
+    for _ in range(2):
+        assert_answer("openai", post(running, "openai", "fake/fake-model"), TEXT)
+    assert [call.path for call in proxy.calls] == ["http://models.example:8080/v1/chat/completions"] * 2
+    assert proxy.calls[0].header("host") == "models.example:8080"
+    assert proxy.connections == 1
+
+
+def test_an_https_upstream_is_reached_through_a_tunnel_that_never_sees_the_key(router):
+    seen = []
+
+    def serve(listener):
+        with contextlib.suppress(OSError):
+            connection, _ = listener.accept()
+            seen.append(connection.recv(65536))
+            connection.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
+            seen.append(connection.recv(65536))
+            connection.close()
+
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(8)
+        threading.Thread(target=serve, args=(listener,), daemon=True).start()
+        proxy = "http://user:p%%40ss@127.0.0.1:%d" % listener.getsockname()[1]
+        running = router(config_of(provider("https://models.example/v1")), *QUICK, "--origin-retry-attempts=1", env={"HTTPS_PROXY": proxy})
+        reply = post(running, "openai", "fake/fake-model")
+    assert reply.status == 502
+    assert seen[0].startswith(b"CONNECT models.example:443 HTTP/1.")
+    assert b"Proxy-Authorization: Basic dXNlcjpwQHNz\r\n" in seen[0]
+    assert seen[1][:1] == b"\x16"  # a TLS ClientHello
+    assert b"upstream-key" not in b"".join(seen)
+    assert "p@ss" not in reply.text + "".join(running.log())
+
+
+def test_loopback_and_no_proxy_hosts_are_reached_directly(router, upstream, make_upstream):
+    proxy = make_upstream()
+    running = router(config_of(provider(upstream)), env={"HTTP_PROXY": proxy.url, "ALL_PROXY": proxy.url})
+    assert post(running, "openai", "fake/fake-model").status == 200
+    config = config_of(provider("http://localhost.invalid/v1"))
+    exempt = router(config, *QUICK, "--origin-retry-attempts=1", env={"HTTP_PROXY": proxy.url, "NO_PROXY": ".invalid"})
+    assert attempts_of(post(exempt, "openai", "fake/fake-model")) == [("fake/fake-model", "dns")]
+    assert proxy.connections == 0
+
+
+# --- dialling ---
+
+
+def test_an_upstream_that_cannot_be_reached_delays_nobody_else(router, upstream):
+    """Only so many threads dial one upstream: others always find one."""
+    upstream.handler = fake.final_text(TEXT)
+    with fake.blackhole() as port:
+        dark = provider("http://127.0.0.1:%d" % port, id="dark")
+        running = router(config_of(provider(upstream), dark), *QUICK, "--connect-timeout-ms=2500")
+        waiting = [running_in_thread(lambda: post(running, "openai", "dark/fake-model")) for _ in range(60)]
+        time.sleep(0.3)
+        began = time.monotonic()
+        together(5, lambda number: assert_answer("openai", post(running, "openai", "fake/fake-model"), TEXT))
+        assert time.monotonic() - began < 1.0
+        running.kill()
+        for thread in waiting:
+            thread.join(5)
+
+
+def running_in_thread(work):
+    """Start `work` in a thread; what it raises is of no interest."""
+
+    def run():
+        with contextlib.suppress(Exception):
+            work()
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    return thread
+
+
+def sockets_of(pid):
+    """How many sockets a process has open."""
+    found = 0
+    for fd in os.listdir("/proc/%d/fd" % pid):
+        with contextlib.suppress(OSError):
+            found += os.readlink("/proc/%d/fd/%s" % (pid, fd)).startswith("socket:")
+    return found
+
+
+@needs_proc
+@pytest.mark.parametrize("leave", ["close", "reset"])
+def test_clients_that_leave_while_their_upstream_is_dialled_free_everything_within_a_second(router, leave):
+    """Trap 161: waiting requests of that upstream get the threads again."""
+    with fake.blackhole() as port:
+        running = router(config_of(provider("http://127.0.0.1:%d" % port)), *QUICK, "--connect-timeout-ms=20000")
+        before = sockets_of(running.process.pid)
+        clients = [raw_request(running, ask("openai", "fake/fake-model", stream=bool(number % 2))) for number in range(24)]
+        until(lambda: sockets_of(running.process.pid) >= before + 24 + 16, 3)
+        for client in clients:
+            if leave == "reset":
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            client.close()
+        until(lambda: sockets_of(running.process.pid) == before, 1.5)
+        line = running.wait_log("client_gone", 2)
+        assert " 499 client_gone [fake/fake-model=client_gone" in line
+
+
+def raw_request(running, body, path=PATHS["openai"]):
+    """A socket on which one request was sent and nothing was read."""
+    data = json.dumps(body).encode()
+    client = socket.create_connection((running.host, running.port), 10)
+    client.sendall(b"POST %s HTTP/1.1\r\nhost: localhost\r\ncontent-length: %d\r\n\r\n%s" % (path.encode(), len(data), data))
+    return client
+
+
+@needs_proc
+def test_after_two_hundred_aborted_requests_nothing_is_left_open(single, upstream):
+    """Hardening, proxies 32; trap 169."""
+    running = single("--pool-idle-ms=200")
+    together(5, lambda number: post(running, "openai", "fake/fake-model"))
+    until(lambda: upstream.open_connections == 0, 3)
+    pid = running.process.pid
+    before = len(os.listdir("/proc/%d/fd" % pid))
+    upstream.handler = lambda call: fake.sse_answer(fake.chat_stream("x" * 300), delay=0.01, end="hang") if len(upstream.calls) % 3 else fake.hang_before_head()
+
+    def abort(number):
+        for turn in range(10):
+            body = ask(WIRES[(number + turn) % 3], "fake/fake-model", stream=bool(turn % 4))
+            client = raw_request(running, body, PATHS[WIRES[(number + turn) % 3]])
+            time.sleep(0.005 * (turn % 7))
+            if turn % 2:
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            client.close()
+
+    together(20, abort)
+    until(lambda: len(os.listdir("/proc/%d/fd" % pid)) <= before, 5, 0.05)
+    assert upstream.open_connections == 0
+    upstream.handler = fake.final_text(TEXT)
+    reply = post(running, "openai", "fake/fake-model")
+    assert attempts_of(reply) == [("fake/fake-model", "ok")]
+    running.wait_log(reply.headers["x-llm-router-request-id"])
+    odd = [line for line in running.log() if "rror" in line or "xception" in line or "Traceback" in line]
+    assert odd == []
+    assert len([line for line in running.log() if " 499 client_gone " in line]) >= 195
