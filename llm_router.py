@@ -167,10 +167,9 @@ class Value:
 
 
 def header(headers: Iterable[Tuple[str, str]], name: str, default: str = "") -> str:
-    """The first value of the header `name` (any case), or `default`."""
-    name = name.lower()
+    """The first value of the header `name`, or `default`. Names are lower-case everywhere: hosts hand them over so."""
     for key, value in headers:
-        if key.lower() == name:
+        if key == name:
             return value
     return default
 
@@ -366,15 +365,13 @@ def read_settings(flags: Mapping[str, str], environ: Mapping[str, str]) -> Tuple
 
 def _read_setting(row: Setting, text: str) -> Tuple[Any, str]:
     """The value to use, and what is wrong with the one that was given ("" when nothing is)."""
-    if row.type is not int:
-        value: Any = _BOOLS.get(text.lower()) if row.type is bool else text or None
-        return (
-            (row.default, "%s is not usable" % (one_line(text, 40) or "an empty value"))
-            if value is None
-            else (value, "")
-        )
+    shown = one_line(text, 40) or "an empty value"
+    if row.type is str:
+        return (text, "") if text else (row.default, shown)
+    if row.type is bool:
+        return _BOOLS.get(text.lower(), row.default), "" if text.lower() in _BOOLS else shown + " is not true or false"
     if not _WHOLE_NUMBER.fullmatch(text):
-        return row.default, "%s is not a whole number" % (one_line(text, 40) or "an empty value")
+        return row.default, shown + " is not a whole number"
     number = min(max(int(text), row.low), row.high)
     if number == int(text):
         return number, ""
@@ -481,8 +478,8 @@ class Problem(NamedTuple):
 
 
 class Field(NamedTuple):
-    """One key of the file. kind: what it holds, a row of _TEXTS or a reader of _Scan; [kind]: one or a list of them,
-    {kind}: one per wire format. aliases: other spellings that older files use, beside the dashed and snake-case twins."""
+    """One key of the file. kind: what it holds, a row of _FIELD_KINDS or a reader of _Scan; [kind]: one or a list of them,
+    {kind:kind}: an object. aliases: other spellings that older files use, beside the dashed and snake-case twins."""
 
     key: str
     kind: str
@@ -495,7 +492,7 @@ FIELDS: Dict[str, Tuple[Field, ...]] = {
         Field("version", "whole", "version of the file's shape, 1"),
         Field("masterKey", "secret", "the key that clients show to the router"),
         Field("defaultModel", "default", "the model for `smart` and for requests that name none"),
-        Field("modelAliases", "aliases", "name, or pattern with *, to a model ref or an ordered list of them"),
+        Field("modelAliases", "{alias:targets}", "name, or pattern with *, to a model ref or an ordered list of them"),
         Field("corsOrigins", "[origin]", "browser origins that may use the router"),
         Field("allowedHosts", "[name]", "further Host names that are answered while auth is off"),
         Field("providers", "providers", "the accounts requests may go to"),
@@ -506,15 +503,15 @@ FIELDS: Dict[str, Tuple[Field, ...]] = {
         Field("name", "text", "name for people"),
         Field("enabled", "flag", "false keeps the entry and does not use it"),
         Field("baseUrl", "url", "where the provider's API is", ("endpoint", "endpoints")),
-        Field("baseUrlByFormat", "{url}", "a base URL of its own per wire format"),
+        Field("baseUrlByFormat", "{wire:url}", "a base URL of its own per wire format"),
         Field("apiKey", "secret", "the key the router shows to the provider", ("credential",)),
         Field("apiKeyEnv", "variable", "environment variable that holds the key; wins when it is set"),
         Field("formats", "[wire]", "wire formats the provider speaks: openai, anthropic, responses"),
         Field("format", "wire", "the preferred one of them"),
         Field("auth", "auth", "how the key is shown"),
-        Field("authByFormat", "{auth}", "the same per wire format"),
-        Field("headers", "headers", "headers for every request; null removes one"),
-        Field("anthropicVersion", "header_value", "the anthropic-version header"),
+        Field("authByFormat", "{wire:auth}", "the same per wire format"),
+        Field("headers", "{header_name:header}", "headers for every request; null removes one"),
+        Field("anthropicVersion", "header", "the anthropic-version header"),
         Field("anthropicBeta", "betas", "anthropic-beta features to ask for"),
         Field("compat", "any", "what the provider needs or refuses beside the format"),
         Field("timeouts", "timeouts", "limits of its own in milliseconds"),
@@ -535,7 +532,7 @@ FIELDS: Dict[str, Tuple[Field, ...]] = {
     "auth": (
         Field("type", "auth_type", "bearer, x-api-key, header or none"),
         Field("headerName", "header_name", "the header, for the type header"),
-        Field("prefix", "header_value", "what stands before the key in that header"),
+        Field("prefix", "prefix", "what stands before the key in that header"),
     ),
     "timeouts": (
         Field("connectMs", "whole", "connecting"),
@@ -701,30 +698,45 @@ def _wire_of(text: str) -> str:
     return _WIRE_ALIASES.get(text.strip().lower(), text.strip().lower())
 
 
-_NAME_WANTED = (str.strip, bool, "is empty", "remove it or write a name")
+_TYPE_WORDS = {str: "text", int: "a whole number", bool: "true or false", dict: "an object", list: "a list"}
+_REFERENCES = (
+    "default",
+    "fallback",
+    "target",
+)  # names of models that must exist: a client's, a model or alias, a model
+_NAME = (str, str.strip, bool, "is empty", "remove it or write a name")
 
-# Kinds of text: how it is tidied, what it must then be, what is wrong otherwise, the cure.
+# Simple kinds: the JSON type, how a text is tidied, what the value must then be, what is wrong otherwise, the cure.
 # fmt: off
-_TEXTS: Dict[str, Tuple[Callable[[str], str], Callable[[str], Any], str, str]] = {
-    "text": (str.strip, lambda text: True, "", ""),
-    "name": _NAME_WANTED,
-    "default": (str.strip, lambda text: True, "", ""),  # these three are references: a client's name for a model,
-    "fallback": _NAME_WANTED,  # a model or an alias,
-    "target": _NAME_WANTED,  # a model
-    "secret": (str.strip, _SECRET.fullmatch, "has a character that no key has", "copy the key again, without line breaks"),
-    "variable": (str.strip, _VARIABLE.fullmatch, "is not the name of an environment variable",
+_FIELD_KINDS: Dict[str, Tuple[type, Callable[[str], Any], Callable[[Any], Any], str, str]] = {
+    "any": (object, str, lambda value: True, "", ""),
+    "object": (dict, str, lambda value: True, "", ""),
+    "flag": (bool, lambda text: _BOOLS.get(text.strip().lower(), text), lambda value: True, "", ""),
+    "whole": (int, str, lambda value: type(value) is int and 0 <= value <= 2**53, "must be a whole number of at least 0",
+              "write a number without quotes or fraction"),
+    "text": (str, str.strip, lambda text: True, "", ""),
+    "default": (str, str.strip, lambda text: True, "", ""),
+    "name": _NAME,
+    "fallback": _NAME,
+    "target": _NAME,
+    "alias": (str, str, lambda text: text.strip() not in ("", "smart"), "cannot be an alias",
+              "choose another name; for smart set defaultModel"),
+    "secret": (str, str.strip, _SECRET.fullmatch, "has a character that no key has",
+               "copy the key again, without line breaks"),
+    "variable": (str, str.strip, _VARIABLE.fullmatch, "is not the name of an environment variable",
                  "write a name like OPENAI_API_KEY; the key itself goes into apiKey"),
-    "provider_id": (str, re.compile(r"[A-Za-z][A-Za-z0-9_-]*").fullmatch, "is not a provider id",
+    "provider_id": (str, str, re.compile(r"[A-Za-z][A-Za-z0-9_-]*").fullmatch, "is not a provider id",
                     "use a letter, then letters, digits, - and _"),
-    "model_id": (str, lambda text: text and text == text.strip() and text.isprintable(), "is not a model id",
+    "model_id": (str, str, lambda text: text and text == text.strip() and text.isprintable(), "is not a model id",
                  "write the provider's own name of the model, without spaces around it"),
-    "wire": (_wire_of, WIRES.__contains__, "is not a wire format", "use " + ", ".join(WIRES)),
-    "auth_type": (lambda text: text.strip().lower(), AUTH_TYPES.__contains__, "is not an auth type",
+    "wire": (str, _wire_of, WIRES.__contains__, "is not a wire format", "use " + ", ".join(WIRES)),
+    "auth_type": (str, lambda text: text.strip().lower(), AUTH_TYPES.__contains__, "is not an auth type",
                   "use " + ", ".join(AUTH_TYPES)),
-    "header_name": (str, lambda text: _HEADER_NAME.fullmatch(text) and text.lower() not in _FRAMING_HEADERS,
-                    "is not a header that can be set", "use letters, digits and -; framing headers are the router's own"),
-    "header_value": (str, _HEADER_VALUE.fullmatch, "is not a header value", "remove line breaks and control characters"),
-    "origin": (lambda text: text.strip().rstrip("/").lower(), _ORIGIN.fullmatch, "is not an origin",
+    "header_name": (str, str, lambda text: _HEADER_NAME.fullmatch(text) and text.lower() not in _FRAMING_HEADERS,
+                    "is not a header that can be set", "use letters, digits and -; framing is the router's own"),
+    "header": (str, str.strip, _HEADER_VALUE.fullmatch, "is not a header value", "remove line breaks and controls"),
+    "prefix": (str, str, _HEADER_VALUE.fullmatch, "is not a header value", "remove line breaks and controls"),
+    "origin": (str, lambda text: text.strip().rstrip("/").lower(), _ORIGIN.fullmatch, "is not an origin",
                "write scheme://host:port; a wildcard would let any web page spend your money"),
 }
 # fmt: on
@@ -759,51 +771,50 @@ class _Scan:
     def _warn(self, path: str, message: str, cure: str) -> None:
         self.problems.append(Problem(path, message, cure, "warning"))
 
-    def _is(self, path: str, value: Any, type_: type, words: str) -> bool:
+    def _is(self, path: str, value: Any, type_: type, words: str = "") -> bool:
         """Whether `value` is of the JSON type, noted when it is not."""
         if not isinstance(value, type_):
+            words = words or _TYPE_WORDS[type_]
             self._error(path, "must be %s, is %s" % (words, _json_type(value)), "write %s" % words)
         return isinstance(value, type_)
-
-    # ----- kinds -----
 
     def _read(self, kind: str, path: str, value: Any) -> Any:
         if kind[0] == "[":
             return tuple(entry for _, entry in self._read_each(kind[1:-1], path, value))
         if kind[0] == "{":
-            return self._read_by_wire(kind[1:-1], path, value)
-        if kind not in _TEXTS:
+            return self._read_map(*kind[1:-1].split(":"), path, value)
+        if kind not in _FIELD_KINDS:
             return getattr(self, "_read_" + kind)(path, value)
-        if not self._is(path, value, str, "text"):
+        type_, tidy, is_good, message, cure = _FIELD_KINDS[kind]
+        value = tidy(value) if isinstance(value, str) else value
+        if not self._is(path, value, type_):
             return None
-        tidy, is_good, message, cure = _TEXTS[kind]
-        text = tidy(value)
-        if not is_good(text):
+        if not is_good(value):
             return self._error(path, message, cure)
-        if kind in ("default", "fallback", "target"):
-            self._references.append((path, text, kind, self._lenient))
-        return text
+        if kind in _REFERENCES:
+            self._references.append((path, value, kind, self._lenient))
+        return value
 
     def _read_each(self, kind: str, path: str, value: Any) -> List[Tuple[str, Any]]:
         """What can be used of a list, or of one text in place of a list, each with its path."""
         entries = [(path, value)] if isinstance(value, str) else []
-        if not entries and self._is(path, value, list, "a list"):
+        if not entries and self._is(path, value, list):
             entries = [("%s[%d]" % (path, i), entry) for i, entry in enumerate(value)]
         read = [(where, self._read(kind, where, entry)) for where, entry in entries]
         return [(where, entry) for where, entry in read if entry is not None]
 
     def _items(self, path: str, value: Any) -> List[Tuple[str, str, Any]]:
         """The path, name and value of each member of an object."""
-        good = self._is(path, value, dict, "an object")
+        good = self._is(path, value, dict)
         return [(_join(path, name), name, entry) for name, entry in value.items()] if good else []
 
-    def _read_by_wire(self, kind: str, path: str, value: Any) -> Dict[str, Any]:
+    def _read_map(self, name_kind: str, kind: str, path: str, value: Any) -> Dict[str, Any]:
         found = {}
         for where, name, entry in self._items(path, value):
-            wire = self._read("wire", where, name)
-            good = self._read(kind, where, entry) if wire and entry is not None else None
-            if good is not None:
-                found[wire] = good
+            good = self._read(name_kind, where, name)
+            read = self._read(kind, where, entry) if good and entry is not None else None
+            if good and (read is not None or entry is None and kind == "header"):  # a null removes a header
+                found[good] = read
         return found
 
     def _read_fields(self, kind: str, path: str, raw: Any) -> Dict[str, Any]:
@@ -825,24 +836,9 @@ class _Scan:
         near = nearest(name, SPELLINGS[kind])
         self._warn(path, "is not a known key", "did you mean %s?" % near[0] if near else "remove it: it has no effect")
 
-    def _read_any(self, path: str, value: Any) -> Any:
-        return value
-
-    def _read_object(self, path: str, value: Any) -> Any:
-        return value if self._is(path, value, dict, "an object") else None
-
-    def _read_whole(self, path: str, value: Any) -> Any:
-        if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 2**53:
-            return value
-        return self._error(path, "must be a whole number of at least 0", "write a number without quotes or fraction")
-
-    def _read_flag(self, path: str, value: Any) -> Any:
-        value = _BOOLS.get(value.strip().lower(), value) if isinstance(value, str) else value
-        return value if self._is(path, value, bool, "true or false") else None
-
     def _read_betas(self, path: str, value: Any) -> Any:
         parts = self._read("[name]", path, value.split(",") if isinstance(value, str) else value)
-        return tuple(part for part in parts if self._read("header_value", path, part) is not None)
+        return tuple(part for part in parts if self._read("header", path, part) is not None)
 
     def _read_url(self, path: str, value: Any) -> Any:
         if isinstance(value, list) and value:
@@ -857,25 +853,9 @@ class _Scan:
             self._warn(path, "sends keys and prompts unencrypted", "use https:// unless you trust the network")
         return url
 
-    def _read_headers(self, path: str, value: Any) -> Dict[str, Optional[str]]:
-        headers = {}
-        for where, name, text in self._items(path, value):
-            good = self._read("header_name", where, name)
-            if good and (text is None or self._read("header_value", where, text) is not None):
-                headers[good] = text and text.strip()
-        return headers
-
-    def _read_aliases(self, path: str, value: Any) -> Dict[str, Tuple[str, ...]]:
-        aliases = {}
-        for where, name, target in self._items(path, value):
-            refs = self._read("[target]", where, target)
-            if not name.strip() or name == "smart":
-                self._error(where, "cannot be an alias", "choose another name; for smart set defaultModel")
-            elif not refs:
-                self._error(where, "leads to no model", "write provider/model, or remove the alias")
-            else:
-                aliases[name] = refs
-        return aliases
+    def _read_targets(self, path: str, value: Any) -> Any:
+        refs = self._read("[target]", path, value)
+        return refs or self._error(path, "leads to no model", "write provider/model, or remove the alias")
 
     def _read_auth(self, path: str, value: Any) -> Any:
         auth = Auth(**self._read_fields("auth", path, value))
@@ -941,9 +921,7 @@ class _Scan:
         if wants_key and not has_key and not all(map(is_loopback, hosts)):
             self._warn(path, "the provider has no key", 'add apiKey or apiKeyEnv, or auth {"type": "none"}')
         if values.get("format", provider.preferred) not in provider.formats:
-            self._warn(
-                path, "the preferred format %s is not one of its formats" % values["format"], "add it to formats"
-            )
+            self._warn(path, "its preferred format %s is not one of its formats" % values["format"], "add it there")
         for model in provider.models:
             if model.formats and not set(model.formats) & set(provider.formats):
                 message = "the model %s has no format that its provider speaks" % one_line(model.id, 80)
@@ -956,9 +934,7 @@ class _Scan:
         for where, model in found:
             twin = folded.setdefault(model.id.lower(), model.id)
             if twin != model.id:
-                self._warn(
-                    where, "differs from %s only in case" % one_line(twin, 80), "remove one, if they are the same"
-                )
+                self._warn(where, "differs from %s only in case" % one_line(twin, 80), "remove one of them")
             for alias in model.aliases:
                 if owners.setdefault(alias, model) is not model:
                     message = "its alias %s also means %s" % (one_line(alias, 80), owners[alias].id)
@@ -1058,29 +1034,23 @@ class ModelIndex:
 
     def __init__(self, providers: Iterable[Provider], aliases: Mapping[str, Tuple[str, ...]]) -> None:
         self.aliases = aliases
+        self.names = [alias for alias in aliases if "*" not in alias]
         self._models: Dict[Tuple[str, str], Tuple[Provider, Model]] = {}
         self._owners: Dict[str, Dict[str, Tuple[Provider, Model]]] = {}
         self._disabled: Set[Tuple[str, str]] = set()
-        self.names = [alias for alias in aliases if "*" not in alias]
-        for provider in providers:
-            for model in provider.models:
-                self._add(provider, model, "%s/%s" % (provider.id, model.id))
-        patterns = sorted((name for name in aliases if "*" in name), key=lambda name: -len(name.replace("*", "")))
-        self._patterns = [
-            (re.compile(".*".join(map(re.escape, p.split("*"))), re.DOTALL), aliases[p]) for p in patterns
-        ]
-
-    def _add(self, provider: Provider, model: Model, ref: str) -> None:
-        names = [(provider.id.lower(), name) for name in (model.id,) + model.aliases]
-        if not (provider.enabled and model.enabled):
-            self._disabled.update(names)
-            return
-        for name in names:
-            self._models.setdefault(name, (provider, model))
-            if name[1] != "*":
-                self._owners.setdefault(name[1], {})[ref] = (provider, model)
-        if model.id != "*":
-            self.names.append(ref)
+        for provider, model in [(provider, model) for provider in providers for model in provider.models]:
+            ref = "%s/%s" % (provider.id, model.id)
+            self.names += [ref] if provider.enabled and model.enabled and model.id != "*" else []
+            for name in (model.id, *model.aliases):
+                if not (provider.enabled and model.enabled):
+                    self._disabled.add((provider.id.lower(), name))
+                    continue
+                self._models.setdefault((provider.id.lower(), name), (provider, model))
+                if name != "*":
+                    self._owners.setdefault(name, {})[ref] = (provider, model)
+        names = sorted((name for name in aliases if "*" in name), key=lambda name: -len(name.replace("*", "")))
+        patterns = [".*".join(map(re.escape, name.split("*"))) for name in names]
+        self._patterns = [(re.compile(p, re.DOTALL), aliases[name]) for p, name in zip(patterns, names)]
 
     def find(self, name: str) -> List[Tuple[Provider, Model]]:
         """The enabled models that `name` (`provider/model`, or a bare id or alias) means: one, none, or those among which
@@ -1202,8 +1172,8 @@ def upsert_provider(document: Dict[str, Any], change: ProviderChange) -> Edit:
     models: the list becomes the given one; models that were there keep their objects, disabled ones stay.
     """
     new, providers = _open(document)
-    old = _find_provider(providers, change.id)
-    provider = _new_provider(change) if old is None else old
+    is_new = change.id.lower() not in [_id_of(entry, "provider").lower() for entry in providers]
+    provider = _new_provider(change) if is_new else _find_provider(providers, change.id)
     for name in ("name", "base_url", "api_key", "api_key_env", "enabled"):
         if getattr(change, name) is not None:
             _put(provider, "provider", name, getattr(change, name))
@@ -1211,10 +1181,10 @@ def upsert_provider(document: Dict[str, Any], change: ProviderChange) -> Edit:
     _merge_into(provider, "baseUrlByFormat", change.base_urls)
     _merge_into(provider, "headers", change.headers)
     _merge_into(provider, "auth", change.auth_type and {"type": change.auth_type})
-    notes = ["%s provider %s" % ("added" if old is None else "changed", get_field(provider, "provider", "id"))]
+    notes = ["%s provider %s" % ("added" if is_new else "changed", get_field(provider, "provider", "id"))]
     if change.models is not None:
         notes += _put_models(provider, change.models)
-    if old is None:
+    if is_new:
         providers.append(provider)
         if len(providers) == 1 and not get_field(new, "config", "defaultModel") and change.models[0] != "*":
             new["defaultModel"] = "%s/%s" % (change.id, change.models[0])
@@ -1225,7 +1195,7 @@ def upsert_provider(document: Dict[str, Any], change: ProviderChange) -> Edit:
 def remove_provider(document: Dict[str, Any], provider_id: str) -> Edit:
     """Remove a provider and every reference to its models. UsageError when there is none of that id."""
     new, providers = _open(document)
-    provider = _require_provider(providers, provider_id)
+    provider = _find_provider(providers, provider_id)
     providers.remove(provider)
     return _finish(document, new, ["removed provider %s" % get_field(provider, "provider", "id")], True)
 
@@ -1343,26 +1313,22 @@ def _put(raw: Dict[str, Any], kind: str, name: str, value: Any) -> None:
     raw[key] = value
 
 
-def _find_provider(providers: Sequence[Any], provider_id: str) -> Optional[Dict[str, Any]]:
-    named = ((as_text(get_field(as_dict(entry), "provider", "id")), entry) for entry in providers)
-    return next((entry for id_, entry in named if id_ and id_.lower() == provider_id.lower()), None)
+def _id_of(entry: Any, kind: str) -> str:
+    return entry if isinstance(entry, str) else as_text(get_field(as_dict(entry), kind, "id"))
 
 
-def _require_provider(providers: Sequence[Any], provider_id: str) -> Dict[str, Any]:
-    found = _find_provider(providers, provider_id)
-    if found is None:
-        known = [as_text(get_field(as_dict(entry), "provider", "id")) for entry in providers]
-        raise UsageError("there is no provider %s%s" % (one_line(provider_id, 80), _did_you_mean(provider_id, known)))
-    return found
+def _find_provider(providers: Sequence[Any], provider_id: str) -> Dict[str, Any]:
+    """The provider of that id, any case. UsageError when there is none."""
+    for entry in providers:
+        if isinstance(entry, dict) and _id_of(entry, "provider").lower() == provider_id.lower():
+            return entry
+    near = _did_you_mean(provider_id, [_id_of(entry, "provider") for entry in providers])
+    raise UsageError("there is no provider %s%s" % (one_line(provider_id, 80), near))
 
 
 def _models_of(provider: Dict[str, Any]) -> List[Any]:
     value = get_field(provider, "provider", "models")
     return [value] if isinstance(value, str) else as_list(value)
-
-
-def _model_id(entry: Any) -> str:
-    return entry if isinstance(entry, str) else as_text(get_field(as_dict(entry), "model", "id"))
 
 
 def _open_model(document: Dict[str, Any], provider_id: str, model: str) -> Tuple[Dict[str, Any], List[Any], Any, str]:
@@ -1371,16 +1337,16 @@ def _open_model(document: Dict[str, Any], provider_id: str, model: str) -> Tuple
     `model`: its id or an alias, with or without the provider's id in front. A plain name becomes an object.
     """
     new, providers = _open(document)
-    provider = _require_provider(providers, provider_id)
+    provider = _find_provider(providers, provider_id)
     models = _models_of(provider)
     _put(provider, "provider", "models", models)
     prefix = provider_id.lower() + "/"
     for name in (model, model[len(prefix) :]) if model.lower().startswith(prefix) else (model,):
         for i, entry in enumerate(models):
-            if _model_id(entry) == name or name in as_list(get_field(as_dict(entry), "model", "aliases")):
+            if _id_of(entry, "model") == name or name in as_list(get_field(as_dict(entry), "model", "aliases")):
                 models[i] = {"id": entry} if isinstance(entry, str) else entry
-                return new, models, models[i], "%s/%s" % (get_field(provider, "provider", "id"), _model_id(entry))
-    near = _did_you_mean(model, map(_model_id, models))
+                return new, models, models[i], "%s/%s" % (get_field(provider, "provider", "id"), _id_of(entry, "model"))
+    near = _did_you_mean(model, [_id_of(entry, "model") for entry in models])
     raise UsageError("%s has no model %s%s" % (provider_id, one_line(model, 80), near))
 
 
@@ -1423,12 +1389,12 @@ def _merge_into(provider: Dict[str, Any], key: str, entries: Any) -> None:
 def _put_models(provider: Dict[str, Any], names: Sequence[str]) -> List[str]:
     """Make `names` the provider's models; what became of the old ones."""
     old = _models_of(provider)
-    by_id = {_model_id(entry): entry for entry in reversed(old)}
-    gone = [entry for entry in old if _model_id(entry) not in names]
+    by_id = {_id_of(entry, "model"): entry for entry in reversed(old)}
+    gone = [entry for entry in old if _id_of(entry, "model") not in names]
     disabled = [entry for entry in gone if isinstance(entry, dict) and _is_off(entry, "model")]
     models = [by_id.get(name, {"id": name}) for name in dict.fromkeys(names)]
     _put(provider, "provider", "models", models + disabled)
-    dropped = ", ".join(_model_id(entry) for entry in gone if entry not in disabled)
+    dropped = ", ".join(_id_of(entry, "model") for entry in gone if entry not in disabled)
     return ["models: %s" % ", ".join(dict.fromkeys(names))] + (["no longer listed: " + dropped] if dropped else [])
 
 
@@ -1479,7 +1445,7 @@ def _references_in(document: Dict[str, Any]) -> List[Tuple[Dict[str, Any], str, 
     for provider in map(as_dict, as_list(get_field(document, "config", "providers"))):
         for model in map(as_dict, _models_of(provider)):
             key = find_key(model, "model", "fallbackModels")
-            place = "%s/%s" % (get_field(provider, "provider", "id"), _model_id(model))
+            place = "%s/%s" % (get_field(provider, "provider", "id"), _id_of(model, "model"))
             rows += [(model, key, True, place + " no longer falls back to", "")] if key else []
     key = find_key(document, "config", "defaultModel")
     return rows + ([(document, key, True, "the default model was", "there is no default model")] if key else [])
@@ -1570,8 +1536,8 @@ class EventSplitter:
 def parse_events(raw: bytes) -> List[SseEvent]:
     """The events in `raw`, which must be cut at event borders. Comments, ids and retry fields are dropped."""
     text = str(raw, "utf-8", "replace")
-    if text[:1] == "\ufeff":  # one byte order mark at the start is no part of the stream (WHATWG)
-        text = text[1:]
+    if "\ufeff" in text:  # one byte order mark at the start is no part of the stream (WHATWG)
+        text = text[1:] if text[0] == "\ufeff" else text
     if "\r" in text:
         text = text.replace("\r\n", "\n").replace("\r", "\n")
     events = []
@@ -1592,7 +1558,7 @@ def parse_events(raw: bytes) -> List[SseEvent]:
 
 
 class SseDecoder:
-    """Bytes to events: `feed(bytes)` gives the events completed by them, `finish()` what an unterminated end still held."""
+    """Bytes to events: `feed(bytes)` gives those that they complete, `finish()` what an unterminated end still held."""
 
     def __init__(self, max_event_bytes: int = MAX_EVENT_BYTES) -> None:
         self._splitter = EventSplitter(max_event_bytes)
@@ -1633,41 +1599,32 @@ _TCHARS = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 _VALUE = r"[\t -~\x80-\xff]*"
 # Printable ASCII without " # < > \ and space. RFC 3986 allows fewer, but WHATWG URLs leave [ ] { } | ^ ` as they are.
 _TARGET = r"[!$-;=?-\[\]-~]+"
-
-_REQUEST_LINE = re.compile(r"(%s) (%s) HTTP/([0-9])\.([0-9])(?=\r\n|\Z)" % (_TCHARS, _TARGET))
+_REQUEST_LINE = re.compile(r"(%s) (%s) HTTP/([0-9]\.[0-9])(?=\r\n|\Z)" % (_TCHARS, _TARGET))
 _FIELDS = re.compile(r"\r\n(%s):(%s)(?=\r\n|\Z)" % (_TCHARS, _VALUE))
-_FIELD_LINE = re.compile(("%s:%s" % (_TCHARS, _VALUE)).encode("latin-1"))
+_FIELD_LINE = re.compile("%s:%s" % (_TCHARS, _VALUE))
 _NOT_IN_REQUEST_LINE = re.compile(rb"[^ -~\r\n]|\r[^\n]|(?<!\r)\n")
 _NOT_IN_FIELD_LINE = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r[^\n]|(?<!\r)\n")
 _ABSOLUTE_FORM = re.compile(r"https?://([^/?]*)(.*)", re.IGNORECASE)
 _AUTHORITY_FORM = re.compile(r".+:[0-9]+")
-_REG_NAME = re.compile(
-    r"((?=[^:])[A-Za-z0-9._~!$&'()*+,;=-]*(?:%[0-9A-Fa-f]{2}[A-Za-z0-9._~!$&'()*+,;=-]*)*)(?::([0-9]{0,5}))?"
-)
-_BRACKETED_HOST = re.compile(r"(\[[0-9A-Fa-f:.]{2,45}\])(?::([0-9]{0,5}))?")
-_OCTET = "(?:25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])"
-_IPV4 = re.compile(r"%s(?:\.%s){3}" % (_OCTET, _OCTET))
+_REG_NAME = r"(?=[^:[])[A-Za-z0-9._~!$&'()*+,;=-]*(?:%[0-9A-Fa-f]{2}[A-Za-z0-9._~!$&'()*+,;=-]*)*"
+_HOST = re.compile(r"(?:" + _REG_NAME + r"|\[([0-9A-Fa-f:.]{2,45})\])(?::([0-9]{0,5}))?")
+_IPV4 = re.compile(r"(?:(?:25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])(?:\.(?!\Z)|\Z)){4}")
 _HEX_GROUP = re.compile(r"[0-9A-Fa-f]{1,4}")
 _DIGITS = re.compile(r"[0-9]+")
 _TOKEN_CHARS = re.compile(_TCHARS)
+_CODINGS_THEN_CHUNKED = re.compile(r"(?:(?!(?:chunked|identity)[ \t]*,)%s[ \t]*,[ \t]*)*chunked" % _TCHARS)
 _QUOTED = r'"(?:[\t !#-\[\]-~\x80-\xff]|\\[\t -~\x80-\xff])*"'
 _EXTENSION = r"[ \t]*;[ \t]*%s(?:[ \t]*=[ \t]*(?:%s|%s))?" % (_TCHARS, _TCHARS, _QUOTED)
 _CHUNK_LINE = re.compile((r"([0-9A-Fa-f]{1,16})((?:%s)*)\r\n" % _EXTENSION).encode("latin-1"))
 _CHUNK_LINE_SO_FAR = re.compile(rb"[0-9A-Fa-f]{1,16}(?:[ \t;][\t -~\x80-\xff]*)?\r?")
-
-_SPECIAL = frozenset(("host", "content-length", "transfer-encoding", "connection", "expect"))
-_VERSIONS = {("1", "1"): (1, 1), ("1", "0"): (1, 0)}
-_MAX_LENGTH_DIGITS = 19
-
+_SPECIAL = {"host": 0, "content-length": 1, "transfer-encoding": 2, "expect": 3, "connection": 4}
+_VERSIONS = {"1.1": (1, 1), "1.0": (1, 0)}
+_MAX_LENGTH_DIGITS, _ENDLESS = 19, 1 << 80
 Fault = Callable[[str, int, str], RouterError]
 
 
 class HttpError(RouterError):
-    """A request that HTTP itself forbids to serve: answer with `status`, then close the connection.
-
-    request: the HttpRequest when its head could be read (413, 417, ...), so that the answer can take the
-    client's format; else None.
-    """
+    """A request that HTTP forbids to serve: answer it, then close. request: its head, if that could be read."""
 
     request: Optional[HttpRequest] = None
 
@@ -1675,43 +1632,34 @@ class HttpError(RouterError):
 class UpstreamProtocolError(RouterError):
     """An upstream's answer that is not HTTP ("upstream_bad_response") or ends too early ("upstream_truncated")."""
 
-    def __init__(self, message: str, status: int = 502, code: str = "upstream_bad_response") -> None:
-        super().__init__(message, status, code)
-
-
-def _bad_answer(message: str, status: int, code: str) -> RouterError:
-    return UpstreamProtocolError("the upstream's answer is not valid HTTP: " + message)
+    def __init__(self, message: str, status: int = 502, code: str = "") -> None:
+        code = code if code == "upstream_truncated" else "upstream_bad_response"
+        super().__init__("the upstream's answer is not valid HTTP: " + message, 502, code)
 
 
 class HttpLimits(NamedTuple):
-    """What a client may send. Beyond: the status in brackets.
+    """What a client may send. Beyond: the status in brackets."""
 
-    max_line_bytes: request line (414). max_head_bytes: request line, headers and blank line (431).
-    max_header_count (431). max_body_bytes, after dechunking (413). max_chunk_line_bytes: one chunk-size line (400).
-    max_extension_bytes: chunk extensions of one body together (400). max_trailer_bytes, max_trailer_count (431).
-    max_blank_lines: CRLFs in front of a request line (400; RFC 9112 2.2 wants at least one ignored).
-    """
-
-    max_line_bytes: int = 8192
-    max_head_bytes: int = 65536
-    max_header_count: int = 100
-    max_body_bytes: int = 64 << 20
-    max_chunk_line_bytes: int = 1024
-    max_extension_bytes: int = 16384
-    max_trailer_bytes: int = 8192
-    max_trailer_count: int = 32
-    max_blank_lines: int = 4
+    max_line_bytes: int = 8192  # the request line (414)
+    max_head_bytes: int = 65536  # request line, headers and blank line (431)
+    max_header_count: int = 100  # (431)
+    max_body_bytes: int = 64 << 20  # after dechunking (413)
+    max_chunk_line_bytes: int = 1024  # one chunk-size line (400)
+    max_extension_bytes: int = 16384  # the chunk extensions of one body together (400)
+    max_trailer_bytes: int = 8192  # (431)
+    max_trailer_count: int = 32  # (431)
+    max_blank_lines: int = 4  # CRLFs in front of a request line (400; RFC 9112 2.2 wants at least one ignored)
 
 
-DEFAULT_LIMITS = HttpLimits()
+_DEFAULT_LIMITS = HttpLimits()
+_ANSWER_LIMITS = HttpLimits(max_body_bytes=_ENDLESS)  # how long an answer may be is the gateway's business
 
 
 class HttpRequest(NamedTuple):
-    """A request. headers: names in lower case, values without outer whitespace, as latin-1 text, in their order.
+    """A request. headers: lower-case names, values without outer blanks, latin-1 text, in order. version: (1, 0 or 1).
 
-    target: path and query as they came (origin-form, also when the client sent absolute-form); "*" for OPTIONS *,
-    host:port for CONNECT (then `path` is ""). path is not percent-decoded. version: (1, 0) or (1, 1).
-    keep_alive: whether the connection may serve another request after this one.
+    target: in origin-form, also when absolute-form came; "*" for OPTIONS *, host:port for CONNECT (`path` is then "").
+    path: not percent-decoded. keep_alive: whether the connection may serve another request after this one.
     """
 
     method: str
@@ -1724,77 +1672,57 @@ class HttpRequest(NamedTuple):
     keep_alive: bool
 
 
-class _Framing(NamedTuple):
-    length: int
-    chunked: bool
-    expects_continue: bool
-
-
 class RequestParser:
-    """Bytes of one client connection to requests, one at a time.
-
-    `feed` what was received; `head()` and `body()` give the request's parts once they are complete; `next()` goes on
-    to the pipelined request behind. HttpError comes from `head()` and `body()`; after one the parser is of no use.
+    """Bytes of one client connection to requests: `feed` what was received; `head()` and `body()` give a request's
+    parts once they are complete, or raise HttpError (the parser is of no use then); `next()` goes on to the one behind.
     """
 
-    __slots__ = (
-        "_limits",
-        "_buffer",
-        "_start",
-        "_searched",
-        "_blank_lines",
-        "_lines",
-        "_head",
-        "_framing",
-        "_chunks",
-        "_has_body_bytes",
-        "_collected",
-        "_body",
-    )
-
-    def __init__(self, limits: HttpLimits = DEFAULT_LIMITS) -> None:
+    def __init__(self, limits: HttpLimits = _DEFAULT_LIMITS) -> None:
         self._limits = limits
-        self._buffer: Union[bytes, bytearray] = b""
-        self._start = 0
+        self._buffer, self._start = b"", 0
         self._reset()
 
     def _reset(self) -> None:
-        self._searched = 0
-        self._blank_lines = 0
-        self._lines: Optional[_LineCheck] = None
-        self._head: Optional[HttpRequest] = None
-        self._framing: Optional[_Framing] = None
-        self._chunks: Optional[ChunkDecoder] = None
-        self._has_body_bytes = False
-        self._collected: Optional[bytearray] = None
-        self._body: Optional[bytes] = None
+        self._searched = self._blank_lines = 0
+        self._lines = self._head = self._decoder = self._body = None
+        self._awaits_continue, self._collected = False, bytearray()
 
     def feed(self, data: bytes) -> None:
         """Take received bytes."""
         if self._start == len(self._buffer):
-            self._buffer, self._start = data, 0
-            return
-        if not isinstance(self._buffer, bytearray):
-            self._buffer = bytearray(self._buffer)
-        del self._buffer[: self._start]
+            self._buffer = data
+        else:
+            held = self._buffer = self._buffer if isinstance(self._buffer, bytearray) else bytearray(self._buffer)
+            del held[: self._start]
+            held += data
         self._start = 0
-        self._buffer += data
 
     def head(self) -> Optional[HttpRequest]:
-        """The request without its body, or None while its head is incomplete.
-
-        HttpError: 400, 413, 414, 417, 431, 501, 505.
-        """
+        """The request without its body, None while its head is incomplete. HttpError: 400 413 414 417 431 501 505."""
         if self._head is None and self._start < len(self._buffer):
-            self._skip_blank_lines()
+            while self._buffer.startswith(b"\r\n", self._start):
+                self._start += 2
+                self._blank_lines += 1
+                if self._blank_lines > self._limits.max_blank_lines:
+                    raise HttpError("too many blank lines before the request", 400, "bad_request_line")
             self._find_head()
         return self._head
 
     def body(self) -> Optional[bytes]:
         """The whole body (b"" when the request has none), or None while it is incomplete. HttpError: 400, 413, 431."""
-        if self._body is None and self._framing is not None:
-            framing = self._framing
-            self._body = self._read_chunks() if framing.chunked else self._read_length(framing.length)
+        decoder = self._decoder
+        if self._body is None and decoder is not None:
+            start, end = self._start, min(len(self._buffer), self._start + decoder.wanted)
+            self._awaits_continue = self._awaits_continue and start == end
+            self._start = end
+            data = decoder.feed(bytes(self._buffer[start:end]))
+            if self._collected or not decoder.complete:
+                # Not a list of parts: millions of one-byte chunks would cost 50 times their size in objects.
+                self._collected += data
+            if decoder.complete:
+                self._body, self._collected = bytes(self._collected or data), bytearray()
+                if decoder.surplus:
+                    self._buffer, self._start = decoder.surplus, 0
         return self._body
 
     def next(self) -> None:
@@ -1803,228 +1731,137 @@ class RequestParser:
             raise RouterError("the request before has not been read to its end", 500, "internal_error")
         self._reset()
 
-    @property
-    def expects_continue(self) -> bool:
-        """Whether the client waits for "100 Continue" before it sends the body (RFC 9110 10.1.1)."""
-        nothing_came = not self._has_body_bytes and self._start == len(self._buffer)
-        return self._framing is not None and self._framing.expects_continue and nothing_came
-
-    @property
-    def started(self) -> bool:
-        """Whether a byte of the current request has arrived; blank lines in front of it do not count."""
-        return self._head is not None or bool(self._buffer[self._start : self._start + 2].strip(b"\r\n"))
-
-    @property
-    def buffered(self) -> int:
-        """How many bytes are held: unread ones, also of later requests, and the body so far."""
-        return len(self._buffer) - self._start + self.body_size
-
-    @property
-    def body_size(self) -> int:
-        """How many bytes of the body were read so far."""
-        held = self._body if self._body is not None else self._collected
-        return len(held) if held is not None else 0
-
-    def _skip_blank_lines(self) -> None:
-        while self._buffer.startswith(b"\r\n", self._start):
-            self._start += 2
-            self._blank_lines += 1
-            if self._blank_lines > self._limits.max_blank_lines:
-                raise HttpError("too many blank lines before the request", 400, "bad_request_line")
+    # Whether the client waits for "100 Continue" before it sends the body (RFC 9110 10.1.1).
+    expects_continue = property(lambda self: self._awaits_continue and self._start == len(self._buffer))
+    # Whether a byte of the current request has arrived; blank lines in front of it do not count.
+    started = property(lambda self: bool(self._head or self._buffer[self._start : self._start + 2].strip(b"\r\n")))
+    # How many bytes of the body were read so far; how many are held, also of later requests.
+    body_size = property(lambda self: len(self._collected if self._body is None else self._body))
+    buffered = property(lambda self: len(self._buffer) - self._start + self.body_size)
 
     def _find_head(self) -> None:
-        buffer, start = self._buffer, self._start
+        buffer, start, limits, fault = self._buffer, self._start, self._limits, None
         end = buffer.find(b"\r\n\r\n", start + self._searched)
-        fault = None
-        if end >= 0 and end + 4 - start <= self._limits.max_head_bytes:
+        if end >= 0 and end + 4 - start <= limits.max_head_bytes:
             try:
-                self._head, self._framing = _read_request_head(str(buffer[start:end], "latin-1"), self._limits)
+                self._head, self._decoder, self._awaits_continue = _read_request_head(buffer[start:end], limits)
                 self._start = end + 4
                 return
             except HttpError as error:
                 fault = error
         self._searched = max(0, len(buffer) - start - 3)
-        self._check_lines()
+        if self._lines is None:
+            self._lines = _LineCheck(limits.max_line_bytes, limits.max_head_bytes, limits.max_header_count, HttpError)
+        self._lines.check(buffer, start)
         if fault is not None:
             raise fault
 
-    def _check_lines(self) -> None:
-        if self._lines is None:
-            limits = self._limits
-            self._lines = _LineCheck(limits.max_line_bytes, limits.max_head_bytes, limits.max_header_count, HttpError)
-        self._lines.check(self._buffer, self._start)
 
-    def _take(self, count: int) -> Union[bytes, bytearray]:
-        buffer, start = self._buffer, self._start
-        self._has_body_bytes = self._has_body_bytes or start < len(buffer)
-        if start == 0 and count >= len(buffer):
-            self._buffer = b""
-            return buffer
-        self._start = min(len(buffer), start + count)
-        return buffer[start : self._start]
-
-    def _read_length(self, length: int) -> Optional[bytes]:
-        left = length - self.body_size
-        data = self._take(left) if left else b""
-        if self._collected is None and len(data) == left:
-            return bytes(data)
-        return self._collect(data, len(data) == left)
-
-    def _read_chunks(self) -> Optional[bytes]:
-        if self._chunks is None:
-            self._chunks = ChunkDecoder(self._limits, HttpError)
-        data = self._chunks.feed(bytes(self._take(len(self._buffer))))
-        if self._chunks.complete:
-            self._buffer, self._start = self._chunks.surplus, 0
-        return self._collect(data, self._chunks.complete)
-
-    def _collect(self, data: Union[bytes, bytearray], complete: bool) -> Optional[bytes]:
-        # A bytearray and not a list of parts: millions of one-byte chunks would cost 50 times their size in objects.
-        if self._collected is None:
-            self._collected = bytearray()
-        self._collected += data
-        if not complete:
-            return None
-        body, self._collected = bytes(self._collected), None
-        return body
-
-
-def _read_request_head(text: str, limits: HttpLimits) -> Tuple[HttpRequest, _Framing]:
-    line = _REQUEST_LINE.match(text)
-    if line is None or line.end() > limits.max_line_bytes:
-        raise HttpError("the request line is malformed", 400, "bad_request_line")
-    target, path, query, authority, version = _read_request_line(line)
-    found = _FIELDS.findall(text, line.end())
-    if len(found) != text.count("\r\n", line.end()) or len(found) > limits.max_header_count:
+def _read_request_head(data: bytes, limits: HttpLimits) -> Tuple[HttpRequest, Any, bool]:
+    """(request, decoder of its body, whether it waits for 100 Continue). _LineCheck finds a line's exact fault."""
+    text = str(data, "latin-1")
+    method, target, authority, version, end = _read_request_line(text)
+    found = _FIELDS.findall(text, end)
+    if end > limits.max_line_bytes or len(found) != text.count("\r\n", end) or len(found) > limits.max_header_count:
         raise HttpError("a header line is malformed", 400, "bad_header")
     headers = [(name.lower(), value.strip(" \t")) for name, value in found]
-    special: Dict[str, List[str]] = {}
-    for name, value in headers:
-        if name in _SPECIAL:
-            special.setdefault(name, []).append(value)
+    special, keep_alive = _read_special(headers, version)
     if authority is not None:
         headers = [(name, authority if name == "host" else value) for name, value in headers]
-    keep_alive = _is_persistent(version, special.get("connection", ()))
-    request = HttpRequest(line.group(1), target, path, query, version, headers, b"", keep_alive)
+    path, _, query = target.partition("?") if method != "CONNECT" else ("", "", "")
+    request = HttpRequest(method, target, path, query, version, headers, b"", keep_alive)
     try:
-        _check_host(version, special.get("host", ()))
-        return request, _read_framing(version, special, limits)
+        decoder, awaits_continue = _read_framing(version, special, limits)
     except HttpError as error:
         error.request = request
         raise
+    return request, decoder, awaits_continue
 
 
-def _read_request_line(line: Any) -> Tuple[str, str, str, Optional[str], Tuple[int, int]]:
-    """(target, path, query, authority, version) of a match of _REQUEST_LINE; authority None unless the target has one.
+def _read_request_line(text: str) -> Tuple[str, str, Optional[str], Tuple[int, int], int]:
+    """(method, target, authority, version, length) of the line that `text` begins with.
 
     RFC 9112 3.2: a fragment or a form that the method does not allow is 400. The form is judged before the version,
     so that HTTP/2's preface ("PRI * HTTP/2.0") is 400 like any other thing that is not meant for us.
     """
-    method, target = line.group(1, 2)
+    line = _REQUEST_LINE.match(text)
+    if line is None:
+        raise HttpError("the request line is malformed", 400, "bad_request_line")
+    method, target, digits = line.groups()
     authority = None
-    if method == "CONNECT" or not target.startswith("/"):
+    if method == "CONNECT" or target[0] != "/":
         target, authority = _read_other_form(method, target)
-    version = _VERSIONS.get(line.group(3, 4))
-    if version is None:
+    if digits not in _VERSIONS:
         raise HttpError("only HTTP/1.0 and HTTP/1.1 are spoken here", 505, "http_version_not_supported")
-    path, _, query = ("", "", "") if method == "CONNECT" else target.partition("?")
-    return target, path, query, authority, version
+    return method, target, authority, _VERSIONS[digits], line.end()
 
 
 def _read_other_form(method: str, target: str) -> Tuple[str, Optional[str]]:
-    """(target, authority) of a target that is not a path.
-
-    RFC 9112 3.2.2: an origin server must accept absolute-form, and must take the authority from it instead of Host.
-    Userinfo in it is refused: RFC 9110 4.2.4.
-    """
+    """(target, the authority in it) of a target that is not a path. RFC 9112 3.2.2: absolute-form must be accepted, and
+    its authority be taken instead of Host. Userinfo in it is refused: RFC 9110 4.2.4."""
+    absolute = _ABSOLUTE_FORM.fullmatch(target)
     if method == "CONNECT":
         if _AUTHORITY_FORM.fullmatch(target) and _is_host(target):
             return target, target
-    elif target == "*":
-        if method == "OPTIONS":
-            return target, None
-    else:
-        absolute = _ABSOLUTE_FORM.fullmatch(target)
-        if absolute and _is_host(absolute.group(1)):
-            rest = absolute.group(2)
-            if not rest and method == "OPTIONS":
-                return "*", absolute.group(1)
-            return (rest if rest.startswith("/") else "/" + rest), absolute.group(1)
+    elif target == "*" and method == "OPTIONS":
+        return target, None
+    elif absolute and _is_host(absolute.group(1)):
+        authority, rest = absolute.groups()
+        if not rest and method == "OPTIONS":
+            return "*", authority
+        return (rest if rest.startswith("/") else "/" + rest), authority
     raise HttpError("the request target is malformed", 400, "bad_request_line")
 
 
 def _is_host(text: str) -> bool:
     """RFC 9110 7.2, uri-host [":" port], without an empty host: 4.2.1 calls such http URIs invalid."""
-    match = _REG_NAME.fullmatch(text) or _BRACKETED_HOST.fullmatch(text)
-    if match is None:
-        return False
-    name, port = match.groups()
-    return (not port or int(port) <= 65535) and (name[0] != "[" or _is_ipv6(name[1:-1]))
-
-
-def _is_ipv6(text: str) -> bool:
-    head, gap, tail = text.partition("::")
+    match = _HOST.fullmatch(text)
+    ipv6, port = match.groups() if match else (None, "99999")
+    if ipv6 is None or int(port or 0) > 65535:
+        return int(port or 0) <= 65535
+    head, gap, tail = ipv6.partition("::")
     groups = [group for half in (head, tail) if half for group in half.split(":")]
-    if groups and text.endswith(groups[-1]) and _IPV4.fullmatch(groups[-1]):
+    if groups and ipv6.endswith(groups[-1]) and _IPV4.fullmatch(groups[-1]):
         groups[-1:] = ["0", "0"]
     return all(map(_HEX_GROUP.fullmatch, groups)) and (len(groups) <= 7 if gap else len(groups) == 8)
 
 
-def _check_host(version: Tuple[int, int], values: Sequence[str]) -> None:
-    """RFC 9112 3.2: 400 for a missing Host (HTTP/1.1), a doubled or an invalid one."""
-    if len(values) > 1 or (not values and version == (1, 1)) or (values and not _is_host(values[0])):
+def _read_special(headers: Headers, version: Tuple[int, int]) -> Tuple[Tuple[List[str], ...], bool]:
+    """(the values of each header in _SPECIAL, whether the connection outlives the message: RFC 9112 9.3)."""
+    special: Tuple[List[str], ...] = ([], [], [], [], [])
+    for name, value in headers:
+        if name in _SPECIAL:
+            special[_SPECIAL[name]].append(value)
+    if not special[4]:
+        return special, version == (1, 1)
+    options = [option.strip(" \t") for option in ",".join(special[4]).lower().split(",")]
+    return special, "close" not in options and (version == (1, 1) or "keep-alive" in options)
+
+
+def _read_framing(version: Tuple[int, int], special: Tuple[List[str], ...], limits: HttpLimits) -> Tuple[Any, bool]:
+    """(decoder of the body, whether the client waits for 100 Continue). RFC 9112 3.2: one valid Host. 6.1 and 6.3 read
+    strictly: one Content-Length or one "chunked", never both or twice, else 400; 501 for a coding before it."""
+    hosts, lengths, codings, expected, _ = special
+    if len(hosts) > 1 or not (_is_host(hosts[0]) if hosts else version == (1, 0)):
         raise HttpError("the request needs exactly one valid Host header", 400, "bad_host")
-
-
-def _is_persistent(version: Tuple[int, int], connection: Sequence[str]) -> bool:
-    """RFC 9112 9.3."""
-    if not connection:
-        return version == (1, 1)
-    if connection == ["keep-alive"]:
-        return True
-    options = {option.strip(" \t").lower() for value in connection for option in value.split(",")}
-    return "close" not in options and (version == (1, 1) or "keep-alive" in options)
-
-
-def _read_framing(version: Tuple[int, int], special: Mapping[str, List[str]], limits: HttpLimits) -> _Framing:
-    """RFC 9112 6.3, in its strictest reading: one Content-Length or one "chunked", never both, never repeated."""
-    lengths, codings = special.get("content-length", ()), special.get("transfer-encoding", ())
     length = 0
     if codings:
-        _check_transfer_coding(version, codings, lengths)
+        coding = ",".join(codings).lower()
+        if lengths or version == (1, 0) or not _CODINGS_THEN_CHUNKED.fullmatch(coding):
+            raise HttpError("Transfer-Encoding must stand alone, be chunked, in HTTP/1.1", 400, "bad_transfer_encoding")
+        if coding != "chunked":
+            raise HttpError("the only transfer coding known here is chunked", 501, "unknown_transfer_coding")
     elif lengths:
         if len(lengths) > 1 or not _DIGITS.fullmatch(lengths[0]):
             raise HttpError("Content-Length is malformed or repeated", 400, "bad_content_length")
-        length = int(lengths[0]) if len(lengths[0]) <= _MAX_LENGTH_DIGITS else limits.max_body_bytes + 1
+        length = int(lengths[0]) if len(lengths[0]) <= _MAX_LENGTH_DIGITS else _ENDLESS
     if length > limits.max_body_bytes:
-        raise _too_large(limits.max_body_bytes)
-    expects = "expect" in special and version == (1, 1)
-    if expects and [value for value in special["expect"] if value.lower() != "100-continue"]:
+        raise HttpError("the body is larger than %d bytes" % limits.max_body_bytes, 413, "request_too_large")
+    expects = bool(expected) and version == (1, 1)
+    if expects and {value.lower() for value in expected} != {"100-continue"}:
         raise HttpError("the only expectation known here is 100-continue", 417, "expectation_failed")
-    return _Framing(length, bool(codings), expects and (length > 0 or bool(codings)))
-
-
-def _check_transfer_coding(version: Tuple[int, int], codings: Sequence[str], lengths: Sequence[str]) -> None:
-    """RFC 9112 6.1 and 6.3: 400 for anything that may be smuggling, 501 for a real coding in front of "chunked"."""
-    if lengths or version == (1, 0):
-        raise HttpError(
-            "Transfer-Encoding with Content-Length, or in HTTP/1.0, is refused", 400, "bad_transfer_encoding"
-        )
-    names = [name.strip(" \t").lower() for value in codings for name in value.split(",")]
-    if names == ["chunked"]:
-        return
-    if (
-        names[-1] != "chunked"
-        or names.count("chunked") > 1
-        or not all(map(_TOKEN_CHARS.fullmatch, names))
-        or "identity" in names
-    ):
-        raise HttpError("Transfer-Encoding must be exactly: chunked", 400, "bad_transfer_encoding")
-    raise HttpError("the only transfer coding known here is chunked", 501, "unknown_transfer_coding")
-
-
-def _too_large(max_body_bytes: int) -> HttpError:
-    return HttpError("the request body is larger than %d bytes" % max_body_bytes, 413, "request_too_large")
+    decoder = ChunkDecoder(limits, HttpError) if codings else _LengthDecoder(length)
+    return decoder, expects and not decoder.complete
 
 
 class _LineCheck:
@@ -2033,93 +1870,75 @@ class _LineCheck:
     max_line_bytes: of the request line, 0 when there is none. All positions are relative to the section's start.
     """
 
-    __slots__ = ("_max_line_bytes", "_max_bytes", "_max_count", "_fault", "_line", "_scanned", "_count")
-
     def __init__(self, max_line_bytes: int, max_bytes: int, max_count: int, fault: Fault) -> None:
-        self._max_line_bytes = max_line_bytes
-        self._max_bytes = max_bytes
-        self._max_count = max_count
+        self._limits = (max_line_bytes, max_bytes, max_count)
         self._fault = fault
-        self._line = 0
-        self._scanned = 0
-        self._count = 0
+        self._line = self._scanned = self._count = 0
 
     def check(self, buffer: Union[bytes, bytearray], start: int) -> int:
         """The size of the section with its blank line, or 0 while that has not come."""
+        max_line_bytes, max_bytes, max_count = self._limits
         while True:
             end = buffer.find(b"\n", start + self._scanned)
             stop = end + 1 or len(buffer)
-            self._check_bytes(buffer, start, stop)
+            first = max_line_bytes > 0 and not self._line
+            cap = start + (max_line_bytes + 2 if first else max_bytes)
+            forbidden = _NOT_IN_REQUEST_LINE if first else _NOT_IN_FIELD_LINE
+            # The look-behind of `forbidden` may see the message before, which could have ended in CR.
+            begins_with_lf = buffer.startswith(b"\n", start + self._line)
+            if begins_with_lf or forbidden.search(buffer, start + self._scanned, min(stop, cap)):
+                raise self._fault("a line holds a control character, or does not end in CRLF", 400, "bad_line")
+            if stop > cap and first:
+                raise self._fault("the request line is over %d bytes" % max_line_bytes, 414, "request_line_too_long")
+            if stop > cap:
+                raise self._fault("the headers are over %d bytes" % max_bytes, 431, "headers_too_large")
             if end < 0:
                 self._scanned = max(self._line, stop - 1 - start)
                 return 0
-            line = bytes(buffer[start + self._line : end - 1])
+            line = str(buffer[start + self._line : end - 1], "latin-1")
             if not line:
                 return stop - start
-            self._check_line(line)
+            if first:
+                _read_request_line(line)
+            elif not _FIELD_LINE.fullmatch(line):
+                raise self._fault("a header line is malformed", 400, "bad_header")
+            elif self._count == max_count:
+                raise self._fault("there are more than %d headers" % max_count, 431, "too_many_headers")
+            self._count += not first
             self._line = self._scanned = stop - start
 
-    def _check_bytes(self, buffer: Union[bytes, bytearray], start: int, stop: int) -> None:
-        in_request_line = self._max_line_bytes > 0 and self._line == 0
-        cap = start + (self._max_line_bytes + 2 if in_request_line else self._max_bytes)
-        forbidden = _NOT_IN_REQUEST_LINE if in_request_line else _NOT_IN_FIELD_LINE
-        # The look-behind of `forbidden` may see the message before, which could have ended in CR.
-        begins_with_lf = buffer.startswith(b"\n", start + self._line)
-        if begins_with_lf or forbidden.search(buffer, start + self._scanned, min(stop, cap)):
-            raise self._fault("a line holds a control character, or does not end in CRLF", 400, "bad_line")
-        if stop > cap:
-            if in_request_line:
-                raise self._fault(
-                    "the request line is longer than %d bytes" % self._max_line_bytes, 414, "request_line_too_long"
-                )
-            raise self._fault("the headers are larger than %d bytes" % self._max_bytes, 431, "headers_too_large")
 
-    def _check_line(self, line: bytes) -> None:
-        if self._max_line_bytes and self._line == 0:
-            match = _REQUEST_LINE.match(str(line, "latin-1"))
-            if match is None or match.end() != len(line):
-                raise self._fault("the request line is malformed", 400, "bad_request_line")
-            _read_request_line(match)
-            return
-        self._count += 1
-        if not _FIELD_LINE.fullmatch(line):
-            raise self._fault("a header line is malformed", 400, "bad_header")
-        if self._count > self._max_count:
-            raise self._fault("there are more than %d headers" % self._max_count, 431, "too_many_headers")
+class _LengthDecoder:
+    """A body of `length` bytes, read like ChunkDecoder does it. wanted: how many bytes of input it can use at most."""
+
+    __slots__ = ("complete", "surplus", "wanted")
+
+    def __init__(self, length: int) -> None:
+        self.complete, self.surplus, self.wanted = not length, b"", length
+
+    def feed(self, data: bytes) -> bytes:
+        body = data[: self.wanted]
+        self.wanted -= len(body)
+        if not self.wanted:
+            self.complete = True
+            self.surplus += data[len(body) :]
+        return body
 
 
 class ChunkDecoder:
     """Chunked transfer coding (RFC 9112 7.1) to bytes, for requests and answers, as strict for both.
 
-    fault: makes the error out of message, status and code. complete: the end was read; surplus: what came behind it.
-    size: body bytes announced so far.
+    complete: the end was read; surplus: what came behind it. size: body bytes announced so far. fault: makes the error.
     """
 
-    __slots__ = (
-        "complete",
-        "surplus",
-        "size",
-        "_limits",
-        "_fault",
-        "_step",
-        "_held",
-        "_left",
-        "_extension_bytes",
-        "_trailers",
-    )
+    wanted = _ENDLESS
 
     def __init__(self, limits: HttpLimits, fault: Fault) -> None:
-        self.complete = False
-        self.surplus = b""
-        self.size = 0
-        self._limits = limits
-        self._fault = fault
+        self._limits, self._fault = limits, fault
+        self.complete, self.surplus, self._held = False, b"", b""
+        self.size = self._left = self._extension_bytes = 0
         # Plain functions, not bound methods: those would tie the object to itself, and its memory to the collector.
         self._step: Callable[[ChunkDecoder, bytes, int, List[bytes]], int] = ChunkDecoder._read_size
-        self._held = b""
-        self._left = 0
-        self._extension_bytes = 0
-        self._trailers: Optional[_LineCheck] = None
 
     def feed(self, data: bytes) -> bytes:
         """The body bytes that `data` brought. Raises `fault` (400, 413, 431)."""
@@ -2136,23 +1955,24 @@ class ChunkDecoder:
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def _read_size(self, data: bytes, position: int, parts: List[bytes]) -> int:
-        line = _CHUNK_LINE.match(data, position)
-        if line is None or line.end() - position > self._limits.max_chunk_line_bytes:
-            return self._wait_for_size(data, position)
+        limits, line = self._limits, _CHUNK_LINE.match(data, position)
+        if line is None or line.end() - position > limits.max_chunk_line_bytes:
+            if len(data) - position > limits.max_chunk_line_bytes or not _CHUNK_LINE_SO_FAR.fullmatch(data, position):
+                raise self._fault("a chunk-size line is malformed", 400, "bad_chunk")
+            return position
         digits, extension = line.groups()
         size, begin = int(digits, 16), line.end()
         if extension:
             self._extension_bytes += len(extension)
-            if self._extension_bytes > self._limits.max_extension_bytes:
+            if self._extension_bytes > limits.max_extension_bytes:
                 raise self._fault("the chunk extensions are too large", 400, "bad_chunk")
         if not size:
+            self._trailers = _LineCheck(0, limits.max_trailer_bytes, limits.max_trailer_count, self._fault)
             self._step = ChunkDecoder._read_trailers
             return begin
         self.size += size
-        if self.size > self._limits.max_body_bytes:
-            raise self._fault(
-                "the body is larger than %d bytes" % self._limits.max_body_bytes, 413, "request_too_large"
-            )
+        if self.size > limits.max_body_bytes:
+            raise self._fault("the body is larger than %d bytes" % limits.max_body_bytes, 413, "request_too_large")
         end = begin + size
         if data.startswith(b"\r\n", end):
             parts.append(data[begin:end])
@@ -2161,21 +1981,12 @@ class ChunkDecoder:
         self._step = ChunkDecoder._read_data
         return begin
 
-    def _wait_for_size(self, data: bytes, position: int) -> int:
-        too_long = len(data) - position > self._limits.max_chunk_line_bytes
-        if too_long or not _CHUNK_LINE_SO_FAR.fullmatch(data, position):
-            raise self._fault("a chunk-size line is malformed", 400, "bad_chunk")
-        return position
-
     def _read_data(self, data: bytes, position: int, parts: List[bytes]) -> int:
-        part = data[position : position + self._left]
-        parts.append(part)
-        self._left -= len(part)
-        if not self._left:
-            self._step = ChunkDecoder._read_border
-        return position + len(part)
-
-    def _read_border(self, data: bytes, position: int, parts: List[bytes]) -> int:
+        if self._left:
+            part = data[position : position + self._left]
+            parts.append(part)
+            self._left -= len(part)
+            return position + len(part)
         if data.startswith(b"\r\n", position):
             self._step = ChunkDecoder._read_size
             return position + 2
@@ -2184,25 +1995,19 @@ class ChunkDecoder:
         return position
 
     def _read_trailers(self, data: bytes, position: int, parts: List[bytes]) -> int:
-        if self._trailers is None:
-            self._trailers = _LineCheck(0, self._limits.max_trailer_bytes, self._limits.max_trailer_count, self._fault)
-        size = self._trailers.check(data, position)
-        if not size:
-            return position
-        self.complete = True
-        self.surplus = data[position + size :]
-        self._step = ChunkDecoder._keep_surplus
-        return len(data)
-
-    def _keep_surplus(self, data: bytes, position: int, parts: List[bytes]) -> int:
-        self.surplus += data
+        if not self.complete:
+            size = self._trailers.check(data, position)
+            if not size:
+                return position
+            self.complete = True
+            position += size
+        self.surplus += data[position:]
         return len(data)
 
 
-# How zlib is told to read each content coding; "deflate" is decided by its first two bytes.
-_CODINGS = {"gzip": 31, "x-gzip": 31, "deflate": 0}
-_MAX_GZIP_MEMBERS = 4096
-_INFLATE_STEP_BYTES = 65536
+# How zlib is told to read each content coding (RFC 9110 8.4.1); 0: by the first byte.
+_CODINGS = {"gzip": 31, "x-gzip": 31, "deflate": 0, "identity": None, "": None}
+_MAX_GZIP_MEMBERS, _STEP_BYTES = 4096, 65536
 
 
 def looks_gzipped(data: bytes) -> bool:
@@ -2211,8 +2016,7 @@ def looks_gzipped(data: bytes) -> bool:
 
 
 def inflate(data: bytes, encoding: str, max_bytes: int) -> bytes:
-    """`data` without its content coding (RFC 9110 8.4.1): gzip of any number of members, deflate with or without
-    zlib's wrapper, identity. RouterError: 413 above `max_bytes` of output, 400 corrupt, 415 other codings."""
+    """`data` without its content coding, see Inflater. RouterError: 413 above `max_bytes`, 400 corrupt, 415 unknown."""
     inflater = Inflater(encoding, max_bytes, RouterError)
     plain = inflater.feed(data)
     inflater.finish()
@@ -2220,39 +2024,27 @@ def inflate(data: bytes, encoding: str, max_bytes: int) -> bytes:
 
 
 class Inflater:
-    """Compressed bytes to plain ones as they arrive. encoding: the value of a content-encoding header.
+    """Compressed bytes to plain ones as they arrive: gzip of any number of members, deflate, identity.
 
-    fault: makes the error out of message, status and code; by default UpstreamProtocolError, whatever is wrong.
+    encoding: the value of a content-encoding header. fault: makes the error out of message, status and code.
     """
 
-    __slots__ = ("_fault", "_left", "_wbits", "_zlib", "_head", "_members")
-
-    def __init__(self, encoding: str, max_bytes: int, fault: Fault = _bad_answer) -> None:
+    def __init__(self, encoding: str, max_bytes: int, fault: Fault = UpstreamProtocolError) -> None:
         name = encoding.strip(" \t").lower()
-        if name not in _CODINGS and name not in ("", "identity"):
+        if name not in _CODINGS:
             raise fault("the content encoding must be gzip, deflate or identity", 415, "unsupported_encoding")
-        self._fault = fault
-        self._left = max_bytes
-        self._wbits: Optional[int] = _CODINGS.get(name)
-        self._zlib: Any = None
-        self._head = b""
-        self._members = 0
+        self._wbits, self._left, self._fault = _CODINGS[name], max_bytes, fault
+        self._zlib, self._members = None, 0
 
     def feed(self, data: bytes) -> bytes:
         """The plain bytes that `data` brought. Raises `fault`: 400 corrupt, 413 above `max_bytes` in total."""
         if self._wbits is None:
             return self._count(data)
-        if self._head:
-            data, self._head = self._head + data, b""
-        if self._zlib is None and len(data) < 2:
-            self._head = data
-            return b""
-        steps = range(0, len(data), _INFLATE_STEP_BYTES)
-        return b"".join([self._inflate(data[at : at + _INFLATE_STEP_BYTES]) for at in steps])
+        return b"".join([self._inflate(data[at : at + _STEP_BYTES]) for at in range(0, len(data), _STEP_BYTES)])
 
     def finish(self) -> None:
         """The end of the data. Raises `fault` (400) when it is cut off; no data at all is fine."""
-        if self._head or (self._zlib is not None and not self._zlib.eof):
+        if self._zlib is not None and not self._zlib.eof:
             raise self._fault("the compressed body is cut off", 400, "bad_encoding")
 
     def _count(self, data: bytes) -> bytes:
@@ -2265,9 +2057,14 @@ class Inflater:
         parts = []
         while data:
             if self._zlib is None or self._zlib.eof:
-                data = self._begin_member(data)
+                data = data.lstrip(b"\0") if self._members else data
                 if not data:
                     break
+                if self._members and (self._wbits != 31 or self._members == _MAX_GZIP_MEMBERS):
+                    raise self._fault("the compressed body has bytes behind its end", 400, "bad_encoding")
+                self._members += 1
+                # Some leave zlib's wrapper out of "deflate"; its first byte ends in 8 (RFC 1950 2.2).
+                self._zlib = zlib.decompressobj(self._wbits or (15 if data[0] & 15 == 8 else -15))
             try:
                 # One byte more than allowed is asked for, so nothing is left unconsumed without being too much.
                 parts.append(self._count(self._zlib.decompress(data, self._left + 1)))
@@ -2275,22 +2072,6 @@ class Inflater:
                 raise self._fault("the compressed body is corrupt", 400, "bad_encoding") from None
             data = self._zlib.unused_data
         return b"".join(parts)
-
-    def _begin_member(self, data: bytes) -> bytes:
-        """Prepares for the stream that starts with `data`, and returns what of `data` belongs to it."""
-        if self._members:
-            data = data.lstrip(b"\0")
-            if data and (self._wbits != 31 or self._members >= _MAX_GZIP_MEMBERS):
-                raise self._fault("the compressed body has bytes behind its end", 400, "bad_encoding")
-        if data:
-            self._members += 1
-            self._zlib = zlib.decompressobj(self._wbits or _deflate_wbits(data))
-        return data
-
-
-def _deflate_wbits(data: bytes) -> int:
-    """RFC 9110 8.4.1.2: "deflate" is zlib's format, but some senders leave its wrapper (RFC 1950 2.2) out."""
-    return 15 if data[0] & 15 == 8 and (data[0] * 256 + data[1]) % 31 == 0 else -15
 
 
 # Phrases for people who read raw answers; clients go by the number.
@@ -2303,45 +2084,32 @@ _REASONS = {
     451: "Unavailable For Legal Reasons", 500: "Internal Server Error", 501: "Not Implemented", 502: "Bad Gateway",
     503: "Service Unavailable", 504: "Gateway Timeout", 505: "HTTP Version Not Supported", 529: "Overloaded",
 }  # fmt: skip
-
 LAST_CHUNK = b"0\r\n\r\n"
-
 _UNSAFE = re.compile(r"[^\t -~\x80-\xff]")
 _UPSTREAM_TARGET = re.compile(r"[!-~]+")
 
 
 def render_head(status: int, headers: Sequence[Tuple[str, str]], reason: str = "") -> bytes:
-    """An answer's status line, headers and blank line. reason "": the usual phrase.
-
-    RouterError (500) for a name that is no token and for a control character or one beyond latin-1 in a value:
-    what came from elsewhere must not be able to end a line.
-    """
+    """An answer's status line, headers and blank line. RouterError (500) for what HTTP forbids, as a line's end."""
     return _render_lines("HTTP/1.1 %d %s" % (status, reason or _REASONS.get(status, "")), headers)
 
 
 def render_response(
-    status: int, headers: Sequence[Tuple[str, str]], body: bytes, *, head_only: bool, keep_alive: bool, date: str
+    status: int, headers: Headers, body: bytes, *, head_only: bool, keep_alive: bool, date: str
 ) -> bytes:
-    """A whole answer, with content-length, connection and (unless `date` is "") date added to `headers`.
+    """A whole answer, with connection, content-length and (unless `date`, an HTTP date, is "") date added.
 
-    head_only: the request was HEAD: the length of the body is told, the body left out. 1xx, 204 and 304 have neither
-    (RFC 9110 8.6). date: an HTTP date, made by the caller, who has the clock.
+    head_only: the request was HEAD: no body, but its length. 1xx, 204 and 304 have neither (RFC 9110 8.6).
     """
     bodiless = status in (204, 304) or status < 200
-    added = [("connection", "keep-alive" if keep_alive else "close")]
-    if not bodiless:
-        added.append(("content-length", str(len(body))))
-    if date:
-        added.append(("date", date))
-    head = render_head(status, [*headers, *added])
+    length = [] if bodiless else [("content-length", str(len(body)))]
+    added = [("connection", "keep-alive" if keep_alive else "close"), *length, ("date", date)]
+    head = render_head(status, [*headers, *(added if date else added[:-1])])
     return head if head_only or bodiless else head + body
 
 
 def render_upstream_request(method: str, path: str, headers: Sequence[Tuple[str, str]], body: bytes) -> bytes:
-    """A whole request to an upstream, content-length added when it has a body or is a POST, PUT or PATCH.
-
-    path: with its query. headers: Host included. RouterError (500) as in render_head.
-    """
+    """A whole request to an upstream. path: with its query. headers: with Host, without length. RouterError (500)."""
     if not _TOKEN_CHARS.fullmatch(method) or not _UPSTREAM_TARGET.fullmatch(path):
         raise RouterError("the upstream's method or path has a character that HTTP forbids", 500, "unsafe_header")
     if body or method in ("POST", "PUT", "PATCH"):
@@ -2355,12 +2123,10 @@ def encode_chunk(data: bytes) -> bytes:
 
 
 def _render_lines(first: str, headers: Sequence[Tuple[str, str]]) -> bytes:
-    names = [name for name, _ in headers]
-    values = first + "".join([value for _, value in headers])
-    if not (values.isascii() and values.isprintable()) and _UNSAFE.search(values):
-        raise RouterError("a header value has a character that HTTP forbids", 500, "unsafe_header")
-    if names and not (all(names) and _TOKEN_CHARS.fullmatch("".join(names))):
-        raise RouterError("a header name has a character that HTTP forbids", 500, "unsafe_header")
+    names, values = [name for name, _ in headers], first + "".join([value for _, value in headers])
+    is_plain = values.isascii() and values.isprintable()
+    if not all(names) or not _TOKEN_CHARS.fullmatch("".join(names) or "-") or (not is_plain and _UNSAFE.search(values)):
+        raise RouterError("a header has a character that HTTP forbids", 500, "unsafe_header")
     return "\r\n".join([first, *["%s: %s" % pair for pair in headers], "\r\n"]).encode("latin-1")
 
 
@@ -2372,183 +2138,103 @@ class ResponseHead(NamedTuple):
     version: Tuple[int, int]
 
 
-_STATUS_LINE = re.compile(r"HTTP/1\.([01]) ([1-5][0-9]{2})(?: %s)?(?=\r?\n|\Z)" % _VALUE)
-_ANSWER_FIELD = re.compile(r"(%s)[ \t]*:(%s)" % (_TCHARS, _VALUE))
-_FOLDED_LINE = re.compile(r"[ \t]%s" % _VALUE)
+_STATUS_LINE = re.compile(r"HTTP/(1\.[01]) ([1-5][0-9]{2})(?: %s)?(?=\r?\n|\Z)" % _VALUE)
+# Repaired as RFC 9112 2.2, 5.1 and 5.2 let a client do: lone LF, blanks before the colon, folded lines.
+_ANSWER_FIELDS = re.compile(r"\n(%s)[ \t]*:(%s)(?=\r?\n|\Z)" % (_TCHARS, _VALUE))
+_FOLD = re.compile(r"(?<=[^\r\n])[ \t]*\r?\n[ \t]+")
 _ANSWER_HEAD_END = re.compile(rb"\r?\n\r?\n")
-_MAX_INTERIM_ANSWERS = 20
-_MAX_ANSWER_HEAD_BYTES = 262144
-# An answer's size is the gateway's business; its chunk-size lines and trailers are not allowed more than a client's.
-_ANSWER_LIMITS = HttpLimits(max_body_bytes=1 << 80)
+_MAX_INTERIM_ANSWERS, _MAX_ANSWER_HEAD_BYTES = 20, 262144
 
 
 class ResponseParser:
     """Bytes of an upstream connection to one answer. method: of the request (HEAD has no body in its answer).
 
-    head: a ResponseHead once it is there. complete: the answer's exact end was read. surplus: bytes behind it, which
-    nobody asked for. Tolerated: lone LF line ends and folded lines in the head, a missing or odd reason phrase,
-    HTTP/1.0, repeated equal lengths. Not tolerated: any doubt about where the answer ends (RFC 9112 6.3).
+    head: a ResponseHead once it is there. complete: its exact end was read. surplus: bytes behind it. Tolerated:
+    lone LF line ends and folded lines in the head, a missing or odd reason phrase, HTTP/1.0, repeated equal lengths.
+    Not tolerated: any doubt about where the answer ends (RFC 9112 6.3).
     """
 
-    __slots__ = (
-        "head",
-        "complete",
-        "surplus",
-        "_has_body",
-        "_max_head_bytes",
-        "_read",
-        "_held",
-        "_searched",
-        "_interim",
-        "_left",
-        "_chunks",
-        "_persistent",
-    )
+    __slots__ = ("head", "_has_body", "_held", "_searched", "_interim", "_decoder", "_until_close", "_persistent")
 
-    def __init__(self, method: str = "POST", max_head_bytes: int = _MAX_ANSWER_HEAD_BYTES) -> None:
+    def __init__(self, method: str = "POST") -> None:
         self.head: Optional[ResponseHead] = None
-        self.complete = False
-        self.surplus = b""
-        self._has_body = method != "HEAD"
-        self._max_head_bytes = max_head_bytes
-        self._read: Callable[[ResponseParser, bytes], bytes] = ResponseParser._read_head
-        self._held = bytearray()
-        self._searched = 0
-        self._interim = 0
-        self._left = 0
-        self._chunks: Optional[ChunkDecoder] = None
-        self._persistent = False
+        self._has_body, self._held = method != "HEAD", bytearray()
+        self._searched = self._interim = 0
+        self._decoder: Any = _LengthDecoder(_ENDLESS)
+        self._until_close = self._persistent = False
+
+    complete = property(lambda self: self._decoder.complete)
+    surplus = property(lambda self: self._decoder.surplus)
+    # Whether the connection may carry another request: the answer ended exactly, and nobody said close.
+    reusable = property(lambda self: self.complete and self._persistent and not self.surplus)
 
     def feed(self, data: bytes) -> bytes:
         """The body bytes that `data` brought, without any chunking; b"" in the head. UpstreamProtocolError (502)."""
-        return self._read(self, data)
+        if self.head is None:
+            data = self._read_head(data)
+        return self._decoder.feed(data) if data else b""
 
     def finish(self) -> None:
         """The upstream closed the connection. UpstreamProtocolError (502, "upstream_truncated") if it was too early."""
-        if self._read is ResponseParser._read_until_close:
-            self.complete = True
+        self._decoder.complete = self.complete or self._until_close
         if not self.complete:
             what = "within its answer" if self.head or self._held else "without an answer"
-            raise UpstreamProtocolError("the upstream closed the connection " + what, 502, "upstream_truncated")
-
-    @property
-    def reusable(self) -> bool:
-        """Whether the connection may carry another request: the answer ended exactly, and nobody said close."""
-        return self.complete and self._persistent and not self.surplus
+            raise UpstreamProtocolError("the connection was closed " + what, 502, "upstream_truncated")
 
     def _read_head(self, data: bytes) -> bytes:
+        """Reads up to the end of the final head, over any interim ones; returns what is behind it."""
         held = self._held
         held += data
         while self.head is None:
-            if not held.startswith(b"HTTP/1."[: len(held)]):
-                raise _bad_answer("no status line", 502, "")
             end = _ANSWER_HEAD_END.search(held, self._searched)
-            if (end.end() if end else len(held)) > self._max_head_bytes:
-                raise _bad_answer("the head is too large", 502, "")
-            if end is None:
+            if (end.end() if end else len(held)) > _MAX_ANSWER_HEAD_BYTES:
+                raise UpstreamProtocolError("the head is too large")
+            if end is None and held.startswith(b"HTTP/1."[: len(held)]):
                 self._searched = max(0, len(held) - 3)
                 return b""
-            self._take_head(str(held[: end.start()], "latin-1"))
+            head = _read_answer_head(str(held[: end and end.start()], "latin-1"))
+            if head.status == 101 or (head.status < 200 and self._interim == _MAX_INTERIM_ANSWERS):
+                raise UpstreamProtocolError("an unasked upgrade, or too many interim answers")
             del held[: end.end()]
-            self._searched = 0
-        rest, self._held = bytes(held), bytearray()
-        return self._read(self, rest) if rest else b""
+            self._searched, self._interim = 0, self._interim + 1
+            if head.status >= 200:
+                self._choose_body(head)
+                self.head = head
+        self._held = bytearray()
+        return bytes(held)
 
-    def _take_head(self, text: str) -> None:
-        head = _read_answer_head(text)
-        if head.status >= 200:
-            self.head = head
-            self._choose_framing(head)
-            return
-        self._interim += 1
-        if head.status == 101 or self._interim > _MAX_INTERIM_ANSWERS:
-            raise _bad_answer("an unasked upgrade, or too many interim answers", 502, "")
-
-    def _choose_framing(self, head: ResponseHead) -> None:
-        special: Dict[str, List[str]] = {}
-        for name, value in head.headers:
-            if name in _SPECIAL:
-                special.setdefault(name, []).append(value)
-        self._persistent = _is_persistent(head.version, special.get("connection", ()))
+    def _choose_body(self, head: ResponseHead) -> None:
+        (_, lengths, codings, _, _), persistent = _read_special(head.headers, head.version)
+        # RFC 9112 6.1: chunked in HTTP/1.0 is read, but the connection is not to be trusted afterwards.
+        self._persistent = persistent and not (codings and head.version == (1, 0))
         if not self._has_body or head.status in (204, 304):
-            self._end(b"")
-        elif "transfer-encoding" in special:
-            if "content-length" in special or [value.lower() for value in special["transfer-encoding"]] != ["chunked"]:
-                raise _bad_answer("its transfer encoding is not understood", 502, "")
-            self._chunks = ChunkDecoder(_ANSWER_LIMITS, _bad_answer)
-            self._read = ResponseParser._read_chunks
-            # RFC 9112 6.1: chunked in HTTP/1.0 is read, but the connection is not to be trusted afterwards.
-            self._persistent = self._persistent and head.version == (1, 1)
-        elif "content-length" in special:
-            self._left = _read_answer_length(special["content-length"])
-            self._read = ResponseParser._read_length
-            if not self._left:
-                self._end(b"")
+            self._decoder = _LengthDecoder(0)
+        elif codings:
+            if lengths or [value.lower() for value in codings] != ["chunked"]:
+                raise UpstreamProtocolError("its transfer encoding is not understood")
+            self._decoder = ChunkDecoder(_ANSWER_LIMITS, UpstreamProtocolError)
+        elif lengths:
+            # RFC 9112 6.3: equal lengths, repeated or listed, count as one; anything else is an error.
+            length, *others = {length.strip(" \t") for length in ",".join(lengths).split(",")}
+            if others or len(length) > _MAX_LENGTH_DIGITS or not _DIGITS.fullmatch(length):
+                raise UpstreamProtocolError("its content length is not understood")
+            self._decoder = _LengthDecoder(int(length))
         else:
-            self._persistent = False
-            self._read = ResponseParser._read_until_close
-
-    def _read_chunks(self, data: bytes) -> bytes:
-        chunks = self._chunks
-        body = chunks.feed(data)  # type: ignore[union-attr]
-        if chunks.complete:  # type: ignore[union-attr]
-            self._end(chunks.surplus)  # type: ignore[union-attr]
-        return body
-
-    def _read_length(self, data: bytes) -> bytes:
-        body = data[: self._left]
-        self._left -= len(body)
-        if not self._left:
-            self._end(data[len(body) :])
-        return body
-
-    def _read_until_close(self, data: bytes) -> bytes:
-        return data
-
-    def _read_surplus(self, data: bytes) -> bytes:
-        self.surplus += data
-        return b""
-
-    def _end(self, surplus: bytes) -> None:
-        self.complete = True
-        self.surplus = surplus
-        self._read = ResponseParser._read_surplus
+            self._until_close, self._persistent = True, False
 
 
 def _read_answer_head(text: str) -> ResponseHead:
-    status_line = _STATUS_LINE.match(text)
-    if status_line is None:
-        raise _bad_answer("no status line", 502, "")
-    minor, status = status_line.groups()
-    found = _FIELDS.findall(text, status_line.end())
-    if len(found) != text.count("\n"):
-        found = _read_odd_fields(text)
+    line = _STATUS_LINE.match(text)
+    if line is None:
+        raise UpstreamProtocolError("no status line")
+    rest = text[line.end() :]
+    if "\n " in rest or "\n\t" in rest:
+        rest = _FOLD.sub(" ", rest)
+    found = _ANSWER_FIELDS.findall(rest)
+    if len(found) != rest.count("\n"):
+        raise UpstreamProtocolError("a malformed header line")
     headers = [(name.lower(), value.strip(" \t")) for name, value in found]
-    return ResponseHead(int(status), headers, (1, int(minor)))
-
-
-def _read_odd_fields(text: str) -> Headers:
-    """Headers with what RFC 9112 2.2, 5.1 and 5.2 let a client repair: lone LF, blanks before the colon, folds."""
-    headers: Headers = []
-    for line in text.replace("\r\n", "\n").split("\n")[1:]:
-        field = _ANSWER_FIELD.fullmatch(line)
-        if field is not None:
-            headers.append(field.groups())  # type: ignore[arg-type]
-        elif headers and _FOLDED_LINE.fullmatch(line):
-            name, value = headers[-1]
-            headers[-1] = (name, value.rstrip(" \t") + " " + line.lstrip(" \t"))
-        else:
-            raise _bad_answer("a malformed header line", 502, "")
-    return headers
-
-
-def _read_answer_length(values: Sequence[str]) -> int:
-    """RFC 9112 6.3: equal lengths, repeated or listed, count as one; anything else is an error."""
-    lengths = {length.strip(" \t") for value in values for length in value.split(",")}
-    length = lengths.pop()
-    if lengths or len(length) > _MAX_LENGTH_DIGITS or not _DIGITS.fullmatch(length):
-        raise _bad_answer("its content length is not understood", 502, "")
-    return int(length)
+    return ResponseHead(int(line.group(2)), headers, _VERSIONS[line.group(1)])
 
 
 # ==============================================================================
@@ -2942,7 +2628,7 @@ _CUSTOM_SCHEMA = {"type": "object", "properties": {"input": {"type": "string"}},
 def tool_grammar(tool: Tool) -> Tuple[str, str]:
     """(syntax, definition) of the grammar a custom tool's input must follow, ("", "") when any text will do.
 
-    Responses says {"format": {"type": "grammar", "syntax", "definition"}}, Chat Completions nests the two under "grammar".
+    Responses says {"format": {"type": "grammar", "syntax", "definition"}}, Chat nests the two under "grammar".
     """
     for bag in (tool.extra or {}).values():
         form = as_dict(as_dict(bag).get("format"))
@@ -3230,25 +2916,20 @@ def _innermost_error(value: Any, depth: int) -> Dict[str, Any]:
 # and never by the provider's name; writing is strict.
 
 _CHAT = "openai"
-
-# Greatest length of `user` in OpenAI's API reference.
-_CHAT_MAX_USER = 64
+_CHAT_MAX_USER = 64  # characters of `user`, by OpenAI's API reference
 
 # Field of the request -> what becomes of it when a request or answer of another format is written in this one.
 CHAT_LOSSES = {
     "thinking in the history": "becomes reasoning_content on turns with tool calls, is left out on others",
-    "cache_control": "left out",
     "server tools and their blocks": "left out; what is readable in them becomes text",
-    "tool results without a call": "become text of the user's turn",
+    "tool results without a call": "become text of the user's turn; second ones of one call are left out",
     "tool calls without a result": "get the result `%s`" % NO_RESULT,
-    "second results of one call": "left out",
     "is_error of tool results": "becomes the word `Error: ` in front of the text",
     "images and files in tool results": "become a user message after the tool messages",
     "images and files in system or assistant messages": "become a short text note",
     "documents other than PDF and text": "become a short text note, as documents and sounds by URL do",
-    "top_k": "left out",
+    "top_k, cache_control, thinking switched off": "left out",
     "thinking budget": "becomes reasoning_effort: low under 4096 tokens, medium under 16384, else high",
-    "thinking switched off": "left out",
     "user": "left out when longer than %d characters" % _CHAT_MAX_USER,
     "fields of other formats": "left out, but for service_tier, metadata, prompt_cache_key, prompt_cache_retention, "
     "safety_identifier, store and verbosity where both formats have them",
@@ -3259,32 +2940,18 @@ CHAT_LOSSES = {
 
 # ---- requests: Chat Completions -> neutral
 
-# Field -> its types, and the attribute of ChatRequest that is its value ("" for those that are read further down).
-_CHAT_FIELDS: Dict[str, Tuple[Tuple[type, ...], str]] = {
-    "model": ((str,), "model"),
-    "max_tokens": ((int,), "max_tokens"),
-    "max_completion_tokens": ((int,), "max_tokens"),
-    "temperature": ((int, float), "temperature"),
-    "top_p": ((int, float), "top_p"),
-    "top_k": ((int,), "top_k"),
-    "parallel_tool_calls": ((bool,), "parallel_tools"),
-    "stream": ((bool,), "stream"),
-    "user": ((str,), "user"),
-    "messages": ((list,), ""),
-    "input": ((str, list), ""),
-    "system": ((str, list), ""),
-    "instructions": ((str,), ""),
-    "tools": ((list,), ""),
-    "functions": ((list,), ""),
-    "tool_choice": ((str, dict), ""),
-    "function_call": ((str, dict), ""),
-    "stop": ((str, list), ""),
-    "stream_options": ((dict,), ""),
-    "response_format": ((dict,), ""),
-    "reasoning_effort": ((str,), ""),
-    "reasoning": ((dict,), ""),
-    "thinking": ((dict,), ""),
+# Types -> the fields of a request that are read, those of other formats and of routers among them.
+_CHAT_FIELDS: Dict[Tuple[type, ...], str] = {
+    (str,): "model user instructions reasoning_effort",
+    (int,): "max_tokens max_completion_tokens top_k",
+    (int, float): "temperature top_p",
+    (bool,): "stream parallel_tool_calls",
+    (list,): "messages tools functions",
+    (dict,): "stream_options response_format reasoning thinking",
+    (str, list): "input system stop",
+    (str, dict): "tool_choice function_call",
 }
+_CHAT_KINDS = {key: kinds for kinds, keys in _CHAT_FIELDS.items() for key in keys.split()}
 
 
 def parse_chat_request(body: Dict[str, Any]) -> ChatRequest:
@@ -3294,32 +2961,32 @@ def parse_chat_request(body: Dict[str, Any]) -> ChatRequest:
     and tools of the Messages API, flat tools, `input` for `messages`. RouterError 400 with the path of a wrong value.
     """
     check_field(body, (dict,), "body")
-    found: Dict[str, Any] = {"model": ""}
-    for key, (kinds, attribute) in _CHAT_FIELDS.items():
-        value = check_field(body.get(key), kinds, key, False)
-        if attribute and value is not None:
-            found[attribute] = value
-    system = _chat_parts(body.get("system"), "system") + _chat_parts(body.get("instructions"), "instructions")
-    first, messages = _chat_turns(_chat_items(body))
-    choice, allowed = _chat_tool_choice(body)
-    tools = [
-        _chat_tool(item, "%s[%d]" % (key, n))
-        for key in ("tools", "functions")
-        for n, item in enumerate(body.get(key) or [])
-    ]
-    stop = body.get("stop") or []
+    said = {key: check_field(body.get(key), kinds, key, False) for key, kinds in _CHAT_KINDS.items()}
+    same = {key: said[key] for key in ("temperature", "top_p", "top_k", "stream", "user") if said[key] is not None}
+    system, messages = _chat_turns(said)
+    choice, allowed = _chat_tool_choice(said["tool_choice"] or said["function_call"])
+    named = [(key, n, item) for key in ("tools", "functions") for n, item in enumerate(said[key] or [])]
+    tools = [_chat_tool(item, "%s[%d]" % (key, n)) for key, n, item in named]
+    stop, limit = said["stop"] or [], said["max_completion_tokens"]
     return ChatRequest(
-        messages=messages,
-        system=system + first,
-        tools=[tool for tool in tools if allowed is None or tool.name in allowed],
-        tool_choice=choice,
+        said["model"] or "",
+        messages,
+        system,
+        [tool for tool in tools if allowed is None or tool.name in allowed],
+        choice,
+        parallel_tools=said["parallel_tool_calls"],
+        max_tokens=said["max_tokens"] if limit is None else limit,
         stop=[stop] if isinstance(stop, str) else [text for text in stop if isinstance(text, str)],
-        include_usage=as_dict(body.get("stream_options")).get("include_usage") is True,
-        output=_chat_output(body.get("response_format") or {}),
-        reasoning=_chat_reasoning(body),
-        fields=_chat_rest(body, _CHAT_FIELDS),
-        **found,
+        include_usage=(said["stream_options"] or {}).get("include_usage") is True,
+        output=_chat_output(said["response_format"] or {}),
+        reasoning=_chat_reasoning(said["reasoning_effort"] or "", said["reasoning"] or {}, said["thinking"] or {}),
+        fields=_chat_rest(body, _CHAT_KINDS),
+        **same,
     )
+
+
+def _text_at(item: Dict[str, Any], key: str, path: str) -> str:
+    return check_field(item.get(key), (str,), "%s.%s" % (path, key))
 
 
 def _chat_rest(item: Dict[str, Any], known: Iterable[str]) -> Extra:
@@ -3329,35 +2996,17 @@ def _chat_rest(item: Dict[str, Any], known: Iterable[str]) -> Extra:
     return {wire: bag for found in bags for wire, bag in (found or {}).items()} or None
 
 
-def _chat_items(body: Dict[str, Any]) -> List[Tuple[str, Dict[str, Any]]]:
-    """The messages with their paths; `input` in the manner of the Responses API stands in when they are missing."""
-    name = "input" if body.get("messages") is None and body.get("input") else "messages"
-    items = body.get(name)
-    if not items:
-        raise field_error("messages", "expected at least one message")
-    if isinstance(items, str):
-        items = [{"role": "user", "content": items}]
-    paths = ["%s[%d]" % (name, index) for index in range(len(items))]
-    return [(path, _chat_item(check_field(item, (dict,), path))) for path, item in zip(paths, items)]
-
-
-def _chat_item(item: Dict[str, Any]) -> Dict[str, Any]:
-    """A message; items `function_call` and `function_call_output` of the Responses API as the messages they mean."""
-    kind = None if "role" in item else item.get("type")
-    if kind == "function_call":
-        return {"role": "assistant", "tool_calls": [{"id": item.get("call_id"), "function": item}]}
-    if kind == "function_call_output":
-        return {"role": "tool", "tool_call_id": item.get("call_id"), "content": item.get("output")}
-    return item
-
-
-def _chat_turns(items: List[Tuple[str, Dict[str, Any]]]) -> Tuple[List[Any], List[Message]]:
+def _chat_turns(said: Dict[str, Any]) -> Tuple[List[Any], List[Message]]:
     """(instructions in front, turns). Tool messages and the user's words after them become one user turn."""
-    system: List[Any] = []
+    name = "messages" if said["messages"] is not None or not said["input"] else "input"
+    if not said[name]:
+        raise field_error("messages", "expected at least one message")
+    system = _chat_parts(said["system"], "system") + _chat_parts(said["instructions"], "instructions")
     turns: List[Message] = []
     legacy: Dict[str, str] = {}  # function name -> id given to its last call
-    for path, item in items:
-        message = _chat_message(item, path, legacy)
+    items = [{"role": "user", "content": said[name]}] if isinstance(said[name], str) else said[name]
+    for index, item in enumerate(items):
+        message = _chat_message(item, "%s[%d]" % (name, index), legacy)
         last = turns[-1].blocks if turns and turns[-1].role == message.role == "user" and not message.extra else []
         if message.role == "system" and not turns:
             system += message.blocks
@@ -3368,44 +3017,39 @@ def _chat_turns(items: List[Tuple[str, Dict[str, Any]]]) -> Tuple[List[Any], Lis
     return system, turns
 
 
-def _chat_message(item: Dict[str, Any], path: str, legacy: Dict[str, str]) -> Message:
-    role = item.get("role")
-    if role not in ("system", "developer", "user", "assistant", "tool", "function"):
-        raise field_error(path + ".role", "expected system, developer, user, assistant or tool")
+# Role -> whose turn it is; what roles `tool` and `function` say are results.
+_CHAT_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+
+
+def _chat_message(value: Any, path: str, legacy: Dict[str, str]) -> Message:
+    """A message; items `function_call` and `function_call_output` of the Responses API are the messages they mean."""
+    item = check_field(value, (dict,), path)
+    kind = None if "role" in item else item.get("type")
+    if kind == "function_call":
+        item = {"role": "assistant", "tool_calls": [{"id": item.get("call_id"), "function": item}]}
+    elif kind == "function_call_output":
+        item = {"role": "tool", "tool_call_id": item.get("call_id"), "content": item.get("output")}
+    role, name = _CHAT_ROLES.get(as_text(item.get("role"))), as_text(item.get("name"))
     blocks = _chat_parts(item.get("content"), path + ".content")
-    name = as_text(item.get("name"))
-    if role in ("tool", "function"):
+    if item.get("role") in ("tool", "function"):
         call_id = as_text(item.get("tool_call_id")) or legacy.get(name) or "call_" + (name or "0")
         return Message("user", [ToolResult(call_id, blocks)])
-    extra = {_CHAT: {"name": name}} if name else None
-    if role != "assistant":
-        return Message("user" if role == "user" else "system", blocks, extra)
-    if as_text(item.get("refusal")):
-        blocks.append(Refusal(item["refusal"]))
-    return Message(role, _chat_thoughts(item) + blocks + _chat_calls(item, path, legacy), extra)
-
-
-# Fields with reasoning text; the first that has any is read, since some servers send it twice.
-_CHAT_REASONING = ("reasoning_content", "reasoning")
-
-
-def _chat_thoughts(item: Dict[str, Any]) -> List[Any]:
-    """Reasoning that providers want to see again: reasoning_content, reasoning or reasoning_details."""
-    field = next((key for key in _CHAT_REASONING if as_text(item.get(key))), "")
-    details = [detail for detail in as_list(item.get("reasoning_details")) if isinstance(detail, dict)]
-    bag = {"field": field or _CHAT_REASONING[0], **({"reasoning_details": details} if details else {})}
-    return [Thinking(as_text(item.get(field)), {_CHAT: bag})] if field or details else []
-
-
-def _chat_calls(item: Dict[str, Any], path: str, legacy: Dict[str, str]) -> List[Any]:
-    """`tool_calls`, and the `function_call` that came before them, which has no id: it gets one."""
-    calls = check_field(item.get("tool_calls"), (list,), path + ".tool_calls", False) or []
-    found = [_chat_call(call, "%s.tool_calls[%d]" % (path, index)) for index, call in enumerate(calls)]
-    if item.get("function_call") and not calls:
-        call = _chat_call({"function": item["function_call"]}, path)
-        call.id = legacy[call.name] = "call_" + re.sub(r"\D+", "_", path).strip("_")
-        found.append(call)
-    return found
+    if role is None:
+        raise field_error(path + ".role", "expected system, developer, user, assistant or tool")
+    if role == "assistant":
+        field = next((key for key in ("reasoning_content", "reasoning") if as_text(item.get(key))), "reasoning_content")
+        details = {"reasoning_details": as_list(item.get("reasoning_details"))}
+        if as_text(item.get(field)) or details["reasoning_details"]:
+            blocks.insert(0, Thinking(as_text(item.get(field)), rest_of({"field": field, **details}, (), _CHAT)))
+        if as_text(item.get("refusal")):
+            blocks.append(Refusal(item["refusal"]))
+        calls = check_field(item.get("tool_calls"), (list,), path + ".tool_calls", False) or []
+        blocks += [_chat_call(call, "%s.tool_calls[%d]" % (path, index)) for index, call in enumerate(calls)]
+        if item.get("function_call") and not calls:  # what came before tool_calls has no id: it gets one
+            call = _chat_call({"function": item["function_call"]}, path)
+            call.id = legacy[call.name] = "call_" + "".join(filter(str.isdigit, path))
+            blocks.append(call)
+    return Message(role, blocks, {_CHAT: {"name": name}} if name else None)
 
 
 _CHAT_CALL_KEYS = frozenset(("index", "id", "type", "function", "custom"))
@@ -3413,37 +3057,24 @@ _CHAT_CALL_KEYS = frozenset(("index", "id", "type", "function", "custom"))
 
 def _chat_call(value: Any, path: str) -> ToolCall:
     item = check_field(value, (dict,), path)
-    kind = "custom" if isinstance(item.get("custom"), dict) else "function"
+    kind, field = ("custom", "input") if isinstance(item.get("custom"), dict) else ("function", "arguments")
     inner = check_field(item.get(kind), (dict,), "%s.%s" % (path, kind))
-    name = check_field(inner.get("name"), (str,), "%s.%s.name" % (path, kind))
-    arguments = arguments_text(inner.get("input" if kind == "custom" else "arguments"))
+    name, arguments = _text_at(inner, "name", "%s.%s" % (path, kind)), arguments_text(inner.get(field))
     return ToolCall(as_text(item.get("id")), name, arguments, kind, _chat_rest(item, _CHAT_CALL_KEYS))
 
 
 def _chat_parts(content: Any, path: str) -> List[Any]:
+    """Content parts (SDK: ChatCompletionContentPartParam), blocks of other formats among them (trap 66)."""
     if isinstance(content, str):
         return [Text(content)] if content else []
-    parts = check_field(content, (str, list), path, False) or []
-    return [_chat_part(part, "%s[%d]" % (path, index)) for index, part in enumerate(parts)]
-
-
-def _chat_part(value: Any, path: str) -> Any:
-    """One content part (SDK: ChatCompletionContentPartParam), or a block of another format in its place (trap 66)."""
-    if isinstance(value, str):
-        return Text(value)
-    item = check_field(value, (dict,), path)
-    kind = item.get("type", "text" if isinstance(item.get("text"), str) else "")
-    reader = _CHAT_READERS.get(kind) if isinstance(kind, str) else None
-    return reader(item, path) if reader else Opaque(_CHAT, item)
-
-
-def _read_chat_text(item: Dict[str, Any], path: str) -> Text:
-    return Text(check_field(item.get("text"), (str,), path + ".text"), _chat_rest(item, ("type", "text")))
-
-
-def _read_chat_thinking(item: Dict[str, Any], path: str) -> Thinking:
-    signature = as_text(item.get("signature"))
-    return Thinking(_thinking_text(item), {"anthropic": {"signature": signature}} if signature else None)
+    blocks: List[Any] = []
+    for index, value in enumerate(check_field(content, (str, list), path, False) or []):
+        at = "%s[%d]" % (path, index)
+        item = {"text": value} if isinstance(value, str) else check_field(value, (dict,), at)
+        kind = item.get("type", "text" if isinstance(item.get("text"), str) else "")
+        reader = _CHAT_READERS.get(as_text(kind))
+        blocks.append(reader(item, at) if reader else Opaque(_CHAT, item))
+    return blocks
 
 
 def _thinking_text(item: Dict[str, Any]) -> str:
@@ -3452,75 +3083,63 @@ def _thinking_text(item: Dict[str, Any]) -> str:
     return as_text(value) or "".join(as_text(as_dict(part).get("text")) for part in as_list(value))
 
 
-def _read_chat_image(item: Dict[str, Any], path: str) -> Media:
-    """`image_url` is an object with `url` and `detail`, or the URL itself (`input_image` of the Responses API)."""
-    value = item.get("image_url")
-    inner = value if isinstance(value, dict) else {"url": value, "detail": item.get("detail")}
-    url = check_field(inner.get("url"), (str,), path + ".image_url.url")
-    return media_of_url("image", url, extra=_chat_rest({**item, "detail": inner.get("detail")}, ("type", "image_url")))
+# Type of a part -> kind of Media, the part's object, and its field with the data or a URL.
+_IMAGE, _FILE = ("image", "image_url", "url"), ("document", "file", "file_data")
+_AUDIO = ("audio", "input_audio", "data")
+_CHAT_MEDIA = {"image_url": _IMAGE, "input_image": _IMAGE, "input_audio": _AUDIO, "file": _FILE, "input_file": _FILE}
 
 
-def _read_chat_audio(item: Dict[str, Any], path: str) -> Media:
-    inner = check_field(item.get("input_audio"), (dict,), path + ".input_audio")
-    form = as_text(inner.get("format")) or "wav"
-    return Media("audio", "audio/" + form, check_field(inner.get("data"), (str,), path + ".input_audio.data"))
-
-
-def _read_chat_file(item: Dict[str, Any], path: str) -> Any:
-    """`file` with `file_data` (a data URL, or bare base64); a `file_id` means nothing elsewhere."""
-    inner = as_dict(item.get("file")) or item
-    data = as_text(inner.get("file_data"))
-    if not data:
+def _read_chat_media(item: Dict[str, Any], path: str) -> Any:
+    """In the Responses API the URL, or the part itself, stands for the object. A file's id means nothing elsewhere."""
+    kind, key, field = _CHAT_MEDIA[item["type"]]
+    value = item.get(key)
+    inner = value if isinstance(value, dict) else {**item, field: item.get(field, value)}
+    if kind == "document" and not inner.get(field):
         return Opaque(_CHAT, item)
-    if not data.startswith(("data:", "http://", "https://")):
-        data = "data:application/pdf;base64," + data
-    media = media_of_url("document", data, as_text(inner.get("filename")))
-    media.media_type = media.media_type or "application/pdf"
-    return media
+    url = _text_at(inner, field, "%s.%s" % (path, key))
+    if kind != "image" and not url.startswith(("data:", "http://", "https://")):
+        form = "audio/" + (as_text(inner.get("format")) or "wav") if kind == "audio" else "application/pdf"
+        url = "data:%s;base64,%s" % (form, url)
+    rest = _chat_rest({**item, "detail": inner.get("detail")}, ("type", key, field, "filename"))
+    return media_of_url(kind, url, as_text(inner.get("filename")), rest)
 
 
 def _read_source(item: Dict[str, Any], path: str) -> Any:
     """An `image` or `document` block of the Messages API."""
     source = check_field(item.get("source"), (dict,), path + ".source")
     form = as_text(source.get("type"))
-    if form not in ("text", "url", "base64"):
+    if form not in ("text", "base64", "url"):
         return Opaque("anthropic", item)
     field = "url" if form == "url" else "data"
-    value = check_field(source.get(field), (str,), "%s.source.%s" % (path, field))
-    if form == "text":
-        return Text(value)
-    return Media(item["type"], as_text(source.get("media_type")), name=as_text(item.get("title")), **{field: value})
-
-
-def _read_tool_use(item: Dict[str, Any], path: str) -> ToolCall:
-    name = check_field(item.get("name"), (str,), path + ".name")
-    return ToolCall(as_text(item.get("id")), name, arguments_text(item.get("input") or {}))
+    value = _text_at(source, field, path + ".source")
+    rest = {"media_type": as_text(source.get("media_type")), "name": as_text(item.get("title"))}
+    return Text(value) if form == "text" else Media(item["type"], **{field: value}, **rest)
 
 
 def _read_tool_result(item: Dict[str, Any], path: str) -> ToolResult:
-    call_id = check_field(item.get("tool_use_id"), (str,), path + ".tool_use_id")
-    return ToolResult(call_id, _chat_parts(item.get("content"), path + ".content"), item.get("is_error") is True)
+    blocks = _chat_parts(item.get("content"), path + ".content")
+    return ToolResult(_text_at(item, "tool_use_id", path), blocks, item.get("is_error") is True)
 
 
 _CHAT_READERS: Dict[str, Callable[[Dict[str, Any], str], Any]] = {
-    "text": _read_chat_text,
-    "input_text": _read_chat_text,
-    "output_text": _read_chat_text,
-    "refusal": lambda item, path: Refusal(check_field(item.get("refusal"), (str,), path + ".refusal")),
-    "image_url": _read_chat_image,
-    "input_image": _read_chat_image,
-    "input_audio": _read_chat_audio,
-    "file": _read_chat_file,
-    "input_file": _read_chat_file,
-    "thinking": _read_chat_thinking,
-    "image": _read_source,
-    "document": _read_source,
-    "tool_use": _read_tool_use,
+    **dict.fromkeys(
+        ("text", "input_text", "output_text"),
+        lambda item, path: Text(_text_at(item, "text", path), _chat_rest(item, ("type", "text"))),
+    ),
+    **dict.fromkeys(_CHAT_MEDIA, _read_chat_media),
+    **dict.fromkeys(("image", "document"), _read_source),
+    "refusal": lambda item, path: Refusal(_text_at(item, "refusal", path)),
+    "thinking": lambda item, path: Thinking(
+        _thinking_text(item), rest_of({"signature": as_text(item.get("signature")) or None}, (), "anthropic")
+    ),
+    "tool_use": lambda item, path: ToolCall(
+        as_text(item.get("id")), _text_at(item, "name", path), arguments_text(item.get("input") or {})
+    ),
     "tool_result": _read_tool_result,
 }
 
-# Anthropic's own tools bear a date in their type (web_search_20250305).
-_DATED_TYPE = re.compile(r".*_20\d{6}$")
+_DATED_TYPE = re.compile(r".*_20\d{6}$")  # Anthropic's own tools bear a date in their type (web_search_20250305)
+_CHAT_TOOL_KEYS = frozenset(("type", "function", "name", "description", "parameters", "input_schema", "strict"))
 
 
 def _chat_tool(value: Any, path: str) -> Tool:
@@ -3532,35 +3151,24 @@ def _chat_tool(value: Any, path: str) -> Tool:
     if kind not in (None, "function", "custom") and not isinstance(nested, dict):
         wire = "anthropic" if _DATED_TYPE.match(as_text(kind)) else _CHAT
         return Tool(as_text(item.get("name")) or as_text(kind), kind="server", extra={wire: item})
-    inner, path = (
-        (nested, path + (".custom" if is_custom else ".function")) if isinstance(nested, dict) else (item, path)
-    )
-    name, description = check_field(inner.get("name"), (str,), path + ".name"), as_text(inner.get("description"))
+    if isinstance(nested, dict):
+        path += ".custom" if is_custom else ".function"
+    inner = nested if isinstance(nested, dict) else item
+    name, description = _text_at(inner, "name", path), as_text(inner.get("description"))
     if is_custom:
-        form = inner.get("format")
-        return Tool(
-            name, description, kind="custom", extra={_CHAT: {"format": form}} if isinstance(form, dict) else None
-        )
+        form = rest_of({"format": as_dict(inner.get("format"))}, (), _CHAT)
+        return Tool(name, description, kind="custom", extra=form)
     key = "parameters" if inner.get("parameters") is not None else "input_schema"
     schema = check_field(inner.get(key), (dict,), "%s.%s" % (path, key), False)
-    return Tool(
-        name, description, schema, strict=_bool_or_none(inner.get("strict")), extra=_chat_rest(item, _CHAT_TOOL_KEYS)
-    )
-
-
-_CHAT_TOOL_KEYS = frozenset(("type", "function", "name", "description", "parameters", "input_schema", "strict"))
-
-
-def _bool_or_none(value: Any) -> Optional[bool]:
-    return value if isinstance(value, bool) else None
+    strict = check_field(inner.get("strict"), (bool,), path + ".strict", False)
+    return Tool(name, description, schema, "function", strict, _chat_rest(item, _CHAT_TOOL_KEYS))
 
 
 _CHAT_CHOICES = {"auto": "auto", "none": "none", "required": "any", "any": "any"}
 
 
-def _chat_tool_choice(body: Dict[str, Any]) -> Tuple[Optional[ToolChoice], Optional[Set[str]]]:
+def _chat_tool_choice(value: Any) -> Tuple[Optional[ToolChoice], Optional[Set[str]]]:
     """(the choice, names of the only tools allowed or None). SDK: ChatCompletionToolChoiceOptionParam."""
-    value = body.get("tool_choice") if body.get("tool_choice") is not None else body.get("function_call")
     item = as_dict(value)
     kind = as_text(value) or as_text(item.get("type"))
     if kind in _CHAT_CHOICES:
@@ -3568,13 +3176,11 @@ def _chat_tool_choice(body: Dict[str, Any]) -> Tuple[Optional[ToolChoice], Optio
     if kind == "allowed_tools":
         inner = as_dict(item.get("allowed_tools")) or item
         mode = _CHAT_CHOICES.get(as_text(inner.get("mode")), "auto")
-        return ToolChoice(mode), {_chosen_name(tool) for tool in as_list(inner.get("tools"))}
-    name = _chosen_name(item)
-    return (ToolChoice("tool", name) if name else None), None
+        return ToolChoice(mode), {_chosen_name(as_dict(tool)) for tool in as_list(inner.get("tools"))}
+    return (ToolChoice("tool", _chosen_name(item)) if _chosen_name(item) else None), None
 
 
-def _chosen_name(value: Any) -> str:
-    item = as_dict(value)
+def _chosen_name(item: Dict[str, Any]) -> str:
     return as_text((as_dict(item.get("function")) or as_dict(item.get("custom")) or item).get("name"))
 
 
@@ -3584,34 +3190,30 @@ def _chat_output(form: Dict[str, Any]) -> Optional[JsonOutput]:
         return JsonOutput() if form.get("type") == "json_object" else None
     inner = check_field(form.get("json_schema"), (dict,), "response_format.json_schema")
     schema = check_field(inner.get("schema"), (dict,), "response_format.json_schema.schema", False)
-    return JsonOutput(
-        schema, as_text(inner.get("name")), _bool_or_none(inner.get("strict")), as_text(inner.get("description"))
-    )
+    strict = check_field(inner.get("strict"), (bool,), "response_format.json_schema.strict", False)
+    return JsonOutput(schema, as_text(inner.get("name")), strict, as_text(inner.get("description")))
 
 
-def _chat_reasoning(body: Dict[str, Any]) -> Optional[Reasoning]:
+def _chat_reasoning(effort: str, own: Dict[str, Any], thinking: Dict[str, Any]) -> Optional[Reasoning]:
     """`reasoning_effort`, or OpenRouter's `reasoning`, or `thinking` in the shape of the Messages API."""
-    own, thinking = body.get("reasoning") or {}, body.get("thinking") or {}
     if thinking.get("type") == "disabled" or own.get("enabled") is False:
         return Reasoning("none")
-    effort = body.get("reasoning_effort") or as_text(own.get("effort"))
+    effort = effort or as_text(own.get("effort"))
     budget = as_int(own.get("max_tokens")) or as_int(thinking.get("budget_tokens"))
     adaptive = thinking.get("type") == "adaptive" or (own.get("enabled") is True and not effort and not budget)
-    extra = _chat_rest(own, ("effort", "max_tokens", "enabled"))
-    return Reasoning(effort, budget, adaptive, extra) if effort or budget or adaptive or extra else None
+    return Reasoning(effort, budget, adaptive) if effort or budget or adaptive else None
 
 
 # ---- requests: neutral -> Chat Completions
 
-# Budgets below the number -> reasoning_effort.
-_CHAT_EFFORTS = ((4096, "low"), (16384, "medium"), (math.inf, "high"))
+_CHAT_EFFORTS = ((4096, "low"), (16384, "medium"), (math.inf, "high"))  # budgets below the number -> reasoning_effort
 
 # Format -> its request fields that mean the same here.
 _CHAT_SHARED = {
-    "responses": "service_tier metadata prompt_cache_key prompt_cache_retention safety_identifier store".split(),
-    "anthropic": ["service_tier"],
+    "anthropic": "service_tier",
+    "responses": "service_tier metadata prompt_cache_key prompt_cache_retention safety_identifier store",
+    _CHAT: "",
 }
-_CHAT_TIERS = {"standard_only": "default"}
 
 
 def render_chat_request(request: ChatRequest) -> Dict[str, Any]:
@@ -3619,179 +3221,141 @@ def render_chat_request(request: ChatRequest) -> Dict[str, Any]:
 
     Its messages must be tidy (tidy_messages): each turn of calls is followed by all their results.
     """
-    messages = _write_text_turn(Message("system", request.system))
-    for message in request.messages:
-        messages += _CHAT_WRITERS[message.role](message)
-    fields: Dict[str, Any] = {
+    turns = [Message("system", request.system), *request.messages]
+    fields = {
         "model": request.model,
-        "messages": messages,
+        "messages": [item for turn in turns for item in _write_chat_turn(turn)],
         **_write_chat_tools(request),
         "max_tokens": request.max_tokens,
         "temperature": request.temperature,
         "top_p": request.top_p,
-        "stop": list(request.stop) or None,
+        "stop": request.stop or None,
         "user": request.user if 0 < len(request.user) <= _CHAT_MAX_USER else None,
-        "reasoning_effort": _write_chat_effort(request.reasoning) if request.reasoning else None,
+        "reasoning_effort": _write_chat_effort(request.reasoning or Reasoning()),
         "response_format": _write_chat_output(request.output) if request.output else None,
         "stream": request.stream or None,
         "stream_options": {"include_usage": True} if request.stream else None,
     }
-    body = {key: value for key, value in fields.items() if value is not None}
-    return {**_chat_shared_fields(request.fields or {}), **body}
+    return {**_chat_shared_fields(request.fields or {}), **_told(fields)}
+
+
+def _told(fields: Dict[str, Any]) -> Dict[str, Any]:
+    return {key: value for key, value in fields.items() if value is not None}
 
 
 def _chat_shared_fields(fields: Dict[str, Dict[str, Any]]) -> Dict[str, Any]:
-    found = {
-        key: bag[key]
-        for wire, keys in _CHAT_SHARED.items()
-        for bag in [fields.get(wire) or {}]
-        for key in keys
-        if key in bag
-    }
-    verbosity = as_dict((fields.get("responses") or {}).get("text")).get("verbosity")
-    found.update({"verbosity": verbosity} if verbosity else {}, **(fields.get(_CHAT) or {}))
-    if isinstance(found.get("service_tier"), str):
-        found["service_tier"] = _CHAT_TIERS.get(found["service_tier"], found["service_tier"])
-    return found
+    found = {"verbosity": as_dict((fields.get("responses") or {}).get("text")).get("verbosity")}
+    for wire, keys in _CHAT_SHARED.items():
+        bag = fields.get(wire) or {}
+        found.update((key, bag[key]) for key in (keys.split() if keys else bag) if key in bag)
+    if found.get("service_tier") == "standard_only":  # Anthropic's word
+        found["service_tier"] = "default"
+    return _told(found)
 
 
 def _write_chat_effort(reasoning: Reasoning) -> Optional[str]:
     """Thinking that a switch turned off is no effort: models that never think refuse the word `none`."""
-    if reasoning.effort == "none" and any("thinking" in bag for bag in (reasoning.extra or {}).values()):
-        return None
-    if reasoning.effort or not reasoning.budget:
-        return reasoning.effort or None
-    return next(effort for limit, effort in _CHAT_EFFORTS if reasoning.budget < limit)
+    is_switch = reasoning.effort == "none" and any("thinking" in bag for bag in (reasoning.extra or {}).values())
+    by_budget = next(effort for limit, effort in _CHAT_EFFORTS if reasoning.budget < limit)
+    return None if is_switch else reasoning.effort or (by_budget if reasoning.budget else None)
 
 
 def _write_chat_output(output: JsonOutput) -> Dict[str, Any]:
     if output.schema is None:
         return {"type": "json_object"}
-    fields = {"description": output.description or None, "strict": output.strict}
-    inner = {"name": output.name or "answer", "schema": output.schema}
-    return {"type": "json_schema", "json_schema": {**inner, **_without_none(fields)}}
-
-
-def _without_none(fields: Dict[str, Any]) -> Dict[str, Any]:
-    return {key: value for key, value in fields.items() if value is not None}
+    inner = {"name": output.name or "answer", "schema": output.schema, "strict": output.strict}
+    return {"type": "json_schema", "json_schema": _told({**inner, "description": output.description or None})}
 
 
 def _write_chat_tools(request: ChatRequest) -> Dict[str, Any]:
-    """tools, tool_choice and parallel_tool_calls; the latter two are errors without the first."""
+    """tools, tool_choice and parallel_tool_calls; the latter two are errors without the first (traps 96, 97)."""
     tools = [item for item in map(_write_chat_tool, request.tools) if item]
-    kinds = {tool.name: tool.kind for tool in request.tools}
-    choice = _write_chat_choice(request.tool_choice, kinds) if request.tool_choice else None
-    return {"tools": tools, "tool_choice": choice, "parallel_tool_calls": request.parallel_tools} if tools else {}
+    choice = request.tool_choice
+    value: Any = {"any": "required"}.get(choice.mode, choice.mode) if choice else None
+    if choice and choice.mode == "tool":
+        kind = next((tool.kind for tool in request.tools if tool.name == choice.name), "server")
+        value = {"type": kind, kind: {"name": choice.name}} if kind != "server" else None
+    return {"tools": tools, "tool_choice": value, "parallel_tool_calls": request.parallel_tools} if tools else {}
 
 
-def _write_chat_choice(choice: ToolChoice, kinds: Dict[str, str]) -> Any:
-    """tool_choice (traps 96, 97); None for a tool that is not there."""
-    if choice.mode != "tool":
-        return {"any": "required"}.get(choice.mode, choice.mode)
-    kind = kinds.get(choice.name, "server")
-    return None if kind == "server" else {"type": kind, kind: {"name": choice.name}}
-
-
-def _write_chat_tool(tool: Tool) -> Optional[Dict[str, Any]]:
+def _write_chat_tool(tool: Tool) -> Dict[str, Any]:
     own = own_extra(tool, _CHAT)
-    if tool.kind == "server":
-        return own or None
     inner: Dict[str, Any] = {"name": tool.name, "description": tool.description or None}
+    if tool.kind == "server":
+        return own
     if tool.kind == "custom":
         syntax, definition = tool_grammar(tool)
         grammar = {"syntax": syntax or "lark", "definition": definition}
         inner["format"] = {"type": "grammar", "grammar": grammar} if definition else None
-        return {"type": "custom", "custom": _without_none(inner)}
-    inner.update(parameters=_object_schema(tool.schema or {}), strict=tool.strict)
-    return {**own, "type": "function", "function": _without_none(inner)}
-
-
-def _object_schema(schema: Dict[str, Any]) -> Dict[str, Any]:
-    """A schema that says it is an object and has properties (trap 94)."""
+        return {"type": "custom", "custom": _told(inner)}
+    schema = tool.schema or {}
     if not any(key in schema for key in ("type", "anyOf", "oneOf", "allOf", "$ref")):
         schema = {"type": "object", **schema}
-    return schema if schema.get("type") != "object" else {"properties": {}, **schema}
+    if schema.get("type") == "object" and "properties" not in schema:  # which some refuse (trap 94)
+        schema = {**schema, "properties": {}}
+    return {**own, "type": "function", "function": _told({**inner, "parameters": schema, "strict": tool.strict})}
 
 
-def _write_text_turn(message: Message) -> List[Dict[str, Any]]:
-    """A system message: text alone, in which media are only noted."""
-    texts = [
-        note_of_media(block) if isinstance(block, Media) else getattr(block, "text", "") for block in message.blocks
-    ]
-    return _parts_message(message, [{"type": "text", "text": text} for text in texts if text])
+def _write_chat_turn(message: Message) -> List[Dict[str, Any]]:
+    """A turn's tool messages (trap 77), then one message with the rest, and with what those cannot hold (trap 104).
 
-
-def _write_user_turn(message: Message) -> List[Dict[str, Any]]:
-    """Tool messages (trap 77), then one user message, which also has what they cannot hold (trap 104)."""
+    Text alone is a string, which every server takes. Foreign thinking is for turns with calls (traps 84, 87).
+    """
     items: List[Dict[str, Any]] = []
     parts: List[Dict[str, Any]] = []
     for block in message.blocks:
-        if isinstance(block, ToolResult):
-            item, rest = _tool_message(block)
-            items.append(item)
-            parts += rest
-        else:
-            parts += _chat_part_of(block)
-    return items + _parts_message(message, parts)
-
-
-def _parts_message(message: Message, parts: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
-    """A message of `parts`, none when there are none (trap 82). Text alone is a string, which every server takes."""
-    if not parts:
-        return []
+        if message.role == "user" and not isinstance(block, ToolResult):
+            parts += _write_chat_part(block)
+        elif isinstance(block, ToolResult):
+            inner = [part for child in block.blocks for part in _write_chat_part(child)]
+            text, rest = _joined(inner, "\n"), [part for part in inner if part.get("type") != "text"]
+            if rest:
+                parts += [{"type": "text", "text": "[from the result of tool call %s]" % block.call_id}, *rest]
+            text = text or ("(see the next message)" if rest else "")
+            text = "Error: " + text if block.is_error and not text.lower().startswith("error") else text
+            items.append({"role": "tool", "tool_call_id": block.call_id, "content": text})
     is_text = all(part.get("type") == "text" for part in parts)
-    content = "\n\n".join(part["text"] for part in parts) if is_text else parts
-    return [{"role": message.role, "content": content, **_chat_name(message)}]
+    fields = {"content": _joined(parts, "\n\n") if is_text else parts}
+    if message.role == "system":
+        fields = {"content": "\n\n".join(filter(None, map(_plain_text, message.blocks)))}
+    elif message.role == "assistant":
+        has_calls = any(isinstance(block, ToolCall) for block in message.blocks)
+        kept = [b for b in message.blocks if has_calls or not isinstance(b, Thinking) or own_extra(b, _CHAT)]
+        fields = {"content": None, **_answer_fields(kept, "call")}  # null only beside others (trap 83)
+    if fields.get("content") or fields.get("tool_calls") or fields.get("refusal"):
+        items.append({"role": message.role, **fields, **_told({"name": own_extra(message, _CHAT).get("name")})})
+    return items
 
 
-def _chat_name(message: Message) -> Dict[str, Any]:
-    name = own_extra(message, _CHAT).get("name")
-    return {"name": name} if name else {}
+def _joined(parts: List[Dict[str, Any]], separator: str) -> str:
+    return separator.join(part["text"] for part in parts if part.get("type") == "text")
 
 
-def _write_assistant_turn(message: Message) -> List[Dict[str, Any]]:
-    """Content is null only beside calls (trap 83). Foreign thinking is for turns with calls only (traps 84, 87)."""
-    has_calls = any(isinstance(block, ToolCall) for block in message.blocks)
-    blocks = [b for b in message.blocks if has_calls or not isinstance(b, Thinking) or own_extra(b, _CHAT)]
-    fields = _answer_fields(blocks, "call_0")
-    if not _SAID_FIELDS & fields.keys():
-        return []
-    return [{"role": "assistant", "content": None, **fields, **_chat_name(message)}]
+def _plain_text(block: Any) -> str:
+    return note_of_media(block) if isinstance(block, Media) else getattr(block, "text", "")
 
-
-_CHAT_WRITERS = {"system": _write_text_turn, "user": _write_user_turn, "assistant": _write_assistant_turn}
 
 # Block type -> the field of a message or delta that holds its text (trap 54).
 _CHAT_TEXT_FIELDS: Dict[type, str] = {Text: "content", Refusal: "refusal", Thinking: "reasoning_content"}
 
-_SAID_FIELDS = frozenset(("content", "refusal", "tool_calls"))
-
 
 def _answer_fields(blocks: List[Any], call_id: str) -> Dict[str, Any]:
-    """What an assistant says, as fields of its message: text before calls (trap 80). call_id begins ids that lack."""
+    """What an assistant says, as fields of its message. call_id: the beginning of ids for calls without one."""
     fields: Dict[str, Any] = {}
     for block in blocks:
-        bag, text = {} if isinstance(block, Opaque) else own_extra(block, _CHAT), getattr(block, "text", "")
-        field = _CHAT_TEXT_FIELDS.get(type(block), "content")
+        bag = {} if isinstance(block, Opaque) else own_extra(block, _CHAT)
+        text = _plain_text(block)
         if isinstance(block, ToolCall):
             calls = fields.setdefault("tool_calls", [])
             calls.append(_write_chat_call(block, block.id or "%s_%d" % (call_id, len(calls))))
-        elif isinstance(block, Opaque):
-            _add_own_part(fields, block)
-        elif isinstance(block, Media):
-            text = note_of_media(block)
-        elif isinstance(block, Thinking):
-            field = as_text(bag.get("field")) or field
-            if as_list(bag.get("reasoning_details")):
-                fields.setdefault("reasoning_details", []).extend(bag["reasoning_details"])
-        if text:
+        elif isinstance(block, Opaque) and block.wire == _CHAT and block.value.get("type") == "image_url":
+            fields.setdefault("images", []).append(block.value)
+        elif text:
+            field = as_text(bag.get("field")) or _CHAT_TEXT_FIELDS.get(type(block), "content")
             fields[field] = fields.get(field, "") + text
+        if as_list(bag.get("reasoning_details")):
+            fields.setdefault("reasoning_details", []).extend(bag["reasoning_details"])
     return fields
-
-
-def _add_own_part(message: Dict[str, Any], block: Opaque) -> None:
-    if block.wire == _CHAT and block.value.get("type") == "image_url":
-        message.setdefault("images", []).append(block.value)
 
 
 def _write_chat_call(call: ToolCall, call_id: str) -> Dict[str, Any]:
@@ -3799,85 +3363,41 @@ def _write_chat_call(call: ToolCall, call_id: str) -> Dict[str, Any]:
     return {**own_extra(call, _CHAT), "id": call_id, "type": call.kind, call.kind: {"name": call.name, **inner}}
 
 
-def _tool_message(result: ToolResult) -> Tuple[Dict[str, Any], List[Dict[str, Any]]]:
-    """(the tool message, parts that must follow in a user message)."""
-    parts = [part for block in result.blocks for part in _chat_part_of(block)]
-    text = "\n".join(part["text"] for part in parts if part.get("type") == "text")
-    rest = [part for part in parts if part.get("type") != "text"]
-    if rest:
-        text = text or "(see the next message)"
-        rest.insert(0, {"type": "text", "text": "[from the result of tool call %s]" % result.call_id})
-    if result.is_error and not text.lower().startswith("error"):
-        text = "Error: " + text
-    return {"role": "tool", "tool_call_id": result.call_id, "content": text}, rest
-
-
-def _chat_part_of(block: Any) -> List[Dict[str, Any]]:
-    """A block as content parts of a user message: none for an empty text and for what only others know."""
-    if isinstance(block, (Text, Refusal)):
-        return [{"type": "text", "text": block.text}] if block.text else []
-    if isinstance(block, Opaque):
-        return [block.value] if block.wire == _CHAT else []
-    if not isinstance(block, Media):
-        return []
-    part = _CHAT_MEDIA[block.kind](block) if block.kind in _CHAT_MEDIA else None
-    return [part or {"type": "text", "text": note_of_media(block)}]
-
-
-def _write_chat_image(block: Media) -> Dict[str, Any]:
-    inner = {"url": url_of_media(block, "image/png")}
-    detail = own_extra(block, _CHAT).get("detail")
-    return {"type": "image_url", "image_url": {**inner, "detail": detail} if detail else inner}
-
-
-def _write_chat_audio(block: Media) -> Optional[Dict[str, Any]]:
-    form = block.media_type.rpartition("/")[2]
-    form = {"mpeg": "mp3", "x-wav": "wav", "wave": "wav"}.get(form, form) or "wav"
-    return {"type": "input_audio", "input_audio": {"data": block.data, "format": form}} if block.data else None
-
-
-def _write_chat_document(block: Media) -> Optional[Dict[str, Any]]:
-    """A PDF as a `file` part, a text document as its text (trap 105)."""
-    if block.data and block.media_type in ("", "application/pdf"):
-        url = "data:application/pdf;base64," + block.data
-        return {"type": "file", "file": {"filename": block.name or "document.pdf", "file_data": url}}
-    text = text_of_media(block)
-    if text is None:
-        return None
-    return {"type": "text", "text": "%s\n%s" % (block.name, text) if block.name else text or "(empty document)"}
-
-
-_CHAT_MEDIA: Dict[str, Callable[[Media], Optional[Dict[str, Any]]]] = {
-    "image": _write_chat_image,
-    "audio": _write_chat_audio,
-    "document": _write_chat_document,
-}
+def _write_chat_part(block: Any) -> List[Dict[str, Any]]:
+    """A block as a part; a sound or PDF needs its data, a text document becomes its text (trap 105)."""
+    kind = block.kind if isinstance(block, Media) else type(block)
+    if kind in (Thinking, Opaque):
+        return [block.value] if kind is Opaque and block.wire == _CHAT else []
+    if kind == "image":
+        detail = _told({"detail": own_extra(block, _CHAT).get("detail")})
+        return [{"type": "image_url", "image_url": {"url": url_of_media(block, "image/png"), **detail}}]
+    if kind == "audio" and block.data:
+        form = block.media_type.rpartition("/")[2] or "wav"
+        form = {"mpeg": "mp3", "x-wav": "wav", "wave": "wav"}.get(form, form)
+        return [{"type": "input_audio", "input_audio": {"data": block.data, "format": form}}]
+    if kind == "document" and block.data and block.media_type in ("", "application/pdf"):
+        file = {"filename": block.name or "document.pdf", "file_data": url_of_media(block, "application/pdf")}
+        return [{"type": "file", "file": file}]
+    words = text_of_media(block) if kind == "document" else None
+    text = _plain_text(block) if words is None else "\n".join(filter(None, (block.name, words))) or "(empty document)"
+    return [{"type": "text", "text": text}] if text else []
 
 
 # ---- whole answers
 
-# finish_reason in lower case -> stop reason, if not a stop reason itself (trap 47). Beside OpenAI's five: Mistral
-# model_length, Together eos, z.ai sensitive, Gemini's and Anthropic's words at routers that pass them through.
-_CHAT_STOPS = {
-    "length": "max_tokens",
-    "max_output_tokens": "max_tokens",
-    "model_length": "model_context_window_exceeded",
-    "tool_calls": "tool_use",
-    "function_call": "tool_use",
-    "content_filter": "refusal",
-    "safety": "refusal",
-    "recitation": "refusal",
-    "prohibited_content": "refusal",
-    "sensitive": "refusal",
-    **{reason: reason for reason in STOP_REASONS},
+# Stop reason -> its words in lower case beside itself (trap 47): OpenAI's five, Mistral's model_length, z.ai's
+# sensitive, Gemini's and Anthropic's at routers that pass them through. Whatever else is an ordinary end.
+_FINISH_WORDS = {
+    "max_tokens": "length max_output_tokens",
+    "model_context_window_exceeded": "model_length",
+    "tool_use": "tool_calls function_call",
+    "refusal": "content_filter safety recitation prohibited_content sensitive",
 }
-
+_CHAT_STOPS = {word: reason for reason in STOP_REASONS for word in [reason, *_FINISH_WORDS.get(reason, "").split()]}
 # finish_reasons that mean a failure: OpenRouter, Mistral | z.ai | vLLM and SGLang | DeepSeek.
 _CHAT_FAILURES = {"error": 502, "network_error": 502, "abort": 502, "insufficient_system_resource": 503}
-
 # Stop reason -> finish_reason (SDK: Choice.finish_reason).
 _CHAT_FINISHES = {"max_tokens": "length", "model_context_window_exceeded": "length", "refusal": "content_filter"}
-
 # What an answer says beside its text; kept for conversions between a stream and a whole answer of this format.
 _CHAT_ANSWER_KEYS = ("service_tier", "system_fingerprint", "provider", "citations", "search_results")
 
@@ -3906,60 +3426,46 @@ def _chat_usage(usage: Dict[str, Any]) -> Usage:
     Together, Hugging Face: cached_tokens; DeepSeek: prompt_cache_hit_tokens; Mistral: num_cached_tokens. xAI counts
     reasoning beside completion_tokens, which shows in the total.
     """
-    details, get = as_dict(usage.get("prompt_tokens_details")), usage.get
+    get, details = usage.get, as_dict(usage.get("prompt_tokens_details")).get
     prompt = _first_count(get("prompt_tokens"), get("input_tokens"))
     output = _first_count(get("completion_tokens"), get("output_tokens"))
-    counts = (
-        details.get("cached_tokens"),
-        get("cached_tokens"),
-        get("prompt_cache_hit_tokens"),
-        get("num_cached_tokens"),
-    )
-    reasoning = as_dict(get("completion_tokens_details")).get("reasoning_tokens")
-    reasoning = _first_count(reasoning, get("reasoning_tokens"))
-    if reasoning and as_int(get("total_tokens")) == prompt + output + reasoning:
-        output += reasoning
-    cached = min(_first_count(*counts), prompt)
-    written = min(as_int(details.get("cache_write_tokens")), prompt - cached)
-    return Usage(prompt - cached - written, output, cached, written, reasoning)
+    thought = _first_count(as_dict(get("completion_tokens_details")).get("reasoning_tokens"), get("reasoning_tokens"))
+    if thought and as_int(get("total_tokens")) == prompt + output + thought:
+        output += thought
+    elsewhere = map(get, ("cached_tokens", "prompt_cache_hit_tokens", "num_cached_tokens"))
+    cached = min(_first_count(details("cached_tokens"), *elsewhere), prompt)
+    written = min(as_int(details("cache_write_tokens")), prompt - cached)
+    return Usage(prompt - cached - written, output, cached, written, thought)
 
 
 def _write_chat_usage(usage: Usage) -> Dict[str, Any]:
     """SDK: CompletionUsage; prompt_tokens include the cached ones (trap 113)."""
     prompt = usage.input + usage.cache_read + usage.cache_write
-    written = {"cache_write_tokens": usage.cache_write} if usage.cache_write else {}
-    return {
-        "prompt_tokens": prompt,
-        "completion_tokens": usage.output,
-        "total_tokens": prompt + usage.output,
-        "prompt_tokens_details": {"cached_tokens": usage.cache_read, **written},
-        "completion_tokens_details": {"reasoning_tokens": usage.reasoning},
-    }
+    read = {"cached_tokens": usage.cache_read, "cache_write_tokens": usage.cache_write or None}
+    counts = {"prompt_tokens": prompt, "completion_tokens": usage.output, "total_tokens": prompt + usage.output}
+    thought = {"completion_tokens_details": {"reasoning_tokens": usage.reasoning}}
+    return {**counts, "prompt_tokens_details": _told(read), **thought}
 
 
 def render_chat_response(response: ChatResponse, context: Context) -> Dict[str, Any]:
     """SDK: ChatCompletion. `model` is what the client asked for (trap 44); `usage` is left out when nobody told it."""
     bag, fields = own_extra(response, _CHAT), _answer_fields(response.blocks, "call_" + context.id)
-    content = None if _SAID_FIELDS & fields.keys() else ""
-    message = {"role": "assistant", "content": content, "refusal": None, **fields}
-    if bag.get("annotations"):
-        message["annotations"] = bag["annotations"]
+    content = None if "tool_calls" in fields or "refusal" in fields else ""
+    annotations = {"annotations": bag["annotations"]} if bag.get("annotations") else {}
+    message = {"role": "assistant", "content": content, "refusal": None, **fields, **annotations}
     reason = _shown_finish(response.stop_reason, "tool_calls" in fields, "refusal" in fields)
     answer = {
-        "id": _chat_id(response.id, context),
-        "object": "chat.completion",
-        "created": context.created or response.created,
-        "model": context.request.model,
+        **_chat_head(response, context, "chat.completion"),
         "choices": [{"index": 0, "message": message, "logprobs": None, "finish_reason": reason}],
+        "usage": _write_chat_usage(response.usage) if response.usage is not None else None,
     }
-    if response.usage is not None:
-        answer["usage"] = _write_chat_usage(response.usage)
-    answer.update((key, bag[key]) for key in _CHAT_ANSWER_KEYS if key in bag)
-    return answer
+    return {**_told(answer), **{key: bag[key] for key in _CHAT_ANSWER_KEYS if key in bag}}
 
 
-def _chat_id(upstream_id: str, context: Context) -> str:
-    return upstream_id if upstream_id.startswith("chatcmpl-") else "chatcmpl-" + context.id
+def _chat_head(start: Union[ChatResponse, Started], context: Context, kind: str) -> Dict[str, Any]:
+    answer_id = start.id if start.id.startswith("chatcmpl-") else "chatcmpl-" + context.id
+    created = context.created or start.created
+    return {"id": answer_id, "object": kind, "created": created, "model": context.request.model}
 
 
 def _shown_finish(reason: str, has_calls: bool, has_refusal: bool) -> str:
@@ -3972,33 +3478,27 @@ def _shown_finish(reason: str, has_calls: bool, has_refusal: bool) -> str:
 # ---- streams: Chat Completions -> neutral
 
 _decode_chunk = _JSON_DECODER.decode
-
-# Tags around the reasoning of models whose server leaves it in the content (trap 48).
-_THINK_OPEN = "<think>"
-_THINK_CLOSE = "</think>"
-
-# White space is held back until something follows it; beyond this many characters it counts as text.
-_MAX_HELD = 4096
+_THINK_OPEN, _THINK_CLOSE = "<think>", "</think>"  # around the reasoning that a server left in the content (trap 48)
+_DETAIL_KEYS = ("text", "summary", "data", "signature")
+_MAX_HELD = 4096  # characters of white space in front of a text; more of it counts as text
 
 
 class _Slot:
     """A block of an answer, open or to come. waiting: its text not yet passed on. For calls also pieces: all of it,
     size: its length, and id: the upstream's own, which may come after the block was opened (trap 37)."""
 
-    __slots__ = ("block", "is_open", "waiting", "pieces", "size", "id", "is_cumulative")
+    is_open = is_cumulative = False
+    size = 0
+    id = ""
 
     def __init__(self, block: Any) -> None:
         self.block = block
-        self.is_open = False
         self.waiting: List[str] = []
         self.pieces: List[str] = []
-        self.size = 0
-        self.id = ""
-        self.is_cumulative = False
 
     def add_arguments(self, text: str) -> None:
-        """More arguments. Some servers repeat all of them from the start (trap 40), but an object may begin like the one
-        around it: after `:`, `,` or `[` a repetition must be known as such."""
+        """More arguments. Some servers repeat all of them from the start (trap 40), but an object may begin like the
+        one around it: after `:`, `,` or `[` a repetition must be known as such."""
         if 0 < self.size <= len(text) and text[0] == "{" and self.block.kind == "function":
             so_far = "".join(self.pieces)
             may_nest = so_far.rstrip().endswith((":", ",", "["))
@@ -4011,7 +3511,7 @@ class _Slot:
             self.size += len(text)
 
     def is_complete(self) -> bool:
-        """Whether nothing can follow in it once another block began: of a call, when its arguments are a JSON object."""
+        """Whether nothing can follow in it once another block began: of a call, when its arguments are an object."""
         if type(self.block) is not ToolCall:
             return True
         if not self.is_open or not self.pieces or not self.pieces[-1].rstrip().endswith("}"):
@@ -4025,50 +3525,43 @@ class _Slot:
 class ChatStreamParser:
     """Chunks (SDK: ChatCompletionChunk) and their dialects to neutral stream events, one block open at a time.
 
-    Every block is a slot in the order in which they began. The first unfinished one streams; those behind it are held
+    Every block is a slot, in the order in which they began. The first unfinished one streams; those behind it are held
     and follow whole (trap 33). Finished is told at `[DONE]` or at the end of the bytes, so that usage sent last is in
     it. done: a finish_reason or `[DONE]` was seen. usage: the last counts told, or None. skipped: events and parts that
     could not be read.
     """
 
     def __init__(self, context: Context) -> None:
-        self.done = False
+        self.done = self._is_started = self._is_ended = False
         self.skipped = 0
         self.usage: Optional[Usage] = None
         self._context = context
         self._out: List[Any] = []
-        self._is_started = False
-        self._is_ended = False
         self._slots: List[_Slot] = []
         self._active = 0  # the slot that streams; those before it are closed
         self._flowing: Any = None  # type of the block whose text may go out at once: open, and the last one
         self._types: Set[type] = set()  # of all blocks opened so far
-        self._calls: List[_Slot] = []
-        self._by_key: Dict[Any, _Slot] = {}
+        self._calls: Dict[Any, _Slot] = {}  # by index, by id, and the last one
         self._ids: Set[str] = set()
         self._details: List[Any] = []  # reasoning details that came amid another block
-        self._think = "before"  # | "inside" the tags | "after" them, at white space | "outside"
-        self._held = ""  # text that may be the beginning of a tag
-        self._reason = ""
-        self._stop_sequence = ""
+        self._tag, self._held = _THINK_OPEN, ""  # looked for next, " " behind both; text that may be its beginning
+        self._reason = self._stop_sequence = ""
         self._extra: Dict[str, Any] = {}
 
     def feed(self, event: SseEvent) -> List[Any]:
         """The neutral events that `event` completes."""
-        data = event.data
+        data, is_error = event.data, event.name == "error"
         if data.strip() == "[DONE]":
             self.done = True
             return self.end()
         try:
             chunk = _decode_chunk(data)
         except (ValueError, RecursionError):
-            chunk = {} if event.name == "error" else None
+            chunk = {} if is_error else None
         if type(chunk) is not dict:
             self.skipped += bool(data.strip())
             return []
-        if event.name == "error" and not chunk.get("error"):
-            chunk = {"error": chunk or data}
-        return self.read(chunk)
+        return self.read({"error": chunk or data} if is_error and not chunk.get("error") else chunk)
 
     def finish(self) -> List[Any]:
         """The end of the bytes: without a finish_reason or `[DONE]` the answer was cut off (trap 14)."""
@@ -4082,29 +3575,24 @@ class ChatStreamParser:
         if chunk.get("usage"):
             self._count(chunk["usage"])
         choices = chunk.get("choices")
-        if self._is_ended:
-            return []
-        if chunk.get("error") or not choices or type(choices) is not list:
-            return self._read_without_choice(chunk)
+        if self._is_ended or chunk.get("error") or not choices or type(choices) is not list:
+            return [] if self._is_ended else self._read_without_choice(chunk)
         choice = choices[0]
-        if type(choice) is not dict or choice.get("index"):
+        if type(choice) is not dict or choice.get("index"):  # only the first of n answers is read
             choice = next((item for item in choices if type(item) is dict and not item.get("index")), None)
             if choice is None:
-                return []  # only the first of n answers is read
+                return []
         if not self._is_started:
             self._start(chunk)
         delta = choice.get(field)
         if type(delta) is not dict:
             delta = as_dict(choice.get("message" if field == "delta" else "delta"))
         is_last = choice.get("finish_reason") or choice.get("usage") or choice.get("error")
-        if len(delta) == 1 and self._flowing is Text and not is_last and self._think == "outside":
+        if len(delta) == 1 and self._flowing is Text and not is_last and not self._tag:
             text = delta.get("content")  # nearly every chunk of an answer
             if text and type(text) is str:
                 return [Delta(text)]
-        for key, reader in self._READERS:
-            value = delta.get(key)
-            if value:
-                reader(self, value, delta)
+        self._read_delta(delta)
         if is_last:
             self._read_end_of_choice(choice)
         return self._take()
@@ -4126,22 +3614,19 @@ class ChatStreamParser:
         out, self._out = self._out, []
         return out
 
-    # -- the chunk around the delta
-
     def _start(self, chunk: Dict[str, Any]) -> None:
-        if self._is_started:
-            return
-        self._is_started = True
-        self._extra.update((key, chunk[key]) for key in _CHAT_ANSWER_KEYS if chunk.get(key) is not None)
-        answer_id = as_text(chunk.get("id")) or "chatcmpl-" + self._context.id
-        created = as_int(chunk.get("created")) or self._context.created
-        self._out.append(Started(answer_id, as_text(chunk.get("model")), self.usage, created))
+        if not self._is_started:
+            self._is_started = True
+            self._extra.update((key, chunk[key]) for key in _CHAT_ANSWER_KEYS if chunk.get(key) is not None)
+            answer_id = as_text(chunk.get("id")) or "chatcmpl-" + self._context.id
+            created = as_int(chunk.get("created")) or self._context.created
+            self._out.append(Started(answer_id, as_text(chunk.get("model")), self.usage, created))
 
     def _read_without_choice(self, chunk: Dict[str, Any]) -> List[Any]:
         """An error, with or without its envelope, usage alone (trap 15), or Azure's prompt_filter_results (trap 16)."""
-        is_error = chunk.get("error") or "error" in (chunk.get("object"), chunk.get("type"))
-        has_words = as_text(chunk.get("message")) or as_text(chunk.get("detail"))
-        if chunk.get("error") or ((is_error or has_words) and "choices" not in chunk and not chunk.get("usage")):
+        is_bare = "choices" not in chunk and not chunk.get("usage")
+        is_named = "error" in (chunk.get("object"), chunk.get("type")) or as_text(chunk.get("message"))
+        if chunk.get("error") or (is_bare and (is_named or as_text(chunk.get("detail")))):
             self._fail(read_error(200, chunk))
         self._count(as_dict(chunk.get("x_groq")).get("usage"))
         return self._take()
@@ -4154,25 +3639,22 @@ class ChatStreamParser:
             error = choice.get("error") or "the upstream ended its answer with finish_reason %s" % reason
             self._fail(read_error(_CHAT_FAILURES.get(reason, 200), {"error": error}))
         elif reason and not self._reason:
-            self.done = True
-            self._reason = reason
+            self.done, self._reason = True, reason
             matched = choice.get("stop_reason")  # vLLM: the stop text that was met, or a token id
             self._stop_sequence = as_text(matched) if matched in self._context.request.stop else ""
 
     def _count(self, usage: Any) -> None:
-        if isinstance(usage, dict):
-            counted = _chat_usage(usage)
-            if self.usage is None or any(counted):
-                self.usage = counted
+        counted = _chat_usage(usage) if isinstance(usage, dict) else ()
+        if any(counted) or (counted and self.usage is None):
+            self.usage = counted
 
     def _stop_reason(self) -> str:
         """Derived from what was sent where the upstream's word contradicts it (traps 30, 31, 46)."""
         reason = _CHAT_STOPS.get(self._reason, "end_turn")
         if reason not in ("end_turn", "tool_use", "stop_sequence"):
             return reason
-        for kind, implied in ((ToolCall, "tool_use"), (Refusal, "refusal")):
-            if kind in self._types:
-                return implied
+        if ToolCall in self._types or Refusal in self._types:
+            return "tool_use" if ToolCall in self._types else "refusal"
         return "stop_sequence" if self._stop_sequence or reason == "stop_sequence" else "end_turn"
 
     def _fail(self, error: ErrorInfo) -> None:
@@ -4190,40 +3672,37 @@ class ChatStreamParser:
         return self._slots[-1]
 
     def _advance(self, is_end: bool = False) -> None:
-        """Opens the first unfinished block, passes on what it holds, and goes on when nothing can follow in it."""
+        """Opens the first unfinished block, passes on what it holds, and goes on when nothing can follow in it.
+        White space alone is no text (trap 32), unless it is all there is."""
         while self._active < len(self._slots):
             slot, is_last = self._slots[self._active], self._active + 1 == len(self._slots)
-            if not slot.is_open and self._may_open(slot, is_last, is_end):
-                self._open(slot)
-            if slot.is_open and slot.waiting:
-                self._out.append(Delta("".join(slot.waiting)))
+            kind = type(slot.block)
+            text = "".join(slot.waiting)
+            is_all = is_end and is_last and not self._types
+            can_open = kind is not Text or text.strip() or len(text) >= _MAX_HELD or is_all
+            if kind is ToolCall:  # needs its name, and gets an id of its own
+                can_open = slot.block.name and (slot.id or slot.pieces or is_end)
+            if can_open and not slot.is_open:
+                if kind is ToolCall:
+                    made_up = "call_%s_%d" % (self._context.id, len(self._ids))
+                    slot.block.id = unique_id(slot.id or made_up, self._ids)
+                slot.is_open = True
+                self._types.add(kind)
+                self._out.append(Opened(slot.block))
+            if slot.is_open and text:
+                self._out.append(Delta(text))
                 slot.waiting.clear()
             if not is_end and (is_last or not slot.is_complete()):
-                self._flowing = type(slot.block) if slot.is_open and is_last else None
+                self._flowing = kind if slot.is_open and is_last else None
                 return
             if slot.is_open:
                 self._out.append(Closed())
-            elif type(slot.block) is ToolCall:
-                self.skipped += 1  # a call without a name
+            self.skipped += kind is ToolCall and not slot.is_open  # a call without a name
             self._active += 1
 
-    def _may_open(self, slot: _Slot, is_last: bool, is_end: bool) -> bool:
-        """A call needs its name; white space alone is no text (trap 32), unless it is all there is."""
-        if type(slot.block) is ToolCall:
-            return bool(slot.block.name and (slot.id or slot.pieces or is_end))
-        if type(slot.block) is not Text:
-            return True
-        text = "".join(slot.waiting)
-        return bool(text.strip()) or len(text) >= _MAX_HELD or (is_end and is_last and not self._types)
-
-    def _open(self, slot: _Slot) -> None:
-        if type(slot.block) is ToolCall:
-            slot.block.id = unique_id(slot.id or "call_%s_%d" % (self._context.id, len(self._ids)), self._ids)
-        slot.is_open = True
-        self._types.add(type(slot.block))
-        self._out.append(Opened(slot.block))
-
-    def _add_text(self, kind: type, text: str) -> None:
+    def _add_text(self, kind: type, text: Any) -> None:
+        if not text or type(text) is not str:
+            return
         if self._flowing is kind:
             self._out.append(Delta(text))
             return
@@ -4231,76 +3710,12 @@ class ChatStreamParser:
         slot.waiting.append(text)
         self._advance()
 
-    def _read_content(self, value: Any, delta: Dict[str, Any]) -> None:
-        if type(value) is str:
-            if self._think == "outside":
-                self._add_text(Text, value)
-            else:
-                self._read_tagged(value)
-            return
-        for part in map(as_dict, as_list(value)):  # Mistral sends thinking as parts
-            kind = part.get("type")
-            text = _thinking_text(part) if kind == "thinking" else part.get("refusal" if kind == "refusal" else "text")
-            if text and type(text) is str and kind in ("thinking", "refusal"):
-                self._add_text(Thinking if kind == "thinking" else Refusal, text)
-            elif text and type(text) is str:
-                self._read_content(text, part)
-
-    def _read_tagged(self, text: str) -> None:
-        """Content that begins, or may begin, with a <think> tag; both tags may be cut anywhere (trap 48)."""
-        text, self._held = self._held + text, ""
-        if self._think == "before":
-            begin = text.lstrip()
-            if _THINK_OPEN.startswith(begin) and begin != _THINK_OPEN and len(text) < _MAX_HELD:
-                self._held = text
-                return
-            is_tagged = begin.startswith(_THINK_OPEN)
-            self._think, text = ("inside", begin[len(_THINK_OPEN) :]) if is_tagged else ("outside", text)
-        if self._think == "inside":
-            text = self._read_tagged_thought(text)
-        if self._think == "after":
-            text = text.lstrip()
-        if text:
-            self._think = "outside"
-            self._add_text(Text, text)
-
-    def _read_tagged_thought(self, text: str) -> str:
-        """Reasoning up to the closing tag; what comes after that is returned."""
-        thought, tag, rest = text.partition(_THINK_CLOSE)
-        if tag:
-            self._think = "after"
-        else:
-            keep = next((n for n in range(len(_THINK_CLOSE) - 1, 0, -1) if text.endswith(_THINK_CLOSE[:n])), 0)
-            thought, self._held = text[: len(text) - keep], text[len(text) - keep :]
-        thought = thought if self._flowing is Thinking else thought.lstrip()
-        if thought:
-            self._add_text(Thinking, thought)
-        return rest
-
-    def _flush(self) -> None:
-        """Text that was held because it might have been the beginning of a tag."""
-        held, self._held = self._held, ""
-        if held:
-            self._add_text(Thinking if self._think == "inside" else Text, held)
-
-    def _read_thought(self, value: Any, delta: Dict[str, Any]) -> None:
-        if type(value) is str:
-            self._add_text(Thinking, value)
-
-    def _read_second_thought(self, value: Any, delta: Dict[str, Any]) -> None:
-        """`reasoning`, unless it repeats `reasoning_content`."""
-        if not delta.get("reasoning_content"):
-            self._read_thought(value, delta)
-
-    def _read_details(self, value: Any, delta: Dict[str, Any]) -> None:
-        """OpenRouter's reasoning_details: text, summary, encrypted data or a signature, to be sent back unchanged."""
-        details = [
-            item for item in as_list(value) if any(map(as_dict(item).get, ("text", "summary", "data", "signature")))
-        ]
-        if not any(as_text(delta.get(field)) for field in _CHAT_REASONING):
-            text = "".join(as_text(item.get("text")) or as_text(item.get("summary")) for item in details)
-            if text:
-                self._add_text(Thinking, text)
+    def _read_delta(self, delta: Dict[str, Any]) -> None:
+        """A delta's or message's parts. Reasoning that comes under several names is read once."""
+        get = delta.get
+        details = [item for item in as_list(get("reasoning_details")) if any(map(as_dict(item).get, _DETAIL_KEYS))]
+        text = "".join(as_text(item.get("text")) or as_text(item.get("summary")) for item in details)
+        self._add_text(Thinking, get("reasoning_content") or get("reasoning") or text)
         if details and not self._slots:
             self._add_slot(Thinking(""))
             self._advance()
@@ -4308,33 +3723,58 @@ class ChatStreamParser:
             self._out.append(Extended(_CHAT, {"reasoning_details": details}))
         else:
             self._details += details
+        self._read_content(get("content"))
+        self._add_text(Refusal, get("refusal"))
+        self._add_text(Text, as_dict(get("audio")).get("transcript"))
+        for image in as_list(get("images")):  # as some routers put them beside the content
+            self._add_slot(Opaque(_CHAT, as_dict(image)))
+            self._advance()
+        if get("annotations"):
+            self._extra.setdefault("annotations", []).extend(filter(as_dict, as_list(get("annotations"))))
+        if get("tool_calls") or get("function_call"):  # the latter was one call without an id
+            self._read_calls(get("tool_calls") or [{"index": "function_call", "function": get("function_call")}])
 
-    def _read_refusal(self, value: Any, delta: Dict[str, Any]) -> None:
+    def _read_content(self, value: Any) -> None:
         if type(value) is str:
-            self._add_text(Refusal, value)
+            if self._tag:
+                self._read_tagged(value)
+            else:
+                self._add_text(Text, value)
+            return
+        for part in map(as_dict, as_list(value)):  # Mistral sends thinking as parts
+            fields = {"reasoning_content": _thinking_text(part), "content": as_text(part.get("text"))}
+            self._read_delta({**fields, "refusal": part.get("refusal")})
 
-    def _read_audio(self, value: Any, delta: Dict[str, Any]) -> None:
-        text = as_text(as_dict(value).get("transcript"))
+    def _read_tagged(self, text: str) -> None:
+        """Content that begins, or may begin, with a <think> tag; both tags may be cut anywhere."""
+        text, self._held = self._held + text, ""
+        if self._tag == _THINK_OPEN:
+            begin = text.lstrip()
+            if begin != _THINK_OPEN and _THINK_OPEN.startswith(begin) and len(text) < _MAX_HELD:
+                self._held = text
+                return
+            is_tagged = begin.startswith(_THINK_OPEN)
+            self._tag, text = (_THINK_CLOSE, begin[len(_THINK_OPEN) :]) if is_tagged else ("", text)
+        if self._tag == _THINK_CLOSE:
+            thought, tag, text = text.partition(_THINK_CLOSE)
+            self._tag = " " if tag else _THINK_CLOSE
+            keep = next((n for n in range(len(_THINK_CLOSE) - 1, 0, -1) if thought.endswith(_THINK_CLOSE[:n])), 0)
+            if keep and not tag:
+                thought, self._held = thought[:-keep], thought[-keep:]
+            self._add_text(Thinking, thought if self._flowing is Thinking else thought.lstrip())
+        text = text.lstrip() if self._tag else text
         if text:
+            self._tag = ""
             self._add_text(Text, text)
 
-    def _read_images(self, value: Any, delta: Dict[str, Any]) -> None:
-        """Images as some routers put them beside the content: {"type": "image_url", "image_url": {"url"}}."""
-        for item in as_list(value):
-            if isinstance(item, dict):
-                self._add_slot(Opaque(_CHAT, item))
-        self._advance()
-
-    def _read_annotations(self, value: Any, delta: Dict[str, Any]) -> None:
-        self._extra.setdefault("annotations", []).extend(item for item in as_list(value) if isinstance(item, dict))
+    def _flush(self) -> None:
+        """Text that was held because it might have been the beginning of a tag."""
+        held, self._held = self._held, ""
+        self._add_text(Thinking if self._tag == _THINK_CLOSE else Text, held)
 
     # -- tool calls
 
-    def _read_function_call(self, value: Any, delta: Dict[str, Any]) -> None:
-        """The form before `tool_calls`: one call, without an id."""
-        self._read_calls([{"index": "function_call", "function": value}], delta)
-
-    def _read_calls(self, value: Any, delta: Dict[str, Any]) -> None:
+    def _read_calls(self, value: Any) -> None:
         touched: List[_Slot] = []
         for entry in map(as_dict, as_list(value)):
             inner, kind, field = entry.get("function"), "function", "arguments"
@@ -4347,58 +3787,43 @@ class ChatStreamParser:
             slot = self._find_call(entry, name, text, touched)
             touched.append(slot)
             slot.id = slot.id or as_text(entry.get("id"))
+            call = slot.block
             if not slot.is_open:
-                if not slot.block.name:  # in every chunk, at some servers: the first counts (trap 39)
-                    slot.block.name, slot.block.kind = name, kind
-                more = rest_of(entry, _CHAT_CALL_KEYS, _CHAT)
-                slot.block.extra = (
-                    {_CHAT: {**own_extra(slot.block, _CHAT), **more[_CHAT]}} if more else slot.block.extra
-                )
+                if not call.name:  # in every chunk, at some servers: the first counts (trap 39)
+                    call.name, call.kind = name, kind
+                call.extra = rest_of({**own_extra(call, _CHAT), **entry}, _CHAT_CALL_KEYS, _CHAT)
             slot.add_arguments(text)
             self._advance()
 
     def _find_call(self, entry: Dict[str, Any], name: str, text: str, touched: List[_Slot]) -> _Slot:
         """The call that an entry continues, or a new one: `index` and `id` may be missing, or the same for all."""
         call_id, key = as_text(entry.get("id")), entry.get("index")
-        key = key if type(key) in (int, str) else None
-        slot = self._by_key.get(("index", key))
-        if slot is None and (key is None or not name):
-            slot = self._by_key.get(("id", call_id)) or (self._calls[-1] if self._calls and not call_id else None)
+        keys = [("index", key)] if type(key) in (int, str) else []
+        slot = self._calls.get(("index", key)) if keys else None
+        if slot is None and not (keys and name):
+            slot = self._calls.get(("id", call_id)) if call_id else self._calls.get("last")
         if slot is None or (name and self._is_new_call(slot, call_id, name, text, touched)):
             self._flush()
             slot = self._add_slot(ToolCall("", ""))
-            self._calls.append(slot)
-        if key is not None:
-            self._by_key["index", key] = slot
+            self._calls["last"] = slot
+        if keys:
+            self._calls["index", key] = slot
         if call_id:
-            self._by_key.setdefault(("id", call_id), slot)
+            self._calls.setdefault(("id", call_id), slot)
         return slot
 
     def _is_new_call(self, slot: _Slot, call_id: str, name: str, text: str, touched: List[_Slot]) -> bool:
         """Whether an entry that bears a name is another call than `slot`, although its index is the same (trap 35)."""
         if slot in touched or (call_id and slot.id):
             return slot in touched or call_id != slot.id
-        repeated = name == slot.block.name and (text.lstrip()[:1] != "{" or text == "".join(slot.pieces))
-        return not repeated and slot.is_complete()
-
-    # In the order in which they are read when one delta has several.
-    _READERS = (
-        ("reasoning_content", _read_thought),
-        ("reasoning", _read_second_thought),
-        ("reasoning_details", _read_details),
-        ("content", _read_content),
-        ("refusal", _read_refusal),
-        ("audio", _read_audio),
-        ("images", _read_images),
-        ("annotations", _read_annotations),
-        ("tool_calls", _read_calls),
-        ("function_call", _read_function_call),
-    )
+        is_repeated = name == slot.block.name and (text.lstrip()[:1] != "{" or text == "".join(slot.pieces))
+        return not is_repeated and slot.is_complete()
 
 
 # ---- streams: neutral -> Chat Completions
 
 _quote_json = json.encoder.encode_basestring_ascii
+_HOLE = "\0"  # stands in a chunk for the text of a delta
 
 
 class ChatStreamRenderer:
@@ -4410,16 +3835,10 @@ class ChatStreamRenderer:
 
     def __init__(self, context: Context) -> None:
         self._context = context
-        self._state = "before"
-        self._head = ""
-        # With include_usage every chunk but the last says that it has none (SDK: ChatCompletionChunk.usage).
-        self._tail = ',"logprobs":null,"finish_reason":%s}]' + (
-            ',"usage":null}' if context.request.include_usage else "}"
-        )
-        self._prefix = self._suffix = ""  # around a delta of the open block; "" when it shows none
+        self._head: Dict[str, Any] = {}  # of every chunk, once there was one
+        self._is_ended = self._lacks_arguments = self._has_refusal = False
         self._calls = 0
-        self._lacks_arguments = False
-        self._has_refusal = False
+        self._prefix = self._suffix = ""  # around the text of a delta; "" when the open block shows none
 
     def render(self, event: Any) -> bytes:
         """The bytes for `event`, b"" when the client sees nothing of it."""
@@ -4427,50 +3846,36 @@ class ChatStreamRenderer:
             self._lacks_arguments = False
             return (self._prefix + _quote_json(event.text) + self._suffix).encode("ascii") if self._prefix else b""
         handler = self._HANDLERS.get(type(event))
-        return handler(self, event) if handler and self._state != "ended" else b""
+        return handler(self, event) if handler and not self._is_ended else b""
 
     def _start(self, event: Started) -> bytes:
-        if self._state != "before":
+        if self._head:
             return b""
-        self._state = "open"
-        known = {"id": _chat_id(event.id, self._context), "object": "chat.completion.chunk"}
-        known.update(created=self._context.created or event.created, model=self._context.request.model)
-        self._head = "data: " + dump_json(known).decode("ascii")[:-1] + ',"choices":['
+        self._head = _chat_head(event, self._context, "chat.completion.chunk")
         return self._chunk({"role": "assistant", "content": ""})
 
-    def _chunk(self, delta: Dict[str, Any], reason: str = "null") -> bytes:
-        self._around(dump_json(delta).decode("ascii"), "", reason)
-        chunk, self._prefix = self._prefix + self._suffix, ""
-        return chunk.encode("ascii")
-
-    def _around(self, before: str, after: str, reason: str = "null") -> None:
-        self._prefix = '%s{"index":0,"delta":%s' % (self._head, before)
-        self._suffix = after + self._tail % reason + "\n\n"
+    def _chunk(self, delta: Dict[str, Any], reason: Optional[str] = None) -> bytes:
+        """With include_usage every chunk but the last says that it has none (SDK: ChatCompletionChunk.usage)."""
+        chunk = {**self._head, "choices": [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}]}
+        return sse_event(dump_json({**chunk, "usage": None} if self._context.request.include_usage else chunk))
 
     def _open(self, event: Opened) -> bytes:
         out, block = self._start(Started("", "")), event.block
-        self._prefix = ""
+        shown = _answer_fields([block], "call_%s_%d" % (self._context.id, self._calls))
+        hole: Optional[Dict[str, Any]] = None
         if isinstance(block, ToolCall):
-            return out + self._open_call(block)
-        details = self._details({} if isinstance(block, Opaque) else own_extra(block, _CHAT))
-        if isinstance(block, Opaque):
-            fields = _answer_fields([block], "")
-            return out + (self._chunk(fields) if fields else b"")
-        if type(block) in _CHAT_TEXT_FIELDS:
+            field = "input" if block.kind == "custom" else "arguments"
+            shown["tool_calls"][0]["index"] = self._calls
+            shown["tool_calls"][0][block.kind][field] = block.arguments
+            hole = {"tool_calls": [{"index": self._calls, block.kind: {field: _HOLE}}]}
+            self._calls += 1
+            self._lacks_arguments = block.kind == "function" and not block.arguments
+        elif type(block) in _CHAT_TEXT_FIELDS:
             self._has_refusal = self._has_refusal or isinstance(block, Refusal)
-            self._around('{"%s":' % _CHAT_TEXT_FIELDS[type(block)], "}")
-            out += self.render(Delta(block.text)) if block.text else b""
-        return out + details
-
-    def _open_call(self, call: ToolCall) -> bytes:
-        key = "input" if call.kind == "custom" else "arguments"
-        entry = _write_chat_call(call, call.id or "call_%s_%d" % (self._context.id, self._calls))
-        entry[call.kind][key] = call.arguments
-        out = self._chunk({"tool_calls": [{"index": self._calls, **entry}]})
-        self._around('{"tool_calls":[{"index":%d,"%s":{"%s":' % (self._calls, call.kind, key), "}}]}")
-        self._calls += 1
-        self._lacks_arguments = call.kind == "function" and not call.arguments
-        return out
+            hole = {_CHAT_TEXT_FIELDS[type(block)]: _HOLE}
+        parts = self._chunk(hole).decode("ascii").rsplit(dump_json(_HOLE).decode("ascii"), 1) if hole else ("", "")
+        self._prefix, self._suffix = parts
+        return out + (self._chunk(shown) if shown else b"")
 
     def _close(self, event: Closed) -> bytes:
         """A call without arguments is one with an empty object (trap 41): clients parse them."""
@@ -4479,56 +3884,35 @@ class ChatStreamRenderer:
         return out
 
     def _extend(self, event: Extended) -> bytes:
-        if event.wire != _CHAT or self._state != "open":
-            return b""
-        around = self._prefix, self._suffix
-        out = self._details(event.values)
-        self._prefix, self._suffix = around
-        return out
-
-    def _details(self, bag: Dict[str, Any]) -> bytes:
-        details = bag.get("reasoning_details")
+        details = event.values.get("reasoning_details") if event.wire == _CHAT and self._head else None
         return self._chunk({"reasoning_details": details}) if details else b""
 
     def _finish(self, event: Finished) -> bytes:
         reason = _shown_finish(event.stop_reason, self._calls > 0, self._has_refusal)
-        out = self._start(Started("", "")) + self._chunk({}, '"%s"' % reason)
-        self._state = "ended"
+        out = self._start(Started("", "")) + self._chunk({}, reason)
+        self._is_ended = True
         if event.usage is not None and self._context.request.include_usage:
-            usage = dump_json(_write_chat_usage(event.usage)).decode("ascii")
-            out += ('%s],"usage":%s}\n\n' % (self._head, usage)).encode("ascii")
+            out += sse_event(dump_json({**self._head, "choices": [], "usage": _write_chat_usage(event.usage)}))
         return out + b"data: [DONE]\n\n"
 
     def _fail(self, event: Failed) -> bytes:
-        self._state, self._prefix = "ended", ""
+        self._is_ended, self._prefix = True, ""
         return chat_error_event(event.error, self._context.id)
 
-    _HANDLERS: Dict[type, Callable[..., bytes]] = {
-        Started: _start,
-        Opened: _open,
-        Closed: _close,
-        Extended: _extend,
-        Finished: _finish,
-        Failed: _fail,
-    }
+    _HANDLERS = {Started: _start, Opened: _open, Closed: _close, Extended: _extend, Finished: _finish, Failed: _fail}
 
 
 # ---- errors
 
-# Error types by status (platform.openai.com/docs/guides/error-codes); 4xx and 5xx otherwise.
-_CHAT_ERROR_TYPES = {
-    401: "authentication_error",
-    403: "permission_error",
-    404: "not_found_error",
-    429: "rate_limit_error",
-}
+# Error types by status (platform.openai.com/docs/guides/error-codes), without their `_error`; 4xx and 5xx otherwise.
+_CHAT_ERROR_TYPES = {401: "authentication", 403: "permission", 404: "not_found", 429: "rate_limit"}
 
 
 def render_chat_error(info: ErrorInfo, request_id: str) -> Dict[str, Any]:
     """SDK: ErrorObject (openai.types.shared); the type follows from the status when nobody named one."""
-    kind = info.type or _CHAT_ERROR_TYPES.get(info.status)
-    kind = kind or ("server_error" if info.status >= 500 else "invalid_request_error")
-    return {"error": {"message": info.message, "type": kind, "param": info.param or None, "code": info.code or None}}
+    kind = _CHAT_ERROR_TYPES.get(info.status, "server" if info.status >= 500 else "invalid_request") + "_error"
+    rest = {"param": info.param or None, "code": info.code or None}
+    return {"error": {"message": info.message, "type": info.type or kind, **rest}}
 
 
 def chat_error_event(info: ErrorInfo, request_id: str) -> bytes:
@@ -4748,7 +4132,7 @@ def _anthropic_shown(item: Dict[str, Any], text: str) -> Text:
 
 
 def _anthropic_media(item: Dict[str, Any], path: str) -> Any:
-    """ImageBlockParam, DocumentBlockParam: a file id means nothing elsewhere, a text source is text to everyone else."""
+    """ImageBlockParam, DocumentBlockParam: a file id means nothing elsewhere, a text source is text to others."""
     kind, source, title = item["type"], as_dict(item.get("source")), as_text(item.get("title"))
     form, default = source.get("type"), "application/pdf" if kind == "document" else ""
     extra = rest_of(item, ("type", "source", "title"), _ANTHROPIC)
@@ -4811,7 +4195,9 @@ def render_anthropic_request(request: ChatRequest) -> Dict[str, Any]:
     samples = row.sampling and as_dict(thinking).get("type") in (None, "disabled")  # trap 72
     has_temperature = samples and request.temperature is not None
     body = {
-        **{"model": request.model, "messages": turns, **own},
+        "model": request.model,
+        "messages": turns,
+        **own,
         "system": _anthropic_content([part for part in _anthropic_parts(system) if part.get("type") == "text"]),
         "tools": tools,
         "tool_choice": choice,
@@ -5466,211 +4852,177 @@ ANTHROPIC_MESSAGES = WireFormat(
 
 _RESPONSES = "responses"
 
-# Part types -> neutral block and the field that holds the text.
-_RESPONSES_TEXTS = {
-    "input_text": (Text, "text"),
-    "output_text": (Text, "text"),
-    "text": (Text, "text"),
-    "summary_text": (Text, "text"),
-    "refusal": (Refusal, "refusal"),
-}
 
-# Item types of calls -> kind of the ToolCall and the field that holds the arguments.
-_RESPONSES_CALLS = {"function_call": ("function", "arguments"), "custom_tool_call": ("custom", "input")}
-_RESPONSES_RESULTS = {"function_call_output": "function_call", "custom_tool_call_output": "custom_tool_call"}
+class _ResponsesPart(NamedTuple):
+    """How one kind of text is told: `response.<stem>.delta` and `.done` (whole text in `field`) inside an `item`.
 
+    Texts of a list `holder` have their number in `index` and `response.<frame>.added` and `.done` around them.
+    prefix: of the ids of such items. more: further fields of each event.
+    """
+
+    item: str
+    prefix: str
+    stem: str
+    field: str
+    index: str = ""
+    frame: str = ""
+    holder: str = ""
+    more: Dict[str, Any] = {}
+
+
+_RESPONSES_PARTS = {
+    "output_text": _ResponsesPart("message", "msg", "output_text", "text", "content_index",
+                                  "content_part", "content", {"logprobs": []}),
+    "refusal": _ResponsesPart("message", "msg", "refusal", "refusal", "content_index", "content_part", "content"),
+    "reasoning_text": _ResponsesPart("reasoning", "rs", "reasoning_text", "text", "content_index",
+                                     "content_part", "content"),
+    "summary_text": _ResponsesPart("reasoning", "rs", "reasoning_summary_text", "text", "summary_index",
+                                   "reasoning_summary_part", "summary"),
+    "function_call": _ResponsesPart("function_call", "fc", "function_call_arguments", "arguments"),
+    "custom_tool_call": _ResponsesPart("custom_tool_call", "ctc", "custom_tool_call_input", "input"),
+}  # fmt: skip
+# What is told as which kind of part; a Thinking's bag and a ToolCall's kind may say another.
+_RESPONSES_KINDS = {Text: "output_text", Refusal: "refusal", Thinking: "summary_text", ToolCall: "function_call"}
+
+_RESPONSES_CALLS = {"function_call": "function", "custom_tool_call": "custom"}  # item types -> kind of the ToolCall
+_RESPONSES_RESULTS = ("function_call_output", "custom_tool_call_output")
 # Items that a client adds, besides those whose type ends in _output; all others were made by the model.
 _RESPONSES_CLIENT_ITEMS = ("mcp_approval_response", "compaction_trigger", "configuration_update")
 
-# Request fields that have a place in the neutral form; all others are kept in `fields`.
-_RESPONSES_MAPPED = frozenset(
-    "model input instructions tools tool_choice parallel_tool_calls max_output_tokens temperature top_p text reasoning"
-    " stream user".split()
-)
+# Request fields that have an attribute of the neutral request of their own, and those that are told in it otherwise.
+_RESPONSES_FIELDS = (
+    ("parallel_tool_calls", "parallel_tools", (bool,)), ("max_output_tokens", "max_tokens", (int,)),
+    ("temperature", "temperature", (int, float)), ("top_p", "top_p", (int, float)),
+)  # fmt: skip
+_RESPONSES_TOLD = {
+    *"model input instructions tools tool_choice text reasoning stream user".split(),
+    *(row[0] for row in _RESPONSES_FIELDS),
+}
 
 # Fields that Chat Completions has under the same name and with the same meaning.
 _RESPONSES_SHARED = (
-    "metadata",
-    "service_tier",
-    "prompt_cache_key",
-    "prompt_cache_retention",
-    "prompt_cache_options",
-    "safety_identifier",
-    "moderation",
-)
-
+    "metadata service_tier prompt_cache_key prompt_cache_retention prompt_cache_options safety_identifier moderation"
+).split()
 _RESPONSES_CHOICES = {"auto": "auto", "none": "none", "required": "any"}
-
 # OpenAI refuses smaller values of max_output_tokens ("Expected a value >= 16") and longer user ids.
 _RESPONSES_MIN_TOKENS = 16
 _RESPONSES_MAX_USER = 64
 
 # Thinking budgets of other formats as an effort: up to so many tokens.
 _RESPONSES_EFFORTS = ((2048, "low"), (12000, "medium"), (math.inf, "high"))
-
-_RESPONSES_NO_RESULT = "(no result: the call was not answered)"
+_RESPONSES_FILES = {
+    "txt": "text/plain", "md": "text/markdown", "csv": "text/csv", "html": "text/html", "json": "application/json",
+}  # fmt: skip
 
 RESPONSES_LOSSES = {
-    "access_programs": "not sent",
-    "background": "refused with 400: the answer would have to be kept",
-    "background_options": "not sent",
-    "context_management": "not sent: nothing is compacted",
-    "conversation": "refused with 400: the router keeps no conversations",
-    "image": "not sent",
+    **dict.fromkeys(_RESPONSES_SHARED, "kept for OpenAI Chat, else not sent"),
+    **dict.fromkeys(
+        "background conversation previous_response_id prompt".split(), "refused with 400: the router keeps no state"
+    ),
+    **dict.fromkeys("access_programs background_options context_management image max_tool_calls".split(), "not sent"),
+    **dict.fromkeys(("stream_options", "top_logprobs"), "not sent: answers carry neither obfuscation nor logprobs"),
     "include": "not sent; reasoning is returned as text, encrypted content only by a Responses upstream",
-    "max_tool_calls": "not sent: only tools run by the provider count",
-    "metadata": "kept for OpenAI Chat, else not sent; echoed in the answer",
-    "moderation": "kept for OpenAI Chat, else not sent",
-    "previous_response_id": "refused with 400: the router keeps no answers",
-    "prompt": "refused with 400: the template is stored at OpenAI",
-    "prompt_cache_key": "kept for OpenAI Chat, else not sent",
-    "prompt_cache_options": "kept for OpenAI Chat, else not sent",
-    "prompt_cache_retention": "kept for OpenAI Chat, else not sent",
-    "safety_identifier": "the end user's id, where the other format has one",
-    "service_tier": "kept for OpenAI Chat, else not sent",
-    "store": "always false: the router stores nothing",
-    "stream_options": "not sent: no obfuscation is added",
-    "text.verbosity": "kept for OpenAI Chat, else not sent",
-    "top_logprobs": "not sent: answers carry no logprobs",
-    "truncation": "always disabled",
-    "tools": "tools that the provider runs (web_search, file_search, mcp, ...) are not sent; custom tools become"
-    " functions of one string; namespaces are flattened",
-    "tool_choice": "allowed_tools: only these tools are sent; a tool that the provider runs cannot be forced",
     "input": "items and parts of provider-run tools, encrypted reasoning and compaction are not sent; file ids and item"
     " references are refused with 400",
+    "metadata": "kept for OpenAI Chat, else not sent; echoed in the answer",
     "reasoning.summary": "not sent: reasoning comes as the upstream gives it",
+    "safety_identifier": "the end user's id, where the other format has one",
+    "store": "always false: the router stores nothing",
+    "text.verbosity": "kept for OpenAI Chat, else not sent",
+    "tool_choice": "allowed_tools: only these tools are sent; a tool that the provider runs cannot be forced",
+    "tools": "tools that the provider runs (web_search, file_search, mcp, ...) are not sent; custom tools become"
+    " functions of one string; namespaces are flattened",
+    "truncation": "always disabled",
 }
 
 
-# --- Requests ---------------------------------------------------------------------------------------------
+# --- Requests, reading ------------------------------------------------------------------------------------
 
 
 def needs_server_state(body: Dict[str, Any]) -> Optional[str]:
-    """Why a Responses request only makes sense where earlier state is stored, as a sentence; None when it needs none.
-
-    A router that translates must answer 400 with it: dropping the reference would lose the conversation (trap 63).
-    """
-    for field in ("previous_response_id", "conversation", "prompt"):
+    """Why a Responses request only makes sense where earlier state is kept, as a sentence; None when it needs none."""
+    for field in ("previous_response_id", "conversation", "prompt", "background"):
         if body.get(field):
             return (
-                "`%s` refers to state at the provider, which a translated request cannot reach: "
-                "send the whole conversation as `input`" % field
+                "`%s` needs state that only the provider keeps: leave it out, send the whole conversation as `input`"
+                % field
             )
-    if body.get("background") is True:
-        return "`background` answers are kept at the provider, which a translated request cannot do"
-    for item in map(as_dict, as_list(body.get("input"))):
+    for index, item in enumerate(map(as_dict, as_list(body.get("input")))):
         if _responses_type(item) == "item_reference":
-            return "an `item_reference` in `input` refers to state at the provider: send the item itself"
+            return "`input[%d]` is an item_reference, which only the provider can resolve: send the item itself" % index
         for part in map(as_dict, as_list(item.get("content")) + as_list(item.get("output"))):
             if part.get("file_id"):
-                return "a `file_id` in `input` refers to a file at the provider: send the file as data or URL"
+                return "`input[%d]` has a `file_id`, which only the provider can read: send the data or a URL" % index
     return None
 
 
 def parse_responses_request(body: Dict[str, Any]) -> ChatRequest:
-    """A request body of POST /v1/responses (SDK: ResponseCreateParams). RouterError (400) when it is none."""
-    items = _responses_items(body.get("input"))
-    tools = _responses_tools(
-        as_list(body.get("tools"))
-        + [t for i in items if i.get("type") == "additional_tools" for t in as_list(i.get("tools"))]
-    )
+    """A request body of POST /v1/responses (SDK: ResponseCreateParams).
+
+    RouterError (400) when it is none, or needs state of its provider: what it refers to would be lost (trap 63).
+    """
+    missing = needs_server_state(body)
+    if missing:
+        raise RouterError(missing, 400, "unsupported_parameter")
+    simple = {name: check_field(body.get(field), kinds, field, False) for field, name, kinds in _RESPONSES_FIELDS}
+    instructions = check_field(body.get("instructions"), (str,), "instructions", False)
+    text = check_field(body.get("text"), (dict,), "text", False) or {}
+    reasoning = check_field(body.get("reasoning"), (dict,), "reasoning", False)
+    if reasoning is not None:
+        reasoning = Reasoning(as_text(reasoning.get("effort")), extra=rest_of(reasoning, ("effort",), _RESPONSES))
+    source = check_field(body.get("input"), (str, list), "input", False) or []
+    source = [{"role": "user", "content": source}] if isinstance(source, str) else source
+    items = [check_field(item, (dict,), "input[%d]" % index) for index, item in enumerate(source)]
+    added = [tool for item in items if item.get("type") == "additional_tools" for tool in as_list(item.get("tools"))]
+    tools = _responses_tools(as_list(body.get("tools")) + added)
     choice, tools, fields = _responses_choice(body.get("tool_choice"), tools)
     system, messages = _responses_turns(items, _responses_flat_names(tools))
-    instructions = _responses_checked(body, "instructions", str)
-    if instructions:
-        system.insert(0, Text(instructions))
-    text = _responses_checked(body, "text", dict) or {}
-    fields.update((key, value) for key, value in body.items() if key not in _RESPONSES_MAPPED)
-    if set(text) - {"format"}:
-        fields["text"] = {key: value for key, value in text.items() if key != "format"}
+    fields.update((key, value) for key, value in body.items() if key not in _RESPONSES_TOLD)
+    more_text = {key: value for key, value in text.items() if key != "format"}
+    fields.update({"text": more_text} if more_text else {})
     return ChatRequest(
         model=as_text(body.get("model")),
         messages=messages,
-        system=system,
+        system=([Text(instructions)] if instructions else []) + system,
         tools=tools,
         tool_choice=choice,
-        parallel_tools=_responses_checked(body, "parallel_tool_calls", bool),
-        max_tokens=_responses_checked(body, "max_output_tokens", int),
-        temperature=_responses_checked(body, "temperature", float),
-        top_p=_responses_checked(body, "top_p", float),
         stream=body.get("stream") is True,
         output=_responses_output(as_dict(text.get("format"))),
-        reasoning=_responses_reasoning(_responses_checked(body, "reasoning", dict)),
+        reasoning=reasoning,
         user=as_text(body.get("user")) or as_text(body.get("safety_identifier")),
         fields={_RESPONSES: fields} if fields else None,
+        **simple,
     )
-
-
-_RESPONSES_TYPES = {
-    str: "a string",
-    dict: "an object",
-    bool: "true or false",
-    int: "a whole number",
-    float: "a number",
-    list: "an array",
-}
-
-
-def _responses_checked(body: Dict[str, Any], field: str, kind: type) -> Any:
-    value = body.get(field)
-    fits = isinstance(value, (int, float) if kind is float else kind) and (kind is bool or not isinstance(value, bool))
-    if value is None or fits:
-        return value
-    raise RouterError("`%s` must be %s" % (field, _RESPONSES_TYPES[kind]))
-
-
-def _responses_items(source: Any) -> List[Dict[str, Any]]:
-    if isinstance(source, str):
-        return [{"role": "user", "content": source}]
-    if not isinstance(source, list) and source is not None:
-        raise RouterError("`input` must be a string or an array")
-    for index, item in enumerate(source or []):
-        if not isinstance(item, dict):
-            raise RouterError("`input[%d]` must be an object" % index)
-    return source or []
 
 
 def _responses_type(item: Dict[str, Any]) -> str:
     """The type of an input item: messages and references may leave it out (EasyInputMessage, ItemReference)."""
-    kind = as_text(item.get("type"))
-    if kind:
-        return kind
-    return "message" if "role" in item else "item_reference" if "id" in item else ""
+    return as_text(item.get("type")) or ("message" if "role" in item else "item_reference" if "id" in item else "")
 
 
 def _responses_turns(items: List[Dict[str, Any]], names: Dict[Tuple[str, str], str]) -> Tuple[List[Any], List[Message]]:
-    """(system blocks, messages): the model's items in a row are one turn, so are tool results in a row."""
-    system: List[Any] = []
-    messages: List[Message] = []
-    joins = False
+    """(system blocks, messages): instructions in front are no turn; items of one role in a row are one."""
+    messages = [Message("system", [])]
     for index, item in enumerate(items):
-        role, blocks = _responses_turn(item, index, names)
-        if not blocks:
-            continue
-        is_message = _responses_type(item) == "message"
-        if role == "system" and not messages:
-            system.extend(blocks)
-        elif messages and messages[-1].role == role and (role == "assistant" or (joins and not is_message)):
+        role, blocks = _responses_turn(item, "input[%d]" % index, names)
+        if messages[-1].role == role:
             messages[-1].blocks.extend(blocks)
-        else:
+        elif blocks:
             messages.append(Message(role, blocks))
-        joins = not is_message
-    return system, messages
+    return messages[0].blocks, messages[1:]
 
 
-def _responses_turn(item: Dict[str, Any], index: int, names: Dict[Tuple[str, str], str]) -> Tuple[str, List[Any]]:
-    kind = _responses_type(item)
+def _responses_turn(item: Dict[str, Any], where: str, names: Dict[Tuple[str, str], str]) -> Tuple[str, List[Any]]:
+    kind, role = _responses_type(item), as_text(item.get("role"))
     if kind == "message":
-        role = as_text(item.get("role"))
         if role not in ("user", "assistant", "system", "developer"):
-            raise RouterError("`input[%d].role` must be user, assistant, system or developer" % index)
-        blocks = _responses_message(item, index)
-        if role in ("system", "developer"):
-            return "system", [_responses_with(block, {"role": role}) for block in blocks]
-        return role, blocks
+            raise field_error(where + ".role", "expected user, assistant, system or developer")
+        is_system = role in ("system", "developer")
+        bag = {**_responses_kept(item, "phase"), **({"role": role} if is_system else {})}
+        return "system" if is_system else role, _responses_parts(item.get("content"), where + ".content", bag)
     if kind in _RESPONSES_RESULTS:
         call_id = as_text(item.get("call_id")) or as_text(item.get("id"))
-        return "user", [ToolResult(call_id, _responses_parts(item.get("output"), "input[%d].output" % index))]
+        return "user", [ToolResult(call_id, _responses_parts(item.get("output"), where + ".output"))]
     if kind in ("additional_tools", ""):
         return "user", []
     if kind.endswith("_output") or kind in _RESPONSES_CLIENT_ITEMS:
@@ -5678,125 +5030,72 @@ def _responses_turn(item: Dict[str, Any], index: int, names: Dict[Tuple[str, str
     return "assistant", _responses_blocks(item, names)
 
 
-def _responses_message(item: Dict[str, Any], index: int) -> List[Any]:
-    bag = {"phase": item["phase"]} if as_text(item.get("phase")) else {}
-    return [_responses_with(block, bag) for block in _responses_parts(item.get("content"), "input[%d].content" % index)]
-
-
-def _responses_parts(content: Any, where: str) -> List[Any]:
-    if isinstance(content, str):
-        return [Text(content)] if content else []
-    if content is not None and not isinstance(content, list):
-        raise RouterError("`%s` must be a string or an array" % where)
-    blocks = [_responses_part(as_dict(part)) for part in content or []]
-    return [block for block in blocks if block is not None]
+def _responses_parts(content: Any, where: str, bag: Mapping[str, Any] = {}) -> List[Any]:
+    """Content, a string or parts, as blocks that all keep `bag`."""
+    content = check_field(content, (str, list), where, False) or []
+    parts = [{"type": "input_text", "text": content}] if isinstance(content, str) else content
+    blocks = [_responses_part(as_dict(part)) for part in parts]
+    return [_responses_with(block, bag) for block in blocks if block is not None]
 
 
 def _responses_part(part: Dict[str, Any]) -> Any:
-    """One content part as a block, None when it is empty (trap 82); parts that need a stored file stay Opaque."""
+    """One content part as a block, None when it is empty (trap 82) or unknown; files that are stored stay Opaque."""
     kind = as_text(part.get("type"))
-    if kind in _RESPONSES_TEXTS:
-        make, field = _RESPONSES_TEXTS[kind]
-        text = as_text(part.get(field))
-        return make(text, _responses_bag(part, ("type", field))) if text else None
-    if kind in ("input_image", "image_url"):
-        source = part.get("image_url")
-        url = as_text(source) or as_text(as_dict(source).get("url"))
-        return _responses_media("image", url, "", part, ("type", "image_url")) if url else Opaque(_RESPONSES, part)
-    if kind == "input_file":
-        source = as_text(part.get("file_data")) or as_text(part.get("file_url"))
-        name = as_text(part.get("filename"))
-        return (
-            _responses_media("document", source, name, part, ("type", "file_data", "file_url", "filename"))
-            if source
-            else Opaque(_RESPONSES, part)
-        )
+    if kind in ("input_text", "output_text", "text", "refusal"):
+        field = "refusal" if kind == "refusal" else "text"
+        text, extra = as_text(part.get(field)), rest_of(part, ("type", field), _RESPONSES)
+        return (Refusal if kind == "refusal" else Text)(text, extra) if text else None
     if kind == "input_audio":
         audio = as_dict(part.get("input_audio"))
         return Media("audio", "audio/" + (as_text(audio.get("format")) or "wav"), data=as_text(audio.get("data")))
-    return Opaque(_RESPONSES, part) if part else None
+    if kind in ("input_image", "image_url", "input_file"):
+        image, name, data = part.get("image_url"), as_text(part.get("filename")), as_text(part.get("file_data"))
+        url = as_text(image) or as_text(as_dict(image).get("url")) or as_text(part.get("file_url"))
+        extra = rest_of(part, ("type", "image_url", "file_data", "file_url", "filename"), _RESPONSES)
+        guess = _RESPONSES_FILES.get(name.rsplit(".", 1)[-1].lower(), "application/pdf")
+        if data and not data.startswith("data:"):  # bare base64
+            return Media("document", guess, data, name=name, extra=extra)
+        if url or data:
+            return media_of_url("document" if kind == "input_file" else "image", url or data, name, extra)
+    return Opaque(_RESPONSES, part) if kind.startswith("input_") else None
 
 
-def _responses_bag(value: Dict[str, Any], known: Iterable[str]) -> Extra:
-    bag = {key: item for key, item in value.items() if key not in known and item not in (None, [], {})}
-    return {_RESPONSES: bag} if bag else None
+def _responses_kept(item: Dict[str, Any], *fields: str) -> Dict[str, Any]:
+    return {field: item[field] for field in fields if as_text(item.get(field))}
 
 
-def _responses_with(block: Any, bag: Dict[str, Any]) -> Any:
+def _responses_with(block: Any, bag: Mapping[str, Any]) -> Any:
     """The block with `bag` added to its own bag; Opaque blocks have none."""
     if bag and not isinstance(block, Opaque):
         block.extra = {_RESPONSES: {**own_extra(block, _RESPONSES), **bag}}
     return block
 
 
-_RESPONSES_DATA_URL = re.compile(r"data:([^;,]*)(?:;[^,]*)?;base64,", re.IGNORECASE)
-_RESPONSES_FILE_TYPES = {
-    "pdf": "application/pdf",
-    "txt": "text/plain",
-    "md": "text/markdown",
-    "csv": "text/csv",
-    "html": "text/html",
-    "json": "application/json",
-}
-
-
-def _responses_media(kind: str, source: str, name: str, part: Dict[str, Any], known: Tuple[str, ...]) -> Media:
-    """A file part: `source` is a data URL, a URL, or (files only) bare base64."""
-    extra = _responses_bag(part, known)
-    match = _RESPONSES_DATA_URL.match(source)
-    if match:
-        return Media(kind, match.group(1).lower(), data=source[match.end() :], name=name, extra=extra)
-    guess = _RESPONSES_FILE_TYPES.get(name.rsplit(".", 1)[-1].lower(), "")
-    if kind == "image" or as_text(part.get("file_url")):
-        return Media(kind, guess, url=source, name=name, extra=extra)
-    return Media(kind, guess or "application/pdf", data=source, name=name, extra=extra)
-
-
 def _responses_blocks(
-    item: Dict[str, Any], names: Dict[Tuple[str, str], str], bag: Optional[Dict[str, Any]] = None, call_id: str = ""
+    item: Dict[str, Any], names: Dict[Tuple[str, str], str], call_id: str = "", **bag: Any
 ) -> List[Any]:
-    """The blocks of an item the model made. bag: what else their own bags keep; call_id: for a call without one."""
+    """The blocks of an item the model made. call_id: for a call without one; bag: what else their own bags keep."""
     kind = as_text(item.get("type"))
     if kind in _RESPONSES_CALLS:
-        return [_responses_with(_responses_call(item, names, call_id), bag or {})]
-    if kind == "reasoning":
-        text = _responses_reasoning_text(item)[1]
-        return (
-            [_responses_with(Thinking("\n\n".join(text), _responses_proof(item)), bag or {})]
-            if any(text)
-            else [Opaque(_RESPONSES, item)]
-        )
+        space, name = as_text(item.get("namespace")), as_text(item.get("name"))
+        call_id = as_text(item.get("call_id")) or as_text(item.get("id")) or call_id
+        arguments = as_text(item.get(_RESPONSES_PARTS[kind].field))
+        call = ToolCall(call_id, names.get((space, name), name), arguments, _RESPONSES_CALLS[kind])
+        return [_responses_with(call, {**_responses_kept(item, "namespace"), **bag})] if name else []
     if kind == "message":
-        return [_responses_with(block, bag or {}) for block in _responses_message(item, 0)]
-    return [Opaque(_RESPONSES, item)]
+        return _responses_parts(as_list(item.get("content")), "", {**_responses_kept(item, "phase"), **bag})
+    thinking = _responses_thinking(item, bag) if kind == "reasoning" else Thinking("")
+    return [thinking if thinking.text else Opaque(_RESPONSES, item)] if kind else []
 
 
-def _responses_call(item: Dict[str, Any], names: Dict[Tuple[str, str], str], call_id: str = "") -> ToolCall:
-    """A function_call or custom_tool_call item. A call inside a namespace gets the flat name of its tool."""
-    kind, field = _RESPONSES_CALLS[as_text(item.get("type"))]
-    space, name = as_text(item.get("namespace")), as_text(item.get("name"))
-    call_id = as_text(item.get("call_id")) or as_text(item.get("id")) or call_id
-    extra = {_RESPONSES: {"namespace": space}} if space else None
-    return ToolCall(call_id, names.get((space, name), name), as_text(item.get(field)), kind, extra)
-
-
-def _responses_reasoning_text(item: Dict[str, Any]) -> Tuple[str, List[str]]:
-    """(part type, texts) of a reasoning item: its summary, else the reasoning itself (open models)."""
-    for kind, field in (("summary_text", "summary"), ("reasoning_text", "content")):
-        texts = [as_text(as_dict(part).get("text")) for part in as_list(item.get(field))]
-        if any(texts):
-            return kind, texts
-    return "summary_text", []
-
-
-def _responses_proof(item: Dict[str, Any]) -> Extra:
-    """What a reasoning item's block must keep: where its text stood, and the encrypted content that continues it."""
-    bag = {}
-    if _responses_reasoning_text(item)[0] == "reasoning_text":
-        bag["part"] = "reasoning_text"
-    if as_text(item.get("encrypted_content")):
-        bag["encrypted_content"] = item["encrypted_content"]
-    return {_RESPONSES: bag} if bag else None
+def _responses_thinking(item: Dict[str, Any], bag: Mapping[str, Any]) -> Thinking:
+    """A reasoning item: its summary, else the reasoning itself (open models), and what proves and continues it."""
+    part, texts = "summary_text", []
+    for kind in ("reasoning_text", "summary_text"):
+        found = [as_text(as_dict(value).get("text")) for value in as_list(item.get(_RESPONSES_PARTS[kind].holder))]
+        part, texts = (kind, found) if any(found) else (part, texts)
+    kept = {**_responses_kept(item, "encrypted_content"), **({"part": part} if part == "reasoning_text" else {})}
+    return _responses_with(Thinking("\n\n".join(filter(None, texts))), {**kept, **bag})
 
 
 def _responses_tools(tools: List[Any]) -> List[Tool]:
@@ -5807,33 +5106,29 @@ def _responses_tools(tools: List[Any]) -> List[Tool]:
         if tool.get("type") != "namespace":
             result.append(_responses_tool(tool))
             continue
-        space = as_text(tool.get("name"))
+        space, about = as_text(tool.get("name")), as_text(tool.get("description"))
         for member in map(_responses_tool, map(as_dict, as_list(tool.get("tools")))):
-            flat = "%s__%s" % (space, member.name)
-            while flat in used:
-                flat += "_"
-            used.add(flat)
-            bag = {"namespace": space, "name": member.name, "about": as_text(tool.get("description"))}
-            result.append(member._replace(name=flat, extra={_RESPONSES: {**own_extra(member, _RESPONSES), **bag}}))
+            flat = unique_id("%s__%s" % (space, member.name), used)
+            bag = {**own_extra(member, _RESPONSES), "namespace": space, "name": member.name, "about": about}
+            result.append(member._replace(name=flat, extra={_RESPONSES: bag}))
     return result
 
 
 def _responses_tool(tool: Dict[str, Any]) -> Tool:
     """A function (flat; Chat's nested shape is taken, too: trap 66), a custom tool, or one that the provider runs."""
     kind = as_text(tool.get("type"))
-    if kind in ("function", "custom"):
-        tool = {**tool, **as_dict(tool.get(kind))}
-        known = ("type", "name", "description", "parameters", "strict", "namespace", "about", kind)
-        schema, strict = tool.get("parameters"), tool.get("strict")
-        return Tool(
-            as_text(tool.get("name")),
-            as_text(tool.get("description")),
-            schema if kind == "function" and isinstance(schema, dict) else None,
-            kind,
-            strict if isinstance(strict, bool) else None,
-            _responses_bag(tool, known),
-        )
-    return Tool(as_text(tool.get("name")) or kind, kind="server", extra={_RESPONSES: tool})
+    if kind not in ("function", "custom"):
+        return Tool(as_text(tool.get("name")) or kind, kind="server", extra={_RESPONSES: tool})
+    tool = {**tool, **as_dict(tool.get(kind))}
+    schema, strict = tool.get("parameters"), tool.get("strict")
+    return Tool(
+        as_text(tool.get("name")),
+        as_text(tool.get("description")),
+        schema if kind == "function" and isinstance(schema, dict) else None,
+        kind,
+        strict if isinstance(strict, bool) else None,
+        rest_of(tool, ("type", "name", "description", "parameters", "strict", "namespace", "about", kind), _RESPONSES),
+    )
 
 
 def _responses_flat_names(tools: Iterable[Tool]) -> Dict[Tuple[str, str], str]:
@@ -5846,45 +5141,31 @@ def _responses_choice(choice: Any, tools: List[Tool]) -> Tuple[Optional[ToolChoi
     """(neutral choice, tools it leaves, fields to keep): allowed_tools hides the others (SDK: ToolChoiceAllowed)."""
     if isinstance(choice, str):
         return (ToolChoice(_RESPONSES_CHOICES[choice]) if choice in _RESPONSES_CHOICES else None), tools, {}
-    choice = as_dict(choice)
+    choice, flat = as_dict(choice), _responses_flat_names(tools)
+
+    def named(value: Dict[str, Any]) -> str:
+        name = as_text(value.get("name"))
+        return flat.get((as_text(value.get("namespace")), name), name)
+
     if choice.get("type") in ("function", "custom"):
-        choice = {**choice, **as_dict(choice.get(choice["type"]))}
-        return ToolChoice("tool", _responses_chosen(choice, tools)), tools, {}
-    if choice.get("type") == "allowed_tools":
-        names = {_responses_chosen(as_dict(tool), tools) for tool in as_list(choice.get("tools"))}
-        kinds = {as_text(as_dict(tool).get("type")) for tool in as_list(choice.get("tools"))}
-        kept = [
-            tool
-            for tool in tools
-            if tool.name in names
-            or (tool.kind == "server" and as_text(own_extra(tool, _RESPONSES).get("type")) in kinds)
-        ]
-        return ToolChoice("any" if choice.get("mode") == "required" else "auto"), kept, {"tool_choice": choice}
-    return None, tools, {"tool_choice": choice} if choice else {}
-
-
-def _responses_chosen(choice: Dict[str, Any], tools: List[Tool]) -> str:
-    space, name = as_text(choice.get("namespace")), as_text(choice.get("name"))
-    return _responses_flat_names(tools).get((space, name), name)
+        return ToolChoice("tool", named({**choice, **as_dict(choice.get(choice["type"]))})), tools, {}
+    if choice.get("type") != "allowed_tools":
+        return None, tools, {"tool_choice": choice} if choice else {}
+    allowed = [as_dict(tool) for tool in as_list(choice.get("tools"))]
+    names, kinds = set(map(named, allowed)), {as_text(tool.get("type")) for tool in allowed}
+    kept = [t for t in tools if t.name in names or t.kind == "server" and own_extra(t, _RESPONSES).get("type") in kinds]
+    return ToolChoice("any" if choice.get("mode") == "required" else "auto"), kept, {"tool_choice": choice}
 
 
 def _responses_output(form: Dict[str, Any]) -> Optional[JsonOutput]:
     """`text.format` (SDK: ResponseFormatTextConfig)."""
-    if form.get("type") == "json_schema":
-        strict = form.get("strict")
-        return JsonOutput(
-            as_dict(form.get("schema")),
-            as_text(form.get("name")),
-            strict if isinstance(strict, bool) else None,
-            as_text(form.get("description")),
-        )
-    return JsonOutput() if form.get("type") == "json_object" else None
+    if form.get("type") != "json_schema":
+        return JsonOutput() if form.get("type") == "json_object" else None
+    strict = form["strict"] if isinstance(form.get("strict"), bool) else None
+    return JsonOutput(as_dict(form.get("schema")), as_text(form.get("name")), strict, as_text(form.get("description")))
 
 
-def _responses_reasoning(value: Optional[Dict[str, Any]]) -> Optional[Reasoning]:
-    if value is None:
-        return None
-    return Reasoning(effort=as_text(value.get("effort")), extra=_responses_bag(value, ("effort",)))
+# --- Requests, writing ------------------------------------------------------------------------------------
 
 
 def render_responses_request(request: ChatRequest) -> Dict[str, Any]:
@@ -5896,257 +5177,172 @@ def render_responses_request(request: ChatRequest) -> Dict[str, Any]:
     """
     own = dict(as_dict((request.fields or {}).get(_RESPONSES)))
     chat = as_dict((request.fields or {}).get("openai"))
+    images = [block for block in request.system if isinstance(block, Media)]
+    messages = ([Message("system", images)] if images else []) + list(request.messages)
+    text = {**as_dict(own.pop("text", None)), **_responses_kept(chat, "verbosity"), **_responses_format(request.output)}
+    user = request.user if len(request.user) <= _RESPONSES_MAX_USER and "safety_identifier" not in own else ""
+    limit = request.max_tokens and max(_RESPONSES_MIN_TOKENS, request.max_tokens)
+    tools = {tool.name: own_extra(tool, _RESPONSES) for tool in request.tools if tool.kind != "server"}
     body: Dict[str, Any] = {
         "model": request.model,
-        "input": _responses_pair([item for message in request.messages for item in _responses_render_turn(message)]),
-    }
-    images = [block for block in request.system if isinstance(block, Media)]
-    if images:
-        body["input"].insert(0, _responses_render_message("system", images))
-    simple = {
+        "input": _responses_render_turns(messages, tools),
         "instructions": join_text(request.system, "\n\n") or None,
-        "tools": responses_render_tools(request.tools) or None,
+        "tools": _responses_render_tools(request.tools) or None,
         "tool_choice": _responses_render_choice(request),
-        "parallel_tool_calls": request.parallel_tools if request.tools else None,
-        "max_output_tokens": request.max_tokens and max(_RESPONSES_MIN_TOKENS, request.max_tokens),
-        "temperature": request.temperature,
-        "top_p": request.top_p,
-        "text": _responses_render_text(request.output, as_dict(own.pop("text", None)), chat),
+        "text": text or None,
         "reasoning": _responses_render_reasoning(request.reasoning),
-        "user": request.user if len(request.user) <= _RESPONSES_MAX_USER and "safety_identifier" not in own else None,
+        "user": user or None,
         "stream": request.stream or None,
+        **{
+            field: getattr(request, name)
+            for field, name, _ in _RESPONSES_FIELDS
+            if request.tools or field != "parallel_tool_calls"
+        },
+        "max_output_tokens": limit,
     }
-    body.update((key, value) for key, value in simple.items() if value is not None and value != "")
-    shared = {key: chat[key] for key in _RESPONSES_SHARED if key in chat}
-    body.update({"store": False, **shared, **own})
+    body = {key: value for key, value in body.items() if value is not None}
+    body.update({"store": False, **{key: chat[key] for key in _RESPONSES_SHARED if key in chat}, **own})
     if request.reasoning and request.reasoning.effort != "none":
         include = [value for value in as_list(body.get("include")) if value != "reasoning.encrypted_content"]
-        body["include"] = include + ["reasoning.encrypted_content"]
+        body["include"] = [*include, "reasoning.encrypted_content"]
     return body
 
 
-def _responses_render_turn(message: Message) -> List[Dict[str, Any]]:
-    """The items of a turn, in order; tool results go before the text of their turn (trap 77)."""
-    blocks = message.blocks
-    if message.role == "user":
-        blocks = [b for b in blocks if isinstance(b, ToolResult)] + [b for b in blocks if not isinstance(b, ToolResult)]
+def _responses_render_turns(messages: Iterable[Message], tools: Dict[str, Dict[str, Any]]) -> List[Dict[str, Any]]:
+    """The items of a conversation: parts in a row are one message, everything else is an item of its own.
+
+    A plain text goes as a string, the shape every server takes (SDK: EasyInputMessage).
+    """
     items: List[Dict[str, Any]] = []
-    parts: List[Any] = []
-    for block in blocks:
-        if isinstance(block, (Text, Refusal, Media)) or _responses_is_part(block):
-            parts.append(block)
-            continue
-        item = _responses_render_item(block)
-        if item:
-            items += [_responses_render_message(message.role, parts)] if parts else []
-            items.append(item)
-            parts = []
-    return items + ([_responses_render_message(message.role, parts)] if parts else [])
+    customs: Set[str] = set()  # ids of the calls of custom tools so far
+    for role, blocks, _ in messages:
+        parts: List[Any] = []
+        for block in blocks:
+            part = _responses_render_part(block, role)
+            item = None if part else _responses_render_item(block, tools, customs)
+            if part and not parts:
+                bag = {} if isinstance(block, Opaque) else own_extra(block, _RESPONSES)
+                said = bag.get("role", role) if role == "system" else role
+                item = {"type": "message", "role": said, **_responses_kept(bag, "phase"), "content": []}
+            if item:
+                items.append(item)
+                parts = item["content"] if part else []
+            if part:
+                parts.append(part)
+    for item in items:
+        parts = as_list(item.get("content")) if item["type"] == "message" else []
+        if len(parts) == 1 and [key for key, value in parts[0].items() if value] == ["type", "text"]:
+            item["content"] = parts[0]["text"]
+    return items
 
 
-def _responses_is_part(block: Any) -> bool:
-    return (
-        isinstance(block, Opaque) and block.wire == _RESPONSES and as_text(block.value.get("type")).startswith("input_")
-    )
-
-
-def _responses_render_item(block: Any) -> Optional[Dict[str, Any]]:
-    bag = {} if isinstance(block, Opaque) else own_extra(block, _RESPONSES)
+def _responses_render_item(block: Any, tools: Dict[str, Dict[str, Any]], customs: Set[str]) -> Optional[Dict[str, Any]]:
+    """The item of one block, None for what the API has no place for: thinking of other providers, foreign blocks."""
     if isinstance(block, ToolCall):
-        kind = "custom_tool_call" if block.kind == "custom" else "function_call"
-        item = {"type": kind, "call_id": block.id, "name": block.name}
-        item["input" if block.kind == "custom" else "arguments"] = (
-            block.arguments if block.kind == "custom" else block.arguments or "{}"
-        )
-        if bag.get("namespace"):
-            prefix = bag["namespace"] + "__"
-            item.update(
-                namespace=bag["namespace"],
-                name=block.name[len(prefix) :] if block.name.startswith(prefix) else block.name,
-            )
-        return item
+        (customs.add if block.kind == "custom" else customs.discard)(block.id)
+        return _responses_call(block, tools, block.arguments or ("" if block.kind == "custom" else "{}"))
     if isinstance(block, ToolResult):
-        return {"type": "function_call_output", "call_id": block.call_id, "output": _responses_render_output(block)}
-    if isinstance(block, Thinking) and (bag.get("encrypted_content") or bag.get("part")):
-        return _responses_reasoning_item(block)
-    if isinstance(block, Opaque) and block.wire == _RESPONSES:
-        drop = "id" if block.value.get("type") == "reasoning" else ""
-        item = {key: value for key, value in block.value.items() if key != drop}
-        return item if not drop or item.get("encrypted_content") else None
-    return None
+        kind = "custom_tool_call_output" if block.call_id in customs else "function_call_output"
+        return {"type": kind, "call_id": block.call_id, "output": _responses_render_output(block)}
+    if isinstance(block, Thinking):
+        bag = own_extra(block, _RESPONSES)
+        kind, proof = bag.get("part", "summary_text"), _responses_kept(bag, "encrypted_content")
+        holder = {_RESPONSES_PARTS[kind].holder: [{"type": kind, "text": block.text}]}
+        return {"type": "reasoning", "summary": [], **holder, **proof} if proof or "part" in bag else None
+    item = block.value if isinstance(block, Opaque) and block.wire == _RESPONSES else {}
+    if item.get("type") == "reasoning":
+        item = {key: value for key, value in item.items() if key != "id"} if item.get("encrypted_content") else {}
+    return item or None
 
 
-def _responses_reasoning_item(block: Thinking) -> Dict[str, Any]:
-    """A reasoning item without id (SDK: ResponseReasoningItem)."""
-    bag = own_extra(block, _RESPONSES)
-    kind = bag.get("part", "summary_text")
-    parts = [{"type": kind, "text": block.text}] if block.text else []
-    item: Dict[str, Any] = {"type": "reasoning", "summary": parts if kind == "summary_text" else []}
-    if kind != "summary_text":
-        item["content"] = parts
-    if bag.get("encrypted_content"):
-        item["encrypted_content"] = bag["encrypted_content"]
-    return item
+def _responses_call(call: ToolCall, tools: Dict[str, Dict[str, Any]], arguments: str) -> Dict[str, Any]:
+    """The item of a call; one of a tool from a namespace names both. tools: the bags of the tools by name."""
+    kind = "custom_tool_call" if call.kind == "custom" else "function_call"
+    item = {"type": kind, "call_id": call.id, "name": call.name, _RESPONSES_PARTS[kind].field: arguments}
+    bag = {**own_extra(call, _RESPONSES), **tools.get(call.name, {})}
+    return {**item, **_responses_kept(bag, "namespace", "name")}
 
 
 def _responses_render_output(result: ToolResult) -> Any:
     text = join_text(result.blocks, "\n")
     if result.is_error and not text.lower().startswith("error"):
         text = "Error: " + text
-    if all(isinstance(block, (Text, Refusal)) for block in result.blocks):
-        return text
+    rest = [_responses_render_part(block, "user") for block in result.blocks if not isinstance(block, (Text, Refusal))]
     parts = [{"type": "input_text", "text": text}] if text else []
-    return parts + [
-        _responses_render_part(block, "user")
-        for block in result.blocks
-        if isinstance(block, Media) or _responses_is_part(block)
-    ]
+    return parts + [part for part in rest if part] if any(rest) else text
 
 
-def _responses_render_message(role: str, blocks: List[Any]) -> Dict[str, Any]:
-    """A message item. One plain text goes as a string, the shape every server takes (SDK: EasyInputMessage)."""
-    bag = {} if isinstance(blocks[0], Opaque) else own_extra(blocks[0], _RESPONSES)
-    item: Dict[str, Any] = {"type": "message", "role": bag.get("role", role) if role == "system" else role}
-    if bag.get("phase"):
-        item["phase"] = bag["phase"]
-    plain = len(blocks) == 1 and isinstance(blocks[0], Text) and not set(bag) - {"role", "phase"}
-    item["content"] = blocks[0].text if plain else [_responses_render_part(block, role) for block in blocks]
-    return item
-
-
-def _responses_render_part(block: Any, role: str) -> Dict[str, Any]:
+def _responses_render_part(block: Any, role: str) -> Optional[Dict[str, Any]]:
+    """The content part of one block, None when it is no part but an item."""
     if isinstance(block, Opaque):
-        return block.value
+        is_part = block.wire == _RESPONSES and as_text(block.value.get("type")).startswith("input_")
+        return block.value if is_part else None
     bag = {key: value for key, value in own_extra(block, _RESPONSES).items() if key not in ("role", "phase", "id")}
-    if isinstance(block, Refusal):
-        return (
-            {"type": "refusal", "refusal": block.text}
-            if role == "assistant"
-            else {"type": "input_text", "text": block.text}
-        )
-    if isinstance(block, Text):
-        return (
-            {"type": "output_text", "text": block.text, "annotations": [], **bag}
-            if role == "assistant"
-            else {"type": "input_text", "text": block.text, **bag}
-        )
-    source = block.url or "data:%s;base64,%s" % (block.media_type or "application/octet-stream", block.data)
-    if block.kind == "image":
-        return {"type": "input_image", "image_url": source, "detail": "auto", **bag}
+    if isinstance(block, Refusal) and role == "assistant":
+        return {"type": "refusal", "refusal": block.text}
+    if isinstance(block, (Text, Refusal)):
+        more = {"annotations": [], **bag} if role == "assistant" else bag
+        return {"type": "output_text" if role == "assistant" else "input_text", "text": block.text, **more}
+    if not isinstance(block, Media):
+        return None
     if block.kind == "audio":
         return {
             "type": "input_audio",
-            "input_audio": {"data": block.data, "format": block.media_type.rsplit("/", 1)[-1]},
+            "input_audio": {"data": block.data, "format": block.media_type.rpartition("/")[2]},
         }
-    part = {"type": "input_file", "file_url" if block.url else "file_data": source, **bag}
-    if block.name or not block.url:
-        part["filename"] = block.name or "document"
-    return part
+    if block.kind == "image":
+        return {"type": "input_image", "image_url": url_of_media(block), "detail": "auto", **bag}
+    name = {"filename": block.name or "document"} if block.name or not block.url else {}
+    return {"type": "input_file", "file_url" if block.url else "file_data": url_of_media(block), **bag, **name}
 
 
-def _responses_pair(items: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
-    """Calls and outputs made to match, as the API demands: an output without a call becomes text (trap 78), a call
-    without output gets one (trap 79), a second output for one call is dropped (trap 81)."""
-    due = [item["call_id"] for item in items if item.get("type") == "function_call_output"]
-    left = {call_id: due.count(call_id) for call_id in set(due)}
-    open_calls: Dict[str, str] = OrderedDict()
-    known: Set[str] = set()
-    result: List[Dict[str, Any]] = []
-    for item in items + [{"type": "end"}]:
-        kind, call_id = as_text(item.get("type")), item.get("call_id", "")
-        if kind in _RESPONSES_CALLS:
-            open_calls[call_id] = kind
-            known.add(call_id)
-        elif kind != "reasoning" and item.get("role") != "assistant":
-            for missing in [c for c in open_calls if not left.get(c)]:
-                result.append(
-                    {"type": open_calls.pop(missing) + "_output", "call_id": missing, "output": _RESPONSES_NO_RESULT}
-                )
-        if kind == "function_call_output":
-            left[call_id] -= 1
-            if call_id not in open_calls:
-                if call_id not in known:
-                    result.append(_responses_orphan(item))
-                continue
-            item = {**item, "type": open_calls.pop(call_id) + "_output"}
-        if kind != "end":
-            result.append(item)
-    return result
-
-
-def _responses_orphan(item: Dict[str, Any]) -> Dict[str, Any]:
-    output = item["output"]
-    note = {
-        "type": "input_text",
-        "text": "[result of an earlier tool call]" + ("\n" + output if isinstance(output, str) else ""),
-    }
-    return {"type": "message", "role": "user", "content": [note] + as_list(output)}
-
-
-def responses_render_tools(tools: Iterable[Tool]) -> List[Dict[str, Any]]:
+def _responses_render_tools(tools: Iterable[Tool]) -> List[Dict[str, Any]]:
     """`tools` of a Responses body; those that came in a namespace go back into it."""
     result: List[Dict[str, Any]] = []
-    spaces: Dict[str, Dict[str, Any]] = {}
+    spaces: Dict[str, List[Any]] = {}
     for tool in tools:
         bag = dict(own_extra(tool, _RESPONSES))
         if tool.kind == "server":
             result += [bag] if bag else []
             continue
         space, name, about = bag.pop("namespace", None), bag.pop("name", tool.name), bag.pop("about", "")
-        entry = _responses_render_tool(tool, name, bag)
-        if space is None:
-            result.append(entry)
-        elif space in spaces:
-            spaces[space]["tools"].append(entry)
-        else:
-            spaces[space] = {"type": "namespace", "name": space, "description": about, "tools": [entry]}
-            result.append(spaces[space])
+        if space is not None and space not in spaces:
+            spaces[space] = []
+            result.append({"type": "namespace", "name": space, "description": about, "tools": spaces[space]})
+        spaces.get(space, result).append(_responses_render_tool(tool, name, bag))
     return result
 
 
 def _responses_render_tool(tool: Tool, name: str, bag: Dict[str, Any]) -> Dict[str, Any]:
-    about = {"description": tool.description} if tool.description else {}
-    if tool.kind == "custom":
-        syntax, definition = tool_grammar(tool)
-        form = (
-            {"format": {"type": "grammar", "syntax": syntax or "lark", "definition": definition}} if definition else {}
-        )
-        return {"type": "custom", "name": name, **about, **form, **bag}
-    schema = tool.schema or {"type": "object", "properties": {}}
-    # Left out, OpenAI tries strict mode; other formats are not strict unless they say so.
-    return {"type": "function", "name": name, **about, "parameters": schema, "strict": bool(tool.strict), **bag}
+    entry: Dict[str, Any] = {"type": tool.kind, "name": name}
+    if tool.description:
+        entry["description"] = tool.description
+    if tool.kind != "custom":
+        # Left out, OpenAI tries strict mode; other formats are not strict unless they say so.
+        schema = tool.schema or {"type": "object", "properties": {}}
+        return {**entry, "parameters": schema, "strict": bool(tool.strict), **bag}
+    syntax, definition = tool_grammar(tool)
+    if definition:
+        entry["format"] = {"type": "grammar", "syntax": syntax or "lark", "definition": definition}
+    return {**entry, **bag}
 
 
 def _responses_render_choice(request: ChatRequest) -> Any:
     choice = request.tool_choice
-    if choice is None:
-        return None
-    if choice.mode != "tool":
-        return {"any": "required"}.get(choice.mode, choice.mode)
-    kinds = {tool.name: (tool.kind, own_extra(tool, _RESPONSES)) for tool in request.tools if tool.kind != "server"}
-    kind, bag = kinds.get(choice.name, ("function", {}))
-    result = {"type": "custom" if kind == "custom" else "function", "name": bag.get("name", choice.name)}
-    return {**result, "namespace": bag["namespace"]} if "namespace" in bag else result
+    if choice is None or choice.mode != "tool":
+        return choice and ("required" if choice.mode == "any" else choice.mode)
+    tool = next((t for t in request.tools if t.name == choice.name and t.kind != "server"), Tool(choice.name))
+    bag = own_extra(tool, _RESPONSES)
+    space = {"namespace": bag["namespace"]} if "namespace" in bag else {}
+    return {"type": tool.kind, "name": bag.get("name", choice.name), **space}
 
 
-def _responses_render_text(
-    output: Optional[JsonOutput], rest: Dict[str, Any], chat: Dict[str, Any]
-) -> Optional[Dict[str, Any]]:
-    text = dict(rest)
-    if as_text(chat.get("verbosity")):
-        text["verbosity"] = chat["verbosity"]
-    if output is not None:
-        text["format"] = {"type": "json_object"} if output.schema is None else _responses_schema(output)
-    return text or None
-
-
-def _responses_schema(output: JsonOutput) -> Dict[str, Any]:
+def _responses_format(output: Optional[JsonOutput]) -> Dict[str, Any]:
+    if output is None or output.schema is None:
+        return {} if output is None else {"format": {"type": "json_object"}}
     form: Dict[str, Any] = {"type": "json_schema", "name": output.name or "response", "schema": output.schema}
-    if output.description:
-        form["description"] = output.description
-    if output.strict is not None:
-        form["strict"] = output.strict
-    return form
+    strict = {} if output.strict is None else {"strict": output.strict}
+    return {"format": {**form, **({"description": output.description} if output.description else {}), **strict}}
 
 
 def _responses_render_reasoning(reasoning: Optional[Reasoning]) -> Optional[Dict[str, Any]]:
@@ -6164,7 +5360,18 @@ def _responses_render_reasoning(reasoning: Optional[Reasoning]) -> Optional[Dict
     return value
 
 
-# --- Answers: reading -------------------------------------------------------------------------------------
+# --- Answers, reading -------------------------------------------------------------------------------------
+
+# Events that bring text: type -> (kind of part, type of item, field with the part's number, field with the text).
+_RESPONSES_TEXTS = {
+    "response.%s.%s" % (row.stem, end): (kind, row.item, row.index, "delta" if end == "delta" else row.field)
+    for kind, row in _RESPONSES_PARTS.items()
+    for end in ("delta", "done")
+}
+
+_RESPONSES_ENDS = {"response." + end for end in ("completed", "incomplete", "failed", "cancelled", "done")}
+_RESPONSES_QUIET = ("response.created", "response.content_part.added")
+_RESPONSES_REASONS = {"content_filter": "refusal", "max_messages": "pause_turn", "steered": "pause_turn"}
 
 
 def parse_responses_usage(value: Any) -> Optional[Usage]:
@@ -6172,93 +5379,42 @@ def parse_responses_usage(value: Any) -> Optional[Usage]:
     value = as_dict(value)
     details, out = as_dict(value.get("input_tokens_details")), as_dict(value.get("output_tokens_details"))
     read, written = as_int(details.get("cached_tokens")), as_int(details.get("cache_write_tokens"))
-    total = as_int(value.get("input_tokens"))
-    usage = Usage(
-        max(0, total - read - written),
-        as_int(value.get("output_tokens")),
-        read,
-        written,
-        as_int(out.get("reasoning_tokens")),
-    )
+    new = max(0, as_int(value.get("input_tokens")) - read - written)
+    usage = Usage(new, as_int(value.get("output_tokens")), read, written, as_int(out.get("reasoning_tokens")))
     return usage if any(usage) else None
 
 
 def parse_responses_response(body: Dict[str, Any], context: Context) -> ChatResponse:
-    """A whole answer (SDK: Response). RouterError when it is none, or when it tells of a failure."""
+    """A whole answer (SDK: Response): the end of a stream of which nothing else was seen.
+
+    RouterError when it is none, or when it tells of a failure.
+    """
     body = as_dict(body)
     failed = body.get("status") in ("failed", "cancelled") or bool(body.get("error"))
     if not failed and not isinstance(body.get("output"), list):
-        raise RouterError(
-            "the upstream's answer is no Responses answer: it has no `output`", 502, "invalid_upstream_answer"
-        )
-    parser = ResponsesParser(context)
-    kind = (
-        "response.failed"
-        if failed
-        else "response.incomplete"
-        if body.get("status") == "incomplete"
-        else "response.completed"
-    )
-    answer = fold(parser.take({"type": kind, "response": body}))
+        raise RouterError("the upstream's answer has no `output`", 502, "invalid_upstream_answer")
+    kind = "response.failed" if failed else "response.completed"
+    answer = fold(ResponsesParser(context).take({"type": kind, "response": body}))
     if isinstance(answer, ErrorInfo):
         raise RouterError(answer.message, answer.status, answer.code or "upstream_error")
     return answer
 
 
-# Events that bring text: type -> (kind of part, field with the part's index, field with the text).
-_RESPONSES_DELTAS = {
-    "response.output_text.delta": ("output_text", "content_index", "delta"),
-    "response.refusal.delta": ("refusal", "content_index", "delta"),
-    "response.reasoning_text.delta": ("reasoning_text", "content_index", "delta"),
-    "response.reasoning_summary_text.delta": ("summary_text", "summary_index", "delta"),
-    "response.function_call_arguments.delta": ("function_call", "", "delta"),
-    "response.custom_tool_call_input.delta": ("custom_tool_call", "", "delta"),
-}
-_RESPONSES_DONES = {
-    "response.output_text.done": ("output_text", "content_index", "text"),
-    "response.refusal.done": ("refusal", "content_index", "refusal"),
-    "response.reasoning_text.done": ("reasoning_text", "content_index", "text"),
-    "response.reasoning_summary_text.done": ("summary_text", "summary_index", "text"),
-    "response.function_call_arguments.done": ("function_call", "", "arguments"),
-    "response.custom_tool_call_input.done": ("custom_tool_call", "", "input"),
-}
-_RESPONSES_ENDS = (
-    "response.completed",
-    "response.incomplete",
-    "response.failed",
-    "response.cancelled",
-    "response.done",
-)
-
-# The ids the renderer gives to items; the parser forgets these again.
-_RESPONSES_PREFIXES = {"message": "msg_", "reasoning": "rs_", "function_call": "fc_", "custom_tool_call": "ctc_"}
-
-_RESPONSES_REASONS = {
-    "max_output_tokens": "max_tokens",
-    "content_filter": "refusal",
-    "max_messages": "pause_turn",
-    "steered": "pause_turn",
-}
-
-
-def _responses_item_id(kind: str, context: Context, index: int) -> str:
-    return "%s%s_%d" % (_RESPONSES_PREFIXES[kind], context.id, index)
-
-
 class _ResponsesItem:
-    """An output item on its way: what came of it, and its events while another item is still open.
+    """An output item on its way. block: its open block; pieces: what is known of that block's text.
 
-    part: (kind, index) of the newest part. pieces: its texts. open: its block was opened and not closed.
+    part: kind and number of the newest part, whose text begins at pieces[mark]; parts below `floor` are complete.
+    sent: blocks closed so far. waiting: events held back while a block of another item is open.
     """
 
-    __slots__ = ("index", "item", "part", "pieces", "open", "ended", "waiting")
+    __slots__ = ("block", "ended", "floor", "index", "item", "mark", "part", "pieces", "sent", "waiting")
 
     def __init__(self, index: int, item: Dict[str, Any]) -> None:
-        self.index = index
-        self.item = item
-        self.part: Tuple[str, int] = ("", -1)
+        self.index, self.item = index, item
+        self.block: Any = None
+        self.part = ("", 0)
         self.pieces: List[str] = []
-        self.open = False
+        self.mark = self.floor = self.sent = 0
         self.ended = False
         self.waiting: List[Any] = []
 
@@ -6267,9 +5423,8 @@ class ResponsesParser:
     """A Responses stream (SDK: ResponseStreamEvent) as neutral events.
 
     Items are told apart by `output_index`, since some upstreams change the item ids in mid-stream; an event without
-    it belongs to the item with its `item_id`, else to the newest. The text of a `done` event completes what its
-    deltas left out (trap 61), the final snapshot what no event brought. Items that overlap are sent on one after the
-    other (trap 33).
+    it belongs to the item with its `item_id`, else to the newest. Every event that has more than a delta (the done
+    events, the final snapshot) completes what was left out before it (trap 61).
     done: a terminator was seen. usage: of the terminator. skipped: events that made no sense (trap 13).
     """
 
@@ -6282,17 +5437,15 @@ class ResponsesParser:
         self._started = False
         self._items: Dict[int, _ResponsesItem] = OrderedDict()
         self._active: Optional[_ResponsesItem] = None
-        self._stop = "end_turn"
+        self._kinds: Set[type] = set()
 
     def feed(self, event: SseEvent) -> List[Any]:
         """The neutral events that one SSE event means. Never raises."""
         if self.done or event.data.strip() == "[DONE]":
             return []
         try:
-            value = load_json(event.data, "event")
+            value = check_field(load_json(event.data), (dict,), "event")
         except RouterError:
-            value = None
-        if not isinstance(value, dict):
             self.skipped += 1
             return []
         if not as_text(value.get("type")):
@@ -6307,280 +5460,213 @@ class ResponsesParser:
         if not kind.startswith("response."):
             self.skipped += not kind
             return [Ping()] if kind and self._started else []
-        start = [] if self._started else [self._start(as_dict(value.get("response")))]
-        return start + self._handle(kind, value)
+        response = as_dict(value.get("response"))
+        start = [] if self._started else [self._start(response)]
+        if kind in _RESPONSES_TEXTS:
+            self._text(value, *_RESPONSES_TEXTS[kind])
+        elif kind == "response.output_item.added":
+            self._added(self._item(value), as_dict(value.get("item")))
+        elif kind == "response.output_item.done":
+            self._end(self._item(value), as_dict(value.get("item")))
+        elif kind == "response.content_part.done":
+            self._part_done(value)
+        elif kind in _RESPONSES_ENDS:
+            return start + self._terminate(kind[9:], response)
+        elif kind not in _RESPONSES_QUIET:
+            return start or [Ping()]
+        return start + self._flush()
 
     def finish(self) -> List[Any]:
         """The end of the bytes: a stream without its terminator was cut off (trap 62)."""
         if self.done:
             return []
-        return self._fail(
-            ErrorInfo(502, "the upstream's stream ended before the answer was complete", code="truncated")
-        )
+        return self._fail(ErrorInfo(502, "the upstream's stream ended too early", code="truncated"))
 
     def _start(self, response: Dict[str, Any]) -> Started:
         self._started = True
         model = as_text(response.get("model")) or self._context.request.model
         return Started(as_text(response.get("id")), model, None, as_int(response.get("created_at")))
 
-    def _handle(self, kind: str, value: Dict[str, Any]) -> List[Any]:
-        if kind in _RESPONSES_DELTAS:
-            part, field, source = _RESPONSES_DELTAS[kind]
-            text = as_text(value.get(source))
-            return self._add(self._item(value, part), (part, as_int(value.get(field))), text) if text else []
-        if kind in _RESPONSES_DONES:
-            part, field, source = _RESPONSES_DONES[kind]
-            return self._complete(self._item(value, part), (part, as_int(value.get(field))), as_text(value.get(source)))
-        if kind == "response.output_item.added":
-            return self._added(value)
-        if kind == "response.output_item.done":
-            item = self._item(value, "")
-            return [] if item.ended else self._end(item, as_dict(value.get("item")))
-        if kind == "response.content_part.done":
-            return self._part_done(value)
-        if kind in _RESPONSES_ENDS:
-            return self._terminate(kind, as_dict(value.get("response")))
-        return [] if kind in ("response.created", "response.content_part.added") else [Ping()]
+    def _text(self, value: Dict[str, Any], kind: str, item: str, index: str, field: str) -> None:
+        text = as_text(value.get(field))
+        if text:
+            state = self._item(value, item)
+            if self._reach(state, kind, as_int(value.get(index))):
+                self._add(state, text, field != "delta")
 
-    def _item(self, value: Dict[str, Any], part: str) -> _ResponsesItem:
-        """The item an event belongs to; one that was never announced is made up from the kind of its part."""
+    def _item(self, value: Dict[str, Any], kind: str = "") -> _ResponsesItem:
+        """The item an event belongs to; one that was never announced is made up, of type `kind`."""
         index = value.get("output_index")
         if not isinstance(index, int):
             name = value.get("item_id") or as_dict(value.get("item")).get("id")
-            index = next(
-                (i for i, item in self._items.items() if name and item.item.get("id") == name),
-                len(self._items) - 1 if part and self._items else len(self._items),
-            )
+            newest = len(self._items) - 1 if kind and self._items else len(self._items)
+            index = next((i for i, state in self._items.items() if name and state.item.get("id") == name), newest)
         if index not in self._items:
-            kind = {
-                "summary_text": "reasoning",
-                "reasoning_text": "reasoning",
-                "output_text": "message",
-                "refusal": "message",
-            }.get(part, part)
             self._items[index] = _ResponsesItem(index, as_dict(value.get("item")) or {"type": kind})
         return self._items[index]
 
-    def _added(self, value: Dict[str, Any]) -> List[Any]:
-        state = self._item(value, "")
-        state.item = as_dict(value.get("item")) or state.item
+    def _added(self, state: _ResponsesItem, item: Dict[str, Any]) -> None:
+        state.item = item or state.item
         kind = as_text(state.item.get("type"))
-        if kind not in _RESPONSES_CALLS or not as_text(state.item.get("name")):
-            return []
-        return self._emit(state, self._open(state, (kind, 0)))
+        if kind in _RESPONSES_CALLS and self._reach(state, kind, 0) and state.block is None:
+            self._open(state)
 
-    def _open(self, state: _ResponsesItem, part: Tuple[str, int]) -> List[Any]:
-        """Closes the open part and opens `part`. A call without a name cannot be opened yet."""
-        events: List[Any] = [Closed()] if state.open else []
-        kind, bag = part[0], self._bag(state, state.item)
-        block: Any = None
-        if kind in _RESPONSES_CALLS:
-            if as_text(state.item.get("name")):
-                empty = {**state.item, _RESPONSES_CALLS[kind][1]: "", "type": kind}
-                block = self._seen(_responses_blocks(empty, self._names, bag, self._call_id(state))[0])
-        elif kind == "refusal":
-            block = self._seen(_responses_with(Refusal(""), bag))
-        elif kind == "output_text":
-            block = _responses_with(Text(""), bag)
-        else:
-            block = _responses_with(Thinking(""), {**bag, "part": kind} if kind == "reasoning_text" else bag)
-        state.part, state.pieces, state.open = part, [], block is not None
-        return events + ([Opened(block)] if block is not None else [])
-
-    def _bag(self, state: _ResponsesItem, item: Dict[str, Any]) -> Dict[str, Any]:
-        """What blocks keep of their item: its id, unless the router made it, and its phase."""
-        kind, name = as_text(item.get("type")), as_text(item.get("id"))
-        bag = {}
-        if name and kind in _RESPONSES_PREFIXES and name != _responses_item_id(kind, self._context, state.index):
-            bag["id"] = name
-        if as_text(item.get("phase")):
-            bag["phase"] = item["phase"]
-        return bag
-
-    def _call_id(self, state: _ResponsesItem) -> str:
-        return "call_%s_%d" % (self._context.id, state.index)
-
-    def _seen(self, block: Any) -> Any:
-        """Remembers what the stop reason depends on: calls (trap 30) and refusals (trap 46)."""
-        if isinstance(block, ToolCall):
-            self._stop = "tool_use"
-        elif isinstance(block, Refusal) and self._stop == "end_turn":
-            self._stop = "refusal"
-        return block
-
-    def _add(self, state: _ResponsesItem, part: Tuple[str, int], text: str) -> List[Any]:
-        events: List[Any] = []
-        if state.ended:
-            return events
-        if part != state.part:
-            if part[0] in ("summary_text", "reasoning_text") and state.part[1] >= 0:
-                if part[0] != state.part[0]:
-                    return events
-                state.part, state.pieces = part, []
-                events.append(Delta("\n\n"))
-            else:
-                events = self._open(state, part)
-        state.pieces.append(text)
-        if state.open:
-            events.append(Delta(text))
-        return self._emit(state, events)
-
-    def _complete(self, state: _ResponsesItem, part: Tuple[str, int], text: str) -> List[Any]:
-        """Adds what the deltas of `part` left out of its `text`."""
-        if part == state.part:
-            if not state.open and part[0] not in _RESPONSES_CALLS:
-                return []
-            received = "".join(state.pieces)
-            text = text[len(received) :] if text.startswith(received) else ""
-        elif part[0] == state.part[0] and part[1] < state.part[1]:
-            return []
-        return self._add(state, part, text) if text else []
-
-    def _part_done(self, value: Dict[str, Any]) -> List[Any]:
+    def _part_done(self, value: Dict[str, Any]) -> None:
         """A content part is complete: message parts end here, with their annotations."""
-        part = as_dict(value.get("part"))
-        kind = as_text(part.get("type"))
-        if kind not in ("output_text", "refusal"):
-            return []
-        state = self._item(value, kind)
-        key = (kind, as_int(value.get("content_index")))
-        events = self._complete(state, key, as_text(part.get(_RESPONSES_TEXTS[kind][1])))
-        return events + self._emit(state, self._close_part(state, key, part))
+        block, state = _responses_part(as_dict(value.get("part"))), self._item(value, "message")
+        kind = _RESPONSES_KINDS.get(type(block), "")
+        if kind and self._reach(state, kind, as_int(value.get("content_index"))):
+            self._settle(state, block)
 
-    def _close_part(self, state: _ResponsesItem, key: Tuple[str, int], part: Dict[str, Any]) -> List[Any]:
-        if not state.open or state.part != key:
-            return []
-        state.open = False
-        bag = _responses_bag(part, ("type", _RESPONSES_TEXTS[key[0]][1]))
-        return ([Extended(_RESPONSES, bag[_RESPONSES])] if bag else []) + [Closed()]
+    def _reach(self, state: _ResponsesItem, kind: str, index: int) -> bool:
+        """Goes on to a part of an item; False for a part that is complete, or says the same as another (trap 32)."""
+        if state.ended or index < state.floor:
+            return False
+        if (kind, index) != state.part:
+            if isinstance(state.block, Thinking):
+                if kind != state.part[0]:
+                    return False
+                self._add(state, "\n\n")
+            else:
+                self._close(state)
+            state.part, state.mark, state.floor = (kind, index), len(state.pieces), index
+        return True
 
-    def _end(self, state: _ResponsesItem, item: Dict[str, Any]) -> List[Any]:
+    def _add(self, state: _ResponsesItem, text: str, is_whole: bool = False) -> None:
+        """Text of the newest part; is_whole: all of its text, of which some was seen before."""
+        if is_whole:
+            received = "".join(state.pieces[state.mark :])
+            text = text[len(received) :] if text.startswith(received) else ""
+        if text:
+            if state.block is None:
+                self._open(state)
+            state.pieces.append(text)
+            if state.block is not None:
+                state.waiting.append(Delta(text))
+
+    def _open(self, state: _ResponsesItem, block: Any = None) -> None:
+        """Opens a block, of the newest part when none is given. A call without a name cannot be opened yet."""
+        if block is None:
+            kind, row = state.part[0], _RESPONSES_PARTS[state.part[0]]
+            text = (
+                [{"type": kind, row.field: "?"}] if row.holder else ""
+            )  # the proof of reasoning is final at its end only
+            item = {
+                **state.item,
+                "type": row.item,
+                "summary": [],
+                "encrypted_content": None,
+                row.holder or row.field: text,
+            }
+            block = next(iter(self._blocks(state, item)), None)
+        if block is not None:
+            self._kinds.add(type(block))
+            state.block = with_text(block, "") if block_text(block) else block
+            state.waiting += [Opened(state.block)] + ([Delta("".join(state.pieces))] if state.pieces else [])
+
+    def _close(self, state: _ResponsesItem, bag: Mapping[str, Any] = {}) -> None:
+        """Closes the open block, if there is one. bag: what its own bag must hold in the end."""
+        if state.block is None:
+            return
+        known = {} if isinstance(state.block, Opaque) else own_extra(state.block, _RESPONSES)
+        more = {key: value for key, value in bag.items() if key not in known}
+        state.waiting += ([Extended(_RESPONSES, more)] if more else []) + [Closed()]
+        state.block, state.pieces, state.mark, state.floor = None, [], 0, state.part[1] + 1
+        state.sent += 1
+
+    def _blocks(self, state: _ResponsesItem, item: Dict[str, Any]) -> List[Any]:
+        """The blocks of an item; they keep its id, unless the router made it, and its phase."""
+        bag, tail = _responses_kept(item, "id", "phase"), "_%s_%d" % (self._context.id, state.index)
+        if bag.get("id", "").endswith(tail):
+            del bag["id"]
+        if isinstance(state.block, Thinking):
+            return [_responses_thinking(item, bag)]
+        return _responses_blocks(item, self._names, "call" + tail, **bag)
+
+    def _end(self, state: _ResponsesItem, item: Dict[str, Any]) -> None:
         """The item is complete and reads `item`, or as far as it came when that is empty."""
+        if state.ended:
+            return
         item = item or state.item
         state.item = {**item, "id": state.item.get("id") or item.get("id")}
-        if state.part[1] < 0:
-            events = self._whole(state, item)
-        elif state.part[0] in _RESPONSES_CALLS:
-            events = self._end_call(state, item)
-        elif state.part[0] in ("summary_text", "reasoning_text"):
-            events = self._end_reasoning(state, item)
-        else:
-            events = self._end_message(state, item)
-        state.ended, state.open = True, False
-        return events + self._release(state)
+        for block in self._blocks(state, {**item, "id": state.item["id"]})[state.sent :]:
+            self._settle(state, block)
+        self._close(state)
+        state.ended = True
 
-    def _whole(self, state: _ResponsesItem, item: Dict[str, Any]) -> List[Any]:
-        if not as_text(item.get("type")):
-            return []
-        blocks = _responses_blocks(item, self._names, self._bag(state, item), self._call_id(state))
-        return self._emit(state, list(unfold(ChatResponse("", "", [self._seen(block) for block in blocks])))[1:-1])
+    def _settle(self, state: _ResponsesItem, block: Any) -> None:
+        """Closes the open block, which reads `block` in the end."""
+        if state.block is None:
+            self._open(state, block)
+        if type(block) is type(state.block) and not isinstance(block, Opaque):
+            state.mark = 0
+            self._add(state, block_text(block), True)
+            self._close(state, own_extra(block, _RESPONSES))
+        self._close(state)
 
-    def _end_call(self, state: _ResponsesItem, item: Dict[str, Any]) -> List[Any]:
-        if not state.open:
-            return self._whole(state, item) if as_text(item.get("name")) else []
-        field = _RESPONSES_CALLS[state.part[0]][1]
-        return self._complete(state, state.part, as_text(item.get(field))) + self._emit(state, [Closed()])
-
-    def _end_reasoning(self, state: _ResponsesItem, item: Dict[str, Any]) -> List[Any]:
-        kind, texts = _responses_reasoning_text(item)
+    def _flush(self) -> List[Any]:
+        """What can be sent on: while a block is open, the events of all other items wait (trap 33)."""
         events: List[Any] = []
-        if kind == state.part[0]:
-            for index in range(state.part[1], len(texts)):
-                events += self._complete(state, (kind, index), texts[index])
-        proof = as_text(item.get("encrypted_content"))
-        return events + self._emit(
-            state, ([Extended(_RESPONSES, {"encrypted_content": proof})] if proof else []) + [Closed()]
-        )
+        while True:
+            state = self._active or next((state for state in self._items.values() if state.waiting), None)
+            if state is None:
+                return events
+            events += state.waiting
+            state.waiting = []
+            self._active = state if state.block is not None else None
+            if self._active is not None:
+                return events
 
-    def _end_message(self, state: _ResponsesItem, item: Dict[str, Any]) -> List[Any]:
-        events: List[Any] = []
-        for index, part in enumerate(map(as_dict, as_list(item.get("content")))):
-            kind = as_text(part.get("type"))
-            if index < state.part[1] or kind not in ("output_text", "refusal"):
-                continue
-            events += self._complete(state, (kind, index), as_text(part.get(_RESPONSES_TEXTS[kind][1])))
-            events += self._emit(state, self._close_part(state, (kind, index), part))
-        return events + (self._emit(state, [Closed()]) if state.open else [])
-
-    def _emit(self, state: _ResponsesItem, events: List[Any]) -> List[Any]:
-        """The events to send now: those of the active item; all others wait for its end."""
-        if not events:
-            return events
-        if self._active is None:
-            self._active = state
-        if self._active is state:
-            return events
-        state.waiting += events
-        return []
-
-    def _release(self, state: _ResponsesItem) -> List[Any]:
-        """After the end of an item: what waited for it."""
-        if self._active is not state:
-            return []
-        events: List[Any] = []
-        self._active = None
-        for other in self._items.values():
-            if other.waiting:
-                events += other.waiting
-                other.waiting = []
-                if not other.ended:
-                    self._active = other
-                    break
-        return events
-
-    def _terminate(self, kind: str, response: Dict[str, Any]) -> List[Any]:
-        status = as_text(response.get("status"))
+    def _terminate(self, status: str, response: Dict[str, Any]) -> List[Any]:
         self.usage = parse_responses_usage(response.get("usage"))
-        if kind in ("response.failed", "response.cancelled") or status in ("failed", "cancelled"):
-            return self._fail(_responses_error(as_dict(response.get("error")), status or "failed"))
-        events = self._catch_up(as_list(response.get("output")))
-        reason = as_text(as_dict(response.get("incomplete_details")).get("reason"))
-        if kind == "response.incomplete" or status == "incomplete":
-            self._stop = _RESPONSES_REASONS.get(reason, "max_tokens")
+        status = response["status"] if response.get("status") in ("failed", "cancelled", "incomplete") else status
+        if status in ("failed", "cancelled"):
+            return self._fail(_responses_error(as_dict(response.get("error")), status))
+        self._catch_up(as_list(response.get("output")))
+        stop = "tool_use" if ToolCall in self._kinds else "refusal" if Refusal in self._kinds else "end_turn"
+        if status == "incomplete":
+            reason = as_text(as_dict(response.get("incomplete_details")).get("reason"))
+            stop = _RESPONSES_REASONS.get(reason, "max_tokens")
         self.done = True
-        return events + [Finished(self._stop, "", self.usage)]
+        return [*self._flush(), Finished(stop, "", self.usage)]
 
-    def _catch_up(self, output: List[Any]) -> List[Any]:
+    def _catch_up(self, output: List[Any]) -> None:
         """What the snapshot has and no event brought: everything, the ends of items, or calls nobody announced."""
         seen = [self._items[index] for index in sorted(self._items)]
-        events: List[Any] = []
-        final = output if len(output) == len(seen) else [None] * len(seen)
-        for state, item in zip(seen, final):
-            if not state.ended:
-                events += self._end(state, as_dict(item))
+        for state, item in zip(seen, output if len(output) == len(seen) else [None] * len(seen)):
+            self._end(state, as_dict(item))
         known = {as_text(state.item.get("call_id")) for state in seen}
-        for index, item in enumerate(map(as_dict, output)):
+        for item in map(as_dict, output):
             is_new = as_text(item.get("type")) in _RESPONSES_CALLS and as_text(item.get("call_id")) not in known
             if not seen or (is_new and len(output) > len(seen)):
-                place = index if not seen else max(self._items) + 1
+                place = max(self._items, default=-1) + 1
                 self._items[place] = _ResponsesItem(place, item)
-                events += self._end(self._items[place], item)
-        return events
+                self._end(self._items[place], item)
 
     def _fail(self, info: ErrorInfo) -> List[Any]:
         start = [] if self._started else [self._start({})]
         self.done = info.code != "truncated"
-        closing = [Closed()] if self._active is not None and self._active.open else []
-        return start + closing + [Failed(info)]
+        return [*start, *([Closed()] if self._active is not None else []), Failed(info)]
 
 
-# --- Answers: writing -------------------------------------------------------------------------------------
-
+# --- Answers, writing -------------------------------------------------------------------------------------
 
 _RESPONSES_QUOTE = json.JSONEncoder().encode
+
+_RESPONSES_INCOMPLETE = {
+    **dict.fromkeys(("max_tokens", "model_context_window_exceeded"), "max_output_tokens"),
+    "refusal": "content_filter",
+}
 
 
 def render_responses_usage(usage: Optional[Usage]) -> Dict[str, Any]:
     """`usage` with all its details, which the SDKs and the AI SDK demand; zeros when nothing is known."""
     usage = usage or Usage()
     total = usage.input + usage.cache_read + usage.cache_write
-    return {
-        "input_tokens": total,
-        "input_tokens_details": {"cached_tokens": usage.cache_read, "cache_write_tokens": usage.cache_write},
-        "output_tokens": usage.output,
-        "output_tokens_details": {"reasoning_tokens": usage.reasoning},
-        "total_tokens": total + usage.output,
-    }
+    cached = {"cached_tokens": usage.cache_read, "cache_write_tokens": usage.cache_write}
+    thought = {"reasoning_tokens": usage.reasoning}
+    value = {"input_tokens": total, "output_tokens": usage.output, "total_tokens": total + usage.output}
+    return {**value, "input_tokens_details": cached, "output_tokens_details": thought}
 
 
 def render_responses_response(response: ChatResponse, context: Context) -> Dict[str, Any]:
@@ -6591,34 +5677,34 @@ def render_responses_response(response: ChatResponse, context: Context) -> Dict[
     return renderer.snapshot
 
 
-def _responses_echo(request: ChatRequest) -> Dict[str, Any]:
-    """The request as an answer repeats it; the SDK's Response requires tools, tool_choice, parallel_tool_calls."""
-    own = as_dict((request.fields or {}).get(_RESPONSES))
-    text = as_dict(_responses_render_text(request.output, as_dict(own.get("text")), {}))
-    reasoning = as_dict(_responses_render_reasoning(request.reasoning))
+# What an answer repeats of its request, where that says nothing. The SDK's Response demands tools, tool_choice and
+# parallel_tool_calls.
+_RESPONSES_ECHO: Dict[str, Any] = {
+    "background": False, "parallel_tool_calls": True, "store": False, "truncation": "disabled", "top_logprobs": 0,
+    "metadata": {}, "reasoning": {"effort": None, "summary": None}, "text": {"format": {"type": "text"}},
+    "service_tier": "default", "tool_choice": "auto", "tools": [], "instructions": None, "max_output_tokens": None,
+    "max_tool_calls": None, "previous_response_id": None, "prompt_cache_key": None, "safety_identifier": None,
+    "temperature": None, "top_p": None, "user": None,
+}  # fmt: skip
+
+
+def _responses_snapshot(request: ChatRequest, id: str, created: int, model: str) -> Dict[str, Any]:
+    """A Response (SDK) in progress, which repeats its request."""
     said = [block for block in request.system if not own_extra(block, _RESPONSES).get("role")]
-    return {
-        "background": False,
-        "instructions": join_text(said, "\n\n") or None,
-        "max_output_tokens": request.max_tokens,
-        "max_tool_calls": own.get("max_tool_calls"),
-        "metadata": as_dict(own.get("metadata")),
-        "parallel_tool_calls": request.parallel_tools is not False,
-        "previous_response_id": None,
-        "prompt_cache_key": own.get("prompt_cache_key"),
-        "reasoning": {"effort": reasoning.get("effort"), "summary": reasoning.get("summary")},
-        "safety_identifier": own.get("safety_identifier"),
-        "service_tier": own.get("service_tier", "default"),
-        "store": False,
-        "temperature": request.temperature,
-        "text": {"format": {"type": "text"}, **text},
-        "tool_choice": own.get("tool_choice") or _responses_render_choice(request) or "auto",
-        "tools": responses_render_tools(request.tools),
-        "top_logprobs": 0,
-        "top_p": request.top_p,
-        "truncation": "disabled",
-        "user": request.user or None,
+    body = render_responses_request(request._replace(messages=[], system=said))
+    echo = {
+        key: {**value, **as_dict(body.get(key))} if isinstance(value, dict) else body.get(key, value)
+        for key, value in _RESPONSES_ECHO.items()
     }
+    start = {
+        "id": id,
+        "object": "response",
+        "created_at": created,
+        "status": "in_progress",
+        "model": model,
+        "output": [],
+    }
+    return {**start, **dict.fromkeys(("completed_at", "error", "incomplete_details", "usage")), **echo, "store": False}
 
 
 class ResponsesRenderer:
@@ -6631,255 +5717,144 @@ class ResponsesRenderer:
 
     def __init__(self, context: Context) -> None:
         self._context = context
-        self._tools = {tool.name: tool for tool in context.request.tools if tool.kind != "server"}
+        self._tools = {
+            tool.name: own_extra(tool, _RESPONSES) for tool in context.request.tools if tool.kind != "server"
+        }
         self.snapshot: Dict[str, Any] = {}
         self._sequence = 0
         self._items: List[Dict[str, Any]] = []
-        self._item: Optional[Dict[str, Any]] = None
+        self._item: Dict[str, Any] = {}  # the open item, empty when there is none
         self._block: Any = None
+        self._kind = ""  # of the open block's part, "" until it has something to show
+        self._place: Dict[str, int] = {}
         self._bag: Dict[str, Any] = {}
         self._pieces: List[str] = []
-        self._begun = False
-        self._head: Optional[bytes] = None
-        self._middle = b""
+        self._head = self._middle = b""
         self._refused = False
 
     def render(self, event: Any) -> bytes:
         """The bytes for one neutral event, b"" when there is nothing to send."""
-        if type(event) is Delta:
-            self._pieces.append(event.text)
-            if self._head is None:
-                return self._first_delta(event.text)
-            self._sequence += 1
-            return b"%s%d%s%s}\n\n" % (
-                self._head,
-                self._sequence - 1,
-                self._middle,
-                _RESPONSES_QUOTE(event.text).encode("ascii"),
-            )
-        return _RESPONSES_RENDERERS[type(event)](self, event)
+        if type(event) is not Delta:
+            return _RESPONSES_RENDERERS[type(event)](self, event)
+        if not self._kind:
+            return self._begin() + self.render(event) if self._block is not None else b""
+        self._pieces.append(event.text)
+        self._sequence += 1
+        text = _RESPONSES_QUOTE(event.text).encode("ascii")
+        return b"%s%d%s%s}\n\n" % (self._head, self._sequence - 1, self._middle, text)
 
     def _event(self, kind: str, **values: Any) -> bytes:
         number = self._sequence
         self._sequence += 1
         return sse_event(dump_json({"type": kind, "sequence_number": number, **values}), kind)
 
-    def _item_event(self, kind: str, **values: Any) -> bytes:
-        """An event about the open item."""
-        return self._event(kind, item_id=as_dict(self._item).get("id"), output_index=len(self._items), **values)
+    def _tell(self, kind: str, **values: Any) -> bytes:
+        """An event about the open part."""
+        where = {"item_id": self._item.get("id"), "output_index": len(self._items), **self._place}
+        return self._event("response." + kind, **where, **values)
 
     def _start(self, event: Any) -> bytes:
-        created = event.created or self._context.created
-        self.snapshot = {
-            "id": event.id or "resp_" + self._context.id,
-            "object": "response",
-            "created_at": created,
-            "status": "in_progress",
-            "completed_at": None,
-            "error": None,
-            "incomplete_details": None,
-            "model": self._context.request.model or event.model,
-            "output": [],
-            "usage": None,
-            **_responses_echo(self._context.request),
-        }
-        return self._event("response.created", response=self.snapshot) + self._event(
-            "response.in_progress", response=self.snapshot
-        )
+        request, created = self._context.request, event.created or self._context.created
+        name = event.id or "resp_" + self._context.id
+        self.snapshot = _responses_snapshot(request, name, created, request.model or event.model)
+        kinds = ("response.created", "response.in_progress")
+        return b"".join([self._event(kind, response=self.snapshot) for kind in kinds])
 
     def _opened(self, event: Any) -> bytes:
         block = event.block
-        if isinstance(block, Opaque):
-            return self._opaque(block)
-        goes_on = isinstance(block, (Text, Refusal)) and as_dict(self._item).get("type") == "message"
-        out = b"" if goes_on else self._end_item()
-        self._block, self._begun, self._head, self._pieces = block, False, None, []
+        joins = isinstance(block, (Text, Refusal)) and self._item.get("type") == "message"
+        out = b"" if joins else self._end_item()
+        self._block, self._kind, self._pieces, self._bag = block, "", [], {}
+        if isinstance(block, Opaque):  # an item as it came; those of other formats are nothing a client knows
+            self._block = None
+            return out + (self._add_item(block.value) if block.wire == _RESPONSES else b"")
         self._bag = dict(own_extra(block, _RESPONSES))
+        given = block_text(block)
         if isinstance(block, ToolCall):
             out += self._begin()
-        given = block.arguments if isinstance(block, ToolCall) else block.text
         return out + (self.render(Delta(given)) if given else b"")
-
-    def _opaque(self, block: Opaque) -> bytes:
-        """An item as it came; items of other formats are nothing a Responses client knows."""
-        out = self._end_item()
-        self._block = None
-        if block.wire == _RESPONSES:
-            self._item = block.value
-            out += self._event("response.output_item.added", output_index=len(self._items), item=block.value)
-        return out
 
     def _begin(self) -> bytes:
         """The open block has something to show: its item, unless it joins the message before it, and its part."""
-        self._begun = True
-        if isinstance(self._block, ToolCall):
-            return self._begin_call()
-        if isinstance(self._block, Thinking):
-            return self._begin_reasoning()
-        return self._begin_text()
-
-    def _add_item(self, kind: str, **values: Any) -> bytes:
-        out = self._end_item()
-        name = self._bag.get("id") or _responses_item_id(kind, self._context, len(self._items))
-        self._item = {"id": name, "type": kind, **values}
-        return out + self._event("response.output_item.added", output_index=len(self._items), item=self._item)
-
-    def _template(self, kind: str, **values: Any) -> None:
-        """Prepares the two byte strings around number and text of each delta."""
-        values = {"item_id": as_dict(self._item).get("id"), "output_index": len(self._items), **values}
-        self._head = b'event: %s\ndata: {"type":"%s","sequence_number":' % (kind.encode(), kind.encode())
-        self._middle = b",%s," % dump_json(values)[1:-1] + b'"delta":'
-
-    def _begin_text(self) -> bytes:
-        item, phase = self._item, self._bag.get("phase")
-        joins = (
-            item is not None
-            and item["type"] == "message"
-            and item.get("phase") == phase
-            and self._bag.get("id", item["id"]) == item["id"]
-        )
-        out = (
-            b""
-            if joins
-            else self._add_item(
-                "message", status="in_progress", role="assistant", content=[], **({"phase": phase} if phase else {})
-            )
-        )
-        index = len(self._item["content"])
-        if isinstance(self._block, Refusal):
-            self._refused = True
-            part: Dict[str, Any] = {"type": "refusal", "refusal": ""}
-            self._template("response.refusal.delta", content_index=index)
-        else:
-            part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
-            self._template("response.output_text.delta", content_index=index, logprobs=[])
-        return out + self._item_event("response.content_part.added", content_index=index, part=part)
-
-    def _begin_reasoning(self) -> bytes:
-        if self._bag.get("part") == "reasoning_text":
-            out = self._add_item("reasoning", status="in_progress", summary=[], content=[])
-            self._template("response.reasoning_text.delta", content_index=0)
-            return out + self._item_event(
-                "response.content_part.added", content_index=0, part={"type": "reasoning_text", "text": ""}
-            )
-        out = self._add_item("reasoning", status="in_progress", summary=[])
-        self._template("response.reasoning_summary_text.delta", summary_index=0)
-        return out + self._item_event(
-            "response.reasoning_summary_part.added", summary_index=0, part={"type": "summary_text", "text": ""}
-        )
-
-    def _begin_call(self) -> bytes:
-        """Starts a call. Arguments of a custom tool's stand-in function are held back, to be unwrapped (trap 60)."""
         block = self._block
-        tool = self._tools.get(block.name)
-        bag = own_extra(tool, _RESPONSES) if tool else {}
-        custom = block.kind == "custom" or (tool is not None and tool.kind == "custom")
-        kind = "custom_tool_call" if custom else "function_call"
-        call_id = block.id or "call_%s_%d" % (self._context.id, len(self._items))
-        values = {
-            "call_id": call_id,
-            "name": bag.get("name", block.name) if "namespace" in bag else block.name,
-            "input" if custom else "arguments": "",
-        }
-        space = bag.get("namespace") or self._bag.get("namespace")
-        out = self._add_item(kind, status="in_progress", **values, **({"namespace": space} if space else {}))
-        if not custom:
-            self._template("response.function_call_arguments.delta")
-        elif block.kind == "custom":
-            self._template("response.custom_tool_call_input.delta")
+        kind = (
+            self._bag.get("part")
+            if isinstance(block, Thinking)
+            else getattr(block, "kind", "") == "custom" and "custom_tool_call"
+        )
+        self._kind = kind = kind or _RESPONSES_KINDS[type(block)]
+        row, out = _RESPONSES_PARTS[kind], b""
+        item, name = self._item, self._bag.get("id")
+        joins = row.item == "message" == item.get("type") and item.get("phase") == self._bag.get("phase")
+        if not joins or name not in (None, item["id"]):
+            out = self._end_item() + self._add_item(self._new_item(row))
+        self._place = {row.index: len(self._item[row.holder])} if row.index else {}
+        if row.frame:
+            out += self._tell(row.frame + ".added", part=self._part(""))
+        event = b"response.%s.delta" % row.stem.encode()
+        where = {"item_id": self._item["id"], "output_index": len(self._items), **self._place, **row.more}
+        self._head = b'event: %s\ndata: {"type":"%s","sequence_number":' % (event, event)
+        self._middle = b",%s," % dump_json(where)[1:-1] + b'"delta":'
         return out
 
-    def _first_delta(self, text: str) -> bytes:
-        """The first text of a block, or one that is held back."""
-        if self._begun or self._block is None:
-            return b""
-        self._pieces.pop()
-        out = self._begin()
-        return out + self.render(Delta(text))
+    def _new_item(self, row: _ResponsesPart) -> Dict[str, Any]:
+        tail, bag = "_%s_%d" % (self._context.id, len(self._items)), self._bag
+        item: Dict[str, Any] = {"id": bag.get("id") or row.prefix + tail, "type": row.item, "status": "in_progress"}
+        if row.item == "message":
+            return {**item, "role": "assistant", "content": [], **_responses_kept(bag, "phase")}
+        if row.item == "reasoning":
+            return {**item, "summary": [], row.holder: []}
+        call = _responses_call(self._block, self._tools, "")
+        return {**item, **call, "call_id": call["call_id"] or "call" + tail}
+
+    def _add_item(self, item: Dict[str, Any]) -> bytes:
+        self._item, self._place = item, {}
+        return self._event("response.output_item.added", output_index=len(self._items), item=item)
+
+    def _part(self, text: str) -> Dict[str, Any]:
+        part = {"type": self._kind, _RESPONSES_PARTS[self._kind].field: text}
+        if self._kind == "output_text":
+            part.update((key, as_list(self._bag.get(key))) for key in ("annotations", "logprobs"))
+        return part
 
     def _extended(self, event: Any) -> bytes:
         if event.wire == _RESPONSES:
-            holder = Text("", {_RESPONSES: self._bag})
-            _extend(holder, event)
-            self._bag = own_extra(holder, _RESPONSES)
+            self._bag.update(event.values)
         return b""
 
     def _closed(self, event: Any) -> bytes:
-        block, self._head = self._block, None
-        if isinstance(block, Thinking) and not self._begun and self._bag.get("encrypted_content"):
-            return self._add_item(
-                "reasoning", status="in_progress", summary=[], encrypted_content=self._bag["encrypted_content"]
-            )
-        if block is None or not self._begun or isinstance(block, ToolCall):
-            return b""
-        text = "".join(self._pieces)
-        return self._end_reasoning_part(text) if isinstance(block, Thinking) else self._end_text(text)
-
-    def _end_text(self, text: str) -> bytes:
-        index = len(self._item["content"])
-        if isinstance(self._block, Refusal):
-            part = {"type": "refusal", "refusal": text}
-            out = self._item_event("response.refusal.done", content_index=index, refusal=text)
-        else:
-            part = {
-                "type": "output_text",
-                "text": text,
-                "annotations": as_list(self._bag.get("annotations")),
-                "logprobs": as_list(self._bag.get("logprobs")),
-            }
-            out = b"".join(
-                self._item_event(
-                    "response.output_text.annotation.added",
-                    content_index=index,
-                    annotation_index=number,
-                    annotation=annotation,
-                )
-                for number, annotation in enumerate(part["annotations"])
-            )
-            out += self._item_event("response.output_text.done", content_index=index, text=text, logprobs=[])
-        self._item["content"].append(part)
-        return out + self._item_event("response.content_part.done", content_index=index, part=part)
-
-    def _end_reasoning_part(self, text: str) -> bytes:
-        if self._bag.get("encrypted_content"):
-            self._item["encrypted_content"] = self._bag["encrypted_content"]
-        if "content" in self._item:
-            part = {"type": "reasoning_text", "text": text}
-            self._item["content"].append(part)
-            out = self._item_event("response.reasoning_text.done", content_index=0, text=text)
-            return out + self._item_event("response.content_part.done", content_index=0, part=part)
-        part = {"type": "summary_text", "text": text}
-        self._item["summary"].append(part)
-        out = self._item_event("response.reasoning_summary_text.done", summary_index=0, text=text)
-        return out + self._item_event("response.reasoning_summary_part.done", summary_index=0, part=part)
+        out, proof = b"", _responses_kept(self._bag, "encrypted_content")
+        if isinstance(self._block, Thinking):
+            if proof and not self._kind:
+                out = self._add_item(self._new_item(_RESPONSES_PARTS["summary_text"]))
+            self._item.update(proof)
+        if not self._kind or isinstance(self._block, ToolCall):
+            return out
+        row, text = _RESPONSES_PARTS[self._kind], "".join(self._pieces)
+        part = self._part(text)
+        for number, annotation in enumerate(part.get("annotations", ())):
+            out += self._tell("output_text.annotation.added", annotation_index=number, annotation=annotation)
+        out += self._tell(row.stem + ".done", **{row.field: text}, **row.more)
+        self._item[row.holder].append(part)
+        self._refused = self._refused or self._kind == "refusal"
+        return out + self._tell(row.frame + ".done", part=part)
 
     def _end_item(self, status: str = "completed") -> bytes:
         """Tells the end of the item before, if there is one."""
         item, out = self._item, b""
-        if item is None:
+        if not item:
             return out
         if isinstance(self._block, ToolCall):
-            out = self._end_call(item)
+            row = _RESPONSES_PARTS[self._kind]
+            item[row.field] = "".join(self._pieces) or ("" if self._kind == "custom_tool_call" else "{}")
+            named = {"name": item["name"]} if self._kind == "function_call" else {}
+            out = self._tell(row.stem + ".done", **{row.field: item[row.field]}, **named)
         if self._block is not None:
             item["status"] = status
         out += self._event("response.output_item.done", output_index=len(self._items), item=item)
         self._items.append(item)
-        self._item = None
+        self._item = {}
         return out
-
-    def _end_call(self, item: Dict[str, Any]) -> bytes:
-        text = "".join(self._pieces)
-        if item["type"] == "function_call":
-            item["arguments"] = text or "{}"
-            return self._item_event(
-                "response.function_call_arguments.done", arguments=item["arguments"], name=item["name"]
-            )
-        out = b""
-        if self._block.kind != "custom":
-            text = custom_input(text)
-            out = self._item_event("response.custom_tool_call_input.delta", delta=text) if text else b""
-        item["input"] = text
-        return out + self._item_event("response.custom_tool_call_input.done", input=text)
 
     def _finished(self, event: Any) -> bytes:
         reason = _RESPONSES_INCOMPLETE.get(event.stop_reason)
@@ -6888,13 +5863,9 @@ class ResponsesRenderer:
         out = b"" if self.snapshot else self._start(Started("", ""))
         out += self._end_item("incomplete" if reason == "max_output_tokens" else "completed")
         status = "incomplete" if reason else "completed"
-        self.snapshot.update(
-            status=status,
-            completed_at=None if reason else max(self.snapshot["created_at"], self._context.created),
-            incomplete_details={"reason": reason} if reason else None,
-            output=self._items,
-            usage=render_responses_usage(event.usage),
-        )
+        done = None if reason else max(self.snapshot["created_at"], self._context.created)
+        told = {"status": status, "completed_at": done, "incomplete_details": {"reason": reason} if reason else None}
+        self.snapshot.update(told, output=self._items, usage=render_responses_usage(event.usage))
         return out + self._event("response." + status, response=self.snapshot)
 
     def _failed(self, event: Any) -> bytes:
@@ -6903,142 +5874,60 @@ class ResponsesRenderer:
         return out + self._event("response.failed", response=self.snapshot)
 
 
-_RESPONSES_INCOMPLETE = {
-    "max_tokens": "max_output_tokens",
-    "model_context_window_exceeded": "max_output_tokens",
-    "refusal": "content_filter",
-}
-
 _RESPONSES_RENDERERS: Dict[type, Callable[[ResponsesRenderer, Any], bytes]] = {
-    Started: ResponsesRenderer._start,
-    Opened: ResponsesRenderer._opened,
-    Extended: ResponsesRenderer._extended,
-    Closed: ResponsesRenderer._closed,
-    Finished: ResponsesRenderer._finished,
-    Failed: ResponsesRenderer._failed,
+    Started: ResponsesRenderer._start, Opened: ResponsesRenderer._opened, Extended: ResponsesRenderer._extended,
+    Closed: ResponsesRenderer._closed, Finished: ResponsesRenderer._finished, Failed: ResponsesRenderer._failed,
     Ping: lambda renderer, event: b"",
-}
+}  # fmt: skip
 
 
 # --- Errors -----------------------------------------------------------------------------------------------
 
-# What the codes in a stream mean as a status: SDK ResponseError.code, and what Codex tells apart.
-_RESPONSES_CODES = {
-    "rate_limit_exceeded": 429,
-    "insufficient_quota": 429,
-    "usage_limit_reached": 429,
-    "usage_not_included": 403,
-    "server_is_overloaded": 503,
-    "slow_down": 503,
-    "vector_store_timeout": 504,
-    "server_error": 500,
-    "invalid_api_key": 401,
-    "model_not_found": 404,
-    "previous_response_not_found": 400,
-    "context_length_exceeded": 400,
-    "invalid_encrypted_content": 400,
-    "invalid_prompt": 400,
-    "bio_policy": 400,
-    "cyber_policy": 400,
-    "misalignment_policy_violation": 400,
-    "data_residency_mismatch": 400,
-}
-_RESPONSES_STATUS_CODES = {
-    400: "invalid_prompt",
-    413: "invalid_prompt",
-    422: "invalid_prompt",
-    429: "rate_limit_exceeded",
-}
+_RESPONSES_STATUS_CODES = {**dict.fromkeys((400, 413, 422), "invalid_prompt"), 429: "rate_limit_exceeded"}
 
 # OpenAI's error types by status (platform.openai.com/docs/guides/error-codes); 4xx and 5xx otherwise.
-_RESPONSES_TYPES_BY_STATUS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+_RESPONSES_ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
 def _responses_error(error: Dict[str, Any], status: str = "failed") -> ErrorInfo:
     """The error of a `response.failed` or `error` event (SDK: ResponseError, ResponseErrorEvent)."""
-    kind, code = as_text(error.get("type")), _responses_code(error.get("code"))
-    known = _RESPONSES_CODES.get(code) or _RESPONSES_CODES.get(kind)
-    number = known or (400 if kind == "invalid_request_error" or "image" in code else 500)
     message = as_text(error.get("message")) or "the upstream ended its answer with the status %s" % status
-    return ErrorInfo(number, message, "" if kind == "error" else kind, code, as_text(error.get("param")))
-
-
-def _responses_code(code: Any) -> str:
-    return str(code) if isinstance(code, int) and not isinstance(code, bool) else as_text(code)
-
-
-def parse_responses_error(status: int, body: Any) -> ErrorInfo:
-    """An error answer: {"error": {...}}, or elsewhere {"error": "..."}, {"detail": ...}, a list of one, text."""
-    value = body[0] if isinstance(body, list) and body else body
-    if not isinstance(value, dict):
-        return ErrorInfo(status, one_line(as_text(value).strip()) or "the upstream answered with status %d" % status)
-    error = value["error"] if isinstance(value.get("error"), dict) else value
-    texts = (error.get("message"), error.get("error"), error.get("detail"))
-    message = next((text for text in texts if text and isinstance(text, str)), "")
-    if not message:
-        rest = {key: item for key, item in error.items() if item}
-        message = one_line(dump_json(rest).decode()) if rest else "the upstream answered with status %d" % status
-    return ErrorInfo(
-        status, message, as_text(error.get("type")), _responses_code(error.get("code")), as_text(error.get("param"))
-    )
-
-
-def render_responses_error(info: ErrorInfo, request_id: str) -> Dict[str, Any]:
-    """An error answer as OpenAI words it; `type` follows from the status when nobody named one."""
-    kind = info.type or _RESPONSES_TYPES_BY_STATUS.get(
-        info.status, "server_error" if info.status >= 500 else "invalid_request_error"
-    )
-    return {"error": {"message": info.message, "type": kind, "param": info.param or None, "code": info.code or None}}
+    return read_error(200, {**error, "message": message}, 400 if "image" in as_text(error.get("code")) else 500)
 
 
 def _responses_failure(info: ErrorInfo) -> Dict[str, Any]:
     """`error` of a failed Response: a code that clients know, else that of the status; Codex retries unknown ones."""
-    code = (
-        info.code
-        if info.code in _RESPONSES_CODES or "image" in info.code
-        else _RESPONSES_STATUS_CODES.get(info.status, "server_error")
-    )
-    return {"code": code, "message": info.message}
+    known = info.code in ERROR_STATUSES or "image" in info.code
+    return {
+        "code": info.code if known else _RESPONSES_STATUS_CODES.get(info.status, "server_error"),
+        "message": info.message,
+    }
+
+
+def render_responses_error(info: ErrorInfo, request_id: str) -> Dict[str, Any]:
+    """An error answer as OpenAI words it; `type` follows from the status when nobody named one."""
+    other = "server_error" if info.status >= 500 else "invalid_request_error"
+    kind = info.type or _RESPONSES_ERROR_TYPES.get(info.status, other)
+    return {"error": {"message": info.message, "type": kind, "param": info.param or None, "code": info.code or None}}
 
 
 def responses_error_event(info: ErrorInfo, request_id: str) -> bytes:
     """The error as the last event of a stream that was relayed so far: `response.failed` (Codex ignores `error`)."""
-    request = ChatRequest("", [])
-    response = {
-        "id": "resp_" + request_id,
-        "object": "response",
-        "created_at": 0,
-        "status": "failed",
-        "error": _responses_failure(info),
-        "incomplete_details": None,
-        "model": "",
-        "output": [],
-        "usage": None,
-        **_responses_echo(request),
-    }
+    response = _responses_snapshot(ChatRequest("", []), "resp_" + request_id, 0, "")
+    response.update(status="failed", error=_responses_failure(info))
     return sse_event(
         dump_json({"type": "response.failed", "sequence_number": 0, "response": response}), "response.failed"
     )
 
 
 OPENAI_RESPONSES = WireFormat(
-    name=_RESPONSES,
-    path="/responses",
-    parse_request=parse_responses_request,
-    render_request=render_responses_request,
-    parse_response=parse_responses_response,
-    render_response=render_responses_response,
-    parser=ResponsesParser,
-    renderer=ResponsesRenderer,
-    parse_error=parse_responses_error,
-    render_error=render_responses_error,
-    error_event=responses_error_event,
+    name=_RESPONSES, path="/responses", parse_request=parse_responses_request, render_request=render_responses_request,
+    parse_response=parse_responses_response, render_response=render_responses_response, parser=ResponsesParser,
+    renderer=ResponsesRenderer, parse_error=read_error, render_error=render_responses_error,
+    error_event=responses_error_event, losses=RESPONSES_LOSSES,
     # Quotes inside JSON strings are escaped, so these words match no text that the model wrote.
-    watch=re.compile(
-        rb'"response\.(?:completed|incomplete|failed|cancelled)"|"error"|"usage"|^event: ?error', re.MULTILINE
-    ),
-    losses=RESPONSES_LOSSES,
-)
+    watch=re.compile(rb'(?m)"response\.(?:completed|incomplete|failed|cancelled)"|"error"|"usage"|^event: ?error'),
+)  # fmt: skip
 # ==============================================================================
 # 12 TRANSLATION - the table of wire formats, and streams from one to another [pure]
 # ==============================================================================
@@ -7187,8 +6076,8 @@ class StreamTranslator:
     """An answer's bytes from the format `source` to `target`: `feed(bytes) -> bytes`, `finish() -> bytes`.
 
     A failure ends the output with an error event of the target's format and without its terminator.
-    content: the first content was seen: text, reasoning or refusal that is not empty, or a tool's name. done: the
-    terminator was seen. failed: the error that ended the stream, also when it ended too early. usage: tokens so far.
+    content: the first content was seen: text, reasoning or refusal that is not empty, or a tool's name.
+    failed: the error that ended the stream, also when it ended too early.
     limit: bytes of one event. secret: the provider's key; should the upstream's error echo it, it is masked (trap 183).
     """
 
@@ -7207,10 +6096,12 @@ class StreamTranslator:
 
     @property
     def done(self) -> bool:
+        """Whether the answer ended properly."""
         return self._parser.done and self.failed is None
 
     @property
     def usage(self) -> Optional[Usage]:
+        """The tokens told so far."""
         return self._parser.usage
 
     @property
@@ -7237,8 +6128,10 @@ class StreamTranslator:
         return out + self._end(self._parser.finish()) if self.failed is None else out
 
     def _take(self, whole: bytes) -> bytes:
-        parse = self._parser.feed
-        return b"".join([self._write(parse(event)) for event in parse_events(whole)])
+        events, parse = parse_events(whole), self._parser.feed
+        if len(events) == 1:
+            return self._write(parse(events[0]))
+        return b"".join([self._write(parse(event)) for event in events])
 
     def _write(self, events: Sequence[Any]) -> bytes:
         if self._restorer is not None:
@@ -7592,7 +6485,6 @@ def offered_keys(headers: Headers) -> List[bytes]:
     """Every key the client shows, from `Authorization: Bearer`, `x-api-key` and `api-key`."""
     keys = []
     for name, value in headers:
-        name = name.lower()
         if name == "authorization" and value[:7].lower() == "bearer ":
             keys.append(value[7:].strip().encode("utf-8", "surrogateescape"))
         elif name in ("x-api-key", "api-key"):
@@ -7747,7 +6639,7 @@ _ANTHROPIC_BLOCKS = ("tool_use", "tool_result")
 
 def detect_wire(headers: Headers, body: Dict[str, Any]) -> str:
     """The format of a request whose path does not say: the first sign in the order of the README's list."""
-    if any(name.lower().startswith("anthropic-") for name, _ in headers):
+    if any(name.startswith("anthropic-") for name, _ in headers):
         return "anthropic"
     if "input" in body and "messages" not in body:
         return "responses"
@@ -8529,7 +7421,6 @@ def _from_retry_headers(headers: Headers, now: float) -> Optional[float]:
 def _from_reset_headers(headers: Headers, now: float) -> Optional[float]:
     waits = []
     for name, value in headers:
-        name = name.lower()
         if "ratelimit" in name and "reset" in name:
             remaining = header(headers, name.replace("reset", "remaining"))
             if not remaining or _number(remaining) == 0:
@@ -8556,7 +7447,7 @@ def _from_body(body: Any, now: float, depth: int = 10) -> Optional[float]:
                 found = _number(str(told)) if _number(str(told)) is not None else read_duration(str(told))
         headers = as_dict(body.get("headers"))  # OpenRouter nests the provider's headers in metadata
         if found is None and headers:
-            found = _from_reset_headers([(str(k), str(v)) for k, v in headers.items()], now)
+            found = _from_reset_headers([(str(k).lower(), str(v)) for k, v in headers.items()], now)
         for value in body.values() if found is None else ():
             found = _from_body(value, now, depth - 1) if found is None else found
     elif isinstance(body, list) and depth:
@@ -9258,6 +8149,9 @@ class Exchange:
         if self._inbound.operation == "embeddings":
             plan = plan._replace(candidates=plan.candidates[:1])
             _require_format(plan.candidates[0], "openai")
+        if self._inbound.wire == "responses" and needs_server_state(self._inbound.body.value):
+            home = plan.candidates[0].provider.id  # what a provider keeps, no other one has (trap 63)
+            plan = plan._replace(candidates=tuple(c for c in plan.candidates if c.provider.id == home))
         total_ms = self._settings.total_timeout_ms
         self._deadline = self._host.now() + total_ms / 1000 if total_ms else math.inf
         if self._inbound.stream:
@@ -9519,19 +8413,20 @@ class Exchange:
         if not self._inbound.stream:
             await client.respond(200, _JSON_HEADERS + self._own_headers() + answer.headers, answer.body)
             return
-        client.begin(
-            _STREAM_HEADERS + self._own_headers() + answer.headers, _PINGS.get(self._inbound.wire, sse_comment())
-        )
-        client.write(answer.body)
-        if answer.processor is None:
-            await client.finish()
-            return
         try:
-            await self._relay(answer, run)
+            client.begin(
+                _STREAM_HEADERS + self._own_headers() + answer.headers, _PINGS.get(self._inbound.wire, sse_comment())
+            )
+            client.write(answer.body)
+            if answer.processor is None:
+                await client.finish()
+            else:
+                await self._relay(answer, run)
         finally:
             if answer.reply is not None:
                 answer.reply.close()
-            trail.usage = answer.processor.usage or trail.usage
+            if answer.processor is not None:
+                trail.usage = answer.processor.usage or trail.usage
 
     async def _relay(self, answer: Answer, run: Optional[Run]) -> None:
         """The rest of a stream, and an honest end: after content a failure is told in the stream, then the connection
@@ -9758,28 +8653,23 @@ def load_config(given: str, environ: Mapping[str, str]) -> Loaded:
     data, mode = read_bytes(path)
     if data is None:
         return Loaded(None, path, path)
-    loose = "%s can be read by others (mode %04o): chmod 600 it" % (one_line(path), mode)
-    return Loaded(parse_config_text(data, one_line(path)), path, path, (loose,) if _is_loose(mode) else ())
+    warnings = ("%s can be read by others (mode %04o): chmod 600 it" % (one_line(path), mode),) if mode else ()
+    return Loaded(parse_config_text(data, one_line(path)), path, path, warnings)
 
 
 def read_bytes(path: str) -> Tuple[Optional[bytes], int]:
-    """A file's content and permission bits; (None, 0) when it does not exist. ConfigError when it cannot be read."""
+    """A file's content, and its permission bits where others may read or write it, else 0; None when it does not exist.
+    ConfigError when it cannot be read."""
     import os
 
     try:
         with open(path, "rb") as file:
-            return file.read(), os.fstat(file.fileno()).st_mode & 0o777
+            mode = os.fstat(file.fileno()).st_mode & 0o777
+            return file.read(), mode if os.name == "posix" and mode & 0o077 else 0  # Windows has no such bits
     except FileNotFoundError:
         return None, 0
     except OSError as error:
         raise ConfigError("cannot read %s: %s" % (one_line(path), error.strerror or error)) from None
-
-
-def _is_loose(mode: int) -> bool:
-    """Whether others may read or write. Windows shows no such thing in the mode bits."""
-    import os
-
-    return os.name == "posix" and bool(mode & 0o077)
 
 
 def edit_config_file(path: str, change: Callable[[Dict[str, Any]], Edit]) -> Edit:
@@ -9795,10 +8685,10 @@ def edit_config_file(path: str, change: Callable[[Dict[str, Any]], Edit]) -> Edi
             data, mode = read_bytes(target)
             edit = change(NEW_DOCUMENT if data is None else parse_config_text(data, one_line(path)))
             text = render_document(edit.document)
-            if text == data and not _is_loose(mode):
+            if text == data and not mode:
                 return edit
             if write_private(target, text, expected=data, backup=True):
-                repaired = ("%s had mode %04o, now 0600" % (one_line(path), mode),) if _is_loose(mode) else ()
+                repaired = ("%s had mode %04o, now 0600" % (one_line(path), mode),) if mode else ()
                 return edit._replace(notes=edit.notes + repaired)
     raise FileError("%s keeps being changed by another program; nothing was saved" % one_line(path))
 
@@ -9848,13 +8738,20 @@ def write_private(target: str, data: bytes, expected: Optional[bytes] = None, ba
         for temporary in reversed(list(written)):
             os.replace(temporary, written[temporary])
             del written[temporary]
-        _sync_directory(os.path.dirname(target))
-        return True
     except OSError as error:
         raise FileError("cannot write %s: %s; it is unchanged" % (one_line(target), error.strerror or error)) from None
     finally:
         for temporary in written:
             _remove(temporary)
+    try:  # makes the rename durable; some file systems and Windows cannot, the file itself is safe by now
+        descriptor = os.open(os.path.dirname(target), os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError:
+        pass
+    return True
 
 
 def _write_temporary(target: str, data: bytes) -> str:
@@ -9884,20 +8781,6 @@ def _keep_owner(descriptor: int, target: str) -> None:
         if (old.st_uid, old.st_gid) != (new.st_uid, new.st_gid):
             os.fchown(descriptor, old.st_uid, old.st_gid)
     except (OSError, AttributeError):
-        pass
-
-
-def _sync_directory(path: str) -> None:
-    """Make a rename durable. Some file systems and Windows cannot; the file itself is safe by then."""
-    import os
-
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    except OSError:
         pass
 
 
@@ -9958,25 +8841,18 @@ def _lock_descriptor(descriptor: int) -> bool:
     import errno
 
     try:
-        import fcntl
+        try:
+            import fcntl
 
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:
-        return _lock_windows(descriptor)
-    except OSError as error:
-        return error.errno not in (errno.EAGAIN, errno.EACCES)
-    return True
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:
+            import msvcrt
 
-
-def _lock_windows(descriptor: int) -> bool:
-    try:
-        import msvcrt
-
-        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
     except ImportError:
         return True
-    except OSError:
-        return False
+    except OSError as error:
+        return error.errno not in (errno.EAGAIN, errno.EACCES)
     return True
 
 
@@ -10006,7 +8882,7 @@ class Dial:
         self.prefix = ""
         self._timeout_s = timeout_s
         self._network = network
-        self._aborted = False
+        self.is_aborted = False
 
     def run(self) -> None:
         """Connect; sets `sock` (non-blocking) or `error`. Runs in a worker thread."""
@@ -10023,10 +8899,11 @@ class Dial:
         """Stop connecting: wakes the thread by shutting the half-made socket down."""
         import socket
 
-        self._aborted = True
+        self.is_aborted = True
+        sock = self.sock
         try:
-            if self.sock is not None:
-                self.sock.shutdown(socket.SHUT_RDWR)
+            if sock is not None:
+                sock.shutdown(socket.SHUT_RDWR)
         except OSError:
             pass  # not connected yet, or closed already
 
@@ -10047,6 +8924,7 @@ class Dial:
             self.sock = self._network.tls_context().wrap_socket(
                 self.sock, server_hostname=host, do_handshake_on_connect=False
             )
+            self._check()
             self.sock.do_handshake()
 
     def _open(self, address: Tuple[str, int], timeout: float, source: Any = None) -> Any:
@@ -10066,7 +8944,7 @@ class Dial:
         raise failure or OSError("the name has no address")
 
     def _check(self) -> None:
-        if self._aborted:
+        if self.is_aborted:
             raise OSError("the request was cancelled")
 
     def _close(self) -> None:
@@ -10597,6 +9475,9 @@ class Upstreams:
             if not dial.waiter.done():
                 dial.waiter.set_exception(dial.error)
             return
+        if dial.is_aborted:  # it may have been shut down half-way: of no use to anybody
+            dial.sock.close()
+            return
         connection = Connection(self._loop, dial, self._free)
         if not dial.waiter.done():
             dial.waiter.set_result(connection)
@@ -10960,8 +9841,6 @@ class ClientConnection:
         finally:
             self.phase, self.deadline = "serving", math.inf
         self._body_is_read = True
-        if self._at_eof:
-            self._probe_soon()
         self._reserve(len(body))
         encoding = header(head.headers, "content-encoding").strip().lower()
         if not encoding or encoding == "identity":
@@ -11063,14 +9942,11 @@ class ClientConnection:
         if self._transport.is_closing():
             self._on_gone()
         elif self.phase in ("serving", "sending"):
-            self._probe_soon()
+            self.loop.call_later(_HALF_CLOSE_WAIT_S, self._probe)
 
-    def _probe_soon(self) -> None:
-        if self.sink is not None:
-            self.loop.call_later(_HALF_CLOSE_WAIT_S, self._probe, self.sink)
-
-    def _probe(self, sink: Sink) -> None:
-        if sink is not self.sink or sink.ended or self._transport.is_closing():
+    def _probe(self) -> None:
+        sink = self.sink
+        if sink is None or sink.ended or self._transport.is_closing():
             return
         try:
             sink.probe()
@@ -12209,32 +11085,41 @@ def parse_flags(argv: Sequence[str], flags: Sequence[Flag], words: str) -> Value
 
     words: the command, for errors. UsageError for anything that is not one of `flags` or has an unusable value.
     """
+    import argparse
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> Any:
+            raise UsageError("%s: %s; %s --help shows its flags" % (words, message, words))
+
     known = {"--" + name: flag for flag in flags for name in (flag.name, *flag.aliases)}
     known.update({"-h": known["--help"]} if "--help" in known else {})
-    bare = {flag.kind: flag for flag in flags}.get("word")
-    values: Values = {}
+    parser = Parser(prog=words, add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    for word, flag in known.items():
+        parser.add_argument(word, dest=flag.name.replace("-", "_"), metavar=word)
+    for flag in flags:
+        if flag.kind == "word":
+            parser.add_argument(flag.name, nargs="?")
+    found, unknown = parser.parse_known_args(_join_values(argv, known))
+    if unknown:
+        raise UsageError(_unknown_word(unknown[0].partition("=")[0], known, words))
+    kinds = {flag.name.replace("-", "_"): flag for flag in flags}
+    return {name: _read_flag_value(kinds[name], text) for name, text in vars(found).items()}
+
+
+def _join_values(argv: Sequence[str], known: Mapping[str, Flag]) -> List[str]:
+    """`--flag value` as `--flag=value`: a value may begin with a dash (keys do), which argparse takes for a flag, and a
+    boolean flag takes the next word only when that is a boolean."""
+    joined: List[str] = []
     waiting = list(argv)
     while waiting:
-        word, equals, text = waiting.pop(0).partition("=")
-        flag = known.get(word)
-        if flag is None and bare is not None and not word.startswith("-") and bare.name not in values:
-            flag, text = bare, word + equals + text
-        elif flag is None:
-            raise UsageError(_unknown_word(word, known, words))
-        elif not equals:
-            text = _following_value(flag, waiting, words)
-        values[flag.name.replace("-", "_")] = _read_flag_value(flag, text)
-    return values
-
-
-def _following_value(flag: Flag, waiting: List[str], words: str) -> str:
-    """The value that follows a flag as a word of its own. It may begin with a dash: keys do."""
-    following = waiting[0] if waiting else "--"
-    if flag.kind == "bool":
-        return waiting.pop(0) if following.lower() in _BOOLS else "true"
-    if following.startswith("--"):
-        raise UsageError("--%s needs a value; %s --help shows its flags" % (flag.name, words))
-    return waiting.pop(0)
+        word = waiting.pop(0)
+        flag, following = known.get(word), waiting[0] if waiting else "--"
+        if flag is not None and flag.kind == "bool":
+            word += "=" + (waiting.pop(0) if following.lower() in _BOOLS else "true")
+        elif flag is not None and not following.startswith("--"):
+            word += "=" + waiting.pop(0)
+        joined.append(word)
+    return joined
 
 
 def _unknown_word(word: str, known: Iterable[str], words: str) -> str:
@@ -12484,12 +11369,9 @@ def run_list(values: Values, environ: Environ) -> int:
 
 def _summary(config: Config, source: str) -> str:
     aliases = ["%s -> %s" % (name, ", ".join(refs)) for name, refs in config.aliases.items()]
-    facts = [
-        ("configuration", source),
-        ("master key", mask(config.master_key)),
-        ("default model", config.default_model),
-    ]
-    lines = ["%-14s %s" % (name, one_line(text) or "none") for name, text in facts + [("aliases", "; ".join(aliases))]]
+    names = ("configuration", "master key", "default model", "aliases")
+    facts = zip(names, (source, mask(config.master_key), config.default_model, "; ".join(aliases)))
+    lines = ["%-14s %s" % (name, one_line(text) or "none") for name, text in facts]
     if not config.providers:
         return "\n".join(lines + ["", "no providers"])
     providers, models = [], []
@@ -12500,11 +11382,8 @@ def _summary(config: Config, source: str) -> str:
         for m in p.models:
             name = "%s/%s%s" % (p.id, m.id, "" if p.enabled and m.enabled else " (off)")
             models.append((name, ", ".join(m.aliases), ", ".join(m.fallback_models)))
-    tables = [
-        _table(("PROVIDER", "FORMATS", "URL", "KEY"), providers),
-        _table(("MODEL", "ALIASES", "FALLBACKS"), models),
-    ]
-    return "\n\n".join(["\n".join(lines)] + tables)
+    lines += ["", _table(("PROVIDER", "FORMATS", "URL", "KEY"), providers)]
+    return "\n".join(lines + ["", _table(("MODEL", "ALIASES", "FALLBACKS"), models)])
 
 
 def run_validate(values: Values, environ: Environ) -> int:
@@ -12714,8 +11593,8 @@ def _explanation(trail: Dict[str, Any]) -> str:
     for number, attempt in enumerate(trail["attempts"], 1):
         said = attempt["kind"].replace("_", " ")
         said = said if attempt["label"] in ("", attempt["kind"]) else "%s: %s" % (attempt["label"], said)
-        times = "%s%s" % ("waited %s, " % show_duration(attempt["wait_ms"]) if attempt["wait_ms"] else "",
-                          "took " + show_duration(attempt["took_ms"]))  # fmt: skip
+        times = "waited %s, " % show_duration(attempt["wait_ms"]) if attempt["wait_ms"] else ""
+        times += "took " + show_duration(attempt["took_ms"])
         row = "%3d. %-*s  %-9s  %s (%s)" % (number, width, attempt["ref"], attempt["wire"], said, times)
         lines += [_colored(row, "ok" if attempt["kind"] == OK else "warning")]
         lines += ["       " + one_line(attempt["message"], 200)] if attempt["message"] else []

@@ -133,7 +133,11 @@ STREAM_READERS = {"openai": _read_chat_event, "anthropic": _read_messages_event,
 
 def _read_chat(told, body):
     choice = body["choices"][0]
-    told.text, told.complete, told.model = choice["message"]["content"] or "", bool(choice["finish_reason"]), body["model"]
+    told.text, told.complete, told.model = (
+        choice["message"]["content"] or "",
+        bool(choice["finish_reason"]),
+        body["model"],
+    )
     told.usage = (body["usage"]["prompt_tokens"], body["usage"]["completion_tokens"])
 
 

@@ -4,8 +4,9 @@ import json
 import random
 from pathlib import Path
 
-import llm_router as R
 import pytest
+
+import llm_router as R
 
 WIRE = R.ANTHROPIC_MESSAGES
 CORPUS = Path(__file__).resolve().parents[2] / "shared" / "corpus"
@@ -21,7 +22,7 @@ def parse(**body):
 def render(messages=None, model="claude-opus-4-6", **fields):
     if messages is None:
         messages = [R.Message("user", [R.Text("hi")])]
-    return WIRE.render_request(R.ChatRequest(model, messages, **fields))
+    return R.render_request(R.ChatRequest(model, messages, **fields), "anthropic")
 
 
 def user(*blocks):
@@ -344,7 +345,8 @@ def test_text_comes_before_the_calls_of_its_turn():
 
 def test_a_result_without_a_call_becomes_text():
     """trap 78"""
-    assert render([user(R.ToolResult("gone", [R.Text("r")]))])["messages"] == [{"role": "user", "content": "r"}]
+    content = render([user(R.ToolResult("gone", [R.Text("r")]))])["messages"][0]["content"]
+    assert [part["text"] for part in content] == ["[result of tool call gone]", "r"]
 
 
 @pytest.mark.parametrize("after", [[], [user("b")], [assistant("b")]])
@@ -402,6 +404,46 @@ def test_only_signed_reasoning_goes_back():
     assert len(body["messages"][1]["content"]) == 2
 
 
+SIGNED = {"type": "thinking", "thinking": "own", "signature": "s"}
+UNSIGNED = {"type": "thinking", "thinking": "foreign", "signature": ""}
+CALL = {"type": "tool_use", "id": "t", "name": "f", "input": {}}
+
+
+def history(*parts):
+    return {"model": "m", "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": list(parts)}]}
+
+
+def test_unsigned_reasoning_is_taken_out_of_a_body_that_is_passed_through():
+    """trap 85"""
+    body = history(UNSIGNED, {"type": "thinking", "thinking": "no field"}, SIGNED, CALL)
+    before = json.dumps(body)
+    assert R.drop_unsigned_thinking(body) == history(SIGNED, CALL) and json.dumps(body) == before
+    assert R.drop_unsigned_thinking(history(UNSIGNED))["messages"] == history()["messages"][:1]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        history(SIGNED, CALL),
+        history(),
+        {},
+        {"messages": "x"},
+        {"messages": [5, {"content": "a"}, {"content": [None, 1]}]},
+    ],
+)
+def test_a_body_without_unsigned_reasoning_stays_as_it_is(body):
+    assert R.drop_unsigned_thinking(body) is None
+
+
+@pytest.mark.parametrize("kind, stays", [("enabled", False), ("adaptive", True)])
+def test_a_budget_goes_with_the_reasoning_that_its_tool_turn_would_need(kind, stays):
+    """trap 86"""
+    fields = {"thinking": {"type": kind}, "context_management": {"edits": []}}
+    dropped = R.drop_unsigned_thinking({**history(UNSIGNED, CALL), **fields})
+    assert [name in dropped for name in fields] == [stays, stays]
+    assert "thinking" in R.drop_unsigned_thinking({**history(UNSIGNED, SIGNED, CALL), **fields})
+
+
 @pytest.mark.parametrize(
     "media, expected",
     [
@@ -424,11 +466,11 @@ def test_only_signed_reasoning_goes_back():
         ),
         (
             R.Media("audio", "audio/wav", "QQ=="),
-            {"type": "text", "text": "[audio audio/wav: left out, it cannot be sent to this model]"},
+            {"type": "text", "text": "[audio left out: audio/wav]"},
         ),
         (
             R.Media("document", "text/plain", "!"),
-            {"type": "text", "text": "[document text/plain: left out, it cannot be sent to this model]"},
+            {"type": "text", "text": "[document left out: text/plain]"},
         ),
     ],
 )

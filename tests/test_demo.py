@@ -20,7 +20,9 @@ PROVIDERS = ("steady", "claudette", "limited", "failing", "lying", "dying")
 def interpreters():
     """This interpreter, the oldest supported one and the newest one that are installed here."""
     found = {}
-    for path in glob.glob(os.path.expanduser("~/.pyenv/versions/3.*/bin/python3")) + glob.glob("/usr/bin/python3.[0-9]*"):
+    for path in glob.glob(os.path.expanduser("~/.pyenv/versions/3.*/bin/python3")) + glob.glob(
+        "/usr/bin/python3.[0-9]*"
+    ):
         version = re.search(r"3\.(\d+)", path)
         if version and int(version.group(1)) >= 9 and os.access(path, os.X_OK) and not path.endswith("-config"):
             found[int(version.group(1))] = path
@@ -41,7 +43,9 @@ def folder(tmp_path):
 @pytest.mark.parametrize("python", interpreters())
 def test_the_demo_needs_only_the_file_and_every_answer_is_right(folder, python):
     command = [python, "-I", "-S", "llm_router.py", "demo", "--once"]
-    done = subprocess.run(command, cwd=str(folder), env=clean_environment(folder), capture_output=True, timeout=60, text=True)
+    done = subprocess.run(
+        command, cwd=str(folder), env=clean_environment(folder), capture_output=True, timeout=60, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stderr == ""
     assert "every answer was right" in done.stdout
@@ -49,7 +53,10 @@ def test_the_demo_needs_only_the_file_and_every_answer_is_right(folder, python):
     assert done.stdout.count("right:") == 33
     for name in PROVIDERS:
         assert len(re.findall(r"%s/demo " % name, done.stdout)) == (3 if name == "dying" else 6)
-    for trail in ("limited/demo=429, steady/demo=ok", "failing/demo=500, failing/demo=500, failing/demo=500, steady/demo=ok"):
+    for trail in (
+        "limited/demo=429, steady/demo=ok",
+        "failing/demo=500, failing/demo=500, failing/demo=500, steady/demo=ok",
+    ):
         assert done.stdout.count(trail) == 6
     assert done.stdout.count("an error in the stream, then a cut") == 3
     assert sorted(entry for entry in os.listdir(str(folder)) if entry != "__pycache__") == ["llm_router.py"]
@@ -57,7 +64,14 @@ def test_the_demo_needs_only_the_file_and_every_answer_is_right(folder, python):
 
 def test_the_demo_goes_on_serving_until_it_is_interrupted(folder):
     command = [sys.executable, "llm_router.py", "demo"]
-    process = subprocess.Popen(command, cwd=str(folder), env=clean_environment(folder), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        cwd=str(folder),
+        env=clean_environment(folder),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     lines = []
     reader = threading.Thread(target=lambda: lines.extend(iter(process.stdout.readline, "")), daemon=True)
     reader.start()
@@ -82,7 +96,13 @@ def test_the_demo_goes_on_serving_until_it_is_interrupted(folder):
 
 
 def test_the_demo_takes_the_port_it_is_told(folder):
-    with subprocess.Popen([sys.executable, "llm_router.py", "demo", "--once", "--port=0"], cwd=str(folder), env=clean_environment(folder), stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [sys.executable, "llm_router.py", "demo", "--once", "--port=0"],
+        cwd=str(folder),
+        env=clean_environment(folder),
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
         assert process.stdout.readline().startswith("listening on http://127.0.0.1:")
         process.stdout.read()
         assert process.wait(30) == 0
@@ -95,6 +115,13 @@ def test_an_answer_that_is_wrong_makes_the_demo_fail(folder):
     broken = source.replace("[Text(_DEMO_TEXT)]", '[Text("wrong")]')
     assert broken != source
     program.write_text(broken, encoding="utf-8")
-    done = subprocess.run([sys.executable, "llm_router.py", "demo", "--once"], cwd=str(folder), env=clean_environment(folder), capture_output=True, timeout=60, text=True)
+    done = subprocess.run(
+        [sys.executable, "llm_router.py", "demo", "--once"],
+        cwd=str(folder),
+        env=clean_environment(folder),
+        capture_output=True,
+        timeout=60,
+        text=True,
+    )
     assert done.returncode == 1
     assert "WRONG" in done.stdout

@@ -477,13 +477,12 @@ def test_waiting_never_carries_a_blocked_request_to_another_provider():
             request.fail(kind, 0.1, after=request.action.delay_ms / 1000)
     assert refs == ["b/1", None, None, None]
     book = R.HealthBook()
-    book.apply(
-        [R.HealthChange("b/1", cooldown_until=NOW + 60, at=NOW), R.HealthChange("c/1", cooldown_until=NOW + 61, at=NOW)]
-    )
-    request = Request(book, plan("a/1", "b/1", "c/1"), settings(retry_after_wait_ms=60_000))
-    request.fail(R.RATE_LIMITED, 90)
+    book.apply([R.HealthChange("c/1", cooldown_until=NOW + 0.3, at=NOW)])
+    request = Request(book, plan("a/1", "b/1", "c/1"), its)
+    request.fail(R.RATE_LIMITED, 3)
     assert request.ref == "b/1"
-    assert isinstance(request.fail(R.POLICY, after=61), R.GiveUp)
+    book.apply([R.HealthChange("b/1", cooldown_until=NOW + 9, at=NOW)])  # by another request, in the meantime
+    assert isinstance(request.fail(R.POLICY), R.GiveUp)
 
 
 def test_an_empty_answer_falls_back_at_once_and_is_the_answer_when_all_are_empty():
@@ -602,6 +601,15 @@ def test_the_circuit_counts_requests_not_attempts_and_opens_at_the_configured_nu
     assert (book.read("a/1").failures, book.read("a/1").circuit_until) == (1, 0)
     break_circuit(book, times=1)
     assert (book.read("a/1").failures, book.read("a/1").circuit_until) == (2, NOW + 30)
+
+
+def test_a_request_that_waits_and_fails_again_still_counts_once():
+    book = R.HealthBook()
+    request = Request(book, plan("a/1"), settings(retry_after_wait_ms=5000))
+    request.fail(R.TEMPORARY, 1)
+    assert request.ref == "a/1"
+    assert isinstance(request.fail(R.TEMPORARY, 1, after=1), R.GiveUp)
+    assert book.read("a/1").failures == 1
 
 
 def test_a_sole_candidate_has_a_circuit_as_well_and_is_still_asked():

@@ -39,7 +39,6 @@ from llm_router import (
     Usage,
     fold,
     needs_server_state,
-    parse_responses_error,
     parse_responses_request,
     parse_responses_response,
     render_responses_error,
@@ -443,7 +442,7 @@ def test_a_stream_without_its_end_is_truncated(count):
         ),
         ({"type": "error", "code": "server_error", "message": "slow", "param": None}, 500, "server_error"),
         ({"type": "error", "error": {"type": "invalid_request_error", "code": None, "message": "slow"}}, 400, ""),
-        ({"error": {"message": "slow", "code": 503}}, 500, "503"),
+        ({"error": {"message": "slow", "code": 503}}, 503, "503"),
     ],
 )
 def test_errors_in_a_stream_are_errors(event, status, code):
@@ -479,6 +478,23 @@ def test_a_call_without_an_id_gets_one():
     calls = [{key: value for key, value in CALL.items() if key not in ("id", "call_id")} for _ in "ab"]
     blocks = parse_responses_response(snapshot(calls), context()).blocks
     assert [block.id for block in blocks] == ["call_rid_0", "call_rid_1"]
+
+
+def test_the_proof_of_reasoning_is_the_one_at_its_end():
+    """Servers announce a reasoning item with an encrypted content that its end replaces."""
+    events = item_events(REASONING, 0)
+    events[0]["item"]["encrypted_content"] = "early"
+    block = fold(read(sse(events + [{"type": "response.completed", "response": snapshot([REASONING])}]))).blocks[0]
+    assert block.extra["responses"]["encrypted_content"] == "xyz"
+
+
+def test_a_text_told_again_after_its_end_is_told_once():
+    events = item_events(ANSWER, 0)
+    again = [event for event in events if event["type"] == "response.output_text.done"]
+    answer = fold(
+        read(sse(events[:-1] + again + events[-1:] + [{"type": "response.completed", "response": snapshot([])}]))
+    )
+    assert [block.text for block in answer.blocks] == ["Grüße, 中"]
 
 
 # --- Streams, writing
@@ -629,6 +645,7 @@ def test_the_answer_repeats_the_request():
 def test_a_custom_tool_called_as_a_function_comes_back_as_custom_call():
     """trap 60: the JSON is unwrapped, however it was cut."""
     where = context([PATCH_TOOL])
+    restorer = router.tool_restorer(where.request)
     pieces = ['{"inp', 'ut": "a\\', "nb", '"}']
     events = [
         Started("r", "m"),
@@ -637,7 +654,7 @@ def test_a_custom_tool_called_as_a_function_comes_back_as_custom_call():
         Closed(),
         Finished("tool_use"),
     ]
-    data = write(events, where)
+    data = write([restored for event in events for restored in restorer.restore(event)], where)
     assert [p["delta"] for p in payloads(data) if p["type"] == "response.custom_tool_call_input.delta"] == ["a\nb"]
     assert [p["input"] for p in payloads(data) if p["type"] == "response.custom_tool_call_input.done"] == ["a\nb"]
     assert fold(read(data, where)).blocks == [ToolCall("c", "apply_patch", "a\nb", "custom")]
@@ -708,6 +725,19 @@ def test_every_stop_reason_has_its_ending(stop, end, reason):
     last = payloads(write(unfold(ROUND._replace(stop_reason=stop))))[-1]
     assert last["type"] == "response." + end and last["response"]["status"] == end
     assert (last["response"]["incomplete_details"] or {}).get("reason") == reason
+
+
+def test_a_refusal_that_is_told_is_a_complete_answer():
+    """trap 46"""
+    told = payloads(write(unfold(ROUND._replace(blocks=[Refusal("no")], stop_reason="refusal"))))[-1]["response"]
+    assert (told["status"], told["output"][0]["content"]) == ("completed", [{"type": "refusal", "refusal": "no"}])
+
+
+def test_an_answer_repeats_the_instructions_and_no_other_message():
+    where = context(
+        instructions="be brief", input=[{"role": "developer", "content": "long"}, {"role": "user", "content": "x"}]
+    )
+    assert render_responses_response(ROUND, where)["instructions"] == "be brief"
 
 
 def test_a_cut_off_call_never_looks_complete():
@@ -891,7 +921,7 @@ def test_parts_become_media():
         {"type": "input_image", "image_url": "https://x/y.png", "detail": "high"},
         {"type": "input_file", "file_data": "data:application/pdf;base64,QUJD", "filename": "a.pdf"},
         {"type": "input_file", "file_url": "https://x/a.pdf"},
-        {"type": "input_file", "file_id": "file_1"},
+        {"type": "input_file"},
         {"type": "input_audio", "input_audio": {"data": "QUJD", "format": "mp3"}},
         {"type": "input_file", "file_data": "QUJD", "filename": "a.txt"},
     ]
@@ -960,8 +990,13 @@ def test_namespaced_names_stay_unique():
 )
 def test_what_needs_stored_state_is_named(body):
     """trap 63"""
-    assert needs_server_state(body)
-    parse_responses_request(body)
+    reason = needs_server_state(body)
+    with pytest.raises(RouterError) as caught:
+        parse_responses_request(body)
+    assert reason and caught.value.status == 400 and caught.value.message.startswith(reason)
+    field = next(field for field in ("file_id", "item_reference", *body) if field in reason)
+    assert field in body or field in ("file_id", "item_reference")
+    assert any(cure in reason for cure in ("send the", "leave it out"))
 
 
 def test_a_request_with_its_whole_conversation_needs_no_state():
@@ -1028,7 +1063,7 @@ def test_history_keeps_encrypted_reasoning_but_no_ids():
 def rendered(*messages):
     return [
         (item["type"], item.get("call_id") or item.get("content"))
-        for item in render_responses_request(ChatRequest("m", list(messages)))["input"]
+        for item in router.render_request(ChatRequest("m", list(messages)), "responses")["input"]
     ]
 
 
@@ -1041,7 +1076,10 @@ def test_calls_and_results_are_made_to_match():
         Message("assistant", [ToolCall("c", "look")]),
     )
     assert items == [
-        ("message", [{"type": "input_text", "text": "[result of an earlier tool call]\nold"}]),
+        (
+            "message",
+            [{"type": "input_text", "text": "[result of tool call gone]"}, {"type": "input_text", "text": "old"}],
+        ),
         ("message", "t"),
         ("function_call", "a"),
         ("function_call", "b"),
@@ -1056,13 +1094,16 @@ def test_calls_and_results_are_made_to_match():
 def test_an_id_used_for_two_calls_keeps_both_results():
     """trap 38"""
     turns = [Message("assistant", [ToolCall("a", "look")]), Message("user", [ToolResult("a", [Text("1")])])]
-    assert rendered(*turns, *turns) == [("function_call", "a"), ("function_call_output", "a")] * 2
+    assert rendered(*turns, *turns) == [
+        (kind, name) for name in ("a", "a_1") for kind in ("function_call", "function_call_output")
+    ]
 
 
 def test_a_repeated_id_still_gets_its_missing_result():
     """trap 38, trap 79"""
     call = Message("assistant", [ToolCall("a", "look")])
-    items = render_responses_request(ChatRequest("m", [call, Message("user", [ToolResult("a", [Text("1")])]), call]))
+    messages = [call, Message("user", [ToolResult("a", [Text("1")])]), call]
+    items = router.render_request(ChatRequest("m", messages), "responses")
     outputs = [item["output"] for item in items["input"] if item["type"] == "function_call_output"]
     assert outputs[0] == "1" and "no result" in outputs[1] and len(outputs) == 2
 
@@ -1188,7 +1229,7 @@ def test_wrapping_and_unwrapping_free_text_is_the_identity():
     ],
 )
 def test_error_shapes_are_read(body, message, code):
-    info = parse_responses_error(418, body)
+    info = router.OPENAI_RESPONSES.parse_error(418, body)
     assert (info.status, info.message, info.code) == (418, message, code)
 
 
@@ -1340,7 +1381,7 @@ def test_nonsense_raises_nothing_but_router_errors(seed):
             json.dumps(render_responses_response(answer, where))
         except RouterError:
             pass
-        parse_responses_error(500, junk(dice))
+        router.OPENAI_RESPONSES.parse_error(500, junk(dice))
         types = [
             "error",
             "",
@@ -1378,6 +1419,7 @@ def load(name):
     record = json.loads((CORPUS / name).read_text())
     request = record.get("request")
     request = request if isinstance(request, dict) and "input" in request else {"input": "x"}
+    request = {"input": "x", "tools": request.get("tools")} if needs_server_state(request) else request
     return record["body"], Context(parse_responses_request(request), "rid", 1)
 
 

@@ -261,7 +261,7 @@ def test_an_attempt_without_an_answer_is_a_502_or_a_504():
 
 DAY = 86_400.0
 HEADERS = [
-    ([("Retry-After", "17")], 17),
+    ([("retry-after", "17")], 17),
     ([("retry-after", " 1.5 ")], 1.5),
     ([("retry-after", "0")], 0),
     ([("retry-after", "-5")], 0),
@@ -285,7 +285,7 @@ HEADERS = [
     ([("x-ratelimit-remaining-requests", "0"), ("x-ratelimit-reset-requests", "6ms"), ("x-ratelimit-reset-tokens", "2s")], 2),
     ([("x-ratelimit-reset", "30")], 30),
     ([("x-ratelimit-reset", "%d" % (NOW + 45))], 45),
-    ([("X-RateLimit-Reset", "%d" % ((NOW + 45) * 1000))], 45),
+    ([("x-ratelimit-reset", "%d" % ((NOW + 45) * 1000))], 45),
     ([("x-ratelimit-reset", "%d" % (NOW - 45))], 0),
     ([("anthropic-ratelimit-requests-remaining", "0"), ("anthropic-ratelimit-requests-reset", "2027-01-15T08:00:30Z")], 30),
     ([("anthropic-ratelimit-requests-remaining", "0"), ("anthropic-ratelimit-requests-reset", "2027-01-15T08:00:30.250+00:00")], 30),

@@ -3,8 +3,9 @@
 import json
 import random
 
-import llm_router as R
 import pytest
+
+import llm_router as R
 
 WIRES = sorted(R.WIRE_FORMATS)
 PAIRS = [(source, target) for source in WIRES for target in WIRES if source != target]
@@ -121,6 +122,13 @@ def test_cr_and_crlf_are_line_ends_too_and_comments_are_nothing(source, target):
     assert translated(source, target, noisy)[0] == expected
 
 
+@pytest.mark.parametrize("target", WIRES)
+def test_a_byte_order_mark_hides_nothing(target):
+    raw = b"\xef\xbb\xbf" + chunk(content="a") + chunk("stop") + DONE
+    out = run(R.make_processor("openai", target, CONTEXT), raw)
+    assert folded(target, out).blocks == [R.Text("a")]
+
+
 @pytest.mark.parametrize("source, target", PAIRS)
 def test_the_space_after_the_colon_is_optional(source, target):
     """trap 3"""
@@ -136,7 +144,7 @@ def test_a_truncated_stream_ends_in_an_error_and_without_a_success(source, targe
     assert translator.failed is not None and translator.failed.code == "truncated" and not translator.done
     seen = folded(target, out)
     assert isinstance(seen, R.ErrorInfo) and seen.message == translator.failed.message
-    assert b"[DONE]" not in out and b'"message_stop"' not in out and b'"response.completed"' not in out
+    assert b"data: [DONE]" not in out and b'"message_stop"' not in out and b'"response.completed"' not in out
 
 
 @pytest.mark.parametrize("source, target", PAIRS)
@@ -189,10 +197,11 @@ def test_whole_answers_become_streams_and_streams_whole_answers(source, target):
     """traps 11 and 12"""
     answer = ANSWERS["tools"]
     body = R.WIRE_FORMATS[source].render_response(answer, CONTEXT)
-    assert gist(folded(target, R.stream_from_whole(body, source, target, CONTEXT))) == gist(answer)
-    whole = R.whole_from_stream(stream_of(source, answer), source, target, CONTEXT)
+    streamed = R.render_stream(target, R.parse_answer(body, source, CONTEXT), CONTEXT)
+    assert gist(folded(target, streamed)) == gist(answer)
+    whole = R.WIRE_FORMATS[target].render_response(folded(source, stream_of(source, answer)), CONTEXT)
     assert gist(R.parse_answer(whole, target, CONTEXT)) == gist(answer)
-    cut_off = R.whole_from_stream(stream_of(source, answer, finish=False), source, target, CONTEXT)
+    cut_off = folded(source, stream_of(source, answer, finish=False))
     assert isinstance(cut_off, R.ErrorInfo) and cut_off.code == "truncated"
 
 
@@ -237,6 +246,106 @@ def test_a_request_keeps_its_meaning(source, target):
     result = next(block for block in blocks if isinstance(block, R.ToolResult))
     assert (call.name, json.loads(call.arguments)) == ("look", {"a": 1})
     assert result.call_id == call.id and R.join_text(result.blocks) == "seen"
+
+
+# ---- conversations
+
+
+def tidied(*turns):
+    """(role, blocks) with every block in short."""
+    short = {
+        R.Text: lambda b: b.text,
+        R.ToolCall: lambda b: (b.id, b.name),
+        R.ToolResult: lambda b: (b.call_id, R.join_text(b.blocks)),
+    }
+    messages = R.tidy_messages([R.Message(role, blocks) for role, *blocks in turns])
+    return [(message.role, *[short[type(block)](block) for block in message.blocks]) for message in messages]
+
+
+A, B = R.ToolCall("a", "f"), R.ToolCall("b", "g")
+
+
+def result(call_id, text="r"):
+    return R.ToolResult(call_id, [R.Text(text)])
+
+
+@pytest.mark.parametrize(
+    "trap, turns, expected",
+    [
+        (
+            77,
+            [("assistant", A), ("user", R.Text("x"), result("a"))],
+            [("assistant", ("a", "f")), ("user", ("a", "r"), "x")],
+        ),
+        (
+            77,
+            [("assistant", A), ("system", R.Text("s")), ("user", result("a"))],
+            [("assistant", ("a", "f")), ("user", ("a", "r")), ("system", "s")],
+        ),
+        (
+            77,
+            [("assistant", A, B), ("user", result("b", "2"), result("a", "1"))],
+            [("assistant", ("a", "f"), ("b", "g")), ("user", ("a", "1"), ("b", "2"))],
+        ),
+        (78, [("user", result("z"))], [("user", "[result of tool call z]", "r")]),
+        (79, [("assistant", A)], [("assistant", ("a", "f")), ("user", ("a", "(no result)"))]),
+        (
+            80,
+            [("assistant", A, R.Text("x")), ("user", result("a"))],
+            [("assistant", "x", ("a", "f")), ("user", ("a", "r"))],
+        ),
+        (
+            81,
+            [("assistant", A), ("user", result("a"), result("a", "2"))],
+            [("assistant", ("a", "f")), ("user", ("a", "r"))],
+        ),
+        (82, [("user", R.Text(" \n")), ("assistant", R.Text("x"), R.Text(""))], [("assistant", "x")]),
+        (
+            38,
+            [("assistant", A), ("user", result("a", "1")), ("assistant", A), ("user", result("a", "2"))],
+            [("assistant", ("a", "f")), ("user", ("a", "1")), ("assistant", ("a_1", "f")), ("user", ("a_1", "2"))],
+        ),
+        (
+            38,
+            [("assistant", A), ("user", R.Text("x")), ("assistant", A), ("user", result("a", "2"))],
+            [
+                ("assistant", ("a", "f")),
+                ("user", ("a", "(no result)"), "x"),
+                ("assistant", ("a_1", "f")),
+                ("user", ("a_1", "2")),
+            ],
+        ),
+        (
+            79,
+            [("assistant", A), ("assistant", B), ("user", result("a"), R.Text("x")), ("user", R.Text("y"))],
+            [("assistant", ("a", "f"), ("b", "g")), ("user", ("a", "r"), ("b", "(no result)"), "x", "y")],
+        ),
+    ],
+)
+def test_a_conversation_is_made_tidy(trap, turns, expected):
+    """traps 38, 77, 78, 79, 80, 81 and 82"""
+    assert tidied(*turns) == expected
+    twice = R.tidy_messages(R.tidy_messages([R.Message(role, blocks) for role, *blocks in turns]))
+    assert twice == R.tidy_messages([R.Message(role, blocks) for role, *blocks in turns])
+
+
+def test_turns_with_different_names_stay_apart_and_the_request_is_not_touched():
+    turns = [R.Message("user", [R.Text(name)], {"openai": {"name": name}}) for name in "ab"]
+    assert R.tidy_messages(turns) == turns
+    turns = [R.Message("user", [R.Text("a")]), R.Message("user", [R.Text("b")])]
+    assert len(R.tidy_messages(turns)) == 1 and len(turns[0].blocks) == 1
+
+
+@pytest.mark.parametrize("target", WIRES)
+def test_a_free_text_tool_is_a_function_where_free_text_is_not_known(target):
+    """trap 60"""
+    calls = [R.Message("assistant", [R.ToolCall("c", "patch", "+ a", "custom")]), R.Message("user", [result("c")])]
+    body = R.render_request(R.ChatRequest("m", calls, tools=[R.Tool("patch", "d", kind="custom")]), target)
+    again = R.WIRE_FORMATS[target].parse_request(body)
+    call = next(block for message in again.messages for block in message.blocks if isinstance(block, R.ToolCall))
+    kind = "custom" if target == "responses" else "function"
+    assert (again.tools[0].kind, call.kind) == (kind, kind)
+    assert call.arguments == "+ a" or json.loads(call.arguments) == {"input": "+ a"}
 
 
 # ---- from raw OpenAI chunks to Anthropic events

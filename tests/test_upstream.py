@@ -69,7 +69,9 @@ def test_requests_at_once_get_their_own_connections_and_these_are_used_again(sin
 
 def test_an_answer_that_was_an_error_leaves_its_connection_usable(single, upstream):
     running = single()
-    upstream.answer(fake.error_answer("openai", 400), fake.error_answer("openai", 429), fake.chunked_answer(500, [b"{}"]))
+    upstream.answer(
+        fake.error_answer("openai", 400), fake.error_answer("openai", 429), fake.chunked_answer(500, [b"{}"])
+    )
     for _ in range(4):
         post(running, "openai", "fake/fake-model")
     assert upstream.connections == 1
@@ -154,7 +156,9 @@ def read_request(connection):
     while b"\r\n\r\n" not in data:
         data += connection.recv(65536)
     head, _, rest = data.partition(b"\r\n\r\n")
-    length = next(int(line.split(b":")[1]) for line in head.lower().split(b"\r\n") if line.startswith(b"content-length"))
+    length = next(
+        int(line.split(b":")[1]) for line in head.lower().split(b"\r\n") if line.startswith(b"content-length")
+    )
     have = len(rest)
     while have < length:
         have += len(connection.recv(1 << 20))
@@ -176,20 +180,26 @@ def test_idle_connections_are_closed_after_a_while_and_never_too_many_kept(singl
 def odd_answers(body):
     """Ways to send the same JSON that a client of HTTP must understand."""
     plain = fake.head(200, {"content-type": "application/json", "content-length": str(len(body))}) + body
-    chunks = b"".join(b"%X;name=\"v\"\r\n%s\r\n" % (len(part), part) for part in (body[:5], body[5:]))
+    chunks = b"".join(b'%X;name="v"\r\n%s\r\n' % (len(part), part) for part in (body[:5], body[5:]))
     packed = gzip.compress(body)
     coded = {"content-type": "application/json", "content-encoding": "gzip"}
     return {
         "a 103 first": fake.informational_first(fake.Answer(plain)),
         "several 1xx first": fake.informational_first(fake.informational_first(fake.Answer(plain), 102, {}), 100, {}),
         "chunked": fake.chunked_answer(200, [body[:7], body[7:]]),
-        "chunks with extensions and trailers": fake.Answer(fake.head(200, {"content-type": "application/json", "Transfer-Encoding": "Chunked"}) + chunks + b"0;a=b\r\nx-trailer: y\r\n\r\n"),
+        "chunks with extensions and trailers": fake.Answer(
+            fake.head(200, {"content-type": "application/json", "Transfer-Encoding": "Chunked"})
+            + chunks
+            + b"0;a=b\r\nx-trailer: y\r\n\r\n"
+        ),
         "ended by the connection": fake.close_delimited_answer(200, body),
         "HTTP/1.0": fake.raw(b"HTTP/1.0 200 OK\r\n\r\n" + body),
         "byte by byte": fake.drip(fake.Answer(plain), 1),
         "no reason phrase": fake.Answer(plain.replace(b"200 Whatever", b"200 ", 1)),
         "lone line feeds": fake.Answer(plain.replace(b"\r\n", b"\n")),
-        "equal lengths twice": fake.Answer(plain.replace(b"\r\n\r\n", b"\r\ncontent-length: %d\r\n\r\n" % len(body), 1)),
+        "equal lengths twice": fake.Answer(
+            plain.replace(b"\r\n\r\n", b"\r\ncontent-length: %d\r\n\r\n" % len(body), 1)
+        ),
         "gzip": fake.gzip_answer(200, json.loads(body)),
         "undeclared gzip": fake.gzip_answer(200, json.loads(body), declared=False),
         "undeclared gzip, byte by byte": fake.drip(fake.gzip_answer(200, json.loads(body), declared=False), 1),
@@ -256,7 +266,12 @@ def test_a_single_huge_event_passes_and_one_above_the_limit_is_an_error(single, 
 
 def test_a_request_carries_exactly_the_headers_it_needs(single, upstream):
     running = single(headers={"X-Extra": "1", "User-Agent": "mine", "Accept": None})
-    post(running, "openai", "fake/fake-model", headers={"user-agent": "client", "connection": "keep-alive", "te": "trailers", "x-api-key": "client"})
+    post(
+        running,
+        "openai",
+        "fake/fake-model",
+        headers={"user-agent": "client", "connection": "keep-alive", "te": "trailers", "x-api-key": "client"},
+    )
     sent = {name.lower(): value for name, value in upstream.calls[0].headers}
     assert sent["host"] == "127.0.0.1:%d" % upstream.port
     assert sent["authorization"] == "Bearer upstream-key"
@@ -267,42 +282,46 @@ def test_a_request_carries_exactly_the_headers_it_needs(single, upstream):
     assert len(sent) == len(upstream.calls[0].headers)
 
 
-@pytest.mark.parametrize(
-    ("base", "path"),
-    [
-        ("", "/v1/chat/completions"),
-        ("/", "/v1/chat/completions"),
-        ("/v1", "/v1/chat/completions"),
-        ("/v1/", "/v1/chat/completions"),
-        ("/api/paas/v4", "/api/paas/v4/chat/completions"),
-        ("/v1beta/openai", "/v1beta/openai/chat/completions"),
-        ("/proxy/x", "/proxy/x/v1/chat/completions"),
-        ("/v1/chat/completions", "/v1/chat/completions"),
-        ("/v1?api-version=7", "/v1/chat/completions?api-version=7"),
-    ],
-)
-def test_a_base_url_of_any_shape_leads_to_the_right_path(router, upstream, base, path):
+BASE_PATHS = [
+    ("", "/v1/chat/completions"),
+    ("/", "/v1/chat/completions"),
+    ("/v1", "/v1/chat/completions"),
+    ("/v1/", "/v1/chat/completions"),
+    ("/api/paas/v4", "/api/paas/v4/chat/completions"),
+    ("/v1beta/openai", "/v1beta/openai/chat/completions"),
+    ("/proxy/x", "/proxy/x/v1/chat/completions"),
+    ("/v1/chat/completions", "/v1/chat/completions"),
+    ("/v1?api-version=7", "/v1/chat/completions?api-version=7"),
+]
+
+
+def test_a_base_url_of_any_shape_leads_to_the_right_path(router, upstream):
     """Trap 182."""
-    running = router(config_of(provider(upstream.url + base)))
-    post(running, "openai", "fake/fake-model")
-    assert upstream.calls[0].path == path
+    rows = [provider(upstream.url + base, id="p%d" % number) for number, (base, _) in enumerate(BASE_PATHS)]
+    running = router(config_of(*rows))
+    for row in rows:
+        post(running, "openai", row["id"] + "/fake-model")
+    assert [call.path for call in upstream.calls] == [path for _, path in BASE_PATHS]
 
 
-@pytest.mark.parametrize(
-    ("auth", "expected"),
-    [
-        ({"type": "bearer"}, ("authorization", "Bearer upstream-key")),
-        ({"type": "x-api-key"}, ("x-api-key", "upstream-key")),
-        ({"type": "header", "headerName": "api-key"}, ("api-key", "upstream-key")),
-        ({"type": "header", "headerName": "Authorization", "prefix": "Token "}, ("authorization", "Token upstream-key")),
-        ({"type": "none"}, None),
-    ],
-)
-def test_the_key_goes_where_the_provider_wants_it(router, upstream, auth, expected):
-    running = router(config_of(provider(upstream, auth=auth)))
-    post(running, "openai", "fake/fake-model")
-    shown = [(name.lower(), value) for name, value in upstream.calls[0].headers if "upstream-key" in value]
-    assert shown == ([expected] if expected else [])
+AUTHS = [
+    ({"type": "bearer"}, [("authorization", "Bearer upstream-key")]),
+    ({"type": "x-api-key"}, [("x-api-key", "upstream-key")]),
+    ({"type": "header", "headerName": "api-key"}, [("api-key", "upstream-key")]),
+    ({"type": "header", "headerName": "Authorization", "prefix": "Token "}, [("authorization", "Token upstream-key")]),
+    ({"type": "none"}, []),
+]
+
+
+def test_the_key_goes_where_the_provider_wants_it(router, upstream):
+    rows = [provider(upstream, id="p%d" % number, auth=auth) for number, (auth, _) in enumerate(AUTHS)]
+    running = router(config_of(*rows))
+    for row in rows:
+        post(running, "openai", row["id"] + "/fake-model")
+    shown = [
+        [(name.lower(), value) for name, value in call.headers if "upstream-key" in value] for call in upstream.calls
+    ]
+    assert shown == [expected for _, expected in AUTHS]
 
 
 # --- proxies ---
@@ -336,7 +355,12 @@ def test_an_https_upstream_is_reached_through_a_tunnel_that_never_sees_the_key(r
         listener.listen(8)
         threading.Thread(target=serve, args=(listener,), daemon=True).start()
         proxy = "http://user:p%%40ss@127.0.0.1:%d" % listener.getsockname()[1]
-        running = router(config_of(provider("https://models.example/v1")), *QUICK, "--origin-retry-attempts=1", env={"HTTPS_PROXY": proxy})
+        running = router(
+            config_of(provider("https://models.example/v1")),
+            *QUICK,
+            "--origin-retry-attempts=1",
+            env={"HTTPS_PROXY": proxy},
+        )
         reply = post(running, "openai", "fake/fake-model")
     assert reply.status == 502
     assert seen[0].startswith(b"CONNECT models.example:443 HTTP/1.")
@@ -403,7 +427,9 @@ def test_clients_that_leave_while_their_upstream_is_dialled_free_everything_with
     with fake.blackhole() as port:
         running = router(config_of(provider("http://127.0.0.1:%d" % port)), *QUICK, "--connect-timeout-ms=20000")
         before = sockets_of(running.process.pid)
-        clients = [raw_request(running, ask("openai", "fake/fake-model", stream=bool(number % 2))) for number in range(24)]
+        clients = [
+            raw_request(running, ask("openai", "fake/fake-model", stream=bool(number % 2))) for number in range(24)
+        ]
         until(lambda: sockets_of(running.process.pid) >= before + 24 + 16, 3)
         for client in clients:
             if leave == "reset":
@@ -418,7 +444,9 @@ def raw_request(running, body, path=PATHS["openai"]):
     """A socket on which one request was sent and nothing was read."""
     data = json.dumps(body).encode()
     client = socket.create_connection((running.host, running.port), 10)
-    client.sendall(b"POST %s HTTP/1.1\r\nhost: localhost\r\ncontent-length: %d\r\n\r\n%s" % (path.encode(), len(data), data))
+    client.sendall(
+        b"POST %s HTTP/1.1\r\nhost: localhost\r\ncontent-length: %d\r\n\r\n%s" % (path.encode(), len(data), data)
+    )
     return client
 
 
@@ -430,7 +458,11 @@ def test_after_two_hundred_aborted_requests_nothing_is_left_open(single, upstrea
     until(lambda: upstream.open_connections == 0, 3)
     pid = running.process.pid
     before = len(os.listdir("/proc/%d/fd" % pid))
-    upstream.handler = lambda call: fake.sse_answer(fake.chat_stream("x" * 300), delay=0.01, end="hang") if len(upstream.calls) % 3 else fake.hang_before_head()
+    upstream.handler = lambda call: (
+        fake.sse_answer(fake.chat_stream("x" * 300), delay=0.01, end="hang")
+        if len(upstream.calls) % 3
+        else fake.hang_before_head()
+    )
 
     def abort(number):
         for turn in range(10):
