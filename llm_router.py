@@ -8,9 +8,10 @@ means, and streams the result back without damaging it. `python3 llm_router.py d
 the rest.
 
 The walk of a request: bytes -> HttpRequest (HTTP) -> Endpoint, Inbound (INBOUND) -> Plan of candidates (ROUTING) -> Run
-and action (FALLBACK) -> Outbound (OUTBOUND) -> Reply (UPSTREAM) -> Outcome or Answer (OUTCOMES, GATEWAY) -> ... until there
-is an answer -> stream processor or translated body (TRANSLATION) -> bytes (SERVER). Only the loop in GATEWAY and the hosts
-touch the world; all above them is values and functions. A section uses names from itself and from those above it only.
+and action (FALLBACK) -> Outbound (OUTBOUND) -> Reply (UPSTREAM) -> Outcome or Answer (OUTCOMES, GATEWAY) -> ... until
+there is an answer -> stream processor or translated body (TRANSLATION) -> bytes (SERVER). Only the loop in GATEWAY
+and the hosts touch the world; all above them is values and functions. A section uses names from itself and from those
+above it only.
 
 Contents:
    1  ERRORS                the one family of errors every parser and decision may raise [pure]
@@ -45,7 +46,6 @@ Contents:
 from __future__ import annotations
 
 import base64
-import binascii
 import hashlib
 import hmac
 import json
@@ -74,6 +74,7 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 __version__ = "0.1.0"
 
 __all__ = [
+    "WIRE_FORMATS",
     "Access",
     "Config",
     "Gateway",
@@ -81,7 +82,6 @@ __all__ = [
     "RouterError",
     "Routes",
     "Settings",
-    "WIRE_FORMATS",
     "entry",
     "find_problems",
     "main",
@@ -404,8 +404,8 @@ _FORMAT_OF_HOST = {"api.anthropic.com": "anthropic"}
 
 
 class Auth(NamedTuple):
-    """How a provider is shown its key. type: one of AUTH_TYPES. header_name, prefix: for the type header, the header and
-    what stands before the key in it."""
+    """How a provider is shown its key. type: one of AUTH_TYPES. header_name, prefix: for the type header, the header
+    and what stands before the key in it."""
 
     type: str = "bearer"
     header_name: str = ""
@@ -478,8 +478,9 @@ class Problem(NamedTuple):
 
 
 class Field(NamedTuple):
-    """One key of the file. kind: what it holds, a row of _FIELD_KINDS or a reader of _Scan; [kind]: one or a list of them,
-    {kind:kind}: an object. aliases: other spellings that older files use, beside the dashed and snake-case twins."""
+    """One key of the file. kind: what it holds, a row of _FIELD_KINDS or a reader of _Scan; [kind]: one or a list of
+    them, {kind:kind}: an object. aliases: other spellings that older files use, beside the dashed and snake-case
+    twins."""
 
     key: str
     kind: str
@@ -712,8 +713,8 @@ _FIELD_KINDS: Dict[str, Tuple[type, Callable[[str], Any], Callable[[Any], Any], 
     "any": (object, str, lambda value: True, "", ""),
     "object": (dict, str, lambda value: True, "", ""),
     "flag": (bool, lambda text: _BOOLS.get(text.strip().lower(), text), lambda value: True, "", ""),
-    "whole": (int, str, lambda value: type(value) is int and 0 <= value <= 2**53, "must be a whole number of at least 0",
-              "write a number without quotes or fraction"),
+    "whole": (int, str, lambda value: type(value) is int and 0 <= value <= 2**53,
+              "must be a whole number of at least 0", "write a number without quotes or fraction"),
     "text": (str, str.strip, lambda text: True, "", ""),
     "default": (str, str.strip, lambda text: True, "", ""),
     "name": _NAME,
@@ -743,7 +744,8 @@ _FIELD_KINDS: Dict[str, Tuple[type, Callable[[str], Any], Callable[[Any], Any], 
 
 
 class _Scan:
-    """A pass over a document. Its readers, `_read_KIND(path, value)`, return None for what cannot be used, and note it."""
+    """A pass over a document. Its readers, `_read_KIND(path, value)`, return None for what cannot be used, and note
+    it."""
 
     def __init__(self, environ: Mapping[str, str]) -> None:
         self.problems: List[Problem] = []
@@ -962,7 +964,8 @@ class _Scan:
 
     def _check_references(self, index: ModelIndex) -> None:
         guesses_left = 20  # comparing a name with thousands of others is slow; nobody reads more guesses
-        for path, name, kind, self._lenient in self._references:
+        for path, name, kind, lenient in self._references:
+            self._lenient = lenient
             name = bare_name(name) if kind == "default" else name
             verdict = index.judge(name, kind != "target", kind == "default") if name else ""
             shown = one_line(name, 80)
@@ -1030,7 +1033,8 @@ def bare_name(name: str) -> str:
 
 class ModelIndex:
     """What model names mean in a configuration, indexed so that no look-up grows with its size. Disabled entries mean
-    nothing. aliases: name or pattern -> model refs. names: all a client may list, `provider/model` and plain aliases."""
+    nothing. aliases: name or pattern -> model refs. names: all a client may list, `provider/model` and plain
+    aliases."""
 
     def __init__(self, providers: Iterable[Provider], aliases: Mapping[str, Tuple[str, ...]]) -> None:
         self.aliases = aliases
@@ -1038,7 +1042,7 @@ class ModelIndex:
         self._models: Dict[Tuple[str, str], Tuple[Provider, Model]] = {}
         self._owners: Dict[str, Dict[str, Tuple[Provider, Model]]] = {}
         self._disabled: Set[Tuple[str, str]] = set()
-        for provider, model in [(provider, model) for provider in providers for model in provider.models]:
+        for provider, model in ((one, model) for one in providers for model in one.models):
             ref = "%s/%s" % (provider.id, model.id)
             self.names += [ref] if provider.enabled and model.enabled and model.id != "*" else []
             for name in (model.id, *model.aliases):
@@ -1053,8 +1057,8 @@ class ModelIndex:
         self._patterns = [(re.compile(p, re.DOTALL), aliases[name]) for p, name in zip(patterns, names)]
 
     def find(self, name: str) -> List[Tuple[Provider, Model]]:
-        """The enabled models that `name` (`provider/model`, or a bare id or alias) means: one, none, or those among which
-        it is ambiguous. A model that `*` passes through bears the id that was asked for."""
+        """The enabled models that `name` (`provider/model`, or a bare id or alias) means: one, none, or those among
+        which it is ambiguous. A model that `*` passes through bears the id that was asked for."""
         provider_id, _, model_id = name.partition("/")
         found = self._models.get((provider_id.lower(), model_id))
         wild = self._models.get((provider_id.lower(), "*")) if model_id and not found else None
@@ -1067,8 +1071,8 @@ class ModelIndex:
         return next((refs for pattern, refs in self._patterns if pattern.fullmatch(name)), None)
 
     def judge(self, name: str, aliases: bool = True, patterns: bool = False) -> str:
-        """ "" when `name` means one enabled model, else unknown, disabled or ambiguous. aliases, patterns: whether it may
-        also be an alias, or match an alias pattern."""
+        """ "" when `name` means one enabled model, else unknown, disabled or ambiguous. aliases, patterns: whether it
+        may also be an alias, or match an alias pattern."""
         found = self.find(name)
         if len(found) == 1 or aliases and name in self.aliases or patterns and self.find_pattern(name) is not None:
             return ""
@@ -1438,8 +1442,8 @@ def _index_of(document: Dict[str, Any]) -> ModelIndex:
 
 
 def _references_in(document: Dict[str, Any]) -> List[Tuple[Dict[str, Any], str, bool, str, str]]:
-    """Where references stand: the object, its key, whether they may name aliases, what to say of one that is dropped, and
-    of a key that goes with its last one."""
+    """Where references stand: the object, its key, whether they may name aliases, what to say of one that is dropped,
+    and of a key that goes with its last one."""
     aliases = as_dict(get_field(document, "config", "modelAliases"))
     rows = [(aliases, a, False, "alias %s no longer leads to" % a, "removed alias %s" % a) for a in aliases]
     for provider in map(as_dict, as_list(get_field(document, "config", "providers"))):
@@ -3713,19 +3717,24 @@ class ChatStreamParser:
     def _read_delta(self, delta: Dict[str, Any]) -> None:
         """A delta's or message's parts. Reasoning that comes under several names is read once."""
         get = delta.get
-        details = [item for item in as_list(get("reasoning_details")) if any(map(as_dict(item).get, _DETAIL_KEYS))]
-        text = "".join(as_text(item.get("text")) or as_text(item.get("summary")) for item in details)
-        self._add_text(Thinking, get("reasoning_content") or get("reasoning") or text)
+        thought, told = get("reasoning_content") or get("reasoning"), as_list(get("reasoning_details"))
+        details = [item for item in told if any(map(as_dict(item).get, _DETAIL_KEYS))] if told else told
+        if thought or details:
+            texts = [as_text(item.get("text")) or as_text(item.get("summary")) for item in details]
+            self._add_text(Thinking, thought or "".join(texts))
         if details and not self._slots:
             self._add_slot(Thinking(""))
             self._advance()
         if details and self._flowing is Thinking:
             self._out.append(Extended(_CHAT, {"reasoning_details": details}))
-        else:
+        elif details:
             self._details += details
-        self._read_content(get("content"))
-        self._add_text(Refusal, get("refusal"))
-        self._add_text(Text, as_dict(get("audio")).get("transcript"))
+        if get("content"):
+            self._read_content(get("content"))
+        if get("refusal"):
+            self._add_text(Refusal, get("refusal"))
+        if get("audio"):
+            self._add_text(Text, as_dict(get("audio")).get("transcript"))
         for image in as_list(get("images")):  # as some routers put them beside the content
             self._add_slot(Opaque(_CHAT, as_dict(image)))
             self._advance()
@@ -3793,7 +3802,11 @@ class ChatStreamParser:
                     call.name, call.kind = name, kind
                 call.extra = rest_of({**own_extra(call, _CHAT), **entry}, _CHAT_CALL_KEYS, _CHAT)
             slot.add_arguments(text)
-            self._advance()
+            if slot.is_open and slot is self._slots[-1]:
+                self._out.extend(map(Delta, slot.waiting))
+                slot.waiting.clear()
+            else:
+                self._advance()
 
     def _find_call(self, entry: Dict[str, Any], name: str, text: str, touched: List[_Slot]) -> _Slot:
         """The call that an entry continues, or a new one: `index` and `id` may be missing, or the same for all."""
@@ -6269,16 +6282,20 @@ def rename_model(data: bytes, name: str) -> bytes:
 
 
 class Compat(NamedTuple):
-    """One family of upstreams, found by host or by a provider's `compat`. fixes: names in FIXES, always applied."""
+    """One family of upstreams, found by host or by a provider's `compat`. fixes: names in FIXES, always applied.
+
+    signed_thinking: refuses thinking without its own signature, also in a request that is passed through (trap 85).
+    """
 
     name: str
     hosts: Tuple[str, ...]
     fixes: Tuple[str, ...] = ()
+    signed_thinking: bool = False
 
 
 class Fix(NamedTuple):
-    """A change to a translated body. apply(body) changes it in place. refused: matches the 400 that asks for this change;
-    needs: a field that must stand in the body for it to make sense."""
+    """A change to a translated body. apply(body) changes it in place. refused: matches the 400 that asks for this
+    change; needs: a field that must stand in the body for it to make sense."""
 
     apply: Callable[[Dict[str, Any]], None]
     needs: str
@@ -6302,9 +6319,16 @@ def _drop(*names: str) -> Callable[[Dict[str, Any]], None]:
 
 
 def _drop_reasoning(body: Dict[str, Any]) -> None:
-    """`reasoning_content` in the history is what DeepSeek and Moonshot ask for and what others refuse (traps 84, 87)."""
+    """`reasoning_content` in the history is what DeepSeek and Moonshot ask for and what others refuse (traps 84,
+    87)."""
     for message in as_list(body.get("messages")):
         as_dict(message).pop("reasoning_content", None)
+
+
+def _drop_strict(body: Dict[str, Any]) -> None:
+    for tool in as_list(body.get("tools")):
+        as_dict(tool).pop("strict", None)
+        as_dict(as_dict(tool).get("function")).pop("strict", None)
 
 
 _REFUSAL = (
@@ -6332,23 +6356,19 @@ FIXES: Dict[str, Fix] = {
     "no output_config": Fix(_drop("output_config"), "output_config", _names("output_config")),
     "no reasoning_content": Fix(_drop_reasoning, "messages", _names("reasoning_content")),
     "no store": Fix(_drop("store"), "store", _names("store")),
-    "no strict": Fix(lambda body: _drop_strict(body), "tools", _names("strict")),
+    "no strict": Fix(_drop_strict, "tools", _names("strict")),
 }
 
 # The field's own words beside a fix: OpenAI answers `max_tokens` with "Use 'max_completion_tokens' instead".
 _STATES_INSTEAD = re.compile(r"use '?(max_completion_tokens|max_tokens)'? instead")
 
 
-def _drop_strict(body: Dict[str, Any]) -> None:
-    for tool in as_list(body.get("tools")):
-        as_dict(tool).pop("strict", None)
-        as_dict(as_dict(tool).get("function")).pop("strict", None)
-
-
 COMPATS: Tuple[Compat, ...] = (
     Compat("openai", ("api.openai.com",), ("max_completion_tokens", "no reasoning_content")),
     Compat("azure", ("openai.azure.com", "services.ai.azure.com"), ("max_completion_tokens", "no reasoning_content")),
-    Compat("anthropic", ("api.anthropic.com",)),
+    Compat("anthropic", ("api.anthropic.com",), signed_thinking=True),
+    Compat("bedrock", (), signed_thinking=True),
+    Compat("vertex", (), signed_thinking=True),
     Compat("openrouter", ("openrouter.ai",)),
     Compat("deepseek", ("api.deepseek.com",)),
     Compat("moonshot", ("api.moonshot.ai", "api.moonshot.cn")),
@@ -6656,7 +6676,8 @@ def _has_anthropic_parts(body: Dict[str, Any]) -> bool:
 
 
 class Inbound(NamedTuple):
-    """A request as the gateway takes it. `wire` is the client's format, `asked` the model name it used ("" for none)."""
+    """A request as the gateway takes it. `wire` is the client's format, `asked` the model name it used ("" for
+    none)."""
 
     operation: str
     wire: str
@@ -6667,7 +6688,7 @@ class Inbound(NamedTuple):
 
 
 def read_inbound(endpoint: Endpoint, headers: Headers, data: bytes) -> Inbound:
-    """A POST's meaning. RouterError 400 for a body that is not a JSON object or whose model or stream has a wrong type."""
+    """A POST's meaning. RouterError 400 for a body that is no JSON object or whose model or stream has a wrong type."""
     body = read_json_object(data)
     wire = endpoint.wire or detect_wire(headers, body.value)
     asked = body.value.get("model")
@@ -6725,7 +6746,7 @@ _IMAGE_TYPES = ("image", "image_url", "input_image")
 
 
 def estimate_tokens(body: Dict[str, Any]) -> int:
-    """About how many input tokens a request body of any format is: system, messages, tools, results, thinking, media."""
+    """About how many input tokens a request of any format is: system, messages, tools, results, thinking, media."""
     tokens = 3.0 + _words_around(body)
     pending: List[Any] = [body[field] for field in _COUNTED_FIELDS if field in body]
     while pending:
@@ -6788,8 +6809,8 @@ class Plan(NamedTuple):
 
 
 class Routes:
-    """A configuration as plans. Names are found in the order of the README: exact alias, `provider/model`, a bare model id
-    or alias, alias patterns (longest literal part first), then all again without a trailing `[...]`."""
+    """A configuration as plans. Names are found in the order of the README: exact alias, `provider/model`, a bare
+    model id or alias, alias patterns (longest literal part first), then all again without a trailing `[...]`."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -6826,8 +6847,8 @@ class Routes:
         return Plan(asked, self._with_fallbacks(found[0]) if len(targets) == 1 else found)
 
     def find_candidate(self, name: str) -> Optional[Candidate]:
-        """The model that `name` (`provider/model`, or a bare id or alias) means; None when there is none. RouterError 404
-        when several providers have it."""
+        """The model that `name` (`provider/model`, or a bare id or alias) means; None when there is none. RouterError
+        404 when several providers have it."""
         found = self._index.find(name)
         if len(found) > 1:
             refs = ", ".join(sorted("%s/%s" % (provider.id, model.id) for provider, model in found))
@@ -7077,10 +7098,15 @@ class Requests:
         wire = choose_wire(candidate, inbound.wire) if chat else inbound.wire
         target = self._target(provider, wire)
         path = target.path if chat else _operation_path(target.path, WIRE_FORMATS[wire].path, inbound.operation)
+        compat = find_compat(as_text(provider.compat), target.host)
         if wire == inbound.wire:
-            body = replace_field(inbound.body, "model", candidate.model_id)
+            signed = (
+                drop_unsigned_thinking(inbound.body.value) if compat.signed_thinking and wire == "anthropic" else None
+            )
+            source = JsonObject(signed, "", {}) if signed is not None else inbound.body
+            body = replace_field(source, "model", candidate.model_id)
         else:
-            fixes = find_compat(as_text(provider.compat), target.host).fixes + self._lessons.get(candidate.ref, ())
+            fixes = compat.fixes + self._lessons.get(candidate.ref, ())
             body = dump_json(apply_fixes(render_request(self.neutral._replace(model=candidate.model_id), wire), fixes))
         headers = merge_headers(target, inbound.headers, inbound.wire, wire, inbound.stream)
         timeouts = resolve_timeouts(provider, self._settings, inbound.stream)
@@ -7121,8 +7147,8 @@ class Outcome(NamedTuple):
     """What one attempt came to. kind: one of the words above. status: the upstream's, 0 when it gave none.
 
     label: short for logs and headers (`429`, `timeout`, `refused`). error: the error in words. retry_after: seconds
-    until the upstream wants to be asked again, None when it did not say. headers, body: of the upstream's answer, so that
-    it can be returned unchanged; body is None when there was none.
+    until the upstream wants to be asked again, None when it did not say. headers, body: of the upstream's answer, so
+    that it can be returned unchanged; body is None when there was none.
     """
 
     kind: str
@@ -7313,7 +7339,7 @@ def _collect_words(value: Any, depth: int, words: List[str]) -> None:
 
 
 def _split_json(text: str) -> Tuple[str, Any, str]:
-    """What stands before, in and after the JSON object inside a text; the object's own text may echo the client's words."""
+    """What stands before, in and after the JSON object inside a text, whose own text may echo the client's words."""
     start, end = text.find("{"), text.rfind("}") + 1
     if start < 0 or len(text) > 100_000:
         return text, None, ""
@@ -7382,7 +7408,8 @@ _DURATION = re.compile(
 )
 _UNIT_S = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _TRY_AGAIN = re.compile(
-    r"(?:try again|retry|available again|reset)[^\n]{0,40}?(?:in|after)\s+((?:\d+(?:\.\d+)?\s*[a-z]+[\s,]*(?:and\s+)?){1,4})"
+    r"(?:try again|retry|available again|reset)[^\n]{0,40}?(?:in|after)\s+"
+    r"((?:\d+(?:\.\d+)?\s*[a-z]+[\s,]*(?:and\s+)?){1,4})"
 )
 _RESET_AT = re.compile(
     r"reset[^\n]{0,30}?(?:at|on)\s+(\d{4}-\d\d-\d\d[t ]\d\d:\d\d(?::\d\d)?(?:\.\d+)?(?:z|[+-]\d\d:?\d\d)?)"
@@ -7529,8 +7556,8 @@ HEALTHY = Health()
 class HealthChange(NamedTuple):
     """One change to the book. What is None stays; a cooldown never shortens an older one.
 
-    frees: the request whose half-open slot is free again, if it still has it. clear: all good again, unless it failed after the moment `at`: an answer to a call that was made before a failure
-    says nothing about the time after it.
+    frees: the request whose half-open slot is free again, if it still has it. clear: all good again, unless it failed
+    after the moment `at`: an answer to a call that was made before a failure says nothing about the time after it.
     """
 
     key: str
@@ -7569,7 +7596,7 @@ class HealthBook:
         while len(self._entries) > self._limit:
             del self._entries[next(iter(self._entries))]
 
-    def keys(self) -> List[str]:
+    def known(self) -> List[str]:
         """The keys that something is remembered of."""
         return list(self._entries)
 
@@ -7640,7 +7667,8 @@ class Deliver(Value):
 
 
 class GiveUp(Value):
-    """Action: nobody could serve; `outcome` decides the status. retry_after: seconds to the soonest recovery, None: never soon."""
+    """Action: nobody could serve; `outcome` decides the status. retry_after: seconds to the soonest
+    recovery, None: never soon."""
 
     __slots__ = ("outcome", "retry_after")
 
@@ -7652,8 +7680,9 @@ class GiveUp(Value):
 class Run(NamedTuple):
     """How far one request has come. remaining: candidates not tried yet, in the plan's order; tries: attempts at
     `current` so far, of `allowed`; first: the origin's last outcome; last: the last outcome of all; blamed:
-    providers whose key or account failed; counted: refs whose circuit was counted; probes: refs whose half-open slot this
-    request holds; waited_ms: spent waiting for a cooling candidate; fenced: a policy block keeps it inside one provider."""
+    providers whose key or account failed; counted: refs whose circuit was counted; probes: refs whose half-open slot
+    this request holds; waited_ms: spent waiting for a cooling candidate; fenced: a policy block keeps it inside one
+    provider."""
 
     id: str
     plan: Plan
@@ -7679,7 +7708,8 @@ class Rule(NamedTuple):
 
     retries: the origin may be tried again. falls_back: "all", "provider" (only inside the same provider) or "no".
     cooldown: the setting that names its length, "" for none; told: a Retry-After counts instead. scope: model or
-    provider. blames: other providers go first from here on. counts: it counts for the circuit. comes_back: waiting helps.
+    provider. blames: other providers go first from here on. counts: it counts for the circuit. comes_back: waiting
+    helps.
     """
 
     retries: bool = False
@@ -7719,7 +7749,8 @@ def provider_key(candidate: Candidate) -> str:
 
 
 def ready_at(candidate: Candidate, book: Any) -> float:
-    """When a candidate is out of every cooldown and its circuit no longer open, on the host's clock; 0.0 for never cooled."""
+    """When a candidate is out of every cooldown and its circuit no longer open, on the host's clock; 0.0: never
+    cooled."""
     health = book.read(candidate.ref)
     return max(health.cooldown_until, health.circuit_until, book.read(provider_key(candidate)).cooldown_until)
 
@@ -7732,8 +7763,8 @@ def is_half_open(candidate: Candidate, book: Any, now: float) -> bool:
 def rank(candidates: Sequence[Candidate], run: Run, book: Any, now: float) -> List[Candidate]:
     """Candidates in the order they are tried: ready ones as planned, then the rest, soonest back first.
 
-    None is ever left out: when everything cools, somebody still answers (traps 151, 166). A half-open one keeps its place
-    for the request that probes it and goes behind the ready ones for others.
+    None is ever left out: when everything cools, somebody still answers (traps 151, 166). A half-open one keeps its
+    place for the request that probes it and goes behind the ready ones for others.
     """
 
     def key(candidate: Candidate) -> Tuple[int, float]:
@@ -7778,7 +7809,7 @@ def follow(run: Run, outcome: Outcome, settings: Settings, book: Any, now: float
 
 
 def _after_refusal(run: Run, candidate: Candidate, outcome: Outcome, settings: Settings, book: Any, now: float) -> Step:
-    """The origin refuses the request itself: that is the answer, unless it only is too long and larger models may try."""
+    """The origin refuses the request itself: that is the answer, unless it is just too long and larger ones may try."""
     if outcome.kind != OVERFLOW or not settings.context_fallback:
         return _end(run, Deliver(outcome), [])
     limit = candidate.model.context_window or 0
@@ -7875,8 +7906,17 @@ def release(run: Run) -> List[HealthChange]:
     return [HealthChange(ref, frees=run.id) for ref in run.probes]
 
 
+def proceed(run: Run, asked_at: float, book: Any) -> List[HealthChange]:
+    """The changes once `current` streams content: its circuit closes. What counts toward opening it stays until the
+    answer is complete, or an upstream that breaks off every stream would look well at each start."""
+    if run.current is None or book.read(run.current.ref).failed_at > asked_at:
+        return release(run)
+    return release(run) + [HealthChange(run.current.ref, circuit_until=0.0)]
+
+
 def succeed(run: Run, asked_at: float) -> List[HealthChange]:
-    """The changes after `current` has answered a call made at `asked_at`: nothing is held against it or its provider."""
+    """The changes after `current` answered a call made at `asked_at` in full: nothing is held against it or its
+    provider."""
     if run.current is None:
         return []
     cleared = [HealthChange(key, clear=True, at=asked_at) for key in (run.current.ref, provider_key(run.current))]
@@ -7907,8 +7947,8 @@ def backoff_ms(retry: int, settings: Settings, jitter: float) -> int:
 #
 # host:   now() -> monotonic seconds; wall() -> Unix seconds; jitter() -> 0..1; new_id() -> str
 #         await sleep(seconds)
-#         await send(outbound) -> reply: status, headers, await read(timeout_s) -> bytes (b"" at the exact end), close();
-#             both raise UpstreamError
+#         await send(outbound) -> reply: status, headers, await read(timeout_s) -> bytes (b"" at the exact end),
+#             close(); send and read raise UpstreamError
 #         record(trail): the request has ended; failed(error): an error of the router's own
 # client: is_open: the head was sent by a keep-alive already
 #         await respond(status, headers, body): a whole answer
@@ -7962,8 +8002,9 @@ class Trail:
 
 
 class Answer:
-    """An upstream's answer that the client may have. ref: who gave it. Whole: `body` is all of it in the client's format.
-    Streamed: `body` is what was held back, `processor` and `reply` give the rest; no reply: there is no more to come."""
+    """An upstream's answer that the client may have. ref: who gave it. Whole: `body` is all of it in the client's
+    format. Streamed: `body` is what was held back, `processor` and `reply` give the rest; no reply: there is no more
+    to come."""
 
     __slots__ = ("ref", "headers", "body", "usage", "processor", "reply", "idle_ms")
 
@@ -8109,7 +8150,8 @@ ENDPOINT_HELP = {
 
 
 def _end_of(error: BaseException) -> RouterError:
-    """What an exception that ended a request means: a task that is cancelled has lost its client, the rest is our own fault."""
+    """What an exception that ended a request means: a task that is cancelled has lost its client, the rest is our own
+    fault."""
     if isinstance(error, RouterError):
         return error
     if isinstance(error, Exception):
@@ -8177,7 +8219,8 @@ class Exchange:
                     await host.sleep(min(action.delay_ms / 1000, max(0.0, self._deadline - host.now())))
                 result = await self._attempt(action, bool(run.remaining))
                 if isinstance(result, Answer):
-                    book.apply(succeed(run, self._asked_at))
+                    streams = result.processor is not None
+                    book.apply(proceed(run, self._asked_at, book) if streams else succeed(run, self._asked_at))
                     await self._deliver(result, run)
                     return
                 run, action, changes = follow(run, result, settings, book, host.now(), host.jitter())
@@ -8403,8 +8446,9 @@ class Exchange:
 
     def _own_headers(self) -> Headers:
         trail = self._trail
-        headers = [("x-llm-router-request-id", trail.id), ("x-llm-router-attempts", trail.path)]
-        return headers + ([("x-llm-router-model", trail.model)] if trail.model else []) + self._cors
+        told = [("x-llm-router-attempts", trail.path), ("x-llm-router-model", trail.model)]
+        shown = [(name, text.encode("ascii", "backslashreplace").decode()[:2000]) for name, text in told if text]
+        return [("x-llm-router-request-id", trail.id)] + shown + self._cors
 
     async def _deliver(self, answer: Answer, run: Optional[Run]) -> None:
         trail, client = self._trail, self._client
@@ -8444,6 +8488,8 @@ class Exchange:
             failure = ErrorInfo(status, "the upstream's answer broke off: " + broken, code="upstream_" + broken)
             client.write(self._wire.error_event(failure, self._trail.id))
         if failure is None:
+            if run is not None:
+                self._gateway.book.apply(succeed(run, self._asked_at))
             await client.finish()
             return
         self._note_late(failure, TIMEOUT if broken == "timeout" else TEMPORARY, run)
@@ -8459,7 +8505,8 @@ class Exchange:
             self._gateway.book.apply(fail_late(run, kind, self._settings, self._gateway.book, self._host.now()))
 
     async def _conclude(self, action: Any) -> None:
-        """Nobody answered, or what came is the answer: an error unchanged, an empty answer, or the router's own words."""
+        """Nobody answered, or what came is the answer: an error unchanged, an empty answer, or the router's own
+        words."""
         outcome = action.outcome
         if isinstance(action, Deliver) and outcome.kind == EMPTY and self._empty is not None:
             await self._deliver(self._empty, None)
@@ -8581,7 +8628,8 @@ def _redacted(outcome: Outcome, secret: str) -> Outcome:
 
 
 def give_up_status(outcome: Outcome, wire: str) -> int:
-    """The client's status when nobody could serve. An upstream's bad key is the operator's fault, never the client's (trap 127)."""
+    """The client's status when nobody could serve. An upstream's bad key is the operator's fault, never the client's
+    (trap 127)."""
     if outcome.kind == AUTH or 200 <= outcome.status < 400:
         return 502
     if outcome.status in (503, 529):
@@ -8590,7 +8638,8 @@ def give_up_status(outcome: Outcome, wire: str) -> int:
 
 
 def give_up_message(outcome: Outcome, trail: Trail) -> str:
-    """The router's own error in words: the origin's error and every attempt, since clients show nothing else (trap 125)."""
+    """The router's own error in words: the origin's error and every attempt, since clients show nothing else (trap
+    125)."""
     text = outcome.error.message or outcome.label
     if outcome.kind == AUTH:
         text = "the provider refused the API key that is configured for it: " + text
@@ -8598,7 +8647,8 @@ def give_up_message(outcome: Outcome, trail: Trail) -> str:
 
 
 def give_up_headers(outcome: Outcome, retry_after: Optional[float]) -> Headers:
-    """When a client should come back: Retry-After when somebody recovers, x-should-retry: false when nobody will soon."""
+    """When a client should come back: Retry-After when somebody recovers, x-should-retry: false when nobody will
+    soon."""
     if outcome.kind in _NEVER_SOON or retry_after is None:
         return [("x-should-retry", "false")]
     return [("retry-after", str(math.ceil(retry_after)))]
@@ -8819,7 +8869,7 @@ class FileLock:
         path = self._target + ".lock"
         flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
         try:
-            self._file = open(path, "r+b", 0, opener=lambda name, _: os.open(name, flags, 0o600))
+            self._file = open(path, "r+b", 0, opener=lambda name, _: os.open(name, flags, 0o600))  # noqa: SIM115  kept open
         except OSError as error:
             words = one_line(self._target), error.strerror or error
             raise FileError("cannot write beside %s: %s; it is unchanged" % words) from None
@@ -8990,7 +9040,8 @@ class Network:
             return self._context
 
     def proxy_for(self, key: UpstreamKey) -> Optional[Tuple[str, int, Dict[str, str]]]:
-        """The HTTP proxy for an upstream (host, port, headers) by HTTPS_PROXY, HTTP_PROXY, ALL_PROXY and NO_PROXY; None without."""
+        """The HTTP proxy for an upstream (host, port, headers) by HTTPS_PROXY, HTTP_PROXY, ALL_PROXY and NO_PROXY;
+        None without."""
         scheme, host, _ = key
         url = self._variable(scheme + "_proxy") or self._variable("all_proxy")
         if not url or host == "localhost" or host == "::1" or host.startswith("127.") or self._is_exempt(host):
@@ -9086,7 +9137,7 @@ class Dialer:
 class Connection:
     """One connection to an upstream, driven by the loop. One exchange at a time; its Reply gets what arrives."""
 
-    def __init__(self, loop: Any, dial: Dial, on_free: Callable[["Connection"], None]) -> None:
+    def __init__(self, loop: Any, dial: Dial, on_free: Callable[[Connection], None]) -> None:
         import ssl
 
         self.key = dial.key
@@ -9105,7 +9156,7 @@ class Connection:
         self._reads = False
         self.resume()
 
-    def start(self, request: bytes, reply: "Reply") -> None:
+    def start(self, request: bytes, reply: Reply) -> None:
         """Send a request whose answer goes to `reply`. Errors reach the reply."""
         self._reply = reply
         self.unsent = memoryview(request)
@@ -9244,7 +9295,8 @@ class Reply:
             await self._wait(timeout_s, "the first byte of an answer")
 
     async def read(self, timeout_s: Optional[float]) -> bytes:
-        """The body bytes there are, waiting for some; b"" at the exact end. UpstreamError when it breaks off or stalls."""
+        """The body bytes there are, waiting for some; b"" at the exact end. UpstreamError when it breaks off or
+        stalls."""
         while not self._parts:
             if self._error is not None:
                 raise self._error
@@ -9341,7 +9393,8 @@ class Reply:
             self._connection.pause()
 
     def _inflate(self, body: bytes) -> bytes:
-        """Some upstreams compress although they were asked not to, a few without saying so or say so without doing it (trap 18)."""
+        """Some upstreams compress although they were asked not to, a few without saying so or say so without doing it
+        (trap 18)."""
         if self._first:
             body, self._held = self._held + body, b""
             if len(body) < 2 and not self._parser.complete:
@@ -9405,7 +9458,7 @@ class Upstreams:
         self._network = Network(environ)
         self._dialer = Dialer(loop, settings.dial_threads, settings.dial_threads_per_upstream, self._dialled)
         self._idle: Dict[UpstreamKey, List[Connection]] = {}
-        self._waiting: Dict[UpstreamKey, "OrderedDict[Any, None]"] = {}
+        self._waiting: Dict[UpstreamKey, OrderedDict[Any, None]] = {}
         self._sweeper: Any = None
 
     async def send(self, outbound: Outbound) -> Reply:
@@ -9529,10 +9582,11 @@ _TICK_S = 0.25
 _HALF_CLOSE_WAIT_S = 0.3
 _PROBE_WAIT_S = 0.2
 _LINGER_BYTES = 1 << 20
+_BUSY_LINGER_S = 0.5
 _UPLOAD_BYTES_PER_S = 1024
 
 
-class ClientGone(RouterError):
+class ClientGoneError(RouterError):
     """The client's connection is broken: nothing can be sent any more."""
 
     def __init__(self) -> None:
@@ -9542,7 +9596,7 @@ class ClientGone(RouterError):
 class Sink:
     """Where the gateway puts the answer to one request (see GATEWAY for what each method means)."""
 
-    def __init__(self, connection: "ClientConnection", head: HttpRequest) -> None:
+    def __init__(self, connection: ClientConnection, head: HttpRequest) -> None:
         self.is_open = False
         self.ended = False
         self.farewell: Optional[Callable[[], bytes]] = None
@@ -9574,7 +9628,8 @@ class Sink:
         await connection.drain()
 
     def keep_alive(self, at: float, every_ms: int, head: Headers) -> None:
-        """From `at` on, whenever `every_ms` pass in silence, send a sign of life; the first one opens the stream with `head`."""
+        """From `at` on, whenever `every_ms` pass in silence, send a sign of life; the first one opens the stream with
+        `head`."""
         if every_ms > 0:
             self._every_s, self._early_headers, self._sent_at = every_ms / 1000, head, at
             self._timer = self._connection.loop.call_at(at + self._every_s, self._tick)
@@ -9607,7 +9662,8 @@ class Sink:
         await connection.drain()
 
     def cut(self) -> None:
-        """End the connection without the last chunk, after what was written: the client sees that the answer broke off."""
+        """End the connection without the last chunk, after what was written: the client sees that the answer broke
+        off."""
         self._stop_timer()
         self.ended = True
         self._connection.closes = True
@@ -9657,7 +9713,7 @@ class _Relay:
     """One stream on its way: what the upstream sends is processed and written in the loop's callback, without waking a
     coroutine per chunk; the coroutine only handles what is rare: a client that reads slowly, silence, the end."""
 
-    def __init__(self, sink: Sink, connection: "ClientConnection", reply: Reply, processor: Any, idle_s: float) -> None:
+    def __init__(self, sink: Sink, connection: ClientConnection, reply: Reply, processor: Any, idle_s: float) -> None:
         self._sink = sink
         self._connection = connection
         self._reply = reply
@@ -9669,7 +9725,7 @@ class _Relay:
         self._lingers = False
 
     async def run(self, left_s: Optional[float]) -> str:
-        """Relay until the end; the label of how it ended. ClientGone when the client left."""
+        """Relay until the end; the label of how it ended. ClientGoneError when the client left."""
         timers = [self._loop.call_later(left_s, self._stop, "timeout")] if left_s is not None else []
         if self._idle_s:
             self._reply.last_byte_at = self._loop.time()
@@ -9688,7 +9744,7 @@ class _Relay:
                 timer.cancel()
             self._end = self._end or "client_gone"
         if self._end == "client_gone":
-            raise ClientGone()
+            raise ClientGoneError
         return self._end
 
     def _on_data(self, data: bytes) -> None:
@@ -9729,9 +9785,10 @@ class _Relay:
 
 
 class ClientConnection:
-    """One client connection: reads requests, has them answered one after another, and notices when the client leaves."""
+    """One client connection: reads requests, has them answered one after another, and notices when the client
+    leaves."""
 
-    def __init__(self, server: "Server", reader: Any, writer: Any) -> None:
+    def __init__(self, server: Server, reader: Any, writer: Any) -> None:
         import asyncio
 
         self.server = server
@@ -9776,7 +9833,7 @@ class ClientConnection:
         try:
             while not self.closes and await self._serve_one():
                 pass
-        except ClientGone:
+        except ClientGoneError:
             pass
         except HttpError as error:
             await self._refuse(error)
@@ -9790,7 +9847,7 @@ class ClientConnection:
     def send(self, data: bytes) -> None:
         """Hand bytes to the transport."""
         if self.is_gone():
-            raise ClientGone()
+            raise ClientGoneError
         self._transport.write(data)
 
     def is_gone(self) -> bool:
@@ -9802,7 +9859,7 @@ class ClientConnection:
         return self._transport.get_write_buffer_size() > _HIGH_WATER_BYTES
 
     async def drain(self) -> None:
-        """Wait until a slow client has taken what was written. ClientGone when it takes too long or leaves."""
+        """Wait until a slow client has taken what was written. ClientGoneError when it takes too long or leaves."""
         if not self._transport.get_write_buffer_size():
             return
         before, self.phase = self.phase, "sending"
@@ -9810,7 +9867,7 @@ class ClientConnection:
         try:
             await self._writer.drain()
         except ConnectionError:
-            raise ClientGone() from None
+            raise ClientGoneError from None
         finally:
             self.phase, self.deadline = before, math.inf
 
@@ -9848,13 +9905,13 @@ class ClientConnection:
         return await self.loop.run_in_executor(None, inflate, body, encoding, self.server.limits.max_body_bytes)
 
     async def _read(self) -> bytes:
-        """Some bytes from the client. ClientGone at the end of the connection."""
+        """Some bytes from the client. ClientGoneError at the end of the connection."""
         try:
             data = await self._reader.read(_READ_BYTES)
         except (ConnectionError, OSError):
-            raise ClientGone() from None
+            raise ClientGoneError from None
         if not data:
-            raise ClientGone()
+            raise ClientGoneError
         return data
 
     async def _serve_one(self) -> bool:
@@ -9885,7 +9942,7 @@ class ClientConnection:
                 self.phase, self.deadline = "head", self.loop.time() + settings.head_timeout_ms / 1000
             try:
                 data = await self._read()
-            except ClientGone:
+            except ClientGoneError:
                 if parser.started and self._at_eof:
                     raise HttpError("the request ended in the middle of its head", 400, "incomplete_request") from None
                 return None
@@ -9911,7 +9968,7 @@ class ClientConnection:
                     )
                 )
                 await self.drain()
-            except ClientGone:
+            except ClientGoneError:
                 return
         await self._linger()
 
@@ -9926,7 +9983,7 @@ class ClientConnection:
                 self._transport.write_eof()
             while left > 0 and not self._at_eof:
                 left -= len(await self._read())
-        except (ClientGone, HttpError, OSError, RuntimeError):
+        except (ClientGoneError, HttpError, OSError, RuntimeError):
             return
 
     def _on_gone(self) -> None:
@@ -9950,7 +10007,7 @@ class ClientConnection:
             return
         try:
             sink.probe()
-        except ClientGone:
+        except ClientGoneError:
             self._on_gone()
             return
         self.loop.call_later(_PROBE_WAIT_S, self._check_probe)
@@ -10023,6 +10080,11 @@ class Server:
                     date=self.date(),
                 )
             )
+            try:  # take the request before closing, or the client may see a reset instead of the answer, see _linger
+                writer.write_eof()
+                await asyncio.wait_for(reader.read(_READ_BYTES), _BUSY_LINGER_S)
+            except (asyncio.TimeoutError, asyncio.CancelledError, OSError, RuntimeError):
+                pass
             writer.close()
             return
         connection = ClientConnection(self, reader, writer)
@@ -10072,7 +10134,8 @@ class Server:
         return self._date[1]
 
     async def drain(self, grace_s: float) -> bool:
-        """Stop accepting, let what runs finish for `grace_s`, then cut it with a word. True when nothing had to be cut."""
+        """Stop accepting, let what runs finish for `grace_s`, then cut it with a word. True when nothing had to be
+        cut."""
         import asyncio
 
         self.draining = True
@@ -10173,7 +10236,7 @@ class TrailRing:
 
     def __init__(self, size: int) -> None:
         self._size = size
-        self._trails: "OrderedDict[str, Trail]" = OrderedDict()
+        self._trails: OrderedDict[str, Trail] = OrderedDict()
 
     def add(self, trail: Trail) -> None:
         """Remember a request that has ended; the oldest one gives way."""
@@ -10347,7 +10410,7 @@ class LocalHost:
 
         self.now = loop.time
         self.wall = time.time
-        self.jitter = random.Random().random
+        self.jitter = random.Random().random  # noqa: S311  it spreads retries, it guards nothing
         self.send = upstreams.send
         self._token = secrets.token_hex
         self._log = log
@@ -10399,8 +10462,16 @@ RUNTIME_PATH = "~/.llm-router.runtime.json"
 _CONTROL_TIMEOUT_S = 5.0
 
 
+def state_path() -> str:
+    """Where the running instances of this user are listed."""
+    import os
+
+    return os.path.expanduser(RUNTIME_PATH)
+
+
 class Instance(NamedTuple):
-    """One running server as the state file tells it. token: the bearer of its control channel; started: Unix seconds."""
+    """One running server as the state file tells it. token: the bearer of its control channel; started: Unix
+    seconds."""
 
     id: str
     pid: int
@@ -10440,7 +10511,7 @@ def ask_instance(instance: Instance, verb: str, method: str = "GET") -> Dict[str
     """
     import http.client
 
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(instance.host, instance.host)  # noqa: S104  a wildcard is reached on loopback
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(instance.host, instance.host)
     connection = http.client.HTTPConnection(host, instance.port, timeout=_CONTROL_TIMEOUT_S)
     try:
         connection.request(method, _CONTROL + verb, headers={"authorization": "Bearer " + instance.token})
@@ -10545,7 +10616,7 @@ class Router:
         import os
 
         options, now, refs = self.options, self.host.now(), self._refs()
-        made_up = [key for key in self.book.keys() if not key.endswith("/") and key not in refs]
+        made_up = [key for key in self.book.known() if not key.endswith("/") and key not in refs]
         return {
             "pid": os.getpid(),
             "version": __version__,
@@ -10588,7 +10659,8 @@ class Router:
         return 200, {"changes": notes}
 
     def reload(self) -> List[str]:
-        """Read the configuration again and use it for every request from now on; returns what changed. ConfigError leaves all as it was.
+        """Read the configuration again and use it for every request from now on; returns what changed. ConfigError
+        leaves all as it was.
 
         Open requests finish with what they began with. Providers whose URL, key or auth changed start healthy.
         """
@@ -10599,7 +10671,7 @@ class Router:
         if options.require_auth and not config.master_key:
             raise ConfigError("the new configuration has no masterKey, which --require-auth needs")
         notes = changed_providers(options.config, config)
-        for key in self.book.keys():
+        for key in self.book.known():
             if key.partition("/")[0] in notes:
                 self.book.apply([HealthChange(key, clear=True, at=math.inf)])
         self.options = options._replace(config=config, document=document)
@@ -10621,10 +10693,9 @@ class Router:
         self._change_state(lambda known: [instance for instance in known if instance.id != self.id])
 
     def _change_state(self, change: Callable[[List[Instance]], List[Instance]]) -> None:
-        import os
 
         try:
-            change_instances(os.path.expanduser(RUNTIME_PATH), change)
+            change_instances(state_path(), change)
         except RouterError as error:
             self.log.write("warning: stop, reload and status will not find this instance: " + error.message)
 
@@ -10688,14 +10759,13 @@ async def _serve(options: StartOptions) -> int:
 
 async def _listen(server: Server, options: StartOptions) -> int:
     import errno
-    import os
 
     try:
         return await server.listen(options.host, options.port)
     except OSError as error:
         reason = one_line(error.strerror or str(error), 160)
         if error.errno == errno.EADDRINUSE:
-            own = [one for one in read_instances(os.path.expanduser(RUNTIME_PATH)) if one.port == options.port]
+            own = [one for one in read_instances(state_path()) if one.port == options.port]
             reason = "the port is in use" + (_own_instance_hint(own[0]) if own else "; choose another with --port")
         raise RouterError("cannot listen on %s:%d: %s" % (options.host, options.port, reason)) from None
 
@@ -11412,16 +11482,19 @@ def run_validate(values: Values, environ: Environ) -> int:
 # fmt: off
 OPERATIONS: Tuple[Operation, ...] = (
     Operation("upsert-provider", "add a provider, or change what is given of one", _PROVIDER_FLAGS, ("provider-id",),
-              "--provider-id=openrouter --base-url=https://openrouter.ai/api/v1 --api-key=- --models=gpt-4o --format=openai"
-              " --skip-probe=true", _upsert),
+              "--provider-id=openrouter --base-url=https://openrouter.ai/api/v1 --api-key=- --models=gpt-4o"
+              " --format=openai --skip-probe=true", _upsert),
     Operation("remove-provider", "remove a provider and all references to it", ("provider-id",), ("provider-id",),
-              "--provider-id=openrouter", lambda values: lambda document: remove_provider(document, values["provider_id"])),
-    Operation("remove-model", "remove a model and all references to it", ("provider-id", "model"), ("provider-id", "model"),
+              "--provider-id=openrouter",
+              lambda values: lambda document: remove_provider(document, values["provider_id"])),
+    Operation("remove-model", "remove a model and all references to it", ("provider-id", "model"),
+              ("provider-id", "model"),
               "--provider-id=openrouter --model=gpt-4o", _remove_models),
     Operation("set-model-fallbacks", "set what to try when a model fails",
               ("provider-id", "model", "fallback-models", "clear-fallbacks"), ("provider-id", "model"),
               "--provider-id=openrouter --model=gpt-4o --fallback-models=anthropic/claude-3-7-sonnet", _set_fallbacks),
-    Operation("set-model-alias", "give models a further name", ("alias", "provider-id", "model", "clear-alias"), ("alias",),
+    Operation("set-model-alias", "give models a further name", ("alias", "provider-id", "model", "clear-alias"),
+              ("alias",),
               "--alias=fast --model=openrouter/gpt-4o", _set_alias),
     Operation("set-default-model", "set the model for `smart` and for requests that name none",
               ("default-model", "provider-id", "model"), (), "--default-model=openrouter/gpt-4o", _set_default),
@@ -11510,10 +11583,9 @@ def run_demo_command(values: Values, environ: Environ) -> int:
 
 
 def _find_running(values: Values) -> Instance:
-    import os
 
     config = config_path(values["config"]) if values.get("config") else ""
-    return find_instance(os.path.expanduser(RUNTIME_PATH), config, _port_of(values))
+    return find_instance(state_path(), config, _port_of(values))
 
 
 def run_status(values: Values, environ: Environ) -> int:
@@ -11611,18 +11683,22 @@ def _explanation(trail: Dict[str, Any]) -> str:
 # fmt: off
 COMMANDS: Tuple[Command, ...] = (
     Command("", run_summary, "one local endpoint for every AI provider", (_CONFIG, _AS_JSON), "llm-router start"),
-    Command("config", run_config, "change or show the configuration", CONFIG_FLAGS, "llm-router config --operation=list"),
-    Command("start", run_start, "serve in the foreground", START_FLAGS, "llm-router start --port=8787 --require-auth=true"),
+    Command("config", run_config, "change or show the configuration", CONFIG_FLAGS,
+            "llm-router config --operation=list"),
+    Command("start", run_start, "serve in the foreground", START_FLAGS,
+            "llm-router start --port=8787 --require-auth=true"),
     Command("status", run_status, "show the running instance and the state of every model", (*_RUNNING_FLAGS, _AS_JSON),
             "llm-router status --json"),
     Command("explain", run_explain, "show what became of a request and why: explain ID, or explain last",
             (_ID, *_RUNNING_FLAGS, _AS_JSON), "llm-router explain last"),
-    Command("reload", run_reload, "apply the edited configuration; open streams go on", _RUNNING_FLAGS, "llm-router reload"),
+    Command("reload", run_reload, "apply the edited configuration; open streams go on", _RUNNING_FLAGS,
+            "llm-router reload"),
     Command("stop", run_stop, "end the running instance", (*_RUNNING_FLAGS, Flag("grace", "text",
             "seconds that open streams may take, default 30")), "llm-router stop --grace=5"),
     Command("settings", run_settings, "show every setting", (_AS_JSON,), "llm-router settings --json"),
     Command("demo", run_demo_command, "try it without key, configuration or network", (Flag("once", "bool",
-            "exit after the demonstration"), Flag("port", "text", "port to listen on, default any")), "llm-router demo --once"),
+            "exit after the demonstration"), Flag("port", "text", "port to listen on, default any")),
+            "llm-router demo --once"),
 )
 # fmt: on
 

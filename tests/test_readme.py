@@ -1,6 +1,7 @@
 """README is true: its tables come from the program and the tests, its examples run. `python tests/test_readme.py` rewrites the tables."""
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +11,9 @@ for folder in (str(ROOT), str(ROOT / "tests")):
     if folder not in sys.path:
         sys.path.insert(0, folder)
 
-import llm_router  # noqa: E402
 from test_scenarios import scenario_table  # noqa: E402
+
+import llm_router  # noqa: E402
 
 README = ROOT / "README.md"
 
@@ -54,7 +56,7 @@ def test_every_variable_command_operation_and_flag_in_the_readme_exists():
     variables = {row.variable for row in llm_router.SETTINGS} | {"LLM_ROUTER_CONFIG_JSON", "LLM_ROUTER_JSON", "LLM_ROUTER_MASTER_KEY"}
     assert set(re.findall(r"\bLLM_ROUTER_[A-Z_]+\b", text)) <= variables
     commands = {row.name for row in llm_router.COMMANDS}
-    assert {name for name in re.findall(r"llm_router\.py ([a-z-]+)", text)} <= commands
+    assert set(re.findall(r"llm_router\.py ([a-z-]+)", text)) <= commands
     table = re.search(r"\| command \| does \|\n.*?\n\n", text, re.DOTALL).group(0)
     assert set(re.findall(r"^\| `([a-z-]+)`", table, re.MULTILINE)) == commands - {""}
     operations = re.search(r"`config --operation=`:(.*?)\.", text, re.DOTALL).group(1)
@@ -74,12 +76,12 @@ def test_the_example_configuration_has_no_problem():
 
 def test_the_quick_start_runs_word_for_word(tmp_path):
     text = README.read_text(encoding="utf-8")
-    lines = [line for line in re.search(r"## Quick start\n\n```sh\n(.*?)```", text, re.DOTALL).group(1).splitlines()]
+    lines = re.search(r"## Quick start\n\n```sh\n(.*?)```", text, re.DOTALL).group(1).splitlines()
     (tmp_path / "llm_router.py").write_bytes((ROOT / "llm_router.py").read_bytes())
     env = {"HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}
     for line in lines[:2]:
-        command = line.replace("python3 ", '"%s" ' % sys.executable, 1)
-        done = subprocess.run(command, shell=True, cwd=tmp_path, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        words = [sys.executable] + shlex.split(line)[1:]
+        done = subprocess.run(words, cwd=tmp_path, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     stored = llm_router.parse_config_text((tmp_path / ".llm-router.json").read_text(), "file")
     assert [model["id"] for model in stored["providers"][0]["models"]] == ["gpt-4o", "claude-3-7-sonnet-latest"]
