@@ -8707,6 +8707,17 @@ def load_config(given: str, environ: Mapping[str, str]) -> Loaded:
     return Loaded(parse_config_text(data, one_line(path)), path, path, warnings)
 
 
+def file_stamp(path: str) -> Tuple[int, ...]:
+    """What changes whenever a file is written or replaced; empty while there is none."""
+    import os
+
+    try:
+        status = os.stat(path)
+    except OSError:
+        return ()
+    return status.st_mtime_ns, status.st_size, status.st_ino
+
+
 def read_bytes(path: str) -> Tuple[Optional[bytes], int]:
     """A file's content, and its permission bits where others may read or write it, else 0; None when it does not exist.
     ConfigError when it cannot be read."""
@@ -10460,6 +10471,7 @@ def make_access(options: StartOptions) -> Access:
 RUNTIME_PATH = "~/.llm-router.runtime.json"
 
 _CONTROL_TIMEOUT_S = 5.0
+_WATCH_S = 0.5
 
 
 def state_path() -> str:
@@ -10599,7 +10611,7 @@ class Router:
             record = self.ring.find(argument)
             return (200, {"trail": record}) if record else (404, {"error": "that request is not remembered (any more)"})
         if method == "POST" and name == "reload":
-            return self._reload()
+            return self.try_reload()
         if method == "POST" and name == "stop":
             self.stop(argument)
             return 200, {"pid": self.status()["pid"]}
@@ -10649,7 +10661,8 @@ class Router:
         }
         return self.host.counters.render(gauges)
 
-    def _reload(self) -> Tuple[int, Dict[str, Any]]:
+    def try_reload(self) -> Tuple[int, Dict[str, Any]]:
+        """`reload` as the control channel answers it: status and body. A failure is logged and shown by `status`."""
         try:
             notes = self.reload()
         except RouterError as error:
@@ -10665,8 +10678,11 @@ class Router:
         Open requests finish with what they began with. Providers whose URL, key or auth changed start healthy.
         """
         options = self.options
-        loaded = load_config(options.config_path, options.environ) if options.config_path else None
-        document = loaded.document if loaded is not None and loaded.document is not None else options.document
+        document: Optional[Dict[str, Any]] = options.document
+        if options.config_path:
+            document = load_config(options.config_path, options.environ).document
+        if document is None:
+            raise ConfigError("%s is not there (any more)" % one_line(options.config_path))
         config = read_config(document, options.environ)
         if options.require_auth and not config.master_key:
             raise ConfigError("the new configuration has no masterKey, which --require-auth needs")
@@ -10747,7 +10763,10 @@ async def _serve(options: StartOptions) -> int:
         _on_signals(loop, router)
         router.enroll(port)
         _announce(options, port)  # last: whoever reads it may stop, reload and ask for the status at once
+        watcher = asyncio.ensure_future(_watch_config(router)) if options.watch_config and options.config_path else None
         await router.stopping.wait()
+        if watcher is not None:
+            watcher.cancel()
         log.write("stopping: open requests have %g s to finish" % router.grace_s)
         clean = await router.server.drain(router.grace_s)
         router.leave()
@@ -10755,6 +10774,19 @@ async def _serve(options: StartOptions) -> int:
         router.upstreams.close()
         log.close()
     return 0 if clean else 1
+
+
+async def _watch_config(router: Router) -> None:
+    """Apply every edit of the configuration file. An editor may replace the file; while it is away nothing changes."""
+    import asyncio
+
+    seen = file_stamp(router.options.config_path)
+    while True:
+        await asyncio.sleep(_WATCH_S)
+        stamp = file_stamp(router.options.config_path)
+        if stamp and stamp != seen:
+            router.try_reload()
+        seen = stamp or seen
 
 
 async def _listen(server: Server, options: StartOptions) -> int:

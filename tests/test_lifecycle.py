@@ -10,6 +10,7 @@ import pytest
 
 import fake_upstream as fake
 import llm_router as r
+from exchanges import until
 from running_router import PROGRAM, clean_environment, config_of, provider
 
 CHAT = "/v1/chat/completions"
@@ -294,3 +295,21 @@ def test_another_program_on_the_port_of_a_dead_instance_is_not_taken_for_it(runn
 )
 def test_durations_read_well(ms, words):
     assert r.show_duration(ms) == words
+
+
+def test_an_edit_of_the_file_is_applied_while_running_and_a_broken_one_keeps_the_last_good(router, upstream):
+    upstream.handler = fake.final_text("hi")
+    running = router(config_of(provider(upstream, models=["one"])), "--origin-retry-base-delay-ms=1")
+
+    def knows(model):
+        return running.post(CHAT, dict(MESSAGES, model=model)).status == 200
+
+    assert knows("fake/one") and not knows("fake/two")
+    running.write_config(config_of(provider(upstream, models=["one", "two"])))
+    until(lambda: knows("fake/two"))
+    running.write_config("{ broken")
+    until(lambda: running.get("/health").json["config"] != "ok")
+    assert knows("fake/two")
+    running.write_config(config_of(provider(upstream, models=["three"])))
+    until(lambda: knows("fake/three"))
+    assert running.get("/health").json["config"] == "ok" and not knows("fake/two")
