@@ -1,0 +1,67 @@
+"""TEXT AND HEADERS and ERRORS: small readers of foreign text."""
+
+import pytest
+
+import llm_router as R
+
+ODD_JSON = [
+    b"",
+    b"{",
+    b"[" * 100_000,
+    b'{"a":' * 50_000,
+    b"9" * 5000,
+    b"NaN",
+    b"-Infinity",
+    b'"\xff\xfe"',
+    '{"a":1}'.encode("utf-16"),
+    b'{"a":1} x',
+    b"{'a':1}",
+]
+
+
+@pytest.mark.parametrize("data", ODD_JSON, ids=[repr(data[:8]) for data in ODD_JSON])
+def test_odd_json_is_a_400_and_nothing_else(data):
+    """Incident: huge integers and nesting (CVE-2020-10735)."""
+    with pytest.raises(R.RouterError) as caught:
+        R.load_json(data)
+    assert caught.value.status == 400
+
+
+def test_json_with_a_byte_order_mark_and_lone_surrogates_passes():
+    assert R.load_json(b"\xef\xbb\xbf{}") == {}
+    value = R.load_json(b'"\\ud800"')
+    assert R.load_json(R.dump_json(value)) == value
+
+
+def test_a_masked_secret_cannot_be_used():
+    secret = "sk-proj-0123456789abcdef"
+    assert R.mask(secret) == "sk-...cdef"
+    assert R.mask("short-key") == "***" and R.mask("") == ""
+
+
+def test_one_request_is_one_log_line():
+    """Log injection: CR, LF, ESC and other controls."""
+    shown = R.one_line("a\r\nb\x1b[31m\u2028c\x00" + "x" * 1000, 50)
+    assert shown.isprintable() and len(shown) < 120 and "\\n" in shown and shown.endswith("...")
+
+
+def test_values_are_told_apart_by_type():
+    assert R.Text("a") == R.Text("a") != R.Refusal("a")
+    assert R.Text("a") != R.Text("b")
+    assert R.Closed() == R.Closed() != R.Ping()
+    assert R.Closed() and repr(R.Delta("x")) == "Delta('x')"
+
+
+@pytest.mark.parametrize("value", [True, -1, "7", None, float("nan"), float("inf"), [1]])
+def test_only_whole_numbers_count(value):
+    assert R.as_int(value) == 0
+
+
+def test_a_header_is_found_and_a_missing_one_has_a_default():
+    headers = [("a", "1"), ("b", "2"), ("a", "3")]
+    assert R.header(headers, "a") == "1" and R.header(headers, "c") == "" and R.header(headers, "c", "x") == "x"
+
+
+def test_the_nearest_names_come_first():
+    assert R.nearest("gpt-4", ["claude", "gpt-4o", "gpt-3"])[0] == "gpt-4o"
+    assert R.nearest("zzz", ["claude"]) == []
