@@ -2540,6 +2540,7 @@ class WireFormat(NamedTuple):
     parse_error(status, body) reads an error answer (body: parsed JSON, or text); render_error(info, id) writes one
     as a JSON value. error_event(info, id) is the error as SSE bytes. watch: matches raw stream bytes that may hold
     usage, an error or the end, so that a relay looks at nothing else. losses: field -> what becomes of it.
+    answer: the key of a whole answer under which its content stands; read_usage(usage) -> Usage.
     """
 
     name: str
@@ -2555,6 +2556,8 @@ class WireFormat(NamedTuple):
     error_event: Callable[[ErrorInfo, str], bytes]
     watch: Pattern[bytes]
     losses: Dict[str, str]
+    answer: str
+    read_usage: Callable[[Dict[str, Any]], Optional[Usage]]
 
 
 def join_text(blocks: Iterable[Any], separator: str = "") -> str:
@@ -3950,6 +3953,8 @@ OPENAI_CHAT = WireFormat(
         rb'|"object"\s*:\s*"error"'
     ),
     losses=CHAT_LOSSES,
+    answer="choices",
+    read_usage=_chat_usage,
 )
 
 # ==============================================================================
@@ -4851,6 +4856,8 @@ ANTHROPIC_MESSAGES = WireFormat(
     error_event=anthropic_error_event,
     watch=re.compile(rb'"(?:usage|error|message_stop)"'),
     losses=ANTHROPIC_LOSSES,
+    answer="content",
+    read_usage=_anthropic_usage,
 )
 
 # ==============================================================================
@@ -5937,7 +5944,7 @@ OPENAI_RESPONSES = WireFormat(
     name=_RESPONSES, path="/responses", parse_request=parse_responses_request, render_request=render_responses_request,
     parse_response=parse_responses_response, render_response=render_responses_response, parser=ResponsesParser,
     renderer=ResponsesRenderer, parse_error=read_error, render_error=render_responses_error,
-    error_event=responses_error_event, losses=RESPONSES_LOSSES,
+    error_event=responses_error_event, losses=RESPONSES_LOSSES, answer="output", read_usage=parse_responses_usage,
     # Quotes inside JSON strings are escaped, so these words match no text that the model wrote.
     watch=re.compile(rb'(?m)"response\.(?:completed|incomplete|failed|cancelled)"|"error"|"usage"|^event: ?error'),
 )  # fmt: skip
@@ -5971,6 +5978,24 @@ def render_request(request: ChatRequest, target: str) -> Dict[str, Any]:
 def parse_answer(body: Dict[str, Any], source: str, context: Context) -> ChatResponse:
     """A whole answer of the format `source`, with the client's own tool names. RouterError 502 when it is none."""
     return restore_tools(WIRE_FORMATS[source].parse_response(body, context), context.request)
+
+
+_SAID = frozenset(("content", "text", "refusal", "reasoning_content", "reasoning", "thinking", "name"))
+_ODD_ENDS = re.compile(rb'"(?:error|abort|network_error|insufficient_system_resource)"')
+
+
+def is_plain_answer(body: Dict[str, Any], raw: bytes, source: str) -> bool:
+    """Whether a whole answer surely says something and no error, seen without parsing it; False is no verdict."""
+    pending = [] if _ODD_ENDS.search(raw) else [body.get(WIRE_FORMATS[source].answer)]
+    while pending:
+        value = pending.pop()
+        parts = value.items() if isinstance(value, dict) else enumerate(as_list(value))
+        for key, part in parts:
+            if isinstance(part, (dict, list)):
+                pending.append(part)
+            elif part and isinstance(part, str) and key in _SAID:
+                return True
+    return False
 
 
 def translate_response(body: Dict[str, Any], source: str, target: str, context: Context) -> Dict[str, Any]:
@@ -6909,7 +6934,7 @@ class Target(NamedTuple):
     """Where requests of one provider in one wire format go, and what every one of them carries.
 
     path: with the base URL's own query. headers: everything fixed by the configuration; None for one that it removes,
-    whoever else would add it.
+    whoever else would add it. compat: what this upstream is known to refuse.
     """
 
     scheme: str
@@ -6917,6 +6942,7 @@ class Target(NamedTuple):
     port: int
     path: str
     headers: Tuple[Tuple[str, Optional[str]], ...]
+    compat: Compat = _PLAIN
 
     @property
     def origin(self) -> str:
@@ -6983,6 +7009,7 @@ def make_target(provider: Provider, wire: str) -> Target:
         port,
         path + ("?" + parts.query if parts.query else ""),
         _fixed_headers(provider, wire, parts.netloc),
+        find_compat(as_text(provider.compat), parts.hostname),
     )
 
 
@@ -7098,7 +7125,7 @@ class Requests:
         wire = choose_wire(candidate, inbound.wire) if chat else inbound.wire
         target = self._target(provider, wire)
         path = target.path if chat else _operation_path(target.path, WIRE_FORMATS[wire].path, inbound.operation)
-        compat = find_compat(as_text(provider.compat), target.host)
+        compat = target.compat
         if wire == inbound.wire:
             signed = (
                 drop_unsigned_thinking(inbound.body.value) if compat.signed_thinking and wire == "anthropic" else None
@@ -8345,8 +8372,12 @@ class Exchange:
         return Answer(self._ref, self._returned(reply, outbound), body)
 
     def _judge_whole(self, outbound: Outbound, reply: Any, body: bytes) -> Union[Outcome, Answer]:
-        context = self._context()
         parsed = _read_json(body)
+        if self._passes(outbound) and is_plain_answer(parsed, body, outbound.wire):
+            usage = parsed.get("usage")
+            counted = WIRE_FORMATS[outbound.wire].read_usage(usage) if isinstance(usage, dict) else None
+            return Answer(self._ref, self._returned(reply, outbound), self._named(outbound, body), counted)
+        context = self._context()
         if not parsed and body.lstrip()[:6] in (b"data: ", b"data:{", b"event:"):
             folded = fold_stream(outbound.wire, body, context)
             if isinstance(folded, ErrorInfo):
@@ -8372,11 +8403,17 @@ class Exchange:
         headers = self._returned(reply, outbound)
         if self._inbound.stream:
             return Answer(self._ref, headers, render_stream(self._inbound.wire, response, context), response.usage)
-        if outbound.wire != self._inbound.wire or not body:
+        if not self._passes(outbound) or not body:
             body = dump_json(self._wire.render_response(response, context))
-        elif outbound.wire == "anthropic":
-            body = rename_model(body, self._asked())
-        return Answer(self._ref, headers, body, response.usage)
+        return Answer(self._ref, headers, self._named(outbound, body), response.usage)
+
+    def _passes(self, outbound: Outbound) -> bool:
+        """Whether a whole answer goes to the client as it comes."""
+        return outbound.wire == self._inbound.wire and not self._inbound.stream
+
+    def _named(self, outbound: Outbound, body: bytes) -> bytes:
+        """A whole body with the model that was asked for, where the format's clients take it for that (trap 44)."""
+        return rename_model(body, self._asked()) if outbound.wire == self._inbound.wire == "anthropic" else body
 
     def _bad_body(self, outbound: Outbound, reply: Any, parsed: Dict[str, Any], body: bytes) -> Outcome:
         if parsed:
