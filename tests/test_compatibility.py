@@ -88,3 +88,19 @@ def test_unsigned_thinking_is_kept_from_an_upstream_that_demands_signatures_and_
     running = router(config_of(provider(upstream, "anthropic", "a", ["m"], compat=compat)))
     assert running.post("/v1/messages", history(signature)).status == 200
     assert len(upstream.calls[-1].json["messages"][1]["content"]) == kept
+
+
+def test_a_conversation_that_a_provider_keeps_never_moves_to_another(router, make_upstream):
+    """Trap 63."""
+    home, other = make_upstream(), make_upstream(fake.final_text("lost"))
+    home.answer(*[fake.error_answer("responses", 500)] * 3)
+    origin = {"id": "m", "fallbackModels": ["b/m"]}
+    running = router(
+        config_of(provider(home, "responses", "a", [origin]), provider(other, "responses", "b", ["m"])),
+        "--origin-retry-base-delay-ms=5",
+    )
+    body = {"model": "a/m", "input": "go on", "previous_response_id": "resp_1"}
+    assert running.post("/v1/responses", body).status == 500
+    assert len(home.calls) == 3 and other.calls == []
+    home.answer(fake.error_answer("responses", 402))
+    assert running.post("/v1/responses", {"model": "a/m", "input": "new"}).status == 200

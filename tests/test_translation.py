@@ -602,3 +602,24 @@ def test_a_custom_call_that_is_custom_already_streams_on():
     restorer = R.tool_restorer(REQUEST._replace(tools=[R.Tool("patch", kind="custom")]))
     events = [R.Opened(R.ToolCall("c", "patch", kind="custom")), R.Delta("{x"), R.Closed()]
     assert [list(restorer.restore(event)) for event in events] == [[event] for event in events]
+
+
+CHAT_SAYS = {"choices": [{"message": {"content": "hi"}, "finish_reason": "stop"}]}
+PLAIN = [
+    ("openai", CHAT_SAYS, True),
+    ("openai", {"choices": [{"message": {"content": None, "tool_calls": [{"function": {"name": "f"}}]}}]}, True),
+    ("openai", {"choices": [{"message": {"content": ""}, "finish_reason": "stop"}]}, False),
+    ("openai", {"choices": [{"message": {"content": "hi"}, "finish_reason": "error"}]}, False),
+    ("openai", dict(CHAT_SAYS, error={"message": "x"}), False),
+    ("openai", {"text": "hi"}, False),
+    ("anthropic", {"content": [{"type": "text", "text": "hi"}]}, True),
+    ("anthropic", {"content": [{"type": "text", "text": ""}]}, False),
+    ("responses", {"output": [{"type": "message", "content": [{"type": "output_text", "text": "hi"}]}]}, True),
+    ("responses", {"output": []}, False),
+]
+
+
+@pytest.mark.parametrize("wire, body, plain", PLAIN)
+def test_only_an_answer_that_says_something_and_no_error_passes_at_a_look(wire, body, plain):
+    """Traps 12, 138."""
+    assert R.is_plain_answer(body, R.dump_json(body), wire) is plain
