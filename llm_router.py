@@ -32,15 +32,26 @@ Contents:
   16  OUTBOUND              a candidate and a request become an upstream request [pure]
   17  OUTCOMES              status, headers and body of an upstream's answer: what they mean [pure]
   18  FALLBACK              what to do next after each outcome, clock and dice passed in [pure]
-  19  GATEWAY               one request from its head to its end, through injected effects [async]
-  20  FILES                 configuration and state on disk: atomic, private, locked [host]
-  21  UPSTREAM              threads dial, the loop talks: connections, their pool, replies [host]
-  22  SERVER                client connections on asyncio streams: one request after another [host]
-  23  METRICS AND TRAIL     one line a request, written where it can block nobody [host]
-  24  PROCESS               the running server: its effects, signals, start and end [host]
-  25  DEMO                  fake providers, the router before them, and every kind of request [host]
-  26  COMMANDS              flags, help and what each command does [host]
-  27  MAIN                  the only exit [host]
+  19  SCREENS               the menu as values: a key and a state become a state and an effect [pure]
+  20  VIEW                  the menu as lines that fit any width and height [pure]
+  21  GATEWAY               one request from its head to its end, through injected effects [async]
+  22  PROBE                 which formats and models a provider really serves [async]
+  23  WORKER                the same gateway on Cloudflare, and the files that deploy exports [host]
+  24  FILES                 configuration and state on disk: atomic, private, locked [host]
+  25  UPSTREAM              threads dial, the loop talks: connections, their pool, replies [host]
+  26  SERVER                client connections on asyncio streams: one request after another [host]
+  27  METRICS AND TRAIL     one line a request, written where it can block nobody [host]
+  28  LEDGER                what every request used and cost, in SQLite [host]
+  29  PROCESS               the running server: its effects, signals, start and end [host]
+  30  UPDATE                this very file replaced by a newer release [host]
+  31  SERVICES              start with the machine: launchd, systemd, Windows tasks [host]
+  32  DEPLOY                onto Cloudflare: export, upload, secrets [host]
+  33  DEMO                  fake providers, the router before them, and every kind of request [host]
+  34  DOCTOR                what is wrong on this machine, and the cure [host]
+  35  AGENTS                coding agents run against the router, their files untouched [host]
+  36  TERMINAL              the menu on a real terminal, or as numbered prompts [host]
+  37  COMMANDS              flags, help and what each command does [host]
+  38  MAIN                  the only exit [host]
 """
 
 from __future__ import annotations
@@ -7967,7 +7978,17 @@ def backoff_ms(retry: int, settings: Settings, jitter: float) -> int:
 
 
 # ==============================================================================
-# 19 GATEWAY - one request from its head to its end, through injected effects [async]
+# 19 SCREENS - the menu as values: a key and a state become a state and an effect [pure]
+# ==============================================================================
+
+
+# ==============================================================================
+# 20 VIEW - the menu as lines that fit any width and height [pure]
+# ==============================================================================
+
+
+# ==============================================================================
+# 21 GATEWAY - one request from its head to its end, through injected effects [async]
 # ==============================================================================
 #
 # The gateway is handed a host and, per request, a client; it touches nothing else.
@@ -8692,7 +8713,17 @@ def give_up_headers(outcome: Outcome, retry_after: Optional[float]) -> Headers:
 
 
 # ==============================================================================
-# 20 FILES - configuration and state on disk: atomic, private, locked [host]
+# 22 PROBE - which formats and models a provider really serves [async]
+# ==============================================================================
+
+
+# ==============================================================================
+# 23 WORKER - the same gateway on Cloudflare, and the files that deploy exports [host]
+# ==============================================================================
+
+
+# ==============================================================================
+# 24 FILES - configuration and state on disk: atomic, private, locked [host]
 # ==============================================================================
 
 CONFIG_PATH = "~/.llm-router.json"
@@ -8955,7 +8986,7 @@ def _lock_descriptor(descriptor: int) -> bool:
 
 
 # ==============================================================================
-# 21 UPSTREAM - threads dial, the loop talks: connections, their pool, replies [host]
+# 25 UPSTREAM - threads dial, the loop talks: connections, their pool, replies [host]
 # ==============================================================================
 #
 # A worker thread does what blocks (DNS, TCP, proxy tunnel, TLS) with http.client. The event loop then sends, waits,
@@ -9621,7 +9652,7 @@ def _seconds(milliseconds: int) -> Optional[float]:
 
 
 # ==============================================================================
-# 22 SERVER - client connections on asyncio streams: one request after another [host]
+# 26 SERVER - client connections on asyncio streams: one request after another [host]
 # ==============================================================================
 
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -10215,7 +10246,7 @@ class Server:
 
 
 # ==============================================================================
-# 23 METRICS AND TRAIL - one line a request, written where it can block nobody [host]
+# 27 METRICS AND TRAIL - one line a request, written where it can block nobody [host]
 # ==============================================================================
 
 
@@ -10421,7 +10452,12 @@ class LogWriter:
 
 
 # ==============================================================================
-# 24 PROCESS - the running server: its effects, signals, start and end [host]
+# 28 LEDGER - what every request used and cost, in SQLite [host]
+# ==============================================================================
+
+
+# ==============================================================================
+# 29 PROCESS - the running server: its effects, signals, start and end [host]
 # ==============================================================================
 
 
@@ -10885,7 +10921,22 @@ def _on_signals(loop: Any, router: Any) -> None:
 
 
 # ==============================================================================
-# 25 DEMO - fake providers, the router before them, and every kind of request [host]
+# 30 UPDATE - this very file replaced by a newer release [host]
+# ==============================================================================
+
+
+# ==============================================================================
+# 31 SERVICES - start with the machine: launchd, systemd, Windows tasks [host]
+# ==============================================================================
+
+
+# ==============================================================================
+# 32 DEPLOY - onto Cloudflare: export, upload, secrets [host]
+# ==============================================================================
+
+
+# ==============================================================================
+# 33 DEMO - fake providers, the router before them, and every kind of request [host]
 # ==============================================================================
 
 _DEMO_TEXT = "Hello from a provider that works."
@@ -11093,7 +11144,22 @@ def _show_cases(port: int) -> int:
 
 
 # ==============================================================================
-# 26 COMMANDS - flags, help and what each command does [host]
+# 34 DOCTOR - what is wrong on this machine, and the cure [host]
+# ==============================================================================
+
+
+# ==============================================================================
+# 35 AGENTS - coding agents run against the router, their files untouched [host]
+# ==============================================================================
+
+
+# ==============================================================================
+# 36 TERMINAL - the menu on a real terminal, or as numbered prompts [host]
+# ==============================================================================
+
+
+# ==============================================================================
+# 37 COMMANDS - flags, help and what each command does [host]
 # ==============================================================================
 
 Values = Dict[str, Any]  # of the flags that were given: {"log_format": "json"}
@@ -11772,7 +11838,7 @@ COMMANDS: Tuple[Command, ...] = (
 # fmt: on
 
 # ==============================================================================
-# 27 MAIN - the only exit [host]
+# 38 MAIN - the only exit [host]
 # ==============================================================================
 
 
