@@ -467,10 +467,18 @@ class Provider(NamedTuple):
     models: Tuple[Model, ...] = ()
 
 
+class ClientKey(NamedTuple):
+    """A client's own key: name stands in the log, sha256 is the lower-case hex digest of the key."""
+
+    name: str = ""
+    sha256: str = ""
+
+
 class Config(NamedTuple):
     """A configuration, checked and complete. aliases: name or pattern -> model refs in order."""
 
     master_key: str = ""
+    client_keys: Tuple[ClientKey, ...] = ()
     default_model: str = ""
     aliases: Dict[str, Tuple[str, ...]] = {}
     cors_origins: Tuple[str, ...] = ()
@@ -503,6 +511,7 @@ FIELDS: Dict[str, Tuple[Field, ...]] = {
     "config": (
         Field("version", "whole", "version of the file's shape, 1"),
         Field("masterKey", "secret", "the key that clients show to the router"),
+        Field("clientKeys", "client_keys", "further keys, each with the name of its client and the key's SHA-256"),
         Field("defaultModel", "default", "the model for `smart` and for requests that name none"),
         Field("modelAliases", "{alias:targets}", "name, or pattern with *, to a model ref or an ordered list of them"),
         Field("corsOrigins", "[origin]", "browser origins that may use the router"),
@@ -545,6 +554,10 @@ FIELDS: Dict[str, Tuple[Field, ...]] = {
         Field("type", "auth_type", "bearer, x-api-key, header or none"),
         Field("headerName", "header_name", "the header, for the type header"),
         Field("prefix", "prefix", "what stands before the key in that header"),
+    ),
+    "client_key": (
+        Field("name", "name", "the client's name, shown in the log"),
+        Field("sha256", "sha256", "the key's SHA-256 in hexadecimal digits"),
     ),
     "timeouts": (
         Field("connectMs", "whole", "connecting"),
@@ -735,6 +748,8 @@ _FIELD_KINDS: Dict[str, Tuple[type, Callable[[str], Any], Callable[[Any], Any], 
               "choose another name; for smart set defaultModel"),
     "secret": (str, str.strip, _SECRET.fullmatch, "has a character that no key has",
                "copy the key again, without line breaks"),
+    "sha256": (str, lambda text: text.strip().lower(), re.compile("[0-9a-f]{64}").fullmatch, "is not a SHA-256",
+               "make the entry with config --operation=add-client-key"),
     "variable": (str, str.strip, _VARIABLE.fullmatch, "is not the name of an environment variable",
                  "write a name like OPENAI_API_KEY; the key itself goes into apiKey"),
     "provider_id": (str, str, re.compile(r"[A-Za-z][A-Za-z0-9_-]*").fullmatch, "is not a provider id",
@@ -875,6 +890,17 @@ class _Scan:
         if auth.type == "header" and not auth.header_name:
             self._error(path, "has the type header and no header", "add headerName")
         return auth
+
+    def _read_client_keys(self, path: str, value: Any) -> Tuple[ClientKey, ...]:
+        found = self._read_each("client_key", path, value)
+        self._check_ids("client key", [(where, key.name) for where, key in found], str.lower)
+        return tuple(key for _, key in found)
+
+    def _read_client_key(self, path: str, value: Any) -> Optional[ClientKey]:
+        key = ClientKey(**self._read_fields("client_key", path, value))
+        if all(key):
+            return key
+        return self._error(path, "needs a name and a sha256", "make it with config --operation=add-client-key")
 
     def _read_timeouts(self, path: str, value: Any) -> Timeouts:
         return Timeouts(**self._read_fields("timeouts", path, value))
@@ -1265,9 +1291,37 @@ def set_master_key(document: Dict[str, Any], key: str) -> Edit:
     return _finish(document, new, ["master key set"])
 
 
+def add_client_key(document: Dict[str, Any], name: str, key: str) -> Edit:
+    """Let a further client in by a key of its own, kept as its hash; a client of that name gets the new key."""
+    if not name.strip():
+        raise UsageError("the client has no name: give --name")
+    new = _copy(document)
+    entry = {"name": name.strip(), "sha256": hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()}
+    _put(new, "config", "clientKeys", _client_keys_but(new, name) + [entry])
+    return _finish(document, new, ["client key of %s set" % name.strip()])
+
+
+def remove_client_key(document: Dict[str, Any], name: str) -> Edit:
+    """Let a client in no longer. UsageError when no key has that name."""
+    new = _copy(document)
+    kept = _client_keys_but(new, name)
+    if len(kept) == len(get_field(new, "config", "clientKeys") or ()):
+        raise UsageError("there is no client key of the name %s" % one_line(name, 60))
+    _put(new, "config", "clientKeys", kept)
+    return _finish(document, new, ["client key of %s removed" % name.strip()])
+
+
+def _client_keys_but(document: Dict[str, Any], name: str) -> List[Any]:
+    entries = get_field(document, "config", "clientKeys") or []
+    if not isinstance(entries, list):
+        raise UsageError("clientKeys must be a list; see config --operation=validate")
+    same = name.strip().lower()
+    return [entry for entry in entries if not isinstance(entry, dict) or str(entry.get("name")).lower() != same]
+
+
 # ----- masking -----
 
-_SECRET_WORDS = re.compile(r"key|secret|token|auth|credential|password|cookie", re.IGNORECASE)
+_SECRET_WORDS = re.compile(r"key|secret|token|auth|credential|password|cookie|sha256", re.IGNORECASE)
 _SECRET_QUERY = re.compile(r"([?&][^=&#]*(?:key|secret|token|sig|password)[^=&#]*=)[^&#]+", re.IGNORECASE)
 # Headers whose values are no secrets; the value of any other is masked.
 _PLAIN_HEADERS = "accept anthropic-beta anthropic-version http-referer openai-beta referer user-agent x-title".split()
@@ -6522,7 +6576,8 @@ def check_method(endpoint: Endpoint, method: str) -> Endpoint:
 
 
 class Access(NamedTuple):
-    """Who may call. keys: the accepted client keys as bytes; with `required` false none is asked for.
+    """Who may call. keys: the accepted client keys as bytes, the master key; with `required` false none is asked for.
+    clients: (SHA-256 as hexadecimal digits, name) of each further key.
 
     origins: web origins that may call; hosts: further names in `Host` that are this server.
     """
@@ -6531,6 +6586,7 @@ class Access(NamedTuple):
     keys: Tuple[bytes, ...] = ()
     origins: Tuple[str, ...] = ()
     hosts: Tuple[str, ...] = ()
+    clients: Tuple[Tuple[str, str], ...] = ()
 
 
 _LOCAL_NAMES = ("localhost", "host.docker.internal")
@@ -6554,7 +6610,17 @@ def has_valid_key(access: Access, headers: Headers) -> bool:
     for offered in offered_keys(headers):
         for key in access.keys:
             found |= hmac.compare_digest(offered, key)
-    return bool(found)
+    return bool(find_client(access, headers)) or bool(found)
+
+
+def find_client(access: Access, headers: Headers) -> str:
+    """The name of the client whose own key is shown, "" when none is. Compared like the others, with no early exit."""
+    found = ""
+    for offered in offered_keys(headers) if access.clients else ():
+        shown = hashlib.sha256(offered).hexdigest()
+        for digest, name in access.clients:
+            found = name if hmac.compare_digest(shown, digest) else found
+    return found
 
 
 def check_access(access: Access, endpoint: Endpoint, method: str, headers: Headers) -> bool:
@@ -8023,7 +8089,7 @@ class Trail:
 
     __slots__ = (
         "id", "began", "began_wall", "wire", "operation", "asked", "stream", "attempts", "model", "status", "outcome",
-        "usage", "first_content_ms", "total_ms", "message",
+        "usage", "first_content_ms", "total_ms", "message", "client",
     )  # fmt: skip
 
     def __init__(self, id: str, began: float, began_wall: float) -> None:
@@ -8042,6 +8108,7 @@ class Trail:
         self.first_content_ms: Optional[int] = None
         self.total_ms = 0
         self.message = ""
+        self.client = ""  # the name of its key, see clientKeys
 
     @property
     def path(self) -> str:
@@ -8116,6 +8183,7 @@ class Gateway:
                 )
                 return
             endpoint = check_method(endpoint, call.method)
+            trail.client = find_client(self.access, call.headers)
             if call.method == "POST" and endpoint.operation != "control":
                 await self._post(endpoint, call, client, trail)
             else:
@@ -10257,6 +10325,7 @@ def log_record(trail: Trail) -> Dict[str, Any]:
         "time": _iso_time(trail.began_wall),
         "id": trail.id,
         "operation": trail.operation,
+        "client": trail.client,
         "format": trail.wire,
         "asked": trail.asked,
         "stream": trail.stream,
@@ -10288,6 +10357,8 @@ def log_line(trail: Trail) -> str:
         "first=%s" % first,
         "total=%dms" % trail.total_ms,
     ]
+    if trail.client:
+        parts.append("client=" + one_line(trail.client, 60))
     if trail.outcome != OK and trail.message:
         parts.append("- " + one_line(trail.message, 200))
     return " ".join(parts)
@@ -10536,7 +10607,8 @@ def make_access(options: StartOptions) -> Access:
     """Who may call, from the configuration and the flags."""
     config = options.config
     keys = (config.master_key.encode("utf-8", "surrogateescape"),) if config.master_key else ()
-    return Access(options.require_auth, keys, tuple(config.cors_origins), tuple(config.allowed_hosts))
+    clients = tuple((key.sha256, key.name) for key in config.client_keys)
+    return Access(options.require_auth, keys, tuple(config.cors_origins), tuple(config.allowed_hosts), clients)
 
 
 # ----- the instances that run here -----
@@ -10757,7 +10829,7 @@ class Router:
         if document is None:
             raise ConfigError("%s is not there (any more)" % one_line(options.config_path))
         config = read_config(document, options.environ)
-        if options.require_auth and not config.master_key:
+        if options.require_auth and not config.master_key and not config.client_keys:
             raise ConfigError("the new configuration has no masterKey, which --require-auth needs")
         notes = changed_providers(options.config, config)
         for key in self.book.known():
@@ -11237,6 +11309,7 @@ CONFIG_FLAGS: Tuple[Flag, ...] = (
     Flag("default-model", "text", "the model for `smart` and for requests that name none"),
     Flag("master-key", "secret", "the key that clients show; - reads it from stdin"),
     Flag("generate", "bool", "make a new master key and print it once"),
+    Flag("client-key", "secret", "the client's key; - reads it from stdin; without it one is made and printed once"),
 )
 _PROVIDER_FLAGS = tuple(flag.name for flag in CONFIG_FLAGS[3:16])
 _OPERATION_FLAGS = ("operation", "config", "json", "debug", "version", "help")  # every operation takes these
@@ -11473,17 +11546,18 @@ def _find_operation(name: str) -> Operation:
     return _find_named(name, OPERATIONS, "operation", "llm-router config --help lists them")
 
 
-def _edit(values: Values, environ: Environ, change: Callable[[Dict[str, Any]], Edit]) -> int:
-    """Apply an edit to the file and tell what was done; a generated master key is shown here and nowhere else."""
+def _edit(values: Values, environ: Environ, change: Callable[[Dict[str, Any]], Edit], made: str = "") -> int:
+    """Apply an edit to the file and tell what was done; a key that was made is shown here and nowhere else."""
     path = config_path(values.get("config", ""))
     edit = edit_config_file(path, change)
-    key = edit.document["masterKey"] if values.get("generate") else ""
+    shown = {"masterKey": edit.document["masterKey"]} if values.get("generate") else {}
+    shown.update({"clientKey": made} if made else {})
     if values.get("json"):
-        _print_json(dict({"path": path, "changes": list(edit.notes)}, **({"masterKey": key} if key else {})))
+        _print_json(dict({"path": path, "changes": list(edit.notes)}, **shown))
     else:
         print("\n".join(map(one_line, edit.notes + ("saved to " + path,))))
-        if key:
-            print("master key (shown only now): " + key)
+        for name, key in shown.items():
+            print("%s key (shown only now): %s" % (name[:-3], key))
     hiding = [name for name in CONFIG_VARIABLES if environ.get(name, "").strip() and not values.get("config")]
     _warn(["%s is set and goes before this file" % name for name in hiding[:1]])
     _warn_of(find_problems(edit.document))
@@ -11552,6 +11626,15 @@ def _set_master_key(values: Values) -> Callable[[Dict[str, Any]], Edit]:
     _need_one(values, "master-key", "generate")
     key = values.get("master_key") or "lr-" + secrets.token_urlsafe(32)
     return lambda document: set_master_key(document, key)
+
+
+def run_add_client_key(values: Values, environ: Environ) -> int:
+    """`--operation=add-client-key`: store the hash of a client's key; a key made here is shown once."""
+    import secrets
+
+    given = values.get("client_key", "")
+    key = given or "lr-" + secrets.token_urlsafe(32)
+    return _edit(values, environ, lambda document: add_client_key(document, values["name"], key), "" if given else key)
 
 
 def run_list(values: Values, environ: Environ) -> int:
@@ -11635,6 +11718,10 @@ OPERATIONS: Tuple[Operation, ...] = (
               ("default-model", "provider-id", "model"), (), "--default-model=openrouter/gpt-4o", _set_default),
     Operation("set-master-key", "set the key that clients show", ("master-key", "generate"), (), "--generate",
               _set_master_key),
+    Operation("add-client-key", "let a client in by its own key, kept as a hash", ("name", "client-key"), ("name",),
+              "--name=laptop", None, run_add_client_key),
+    Operation("remove-client-key", "let a client in no longer", ("name",), ("name",), "--name=laptop",
+              lambda values: lambda document: remove_client_key(document, values["name"])),
     Operation("list", "show the configuration, keys masked", (), (), "--json", None, run_list),
     Operation("validate", "show every problem with its cure", (), (), "", None, run_validate),
 )
@@ -11684,7 +11771,7 @@ def read_start_options(values: Values, environ: Environ) -> StartOptions:
     if not any(provider.enabled for provider in config.providers):
         raise UsageError("%s has no enabled provider; %s" % (one_line(loaded.source), _WAYS_ON))
     auth, open_to_all = values.get("require_auth", False), values.get("allow_unauthenticated", False)
-    if auth and not config.master_key:
+    if auth and not config.master_key and not config.client_keys:
         cure = "config --operation=set-master-key --generate, or LLM_ROUTER_MASTER_KEY"
         raise UsageError("--require-auth needs a master key: " + cure)
     if not is_loopback(settings.host) and not auth and not open_to_all:

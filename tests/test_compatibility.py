@@ -32,7 +32,10 @@ def test_every_fix_a_row_names_exists_and_leaves_a_request_usable(row):
 
 
 LESSONS = [
-    ("Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead.", "max_completion_tokens"),
+    (
+        "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead.",
+        "max_completion_tokens",
+    ),
     ("Extra inputs are not permitted: stream_options", "no stream_options"),
     ("Unrecognized request argument supplied: stream_options", "no stream_options"),
     ("temperature is not supported with this model", ""),
@@ -75,7 +78,10 @@ def test_a_refused_field_is_left_out_at_once_and_from_then_on(router, make_upstr
 
 def history(signature):
     thinking = {"type": "thinking", "thinking": "hm", "signature": signature}
-    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": [thinking, {"type": "text", "text": "b"}]}]
+    turns = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": [thinking, {"type": "text", "text": "b"}]},
+    ]
     return {"model": "a/m", "max_tokens": 9, "messages": turns + [{"role": "user", "content": "c"}]}
 
 

@@ -64,7 +64,11 @@ def ask(running, number, results):
 def text_of(client, stream, reply):
     if not stream:
         answer = reply.json
-        return answer["choices"][0]["message"]["content"] or "" if client == 0 else "".join(b["text"] for b in answer["content"])
+        return (
+            answer["choices"][0]["message"]["content"] or ""
+            if client == 0
+            else "".join(b["text"] for b in answer["content"])
+        )
     found = [data for data in reply.datas if isinstance(data, dict)]
     if client == 0:
         return "".join(choice["delta"].get("content") or "" for data in found for choice in data.get("choices", []))
@@ -107,7 +111,9 @@ def threads(pid):
 @pytest.mark.parametrize("seed", SEEDS)
 def test_three_hundred_clients_each_get_one_right_answer_or_one_clear_error(seed, router, make_upstream):
     """Traps 13, 134, 148, 168 under load; nothing twice, nothing left behind."""
-    upstreams = [make_upstream(flapping(wire, seed * 10 + at)) for at, wire in enumerate(("openai", "anthropic", "openai"))]
+    upstreams = [
+        make_upstream(flapping(wire, seed * 10 + at)) for at, wire in enumerate(("openai", "anthropic", "openai"))
+    ]
     fallbacks = ["b/m", "c/m"]
     running = router(
         config_of(

@@ -673,3 +673,13 @@ def test_the_estimate_errs_high_against_recorded_usage(capsys):
     assert at[5] >= 1.0
     assert at[50] <= 1.4
     assert at[90] <= 2.0
+
+
+def test_a_client_key_lets_in_by_its_hash_and_names_its_client():
+    digest = R.hashlib.sha256(b"laptop-key").hexdigest()
+    access = R.Access(True, (KEY.encode(),), (), (), (("0" * 64, "other"), (digest, "laptop")))
+    assert R.has_valid_key(access, [("x-api-key", "laptop-key")])
+    assert R.find_client(access, [("authorization", "Bearer laptop-key")]) == "laptop"
+    assert R.find_client(access, [("x-api-key", KEY)]) == ""
+    assert R.has_valid_key(access, [("x-api-key", KEY)])
+    assert not R.has_valid_key(access, [("x-api-key", digest)])

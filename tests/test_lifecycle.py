@@ -284,14 +284,23 @@ def test_another_program_on_the_port_of_a_dead_instance_is_not_taken_for_it(runn
     alive = instances(running.home)[0]
     running.kill()
     upstream.handler = lambda call: fake.json_answer(200, {"instance": "another", "pid": 1})
-    state_file(running.home).write_text(json.dumps({"instances": [dict(alive, port=int(upstream.url.rsplit(":", 1)[1]))]}))
+    state_file(running.home).write_text(
+        json.dumps({"instances": [dict(alive, port=int(upstream.url.rsplit(":", 1)[1]))]})
+    )
     assert "no llm-router is running" in ok(running.home, "stop")
     assert instances(running.home) == []
 
 
 @pytest.mark.parametrize(
     ("ms", "words"),
-    [(0, "0 ms"), (999, "999 ms"), (1000, "1.0 s"), (59_900, "59.9 s"), (125_000, "2 min 5 s"), (11_520_000, "3 h 12 min")],
+    [
+        (0, "0 ms"),
+        (999, "999 ms"),
+        (1000, "1.0 s"),
+        (59_900, "59.9 s"),
+        (125_000, "2 min 5 s"),
+        (11_520_000, "3 h 12 min"),
+    ],
 )
 def test_durations_read_well(ms, words):
     assert r.show_duration(ms) == words

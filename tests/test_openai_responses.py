@@ -180,8 +180,10 @@ def snapshot(output, **fields):
 def item_events(item, index, rotate=False):
     """added, deltas of three characters, done events, done; rotate: a new item id in each event."""
     names = iter("id_%d_%d" % (index, n) for n in range(10000))
+
     def at():
         return {"output_index": index, "item_id": next(names) if rotate else item["id"]}
+
     bare = {**item, **{key: type(item[key])() for key in ("content", "summary", "arguments", "input") if key in item}}
     bare.pop("encrypted_content", None)
     events = [{"type": "response.output_item.added", "output_index": index, "item": bare}]

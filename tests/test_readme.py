@@ -53,7 +53,11 @@ def test_the_tables_are_those_of_the_program():
 
 def test_every_variable_command_operation_and_flag_in_the_readme_exists():
     text = README.read_text(encoding="utf-8")
-    variables = {row.variable for row in llm_router.SETTINGS} | {"LLM_ROUTER_CONFIG_JSON", "LLM_ROUTER_JSON", "LLM_ROUTER_MASTER_KEY"}
+    variables = {row.variable for row in llm_router.SETTINGS} | {
+        "LLM_ROUTER_CONFIG_JSON",
+        "LLM_ROUTER_JSON",
+        "LLM_ROUTER_MASTER_KEY",
+    }
     assert set(re.findall(r"\bLLM_ROUTER_[A-Z_]+\b", text)) <= variables
     commands = {row.name for row in llm_router.COMMANDS}
     assert set(re.findall(r"llm_router\.py ([a-z-]+)", text)) <= commands

@@ -50,7 +50,10 @@ def scenario_table():
         if end == "cut":
             seen = "what came, an error in the stream, a cut connection"
         else:
-            seen = "%d, %s" % (status, "the error unchanged" if text is None else "the fallback's answer" if second else "its answer")
+            seen = "%d, %s" % (
+                status,
+                "the error unchanged" if text is None else "the fallback's answer" if second else "its answer",
+            )
         rows.append("| %s%s | %s | %d, %d |" % (title, " (streamed)" if stream else "", seen, first, second))
     return rows
 
@@ -63,7 +66,9 @@ def test_the_client_sees_what_the_readme_says(row, client, router, make_upstream
     origin, second = make_upstream(), make_upstream(fake.final_text(GOOD))
     origin.answer(*answers)
     origin_model = {"id": "m1", "fallbackModels": ["b/m2"]}
-    running = router(config_of(provider(origin, "openai", "a", [origin_model]), provider(second, "openai", "b", ["m2"])), *QUICK)
+    running = router(
+        config_of(provider(origin, "openai", "a", [origin_model]), provider(second, "openai", "b", ["m2"])), *QUICK
+    )
     body = {"model": "a/m1", "stream": stream, "max_tokens": 50, "messages": [{"role": "user", "content": "hello"}]}
     path = {"openai": "/openai/v1/chat/completions", "anthropic": "/anthropic/v1/messages"}[client]
     reply = running.post(path, body, stream=stream)

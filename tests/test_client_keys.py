@@ -1,0 +1,89 @@
+"""Further client keys: hashed at rest, named in the log, revoked by a reload."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from exchanges import post, until
+from running_router import config_of, provider
+
+import llm_router as r
+
+
+@pytest.fixture
+def config_path(tmp_path, upstream):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config_of(provider(upstream))))
+    path.chmod(0o600)
+    return path
+
+
+def config(path, line, capsys):
+    """(exit code, stdout, stderr) of `config --operation=...` on a file."""
+    code = r.main(shlex.split("config --config=%s --operation=%s" % (path, line)))
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def made_key(path, name, capsys):
+    code, out, _ = config(path, "add-client-key --name=" + name, capsys)
+    assert code == 0
+    return re.search(r"client key \(shown only now\): (\S+)", out)[1]
+
+
+def test_the_key_of_a_client_is_shown_once_and_only_its_hash_is_kept(config_path, capsys):
+    key = made_key(config_path, "laptop", capsys)
+    text = config_path.read_text()
+    assert key not in text
+    entry = {"name": "laptop", "sha256": r.hashlib.sha256(key.encode()).hexdigest()}
+    assert json.loads(text)["clientKeys"] == [entry]
+    code, out, err = config(config_path, "list --json", capsys)
+    assert code == 0 and entry["sha256"] not in out + err and key not in out + err
+
+
+def test_a_client_of_the_same_name_gets_the_new_key(config_path, capsys):
+    first, second = made_key(config_path, "laptop", capsys), made_key(config_path, "Laptop", capsys)
+    kept = json.loads(config_path.read_text())["clientKeys"]
+    assert first != second
+    assert [entry["sha256"] for entry in kept] == [r.hashlib.sha256(second.encode()).hexdigest()]
+
+
+def test_removing_a_client_that_is_not_there_is_refused(config_path, capsys):
+    before = config_path.read_text()
+    code, _, err = config(config_path, "remove-client-key --name=nobody", capsys)
+    assert code == 2 and "nobody" in err and config_path.read_text() == before
+
+
+@pytest.mark.parametrize(
+    "entry", [{"name": "a"}, {"sha256": "0" * 64}, {"name": "a", "sha256": "short"}, {"name": "", "sha256": "0" * 64}]
+)
+def test_an_incomplete_client_key_is_a_problem_with_its_path(entry):
+    problems = r.find_problems({"clientKeys": [entry]})
+    assert any(one.path.startswith("clientKeys[0]") and one.level == "error" for one in problems)
+
+
+def test_two_clients_of_one_name_are_a_problem():
+    problems = r.find_problems({"clientKeys": [{"name": "a", "sha256": "0" * 64}, {"name": "A", "sha256": "1" * 64}]})
+    assert any(one.path == "clientKeys[1]" for one in problems)
+
+
+def test_a_client_key_opens_the_server_is_named_in_the_log_and_revoked_by_a_reload(config_path, router, capsys):
+    key = made_key(config_path, "laptop", capsys)
+    document = json.loads(config_path.read_text())
+    running = router(document, "--require-auth=true")
+    assert post(running, "openai", headers={"authorization": "Bearer " + key}).status == 200
+    running.wait_log("client=laptop")
+    assert post(running, "openai", headers={"authorization": "Bearer wrong"}).status == 401
+    assert key not in "\n".join(running.log())
+    other = r.hashlib.sha256(b"another").hexdigest()
+    running.write_config(dict(document, clientKeys=[{"name": "phone", "sha256": other}]))
+    assert until(lambda: post(running, "openai", headers={"authorization": "Bearer " + key}).status == 401)
+    assert post(running, "openai", headers={"x-api-key": "another"}).status == 200
+
+
+def test_auth_without_any_key_is_refused(config_path, capsys):
+    assert r.main(["start", "--config=%s" % config_path, "--require-auth=true", "--port=0"]) == 2
+    assert "master key" in capsys.readouterr().err
+    assert Path(config_path).exists()
