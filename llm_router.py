@@ -6623,6 +6623,27 @@ def find_client(access: Access, headers: Headers) -> str:
     return found
 
 
+class Strikes:
+    """Wrong keys by peer address, so that guessing becomes slow: the first five cost nothing, each further one twice
+    the wait of the one before, at most two seconds. A minute without one forgives. At most a thousand peers are
+    remembered; who shows a right key never waits."""
+
+    FREE, FIRST_WAIT_S, MAX_WAIT_S, FORGIVEN_AFTER_S, MAX_PEERS = 5, 0.05, 2.0, 60.0, 1000
+
+    def __init__(self) -> None:
+        self._strikes: OrderedDict[str, Tuple[int, float]] = OrderedDict()  # peer -> how many, when the last one was
+
+    def add(self, peer: str, now: float) -> float:
+        """Note a wrong key; how many seconds its answer has to wait."""
+        count, last = self._strikes.pop(peer, (0, now))
+        count = 1 if now - last > self.FORGIVEN_AFTER_S else min(count + 1, 64)
+        self._strikes[peer] = (count, now)
+        if len(self._strikes) > self.MAX_PEERS:
+            self._strikes.popitem(last=False)
+        over = count - self.FREE
+        return min(self.FIRST_WAIT_S * 2 ** (over - 1), self.MAX_WAIT_S) if over > 0 else 0.0
+
+
 def check_access(access: Access, endpoint: Endpoint, method: str, headers: Headers) -> bool:
     """Whether the request showed a valid key (or none is required). RouterError 401 or 403 when it may not pass.
 
@@ -9757,9 +9778,11 @@ class Sink:
         self._sent_at = 0.0
 
     async def respond(self, status: int, headers: Headers, body: bytes) -> None:
-        """Send a whole answer."""
+        """Send a whole answer; that a key was wrong is said the later the more often it happens."""
         self._stop_timer()
         connection = self._connection
+        if status == 401:
+            await connection.server.delay_refusal(connection)
         keep_alive = connection.may_keep_alive(self._head)
         connection.closes = not keep_alive
         data = render_response(
@@ -10195,6 +10218,7 @@ class Server:
         self.port = 0
         self.connections: Dict[Any, str] = {}
         self._peers: Dict[str, int] = {}
+        self._strikes = Strikes()
         self._on_error = on_error
         self._listener: Any = None
         self._inflight_bytes = 0
@@ -10258,6 +10282,12 @@ class Server:
             self._peers[peer] = left
         else:
             del self._peers[peer]
+
+    async def delay_refusal(self, connection: ClientConnection) -> None:
+        """Wait as long as the connection's peer must for its wrong key."""
+        import asyncio
+
+        await asyncio.sleep(self._strikes.add(self.connections.get(connection, ""), self.loop.time()))
 
     def reserve(self, size: int) -> None:
         """Account for request bodies in memory. RouterError 503 when they are too many at once."""

@@ -3,13 +3,14 @@
 import json
 import re
 import shlex
+import time
 from pathlib import Path
 
 import pytest
-from exchanges import post, until
-from running_router import config_of, provider
 
 import llm_router as r
+from exchanges import post, until
+from running_router import config_of, provider
 
 
 @pytest.fixture
@@ -87,3 +88,14 @@ def test_auth_without_any_key_is_refused(config_path, capsys):
     assert r.main(["start", "--config=%s" % config_path, "--require-auth=true", "--port=0"]) == 2
     assert "master key" in capsys.readouterr().err
     assert Path(config_path).exists()
+
+
+def test_a_peer_that_guesses_waits_longer_and_a_right_key_does_not(upstream, router):
+    running = router(dict(config_of(provider(upstream)), masterKey="right"), "--require-auth=true")
+    waits = []
+    for number in range(8):
+        began = time.monotonic()
+        assert post(running, "openai", headers={"x-api-key": "wrong%d" % number}).status == 401
+        waits.append(time.monotonic() - began)
+    assert waits[7] >= 0.2  # a lower bound: the eighth wrong key has to wait that long
+    assert post(running, "openai", headers={"x-api-key": "right"}).status == 200
