@@ -339,6 +339,8 @@ SETTINGS: Tuple[Setting, ...] = (
     Setting("dial_threads", 48, "connections being opened at once", 1),
     Setting("dial_threads_per_upstream", 16, "connections being opened at once to one provider", 1),
     Setting("drain_grace_ms", 30000, "how long open streams may go on after stop"),
+    Setting("log_file", "", "file for the log, in place of stderr; moved to FILE.1 when it is full"),
+    Setting("log_max_bytes", 10_000_000, "size at which the log file is moved to FILE.1; 0: never"),
     Setting("trail_size", 500, "requests that explain can still show"),
     Setting("count_tokens_timeout_ms", 3000, "forwarded count_tokens, before the local estimate answers"),
 )
@@ -10552,6 +10554,54 @@ class LogWriter:
             self._dropped += len(lines)
 
 
+class LogFile:
+    """A log file as a stream for LogWriter: its owner's only, moved to `path`.1 when it is full (0 bytes: never).
+
+    OSError from `write` when the disk is full or the folder gone: the next write opens it anew.
+    """
+
+    def __init__(self, path: str, max_bytes: int) -> None:
+        self._path = path
+        self._max_bytes = max_bytes
+        self._file: Any = None
+
+    def write(self, text: str) -> None:
+        """Append some lines."""
+        import os
+
+        data = text.encode("utf-8", "backslashreplace")
+        if self._file is not None and self._max_bytes and self._file.tell() + len(data) > self._max_bytes:
+            self.close()
+            os.replace(self._path, self._path + ".1")
+        if self._file is None:
+            self._file = open_log(self._path)
+        try:
+            self._file.write(data)
+        except OSError:
+            self.close()
+            raise
+
+    def flush(self) -> None:
+        """Nothing waits: the file has no buffer."""
+
+    def close(self) -> None:
+        """Let the file go; a later write opens it again."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def open_log(path: str) -> Any:
+    """The file `path` opened for unbuffered appending, mode 0600, never through a symbolic link. OSError otherwise."""
+    import os
+
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0)
+    file = open(path, "ab", 0, opener=lambda name, _: os.open(name, flags, 0o600))  # noqa: SIM115  kept open
+    if hasattr(os, "fchmod"):
+        os.fchmod(file.fileno(), 0o600)
+    return file
+
+
 # ==============================================================================
 # 28 LEDGER - what every request used and cost, in SQLite [host]
 # ==============================================================================
@@ -10925,12 +10975,27 @@ def run_server(options: StartOptions) -> int:
     return asyncio.run(_serve(options))
 
 
-async def _serve(options: StartOptions) -> int:
-    import asyncio
+def _log_stream(settings: Settings) -> Any:
+    """Where the log goes. RouterError when its file cannot be written."""
+    import os
     import sys
 
+    if not settings.log_file:
+        return sys.stderr
+    stream = LogFile(os.path.expanduser(settings.log_file), settings.log_max_bytes)
+    try:
+        stream.write("")
+    except OSError as error:
+        words = one_line(settings.log_file, 160), error.strerror or error
+        raise RouterError("cannot write the log file %s: %s; choose another with --log-file" % words) from None
+    return stream
+
+
+async def _serve(options: StartOptions) -> int:
+    import asyncio
+
     loop = asyncio.get_running_loop()
-    log = LogWriter(sys.stderr)
+    log = LogWriter(_log_stream(options.settings))
     router = Router(loop, options, log)
     router.stopping = asyncio.Event()
     try:
@@ -10973,15 +11038,49 @@ async def _listen(server: Server, options: StartOptions) -> int:
         reason = one_line(error.strerror or str(error), 160)
         if error.errno == errno.EADDRINUSE:
             own = [one for one in read_instances(state_path()) if one.port == options.port]
-            reason = "the port is in use" + (_own_instance_hint(own[0]) if own else "; choose another with --port")
+            reason = "the port is in use" + (_own_instance_hint(own[0]) if own else _holder_hint(options.port))
         raise RouterError("cannot listen on %s:%d: %s" % (options.host, options.port, reason)) from None
+
+
+def _holder_hint(port: int) -> str:
+    """Who listens on a port, where the system tells (Linux: /proc), and what to do."""
+    holder = find_listener(port)
+    return (" by pid %d (%s)" % holder if holder else "") + "; choose another with --port"
+
+
+def find_listener(port: int) -> Optional[Tuple[int, str]]:
+    """(pid, program) of a process that listens on a TCP port, None when the system does not tell.
+
+    /proc/net/tcp: the local address is ADDRESS:PORT in hexadecimal, state 0A is LISTEN, the tenth field is the inode
+    (proc(5)); a process that has it shows `socket:[INODE]` among its descriptors.
+    """
+    import glob
+    import os
+
+    sockets = set()
+    for path in ("/proc/net/tcp", "/proc/net/tcp6"):
+        try:
+            with open(path, encoding="ascii") as file:
+                rows = [line.split() for line in file]
+        except OSError:
+            continue
+        sockets.update("socket:[%s]" % row[9] for row in rows if row[1].endswith(":%04X" % port) and row[3] == "0A")
+    for link in glob.iglob("/proc/[0-9]*/fd/*") if sockets else ():
+        try:
+            if os.readlink(link) in sockets:
+                pid = int(link.split("/")[2])
+                with open("/proc/%d/comm" % pid, encoding="utf-8", errors="replace") as file:
+                    return pid, one_line(file.read().strip(), 60)
+        except OSError:  # gone by now, or another user's
+            continue
+    return None
 
 
 def _own_instance_hint(instance: Instance) -> str:
     try:
         ask_instance(instance, "status")
     except RouterError:
-        return "; choose another with --port"
+        return _holder_hint(instance.port)
     return " by a running llm-router (pid %d): llm-router stop --port=%d ends it" % (instance.pid, instance.port)
 
 
@@ -11005,10 +11104,13 @@ def _announce(options: StartOptions, port: int) -> None:
 
 
 def _on_signals(loop: Any, router: Any) -> None:
-    """The first SIGINT or SIGTERM stops; after it both have their plain meaning: a second one ends the process."""
+    """The first SIGINT or SIGTERM stops; after it both have their plain meaning: a second one ends the process. SIGHUP
+    reloads, as daemons do."""
     import signal
 
     numbers = (signal.SIGINT, signal.SIGTERM)
+    if hasattr(signal, "SIGHUP"):
+        loop.add_signal_handler(signal.SIGHUP, router.try_reload)
 
     def on_signal() -> None:
         router.stop()
@@ -11020,6 +11122,56 @@ def _on_signals(loop: Any, router: Any) -> None:
             loop.add_signal_handler(number, on_signal)
         except NotImplementedError:  # Windows
             signal.signal(number, lambda *_: loop.call_soon_threadsafe(on_signal))
+
+
+# ----- in the background -----
+
+LOG_PATH = "~/.llm-router.log"
+_DETACHED_START_S = 30.0
+
+
+def start_detached(flags: Sequence[str], log_path: str) -> Tuple[int, str]:
+    """Start this very file in the background with the flags of `start`; (pid, its address) once it accepts connections.
+
+    What it prints goes to `log_path`. RouterError with its last words when it ends before that.
+    """
+    import os
+    import subprocess
+    import sys
+    import time
+
+    log = _open_start_log(log_path)
+    began = os.fstat(log.fileno()).st_size
+    windows = sys.platform == "win32"
+    how: Dict[str, Any] = {"creationflags": 0x208} if windows else {"start_new_session": True}  # detached, own group
+    argv = [sys.executable, os.path.abspath(__file__), "start", *flags]
+    with log:
+        child = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, **how)  # noqa: S603  this file
+    until = time.monotonic() + _DETACHED_START_S
+    while time.monotonic() < until:
+        time.sleep(0.05)
+        said = _read_from(log_path, began)
+        found = re.search(r"^listening on (http://\S+)", said, re.MULTILINE)
+        if found:
+            child.returncode = 0  # it is meant to go on without us: no warning that it still runs
+            return child.pid, found.group(1)
+        if child.poll() is not None:
+            last = said.strip().split("\n")[-1].replace("llm-router: ", "")
+            raise RouterError("it ended at once: " + (last or "see " + log_path), 500)
+    raise RouterError("pid %d does not listen yet, see %s" % (child.pid, log_path), 500)
+
+
+def _open_start_log(path: str) -> Any:
+    try:
+        return open_log(path)
+    except OSError as error:
+        raise RouterError("cannot write the log file %s: %s" % (one_line(path), error.strerror or error)) from None
+
+
+def _read_from(path: str, offset: int) -> str:
+    with open(path, "rb") as file:
+        file.seek(offset)
+        return file.read(1_000_000).decode("utf-8", "replace")
 
 
 # ==============================================================================
@@ -11350,6 +11502,7 @@ START_FLAGS: Tuple[Flag, ...] = (
     Flag("require-auth", "bool", "answer only requests that show the master key"),
     Flag("allow-unauthenticated", "bool", "allow an address that others can reach without auth"),
     Flag("log-format", "text", "text or json"),
+    Flag("detach", "bool", "serve in the background; the log goes to --log-file, default " + LOG_PATH),
 ) + tuple(Flag(row.flag[2:], "bool" if row.type is bool else "text", row.help) for row in SETTINGS)
 
 _RUNNING_FLAGS = (_CONFIG, Flag("port", "text", "the port of the instance, when several run"))
@@ -11783,8 +11936,22 @@ def run_settings(values: Values, environ: Environ) -> int:
 
 
 def run_start(values: Values, environ: Environ) -> int:
-    """`start`: serve in the foreground until told to stop."""
-    return run_server(read_start_options(values, environ))
+    """`start`: serve in the foreground until told to stop, or in the background."""
+    detached = values.pop("detach", False)
+    options = read_start_options(values, environ)  # what is wrong is better said here than in a log
+    return _detach(values, options) if detached else run_server(options)
+
+
+def _detach(values: Values, options: StartOptions) -> int:
+    import os
+
+    path = os.path.expanduser(options.settings.log_file or LOG_PATH)
+    values = dict(values, log_file=path)
+    flags = ["--%s=%s" % (name.replace("_", "-"), show_setting(value)) for name, value in values.items()]
+    pid, address = start_detached(flags, path)
+    print("listening on %s\n  pid                 %d\n  log                 %s" % (address, pid, one_line(path)))
+    print("  stop it with        llm-router stop --port=" + address.rpartition(":")[2])
+    return 0
 
 
 def read_start_options(values: Values, environ: Environ) -> StartOptions:
@@ -11937,7 +12104,7 @@ COMMANDS: Tuple[Command, ...] = (
     Command("", run_summary, "one local endpoint for every AI provider", (_CONFIG, _AS_JSON), "llm-router start"),
     Command("config", run_config, "change or show the configuration", CONFIG_FLAGS,
             "llm-router config --operation=list"),
-    Command("start", run_start, "serve in the foreground", START_FLAGS,
+    Command("start", run_start, "serve, in the foreground or with --detach in the background", START_FLAGS,
             "llm-router start --port=8787 --require-auth=true"),
     Command("status", run_status, "show the running instance and the state of every model", (*_RUNNING_FLAGS, _AS_JSON),
             "llm-router status --json"),

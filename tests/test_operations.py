@@ -1,0 +1,140 @@
+"""The server in the background, its log file, SIGHUP, and who has its port."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import llm_router as r
+from exchanges import post, until
+from running_router import clean_environment, config_of, provider
+
+PROGRAM = str(Path(r.__file__))
+linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells who has a port")
+posix = pytest.mark.skipif(os.name != "posix", reason="signals and modes are of POSIX")
+
+
+@pytest.fixture
+def command(tmp_path):
+    """`command(*words)` runs the program with a home of its own and returns the finished process."""
+
+    def run(*words):
+        line = [sys.executable, PROGRAM, *words]
+        return subprocess.run(line, env=clean_environment(tmp_path), capture_output=True, text=True, timeout=60)
+
+    yield run
+    run("stop", "--grace=0")
+
+
+@pytest.fixture
+def config(tmp_path, upstream):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config_of(provider(upstream))))
+    path.chmod(0o600)
+    return path
+
+
+def test_a_detached_server_answers_and_its_starter_ends(command, config, tmp_path):
+    done = command("start", "--detach", "--port=0", "--config=%s" % config)
+    assert done.returncode == 0, done.stderr
+    assert re.match(r"listening on http://127\.0\.0\.1:\d+\n", done.stdout)
+    status = json.loads(command("status", "--json").stdout)
+    assert "pid                 %d" % status["pid"] in done.stdout
+    log = tmp_path / ".llm-router.log"
+    assert "listening on" in log.read_text()
+    assert os.name != "posix" or log.stat().st_mode & 0o777 == 0o600
+    assert "stopped" in command("stop").stdout
+
+
+@linux
+def test_a_detached_server_that_cannot_start_says_why_and_names_who_has_the_port(command, config):
+    with socket.create_server(("127.0.0.1", 0)) as holder:
+        port = holder.getsockname()[1]
+        done = command("start", "--detach", "--port=%d" % port, "--config=%s" % config)
+        assert done.returncode == 1 and "listening" not in done.stdout
+        assert "the port is in use by pid %d (" % os.getpid() in done.stderr
+        with socket.create_connection(("127.0.0.1", port)):  # the holder is as it was
+            pass
+
+
+@linux
+def test_who_listens_on_a_port_is_found_for_both_kinds_of_addresses():
+    for family, address in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")):
+        try:
+            holder = socket.create_server((address, 0), family=family)
+        except OSError:
+            continue
+        with holder:
+            assert r.find_listener(holder.getsockname()[1])[0] == os.getpid()
+            port = holder.getsockname()[1]
+        assert r.find_listener(port) is None
+
+
+@posix
+def test_sighup_reloads_the_configuration(router, upstream):
+    running = router(config_of(provider(upstream)), "--watch-config=false")
+    running.write_config(config_of(provider(upstream), modelAliases={"new-name": "fake/fake-model"}))
+    assert post(running, "openai", model="new-name").status == 404
+    running.process.send_signal(signal.SIGHUP)
+    assert until(lambda: post(running, "openai", model="new-name").status == 200)
+
+
+@posix
+def test_a_sighup_with_a_broken_file_keeps_the_last_good_one(router, upstream):
+    running = router(config_of(provider(upstream)), "--watch-config=false")
+    running.write_config("{broken")
+    running.process.send_signal(signal.SIGHUP)
+    running.wait_log("reload failed")
+    assert post(running, "openai").status == 200
+
+
+def test_the_log_file_is_moved_when_it_is_full_and_private(tmp_path):
+    path = tmp_path / "log"
+    file = r.LogFile(str(path), 100)
+    for number in range(12):
+        file.write("line %02d %s\n" % (number, "x" * 20))
+    file.close()
+    kept = (tmp_path / "log.1").read_text() + path.read_text()
+    assert kept.endswith("line 11 %s\n" % ("x" * 20))
+    assert path.stat().st_size <= 100 and (tmp_path / "log.1").stat().st_size <= 100
+    assert os.name != "posix" or path.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_log_file_that_fails_is_opened_anew_by_the_next_line(tmp_path):
+    folder = tmp_path / "away"
+    file = r.LogFile(str(folder / "log"), 100)
+    with pytest.raises(OSError, match="away"):
+        file.write("lost\n")
+    folder.mkdir()
+    file.write("kept\n")
+    file.close()
+    assert (folder / "log").read_text() == "kept\n"
+
+
+@posix
+def test_the_log_goes_through_no_symbolic_link(tmp_path):
+    target = tmp_path / "target"
+    target.write_text("mine")
+    (tmp_path / "log").symlink_to(target)
+    with pytest.raises(OSError, match="log"):
+        r.open_log(str(tmp_path / "log"))
+    assert target.read_text() == "mine"
+
+
+def test_requests_are_logged_to_the_file_of_the_setting(router, upstream, tmp_path):
+    path = tmp_path / "requests.log"
+    running = router(config_of(provider(upstream)), "--log-file=%s" % path)
+    assert post(running, "openai").status == 200
+    assert until(lambda: "fake/fake-model=ok" in path.read_text())
+    assert not any("fake/fake-model=ok" in line for line in running.log())
+
+
+def test_a_log_file_that_cannot_be_written_is_said_at_the_start(command, config, tmp_path):
+    done = command("start", "--port=0", "--config=%s" % config, "--log-file=%s" % (tmp_path / "no" / "log"))
+    assert done.returncode == 1 and "--log-file" in done.stderr and "listening" not in done.stdout
