@@ -11407,6 +11407,159 @@ def _show_cases(port: int) -> int:
 # ==============================================================================
 
 
+class Agent(NamedTuple):
+    """How a program is pointed at the router. variables and words (arguments before the user's own) are templates, see
+    `agent_facts`; one that needs a fact that is empty is left out. hidden: variables that must not reach it. file: the
+    variable that gets the path of a temporary file, and what makes its text of the facts. install: where to get it."""
+
+    name: str
+    program: str
+    install: str
+    variables: Tuple[Tuple[str, str], ...]
+    words: Tuple[str, ...] = ()
+    hidden: Tuple[str, ...] = ()
+    file: Optional[Tuple[str, Callable[[Mapping[str, str]], str]]] = None
+
+
+def _opencode_config(facts: Mapping[str, str]) -> str:
+    """opencode.json with one provider, the router (opencode.ai/docs/providers, custom provider)."""
+    options = {"baseURL": facts["base"] + "/v1", "apiKey": facts["key"]}
+    models: Dict[str, Any] = {facts[name]: {} for name in ("model", "small") if facts[name]}
+    provider = {"npm": "@ai-sdk/openai-compatible", "name": "llm-router", "options": options, "models": models}
+    chosen = {"model": "llm-router/" + facts["model"], "small_model": "llm-router/" + facts["small"]}
+    return json.dumps(dict(chosen, provider={"llm-router": provider}))
+
+
+_CODEX_PROVIDER = (
+    'model_providers.llm-router={name="llm-router",base_url="%(base)s/v1",'
+    'env_key="ROUTER_API_KEY",wire_api="responses"}'
+)
+
+# Sources: code.claude.com/docs/en/settings and /llm-gateway; developers.openai.com/codex/config-reference (-c takes
+# TOML); opencode.ai/docs/config (OPENCODE_CONFIG); aider.chat/docs/llms/openai-compat.html; Qwen Code's README.
+# fmt: off
+AGENTS: Tuple[Agent, ...] = (
+    Agent("claude", "claude", "npm install -g @anthropic-ai/claude-code", (
+        ("ANTHROPIC_BASE_URL", "%(base)s"), ("ANTHROPIC_AUTH_TOKEN", "%(key)s"), ("ANTHROPIC_MODEL", "%(model)s"),
+        ("ANTHROPIC_DEFAULT_OPUS_MODEL", "%(opus)s"), ("ANTHROPIC_DEFAULT_SONNET_MODEL", "%(sonnet)s"),
+        ("ANTHROPIC_DEFAULT_HAIKU_MODEL", "%(haiku)s"), ("ANTHROPIC_SMALL_FAST_MODEL", "%(small)s"),
+        ("CLAUDE_CODE_ENABLE_GATEWAY_MODEL_DISCOVERY", "1")), hidden=("ANTHROPIC_API_KEY",)),
+    Agent("codex", "codex", "npm install -g @openai/codex", (("ROUTER_API_KEY", "%(key)s"),),
+          ("-c", 'model_provider="llm-router"', "-c", _CODEX_PROVIDER, "-c", 'model="%(model)s"')),
+    Agent("opencode", "opencode", "npm install -g opencode-ai", (), file=("OPENCODE_CONFIG", _opencode_config)),
+    Agent("aider", "aider", "pipx install aider-chat",
+          (("OPENAI_API_BASE", "%(base)s/v1"), ("OPENAI_API_KEY", "%(key)s")), ("--model", "openai/%(model)s")),
+    Agent("qwen", "qwen", "npm install -g @qwen-code/qwen-code",
+          (("OPENAI_BASE_URL", "%(base)s/v1"), ("OPENAI_API_KEY", "%(key)s"), ("OPENAI_MODEL", "%(model)s")),
+          ("--auth-type", "openai")),
+)
+# fmt: on
+ANY_AGENT = Agent(
+    "any",
+    "",
+    "",
+    (
+        ("ANTHROPIC_BASE_URL", "%(base)s"),
+        ("ANTHROPIC_AUTH_TOKEN", "%(key)s"),
+        ("OPENAI_BASE_URL", "%(base)s/v1"),
+        ("OPENAI_API_BASE", "%(base)s/v1"),
+        ("OPENAI_API_KEY", "%(key)s"),
+    ),
+    hidden=("ANTHROPIC_API_KEY",),
+)
+_NO_KEY = "no-key-needed"  # clients insist on some key
+
+
+def agent_facts(base: str, key: str, config: Config, chosen: Mapping[str, str]) -> Dict[str, str]:
+    """What the templates of AGENTS may use: base (the router's URL), key, and model, small, opus, sonnet, haiku.
+
+    chosen: the models the user named. The others are the default model, or else the first there is.
+    """
+    refs = [one.id + "/" + model.id for one in config.providers if one.enabled for model in one.models]
+    first = next((ref for ref in refs if not ref.endswith("/*")), "")
+    model = chosen.get("model") or config.default_model or first
+    facts = {"base": base, "key": key or _NO_KEY, "model": model, "small": chosen.get("small_model") or model}
+    facts.update({name: chosen.get(name) or model for name in ("opus", "sonnet")})
+    return dict(facts, haiku=chosen.get("haiku") or facts["small"])
+
+
+def fill_templates(agent: Agent, facts: Mapping[str, str]) -> Tuple[Dict[str, str], List[str]]:
+    """The variables and the words of an agent; what needs an empty fact is left out, a word with its flag."""
+    variables = {name: text % facts for name, text in agent.variables if _is_filled(text, facts)}
+    words: List[str] = []
+    for flag, text in zip(agent.words[::2], agent.words[1::2]):
+        words += [flag, text % facts] if _is_filled(text, facts) else []
+    return variables, words
+
+
+def _is_filled(text: str, facts: Mapping[str, str]) -> bool:
+    return all(facts[name] for name in re.findall(r"%\((\w+)\)s", text))
+
+
+def find_agent(name: str) -> Optional[Agent]:
+    """The row of AGENTS for a tool's name, None when it is none of them."""
+    return next((agent for agent in AGENTS if agent.name == name), None)
+
+
+def run_program(agent: Agent, argv: Sequence[str], facts: Mapping[str, str], environ: Mapping[str, str]) -> int:
+    """Run a program against the router; its exit code, 128 + n when the signal n ended it. RouterError when it is
+    missing. Its own configuration is not touched: variables, arguments and a temporary file last as long as it runs."""
+    import os
+    import shutil
+    import tempfile
+
+    variables, words = fill_templates(agent, facts)
+    env = {name: value for name, value in environ.items() if name not in agent.hidden}
+    env.update(variables)
+    program = shutil.which(agent.program or argv[0], path=env.get("PATH"))
+    if program is None:
+        hint = "; install it: " + agent.install if agent.install else ""
+        raise RouterError("%s is not on the PATH%s" % (one_line(agent.program or argv[0], 80), hint), 404, "no_program")
+    rest = list(argv) if agent.program else list(argv[1:])
+    with tempfile.TemporaryDirectory(prefix="llm-router-") as folder:
+        if agent.file is not None:
+            variable, make = agent.file
+            env[variable] = os.path.join(folder, agent.name + ".json")
+            write_private(env[variable], make(facts).encode())
+        return _wait_for([program, *words, *rest], env)
+
+
+def _wait_for(argv: Sequence[str], env: Mapping[str, str]) -> int:
+    """Ctrl-C reaches the child by the terminal itself; what asks us to end is passed on to it."""
+    import signal
+    import subprocess
+
+    child = subprocess.Popen(argv, env=dict(env))  # noqa: S603  the user named it
+    before = {signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN)}
+    for name in ("SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            number = getattr(signal, name)
+            before[number] = signal.signal(number, lambda number, _: child.send_signal(number))
+    try:
+        code = child.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return 128 - code if code < 0 else code
+
+
+_POSIX = ("export %s=%s", lambda text: "'%s'" % text.replace("'", "'\\''"))
+_SHELLS: Dict[str, Tuple[str, Callable[[str], str]]] = {
+    "bash": _POSIX,
+    "zsh": _POSIX,
+    "fish": ("set -gx %s %s", lambda text: "'%s'" % text.replace("\\", "\\\\").replace("'", "\\'")),
+    "powershell": ("$env:%s = %s", lambda text: "'%s'" % text.replace("'", "''")),
+}
+
+
+def shell_lines(variables: Mapping[str, str], shell: str) -> List[str]:
+    """Variables as lines that a shell can read. UsageError for a shell that is not known."""
+    if shell not in _SHELLS:
+        raise UsageError("--shell: %s is not known; use %s" % (one_line(shell, 40), ", ".join(sorted(_SHELLS))))
+    line, quote = _SHELLS[shell]
+    return [line % (name, quote(value)) for name, value in variables.items()]
+
+
 # ==============================================================================
 # 36 TERMINAL - the menu on a real terminal, or as numbered prompts [host]
 # ==============================================================================
@@ -11449,13 +11602,15 @@ class Operation(NamedTuple):
 
 
 class Command(NamedTuple):
-    """One command. run(values, environ) -> exit code."""
+    """One command. run(values, environ) -> exit code. passes_on: its first word that is no flag and all that follows
+    are another program's, values["tail"]."""
 
     name: str
     run: Callable[[Values, Environ], int]
     help: str
     flags: Tuple[Flag, ...]
     example: str
+    passes_on: bool = False
 
 
 _CONFIG = Flag("config", "text", "the configuration file, default " + CONFIG_PATH)
@@ -11518,14 +11673,26 @@ def run_command(argv: Sequence[str], environ: Environ) -> int:
     named = at is not None and argv[at] != "--config"
     command = _find_named(argv[at] if named else "", COMMANDS, "command", "llm-router --help lists them")
     rest = [word for i, word in enumerate(argv) if not named or i != at]
-    values = parse_flags(rest, command.flags + _COMMON, _command_words(command.name))
+    known = command.flags + _COMMON
+    rest, tail = _split_tail(rest, known) if command.passes_on else (rest, [])
+    values = parse_flags(rest, known, _command_words(command.name))
     if values.pop("version", False):
         print("llm-router " + __version__)
         return 0
     if values.pop("help", False):
         print(_help_text(command, values))
         return 0
-    return command.run(values, environ)
+    return command.run(dict(values, tail=tail) if command.passes_on else values, environ)
+
+
+def _split_tail(words: Sequence[str], flags: Sequence[Flag]) -> Tuple[List[str], List[str]]:
+    """Our own flags, and from the first other word on what another program shall get; `--` may stand between."""
+    kinds = {"--" + name: flag.kind for flag in flags for name in (flag.name, *flag.aliases)}
+    at = 0
+    while at < len(words) and words[at].startswith("-") and words[at] != "--":
+        kind, value = kinds.get(words[at], "bool"), words[at + 1].lower() if at + 1 < len(words) else ""
+        at += 2 if kind != "bool" or value in _BOOLS else 1
+    return list(words[:at]), list(words[at:])
 
 
 def _command_words(name: str) -> str:
@@ -12099,6 +12266,89 @@ def _explanation(trail: Dict[str, Any]) -> str:
     return "\n".join(lines + (["error          " + one_line(trail["message"], 500)] if trail["message"] else []))
 
 
+# ----- agents -----
+
+_AGENT_FLAGS = (
+    Flag("model", "text", "the model to use, default: the configuration's default model"),
+    Flag("small-model", "text", "the model for small tasks"),
+    Flag("opus", "text", "the model for Claude Code's tier opus"),
+    Flag("sonnet", "text", "the same for sonnet"),
+    Flag("haiku", "text", "the same for haiku"),
+)
+
+
+def run_agent(values: Values, environ: Environ) -> int:
+    """`run TOOL [args...]`, `run -- COMMAND`: a program against the running router, or one of its own."""
+    tail = values["tail"]
+    plain = tail[:1] == ["--"]
+    words = tail[1:] if plain else tail
+    agent = ANY_AGENT if plain else find_agent(words[0] if words else "")
+    if not words or agent is None:
+        names = ", ".join(row.name for row in AGENTS)
+        raise UsageError("run: name one of %s, or -- and any command; %s" % (names, "run claude, run -- python app.py"))
+    try:
+        base, key, config = _reach_running(values, environ)
+        return run_program(agent, words[0 if plain else 1 :], agent_facts(base, key, config, values), environ)
+    except RouterError as error:
+        if error.code != "not_running":
+            raise
+    return _run_with_router(agent, words[0 if plain else 1 :], values, environ)
+
+
+def _reach_running(values: Values, environ: Environ) -> Tuple[str, str, Config]:
+    """The URL of the running instance, the key it wants ("" for none) and its configuration. RouterError 503 when
+    none runs."""
+    instance = _find_running(values)
+    status = ask_instance(instance, "status")
+    config = read_config(_load_or_make(instance.config, environ).document, environ)
+    if status["require_auth"] and not config.master_key:
+        raise UsageError("the running router wants a key: set LLM_ROUTER_MASTER_KEY to one")
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(instance.host, instance.host)
+    base = "http://%s:%d" % ("[%s]" % host if ":" in host else host, instance.port)
+    return base, config.master_key if status["require_auth"] else "", config
+
+
+def _run_with_router(agent: Agent, argv: Sequence[str], values: Values, environ: Environ) -> int:
+    """A router on a free port for as long as the program runs; with --keep it stays."""
+    import os
+
+    given = {name: values[name] for name in ("config", "port") if name in values}
+    options = read_start_options(dict({"port": "0"}, **given), environ)
+    flags = ["--port=%d" % options.port] + (["--config=" + values["config"]] if values.get("config") else [])
+    pid, base = start_detached(flags, os.path.expanduser(LOG_PATH))
+    try:
+        return run_program(agent, argv, agent_facts(base, "", options.config, values), environ)
+    finally:
+        if values.get("keep"):
+            _warn(["the router stays: pid %d, %s; llm-router stop ends it" % (pid, base)])
+        else:
+            port = int(base.rpartition(":")[2])
+            ask_instance(find_instance(state_path(), "", port), "stop/2", "POST")
+
+
+def run_env(values: Values, environ: Environ) -> int:
+    """`env [TOOL]`: the variables that point a program at the running router, for a shell to read."""
+    name = values.get("tool") or "any"
+    agent = ANY_AGENT if name == "any" else find_agent(name)
+    if agent is None:
+        raise UsageError("env: %s is none of %s" % (one_line(name, 40), ", ".join(row.name for row in AGENTS)))
+    if not any("%(base)s" in text for _, text in agent.variables):
+        raise UsageError("variables do not point %s anywhere: use llm-router run %s" % (name, name))
+    variables = fill_templates(agent, agent_facts(*_reach_running(values, environ), values))[0]
+    if values.get("json"):
+        return _print_json(variables)
+    shell = values.get("shell") or _default_shell(environ)
+    print("\n".join(shell_lines(variables, shell)))
+    return 0
+
+
+def _default_shell(environ: Environ) -> str:
+    import sys
+
+    name = environ.get("SHELL", "").rpartition("/")[2]
+    return "powershell" if sys.platform == "win32" else name if name in ("zsh", "fish") else "bash"
+
+
 # fmt: off
 COMMANDS: Tuple[Command, ...] = (
     Command("", run_summary, "one local endpoint for every AI provider", (_CONFIG, _AS_JSON), "llm-router start"),
@@ -12114,6 +12364,13 @@ COMMANDS: Tuple[Command, ...] = (
             "llm-router reload"),
     Command("stop", run_stop, "end the running instance", (*_RUNNING_FLAGS, Flag("grace", "text",
             "seconds that open streams may take, default 30")), "llm-router stop --grace=5"),
+    Command("run", run_agent, "run claude, codex, opencode, aider, qwen or -- any command against the router",
+            (*_AGENT_FLAGS, Flag("keep", "bool", "leave a router that was started for it running"), *_RUNNING_FLAGS),
+            "llm-router run --model=openrouter/gpt-4o claude", True),
+    Command("env", run_env, "print the variables that point a program at the running router",
+            (Flag("tool", "word", "claude, aider, qwen or any (the default)"),
+             Flag("shell", "text", "bash, zsh, fish or powershell"), *_AGENT_FLAGS, *_RUNNING_FLAGS, _AS_JSON),
+            "llm-router env --shell=bash"),
     Command("settings", run_settings, "show every setting", (_AS_JSON,), "llm-router settings --json"),
     Command("demo", run_demo_command, "try it without key, configuration or network", (Flag("once", "bool",
             "exit after the demonstration"), Flag("port", "text", "port to listen on, default any")),

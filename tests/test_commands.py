@@ -242,7 +242,9 @@ def test_every_example_parses(row):
     assert words[0] == "llm-router"
     command = next(c for c in r.COMMANDS if c.name == words[1])
     flags = [f if f.kind != "secret" else f._replace(kind="text") for f in command.flags]
-    r.parse_flags(words[2:], flags, "x")
+    own, tail = r._split_tail(words[2:], flags) if getattr(command, "passes_on", False) else (words[2:], [])
+    r.parse_flags(own, flags, "x")
+    assert bool(tail) == getattr(command, "passes_on", False)
 
 
 def test_every_flag_of_an_operation_exists_and_those_required_are_among_them():

@@ -1,0 +1,161 @@
+"""Coding agents run against the router: what they get, what stays untouched, what comes back."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import llm_router as r
+from exchanges import until
+from running_router import clean_environment, config_of, provider
+
+PROGRAM = str(Path(r.__file__))
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="the fake tools are scripts with a #! line")
+
+# Shows what it was started with, asks the router as its variables say, and ends with the code that its last word tells.
+TOOL = """#!%s
+import json, os, sys, urllib.request
+if os.environ.get("OPENCODE_CONFIG"):
+    options = json.load(open(os.environ["OPENCODE_CONFIG"]))["provider"]["llm-router"]["options"]
+    base, key = options["baseURL"], options["apiKey"]
+elif "-c" in sys.argv:
+    base = sys.argv[4].split('base_url="')[1].split('"')[0]
+    key = os.environ["ROUTER_API_KEY"]
+elif os.environ.get("ANTHROPIC_BASE_URL") and "plain" not in sys.argv:
+    base, key = os.environ["ANTHROPIC_BASE_URL"] + "/v1", os.environ["ANTHROPIC_AUTH_TOKEN"]
+else:
+    base, key = os.environ.get("OPENAI_BASE_URL") or os.environ["OPENAI_API_BASE"], os.environ["OPENAI_API_KEY"]
+body = json.dumps({"model": "smart", "messages": [{"role": "user", "content": "hi"}]}).encode()
+request = urllib.request.Request(base + "/chat/completions", body)
+request.add_header("authorization", "Bearer " + key)
+request.add_header("content-type", "application/json")
+status = urllib.request.urlopen(request).status
+print(json.dumps({"status": status, "argv": sys.argv[1:], "env": dict(os.environ), "key": key}))
+sys.exit(int(sys.argv[-1]) if sys.argv[-1].isdigit() else 0)
+"""
+
+
+class Home:
+    """A home folder with a configuration, fake tools on the PATH, and the program run in it."""
+
+    def __init__(self, folder, document):
+        self.folder = folder
+        self.env = clean_environment(folder)
+        tools = folder / "tools"
+        tools.mkdir()
+        for name in [agent.program for agent in r.AGENTS] + ["my-app"]:
+            (tools / name).write_text(TOOL % sys.executable)
+            (tools / name).chmod(0o755)
+        self.env["PATH"] = "%s%s%s" % (tools, os.pathsep, self.env.get("PATH", os.defpath))
+        config = folder / ".llm-router.json"
+        config.write_text(json.dumps(document))
+        config.chmod(0o600)
+
+    def run(self, line):
+        words = [sys.executable, PROGRAM, *shlex.split(line)]
+        return subprocess.run(words, env=self.env, capture_output=True, text=True, timeout=60)
+
+
+@pytest.fixture
+def home(tmp_path, upstream):
+    made = Home(tmp_path, config_of(provider(upstream), defaultModel="fake/fake-model"))
+    yield made
+    made.run("stop --grace=0")
+
+
+@pytest.mark.parametrize("tool", [agent.name for agent in r.AGENTS])
+def test_every_tool_reaches_a_router_that_was_started_for_it_and_is_gone_after_it(home, tool):
+    before = {path: path.read_bytes() for path in home.folder.iterdir() if path.is_file()}
+    done = home.run("run %s say 'two words' --json 7" % tool)
+    assert done.returncode == 7, done.stderr
+    told = json.loads(done.stdout)
+    assert told["status"] == 200 and told["argv"][-4:] == ["say", "two words", "--json", "7"]
+    assert "no llm-router is running" in home.run("status").stderr
+    assert {path: path.read_bytes() for path in before} == before
+    assert not Path(told["env"].get("OPENCODE_CONFIG", "/nowhere")).exists()
+
+
+def test_any_command_gets_the_variables_of_both_formats(home):
+    told = json.loads(home.run("run -- my-app plain --model=mine").stdout)
+    assert told["argv"] == ["plain", "--model=mine"]
+    base = told["env"]["ANTHROPIC_BASE_URL"]
+    assert told["env"]["OPENAI_BASE_URL"] == told["env"]["OPENAI_API_BASE"] == base + "/v1"
+
+
+def test_the_models_that_the_user_names_reach_the_tiers_of_claude_code(home):
+    home.env["ANTHROPIC_API_KEY"] = "the-user's-own"
+    env = json.loads(home.run("run --model big --small-model=small --opus=huge claude").stdout)["env"]
+    assert (env["ANTHROPIC_MODEL"], env["ANTHROPIC_DEFAULT_OPUS_MODEL"]) == ("big", "huge")
+    assert (env["ANTHROPIC_DEFAULT_SONNET_MODEL"], env["ANTHROPIC_DEFAULT_HAIKU_MODEL"]) == ("big", "small")
+    assert "ANTHROPIC_API_KEY" not in env
+
+
+def test_without_a_name_the_default_model_is_used(home):
+    argv = json.loads(home.run("run codex exec hello").stdout)["argv"]
+    assert 'model="fake/fake-model"' in argv and argv[-2:] == ["exec", "hello"]
+
+
+def test_a_running_router_is_used_with_its_master_key_and_stays(tmp_path, upstream):
+    home = Home(tmp_path, config_of(provider(upstream), masterKey="the-master-key"))
+    assert home.run("start --detach --port=0 --require-auth=true").returncode == 0
+    try:
+        told = json.loads(home.run("run claude").stdout)
+        assert told["status"] == 200 and told["key"] == "the-master-key"
+        shown = home.run("env claude --shell=bash").stdout
+        assert "export ANTHROPIC_AUTH_TOKEN='the-master-key'\n" in shown
+        assert json.loads(home.run("status --json").stdout)["require_auth"]
+    finally:
+        home.run("stop --grace=0")
+
+
+def test_a_router_may_be_left_running(home):
+    done = home.run("run --keep claude")
+    assert done.returncode == 0 and "stays" in done.stderr
+    assert json.loads(home.run("status --json").stdout)["candidates"]
+
+
+def test_a_program_that_is_missing_is_named_with_how_to_get_it(home):
+    (home.folder / "tools" / "codex").unlink()
+    home.env["PATH"] = str(home.folder / "tools")
+    done = home.run("run codex")
+    assert done.returncode == 1 and "npm install -g @openai/codex" in done.stderr
+    assert "no llm-router is running" in home.run("status").stderr
+
+
+@pytest.mark.parametrize(
+    "line", ["run", "run unknown-tool", "run --", "env nobody", "env codex", "run --modell=x claude"]
+)
+def test_what_cannot_be_run_is_refused(home, line):
+    done = home.run(line)
+    assert done.returncode == 2 and done.stderr.startswith("llm-router: ")
+
+
+def test_the_signal_that_ended_the_program_is_its_exit_code_and_ours_is_passed_on(home):
+    (home.folder / "tools" / "my-app").write_text("#!/bin/sh\necho ready\nexec sleep 60\n")
+    line = [sys.executable, PROGRAM, "run", "--", "my-app"]
+    with subprocess.Popen(line, env=home.env, stdout=subprocess.PIPE, text=True) as running:
+        assert running.stdout.readline() == "ready\n"
+        time.sleep(0.2)
+        running.send_signal(signal.SIGTERM)
+        assert running.wait(20) == 128 + signal.SIGTERM
+    assert until(lambda: "no llm-router is running" in home.run("status").stderr)
+
+
+@pytest.mark.parametrize("value", ["plain", "with space", "it's", 'a"b', "$HOME", "back\\slash", "`id`"])
+def test_a_shell_reads_back_what_env_prints(value):
+    lines = r.shell_lines({"A": value}, "bash")
+    line = "\n".join(lines) + '\nprintf %s "$A"'
+    assert subprocess.run(["bash", "-c", line], capture_output=True, text=True).stdout == value
+
+
+def test_other_shells_quote_in_their_own_way():
+    assert r.shell_lines({"A": "it's"}, "powershell") == ["$env:A = 'it''s'"]
+    assert r.shell_lines({"A": "it's \\"}, "fish") == ["set -gx A 'it\\'s \\\\'"]
+    with pytest.raises(r.UsageError, match="fish"):
+        r.shell_lines({}, "tcsh")
