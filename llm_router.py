@@ -32,26 +32,17 @@ Contents:
   16  OUTBOUND              a candidate and a request become an upstream request [pure]
   17  OUTCOMES              status, headers and body of an upstream's answer: what they mean [pure]
   18  FALLBACK              what to do next after each outcome, clock and dice passed in [pure]
-  19  SCREENS               the menu as values: a key and a state become a state and an effect [pure]
-  20  VIEW                  the menu as lines that fit any width and height [pure]
-  21  GATEWAY               one request from its head to its end, through injected effects [async]
-  22  PROBE                 which formats and models a provider really serves [async]
-  23  WORKER                the same gateway on Cloudflare, and the files that deploy exports [host]
-  24  FILES                 configuration and state on disk: atomic, private, locked [host]
-  25  UPSTREAM              threads dial, the loop talks: connections, their pool, replies [host]
-  26  SERVER                client connections on asyncio streams: one request after another [host]
-  27  METRICS AND TRAIL     one line a request, written where it can block nobody [host]
-  28  LEDGER                what every request used and cost, in SQLite [host]
-  29  PROCESS               the running server: its effects, signals, start and end [host]
-  30  UPDATE                this very file replaced by a newer release [host]
-  31  SERVICES              start with the machine: launchd, systemd, Windows tasks [host]
-  32  DEPLOY                onto Cloudflare: export, upload, secrets [host]
-  33  DEMO                  fake providers, the router before them, and every kind of request [host]
-  34  DOCTOR                what is wrong on this machine, and the cure [host]
-  35  AGENTS                coding agents run against the router, their files untouched [host]
-  36  TERMINAL              the menu on a real terminal, or as numbered prompts [host]
-  37  COMMANDS              flags, help and what each command does [host]
-  38  MAIN                  the only exit [host]
+  19  GATEWAY               one request from its head to its end, through injected effects [async]
+  20  FILES                 configuration and state on disk: atomic, private, locked [host]
+  21  UPSTREAM              threads dial, the loop talks: connections, their pool, replies [host]
+  22  SERVER                client connections on asyncio streams: one request after another [host]
+  23  METRICS AND TRAIL     one line a request, written where it can block nobody [host]
+  24  PROCESS               the running server: its effects, signals, start and end [host]
+  25  UPDATE                this very file replaced by a newer release [host]
+  26  DEMO                  fake providers, the router before them, and every kind of request [host]
+  27  AGENTS                coding agents run against the router, their files untouched [host]
+  28  COMMANDS              flags, help and what each command does [host]
+  29  MAIN                  the only exit [host]
 """
 
 from __future__ import annotations
@@ -8067,17 +8058,7 @@ def backoff_ms(retry: int, settings: Settings, jitter: float) -> int:
 
 
 # ==============================================================================
-# 19 SCREENS - the menu as values: a key and a state become a state and an effect [pure]
-# ==============================================================================
-
-
-# ==============================================================================
-# 20 VIEW - the menu as lines that fit any width and height [pure]
-# ==============================================================================
-
-
-# ==============================================================================
-# 21 GATEWAY - one request from its head to its end, through injected effects [async]
+# 19 GATEWAY - one request from its head to its end, through injected effects [async]
 # ==============================================================================
 #
 # The gateway is handed a host and, per request, a client; it touches nothing else.
@@ -8804,17 +8785,7 @@ def give_up_headers(outcome: Outcome, retry_after: Optional[float]) -> Headers:
 
 
 # ==============================================================================
-# 22 PROBE - which formats and models a provider really serves [async]
-# ==============================================================================
-
-
-# ==============================================================================
-# 23 WORKER - the same gateway on Cloudflare, and the files that deploy exports [host]
-# ==============================================================================
-
-
-# ==============================================================================
-# 24 FILES - configuration and state on disk: atomic, private, locked [host]
+# 20 FILES - configuration and state on disk: atomic, private, locked [host]
 # ==============================================================================
 
 CONFIG_PATH = "~/.llm-router.json"
@@ -9077,7 +9048,7 @@ def _lock_descriptor(descriptor: int) -> bool:
 
 
 # ==============================================================================
-# 25 UPSTREAM - threads dial, the loop talks: connections, their pool, replies [host]
+# 21 UPSTREAM - threads dial, the loop talks: connections, their pool, replies [host]
 # ==============================================================================
 #
 # A worker thread does what blocks (DNS, TCP, proxy tunnel, TLS) with http.client. The event loop then sends, waits,
@@ -9743,7 +9714,7 @@ def _seconds(milliseconds: int) -> Optional[float]:
 
 
 # ==============================================================================
-# 26 SERVER - client connections on asyncio streams: one request after another [host]
+# 22 SERVER - client connections on asyncio streams: one request after another [host]
 # ==============================================================================
 
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -10346,7 +10317,7 @@ class Server:
 
 
 # ==============================================================================
-# 27 METRICS AND TRAIL - one line a request, written where it can block nobody [host]
+# 23 METRICS AND TRAIL - one line a request, written where it can block nobody [host]
 # ==============================================================================
 
 
@@ -10603,12 +10574,7 @@ def open_log(path: str) -> Any:
 
 
 # ==============================================================================
-# 28 LEDGER - what every request used and cost, in SQLite [host]
-# ==============================================================================
-
-
-# ==============================================================================
-# 29 PROCESS - the running server: its effects, signals, start and end [host]
+# 24 PROCESS - the running server: its effects, signals, start and end [host]
 # ==============================================================================
 
 
@@ -10808,6 +10774,7 @@ class Router:
         self.started = self.host.wall()
         self.stopping: Any = None
         self.grace_s = options.settings.drain_grace_ms / 1000
+        self.restarts = False
         self.config_state = "ok"
         self._make_gateway()
 
@@ -10840,6 +10807,10 @@ class Router:
         if method == "POST" and name == "stop":
             self.stop(argument)
             return 200, {"pid": self.status()["pid"]}
+        if method == "POST" and name == "restart":
+            self.restarts = True
+            self.stop()
+            return 200, {"pid": self.status()["pid"]}
         return 404, {"error": "unknown verb"}
 
     def stop(self, grace: str = "") -> None:
@@ -10857,6 +10828,7 @@ class Router:
         return {
             "pid": os.getpid(),
             "version": __version__,
+            "file": os.path.realpath(__file__),
             "host": options.host,
             "port": self.server.port,
             "uptime_s": int(self.host.wall() - self.started),
@@ -10972,7 +10944,19 @@ def run_server(options: StartOptions) -> int:
 
     if sys.platform == "win32":  # the proactor loop has no add_reader: one path for every platform
         asyncio.set_event_loop_policy(asyncio.WindowsSelectorEventLoopPolicy())
-    return asyncio.run(_serve(options))
+    code, port = asyncio.run(_serve(options))
+    if port:
+        _run_anew(port)
+    return code
+
+
+def _run_anew(port: int) -> None:
+    """Become the program that this file holds by now, with the same flags, environment, pid and port."""
+    import os
+    import sys
+
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, *sys.argv, "--port=%d" % port])  # noqa: S606  this file
 
 
 def _log_stream(settings: Settings) -> Any:
@@ -10991,7 +10975,8 @@ def _log_stream(settings: Settings) -> Any:
     return stream
 
 
-async def _serve(options: StartOptions) -> int:
+async def _serve(options: StartOptions) -> Tuple[int, int]:
+    """The exit code, and the port when the file shall be run anew on it."""
     import asyncio
 
     loop = asyncio.get_running_loop()
@@ -11013,7 +10998,7 @@ async def _serve(options: StartOptions) -> int:
     finally:
         router.upstreams.close()
         log.close()
-    return 0 if clean else 1
+    return 0 if clean else 1, port if router.restarts else 0
 
 
 async def _watch_config(router: Router) -> None:
@@ -11175,22 +11160,150 @@ def _read_from(path: str, offset: int) -> str:
 
 
 # ==============================================================================
-# 30 UPDATE - this very file replaced by a newer release [host]
+# 25 UPDATE - this very file replaced by a newer release [host]
 # ==============================================================================
 
 
-# ==============================================================================
-# 31 SERVICES - start with the machine: launchd, systemd, Windows tasks [host]
-# ==============================================================================
+_MAX_RELEASE_BYTES = 20_000_000
+_RELEASE_TIMEOUT_S = 60.0
+
+
+class Update(NamedTuple):
+    """What an update did: the version before and the one of the release; changed tells whether the file is another."""
+
+    before: str
+    after: str
+    changed: bool
+
+
+def update_file(target: str, source: str) -> Update:
+    """Replace the program `target` by the release at `source` (a URL or file) after every check; the old one is kept
+    as target + ".bak". RouterError, and nothing is changed, when the release is not whole, older or does not run."""
+    target = _own_file(target)
+    data = fetch_release(source)
+    _check_digest(data, source)
+    try:
+        compile(data, "release", "exec", dont_inherit=True)
+    except (SyntaxError, ValueError) as error:
+        raise RouterError("the release is not a Python program: %s" % one_line(str(error), 120)) from None
+    old = read_bytes(target)[0] or b""
+    if old == data:
+        return Update(__version__, __version__, False)
+    after = _replace_program(target, old, data)
+    return Update(__version__, after, after != __version__)
+
+
+def _own_file(target: str) -> str:
+    import os
+
+    target = os.path.realpath(target)
+    if {"site-packages", "dist-packages"} & set(target.replace("\\", "/").split("/")):
+        raise RouterError("this program was installed by pip: update it with pip install --upgrade llm-router")
+    return target
+
+
+def fetch_release(source: str) -> bytes:
+    """The bytes at a URL (https, or http on this machine) or in a file. RouterError when they cannot be had whole."""
+    import http.client
+    import os
+    import urllib.error
+    import urllib.request
+
+    if "://" not in source:
+        data = read_bytes(os.path.expanduser(source))[0]
+        if data is None:
+            raise RouterError("there is no release at %s" % one_line(source, 160), 404, "no_release")
+        return data
+
+    class SafeRedirects(urllib.request.HTTPRedirectHandler):
+        def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
+            _check_release_url(newurl)
+            return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+    _check_release_url(source)
+    try:
+        with urllib.request.build_opener(SafeRedirects).open(source, timeout=_RELEASE_TIMEOUT_S) as response:
+            data = bytes(response.read(_MAX_RELEASE_BYTES + 1))
+            missing = int(response.headers.get("content-length") or len(data)) - len(data)
+    except urllib.error.HTTPError as error:
+        code = "no_release" if error.code in (404, 410) else "release_error"
+        raise RouterError("%s answers %d" % (one_line(source, 160), error.code), error.code, code) from None
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise RouterError("cannot read %s: %s" % (one_line(source, 160), one_line(str(error), 160)), 502) from None
+    if missing > 0 or len(data) > _MAX_RELEASE_BYTES:
+        raise RouterError("the download of %s broke off or is too large" % one_line(source, 160), 502)
+    return data
+
+
+def _check_release_url(url: str) -> None:
+    parts = urlsplit(url)
+    if parts.scheme != "https" and not (parts.scheme == "http" and is_loopback(parts.hostname or "")):
+        raise RouterError("a release comes over https only, not from %s" % one_line(mask_url(url), 160))
+
+
+def _check_digest(data: bytes, source: str) -> None:
+    """Compare with SOURCE.sha256 when there is one (the form of sha256sum: digits, then the name)."""
+    place, question, query = source.partition("?")
+    try:
+        said = fetch_release(place + ".sha256" + question + query).decode("ascii", "replace").split()
+    except RouterError as error:
+        if error.code == "no_release":
+            return
+        raise
+    if not said or not hmac.compare_digest(said[0].lower().encode(), hashlib.sha256(data).hexdigest().encode()):
+        raise RouterError("the release is not what its .sha256 says: nothing was changed", 502, "wrong_digest")
+
+
+def _replace_program(target: str, old: bytes, data: bytes) -> str:
+    """Put the release in the place of `target` if it runs and is newer; its version."""
+    import os
+    import shutil
+
+    fresh = kept = ""
+    try:
+        fresh = _write_temporary(target, data)
+        version = _version_of(fresh)
+        if version != __version__:
+            _check_newer(version)
+            kept = _write_temporary(target + ".bak", old)
+            shutil.copymode(target, fresh)
+            shutil.copymode(target, kept)
+            os.replace(kept, target + ".bak")
+            os.replace(fresh, target)
+        return version
+    except OSError as error:
+        words = one_line(target, 160), error.strerror or error
+        raise FileError("cannot replace %s: %s; it is unchanged" % words) from None
+    finally:
+        for path in (fresh, kept):
+            if path and os.path.exists(path):
+                _remove(path)
+
+
+def _version_of(path: str) -> str:
+    """What a program answers to --version, run alone. RouterError when that is not llm-router's answer."""
+    import subprocess
+    import sys
+
+    try:
+        line = [sys.executable, "-I", path, "--version"]
+        done = subprocess.run(line, capture_output=True, text=True, timeout=60, check=False)  # noqa: S603  checked above
+        found = re.fullmatch(r"llm-router (\d+(?:\.\d+)*\S*)\s*", done.stdout)
+    except (subprocess.TimeoutExpired, UnicodeDecodeError):
+        found = None
+    if found is None:
+        raise RouterError("the release does not run here: its --version gave no answer", 502, "bad_release")
+    return found.group(1)
+
+
+def _check_newer(version: str) -> None:
+    numbers = [[int(number) for number in re.findall(r"\d+", text)] for text in (version, __version__)]
+    if numbers[0] < numbers[1]:
+        raise RouterError("the release %s is older than %s: nothing was changed" % (one_line(version, 40), __version__))
 
 
 # ==============================================================================
-# 32 DEPLOY - onto Cloudflare: export, upload, secrets [host]
-# ==============================================================================
-
-
-# ==============================================================================
-# 33 DEMO - fake providers, the router before them, and every kind of request [host]
+# 26 DEMO - fake providers, the router before them, and every kind of request [host]
 # ==============================================================================
 
 _DEMO_TEXT = "Hello from a provider that works."
@@ -11398,12 +11511,7 @@ def _show_cases(port: int) -> int:
 
 
 # ==============================================================================
-# 34 DOCTOR - what is wrong on this machine, and the cure [host]
-# ==============================================================================
-
-
-# ==============================================================================
-# 35 AGENTS - coding agents run against the router, their files untouched [host]
+# 27 AGENTS - coding agents run against the router, their files untouched [host]
 # ==============================================================================
 
 
@@ -11561,12 +11669,7 @@ def shell_lines(variables: Mapping[str, str], shell: str) -> List[str]:
 
 
 # ==============================================================================
-# 36 TERMINAL - the menu on a real terminal, or as numbered prompts [host]
-# ==============================================================================
-
-
-# ==============================================================================
-# 37 COMMANDS - flags, help and what each command does [host]
+# 28 COMMANDS - flags, help and what each command does [host]
 # ==============================================================================
 
 Values = Dict[str, Any]  # of the flags that were given: {"log_format": "json"}
@@ -12233,6 +12336,45 @@ def run_reload(values: Values, environ: Environ) -> int:
     return 0
 
 
+def run_update(values: Values, environ: Environ) -> int:
+    """`update`: this file replaced by a newer release; running instances of it follow after they have drained."""
+    source = values.get("from") or environ.get("LLM_ROUTER_UPDATE_URL", "").strip()
+    if not source:
+        raise UsageError("update: give --from=URL or FILE, or set LLM_ROUTER_UPDATE_URL")
+    update = update_file(__file__, source)
+    told = _restart_instances() if update.changed else []
+    if values.get("json"):
+        return _print_json(dict(update._asdict(), restarted=told))
+    if not update.changed:
+        print("%s is already the version there" % update.before)
+        return 0
+    print("updated %s to %s; the file before is kept as .bak" % (update.before, update.after))
+    for pid in told:
+        print("pid %d continues with it once its open requests have ended" % pid)
+    return 0
+
+
+def _restart_instances() -> List[int]:
+    """Tell every running instance of this file to become the new one; their pids."""
+    import os
+    import sys
+
+    told = []
+    for instance in read_instances(state_path()):
+        try:
+            status = ask_instance(instance, "status")
+            if status.get("file") != os.path.realpath(__file__):
+                continue
+            if sys.platform == "win32":  # exec makes a new process there, and the old console is lost
+                _warn(["pid %d still runs the version before: stop and start it" % instance.pid])
+                continue
+            ask_instance(instance, "restart", "POST")
+            told.append(instance.pid)
+        except RouterError:  # it does not run any more
+            continue
+    return told
+
+
 def run_explain(values: Values, environ: Environ) -> int:
     """`explain ID`: what became of a request and why."""
     trail = ask_instance(_find_running(values), "trail/" + (values.get("id") or "last"))["trail"]
@@ -12364,6 +12506,9 @@ COMMANDS: Tuple[Command, ...] = (
             "llm-router reload"),
     Command("stop", run_stop, "end the running instance", (*_RUNNING_FLAGS, Flag("grace", "text",
             "seconds that open streams may take, default 30")), "llm-router stop --grace=5"),
+    Command("update", run_update, "replace this file by a newer release",
+            (Flag("from", "text", "the release: a URL or a file, default LLM_ROUTER_UPDATE_URL"), _AS_JSON),
+            "llm-router update --from=https://example.com/llm_router.py"),
     Command("run", run_agent, "run claude, codex, opencode, aider, qwen or -- any command against the router",
             (*_AGENT_FLAGS, Flag("keep", "bool", "leave a router that was started for it running"), *_RUNNING_FLAGS),
             "llm-router run --model=openrouter/gpt-4o claude", True),
@@ -12379,7 +12524,7 @@ COMMANDS: Tuple[Command, ...] = (
 # fmt: on
 
 # ==============================================================================
-# 38 MAIN - the only exit [host]
+# 29 MAIN - the only exit [host]
 # ==============================================================================
 
 

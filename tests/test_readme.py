@@ -57,6 +57,7 @@ def test_every_variable_command_operation_and_flag_in_the_readme_exists():
         "LLM_ROUTER_CONFIG_JSON",
         "LLM_ROUTER_JSON",
         "LLM_ROUTER_MASTER_KEY",
+        "LLM_ROUTER_UPDATE_URL",
     }
     assert set(re.findall(r"\bLLM_ROUTER_[A-Z_]+\b", text)) <= variables
     commands = {row.name for row in llm_router.COMMANDS}

@@ -1,0 +1,193 @@
+"""The program replaced by a newer release: every check, and what is left when one fails."""
+
+import hashlib
+import http.server
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+import llm_router as r
+from exchanges import until
+from running_router import clean_environment, config_of, provider
+
+SOURCE = Path(r.__file__).read_bytes()
+LINE = b'__version__ = "%s"' % r.__version__.encode()
+NEWER = SOURCE.replace(LINE, b'__version__ = "99.0.1"')
+OLDER = SOURCE.replace(LINE, b'__version__ = "0.0.1"')
+
+
+class Releases:
+    """A release server on 127.0.0.1. files: path -> bytes; short: paths whose download breaks off."""
+
+    def __init__(self):
+        self.files, self.short, self.redirects = {}, set(), {}
+        releases = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                if self.path in releases.redirects:
+                    self.send_response(302)
+                    self.send_header("location", releases.redirects[self.path])
+                    self.end_headers()
+                    return
+                data = releases.files.get(self.path)
+                self.send_response(404 if data is None else 200)
+                self.send_header("content-length", str(len(data or b"")))
+                self.end_headers()
+                self.wfile.write((data or b"")[: -1000 if self.path in releases.short else None])
+
+            def log_message(self, *_):
+                pass
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = "http://127.0.0.1:%d" % self.server.server_address[1]
+        threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
+
+
+@pytest.fixture
+def releases():
+    made = Releases()
+    yield made
+    made.server.shutdown()
+    made.server.server_close()
+
+
+class Installed:
+    """The program as a single file in a folder of its own."""
+
+    def __init__(self, folder):
+        self.home = folder / "home"
+        self.home.mkdir()
+        self.file = folder / "bin" / "router.py"
+        self.file.parent.mkdir()
+        self.file.write_bytes(SOURCE)
+        self.file.chmod(0o755)
+
+    def run(self, *words, **env):
+        line = [sys.executable, str(self.file), *words]
+        env = clean_environment(self.home, **env)
+        return subprocess.run(line, env=env, capture_output=True, text=True, timeout=90)
+
+    def is_untouched(self):
+        return self.file.read_bytes() == SOURCE and [path.name for path in self.file.parent.iterdir()] == ["router.py"]
+
+
+@pytest.fixture
+def installed(tmp_path):
+    return Installed(tmp_path)
+
+
+def test_a_newer_release_takes_the_place_of_the_file_and_the_old_one_is_kept(installed, releases):
+    releases.files["/llm_router.py"] = NEWER
+    releases.files["/llm_router.py.sha256"] = hashlib.sha256(NEWER).hexdigest().encode() + b"  llm_router.py\n"
+    done = installed.run("update", "--from=%s/llm_router.py" % releases.url)
+    assert done.returncode == 0, done.stderr
+    assert "99.0.1" in done.stdout and installed.file.read_bytes() == NEWER
+    assert installed.file.with_name("router.py.bak").read_bytes() == SOURCE
+    assert os.name != "posix" or installed.file.stat().st_mode & 0o777 == 0o755
+    assert installed.run("--version").stdout == "llm-router 99.0.1\n"
+
+
+def test_the_source_may_come_from_the_environment_and_be_a_file(installed, tmp_path):
+    (tmp_path / "release").write_bytes(NEWER)
+    done = installed.run("update", "--json", LLM_ROUTER_UPDATE_URL=str(tmp_path / "release"))
+    told = json.loads(done.stdout)
+    assert told == {"before": r.__version__, "after": "99.0.1", "changed": True, "restarted": []}
+
+
+def test_the_same_version_changes_nothing(installed, releases):
+    releases.files["/same"] = SOURCE
+    done = installed.run("update", "--from=%s/same" % releases.url)
+    assert done.returncode == 0 and "already" in done.stdout and installed.is_untouched()
+
+
+def test_without_a_source_both_ways_to_name_one_are_told(installed):
+    done = installed.run("update")
+    assert done.returncode == 2 and "--from" in done.stderr and "LLM_ROUTER_UPDATE_URL" in done.stderr
+
+
+BAD = {
+    "missing": (None, b"", "404"),
+    "older": (OLDER, b"", "older"),
+    "wrong hash": (NEWER, b"0" * 64, "sha256"),
+    "empty hash": (NEWER, b" ", "sha256"),
+    "a web page": (b"<html>not found</html>", b"", "not a Python program"),
+    "half a file": (NEWER[: len(NEWER) // 2], b"", "not"),
+    "another program": (b"print('hello')\n", b"", "does not run"),
+    "a program that fails": (b"raise SystemExit(3)\n", b"", "does not run"),
+    "no text": (b"\x00\xff\xfe", b"", "not a Python program"),
+}
+
+
+@pytest.mark.parametrize("name", sorted(BAD))
+def test_a_release_that_is_not_right_changes_nothing(installed, releases, name):
+    data, digest, text = BAD[name]
+    if data is not None:
+        releases.files["/release"] = data
+    if digest:
+        releases.files["/release.sha256"] = digest
+    done = installed.run("update", "--from=%s/release" % releases.url)
+    assert done.returncode == 1 and text in done.stderr, done.stderr
+    assert installed.is_untouched()
+
+
+def test_a_download_that_breaks_off_changes_nothing(installed, releases):
+    releases.files["/release"] = NEWER
+    releases.short.add("/release")
+    done = installed.run("update", "--from=%s/release" % releases.url)
+    assert done.returncode == 1 and installed.is_untouched()
+
+
+def test_a_release_comes_over_https_also_after_a_redirect(releases):
+    with pytest.raises(r.RouterError, match="https"):
+        r.fetch_release("http://example.com/llm_router.py")
+    releases.redirects["/moved"] = "http://example.com/llm_router.py"
+    with pytest.raises(r.RouterError, match="https"):
+        r.fetch_release(releases.url + "/moved")
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_cannot_be_written_is_said_and_nothing_is_changed(installed, tmp_path):
+    (tmp_path / "release").write_bytes(NEWER)
+    installed.file.parent.chmod(0o500)
+    done = installed.run("update", "--from=%s" % (tmp_path / "release"))
+    installed.file.parent.chmod(0o700)
+    assert done.returncode == 1 and "unchanged" in done.stderr and installed.is_untouched()
+
+
+def test_a_failure_to_write_leaves_the_file_and_no_rest(installed, monkeypatch):
+    def fail(source, target):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(r.RouterError, match="No space left"):
+        r._replace_program(str(installed.file), SOURCE, NEWER)
+    assert installed.is_untouched()
+
+
+def test_an_installation_by_pip_is_told_pips_own_command(tmp_path):
+    target = tmp_path / "lib" / "site-packages" / "llm_router.py"
+    with pytest.raises(r.RouterError, match="pip install --upgrade"):
+        r.update_file(str(target), "anything")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a process becomes another only on POSIX")
+def test_a_running_instance_becomes_the_new_version_on_its_port(installed, tmp_path, upstream):
+    (installed.home / ".llm-router.json").write_text(json.dumps(config_of(provider(upstream))))
+    (installed.home / ".llm-router.json").chmod(0o600)
+    assert installed.run("start", "--detach", "--port=0").returncode == 0
+    before = json.loads(installed.run("status", "--json").stdout)
+    (tmp_path / "release").write_bytes(NEWER)
+    done = installed.run("update", "--from=%s" % (tmp_path / "release"))
+    assert "pid %d continues" % before["pid"] in done.stdout, done.stderr
+    try:
+        found = until(lambda: installed.run("status", "--json").stdout, timeout=20.0)
+        after = json.loads(found)
+        assert (after["version"], after["pid"], after["port"]) == ("99.0.1", before["pid"], before["port"])
+    finally:
+        installed.run("stop", "--grace=0")
