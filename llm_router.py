@@ -40,9 +40,10 @@ Contents:
   24  PROCESS               the running server: its effects, signals, start and end [host]
   25  UPDATE                this very file replaced by a newer release [host]
   26  DEMO                  fake providers, the router before them, and every kind of request [host]
-  27  AGENTS                coding agents run against the router, their files untouched [host]
-  28  COMMANDS              flags, help and what each command does [host]
-  29  MAIN                  the only exit [host]
+  27  DOCTOR                what is wrong on this machine, and the cure [host]
+  28  AGENTS                coding agents run against the router, their files untouched [host]
+  29  COMMANDS              flags, help and what each command does [host]
+  30  MAIN                  the only exit [host]
 """
 
 from __future__ import annotations
@@ -11511,7 +11512,176 @@ def _show_cases(port: int) -> int:
 
 
 # ==============================================================================
-# 27 AGENTS - coding agents run against the router, their files untouched [host]
+# 27 DOCTOR - what is wrong on this machine, and the cure [host]
+# ==============================================================================
+
+_ASK_TIMEOUT_S = 8.0
+_MAX_LISTING_BYTES = 10_000_000
+
+
+class Finding(NamedTuple):
+    """One thing that was looked at. level: ok, warning or problem; cure: "" when there is nothing to do."""
+
+    level: str
+    about: str
+    text: str
+    cure: str = ""
+
+
+def examine(given: str, port: int, environ: Mapping[str, str], offline: bool) -> List[Finding]:
+    """Everything that is looked at, in order. given: --config; port: where the router is to listen."""
+    findings, config = _examine_config(given, environ)
+    running = [instance for instance in read_instances(state_path()) if _answers(instance)]
+    findings += _examine_running(running, port) + _examine_network(environ)
+    findings += _examine_clients(environ, {instance.port for instance in running} | {port})
+    if config is not None and not offline:
+        findings += _examine_providers([provider for provider in config.providers if provider.enabled])
+    return findings
+
+
+def _examine_config(given: str, environ: Mapping[str, str]) -> Tuple[List[Finding], Optional[Config]]:
+    try:
+        loaded = load_config(given, environ)
+    except RouterError as error:
+        return [Finding("problem", "configuration", error.message, "correct the file; its .bak may be good")], None
+    document = loaded.document if loaded.document is not None or given else preset_document(environ)
+    if document is None:
+        cure = "llm-router config --operation=upsert-provider --help, or set a key variable such as OPENAI_API_KEY"
+        return [Finding("problem", "configuration", "there is none", cure)], None
+    config, problems = scan_config(document, environ)
+    found = [Finding("ok", "configuration", loaded.source if loaded.document is not None else "made of key variables")]
+    found += [Finding("warning", "configuration", warning) for warning in loaded.warnings]
+    for one in problems:
+        level = "problem" if one.level == "error" else "warning"
+        found.append(Finding(level, "configuration", "%s: %s" % (one.path, one.message), one.cure))
+    return found, config
+
+
+def _answers(instance: Instance) -> bool:
+    try:
+        return bool(ask_instance(instance, "status"))
+    except RouterError:
+        return False
+
+
+def _examine_running(running: Sequence[Instance], port: int) -> List[Finding]:
+    found = []
+    for instance in running:
+        status = ask_instance(instance, "status")
+        where, state = "port %d, pid %d" % (instance.port, instance.pid), status["config"]["state"]
+        found.append(Finding("ok", "running", "%s, version %s" % (where, status["version"])))
+        if state != "ok":
+            found.append(Finding("problem", "running", "its newest configuration: " + state, "correct the file"))
+        if status["version"] != __version__:
+            cure = "llm-router stop, then start"
+            found.append(Finding("warning", "running", "%s is not this version, %s" % (where, __version__), cure))
+    if not any(instance.port == port for instance in running):
+        holder = find_listener(port)
+        words = "%d is used by pid %d (%s)" % (port, *holder) if holder else "%d is free, as far as can be seen" % port
+        found.append(Finding("problem" if holder else "ok", "port", words, "start --port=0" if holder else ""))
+    return found
+
+
+def _examine_network(environ: Mapping[str, str]) -> List[Finding]:
+    import os
+
+    names = [name for name in ("HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY", "NO_PROXY") if _either_case(environ, name)]
+    found = [Finding("ok", "proxy", "%s=%s" % (name, mask_url(_either_case(environ, name)))) for name in names]
+    bundle = environ.get("SSL_CERT_FILE", "")
+    if bundle and not os.path.isfile(bundle):
+        found.append(
+            Finding("problem", "certificates", "SSL_CERT_FILE names no file: " + bundle, "correct or unset it")
+        )
+    return found
+
+
+def _either_case(environ: Mapping[str, str], name: str) -> str:
+    return environ.get(name.lower(), "") or environ.get(name, "")
+
+
+def _examine_clients(environ: Mapping[str, str], ports: Set[int]) -> List[Finding]:
+    """Variables that lead clients somewhere."""
+    found = []
+    for name in ("ANTHROPIC_BASE_URL", "OPENAI_BASE_URL", "OPENAI_API_BASE"):
+        url = environ.get(name, "")
+        if not url:
+            continue
+        try:
+            parts = urlsplit(url)
+            here = is_loopback(parts.hostname or "") and parts.port in ports
+        except ValueError:
+            here = False
+        cure = "" if here else 'eval "$(llm-router env)" points it at the running router'
+        text = "%s=%s %s" % (name, mask_url(url), "is the router" if here else "is not this router")
+        found.append(Finding("ok" if here else "warning", "clients", text, cure))
+    return found
+
+
+def _examine_providers(providers: Sequence[Provider]) -> List[Finding]:
+    """Ask every provider for its models, all at once."""
+    import concurrent.futures
+
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        return list(pool.map(_examine_provider, providers))
+
+
+def _examine_provider(provider: Provider) -> Finding:
+    about = "provider " + provider.id
+    try:
+        models = ask_models(provider)
+    except RouterError as error:
+        level = "warning" if error.status in (404, 405) else "problem"
+        return Finding(level, about, error.message, _CURES.get(error.status, _CURES[0]))
+    named = [model.id for model in provider.models if model.enabled and model.id != "*"]
+    strange = [name for name in named if models and name not in models]
+    if strange:
+        text = "it does not list %s" % ", ".join(strange)
+        return Finding("warning", about, text, "config --operation=discover-models --provider-id=" + provider.id)
+    return Finding("ok", about, "reached, the key is accepted, %d models" % len(models))
+
+
+_CURES = {
+    0: "check baseUrl, the network, proxy and certificates",
+    401: "set its key anew: apiKey or apiKeyEnv",
+    403: "set its key anew: apiKey or apiKeyEnv",
+    404: "nothing, when requests work: it has no list of models there",
+    405: "nothing, when requests work: it has no list of models there",
+}
+
+
+def ask_models(provider: Provider) -> List[str]:
+    """The ids that a provider lists at GET .../models, in its preferred format (developers.openai.com/api/reference,
+    platform.claude.com/docs/en/api/models-list: both hold {"data": [{"id": ...}]}).
+
+    RouterError with the provider's status when it refuses, 502 when it cannot be reached.
+    """
+    import http.client
+    import urllib.error
+    import urllib.request
+
+    class NoRedirects(urllib.request.HTTPRedirectHandler):
+        def redirect_request(self, *_: Any) -> Any:
+            return None  # a key is never carried to another place
+
+    target = make_target(provider, provider.preferred)
+    path, question, query = target.path.partition("?")
+    url = target.origin + _FULL_ENDPOINT.sub("", path) + "/models" + question + query
+    headers = {name: value for name, value in target.headers if value is not None and name != "host"}
+    try:
+        opener = urllib.request.build_opener(NoRedirects)
+        with opener.open(urllib.request.Request(url, headers=headers), timeout=_ASK_TIMEOUT_S) as response:  # noqa: S310
+            answer = load_json(response.read(_MAX_LISTING_BYTES))
+    except urllib.error.HTTPError as error:
+        error.close()
+        raise RouterError("%s answers %d" % (mask_url(url), error.code), error.code) from None
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise RouterError("%s: %s" % (mask_url(url), one_line(str(error), 160)), 502) from None
+    entries = as_list(as_dict(answer).get("data")) or as_list(as_dict(answer).get("models"))
+    return [as_text(as_dict(entry).get("id")) for entry in entries if as_text(as_dict(entry).get("id"))]
+
+
+# ==============================================================================
+# 28 AGENTS - coding agents run against the router, their files untouched [host]
 # ==============================================================================
 
 
@@ -11669,7 +11839,7 @@ def shell_lines(variables: Mapping[str, str], shell: str) -> List[str]:
 
 
 # ==============================================================================
-# 28 COMMANDS - flags, help and what each command does [host]
+# 29 COMMANDS - flags, help and what each command does [host]
 # ==============================================================================
 
 Values = Dict[str, Any]  # of the flags that were given: {"log_format": "json"}
@@ -12127,6 +12297,22 @@ def _summary(config: Config, source: str) -> str:
     return "\n".join(lines + ["", _table(("MODEL", "ALIASES", "FALLBACKS"), models)])
 
 
+def run_discover(values: Values, environ: Environ) -> int:
+    """`--operation=discover-models`: what a configured provider lists; nothing is stored."""
+    loaded = load_config(values.get("config", ""), environ)
+    config = read_config(loaded.document or {}, environ)
+    wanted = values["provider_id"].lower()
+    provider = next((one for one in config.providers if one.id.lower() == wanted), None)
+    if provider is None:
+        known = ", ".join(one.id for one in config.providers) or "none"
+        raise UsageError("there is no provider %s; there are: %s" % (one_line(values["provider_id"], 60), known))
+    models = ask_models(provider)
+    if values.get("json"):
+        return _print_json({"provider": provider.id, "models": models})
+    print("\n".join(map(one_line, models)) or "it lists no models")
+    return 0
+
+
 def run_validate(values: Values, environ: Environ) -> int:
     """`--operation=validate`: every problem with path and cure; exit code 2 when one is an error."""
     try:
@@ -12176,6 +12362,8 @@ OPERATIONS: Tuple[Operation, ...] = (
     Operation("remove-client-key", "let a client in no longer", ("name",), ("name",), "--name=laptop",
               lambda values: lambda document: remove_client_key(document, values["name"])),
     Operation("list", "show the configuration, keys masked", (), (), "--json", None, run_list),
+    Operation("discover-models", "ask a provider which models it lists", ("provider-id",), ("provider-id",),
+              "--provider-id=openrouter", None, run_discover),
     Operation("validate", "show every problem with its cure", (), (), "", None, run_validate),
 )
 # fmt: on
@@ -12334,6 +12522,21 @@ def run_reload(values: Values, environ: Environ) -> int:
         raise RouterError(stays + error.message, error.status, error.code) from None
     print("reloaded, " + ("changed providers: " + ", ".join(changes) if changes else "every provider is as it was"))
     return 0
+
+
+def run_doctor(values: Values, environ: Environ) -> int:
+    """`doctor`: one line for each thing that was looked at, with its cure; 1 when there is a problem."""
+    port = _port_of(values) or read_settings({}, environ)[0].port
+    findings = examine(values.get("config", ""), port, environ, values.get("offline", False))
+    bad = any(finding.level == "problem" for finding in findings)
+    if values.get("json"):
+        _print_json({"ok": not bad, "findings": [finding._asdict() for finding in findings]})
+        return int(bad)
+    for finding in findings:
+        level = _colored("%-8s" % finding.level, {"problem": "error"}.get(finding.level, finding.level))
+        cure = "; " + one_line(finding.cure, 200) if finding.cure else ""
+        print("%s %s: %s%s" % (level, finding.about, one_line(finding.text, 300), cure))
+    return int(bad)
 
 
 def run_update(values: Values, environ: Environ) -> int:
@@ -12506,6 +12709,9 @@ COMMANDS: Tuple[Command, ...] = (
             "llm-router reload"),
     Command("stop", run_stop, "end the running instance", (*_RUNNING_FLAGS, Flag("grace", "text",
             "seconds that open streams may take, default 30")), "llm-router stop --grace=5"),
+    Command("doctor", run_doctor, "look for what is wrong and say the cure", (_CONFIG, Flag("port", "text",
+            "the port the router is to use"), Flag("offline", "bool", "ask no provider"), _AS_JSON),
+            "llm-router doctor --offline"),
     Command("update", run_update, "replace this file by a newer release",
             (Flag("from", "text", "the release: a URL or a file, default LLM_ROUTER_UPDATE_URL"), _AS_JSON),
             "llm-router update --from=https://example.com/llm_router.py"),
@@ -12524,7 +12730,7 @@ COMMANDS: Tuple[Command, ...] = (
 # fmt: on
 
 # ==============================================================================
-# 29 MAIN - the only exit [host]
+# 30 MAIN - the only exit [host]
 # ==============================================================================
 
 

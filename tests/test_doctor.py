@@ -1,0 +1,170 @@
+"""What doctor finds, and the models a provider lists."""
+
+import http.server
+import json
+import socket
+import sys
+import threading
+
+import pytest
+
+import llm_router as r
+
+
+class Provider:
+    """A provider's GET .../models with one answer: status and body; `seen` are the requests' paths and keys."""
+
+    def __init__(self):
+        self.status, self.body, self.location, self.seen = 200, {"data": [{"id": "m1"}, {"id": "m2"}]}, "", []
+        provider = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                provider.seen.append((self.path, self.headers.get("authorization") or self.headers.get("x-api-key")))
+                data = json.dumps(provider.body).encode()
+                self.send_response(provider.status)
+                if provider.location:
+                    self.send_header("location", provider.location)
+                self.send_header("content-length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, *_):
+                pass
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = "http://127.0.0.1:%d" % self.server.server_address[1]
+        threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
+
+
+@pytest.fixture
+def account():
+    made = Provider()
+    yield made
+    made.server.shutdown()
+    made.server.server_close()
+
+
+def document(account, **fields):
+    entry = {"id": "acct", "baseUrl": account.url + "/v1", "apiKey": "the-account-key", "models": ["m1"]}
+    return {"providers": [dict(entry, **fields)]}
+
+
+@pytest.fixture
+def doctor(tmp_path, capsys):
+    """`doctor(document, *flags)` -> (exit code, {about: level}, all the text)."""
+
+    def run(config, *flags):
+        path = tmp_path / "config.json"
+        path.write_text(config if isinstance(config, str) else json.dumps(config))
+        path.chmod(0o600)
+        line = ["doctor", "--config=%s" % path, "--port=%d" % free_port(), *flags]
+        code = r.main([*line, "--json"])
+        found = json.loads(capsys.readouterr().out)
+        assert code == (0 if found["ok"] else 1)
+        assert r.main(line) == code
+        return code, {one["about"]: one["level"] for one in found["findings"]}, capsys.readouterr().out
+
+    return run
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
+
+
+def test_all_is_well(doctor, account):
+    code, levels, text = doctor(document(account))
+    assert code == 0 and levels["provider acct"] == "ok" and "problem" not in levels.values()
+    assert account.seen[0] == ("/v1/models", "Bearer the-account-key")
+    assert "the-account-key" not in text
+
+
+@pytest.mark.parametrize("status", [401, 403, 500])
+def test_a_provider_that_refuses_is_a_problem_with_its_cure(doctor, account, status):
+    account.status = status
+    code, levels, text = doctor(document(account))
+    assert code == 1 and levels["provider acct"] == "problem" and "answers %d" % status in text
+    assert ("apiKey" in text) == (status < 500)
+
+
+def test_a_provider_without_a_list_of_models_is_only_a_warning(doctor, account):
+    account.status = 404
+    code, levels, _ = doctor(document(account))
+    assert code == 0 and levels["provider acct"] == "warning"
+
+
+def test_a_provider_that_nobody_answers_for_is_a_problem(doctor):
+    nobody = {"id": "acct", "baseUrl": "http://127.0.0.1:%d" % free_port(), "apiKey": "k", "models": ["m"]}
+    code, levels, _ = doctor({"providers": [nobody]})
+    assert code == 1 and levels["provider acct"] == "problem"
+
+
+def test_a_configured_model_that_is_not_listed_is_named(doctor, account):
+    _, levels, text = doctor(document(account, models=["m1", "m3"]))
+    assert levels["provider acct"] == "warning" and "does not list m3" in text
+
+
+def test_offline_asks_nobody(doctor, account):
+    code, levels, _ = doctor(document(account), "--offline")
+    assert code == 0 and not account.seen and "provider acct" not in levels
+
+
+def test_a_broken_configuration_is_a_problem_with_its_place(doctor):
+    code, levels, text = doctor('{"providers": [', "--offline")
+    assert code == 1 and levels["configuration"] == "problem" and "config.json:1:" in text
+
+
+def test_every_problem_of_the_configuration_is_shown_with_its_cure(doctor, account):
+    code, _, text = doctor(document(account, baseUrl="ftp://x", models=["m1"]), "--offline")
+    assert code == 1 and "providers[0].baseUrl" in text and "https://" in text
+
+
+def test_variables_that_lead_clients_elsewhere_are_shown(doctor, account, monkeypatch):
+    monkeypatch.setenv("ANTHROPIC_BASE_URL", "http://127.0.0.1:1/elsewhere?key=planted-secret")
+    monkeypatch.setenv("SSL_CERT_FILE", "/nowhere/ca.pem")
+    monkeypatch.setenv("HTTPS_PROXY", "http://user:planted-secret@proxy.example:3128")
+    code, levels, text = doctor(document(account), "--offline")
+    assert code == 1 and levels["clients"] == "warning" and levels["certificates"] == "problem"
+    assert levels["proxy"] == "ok" and "planted-secret" not in text
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells who has a port")
+def test_a_port_in_foreign_hands_is_a_problem(account, tmp_path, capsys):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(document(account)))
+    path.chmod(0o600)
+    with socket.create_server(("127.0.0.1", 0)) as holder:
+        line = "doctor --offline --config=%s --port=%d" % (path, holder.getsockname()[1])
+        assert r.main(line.split()) == 1
+    assert "is used by pid" in capsys.readouterr().out
+
+
+def test_the_models_that_a_provider_lists_are_shown_and_nothing_is_stored(account, tmp_path, capsys):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(document(account, format="anthropic", formats=["anthropic"])))
+    path.chmod(0o600)
+    before = path.read_bytes()
+    line = ["config", "--operation=discover-models", "--provider-id=ACCT", "--config=%s" % path]
+    assert r.main(line) == 0
+    assert capsys.readouterr().out == "m1\nm2\n"
+    assert account.seen[0] == ("/v1/models", "the-account-key")
+    assert r.main([*line, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"provider": "acct", "models": ["m1", "m2"]}
+    assert path.read_bytes() == before
+    assert r.main([line[0], line[1], "--provider-id=nobody", line[3]]) == 2
+    assert "acct" in capsys.readouterr().err
+
+
+def test_a_redirect_is_not_followed_with_the_key(account):
+    account.status, account.location = 302, account.url + "/elsewhere"
+    config = r.read_config(document(account), {})
+    with pytest.raises(r.RouterError, match="302"):
+        r.ask_models(config.providers[0])
+    assert len(account.seen) == 1
+
+
+@pytest.mark.parametrize("body", [[], {}, {"data": 7}, {"data": [{"id": 5}, "text", None]}])
+def test_a_strange_list_of_models_is_an_empty_one(account, body):
+    account.body = body
+    assert r.ask_models(r.read_config(document(account), {}).providers[0]) == []
