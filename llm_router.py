@@ -39,11 +39,12 @@ Contents:
   23  METRICS AND TRAIL     one line a request, written where it can block nobody [host]
   24  PROCESS               the running server: its effects, signals, start and end [host]
   25  UPDATE                this very file replaced by a newer release [host]
-  26  DEMO                  fake providers, the router before them, and every kind of request [host]
-  27  DOCTOR                what is wrong on this machine, and the cure [host]
-  28  AGENTS                coding agents run against the router, their files untouched [host]
-  29  COMMANDS              flags, help and what each command does [host]
-  30  MAIN                  the only exit [host]
+  26  SERVICES              start with the machine: launchd, systemd, Windows tasks [host]
+  27  DEMO                  fake providers, the router before them, and every kind of request [host]
+  28  DOCTOR                what is wrong on this machine, and the cure [host]
+  29  AGENTS                coding agents run against the router, their files untouched [host]
+  30  COMMANDS              flags, help and what each command does [host]
+  31  MAIN                  the only exit [host]
 """
 
 from __future__ import annotations
@@ -6618,11 +6619,11 @@ def find_client(access: Access, headers: Headers) -> str:
 
 
 class Strikes:
-    """Wrong keys by peer address, so that guessing becomes slow: the first five cost nothing, each further one twice
+    """Wrong keys by peer address, so that guessing becomes slow: the first twenty cost nothing, each further one twice
     the wait of the one before, at most two seconds. A minute without one forgives. At most a thousand peers are
     remembered; who shows a right key never waits."""
 
-    FREE, FIRST_WAIT_S, MAX_WAIT_S, FORGIVEN_AFTER_S, MAX_PEERS = 5, 0.05, 2.0, 60.0, 1000
+    FREE, FIRST_WAIT_S, MAX_WAIT_S, FORGIVEN_AFTER_S, MAX_PEERS = 20, 0.05, 2.0, 60.0, 1000
 
     def __init__(self) -> None:
         self._strikes: OrderedDict[str, Tuple[int, float]] = OrderedDict()  # peer -> how many, when the last one was
@@ -11304,7 +11305,143 @@ def _check_newer(version: str) -> None:
 
 
 # ==============================================================================
-# 26 DEMO - fake providers, the router before them, and every kind of request [host]
+# 26 SERVICES - start with the machine: launchd, systemd, Windows tasks [host]
+# ==============================================================================
+
+SERVICE_NAME = "llm-router"
+_LAUNCHD_LABEL = "org.llm-router"
+_SERVICE_VARIABLES = ("HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY", "NO_PROXY", "SSL_CERT_FILE", "SSL_CERT_DIR")
+
+
+class Service(NamedTuple):
+    """How one platform starts the router at login. path: its file, "" when it has none; text: what stands in it.
+    install, status, remove: the commands of the platform's own tool."""
+
+    path: str
+    text: str
+    install: Tuple[Tuple[str, ...], ...]
+    status: Tuple[str, ...]
+    remove: Tuple[Tuple[str, ...], ...]
+
+
+def service_variables(environ: Mapping[str, str]) -> Dict[str, str]:
+    """What a service must keep of the environment: proxies and certificates, in either case; never a key."""
+    names = [name for upper in _SERVICE_VARIABLES for name in (upper, upper.lower())]
+    return {name: environ[name] for name in names if environ.get(name)}
+
+
+def make_service(platform: str, home: str, argv: Sequence[str], variables: Mapping[str, str], log: str) -> Service:
+    """The service of a platform (sys.platform) that runs `argv`. A value, nothing is touched."""
+    if platform == "darwin":
+        return _launchd_agent(home, argv, variables, log)
+    return _windows_task(argv) if platform == "win32" else _systemd_unit(home, argv, variables)
+
+
+def _systemd_unit(home: str, argv: Sequence[str], variables: Mapping[str, str]) -> Service:
+    """systemd.service(5): % and $ are its own in ExecStart, quotes and backslashes are C's."""
+    lines = ["[Unit]", "Description=llm-router", "After=network-online.target", "", "[Service]"]
+    lines += ["ExecStart=" + " ".join(_systemd_word(word).replace("$", "$$") for word in argv)]
+    lines += ["Environment=" + _systemd_word("%s=%s" % entry) for entry in variables.items()]
+    lines += ["ExecReload=/bin/kill -HUP $MAINPID", "Restart=on-failure", "RestartSec=5", ""]
+    lines += ["[Install]", "WantedBy=default.target", ""]
+    unit, user = SERVICE_NAME + ".service", ("systemctl", "--user")
+    return Service(
+        home + "/.config/systemd/user/" + unit,
+        "\n".join(lines),
+        ((*user, "daemon-reload"), (*user, "enable", "--now", unit)),
+        (*user, "is-active", unit),
+        ((*user, "disable", "--now", unit),),
+    )
+
+
+def _systemd_word(word: str) -> str:
+    return '"%s"' % word.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%")
+
+
+def _launchd_agent(home: str, argv: Sequence[str], variables: Mapping[str, str], log: str) -> Service:
+    """launchd.plist(5)."""
+    import plistlib
+
+    entry: Dict[str, Any] = {"Label": _LAUNCHD_LABEL, "ProgramArguments": list(argv), "RunAtLoad": True}
+    entry.update({"KeepAlive": {"SuccessfulExit": False}, "EnvironmentVariables": dict(variables)})
+    entry.update({"StandardOutPath": log, "StandardErrorPath": log})
+    path = "%s/Library/LaunchAgents/%s.plist" % (home, _LAUNCHD_LABEL)
+    list_, unload = ("launchctl", "list", _LAUNCHD_LABEL), ("launchctl", "unload", "-w", path)
+    return Service(path, plistlib.dumps(entry).decode(), (("launchctl", "load", "-w", path),), list_, (unload,))
+
+
+def _windows_task(argv: Sequence[str]) -> Service:
+    """schtasks /Create: at logon, as this user."""
+    import subprocess
+
+    create = ("schtasks", "/Create", "/F", "/SC", "ONLOGON", "/TN", SERVICE_NAME, "/TR", subprocess.list2cmdline(argv))
+    run = ("schtasks", "/Run", "/TN", SERVICE_NAME)
+    remove = ("schtasks", "/Delete", "/F", "/TN", SERVICE_NAME)
+    return Service("", "", (create, run), ("schtasks", "/Query", "/TN", SERVICE_NAME), (remove,))
+
+
+def install_service(service: Service) -> List[str]:
+    """Write the service's file and start it. The commands that the user has to give, because their tool is missing or
+    failed. FileError when the file cannot be written."""
+    import os
+
+    if service.path:
+        try:
+            os.makedirs(os.path.dirname(service.path), exist_ok=True)
+        except OSError as error:
+            words = one_line(service.path), error.strerror or error
+            raise FileError("cannot write %s: %s" % words) from None
+        write_private(service.path, service.text.encode())
+    return _give(service.install)
+
+
+def remove_service(service: Service) -> List[str]:
+    """Stop the service and delete its file; what the user has to do himself."""
+    left = _give(service.remove)
+    if service.path:
+        _remove(service.path)
+    return left
+
+
+def service_state(service: Service) -> str:
+    """`not installed`, or what the platform's tool says."""
+    import os
+
+    if service.path and not os.path.exists(service.path):
+        return "not installed"
+    done = _call(service.status)
+    return (
+        "installed, state unknown: %s is missing" % service.status[0]
+        if done is None
+        else (done[1].strip() or "code %d" % done[0])
+    )
+
+
+def _give(commands: Sequence[Tuple[str, ...]]) -> List[str]:
+    import shlex
+
+    failed = False
+    left = []
+    for command in commands:
+        done = None if failed else _call(command)
+        failed = done is None or done[0] != 0
+        left += [shlex.join(command)] if failed else []
+    return left
+
+
+def _call(command: Sequence[str]) -> Optional[Tuple[int, str]]:
+    """(exit code, output) of a platform's tool; None when it is missing or hangs."""
+    import subprocess
+
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)  # noqa: S603  our table
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.returncode, done.stdout or done.stderr
+
+
+# ==============================================================================
+# 27 DEMO - fake providers, the router before them, and every kind of request [host]
 # ==============================================================================
 
 _DEMO_TEXT = "Hello from a provider that works."
@@ -11512,7 +11649,7 @@ def _show_cases(port: int) -> int:
 
 
 # ==============================================================================
-# 27 DOCTOR - what is wrong on this machine, and the cure [host]
+# 28 DOCTOR - what is wrong on this machine, and the cure [host]
 # ==============================================================================
 
 _ASK_TIMEOUT_S = 8.0
@@ -11681,7 +11818,7 @@ def ask_models(provider: Provider) -> List[str]:
 
 
 # ==============================================================================
-# 28 AGENTS - coding agents run against the router, their files untouched [host]
+# 29 AGENTS - coding agents run against the router, their files untouched [host]
 # ==============================================================================
 
 
@@ -11839,7 +11976,7 @@ def shell_lines(variables: Mapping[str, str], shell: str) -> List[str]:
 
 
 # ==============================================================================
-# 29 COMMANDS - flags, help and what each command does [host]
+# 30 COMMANDS - flags, help and what each command does [host]
 # ==============================================================================
 
 Values = Dict[str, Any]  # of the flags that were given: {"log_format": "json"}
@@ -12152,7 +12289,7 @@ def run_config(values: Values, environ: Environ) -> int:
     """`config`: one operation without any prompt."""
     if "operation" not in values:
         raise UsageError("config: give --operation=, one of " + ", ".join(row.name for row in OPERATIONS))
-    operation = _find_operation(values.pop("operation"))
+    operation = _find_operation(values["operation"])
     words = "config --operation=" + operation.name
     for name in values:
         if name.replace("_", "-") not in operation.flags + _OPERATION_FLAGS:
@@ -12162,6 +12299,7 @@ def run_config(values: Values, environ: Environ) -> int:
         raise UsageError("%s needs %s; example: %s" % (words, " and ".join(missing), operation.example))
     if operation.run is not None:
         return operation.run(values, environ)
+    del values["operation"]
     return _edit(values, environ, operation.change(values))
 
 
@@ -12313,6 +12451,28 @@ def run_discover(values: Values, environ: Environ) -> int:
     return 0
 
 
+def run_startup(values: Values, environ: Environ) -> int:
+    """`--operation=startup-install`, `-status`, `-uninstall`: start with the machine."""
+    import os
+    import sys
+
+    verb, config = values["operation"], config_path(values.get("config", ""))
+    if verb == "startup-install":
+        read_start_options({"config": config}, environ)  # a service that cannot start helps nobody
+    argv = [sys.executable, os.path.realpath(__file__), "start", "--config=" + config]
+    log = os.path.expanduser(LOG_PATH)
+    service = make_service(sys.platform, os.path.expanduser("~"), argv, service_variables(environ), log)
+    if verb == "startup-status":
+        state = service_state(service)
+        return _print_json({"state": state, "path": service.path}) if values.get("json") else print(state) or 0
+    left = install_service(service) if verb == "startup-install" else remove_service(service)
+    done = "installed" if verb == "startup-install" else "removed"
+    print("%s %s" % (done, one_line(service.path) or "the task " + SERVICE_NAME))
+    if left:
+        print("now run: " + " && ".join(left))
+    return 0
+
+
 def run_validate(values: Values, environ: Environ) -> int:
     """`--operation=validate`: every problem with path and cure; exit code 2 when one is an error."""
     try:
@@ -12364,6 +12524,10 @@ OPERATIONS: Tuple[Operation, ...] = (
     Operation("list", "show the configuration, keys masked", (), (), "--json", None, run_list),
     Operation("discover-models", "ask a provider which models it lists", ("provider-id",), ("provider-id",),
               "--provider-id=openrouter", None, run_discover),
+    Operation("startup-install", "start with the machine: launchd, systemd or a Windows task", (), (), "",
+              None, run_startup),
+    Operation("startup-status", "show whether it starts with the machine", (), (), "", None, run_startup),
+    Operation("startup-uninstall", "start with the machine no longer", (), (), "", None, run_startup),
     Operation("validate", "show every problem with its cure", (), (), "", None, run_validate),
 )
 # fmt: on
@@ -12730,7 +12894,7 @@ COMMANDS: Tuple[Command, ...] = (
 # fmt: on
 
 # ==============================================================================
-# 30 MAIN - the only exit [host]
+# 31 MAIN - the only exit [host]
 # ==============================================================================
 
 

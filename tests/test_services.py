@@ -1,0 +1,108 @@
+"""Starting with the machine: what each platform's file says, and how it is put there."""
+
+import json
+import os
+import plistlib
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+import llm_router as r
+
+ARGV = ["/usr/bin/python3", "/home/a user/100%/llm_router.py", "start", '--config=/home/a "user"/$x\\y.json']
+VARIABLES = {"HTTPS_PROXY": "http://proxy.example:3128", "no_proxy": "localhost,.example"}
+
+
+def made(platform, home="/home/me"):
+    return r.make_service(platform, home, ARGV, VARIABLES, "/home/me/log")
+
+
+def test_the_launchd_agent_says_what_is_run():
+    entry = plistlib.loads(made("darwin").text.encode())
+    assert entry["ProgramArguments"] == ARGV and entry["EnvironmentVariables"] == VARIABLES and entry["RunAtLoad"]
+
+
+def test_the_systemd_unit_quotes_what_systemd_would_read_as_its_own():
+    text = made("linux").text
+    assert '"/home/a user/100%%/llm_router.py"' in text
+    assert '"--config=/home/a \\"user\\"/$$x\\\\y.json"' in text
+    assert 'Environment="HTTPS_PROXY=http://proxy.example:3128"' in text
+
+
+@pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="systemd-analyze is not installed")
+def test_systemd_accepts_the_unit(tmp_path):
+    program = tmp_path / "a folder 100%" / "llm_router.py"
+    program.parent.mkdir()
+    program.write_text("")
+    argv = [sys.executable, str(program), "start", '--config=%s/"$x".json' % tmp_path]
+    unit = tmp_path / "llm-router.service"
+    unit.write_text(r.make_service("linux", str(tmp_path), argv, VARIABLES, "").text)
+    line = ["systemd-analyze", "verify", "--user", str(unit)]
+    done = subprocess.run(line, capture_output=True, text=True, env=dict(os.environ, XDG_RUNTIME_DIR=str(tmp_path)))
+    assert "llm-router.service" not in done.stderr, done.stderr
+
+
+def test_the_windows_task_runs_one_command_line():
+    create, run = made("win32").install
+    assert create[create.index("/TR") + 1] == subprocess.list2cmdline(ARGV) and run[-1] == r.SERVICE_NAME
+    assert made("win32").path == ""
+
+
+def test_only_proxies_and_certificates_are_kept_of_the_environment():
+    environ = dict(VARIABLES, OPENAI_API_KEY="secret", LLM_ROUTER_MASTER_KEY="secret", PATH="/bin", SSL_CERT_FILE="/ca")
+    assert r.service_variables(environ) == dict(VARIABLES, SSL_CERT_FILE="/ca")
+
+
+@pytest.fixture
+def linux(tmp_path, monkeypatch):
+    """A Linux home with a configuration and a systemctl that notes what it is told; `linux(line)` -> exit code."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(sys, "platform", "linux")
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    (tools / "systemctl").write_text('#!/bin/sh\necho "$@" >> "$HOME/told"\necho active\n')
+    (tools / "systemctl").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tools) + os.pathsep + os.environ["PATH"])
+    provider = {"id": "p", "baseUrl": "https://example.com/v1", "apiKey": "planted-secret", "models": ["m"]}
+    (tmp_path / ".llm-router.json").write_text(json.dumps({"providers": [provider]}))
+    (tmp_path / ".llm-router.json").chmod(0o600)
+    return tmp_path
+
+
+unix = pytest.mark.skipif(os.name != "posix", reason="the fake systemctl is a script")
+UNIT = ".config/systemd/user/llm-router.service"
+
+
+@unix
+def test_installing_writes_the_unit_and_starts_it_and_uninstalling_undoes_it(linux, capsys):
+    assert r.main(["config", "--operation=startup-install"]) == 0
+    unit = linux / UNIT
+    assert "planted-secret" not in unit.read_text() and os.path.realpath(r.__file__) in unit.read_text()
+    assert (linux / "told").read_text().splitlines() == [
+        "--user daemon-reload",
+        "--user enable --now llm-router.service",
+    ]
+    assert r.main(["config", "--operation=startup-status", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.split("\n", 1)[1])["state"] == "active"
+    assert r.main(["config", "--operation=startup-uninstall"]) == 0
+    assert not unit.exists()
+    assert r.main(["config", "--operation=startup-status"]) == 0
+    assert capsys.readouterr().out.endswith("not installed\n")
+
+
+@unix
+def test_without_the_tool_the_file_is_written_and_the_commands_are_told(linux, capsys):
+    (linux / "tools" / "systemctl").write_text("#!/bin/sh\nexit 1\n")
+    assert r.main(["config", "--operation=startup-install"]) == 0
+    shown = capsys.readouterr().out
+    assert "systemctl --user daemon-reload && systemctl --user enable --now llm-router.service" in shown
+    assert (linux / UNIT).exists()
+
+
+@unix
+def test_a_service_that_could_not_start_is_not_installed(linux, capsys):
+    (linux / ".llm-router.json").write_text('{"providers": []}')
+    assert r.main(["config", "--operation=startup-install"]) == 2
+    assert not (linux / UNIT).exists() and "provider" in capsys.readouterr().err
