@@ -10988,6 +10988,7 @@ async def _serve(options: StartOptions) -> Tuple[int, int]:
     try:
         port = await _listen(router.server, options)
         _on_signals(loop, router)
+        _reload_on_sighup(loop, router)
         router.enroll(port)
         _announce(options, port)  # last: whoever reads it may stop, reload and ask for the status at once
         watcher = asyncio.ensure_future(_watch_config(router)) if options.watch_config and options.config_path else None
@@ -11090,14 +11091,19 @@ def _announce(options: StartOptions, port: int) -> None:
     print("\n".join(lines), flush=True)
 
 
+def _reload_on_sighup(loop: Any, router: Router) -> None:
+    """As daemons do; Windows has no such signal."""
+    import signal
+
+    if hasattr(signal, "SIGHUP"):
+        loop.add_signal_handler(signal.SIGHUP, router.try_reload)
+
+
 def _on_signals(loop: Any, router: Any) -> None:
-    """The first SIGINT or SIGTERM stops; after it both have their plain meaning: a second one ends the process. SIGHUP
-    reloads, as daemons do."""
+    """The first SIGINT or SIGTERM stops; after it both have their plain meaning: a second one ends the process."""
     import signal
 
     numbers = (signal.SIGINT, signal.SIGTERM)
-    if hasattr(signal, "SIGHUP"):
-        loop.add_signal_handler(signal.SIGHUP, router.try_reload)
 
     def on_signal() -> None:
         router.stop()
