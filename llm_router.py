@@ -12815,7 +12815,12 @@ def _reach_running(values: Values, environ: Environ) -> Tuple[str, str, Config]:
     none runs."""
     instance = _find_running(values)
     status = ask_instance(instance, "status")
-    config = read_config(_load_or_make(instance.config, environ).document, environ)
+    try:
+        config = read_config(_load_or_make(instance.config, environ).document, environ)
+    except RouterError:  # made of key variables that this shell does not have, or broken since
+        if status["require_auth"]:
+            raise
+        config = Config(default_model=status["default_model"])
     if status["require_auth"] and not config.master_key:
         raise UsageError("the running router wants a key: set LLM_ROUTER_MASTER_KEY to one")
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(instance.host, instance.host)

@@ -114,6 +114,13 @@ def test_a_running_router_is_used_with_its_master_key_and_stays(tmp_path, upstre
         home.run("stop --grace=0")
 
 
+def test_a_running_router_whose_configuration_this_shell_cannot_read_is_reached_all_the_same(home):
+    assert home.run("start --detach --port=0 --watch-config=false").returncode == 0
+    (home.folder / ".llm-router.json").write_text("{broken")
+    shown = json.loads(home.run("env --json").stdout)
+    assert shown["OPENAI_BASE_URL"].startswith("http://127.0.0.1:")
+
+
 def test_a_router_may_be_left_running(home):
     done = home.run("run --keep claude")
     assert done.returncode == 0 and "stays" in done.stderr
