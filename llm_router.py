@@ -264,11 +264,12 @@ def nearest(name: str, known: Iterable[str], count: int = 1) -> List[str]:
 
 _MOST = 86_400_000  # a day in milliseconds; more than any count needs
 _MOST_BYTES = 2**40
+LOG_LEVELS = ("info", "warning", "error", "silent")  # warning: requests that failed, too
 
 
 class Setting(NamedTuple):
     """One knob; its default's type (int, bool or str) is its own. low, high: the numbers allowed. clamp: a number
-    outside becomes the nearest limit, where others become the default."""
+    outside becomes the nearest limit, where others become the default. choices: the words allowed, () for any."""
 
     name: str
     default: Any
@@ -276,6 +277,7 @@ class Setting(NamedTuple):
     low: int = 0
     high: int = _MOST
     clamp: bool = False
+    choices: Tuple[str, ...] = ()
 
     @property
     def type(self) -> type:
@@ -332,6 +334,9 @@ SETTINGS: Tuple[Setting, ...] = (
     Setting("dial_threads", 48, "connections being opened at once", 1),
     Setting("dial_threads_per_upstream", 16, "connections being opened at once to one provider", 1),
     Setting("drain_grace_ms", 30000, "how long open streams may go on after stop"),
+    Setting("ca_bundle", "", "file of certificates (PEM) to trust in place of the system's"),
+    Setting("log_format", "text", "text, or json for one object a line", choices=("text", "json")),
+    Setting("log_level", "info", "least level that is logged: info, warning, error, silent", choices=LOG_LEVELS),
     Setting("log_file", "", "file for the log, in place of stderr; moved to FILE.1 when it is full"),
     Setting("log_max_bytes", 10_000_000, "size at which the log file is moved to FILE.1; 0: never"),
     Setting("trail_size", 500, "requests that explain can still show"),
@@ -372,8 +377,10 @@ def read_settings(flags: Mapping[str, str], environ: Mapping[str, str]) -> Tuple
 def _read_setting(row: Setting, text: str) -> Tuple[Any, str]:
     """The value to use, and what is wrong with the one that was given ("" when nothing is)."""
     shown = one_line(text, 40) or "an empty value"
+    if row.choices and text.lower() not in row.choices:
+        return row.default, "%s is none of %s" % (shown, ", ".join(row.choices))
     if row.type is str:
-        return (text, "") if text else (row.default, shown)
+        return (text.lower() if row.choices else text, "") if text else (row.default, shown)
     if row.type is bool:
         return _BOOLS.get(text.lower(), row.default), "" if text.lower() in _BOOLS else shown + " is not true or false"
     if not _WHOLE_NUMBER.fullmatch(text):
@@ -444,7 +451,9 @@ class Model(NamedTuple):
 
 class Provider(NamedTuple):
     """A configured account. base_urls, auths: by wire format. preferred: the one of `formats` to speak when the
-    client's own is not among them. headers: a None removes the header. compat: as configured, None when unsaid."""
+    client's own is not among them. headers: a None removes the header. compat: as configured, None when unsaid.
+    proxy: "none" for a direct connection, "" for what the environment says. ca_bundle: a file, "" for what everybody
+    trusts."""
 
     id: str
     name: str = ""
@@ -459,6 +468,8 @@ class Provider(NamedTuple):
     anthropic_beta: Tuple[str, ...] = ()
     compat: Any = None
     timeouts: Timeouts = Timeouts()
+    proxy: str = ""
+    ca_bundle: str = ""
     models: Tuple[Model, ...] = ()
 
 
@@ -531,6 +542,8 @@ FIELDS: Dict[str, Tuple[Field, ...]] = {
         Field("anthropicBeta", "betas", "anthropic-beta features to ask for"),
         Field("compat", "any", "what the provider needs or refuses beside the format"),
         Field("timeouts", "timeouts", "limits of its own in milliseconds"),
+        Field("proxy", "proxy", "its own HTTP proxy, http://HOST:PORT, or none for a direct connection"),
+        Field("caBundle", "text", "file of certificates (PEM) to trust for it"),
         Field("models", "models", "its models; * passes any id through"),
         Field("metadata", "object", "anything; kept, not used"),
     ),
@@ -875,6 +888,13 @@ class _Scan:
         if url and urlsplit(url).scheme == "http" and not is_loopback(urlsplit(url).hostname or ""):
             self._warn(path, "sends keys and prompts unencrypted", "use https:// unless you trust the network")
         return url
+
+    def _read_proxy(self, path: str, value: Any) -> Any:
+        url = self._read("text", path, value)
+        bare = re.sub("//[^/@]*@", "//", url or "")  # a proxy may have a login, where a base URL may not
+        if url in (None, "", "none") or bare.startswith("http://") and not check_url(bare)[0]:
+            return url
+        return self._error(path, "is not the URL of an HTTP proxy", "write http://HOST:PORT, or none")
 
     def _read_targets(self, path: str, value: Any) -> Any:
         refs = self._read("[target]", path, value)
@@ -1331,7 +1351,7 @@ def mask_document(value: Any, under: str = "") -> Any:
         return [mask_document(entry, under) for entry in value]
     if not isinstance(value, str):
         return value if value is None or under != "header key" else "***"
-    if under in ("baseUrl", "baseUrlByFormat"):
+    if under in ("baseUrl", "baseUrlByFormat", "proxy"):
         return mask_url(value)
     is_plain = under == "apiKeyEnv" and _VARIABLE.fullmatch(value) or not _SECRET_WORDS.search(under)
     return value if is_plain else mask(value)
@@ -7023,6 +7043,16 @@ def find_model_entry(routes: Routes, name: str, anthropic: bool) -> Dict[str, An
 # ==============================================================================
 
 
+class UpstreamKey(NamedTuple):
+    """What connections that may stand in for one another have in common; proxy and ca_bundle as in Provider."""
+
+    scheme: str
+    host: str
+    port: int
+    proxy: str = ""
+    ca_bundle: str = ""
+
+
 class Target(NamedTuple):
     """Where requests of one provider in one wire format go, and what every one of them carries.
 
@@ -7036,6 +7066,13 @@ class Target(NamedTuple):
     path: str
     headers: Tuple[Tuple[str, Optional[str]], ...]
     compat: Compat = _PLAIN
+    proxy: str = ""
+    ca_bundle: str = ""
+
+    @property
+    def key(self) -> UpstreamKey:
+        """Which connections can carry its requests."""
+        return UpstreamKey(self.scheme, self.host, self.port, self.proxy, self.ca_bundle)
 
     @property
     def origin(self) -> str:
@@ -7103,6 +7140,8 @@ def make_target(provider: Provider, wire: str) -> Target:
         path + ("?" + parts.query if parts.query else ""),
         _fixed_headers(provider, wire, parts.netloc),
         find_compat(as_text(provider.compat), parts.hostname),
+        provider.proxy,
+        provider.ca_bundle,
     )
 
 
@@ -9061,18 +9100,17 @@ _READ_BYTES = 262_144
 _PAUSE_BYTES = 1 << 20
 _LINGER_S = 2.0
 
-UpstreamKey = Tuple[str, str, int]
-
 
 class Dial:
     """One connection being made by a worker thread. `abort` ends it from the loop, whatever phase it is in."""
 
     def __init__(self, target: Target, timeout_s: float, waiter: Any, network: Any) -> None:
-        self.key: UpstreamKey = (target.scheme, target.host, target.port)
+        self.key = target.key
         self.waiter = waiter
         self.sock: Any = None
         self.error: Optional[UpstreamError] = None
         self.prefix = ""
+        self.proxy_headers: Headers = []
         self._timeout_s = timeout_s
         self._network = network
         self.is_aborted = False
@@ -9103,7 +9141,7 @@ class Dial:
     def _connect(self) -> None:
         import http.client
 
-        scheme, host, port = self.key
+        scheme, host, port, _, ca_bundle = self.key
         proxy = self._network.proxy_for(self.key)
         dial_host, dial_port, headers = proxy or (host, port, {})
         connection = http.client.HTTPConnection(dial_host, dial_port, timeout=self._timeout_s)
@@ -9112,9 +9150,10 @@ class Dial:
             connection.set_tunnel(host, port, headers)
         elif proxy:
             self.prefix = "http://%s:%d" % (host, port)
+            self.proxy_headers = list(headers.items())
         connection.connect()
         if scheme == "https":
-            self.sock = self._network.tls_context().wrap_socket(
+            self.sock = self._network.tls_context(ca_bundle).wrap_socket(
                 self.sock, server_hostname=host, do_handshake_on_connect=False
             )
             self._check()
@@ -9159,39 +9198,53 @@ def _dial_error(error: Exception, key: UpstreamKey, dns_error: Any) -> UpstreamE
     label = next((label for kind, label in labels if isinstance(error, kind)), "connect_failed")
     if type(error).__name__ == "timeout":  # socket.timeout is a class of its own before Python 3.10
         label = "connect_timeout"
-    return UpstreamError("cannot connect to %s:%d: %s" % (key[1], key[2], one_line(str(error) or label, 160)), label)
+    reason = one_line(str(error) or label, 160)
+    return UpstreamError("cannot connect to %s:%d: %s" % (key.host, key.port, reason), label)
 
 
 class Network:
-    """How this machine reaches the outside: proxy variables and the one TLS context that every dial shares."""
+    """How this machine reaches the outside: proxy variables, and one TLS context for each set of certificates.
 
-    def __init__(self, environ: Any) -> None:
+    ca_bundle: the file of certificates for providers that name none; "" for the system's, which OpenSSL reads from
+    SSL_CERT_FILE where that is set.
+    """
+
+    def __init__(self, environ: Any, ca_bundle: str = "") -> None:
         import threading
 
         self._environ = environ
+        self._ca_bundle = ca_bundle
         self._lock = threading.Lock()
-        self._context: Any = None
+        self._contexts: Dict[str, Any] = {}
 
-    def tls_context(self) -> Any:
-        """The shared client context; making one costs 27 ms, so it is made once, by the first thread that needs it."""
+    def tls_context(self, ca_bundle: str) -> Any:
+        """The shared client context; making one costs 27 ms, so each is made once, by the first thread that needs
+        it. OSError when its file cannot be read."""
+        import os
         import ssl
 
+        path = os.path.expanduser(ca_bundle or self._ca_bundle)
         with self._lock:
-            if self._context is None:
-                self._context = ssl.create_default_context()
-                self._context.set_alpn_protocols(["http/1.1"])
-            return self._context
+            if path not in self._contexts:
+                try:
+                    context = ssl.create_default_context(cafile=path or None)
+                except OSError as error:
+                    raise OSError("the certificates %s: %s" % (one_line(path), error.strerror or error)) from None
+                context.set_alpn_protocols(["http/1.1"])
+                self._contexts[path] = context
+            return self._contexts[path]
 
     def proxy_for(self, key: UpstreamKey) -> Optional[Tuple[str, int, Dict[str, str]]]:
-        """The HTTP proxy for an upstream (host, port, headers) by HTTPS_PROXY, HTTP_PROXY, ALL_PROXY and NO_PROXY;
-        None without."""
-        scheme, host, _ = key
-        url = self._variable(scheme + "_proxy") or self._variable("all_proxy")
-        if not url or host == "localhost" or host == "::1" or host.startswith("127.") or self._is_exempt(host):
+        """The HTTP proxy for an upstream (host, port, headers): its provider's own, else by HTTPS_PROXY, HTTP_PROXY,
+        ALL_PROXY and NO_PROXY; None without."""
+        if not key.proxy and (is_loopback(key.host) or self._is_exempt(key)):
+            return None
+        url = key.proxy or self._variable(key.scheme + "_proxy") or self._variable("all_proxy")
+        if url in ("", "none"):
             return None
         parts = urlsplit(url if "://" in url else "http://" + url)
-        if not parts.hostname:
-            raise UpstreamError("the proxy variable for %s is not a URL" % scheme, "proxy")
+        if not parts.hostname or parts.scheme != "http":
+            raise UpstreamError("the proxy for %s is not an http:// URL" % key.host, "proxy")
         headers = {}
         if parts.username:
             login = "%s:%s" % (unquote(parts.username), unquote(parts.password or ""))
@@ -9201,11 +9254,10 @@ class Network:
     def _variable(self, name: str) -> str:
         return self._environ.get(name) or self._environ.get(name.upper()) or ""
 
-    def _is_exempt(self, host: str) -> bool:
-        names = [name.strip().lstrip(".").lower() for name in self._variable("no_proxy").split(",")]
-        return any(
-            name == "*" or (name and (host.lower() == name or host.lower().endswith("." + name))) for name in names
-        )
+    def _is_exempt(self, key: UpstreamKey) -> bool:
+        names = [name.strip().lstrip("*.").lower() for name in self._variable("no_proxy").split(",") if name.strip()]
+        hosts = "." + key.host.lower(), ".%s:%d" % (key.host.lower(), key.port)
+        return any(not name or host.endswith("." + name) for name in names for host in hosts)  # "*" has become ""
 
 
 class Dialer:
@@ -9285,6 +9337,7 @@ class Connection:
 
         self.key = dial.key
         self.prefix = dial.prefix
+        self.proxy_headers = dial.proxy_headers
         self.reused = False
         self.idle_since = 0.0
         self.unsent: Any = None
@@ -9598,7 +9651,7 @@ class Upstreams:
     def __init__(self, loop: Any, settings: Settings, environ: Any) -> None:
         self._loop = loop
         self._settings = settings
-        self._network = Network(environ)
+        self._network = Network(environ, settings.ca_bundle)
         self._dialer = Dialer(loop, settings.dial_threads, settings.dial_threads_per_upstream, self._dialled)
         self._idle: Dict[UpstreamKey, List[Connection]] = {}
         self._waiting: Dict[UpstreamKey, OrderedDict[Any, None]] = {}
@@ -9609,10 +9662,8 @@ class Upstreams:
         while True:
             connection = self._take_idle(outbound.target) or await self._connect(outbound)
             reply = Reply(self._loop, connection, self._settings.max_answer_bytes)
-            connection.start(
-                render_upstream_request("POST", connection.prefix + outbound.path, outbound.headers, outbound.body),
-                reply,
-            )
+            path, headers = connection.prefix + outbound.path, outbound.headers + connection.proxy_headers
+            connection.start(render_upstream_request("POST", path, headers, outbound.body), reply)
             try:
                 await reply.wait_for_head(_seconds(outbound.timeouts.first_byte_ms))
                 return reply
@@ -9634,7 +9685,7 @@ class Upstreams:
             self._sweeper.cancel()
 
     def _take_idle(self, target: Target) -> Optional[Connection]:
-        connections = self._idle.get((target.scheme, target.host, target.port))
+        connections = self._idle.get(target.key)
         while connections:
             connection = connections.pop()
             if connection.is_alive():
@@ -9664,7 +9715,7 @@ class Upstreams:
 
     def _too_slow(self, waiter: Any, key: UpstreamKey) -> None:
         if not waiter.done():
-            waiter.set_exception(UpstreamError("cannot connect to %s:%d in time" % key[1:], "connect_timeout"))
+            waiter.set_exception(UpstreamError("cannot connect to %s:%d in time" % key[1:3], "connect_timeout"))
 
     def _dialled(self, dial: Dial) -> None:
         if dial.error is not None:
@@ -10175,6 +10226,61 @@ def _endpoint_of(path: str) -> Optional[Endpoint]:
         return None
 
 
+_PORT_TRIES = 10
+
+
+def open_listeners(host: str, port: int) -> List[Any]:
+    """A bound socket for every address that `host` has on this machine, all with one port (0: a free one). OSError
+    when the port is taken at one of them, or when there is none.
+
+    With the protocol spelt out, for asyncio sets TCP_NODELAY on connections of such listeners only.
+    """
+    import errno
+    import socket
+
+    found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    places = list(dict.fromkeys((family, place) for family, _, _, _, place in found))
+    for tries_left in reversed(range(_PORT_TRIES)):
+        sockets: List[Any] = []
+        try:
+            for family, place in places:
+                _open_listener(sockets, family, place)
+        except OSError as error:
+            for sock in sockets:
+                sock.close()
+            if port or error.errno != errno.EADDRINUSE or not tries_left:
+                raise
+            continue  # the port that the first address got is not free at another
+        if sockets:
+            return sockets
+    raise OSError(errno.EADDRNOTAVAIL, "no address of %s is one of this machine" % one_line(host, 80))
+
+
+def _open_listener(sockets: List[Any], family: int, place: Tuple[Any, ...]) -> None:
+    """Append a socket bound to `place`; nothing when this machine has no such address."""
+    import errno
+    import os
+    import socket
+
+    if not place[1] and sockets:
+        place = (place[0], sockets[0].getsockname()[1], *place[2:])
+    try:
+        sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    except OSError:  # a kernel without IPv6
+        return
+    sockets.append(sock)
+    try:
+        if os.name == "posix":  # elsewhere it would let two programs share a port
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        sock.bind(place)
+    except OSError as error:
+        if error.errno != errno.EADDRNOTAVAIL:
+            raise
+        sockets.pop().close()
+
+
 class Server:
     """The listener and its connections. `handle(call, sink)` answers one request."""
 
@@ -10195,7 +10301,7 @@ class Server:
         self._peers: Dict[str, int] = {}
         self._strikes = Strikes()
         self._on_error = on_error
-        self._listener: Any = None
+        self._listeners: List[Any] = []
         self._inflight_bytes = 0
         self._date = (0, "")
         self._ticker: Any = None
@@ -10204,9 +10310,12 @@ class Server:
         """Accept connections on `host`, every address it has; returns the port. OSError when it cannot be had."""
         import asyncio
 
-        self._listener = await asyncio.start_server(self._accept, host, port, backlog=1024, limit=_READ_BYTES)
+        sockets = open_listeners(host, port)
+        for sock in sockets:
+            server = await asyncio.start_server(self._accept, sock=sock, backlog=1024, limit=_READ_BYTES)
+            self._listeners.append(server)
         self._ticker = self.loop.call_later(_TICK_S, self._tick)
-        self.port = int(self._listener.sockets[0].getsockname()[1])
+        self.port = int(sockets[0].getsockname()[1])
         return self.port
 
     async def _accept(self, reader: Any, writer: Any) -> None:
@@ -10291,8 +10400,8 @@ class Server:
         import asyncio
 
         self.draining = True
-        if self._listener is not None:
-            self._listener.close()
+        for listener in self._listeners:
+            listener.close()
         until = self.loop.time() + grace_s
         while self.connections and self.loop.time() < until:
             for connection in self.connections:
@@ -10475,11 +10584,13 @@ class LogWriter:
     At most `limit` lines wait; further ones are dropped and counted, and the count is logged when there is room again.
     """
 
-    def __init__(self, stream: Any, limit: int = 10_000) -> None:
+    def __init__(self, stream: Any, format: str = "text", level: str = "info", limit: int = 10_000) -> None:
         import threading
         from collections import deque
 
         self._stream = stream
+        self._as_json = format == "json"
+        self._wanted = LOG_LEVELS[LOG_LEVELS.index(level) :]
         self._lines: Any = deque()
         self._limit = limit
         self._dropped = 0
@@ -10487,6 +10598,19 @@ class LogWriter:
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="llm-router-log", daemon=True)
         self._thread.start()
+
+    def add(self, trail: Trail) -> None:
+        """Queue the line of a request that has ended."""
+        if ("info" if trail.outcome == OK or trail.status == 499 else "warning") in self._wanted:
+            self.write(dump_json(log_record(trail)).decode() if self._as_json else log_line(trail))
+
+    def note(self, text: str, level: str = "info") -> None:
+        """Queue what the router itself has to say, a sentence (with a traceback, several lines)."""
+        import time
+
+        if level in self._wanted:
+            record = {"time": _iso_time(time.time()), "level": level, "message": text}
+            self.write(dump_json(record).decode() if self._as_json else "%(time)s %(level)s: %(message)s" % record)
 
     def write(self, line: str) -> None:
         """Queue one line."""
@@ -10595,7 +10719,6 @@ class StartOptions(NamedTuple):
     settings: Settings
     require_auth: bool
     allow_unauthenticated: bool
-    log_format: str
     watch_config: bool
     environ: Mapping[str, str]
     debug: bool
@@ -10604,9 +10727,7 @@ class StartOptions(NamedTuple):
 class LocalHost:
     """The gateway's effects on this machine (see GATEWAY)."""
 
-    def __init__(
-        self, loop: Any, upstreams: Upstreams, log: Any, ring: TrailRing, log_format: str, debug: bool
-    ) -> None:
+    def __init__(self, loop: Any, upstreams: Upstreams, log: LogWriter, ring: TrailRing, debug: bool) -> None:
         import random
         import secrets
         import time
@@ -10621,7 +10742,6 @@ class LocalHost:
         self.counters = Metrics()
         self.known: Any = ()
         self.metrics: Callable[[], str] = lambda: self.counters.render({})
-        self._as_json = log_format == "json"
         self._debug = debug
 
     def new_id(self) -> str:
@@ -10638,7 +10758,7 @@ class LocalHost:
         """A request has ended: remember its trail, count it, write its line."""
         self._ring.add(trail)
         self.counters.count(trail, self.known)
-        self._log.write(dump_json(log_record(trail)).decode() if self._as_json else log_line(trail))
+        self._log.add(trail)
 
     def failed(self, error: BaseException) -> None:
         """An error of the router's own: one line, with `--debug` its traceback. Keys never stand in it."""
@@ -10646,9 +10766,10 @@ class LocalHost:
 
         where = traceback.extract_tb(error.__traceback__)[-1:]
         place = " at line %s in %s" % (where[0].lineno, where[0].name) if where else ""
-        self._log.write("internal error: %s%s" % (one_line("%s: %s" % (type(error).__name__, error)), place))
+        text = "internal error: %s%s" % (one_line("%s: %s" % (type(error).__name__, error)), place)
         if self._debug:
-            self._log.write("".join(traceback.format_exception(type(error), error, error.__traceback__)).rstrip())
+            text += "\n" + "".join(traceback.format_exception(type(error), error, error.__traceback__)).rstrip()
+        self._log.note(text, "error")
 
 
 def make_access(options: StartOptions) -> Access:
@@ -10771,7 +10892,7 @@ class Router:
         self.ring = TrailRing(options.settings.trail_size)
         self.book = HealthBook()
         self.upstreams = Upstreams(loop, options.settings, options.environ)
-        self.host = LocalHost(loop, self.upstreams, log, self.ring, options.log_format, options.debug)
+        self.host = LocalHost(loop, self.upstreams, log, self.ring, options.debug)
         self.server = Server(loop, options.settings, self.handle, self.host.failed)
         self.started = self.host.wall()
         self.stopping: Any = None
@@ -10866,7 +10987,7 @@ class Router:
             notes = self.reload()
         except RouterError as error:
             self.config_state = one_line(error.message, 500)
-            self.log.write("reload failed, the configuration before stays: " + self.config_state)
+            self.log.note("reload failed, the configuration before stays: " + self.config_state, "error")
             return 409, {"error": self.config_state}
         return 200, {"changes": notes}
 
@@ -10892,7 +11013,7 @@ class Router:
         self.options = options._replace(config=config, document=document)
         self._make_gateway()
         self.config_state = "ok"
-        self.log.write("configuration reloaded" + (": %s changed" % ", ".join(notes) if notes else ""))
+        self.log.note("configuration reloaded" + (": %s changed" % ", ".join(notes) if notes else ""))
         return notes
 
     def enroll(self, port: int) -> None:
@@ -10912,7 +11033,7 @@ class Router:
         try:
             change_instances(state_path(), change)
         except RouterError as error:
-            self.log.write("warning: stop, reload and status will not find this instance: " + error.message)
+            self.log.note("stop, reload and status will not find this instance: " + error.message, "warning")
 
 
 def show_health(ref: str, book: Any, now: float) -> Dict[str, Any]:
@@ -10982,7 +11103,7 @@ async def _serve(options: StartOptions) -> Tuple[int, int]:
     import asyncio
 
     loop = asyncio.get_running_loop()
-    log = LogWriter(_log_stream(options.settings))
+    log = LogWriter(_log_stream(options.settings), options.settings.log_format, options.settings.log_level)
     router = Router(loop, options, log)
     router.stopping = asyncio.Event()
     try:
@@ -10995,7 +11116,7 @@ async def _serve(options: StartOptions) -> Tuple[int, int]:
         await router.stopping.wait()
         if watcher is not None:
             watcher.cancel()
-        log.write("stopping: open requests have %g s to finish" % router.grace_s)
+        log.note("stopping: open requests have %g s to finish" % router.grace_s)
         clean = await router.server.drain(router.grace_s)
         router.leave()
     finally:
@@ -11019,6 +11140,7 @@ async def _watch_config(router: Router) -> None:
 
 async def _listen(server: Server, options: StartOptions) -> int:
     import errno
+    import socket
 
     try:
         return await server.listen(options.host, options.port)
@@ -11027,6 +11149,8 @@ async def _listen(server: Server, options: StartOptions) -> int:
         if error.errno == errno.EADDRINUSE:
             own = [one for one in read_instances(state_path()) if one.port == options.port]
             reason = "the port is in use" + (_own_instance_hint(own[0]) if own else _holder_hint(options.port))
+        elif isinstance(error, socket.gaierror):
+            reason = "the name has no address: " + reason
         raise RouterError("cannot listen on %s:%d: %s" % (options.host, options.port, reason)) from None
 
 
@@ -11596,9 +11720,9 @@ async def _demo(once: bool, port: int) -> int:
 
     loop = asyncio.get_running_loop()
     settings = Settings()._replace(**_DEMO_SETTINGS)
-    log = LogWriter(sys.stderr)
+    log = LogWriter(sys.stderr, level="silent" if once else "info")  # the demonstration shows every trail itself
     upstreams = Upstreams(loop, settings, {})
-    host = LocalHost(loop, upstreams, _Silent() if once else log, TrailRing(100), "text", False)
+    host = LocalHost(loop, upstreams, log, TrailRing(100), False)
     fakes = Server(loop, settings, _demo_provider, host.failed)
     fake_port = await fakes.listen("127.0.0.1", 0)
     config = read_config(demo_document("http://127.0.0.1:%d" % fake_port), {})
@@ -11631,13 +11755,6 @@ class _Stop:
     def stop(self) -> None:
         """End the demo."""
         self.event.set()
-
-
-class _Silent:
-    """A log that keeps nothing: the demo shows the trail itself."""
-
-    def write(self, line: str) -> None:
-        """Drop a line."""
 
 
 def _show_cases(port: int) -> int:
@@ -11730,11 +11847,15 @@ def _examine_network(environ: Mapping[str, str]) -> List[Finding]:
 
     names = [name for name in ("HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY", "NO_PROXY") if _either_case(environ, name)]
     found = [Finding("ok", "proxy", "%s=%s" % (name, mask_url(_either_case(environ, name)))) for name in names]
-    bundle = environ.get("SSL_CERT_FILE", "")
-    if bundle and not os.path.isfile(bundle):
-        found.append(
-            Finding("problem", "certificates", "SSL_CERT_FILE names no file: " + bundle, "correct or unset it")
-        )
+    for name in ("HTTPS_PROXY", "ALL_PROXY"):
+        scheme = _either_case(environ, name).partition("://")
+        if scheme[1] and scheme[0].lower() != "http":
+            found.append(Finding("problem", "proxy", name + " is none that speaks HTTP", "name an http:// proxy"))
+    for name in ("SSL_CERT_FILE", "LLM_ROUTER_CA_BUNDLE"):
+        bundle = environ.get(name, "")
+        if bundle and not os.path.isfile(os.path.expanduser(bundle)):
+            text = "%s names no file: %s" % (name, bundle)
+            found.append(Finding("problem", "certificates", text, "correct or unset it"))
     return found
 
 
@@ -12072,7 +12193,6 @@ START_FLAGS: Tuple[Flag, ...] = (
     Flag("watch-config", "bool", "apply changes of the file while running, default true"),
     Flag("require-auth", "bool", "answer only requests that show the master key"),
     Flag("allow-unauthenticated", "bool", "allow an address that others can reach without auth"),
-    Flag("log-format", "text", "text or json"),
     Flag("detach", "bool", "serve in the background; the log goes to --log-file, default " + LOG_PATH),
 ) + tuple(Flag(row.flag[2:], "bool" if row.type is bool else "text", row.help) for row in SETTINGS)
 
@@ -12587,9 +12707,9 @@ def read_start_options(values: Values, environ: Environ) -> StartOptions:
     _port_of(values)
     flags = {row.name: show_setting(values[row.name]) for row in SETTINGS if row.name in values}
     settings, warnings = read_settings(flags, environ)
-    log_format = values.get("log_format", "text").lower()
-    if log_format not in ("text", "json"):
-        raise UsageError("--log-format: use text or json")
+    wrong = [row for row in SETTINGS if row.choices and flags.get(row.name, row.default).lower() not in row.choices]
+    if wrong:
+        raise UsageError("%s: use %s" % (wrong[0].flag, " or ".join(wrong[0].choices)))
     settings = settings._replace(host=settings.host.strip("[]"))
     loaded = _load_or_make(values.get("config", ""), environ)
     config = read_config(loaded.document, environ)
@@ -12605,7 +12725,7 @@ def read_start_options(values: Values, environ: Environ) -> StartOptions:
     _warn(warnings + list(loaded.warnings))
     _warn_of(find_problems(loaded.document))
     found = (loaded.path, loaded.source, loaded.document, config, settings)
-    how = (auth, open_to_all, log_format, values.get("watch_config", True), environ, values.get("debug", False))
+    how = (auth, open_to_all, values.get("watch_config", True), environ, values.get("debug", False))
     return StartOptions(settings.host, settings.port, *found, *how)
 
 

@@ -476,7 +476,7 @@ def start(home, line=""):
 
 def test_start_hands_checked_options_to_the_server(filled):
     options = start(filled)
-    assert (options.host, options.port, options.log_format) == ("127.0.0.1", 8787, "text")
+    assert (options.host, options.port, options.settings.log_format) == ("127.0.0.1", 8787, "text")
     assert (options.require_auth, options.allow_unauthenticated, options.watch_config, options.debug) == (
         False,
         False,
@@ -496,7 +496,7 @@ def test_start_takes_its_flags_and_every_setting(filled):
         " --allow-policy-fallback --context-fallback=off",
     )
     assert (options.host, options.port, options.watch_config, options.require_auth) == ("::1", 0, False, True)
-    assert (options.log_format, options.debug) == ("json", True)
+    assert (options.settings.log_format, options.debug) == ("json", True)
     assert (options.settings.trail_size, options.settings.allow_policy_fallback) == (7, True)
 
 

@@ -7,15 +7,19 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
+import fake_upstream as fake
 import llm_router as r
 from exchanges import post, until
 from running_router import clean_environment, config_of, provider
 
 PROGRAM = str(Path(r.__file__))
+MESSAGES = {"messages": [{"role": "user", "content": "hi"}]}
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells who has a port")
 posix = pytest.mark.skipif(os.name != "posix", reason="signals and modes are of POSIX")
 
@@ -138,3 +142,143 @@ def test_requests_are_logged_to_the_file_of_the_setting(router, upstream, tmp_pa
 def test_a_log_file_that_cannot_be_written_is_said_at_the_start(command, config, tmp_path):
     done = command("start", "--port=0", "--config=%s" % config, "--log-file=%s" % (tmp_path / "no" / "log"))
     assert done.returncode == 1 and "--log-file" in done.stderr and "listening" not in done.stdout
+
+
+def test_every_line_of_a_json_log_is_an_object(router, upstream):
+    running = router(config_of(provider(upstream)), "--log-format=json", "--watch-config=false")
+    assert post(running, "openai").status == 200
+    running.write_config("{broken")
+    running.process.send_signal(signal.SIGHUP) if os.name == "posix" else None
+    running.stop()
+    records = [json.loads(line) for line in running.log()]
+    assert [one["level"] for one in records if "level" in one][-1] == "info"
+    assert any("stopping" in one["message"] for one in records)
+    assert any(one.get("outcome") == "ok" for one in records)
+
+
+def test_the_log_level_keeps_what_went_wrong_and_leaves_out_what_went_well(router, upstream):
+    running = router(config_of(provider(upstream)), "--log-level=warning")
+    assert post(running, "openai").status == 200
+    upstream.answer(fake.json_answer(400, {"error": {"message": "bad"}}))
+    assert post(running, "openai").status == 400
+    running.wait_log("fake/fake-model=400")
+    assert not any("fake/fake-model=ok" in line for line in running.log())
+    quiet = router(config_of(provider(upstream)), "--log-level=silent")
+    assert post(quiet, "openai").status == 200
+    quiet.stop()
+    assert quiet.log() == []
+
+
+# ----- addresses -----
+
+
+def has_ipv6():
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        return False
+    return True
+
+
+both_kinds = pytest.mark.skipif(not has_ipv6(), reason="this machine has no ::1")
+
+
+def listening(sockets):
+    return sorted(sock.getsockname()[:2] for sock in sockets)
+
+
+@pytest.fixture
+def two_addresses(monkeypatch):
+    """A name with an IPv4 and an IPv6 address, and one that this machine does not have."""
+    family, kind = socket.AF_INET6, socket.SOCK_STREAM
+    found = [(socket.AF_INET, kind, 0, "", ("127.0.0.1", 0)), (family, kind, 0, "", ("::1", 0, 0, 0))]
+    found += [(family, kind, 0, "", ("2001:db8::1", 0, 0, 0))]
+
+    def lookup(host, port, *_, **__):
+        return [(*row[:4], (row[4][0], port, *row[4][2:])) for row in found]
+
+    monkeypatch.setattr(socket, "getaddrinfo", lookup)
+
+
+@both_kinds
+def test_all_addresses_of_a_name_share_one_port(two_addresses):
+    sockets = r.open_listeners("localhost", 0)
+    (v4, port), (v6, other) = listening(sockets)
+    assert (v4, v6, other) == ("127.0.0.1", "::1", port)
+    for sock in sockets:
+        sock.close()
+
+
+@both_kinds
+def test_a_name_of_which_one_address_is_taken_is_refused_and_the_holder_stays(two_addresses):
+    with socket.create_server(("::1", 0), family=socket.AF_INET6) as holder:
+        port = holder.getsockname()[1]
+        with pytest.raises(OSError, match="in use"):
+            r.open_listeners("localhost", port)
+        with socket.create_connection(("::1", port)):
+            pass
+        with socket.create_server(("127.0.0.1", port)):  # nothing of ours is left there
+            pass
+
+
+@both_kinds
+def test_it_listens_on_ipv6(router, upstream):
+    running = router(config_of(provider(upstream)), "--host=::1")
+    with socket.create_connection(("::1", running.port)) as client:
+        client.sendall(b"GET /health HTTP/1.1\r\nHost: [::1]\r\nConnection: close\r\n\r\n")
+        assert client.recv(100).startswith(b"HTTP/1.1 200 ")
+
+
+# ----- changes under load -----
+
+
+def test_hundreds_of_edits_under_load_lose_no_request(router, upstream):
+    """Every edit replaces the file; every other one breaks it."""
+    upstream.handler = fake.final_text("hi")
+    running = router(config_of(provider(upstream)), "--log-level=error")
+    failed, asked, over = [], [0] * 4, threading.Event()
+
+    def ask_on(number):
+        while not over.is_set():
+            reply = post(running, "openai", stream=asked[number] % 2 == 1)
+            asked[number] += 1
+            if reply.status != 200 or "hi" not in reply.text:
+                failed.append(reply)
+
+    threads = [threading.Thread(target=ask_on, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    try:
+        for number in range(200):
+            good = config_of(provider(upstream), modelAliases={"edit-%d" % number: "fake/fake-model"})
+            running.write_config("{" if number % 2 else good)
+            if os.name == "posix":
+                running.process.send_signal(signal.SIGHUP)
+            time.sleep(0.01)
+        running.write_config(config_of(provider(upstream), modelAliases={"the-last": "fake/fake-model"}))
+        until(lambda: post(running, "openai", model="the-last").status == 200)
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join()
+    assert not failed
+    assert min(asked) > 5
+
+
+@posix
+def test_fifty_streams_outlive_a_reload_that_takes_their_provider_away(router, upstream, make_upstream):
+    gate, events = threading.Event(), fake.chat_stream("first and last")
+    upstream.handler = lambda call: fake.sse_answer(events[:2] + [fake.Gate(gate)] + events[2:])
+    other = make_upstream(fake.final_text("from the other"))
+    running = router(config_of(provider(upstream)), "--watch-config=false")
+    streams = [running.open("/v1/chat/completions", dict(MESSAGES, stream=True)) for _ in range(50)]
+    for stream in streams:
+        assert stream.read_event()
+    running.write_config(config_of(provider(other)))
+    running.process.send_signal(signal.SIGHUP)
+    until(lambda: "from the other" in post(running, "openai").text)
+    gate.set()
+    for stream in streams:
+        reply = stream.read_rest()
+        assert reply.ended == "clean"
+        assert reply.events[-1][1] == "[DONE]"

@@ -13,6 +13,7 @@ import zlib
 import pytest
 
 import fake_upstream as fake
+import llm_router as r
 from exchanges import PATHS, QUICK, WIRES, ask, assert_answer, attempts_of, post, until
 from running_router import config_of, provider
 
@@ -378,6 +379,65 @@ def test_loopback_and_no_proxy_hosts_are_reached_directly(router, upstream, make
     exempt = router(config, *QUICK, "--origin-retry-attempts=1", env={"HTTP_PROXY": proxy.url, "NO_PROXY": ".invalid"})
     assert attempts_of(post(exempt, "openai", "fake/fake-model")) == [("fake/fake-model", "dns")]
     assert proxy.connections == 0
+
+
+def test_a_proxy_for_plain_upstreams_is_shown_its_login(router, make_upstream):
+    proxy = make_upstream(fake.final_text(TEXT))
+    url = proxy.url.replace("//", "//user:p%40ss@")
+    running = router(config_of(provider("http://models.example/v1")), env={"ALL_PROXY": url})
+    assert_answer("openai", post(running, "openai", "fake/fake-model"), TEXT)
+    assert proxy.calls[0].header("proxy-authorization") == "Basic dXNlcjpwQHNz"
+
+
+def test_a_provider_may_have_a_proxy_of_its_own_or_none(router, make_upstream):
+    """Trap 184: the provider's own word goes before every variable, for loopback, too."""
+    common, own, direct = make_upstream(), make_upstream(fake.final_text(TEXT)), make_upstream(fake.final_text(TEXT))
+    config = config_of(
+        provider("http://models.example/v1", id="own", proxy=own.url),
+        provider(direct, id="direct", proxy="none"),
+        provider("http://models.invalid/v1", id="dark", proxy="none"),
+    )
+    running = router(config, *QUICK, "--origin-retry-attempts=1", env={"HTTP_PROXY": common.url})
+    for id in ("own", "direct"):
+        assert_answer("openai", post(running, "openai", id + "/fake-model"), TEXT)
+    assert attempts_of(post(running, "openai", "dark/fake-model")) == [("dark/fake-model", "dns")]
+    assert own.calls[0].path == "http://models.example:80/v1/chat/completions"
+    assert common.connections == 0
+
+
+@pytest.mark.skipif(not fake.can_tls(), reason="a certificate takes the openssl program")
+def test_certificates_are_trusted_for_one_provider_or_for_all(router, make_upstream):
+    """Trap 184. Trust in one provider's certificates says nothing about another's."""
+    upstream = make_upstream(fake.final_text(TEXT), tls=True)
+    config = config_of(provider(upstream, id="trusted", caBundle=upstream.cafile), provider(upstream, id="other"))
+    running = router(config, *QUICK, "--origin-retry-attempts=1")
+    for _ in range(2):
+        assert_answer("openai", post(running, "openai", "trusted/fake-model"), TEXT)
+        assert attempts_of(post(running, "openai", "other/fake-model")) == [("other/fake-model", "tls")]
+    everybody = router(config, "--ca-bundle=%s" % upstream.cafile)
+    assert_answer("openai", post(everybody, "openai", "other/fake-model"), TEXT)
+
+
+def test_certificates_that_cannot_be_read_are_named(router):
+    config = config_of(provider("https://127.0.0.1:1/v1", caBundle="/nowhere/ca.pem"))
+    running = router(config, *QUICK, "--origin-retry-attempts=1")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        config["providers"][0]["baseUrl"] = "https://127.0.0.1:%d/v1" % listener.getsockname()[1]
+        running = router(config, *QUICK, "--origin-retry-attempts=1")
+        reply = post(running, "openai", "fake/fake-model")
+    assert reply.status == 502
+    assert "/nowhere/ca.pem" in reply.text
+
+
+@pytest.mark.parametrize(
+    ("names", "exempt"),
+    [("*", True), ("example.com", True), ("*.example.com", True), (".EXAMPLE.com:8443", True), ("b.example.com", False),
+     ("ample.com", False), ("example.com:443", False), (" , ", False), ("other.org, api.example.com", True)],
+)  # fmt: skip
+def test_no_proxy_names_hosts_domains_and_ports(names, exempt):
+    network = r.Network({"https_proxy": "http://proxy:3128", "no_proxy": names})
+    found = network.proxy_for(r.UpstreamKey("https", "api.example.com", 8443))
+    assert (found is None) is exempt
 
 
 # --- dialling ---
