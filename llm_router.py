@@ -12188,8 +12188,10 @@ CONFIG_FLAGS: Tuple[Flag, ...] = (
 _PROVIDER_FLAGS = tuple(flag.name for flag in CONFIG_FLAGS[3:16])
 _OPERATION_FLAGS = ("operation", "config", "json", "debug", "version", "help")  # every operation takes these
 
+_GRACE = Flag("grace", "text", "seconds that open streams may go on after stop, default 30")
 START_FLAGS: Tuple[Flag, ...] = (
     _CONFIG,
+    _GRACE,
     Flag("watch-config", "bool", "apply changes of the file while running, default true"),
     Flag("require-auth", "bool", "answer only requests that show the master key"),
     Flag("allow-unauthenticated", "bool", "allow an address that others can reach without auth"),
@@ -12324,6 +12326,13 @@ def _read_secret(flag: Flag) -> str:
     if not text.strip():
         raise UsageError("stdin held no key")
     return text.strip()
+
+
+def _grace_of(values: Values) -> int:
+    text = values.get("grace", "30")
+    if not re.fullmatch("[0-9]{1,6}", text):
+        raise UsageError("--grace: %s is no number of seconds" % (one_line(text, 40) or "an empty value"))
+    return int(text)
 
 
 def _port_of(values: Values) -> int:
@@ -12711,6 +12720,8 @@ def read_start_options(values: Values, environ: Environ) -> StartOptions:
     if wrong:
         raise UsageError("%s: use %s" % (wrong[0].flag, " or ".join(wrong[0].choices)))
     settings = settings._replace(host=settings.host.strip("[]"))
+    if "grace" in values:
+        settings = settings._replace(drain_grace_ms=_grace_of(values) * 1000)
     loaded = _load_or_make(values.get("config", ""), environ)
     config = read_config(loaded.document, environ)
     if not any(provider.enabled for provider in config.providers):
@@ -12780,25 +12791,22 @@ def run_stop(values: Values, environ: Environ) -> int:
     """`stop`: end the running instance and wait until it is gone; nothing running is fine."""
     import time
 
-    grace = values.get("grace", "30")
-    if not re.fullmatch("[0-9]{1,6}", grace):
-        raise UsageError("--grace: %s is no number of seconds" % (one_line(grace, 40) or "an empty value"))
+    grace = _grace_of(values)
     try:
         instance = _find_running(values)
     except UsageError:
         raise
     except RouterError as error:
-        print(error.message)
-        return 0
-    ask_instance(instance, "stop/" + grace, "POST")
-    until = time.monotonic() + int(grace) + 5
+        return _tell(values, {"stopped": False}, error.message)
+    ask_instance(instance, "stop/%d" % grace, "POST")
+    until = time.monotonic() + grace + 5
     while time.monotonic() < until:
         time.sleep(0.05)
         try:
             ask_instance(instance, "status")
         except RouterError:
-            print("stopped (pid %d, port %d)" % (instance.pid, instance.port))
-            return 0
+            done = {"stopped": True, "pid": instance.pid, "port": instance.port}
+            return _tell(values, done, "stopped (pid %(pid)d, port %(port)d)" % done)
     raise RouterError("pid %d still runs" % instance.pid, 500, "still_running")
 
 
@@ -12810,8 +12818,13 @@ def run_reload(values: Values, environ: Environ) -> int:
     except RouterError as error:
         stays = "not reloaded, the last good configuration stays: " if error.code == "control_error" else ""
         raise RouterError(stays + error.message, error.status, error.code) from None
-    print("reloaded, " + ("changed providers: " + ", ".join(changes) if changes else "every provider is as it was"))
-    return 0
+    words = "changed providers: " + ", ".join(changes) if changes else "every provider is as it was"
+    return _tell(values, {"reloaded": True, "changed": changes}, "reloaded, " + words)
+
+
+def _tell(values: Values, record: Dict[str, Any], words: str) -> int:
+    """What was done, as JSON or in words."""
+    return _print_json(record) if values.get("json") else print(words) or 0
 
 
 def run_doctor(values: Values, environ: Environ) -> int:
@@ -13000,10 +13013,10 @@ COMMANDS: Tuple[Command, ...] = (
             "llm-router status --json"),
     Command("explain", run_explain, "show what became of a request and why: explain ID, or explain last",
             (_ID, *_RUNNING_FLAGS, _AS_JSON), "llm-router explain last"),
-    Command("reload", run_reload, "apply the edited configuration; open streams go on", _RUNNING_FLAGS,
+    Command("reload", run_reload, "apply the edited configuration; open streams go on", (*_RUNNING_FLAGS, _AS_JSON),
             "llm-router reload"),
-    Command("stop", run_stop, "end the running instance", (*_RUNNING_FLAGS, Flag("grace", "text",
-            "seconds that open streams may take, default 30")), "llm-router stop --grace=5"),
+    Command("stop", run_stop, "end the running instance", (*_RUNNING_FLAGS, _GRACE, _AS_JSON),
+            "llm-router stop --grace=5"),
     Command("doctor", run_doctor, "look for what is wrong and say the cure", (_CONFIG, Flag("port", "text",
             "the port the router is to use"), Flag("offline", "bool", "ask no provider"), _AS_JSON),
             "llm-router doctor --offline"),

@@ -220,6 +220,29 @@ def test_an_open_stream_may_finish_after_stop(running):
     assert b"stopped" in child.communicate(timeout=30)[0]
 
 
+def test_stop_and_reload_tell_programs_what_they_did(running):
+    assert json.loads(ok(running.home, "reload", "--json")) == {"reloaded": True, "changed": []}
+    told = {"stopped": True, "pid": running.process.pid, "port": running.port}
+    assert json.loads(ok(running.home, "stop", "--json")) == told
+    assert json.loads(ok(running.home, "stop", "--json")) == {"stopped": False}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+def test_start_takes_the_seconds_that_a_signal_leaves_to_open_streams(router, upstream):
+    gate = threading.Event()
+    events = fake.chat_stream("never")
+    upstream.answer(fake.sse_answer([*events[:2], fake.Gate(gate), *events[2:]]))
+    running = router(two_models(upstream), *QUICK, "--grace=1")
+    stream = running.open(CHAT, dict(MESSAGES, stream=True))
+    assert stream.read_event()
+    running.process.terminate()
+    assert "1 s to finish" in running.wait_log("stopping")
+    assert stream.read_rest().ended == "cut"
+    assert running.process.wait(10) == 1
+    gate.set()
+    assert "--grace" in refused(running.home, 2, "start", "--grace=soon")
+
+
 # ----- several instances, and the state file -----
 
 
