@@ -33,18 +33,19 @@ Contents:
   17  OUTCOMES              status, headers and body of an upstream's answer: what they mean [pure]
   18  FALLBACK              what to do next after each outcome, clock and dice passed in [pure]
   19  GATEWAY               one request from its head to its end, through injected effects [async]
-  20  FILES                 configuration and state on disk: atomic, private, locked [host]
-  21  UPSTREAM              threads dial, the loop talks: connections, their pool, replies [host]
-  22  SERVER                client connections on asyncio streams: one request after another [host]
-  23  METRICS AND TRAIL     one line a request, written where it can block nobody [host]
-  24  PROCESS               the running server: its effects, signals, start and end [host]
-  25  UPDATE                this very file replaced by a newer release [host]
-  26  SERVICES              start with the machine: launchd, systemd, Windows tasks [host]
-  27  DEMO                  fake providers, the router before them, and every kind of request [host]
-  28  DOCTOR                what is wrong on this machine, and the cure [host]
-  29  AGENTS                coding agents run against the router, their files untouched [host]
-  30  COMMANDS              flags, help and what each command does [host]
-  31  MAIN                  the only exit [host]
+  20  PROBE                 which formats, auth styles and models a provider really serves [async]
+  21  FILES                 configuration and state on disk: atomic, private, locked [host]
+  22  UPSTREAM              threads dial, the loop talks: connections, their pool, replies [host]
+  23  SERVER                client connections on asyncio streams: one request after another [host]
+  24  METRICS AND TRAIL     one line a request, written where it can block nobody [host]
+  25  PROCESS               the running server: its effects, signals, start and end [host]
+  26  UPDATE                this very file replaced by a newer release [host]
+  27  SERVICES              start with the machine: launchd, systemd, Windows tasks [host]
+  28  DEMO                  fake providers, the router before them, and every kind of request [host]
+  29  DOCTOR                what is wrong on this machine, and the cure [host]
+  30  AGENTS                coding agents run against the router, their files untouched [host]
+  31  COMMANDS              flags, help and what each command does [host]
+  32  MAIN                  the only exit [host]
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ from typing import (
     Tuple,
     Union,
 )
-from urllib.parse import parse_qsl, unquote, urlsplit
+from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
 __version__ = "0.1.0"
 
@@ -1206,7 +1207,7 @@ NEW_DOCUMENT: Dict[str, Any] = {"version": 1, "providers": []}
 
 class ProviderChange(NamedTuple):
     """What to set of a provider; None leaves a field as it is. base_urls: by wire format. headers: merged into those
-    that are there, a null stays a null (it removes the header from requests)."""
+    that are there, a null stays a null (it removes the header from requests). learned: fields that a probe found."""
 
     id: str
     name: Optional[str] = None
@@ -1220,6 +1221,7 @@ class ProviderChange(NamedTuple):
     headers: Optional[Dict[str, Optional[str]]] = None
     auth_type: Optional[str] = None
     enabled: Optional[bool] = None
+    learned: Mapping[str, Any] = {}
 
 
 def upsert_provider(document: Dict[str, Any], change: ProviderChange) -> Edit:
@@ -1238,6 +1240,9 @@ def upsert_provider(document: Dict[str, Any], change: ProviderChange) -> Edit:
     _merge_into(provider, "headers", change.headers)
     _merge_into(provider, "auth", change.auth_type and {"type": change.auth_type})
     notes = ["%s provider %s" % ("added" if is_new else "changed", get_field(provider, "provider", "id"))]
+    for key, value in change.learned.items():
+        _put(provider, "provider", key, value)
+        notes.append("learned: %s %s" % (key, json.dumps(value)))
     if change.models is not None:
         notes += _put_models(provider, change.models)
     if is_new:
@@ -7165,6 +7170,7 @@ class Outbound(NamedTuple):
     wire: str
     stream: bool
     timeouts: Timeouts
+    method: str = "POST"
 
 
 _VERSION_SEGMENT = re.compile(r"/v\d+[a-z0-9]*(?:/openai)?$")
@@ -8903,7 +8909,318 @@ def give_up_headers(outcome: Outcome, retry_after: Optional[float]) -> Headers:
 
 
 # ==============================================================================
-# 20 FILES - configuration and state on disk: atomic, private, locked [host]
+# 20 PROBE - which formats, auth styles and models a provider really serves [async]
+# ==============================================================================
+#
+# host: as the gateway's (now, wall, send), and `await gather(function, arguments)`, which awaits the function with each
+#       tuple of arguments, a few at a time. A probe knows no health: what it meets changes nothing for requests.
+# First GET .../models, which costs nothing; then one model in every format; then the others in the formats that were
+# not refuted. A call is repeated only when it was refused: for the way the key was shown, or for a field of its own.
+
+PROBE_LIMIT_S = 60.0
+PROBE_CALLS = 24
+_PROBE_CALL_MS = 30_000
+_PROBE_TRIES = 5  # of one model in one format
+_TINY, _AMPLE = 16, 1024  # tokens: 16 is the least that Responses takes (developers.openai.com/api/reference)
+_PAGES = 20
+_MAX_LISTING_BYTES = 10_000_000
+_MAX_LISTED = 5000
+
+_WANTS_MORE = re.compile(r"(?s)(?=.*max\w*_tokens)(?=.*(?:minimum|at least|>|greater|too (?:small|low)|below))")
+_NO_CHAT = re.compile(
+    r"embed|rerank|whisper|tts|speech|audio|transcri|realtime|image|dall|video|sora|moderation|guard|ocr|search|babbage"
+    r"|davinci|instruct-0914",
+    re.IGNORECASE,
+)
+
+
+class ProbePlan(NamedTuple):
+    """What to ask a provider. models: ids, () for one of those that it lists; calls: how many pairs of model and format
+    at most, 0 for the listing only. auths: ways to show the key per format, in the order in which they are tried.
+    learns: the fields of the provider that were not said, so that what is found can fill them."""
+
+    provider: Provider
+    models: Tuple[str, ...] = ()
+    wires: Tuple[str, ...] = WIRES
+    auths: Dict[str, Tuple[Auth, ...]] = {}
+    calls: int = PROBE_CALLS
+    learns: Tuple[str, ...] = ()
+
+
+class ProbeRow(NamedTuple):
+    """One model in one format. state: waiting | asking | ok | tentative (neither shown nor refuted) | no. label: as in
+    Outcome; kind: what came, a word of OUTCOMES, "" while nothing has; about: what a `no` is due to: key, format,
+    model. auth: the way in which the key was shown last. note: what was said."""
+
+    model: str
+    wire: str
+    state: str = "waiting"
+    label: str = ""
+    note: str = ""
+    took_ms: int = 0
+    kind: str = ""
+    about: str = ""
+    auth: Auth = Auth()
+
+
+class ProbeReport(NamedTuple):
+    """What a probe has found so far. listed: the ids in the provider's list, None when it gave none, and then
+    listing_status (0: nobody answered) and listing_note say why. is_over: nothing more will come."""
+
+    listed: Optional[Tuple[str, ...]] = None
+    listing_status: int = 0
+    listing_note: str = ""
+    rows: Tuple[ProbeRow, ...] = ()
+    is_over: bool = False
+
+    @property
+    def formats(self) -> Tuple[str, ...]:
+        """The formats in which a model answered; when none did, those that an answer has at least not refuted."""
+        found = {row.wire for row in self.rows if row.state == "ok"}
+        found = found or {row.wire for row in self.rows if row.state == "tentative" and row.label[:1] == "4"}
+        return tuple(wire for wire in WIRES if wire in found)
+
+    @property
+    def is_tentative(self) -> bool:
+        """Whether no model answered, so that `formats` is a guess."""
+        return all(row.state != "ok" for row in self.rows)
+
+    @property
+    def unconfirmed(self) -> Tuple[str, ...]:
+        """The models that answered in no format."""
+        good = {row.model for row in self.rows if row.state == "ok"}
+        return tuple(dict.fromkeys(row.model for row in self.rows if row.model not in good))
+
+
+def plan_probe(provider: Provider, raw: Dict[str, Any], models: Sequence[str] = ()) -> ProbePlan:
+    """The plan for a provider whose entry in the file is `raw`: what that fixes is not tried in other ways.
+
+    models: () for the provider's own; "*" stands for one that it lists.
+    """
+    says = [key for key in ("formats", "auth", "authByFormat") if get_field(raw, "provider", key)]
+    wires = provider.formats if "formats" in says else tuple(wire for wire in WIRES if provider.base_urls.get(wire))
+    open_auth = says in ([], ["formats"]) and bool(provider.api_key)
+    others = (Auth("bearer"), Auth("x-api-key")) if open_auth else ()
+    auths = {wire: tuple(dict.fromkeys((provider.auths[wire],) + others)) for wire in wires}
+    names = dict.fromkeys(models or [model.id for model in provider.models if model.enabled])
+    learns = ("formats",) * ("formats" not in says) + ("authByFormat",) * open_auth
+    return ProbePlan(provider, tuple(name for name in names if name != "*"), wires, auths, learns=learns)
+
+
+def learned_fields(plan: ProbePlan, report: ProbeReport) -> Dict[str, Any]:
+    """What a probe found, as fields of the provider's entry that it did not have: formats, and auth where it is not
+    what each format does unasked. Empty when there is nothing to rely on."""
+    shown = {row.wire: row.auth.type for row in reversed(report.rows) if row.state == "ok"}
+    plain = {wire: "x-api-key" if wire == "anthropic" else "bearer" for wire in WIRES}
+    odd = {wire: {"type": type_} for wire, type_ in shown.items() if type_ != plain[wire]}
+    found = {"formats": list(report.formats), "authByFormat": odd}
+    return {name: value for name, value in found.items() if value and name in plan.learns}
+
+
+class Probe:
+    """Asks one provider. `report` is at any time what is known by then; a new value replaces it with every step."""
+
+    def __init__(self, plan: ProbePlan, settings: Settings, host: Any) -> None:
+        self.report = ProbeReport()
+        self._plan = plan
+        self._settings = settings
+        self._host = host
+        self._rows: Dict[Tuple[str, str], ProbeRow] = {}
+        self._auths = {wire: list(plan.auths.get(wire) or [plan.provider.auths[wire]]) for wire in plan.wires}
+
+    async def run(self) -> None:
+        """Ask everything. Whoever cancels this keeps what `report` says, see `end`."""
+        await self._host.gather(self._list, [(wire,) for wire in self._listing_wires()])
+        models = self._plan.models or [id for id in self.report.listed or () if not _NO_CHAT.search(id)][:1]
+        pairs = [(model, wire) for model in models for wire in self._plan.wires] if self._plan.calls else []
+        for model, wire in pairs:
+            self._put(ProbeRow(model, wire))
+        first = pairs[: len(self._plan.wires)]
+        await self._host.gather(self._ask, first)
+        skipped = {wire: self._reason_to_skip(self._rows[model, wire]) for model, wire in first}
+        for model, wire in pairs[len(first) :]:
+            if skipped[wire]:
+                self._put(self._rows[model, wire]._replace(**skipped[wire]))
+        left = [pair for pair in pairs if self._rows[pair].state == "waiting"]
+        await self._host.gather(self._ask, left[: max(0, self._plan.calls - len(first))])
+
+    def end(self) -> None:
+        """Nothing more will come: what was not answered stays tentative."""
+        for row in self._rows.values():
+            if row.state in ("waiting", "asking"):
+                note = "no answer in time" if row.state == "asking" else "not asked"
+                self._put(row._replace(state="tentative", note=note))
+        self.report = self.report._replace(is_over=True)
+
+    def _put(self, row: ProbeRow) -> None:
+        self._rows[row.model, row.wire] = row
+        self.report = self.report._replace(rows=tuple(self._rows.values()))
+
+    def _reason_to_skip(self, row: ProbeRow) -> Dict[str, Any]:
+        """What the first model's row says of all further ones; empty when they have to be asked."""
+        if row.about in ("key", "format"):
+            why = "the key is refused" if row.about == "key" else "the format is not spoken"
+            return {"state": "no", "about": row.about, "note": why}
+        nobody = row.state == "tentative" and not row.label[:1].isdigit()
+        return {"state": "tentative", "note": "not asked, nobody answers"} if nobody else {}
+
+    # ----- the list of models -----
+
+    def _listing_wires(self) -> List[str]:
+        """One format for each place where a list may be."""
+        wires = sorted(self._plan.wires, key=lambda wire: wire != self._plan.provider.preferred)
+        places = {}
+        for wire in wires:
+            target = make_target(self._plan.provider, wire)
+            places.setdefault((target.origin, target.path[: -len(WIRE_FORMATS[wire].path)], wire == "anthropic"), wire)
+        return list(places.values())
+
+    async def _list(self, wire: str) -> None:
+        """All pages of one list ({"data": [{"id"}]}, platform.claude.com/docs/en/api/models-list and
+        developers.openai.com/api/reference); a key that it refuses is shown in the next way."""
+        for auth in list(self._auths[wire]):
+            status, note, body = await self._get_page(wire, auth, "")
+            if status not in (401, 403):
+                self._auths[wire].sort(key=lambda other, good=auth: other != good)
+                break
+        found: Dict[str, None] = {}
+        for _ in range(_PAGES if status == 200 else 0):
+            before = len(found)
+            entries = map(as_dict, as_list(body.get("data")) or as_list(body.get("models")))
+            found.update((as_text(entry.get("id")), None) for entry in entries if as_text(entry.get("id")))
+            if body.get("has_more") is not True or not before < len(found) < _MAX_LISTED:
+                break
+            cursor = as_text(body.get("last_id")) or list(found)[-1]
+            body = (await self._get_page(wire, self._auths[wire][0], cursor))[2]
+        listed = self.report.listed
+        if status == 200:
+            listed = tuple(dict.fromkeys((*(listed or ()), *found)))[:_MAX_LISTED]
+            self.report = self.report._replace(listed=listed, listing_status=200, listing_note="")
+        elif listed is None:
+            self.report = self.report._replace(listing_status=status, listing_note=note)
+
+    async def _get_page(self, wire: str, auth: Auth, cursor: str) -> Tuple[int, str, Dict[str, Any]]:
+        """A page's status, what is wrong with it, and its body."""
+        target = self._target(wire, auth)
+        path, question, query = target.path.partition("?")
+        path = _FULL_ENDPOINT.sub("", path) + "/models"
+        where = mask_url(target.origin + path + question + query)
+        words = [query] if query else []
+        words += ["limit=1000"] if wire == "anthropic" else []  # unasked it gives 20
+        words += [("after_id=" if wire == "anthropic" else "after=") + quote(cursor, "")] if cursor else []
+        path += "?" + "&".join(words) if words else ""
+        outbound = self._outbound(target, wire, b"", "GET")._replace(path=path)
+        try:
+            status, _, data = await self._exchange(outbound)
+        except RouterError as error:
+            return 0, "%s: %s" % (where, error.message), {}
+        return status, "%s answers %d" % (where, status), _read_json(data)
+
+    # ----- one model in one format -----
+
+    async def _ask(self, model: str, wire: str) -> None:
+        began, auths, limit, fixes = self._host.now(), list(self._auths[wire]), _TINY, ()
+        self._put(self._rows[model, wire]._replace(state="asking"))
+        for _ in range(_PROBE_TRIES):
+            outcome, body = await self._call(model, wire, auths[0], limit, fixes)
+            words = error_words(parse_body(outcome.body)) if outcome.body else [outcome.error.message]
+            row = _probe_row(model, wire, outcome, "\n".join(words).lower())
+            fix = learn_fix(body, words, fixes) if outcome.kind == INVALID else ""
+            if row.about == "key" and len(auths) > 1:
+                auths.pop(0)
+            elif outcome.kind == INVALID and limit == _TINY and _WANTS_MORE.search("\n".join(words).lower()):
+                limit = _AMPLE
+            elif fix:
+                fixes += (fix,)
+            else:
+                break
+        if outcome.kind == OK:
+            self._auths[wire] = auths  # the further models need not try again
+        self._put(row._replace(took_ms=int((self._host.now() - began) * 1000), auth=auths[0]))
+
+    async def _call(
+        self, model: str, wire: str, auth: Auth, limit: int, fixes: Tuple[str, ...]
+    ) -> Tuple[Outcome, Dict[str, Any]]:
+        """What one small question comes to, and the body that asked it."""
+        body: Dict[str, Any] = {}
+        try:
+            target = self._target(wire, auth)
+            request = ChatRequest(model, [Message("user", [Text("Say: ok")])], max_tokens=limit)
+            body = apply_fixes(render_request(request, wire), target.compat.fixes + fixes)
+            status, headers, data = await self._exchange(self._outbound(target, wire, dump_json(body), "POST"))
+            outcome = _judge_probe(wire, status, headers, data, self._host.wall(), request)
+        except UpstreamError as error:
+            outcome = failed_attempt(TIMEOUT if error.is_timeout else TEMPORARY, error.label, error.message)
+        except RouterError as error:
+            outcome = Outcome(INVALID, 0, "unusable", ErrorInfo(error.status, error.message))
+        return _redacted(outcome, self._plan.provider.api_key), body
+
+    def _target(self, wire: str, auth: Auth) -> Target:
+        return make_target(self._plan.provider._replace(auths={wire: auth}), wire)
+
+    def _outbound(self, target: Target, wire: str, body: bytes, method: str) -> Outbound:
+        limits = resolve_timeouts(self._plan.provider, self._settings, False)
+        first_byte_ms, idle_ms = (_sooner(ms, _PROBE_CALL_MS) for ms in (limits.first_byte_ms, limits.idle_ms))
+        limits = limits._replace(first_byte_ms=first_byte_ms, idle_ms=idle_ms)
+        headers = merge_headers(target, [], wire, wire, False)
+        return Outbound(target, target.path, headers, body, wire, False, limits, method)
+
+    async def _exchange(self, outbound: Outbound) -> Tuple[int, Headers, bytes]:
+        """Status, headers and body of an answer."""
+        reply, parts = await self._host.send(outbound), []
+        try:
+            while sum(map(len, parts)) < _MAX_LISTING_BYTES:
+                parts.append(await reply.read(outbound.timeouts.idle_ms / 1000))
+                if not parts[-1]:
+                    break
+        finally:
+            reply.close()
+        return reply.status, reply.headers, b"".join(parts)
+
+
+def _judge_probe(wire: str, status: int, headers: Headers, data: bytes, now: float, request: ChatRequest) -> Outcome:
+    """The outcome of a whole answer; one that is cut short by its token limit and so says nothing is fine here."""
+    if not 200 <= status < 300:
+        return judge_error(wire, status, headers, data, now)
+    parsed = _read_json(data)
+    context = Context(request, "probe", int(now))
+    if _is_error_body(parsed):
+        return judge_in_band(WIRE_FORMATS[wire].parse_error(502, parsed), headers, wire, now)
+    try:
+        if parsed:
+            parse_answer(parsed, wire, context)
+        elif isinstance(fold_stream(wire, data, context), ErrorInfo):
+            raise RouterError("not an answer: %s" % one_line(str(parse_body(data)), 120))
+    except RouterError as error:
+        return failed_attempt(NOT_FOUND, "unparsable", error.message)
+    return Outcome(OK, status, str(status))
+
+
+def _probe_row(model: str, wire: str, outcome: Outcome, words: str) -> ProbeRow:
+    """What an outcome says of a model in a format. A 404 that speaks of the model is the model's, else the format's."""
+    of_model, about = outcome.status and re.search(r"\bmodels?\b", words), ""
+    if outcome.kind in (AUTH, FORBIDDEN):
+        about = "model" if of_model and outcome.kind == FORBIDDEN else "key"
+    elif outcome.kind == NOT_FOUND or outcome.status in (405, 501):
+        about = "model" if of_model else "format"
+    state = "ok" if outcome.kind == OK else "no" if about else "tentative"
+    note = "" if outcome.kind == OK else one_line(outcome.error.message, 160)
+    return ProbeRow(model, wire, state, outcome.label, note, 0, outcome.kind, about)
+
+
+def probe_table(report: ProbeReport) -> Tuple[Tuple[str, ...], List[Tuple[str, ...]]]:
+    """A report as a head and rows of text, for commands and menu."""
+    rows = []
+    for row in report.rows:
+        listed = "?" if report.listed is None else "yes" if row.model in report.listed else "no"
+        took = "%.1f s" % (row.took_ms / 1000) if row.took_ms else ""
+        shown = row.auth.type if row.kind else ""
+        rows.append((row.model, listed, row.wire, row.state, row.label, took, shown, row.note))
+    return ("MODEL", "LISTED", "FORMAT", "RESULT", "ANSWER", "TOOK", "AUTH", "NOTE"), rows
+
+
+# ==============================================================================
+# 21 FILES - configuration and state on disk: atomic, private, locked [host]
 # ==============================================================================
 
 CONFIG_PATH = "~/.llm-router.json"
@@ -9166,7 +9483,7 @@ def _lock_descriptor(descriptor: int) -> bool:
 
 
 # ==============================================================================
-# 21 UPSTREAM - threads dial, the loop talks: connections, their pool, replies [host]
+# 22 UPSTREAM - threads dial, the loop talks: connections, their pool, replies [host]
 # ==============================================================================
 #
 # A worker thread does what blocks (DNS, TCP, proxy tunnel, TLS) with http.client. The event loop then sends, waits,
@@ -9389,6 +9706,7 @@ class Dialer:
             try:
                 self._loop.call_soon_threadsafe(self._finished, dial)
             except RuntimeError:  # the loop is closed: nobody is left to tell
+                dial._close()
                 return
 
     def _finished(self, dial: Dial) -> None:
@@ -9740,7 +10058,7 @@ class Upstreams:
             connection = self._take_idle(outbound.target) or await self._connect(outbound)
             reply = Reply(self._loop, connection, self._settings.max_answer_bytes)
             path, headers = connection.prefix + outbound.path, outbound.headers + connection.proxy_headers
-            connection.start(render_upstream_request("POST", path, headers, outbound.body), reply)
+            connection.start(render_upstream_request(outbound.method, path, headers, outbound.body), reply)
             try:
                 await reply.wait_for_head(_seconds(outbound.timeouts.first_byte_ms))
                 return reply
@@ -9844,7 +10162,7 @@ def _seconds(milliseconds: int) -> Optional[float]:
 
 
 # ==============================================================================
-# 22 SERVER - client connections on asyncio streams: one request after another [host]
+# 23 SERVER - client connections on asyncio streams: one request after another [host]
 # ==============================================================================
 
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -10505,7 +10823,7 @@ class Server:
 
 
 # ==============================================================================
-# 23 METRICS AND TRAIL - one line a request, written where it can block nobody [host]
+# 24 METRICS AND TRAIL - one line a request, written where it can block nobody [host]
 # ==============================================================================
 
 
@@ -10777,7 +11095,7 @@ def open_log(path: str) -> Any:
 
 
 # ==============================================================================
-# 24 PROCESS - the running server: its effects, signals, start and end [host]
+# 25 PROCESS - the running server: its effects, signals, start and end [host]
 # ==============================================================================
 
 
@@ -11369,7 +11687,7 @@ def _read_from(path: str, offset: int) -> str:
 
 
 # ==============================================================================
-# 25 UPDATE - this very file replaced by a newer release [host]
+# 26 UPDATE - this very file replaced by a newer release [host]
 # ==============================================================================
 
 
@@ -11512,7 +11830,7 @@ def _check_newer(version: str) -> None:
 
 
 # ==============================================================================
-# 26 SERVICES - start with the machine: launchd, systemd, Windows tasks [host]
+# 27 SERVICES - start with the machine: launchd, systemd, Windows tasks [host]
 # ==============================================================================
 
 SERVICE_NAME = "llm-router"
@@ -11648,7 +11966,7 @@ def _call(command: Sequence[str]) -> Optional[Tuple[int, str]]:
 
 
 # ==============================================================================
-# 27 DEMO - fake providers, the router before them, and every kind of request [host]
+# 28 DEMO - fake providers, the router before them, and every kind of request [host]
 # ==============================================================================
 
 _DEMO_TEXT = "Hello from a provider that works."
@@ -11849,11 +12167,107 @@ def _show_cases(port: int) -> int:
 
 
 # ==============================================================================
-# 28 DOCTOR - what is wrong on this machine, and the cure [host]
+# 29 DOCTOR - what is wrong on this machine, and the cure [host]
 # ==============================================================================
 
-_ASK_TIMEOUT_S = 8.0
-_MAX_LISTING_BYTES = 10_000_000
+
+# ----- asking providers -----
+
+_PROBES_AT_ONCE = 8
+_LISTING_LIMIT_S = 20.0
+
+
+class ProbeRun:
+    """A probe in a thread of its own, for whoever has to stay awake meanwhile. `report` is what it has found by now; it
+    ends by itself after `limit_s`, or soon after `cancel()`, and keeps what it found."""
+
+    def __init__(
+        self, plan: ProbePlan, settings: Settings, environ: Mapping[str, str], limit_s: float = PROBE_LIMIT_S
+    ) -> None:
+        import asyncio
+        import threading
+
+        self._loop = asyncio.SelectorEventLoop()  # whatever the platform: connections are watched by number
+        self._upstreams = Upstreams(self._loop, settings, environ)
+        self.now = self._loop.time
+        self.send = self._upstreams.send
+        self._probe = Probe(plan, settings, self)
+        self._limit_s = limit_s
+        self._over = threading.Event()
+        self._task: Any = None
+        self._failure: Optional[Exception] = None
+        threading.Thread(target=self._work, name="llm-router-probe", daemon=True).start()
+
+    @property
+    def report(self) -> ProbeReport:
+        """What is known by now."""
+        return self._probe.report
+
+    def wall(self) -> float:
+        """Unix seconds."""
+        import time
+
+        return time.time()
+
+    async def gather(self, function: Callable[..., Any], arguments: Sequence[Tuple[Any, ...]]) -> None:
+        """Await `function` with each tuple of arguments, a few at a time."""
+        import asyncio
+
+        free = asyncio.Semaphore(_PROBES_AT_ONCE)
+
+        async def one(given: Tuple[Any, ...]) -> None:
+            async with free:
+                await function(*given)
+
+        await asyncio.gather(*map(one, arguments))
+
+    def cancel(self) -> None:
+        """End it soon; `wait` tells when."""
+        try:
+            self._loop.call_soon_threadsafe(self._stop)
+        except RuntimeError:  # it is over
+            pass
+
+    def wait(self, seconds: Optional[float] = None) -> bool:
+        """Wait until it is over, at most so long; whether it is. Raises what went wrong inside the probe itself."""
+        is_over = self._over.wait(seconds)
+        if self._failure is not None:
+            raise self._failure
+        return is_over
+
+    def _stop(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+
+    def _work(self) -> None:
+        import asyncio
+
+        try:
+            self._task = self._loop.create_task(self._probe.run())
+            self._loop.call_later(self._limit_s, self._stop)
+            self._loop.run_until_complete(self._task)
+        except asyncio.CancelledError:
+            pass
+        except Exception as error:
+            self._failure = error
+        finally:
+            self._loop.run_until_complete(asyncio.sleep(0))  # connections that came too late for their call
+            self._upstreams.close()
+            self._loop.close()
+            self._probe.end()
+            self._over.set()
+
+
+def ask_models(plan: ProbePlan, settings: Settings, environ: Mapping[str, str]) -> List[str]:
+    """The ids that a provider lists. RouterError with its status when it refuses, 502 when nobody answers."""
+    run = ProbeRun(plan._replace(calls=0), settings, environ, _LISTING_LIMIT_S)
+    run.wait()
+    if run.report.listed is None:
+        raise RouterError(run.report.listing_note or "no answer in time", run.report.listing_status or 502)
+    return list(run.report.listed)
+
+
+# ----- looking -----
 
 
 class Finding(NamedTuple):
@@ -11872,7 +12286,7 @@ def examine(given: str, port: int, environ: Mapping[str, str], offline: bool) ->
     findings += _examine_running(running, port) + _examine_network(environ)
     findings += _examine_clients(environ, {instance.port for instance in running} | {port})
     if config is not None and not offline:
-        findings += _examine_providers([provider for provider in config.providers if provider.enabled])
+        findings += _examine_providers([provider for provider in config.providers if provider.enabled], environ)
     return findings
 
 
@@ -11958,18 +12372,19 @@ def _examine_clients(environ: Mapping[str, str], ports: Set[int]) -> List[Findin
     return found
 
 
-def _examine_providers(providers: Sequence[Provider]) -> List[Finding]:
+def _examine_providers(providers: Sequence[Provider], environ: Mapping[str, str]) -> List[Finding]:
     """Ask every provider for its models, all at once."""
     import concurrent.futures
 
+    settings = read_settings({}, environ)[0]
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
-        return list(pool.map(_examine_provider, providers))
+        return list(pool.map(lambda provider: _examine_provider(provider, settings, environ), providers))
 
 
-def _examine_provider(provider: Provider) -> Finding:
+def _examine_provider(provider: Provider, settings: Settings, environ: Mapping[str, str]) -> Finding:
     about = "provider " + provider.id
     try:
-        models = ask_models(provider)
+        models = ask_models(ProbePlan(provider, (), (provider.preferred,)), settings, environ)
     except RouterError as error:
         level = "warning" if error.status in (404, 405) else "problem"
         return Finding(level, about, error.message, _CURES.get(error.status, _CURES[0]))
@@ -11990,39 +12405,8 @@ _CURES = {
 }
 
 
-def ask_models(provider: Provider) -> List[str]:
-    """The ids that a provider lists at GET .../models, in its preferred format (developers.openai.com/api/reference,
-    platform.claude.com/docs/en/api/models-list: both hold {"data": [{"id": ...}]}).
-
-    RouterError with the provider's status when it refuses, 502 when it cannot be reached.
-    """
-    import http.client
-    import urllib.error
-    import urllib.request
-
-    class NoRedirects(urllib.request.HTTPRedirectHandler):
-        def redirect_request(self, *_: Any) -> Any:
-            return None  # a key is never carried to another place
-
-    target = make_target(provider, provider.preferred)
-    path, question, query = target.path.partition("?")
-    url = target.origin + _FULL_ENDPOINT.sub("", path) + "/models" + question + query
-    headers = {name: value for name, value in target.headers if value is not None and name != "host"}
-    try:
-        opener = urllib.request.build_opener(NoRedirects)
-        with opener.open(urllib.request.Request(url, headers=headers), timeout=_ASK_TIMEOUT_S) as response:  # noqa: S310
-            answer = load_json(response.read(_MAX_LISTING_BYTES))
-    except urllib.error.HTTPError as error:
-        error.close()
-        raise RouterError("%s answers %d" % (mask_url(url), error.code), error.code) from None
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        raise RouterError("%s: %s" % (mask_url(url), one_line(str(error), 160)), 502) from None
-    entries = as_list(as_dict(answer).get("data")) or as_list(as_dict(answer).get("models"))
-    return [as_text(as_dict(entry).get("id")) for entry in entries if as_text(as_dict(entry).get("id"))]
-
-
 # ==============================================================================
-# 29 AGENTS - coding agents run against the router, their files untouched [host]
+# 30 AGENTS - coding agents run against the router, their files untouched [host]
 # ==============================================================================
 
 
@@ -12180,7 +12564,7 @@ def shell_lines(variables: Mapping[str, str], shell: str) -> List[str]:
 
 
 # ==============================================================================
-# 30 COMMANDS - flags, help and what each command does [host]
+# 31 COMMANDS - flags, help and what each command does [host]
 # ==============================================================================
 
 Values = Dict[str, Any]  # of the flags that were given: {"log_format": "json"}
@@ -12519,14 +12903,20 @@ def _find_operation(name: str) -> Operation:
     return _find_named(name, OPERATIONS, "operation", "llm-router config --help lists them")
 
 
-def _edit(values: Values, environ: Environ, change: Callable[[Dict[str, Any]], Edit], made: str = "") -> int:
+def _edit(
+    values: Values,
+    environ: Environ,
+    change: Callable[[Dict[str, Any]], Edit],
+    made: str = "",
+    told: Mapping[str, Any] = {},
+) -> int:
     """Apply an edit to the file and tell what was done; a key that was made is shown here and nowhere else."""
     path = config_path(values.get("config", ""))
     edit = edit_config_file(path, change)
     shown = {"masterKey": edit.document["masterKey"]} if values.get("generate") else {}
     shown.update({"clientKey": made} if made else {})
     if values.get("json"):
-        _print_json(dict({"path": path, "changes": list(edit.notes)}, **shown))
+        _print_json(dict({"path": path, "changes": list(edit.notes)}, **shown, **told))
     else:
         print("\n".join(map(one_line, edit.notes + ("saved to " + path,))))
         for name, key in shown.items():
@@ -12541,11 +12931,25 @@ def _warn_of(problems: Iterable[Problem]) -> None:
     _warn(("error: " if problem.level == "error" else "") + show_problem(problem) for problem in problems)
 
 
-def _upsert(values: Values) -> Callable[[Dict[str, Any]], Edit]:
+def run_upsert(values: Values, environ: Environ) -> int:
+    """`--operation=upsert-provider`: store it; what is not said of it is asked of it first, unless --skip-probe."""
     urls = {wire: values[wire + "_base_url"] for wire in ("openai", "anthropic") if values.get(wire + "_base_url")}
     fields = {name: values[name] for name in ProviderChange._fields if name in values}
     change = ProviderChange(values["provider_id"], base_urls=urls or None, **fields)
-    return lambda document: upsert_provider(document, change)
+    told: Dict[str, Any] = {}
+    if not values.get("skip_probe"):
+        path = config_path(values.get("config", ""))
+        data = read_bytes(path)[0]
+        document = NEW_DOCUMENT if data is None else parse_config_text(data, one_line(path))
+        provider, raw = _find_entry(upsert_provider(document, change).document, change.id, environ)
+        plan = plan_probe(provider, raw)
+        report = _ask_provider(plan, environ)
+        change = change._replace(learned=learned_fields(plan, report))
+        told = {"probe": _probe_facts(report)}
+        if report.rows and not values.get("json"):
+            print(_table(*probe_table(report)) + "\n")
+        _warn(_probe_warnings(report))
+    return _edit(values, environ, lambda document: upsert_provider(document, change), told=told)
 
 
 def _remove_models(values: Values) -> Callable[[Dict[str, Any]], Edit]:
@@ -12647,20 +13051,76 @@ def _summary(config: Config, source: str) -> str:
     return "\n".join(lines + ["", _table(("MODEL", "ALIASES", "FALLBACKS"), models)])
 
 
+def _find_entry(document: Dict[str, Any], wanted: str, environ: Environ) -> Tuple[Provider, Dict[str, Any]]:
+    """A provider of a document as a value and as it is written there. UsageError when there is none."""
+    config = read_config(document, environ)
+    raws = [raw for _, raw in provider_entries("", get_field(document, "config", "providers"))]
+    for provider, raw in zip(config.providers, raws):
+        if provider.id.lower() == wanted.lower():
+            return provider, raw
+    known = ", ".join(provider.id for provider in config.providers) or "none"
+    raise UsageError("there is no provider %s; there are: %s" % (one_line(wanted, 60), known))
+
+
 def run_discover(values: Values, environ: Environ) -> int:
     """`--operation=discover-models`: what a configured provider lists; nothing is stored."""
-    loaded = load_config(values.get("config", ""), environ)
-    config = read_config(loaded.document or {}, environ)
-    wanted = values["provider_id"].lower()
-    provider = next((one for one in config.providers if one.id.lower() == wanted), None)
-    if provider is None:
-        known = ", ".join(one.id for one in config.providers) or "none"
-        raise UsageError("there is no provider %s; there are: %s" % (one_line(values["provider_id"], 60), known))
-    models = ask_models(provider)
+    document = load_config(values.get("config", ""), environ).document or {}
+    provider, raw = _find_entry(document, values["provider_id"], environ)
+    models = ask_models(plan_probe(provider, raw), read_settings({}, environ)[0], environ)
     if values.get("json"):
         return _print_json({"provider": provider.id, "models": models})
     print("\n".join(map(one_line, models)) or "it lists no models")
     return 0
+
+
+def run_test_provider(values: Values, environ: Environ) -> int:
+    """`--operation=test-provider`: ask a configured provider; 1 when one of the models answers in no format."""
+    document = load_config(values.get("config", ""), environ).document or {}
+    provider, raw = _find_entry(document, values["provider_id"], environ)
+    plan = plan_probe(provider, raw, values.get("models", ()))
+    report = _ask_provider(plan, environ)
+    if values.get("json"):
+        _print_json(_probe_facts(report))
+    else:
+        print(_table(*probe_table(report)) if report.rows else "no model could be asked: name some with --models")
+        _warn(_probe_warnings(report))
+    return int(report.is_tentative or bool(report.unconfirmed))
+
+
+def _ask_provider(plan: ProbePlan, environ: Environ) -> ProbeReport:
+    """Probe, with progress where somebody watches; Ctrl-C ends it at once."""
+    import sys
+
+    run = ProbeRun(plan, read_settings({}, environ)[0], environ)
+    shows = sys.stderr is not None and sys.stderr.isatty()
+    try:
+        while not run.wait(0.1):
+            rows = run.report.rows
+            left = sum(row.state in ("waiting", "asking") for row in rows)
+            text = "asking %s: %d of %d answered" % (plan.provider.id, len(rows) - left, len(rows))
+            print("\r" + text if shows else "", end="", file=sys.stderr, flush=True)
+    finally:
+        run.cancel()
+        print("\r\033[K" if shows else "", end="", file=sys.stderr, flush=True)
+    return run.report
+
+
+def _probe_facts(report: ProbeReport) -> Dict[str, Any]:
+    """A report for --json."""
+    rows = [dict(row._asdict(), auth=row.auth.type) for row in report.rows]
+    facts = {"ok": not report.is_tentative and not report.unconfirmed, "tentative": report.is_tentative}
+    lists = {"formats": report.formats, "unconfirmed": report.unconfirmed, "listed": report.listed, "results": rows}
+    return dict(facts, **lists, listing=report.listing_note)
+
+
+def _probe_warnings(report: ProbeReport) -> List[str]:
+    """What somebody who configures a provider should know of it."""
+    found = ["its models cannot be listed: " + report.listing_note] if report.listing_note else []
+    for model in report.unconfirmed:
+        why = next((row for row in report.rows if row.model == model and row.state == "tentative"), None)
+        why = why or next(row for row in report.rows if row.model == model)
+        found.append("%s is not confirmed: %s" % (one_line(model, 80), why.note or why.label))
+    return found
 
 
 def run_startup(values: Values, environ: Environ) -> int:
@@ -12712,7 +13172,7 @@ def run_validate(values: Values, environ: Environ) -> int:
 OPERATIONS: Tuple[Operation, ...] = (
     Operation("upsert-provider", "add a provider, or change what is given of one", _PROVIDER_FLAGS, ("provider-id",),
               "--provider-id=openrouter --base-url=https://openrouter.ai/api/v1 --api-key=- --models=gpt-4o"
-              " --format=openai --skip-probe=true", _upsert),
+              " --format=openai --skip-probe=true", None, run_upsert),
     Operation("remove-provider", "remove a provider and all references to it", ("provider-id",), ("provider-id",),
               "--provider-id=openrouter",
               lambda values: lambda document: remove_provider(document, values["provider_id"])),
@@ -12736,6 +13196,8 @@ OPERATIONS: Tuple[Operation, ...] = (
     Operation("list", "show the configuration, keys masked", (), (), "--json", None, run_list),
     Operation("discover-models", "ask a provider which models it lists", ("provider-id",), ("provider-id",),
               "--provider-id=openrouter", None, run_discover),
+    Operation("test-provider", "ask a provider in every format: what works, with which key style",
+              ("provider-id", "models"), ("provider-id",), "--provider-id=openrouter", None, run_test_provider),
     Operation("startup-install", "start with the machine: launchd, systemd or a Windows task", (), (), "",
               None, run_startup),
     Operation("startup-status", "show whether it starts with the machine", (), (), "", None, run_startup),
@@ -13115,7 +13577,7 @@ COMMANDS: Tuple[Command, ...] = (
 # fmt: on
 
 # ==============================================================================
-# 31 MAIN - the only exit [host]
+# 32 MAIN - the only exit [host]
 # ==============================================================================
 
 

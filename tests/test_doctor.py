@@ -148,7 +148,7 @@ def test_the_models_that_a_provider_lists_are_shown_and_nothing_is_stored(accoun
     line = ["config", "--operation=discover-models", "--provider-id=ACCT", "--config=%s" % path]
     assert r.main(line) == 0
     assert capsys.readouterr().out == "m1\nm2\n"
-    assert account.seen[0] == ("/v1/models", "the-account-key")
+    assert account.seen[0] == ("/v1/models?limit=1000", "the-account-key")
     assert r.main([*line, "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"provider": "acct", "models": ["m1", "m2"]}
     assert path.read_bytes() == before
@@ -160,11 +160,12 @@ def test_a_redirect_is_not_followed_with_the_key(account):
     account.status, account.location = 302, account.url + "/elsewhere"
     config = r.read_config(document(account), {})
     with pytest.raises(r.RouterError, match="302"):
-        r.ask_models(config.providers[0])
+        r.ask_models(r.ProbePlan(config.providers[0], wires=("openai",)), r.Settings(), {})
     assert len(account.seen) == 1
 
 
 @pytest.mark.parametrize("body", [[], {}, {"data": 7}, {"data": [{"id": 5}, "text", None]}])
 def test_a_strange_list_of_models_is_an_empty_one(account, body):
     account.body = body
-    assert r.ask_models(r.read_config(document(account), {}).providers[0]) == []
+    plan = r.ProbePlan(r.read_config(document(account), {}).providers[0], wires=("openai",))
+    assert r.ask_models(plan, r.Settings(), {}) == []
