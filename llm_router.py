@@ -38,14 +38,15 @@ Contents:
   22  UPSTREAM              threads dial, the loop talks: connections, their pool, replies [host]
   23  SERVER                client connections on asyncio streams: one request after another [host]
   24  METRICS AND TRAIL     one line a request, written where it can block nobody [host]
-  25  PROCESS               the running server: its effects, signals, start and end [host]
-  26  UPDATE                this very file replaced by a newer release [host]
-  27  SERVICES              start with the machine: launchd, systemd, Windows tasks [host]
-  28  DEMO                  fake providers, the router before them, and every kind of request [host]
-  29  DOCTOR                what is wrong on this machine, and the cure [host]
-  30  AGENTS                coding agents run against the router, their files untouched [host]
-  31  COMMANDS              flags, help and what each command does [host]
-  32  MAIN                  the only exit [host]
+  25  LEDGER                what every request used and cost, in SQLite, off the hot path [host]
+  26  PROCESS               the running server: its effects, signals, start and end [host]
+  27  UPDATE                this very file replaced by a newer release [host]
+  28  SERVICES              start with the machine: launchd, systemd, Windows tasks [host]
+  29  DEMO                  fake providers, the router before them, and every kind of request [host]
+  30  DOCTOR                what is wrong on this machine, and the cure [host]
+  31  AGENTS                coding agents run against the router, their files untouched [host]
+  32  COMMANDS              flags, help and what each command does [host]
+  33  MAIN                  the only exit [host]
 """
 
 from __future__ import annotations
@@ -270,7 +271,8 @@ LOG_LEVELS = ("info", "warning", "error", "silent")  # warning: requests that fa
 
 class Setting(NamedTuple):
     """One knob; its default's type (int, bool or str) is its own. low, high: the numbers allowed. clamp: a number
-    outside becomes the nearest limit, where others become the default. choices: the words allowed, () for any."""
+    outside becomes the nearest limit, where others become the default. choices: the words allowed, () for any. blank:
+    what an empty text stands for, "" where it counts as none."""
 
     name: str
     default: Any
@@ -279,6 +281,7 @@ class Setting(NamedTuple):
     high: int = _MOST
     clamp: bool = False
     choices: Tuple[str, ...] = ()
+    blank: str = ""
 
     @property
     def type(self) -> type:
@@ -340,6 +343,9 @@ SETTINGS: Tuple[Setting, ...] = (
     Setting("log_level", "info", "least level that is logged: info, warning, error, silent", choices=LOG_LEVELS),
     Setting("log_file", "", "file for the log, in place of stderr; moved to FILE.1 when it is full"),
     Setting("log_max_bytes", 10_000_000, "size at which the log file is moved to FILE.1; 0: never"),
+    Setting("usage_db", "~/.llm-router.usage.db", "the usage ledger's file; off or empty: none", blank="off"),
+    Setting("usage_max_bytes", 100_000_000, "size at which the oldest rows leave the ledger", 1_000_000, _MOST_BYTES),
+    Setting("usage_max_days", 90, "age at which rows leave the ledger; 0: never"),
     Setting("trail_size", 500, "requests that explain can still show"),
     Setting("count_tokens_timeout_ms", 3000, "forwarded count_tokens, before the local estimate answers"),
 )
@@ -368,8 +374,8 @@ def read_settings(flags: Mapping[str, str], environ: Mapping[str, str]) -> Tuple
     values, warnings = {}, []
     for row in SETTINGS:
         source, text = (row.flag, flags[row.name]) if row.name in flags else (row.variable, environ.get(row.variable))
-        if text or row.name in flags:
-            values[row.name], complaint = _read_setting(row, (text or "").strip())
+        if text or row.name in flags or (row.blank and text is not None):
+            values[row.name], complaint = _read_setting(row, (text or row.blank).strip())
             if complaint:
                 warnings.append("%s: %s; using %s" % (source, complaint, show_setting(values[row.name])))
     return Settings(**values), warnings
@@ -555,7 +561,7 @@ FIELDS: Dict[str, Tuple[Field, ...]] = {
         Field("enabled", "flag", "false keeps the entry and does not use it"),
         Field("contextWindow", "whole", "tokens that input and output may have together"),
         Field("maxOutputTokens", "whole", "tokens that an answer may have"),
-        Field("cost", "object", "prices"),
+        Field("cost", "object", "US dollars per million tokens: input, output, cacheRead, cacheWrite"),
         Field("metadata", "object", "anything; kept, not used"),
         Field("fallbackModels", "[fallback]", "models to try when this one fails, in order"),
     ),
@@ -8584,7 +8590,8 @@ class Exchange:
         parsed = _read_json(body)
         if not parsed or _is_error_body(parsed):
             return self._bad_body(outbound, reply, parsed, body)
-        return Answer(self._ref, self._returned(reply, outbound), body)
+        usage = WIRE_FORMATS[outbound.wire].read_usage(as_dict(parsed.get("usage")))
+        return Answer(self._ref, self._returned(reply, outbound), body, usage)
 
     def _judge_whole(self, outbound: Outbound, reply: Any, body: bytes) -> Union[Outcome, Answer]:
         parsed = _read_json(body)
@@ -10910,6 +10917,20 @@ class TrailRing:
         trail = self._trails.get(id)
         return None if trail is None else log_record(trail)
 
+    def tally(self) -> Dict[str, Dict[str, Any]]:
+        """ref -> {"ok", "failed", "last_error"}: the attempts of the remembered requests, counted."""
+        found: Dict[str, Dict[str, Any]] = {}
+        for trail in self._trails.values():
+            for attempt in trail.attempts:
+                counts = found.setdefault(attempt.ref, {"ok": 0, "failed": 0, "last_error": None})
+                if attempt.kind == OK:
+                    counts["ok"] += 1
+                elif attempt.kind != "client_gone":
+                    words = {"label": attempt.label, "kind": attempt.kind, "message": attempt.message}
+                    counts["failed"] += 1
+                    counts["last_error"] = dict(words, id=trail.id, time=trail.began_wall)
+        return found
+
 
 _BUCKETS_S = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 
@@ -11095,7 +11116,265 @@ def open_log(path: str) -> Any:
 
 
 # ==============================================================================
-# 25 PROCESS - the running server: its effects, signals, start and end [host]
+# 25 LEDGER - what every request used and cost, in SQLite, off the hot path [host]
+# ==============================================================================
+
+LEDGER_VERSION = 1  # PRAGMA user_version of the file; a newer one is left alone
+COST_KEYS = ("input", "output", "cacheRead", "cacheWrite")  # of a model's `cost`; the order of Usage
+_LEDGER_COLUMNS = (
+    "time REAL, id TEXT, format TEXT, operation TEXT, stream INTEGER, client TEXT, asked TEXT, model TEXT,"
+    " attempts TEXT, status INTEGER, outcome TEXT, input INTEGER, output INTEGER, cache_read INTEGER,"
+    " cache_write INTEGER, reasoning INTEGER, estimated INTEGER, cost REAL, first_content_ms INTEGER, total_ms INTEGER"
+)
+_LEDGER_INSERT = "INSERT INTO requests VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+_LEDGER_SHRINK = (
+    "DELETE FROM requests WHERE rowid <= (SELECT min(rowid) + (max(rowid) - min(rowid)) / 10 FROM requests)"
+)
+_MOST_TOKENS = 2**53  # more is a lie, and SQLite takes 64 bits
+_LEDGER_BATCH_S = 0.5
+_LEDGER_RETRY_S = 1.0
+
+
+def ledger_path(settings: Settings) -> str:
+    """The ledger's file, "" when it is switched off."""
+    import os
+
+    return os.path.expanduser(settings.usage_db) if _BOOLS.get(settings.usage_db.lower(), True) else ""
+
+
+def cost_of(usage: Optional[Usage], cost: Optional[Mapping[str, Any]]) -> Optional[float]:
+    """What tokens cost by a model's `cost`, prices per million of them; None when a price that is needed is unknown."""
+    prices = [(cost or {}).get(key) for key in COST_KEYS]
+    needed = [(tokens, price) for tokens, price in zip(usage or (), prices) if tokens]
+    if not needed or not all(type(price) in (int, float) and price >= 0 for _, price in needed):
+        return None
+    return sum(tokens * price for tokens, price in needed) / 1e6
+
+
+def ledger_row(trail: Trail, prices: Mapping[str, Any]) -> Tuple[Any, ...]:
+    """A request as a row of the ledger. prices: ref -> `cost`. Tokens that nobody told are None; told by an answer
+    that did not reach its end they are marked as an estimate."""
+    usage = trail.usage if trail.usage is not None and any(trail.usage) else None
+    tokens = [min(count, _MOST_TOKENS) for count in usage] if usage else [None] * len(Usage._fields)
+    estimated = int(usage is not None and trail.outcome != OK)
+    price = prices.get(trail.model) or prices.get(trail.model.partition("/")[0] + "/*")
+    who = (trail.wire, trail.operation, int(trail.stream), _storable(trail.client), _storable(trail.asked[:200]))
+    what = (_storable(trail.model), _storable(trail.path[:2000]), trail.status, trail.outcome)
+    times = (trail.first_content_ms, trail.total_ms)
+    return (trail.began_wall, trail.id, *who, *what, *tokens, estimated, cost_of(usage, price), *times)
+
+
+def _storable(text: str) -> str:
+    return text.encode("utf-8", "replace").decode()  # a client's JSON may hold half a surrogate pair
+
+
+class Ledger:
+    """Rows of requests in an SQLite file, written in batches by a thread of its own.
+
+    Whatever is wrong with the file disturbs no request: `note(text, level)` is told once, and the newest `limit` rows
+    wait until it works again. prices: ref -> `cost`, see `cost_of`.
+    """
+
+    def __init__(self, path: str, settings: Settings, note: Callable[[str, str], None], limit: int = 5000) -> None:
+        import threading
+        from collections import deque
+
+        self.prices: Mapping[str, Any] = {}
+        self._path = path
+        self._settings = settings
+        self._note = note
+        self._limit = limit
+        self._trails: Any = deque(maxlen=limit)
+        self._rows: List[Tuple[Any, ...]] = []
+        self._trouble = ""
+        self._file: Tuple[int, int] = (0, 0)
+        self._connection: Any = None
+        self._wake = threading.Event()
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="llm-router-ledger", daemon=True)
+        self._thread.start()
+
+    def add(self, trail: Trail) -> None:
+        """A request has ended: all else is the thread's work."""
+        self._trails.append(trail)
+        if not self._wake.is_set():
+            self._wake.set()
+
+    def close(self) -> None:
+        """Write what waits, for two seconds at most."""
+        self._closing.set()
+        self._wake.set()
+        self._thread.join(2.0)
+
+    def _run(self) -> None:
+        while not self._closing.is_set():
+            self._wake.wait(_LEDGER_RETRY_S if self._rows else None)
+            self._closing.wait(_LEDGER_BATCH_S)
+            self._wake.clear()
+            self._take()
+        self._disconnect()
+
+    def _take(self) -> None:
+        """Write all that waits; what cannot be written now goes on waiting."""
+        try:
+            while self._trails:
+                self._rows.append(ledger_row(self._trails.popleft(), self.prices))
+            del self._rows[: -self._limit]
+            self._write_or_heal()
+            self._rows = []
+            if self._trouble:
+                self._note("the usage ledger is written again", "info")
+            self._trouble = ""
+        except Exception as error:  # the thread must live: the next batch may succeed
+            self._disconnect()
+            if not self._trouble:
+                self._trouble = one_line("%s: %s" % (self._path, getattr(error, "message", "") or error))
+                self._note("the usage ledger is not written, requests go on: " + self._trouble, "warning")
+
+    def _write_or_heal(self) -> None:
+        import os
+        import sqlite3
+
+        try:
+            self._write()
+        except sqlite3.DatabaseError as error:
+            if type(error) is not sqlite3.DatabaseError:  # locked, full, read-only: its subclasses
+                raise
+            self._disconnect()
+            os.replace(self._path, self._path + ".corrupt")
+            for tail in ("-wal", "-shm"):
+                if os.path.exists(self._path + tail):
+                    os.unlink(self._path + tail)
+            self._note("the usage ledger was damaged (%s): kept as %s.corrupt" % (error, self._path), "warning")
+            self._write()
+
+    def _write(self) -> None:
+        import os
+        import time
+
+        try:
+            info = os.stat(self._path)
+            if self._file != (info.st_dev, info.st_ino):
+                self._disconnect()
+        except FileNotFoundError:  # removed or set aside since
+            self._disconnect()
+        if self._connection is None:
+            self._connection = _open_ledger(self._path)
+            info = os.stat(self._path)
+            self._file = info.st_dev, info.st_ino
+        with self._connection as connection:
+            connection.executemany(_LEDGER_INSERT, self._rows)
+            days, most = self._settings.usage_max_days, self._settings.usage_max_bytes
+            if days:
+                connection.execute("DELETE FROM requests WHERE time < ?", (time.time() - days * 86400,))
+            pages, free, size = (
+                connection.execute("PRAGMA " + name).fetchone()[0]
+                for name in ("page_count", "freelist_count", "page_size")
+            )
+            if (pages - free) * size > most:  # pages that become free are used again: the file does not grow
+                connection.execute(_LEDGER_SHRINK)
+
+    def _disconnect(self) -> None:
+        import sqlite3
+
+        connection, self._connection = self._connection, None
+        try:
+            if connection is not None:
+                connection.close()
+        except sqlite3.Error:
+            pass  # it is given up anyway
+
+
+def _open_ledger(path: str) -> Any:
+    """A connection that writes the ledger, made when it is not there. RouterError for another program's file."""
+    import os
+    import sqlite3
+
+    os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+    os.chmod(path, 0o600)
+    connection = sqlite3.connect(path, timeout=1.0)
+    try:
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = NORMAL")  # whole after a crash of the program, as after a power cut
+        connection.execute("PRAGMA journal_size_limit = 4000000")
+        connection.execute("BEGIN IMMEDIATE")  # of two that start at once, one makes the table
+        with connection:
+            if _check_ledger(connection, path) == 0:
+                connection.execute("CREATE TABLE requests (%s)" % _LEDGER_COLUMNS)
+                connection.execute("CREATE INDEX requests_time ON requests (time)")
+                connection.execute("PRAGMA user_version = %d" % LEDGER_VERSION)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _check_ledger(connection: Any, path: str) -> int:
+    """The version of a ledger, 0 for an empty file. RouterError for one that cannot be used."""
+    version = connection.execute("PRAGMA user_version").fetchone()[0]
+    tables = [name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+    if version > LEDGER_VERSION:
+        raise RouterError("%s was made by a newer llm-router" % one_line(path))
+    if tables and (version == 0 or "requests" not in tables):
+        raise RouterError("%s is the database of another program" % one_line(path))
+    return int(version)
+
+
+# What `usage --by` groups rows by.
+LEDGER_GROUPS = {
+    "model": "coalesce(nullif(model, ''), '(nobody)')",
+    "provider": "coalesce(nullif(substr(model, 1, max(instr(model, '/') - 1, 0)), ''), '(nobody)')",
+    "day": "date(time, 'unixepoch', 'localtime')",
+    "client": "coalesce(nullif(client, ''), '(no name)')",
+    "format": "format",
+}
+# Sums of a group. unknown_cost: answers with tokens and no price; untold: answers whose tokens nobody told.
+_LEDGER_SUMS = {
+    "requests": "count(*)",
+    "failed": "sum(outcome <> 'ok')",
+    "input": "sum(input)",
+    "cache_read": "sum(cache_read)",
+    "cache_write": "sum(cache_write)",
+    "output": "sum(output)",
+    "reasoning": "sum(reasoning)",
+    "cost": "sum(cost)",
+    "unknown_cost": "sum(input IS NOT NULL AND cost IS NULL)",
+    "untold": "sum(input IS NULL AND outcome = 'ok')",
+    "estimated": "sum(estimated)",
+    "first_content_ms": "round(avg(first_content_ms))",
+    "total_ms": "round(avg(total_ms))",
+}
+
+
+def sum_ledger(path: str, by: str, since: float) -> List[Dict[str, Any]]:
+    """The ledger's rows from `since` (Unix seconds) on, summed by a key of LEDGER_GROUPS: {"group", "requests", ...},
+    the last one the total with the group None; [] when there is nothing. count_tokens calls are left out. RouterError
+    when the file cannot be read."""
+    import pathlib
+    import sqlite3
+
+    sums = ", ".join("%s AS %s" % (sql, name) for name, sql in _LEDGER_SUMS.items())
+    where = "FROM requests WHERE time >= ? AND operation <> 'count_tokens'"
+    order = "grouped" if by == "day" else "coalesce(cost, 0) DESC, requests DESC"
+    if not pathlib.Path(path).exists():
+        return []
+    try:
+        connection = sqlite3.connect(pathlib.Path(path).absolute().as_uri() + "?mode=ro", timeout=5.0, uri=True)
+        try:
+            _check_ledger(connection, path)
+            connection.row_factory = sqlite3.Row
+            sql = "SELECT %s AS grouped, %s %s GROUP BY grouped ORDER BY %s" % (LEDGER_GROUPS[by], sums, where, order)
+            rows = [dict(row) for row in connection.execute(sql, (since,))]
+            total = dict(connection.execute("SELECT NULL AS grouped, %s %s" % (sums, where), (since,)).fetchone())
+        finally:
+            connection.close()
+    except sqlite3.Error as error:
+        raise RouterError("%s cannot be read: %s" % (one_line(path), error), 500) from None
+    return [{"group": row.pop("grouped"), **row} for row in rows + [total]] if rows else []
+
+
+# ==============================================================================
+# 26 PROCESS - the running server: its effects, signals, start and end [host]
 # ==============================================================================
 
 
@@ -11136,6 +11415,7 @@ class LocalHost:
         self._ring = ring
         self.counters = Metrics()
         self.known: Any = ()
+        self.keep: Callable[[Trail], None] = lambda trail: None  # the ledger's, where there is one
         self.metrics: Callable[[], str] = lambda: self.counters.render({})
         self._debug = debug
 
@@ -11154,6 +11434,7 @@ class LocalHost:
         self._ring.add(trail)
         self.counters.count(trail, self.known)
         self._log.add(trail)
+        self.keep(trail)
 
     def failed(self, error: BaseException) -> None:
         """An error of the router's own: one line, with `--debug` its traceback. Keys never stand in it."""
@@ -11288,6 +11569,10 @@ class Router:
         self.book = HealthBook()
         self.upstreams = Upstreams(loop, options.settings, options.environ)
         self.host = LocalHost(loop, self.upstreams, log, self.ring, options.debug)
+        path = ledger_path(options.settings)
+        self.ledger = Ledger(path, options.settings, log.note) if path else None
+        if self.ledger is not None:
+            self.host.keep = self.ledger.add
         self.server = Server(loop, options.settings, self.handle, self.host.failed)
         self.started = self.host.wall()
         self.stopping: Any = None
@@ -11300,6 +11585,9 @@ class Router:
         options = self.options
         self.host.known = frozenset(self._refs())
         self.host.metrics = self._metrics
+        if self.ledger is not None:
+            models = [(one.id + "/" + model.id, model.cost) for one in options.config.providers for model in one.models]
+            self.ledger.prices = {ref: cost for ref, cost in models if cost}
         self.gateway = Gateway(Routes(options.config), options.settings, make_access(options), self.host, self.book)
 
     async def handle(self, call: Call, sink: Sink) -> None:
@@ -11343,6 +11631,7 @@ class Router:
 
         options, now, refs = self.options, self.host.now(), self._refs()
         made_up = [key for key in self.book.known() if not key.endswith("/") and key not in refs]
+        tally, none = self.ring.tally(), {"ok": 0, "failed": 0, "last_error": None}
         return {
             "pid": os.getpid(),
             "version": __version__,
@@ -11354,7 +11643,7 @@ class Router:
             "require_auth": options.require_auth,
             "connections": len(self.server.connections),
             "default_model": options.config.default_model,
-            "candidates": [show_health(ref, self.book, now) for ref in refs + made_up],
+            "candidates": [{**show_health(ref, self.book, now), **tally.get(ref, none)} for ref in refs + made_up],
         }
 
     def _refs(self) -> List[str]:
@@ -11516,6 +11805,8 @@ async def _serve(options: StartOptions) -> Tuple[int, int]:
         router.leave()
     finally:
         router.upstreams.close()
+        if router.ledger is not None:
+            router.ledger.close()
         log.close()
     return 0 if clean else 1, port if router.restarts else 0
 
@@ -11687,7 +11978,7 @@ def _read_from(path: str, offset: int) -> str:
 
 
 # ==============================================================================
-# 26 UPDATE - this very file replaced by a newer release [host]
+# 27 UPDATE - this very file replaced by a newer release [host]
 # ==============================================================================
 
 
@@ -11830,7 +12121,7 @@ def _check_newer(version: str) -> None:
 
 
 # ==============================================================================
-# 27 SERVICES - start with the machine: launchd, systemd, Windows tasks [host]
+# 28 SERVICES - start with the machine: launchd, systemd, Windows tasks [host]
 # ==============================================================================
 
 SERVICE_NAME = "llm-router"
@@ -11966,7 +12257,7 @@ def _call(command: Sequence[str]) -> Optional[Tuple[int, str]]:
 
 
 # ==============================================================================
-# 28 DEMO - fake providers, the router before them, and every kind of request [host]
+# 29 DEMO - fake providers, the router before them, and every kind of request [host]
 # ==============================================================================
 
 _DEMO_TEXT = "Hello from a provider that works."
@@ -12167,7 +12458,7 @@ def _show_cases(port: int) -> int:
 
 
 # ==============================================================================
-# 29 DOCTOR - what is wrong on this machine, and the cure [host]
+# 30 DOCTOR - what is wrong on this machine, and the cure [host]
 # ==============================================================================
 
 
@@ -12406,7 +12697,7 @@ _CURES = {
 
 
 # ==============================================================================
-# 30 AGENTS - coding agents run against the router, their files untouched [host]
+# 31 AGENTS - coding agents run against the router, their files untouched [host]
 # ==============================================================================
 
 
@@ -12564,7 +12855,7 @@ def shell_lines(variables: Mapping[str, str], shell: str) -> List[str]:
 
 
 # ==============================================================================
-# 31 COMMANDS - flags, help and what each command does [host]
+# 32 COMMANDS - flags, help and what each command does [host]
 # ==============================================================================
 
 Values = Dict[str, Any]  # of the flags that were given: {"log_format": "json"}
@@ -12819,7 +13110,9 @@ def _help_text(command: Command, values: Values) -> str:
     elif command.name == "config":
         lines += ["operations:"] + _two_columns((row.name, row.help) for row in OPERATIONS) + [""]
     lines += ["flags:"] + _two_columns((_flag_words(flag), flag.help) for flag in flags + _COMMON)
-    return "\n".join(["%s - %s" % (title, help)] + lines + ["", "example:", "  " + example])
+    return "\n".join(
+        ["%s - %s" % (title, help)] + lines + ["", "example:", *("  " + line for line in example.split("\n"))]
+    )
 
 
 def _flag_words(flag: Flag) -> str:
@@ -12857,11 +13150,37 @@ def _colored(text: str, word: str) -> str:
     return text if plain or word not in _COLORS else "\033[%sm%s\033[0m" % (_COLORS[word], text)
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Rows of text as aligned columns, for people."""
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int] = ()) -> str:
+    """Rows of text as aligned columns, for people. numbers: the columns that are aligned to the right."""
     cells = [list(head)] + [[one_line(cell, 120) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in cells)
+    lines = [
+        "  ".join(
+            cell.rjust(widths[i]) if i in numbers else cell.ljust(widths[i]) for i, cell in enumerate(row)
+        ).rstrip()
+        for row in cells
+    ]
+    return "\n".join(lines)
+
+
+def _columns() -> int:
+    """The width of the terminal, 80 where there is none."""
+    import shutil
+
+    return shutil.get_terminal_size((80, 24)).columns
+
+
+def _bar(spans: Sequence[Tuple[str, float]], width: int) -> str:
+    """Spans one after another, each a sign and its share of the whole, as a bar of at most `width` characters. Signs:
+    "#" solid, "=" light, "." dotted, " " nothing; drawn as blocks where the terminal has them."""
+    import sys
+
+    drawn, done = "", 0.0
+    for sign, share in spans:
+        done += share
+        drawn += sign * max(round(min(done, 1.0) * width) - len(drawn), sign == "#" and share > 0)
+    blocks = sys.stdout.isatty() and (sys.stdout.encoding or "").lower().startswith("utf")
+    return drawn[:width].translate({35: "█", 61: "▒", 46: "·"} if blocks else {})
 
 
 def show_duration(ms: float) -> str:
@@ -13320,10 +13639,23 @@ def run_status(values: Values, environ: Environ) -> int:
     for one in status["candidates"]:
         name = one["model"] + (" (default)" if one["model"] == status["default_model"] else "")
         back = show_duration(one["left_s"] * 1000) if one["left_s"] else ""
-        rows.append((name, one["state"], back, str(one["failures"] or ""), one["reason"]))
-    head, *lines = _table(("MODEL", "STATE", "BACK IN", "FAILURES", "REASON"), rows).split("\n")
-    print("\n".join([head] + [_colored(line, row[1]) for line, row in zip(lines, rows)]))
+        reason = one["reason"].replace("_", " ")
+        rows.append((name, one["state"], back, str(one["ok"]), str(one["failed"]), reason, _last_error(one)))
+    head = ("MODEL", "STATE", "BACK IN", "OK", "FAILED", "REASON", "LAST ERROR")
+    head_line, *lines = _table(head, rows, (2, 3, 4)).split("\n")
+    print("\n".join([head_line] + [_colored(line, row[1]) for line, row in zip(lines, rows)]))
+    print("\nOK and FAILED count attempts of the requests that llm-router explain still knows")
     return 0
+
+
+def _last_error(candidate: Dict[str, Any]) -> str:
+    import time
+
+    error = candidate["last_error"]
+    if error is None:
+        return ""
+    ago = show_duration(max(0, int(time.time() - error["time"])) * 1000)
+    return "%s, %s ago, %s: %s" % (error["label"] or error["kind"], ago, error["id"], one_line(error["message"], 80))
 
 
 def run_stop(values: Values, environ: Environ) -> int:
@@ -13429,28 +13761,162 @@ def run_explain(values: Values, environ: Environ) -> int:
     return 0
 
 
+# What decides how an outcome is dealt with: shown by `explain`.
+_WHAT_DECIDES = {
+    RATE_LIMITED: "the provider's Retry-After, else --origin-rate-limit-cooldown-ms; who is next: fallbackModels",
+    TEMPORARY: "--origin-retry-attempts, --origin-retry-base-delay-ms; then fallbackModels",
+    TIMEOUT: "--first-byte-timeout-ms, --first-content-timeout-ms, --idle-timeout-ms, or the provider's own timeouts",
+    EMPTY: "nothing: an empty answer is passed on only when nobody has a better one",
+    BILLING: "credit at the provider; it is asked again after --origin-billing-cooldown-ms",
+    AUTH: "the provider's apiKey or apiKeyEnv; a reload clears --origin-auth-cooldown-ms",
+    FORBIDDEN: "what the provider's key may use; it is asked again after --origin-auth-cooldown-ms",
+    NOT_FOUND: "the model's id: llm-router config --operation=discover-models lists the provider's",
+    POLICY: "--allow-policy-fallback lets other providers try what one has blocked",
+    INVALID: "the request itself: a provider's 400 is not tried elsewhere",
+    OVERFLOW: "--context-fallback lets the next candidate try; a model with a larger contextWindow",
+}
+
+
 def _explanation(trail: Dict[str, Any]) -> str:
-    """A request's story: what was asked, who was tried and why the next one, what the client got."""
+    """A request's story: what was asked, who was tried and why the next one, what the client got, what decides that."""
     asked = one_line(trail["asked"]) or "the default model"
     kind = "%s %s%s" % (trail["format"], trail["operation"], ", streamed" if trail["stream"] else "")
-    lines = ["%s  %s" % (trail["id"], trail["time"].replace("T", " ")), "asked for      %s (%s)" % (asked, kind), ""]
-    width = max([len(attempt["ref"]) for attempt in trail["attempts"]] + [0])
-    for number, attempt in enumerate(trail["attempts"], 1):
-        said = attempt["kind"].replace("_", " ")
-        said = said if attempt["label"] in ("", attempt["kind"]) else "%s: %s" % (attempt["label"], said)
-        times = "waited %s, " % show_duration(attempt["wait_ms"]) if attempt["wait_ms"] else ""
-        times += "took " + show_duration(attempt["took_ms"])
-        row = "%3d. %-*s  %-9s  %s (%s)" % (number, width, attempt["ref"], attempt["wire"], said, times)
-        lines += [_colored(row, "ok" if attempt["kind"] == OK else "warning")]
-        lines += ["       " + one_line(attempt["message"], 200)] if attempt["message"] else []
-        lines += ["       -> " + one_line(attempt["decision"], 200)] if attempt["decision"] else []
+    lines = ["%s  %s" % (trail["id"], trail["time"].replace("T", " ")), "asked for      %s (%s)" % (asked, kind)]
+    lines += ["client         " + one_line(trail["client"])] if trail["client"] else []
+    lines += ["", *_attempt_lines(trail)]
     first = ", first content after " + show_duration(trail["first_content_ms"]) if trail["first_content_ms"] else ""
     lines += ["", "answered by    %s" % (trail["model"] or "nobody")] if trail["outcome"] == OK else [""]
     lines += ["outcome        %s, status %d" % (trail["outcome"].replace("_", " "), trail["status"])]
     lines += ["time           %s%s" % (show_duration(trail["total_ms"]), first)]
     counts = ["%d %s" % (count, name.replace("_", " ")) for name, count in (trail["usage"] or {}).items() if count]
     lines += ["tokens         " + ", ".join(counts)] if counts else []
-    return "\n".join(lines + (["error          " + one_line(trail["message"], 500)] if trail["message"] else []))
+    lines += ["error          " + one_line(trail["message"], 500)] if trail["message"] else []
+    kinds = [kind for kind in _WHAT_DECIDES if kind in [attempt["kind"] for attempt in trail["attempts"]]]
+    lines += ["", "what decides"] if kinds else []
+    return "\n".join(lines + ["  %-13s%s" % (kind.replace("_", " "), _WHAT_DECIDES[kind]) for kind in kinds])
+
+
+def _attempt_lines(trail: Dict[str, Any]) -> List[str]:
+    """Each attempt with its place in the request's time: dotted a wait, solid the attempt, light the rest of an answer
+    that streams."""
+    attempts, whole = trail["attempts"], max(trail["total_ms"], 1)
+    width = max([len(attempt["ref"]) for attempt in attempts] + [0])
+    rows, bars, began = [], [], 0
+    for number, attempt in enumerate(attempts, 1):
+        said = attempt["kind"].replace("_", " ")
+        said = said if attempt["label"] in ("", attempt["kind"]) else "%s: %s" % (attempt["label"], said)
+        times = "waited %s, " % show_duration(attempt["wait_ms"]) if attempt["wait_ms"] else ""
+        times += "took " + show_duration(attempt["took_ms"])
+        rows.append("%3d. %-*s  %-9s  %s (%s)" % (number, width, attempt["ref"], attempt["wire"], said, times))
+        ended = began + attempt["wait_ms"] + attempt["took_ms"]
+        spans = [(" ", began), (".", attempt["wait_ms"]), ("#", attempt["took_ms"])]
+        bars.append(spans + ([("=", whole - ended)] if number == len(attempts) and trail["stream"] else []))
+        began = ended
+    indent = max([len(row) for row in rows] + [0])
+    room, lines = min(30, _columns() - indent - 2), []
+    for row, spans, attempt in zip(rows, bars, attempts):
+        bar = _bar([(sign, ms / whole) for sign, ms in spans], room) if room >= 8 and whole >= 10 else ""
+        lines.append(_colored(("%-*s  %s" % (indent, row, bar)).rstrip(), "ok" if attempt["kind"] == OK else "warning"))
+        lines += ["       " + one_line(attempt["message"], 200)] if attempt["message"] else []
+        lines += ["       -> " + one_line(attempt["decision"], 200)] if attempt["decision"] else []
+    return lines
+
+
+# ----- usage -----
+
+
+def run_usage(values: Values, environ: Environ) -> int:
+    """`usage`: the ledger summed up, as a table with bars, JSON or CSV."""
+    import time
+
+    by = values.get("by", "model").lower()
+    if by not in LEDGER_GROUPS:
+        raise UsageError("--by: %s is none of %s" % (one_line(by, 40), ", ".join(LEDGER_GROUPS)))
+    path = ledger_path(read_settings({name: values[name] for name in ("usage_db",) if name in values}, environ)[0])
+    since = _parse_since("0d" if values.get("today") else values.get("since", "30d"))
+    rows = sum_ledger(path, by, since) if path else []
+    if values.get("json"):
+        told = {"since": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(since)), "by": by, "file": path}
+        return _print_json(dict(told, rows=rows[:-1], total=rows[-1] if rows else None))
+    if values.get("csv"):
+        return _print_csv(rows[:-1])
+    if not path:
+        raise UsageError("the usage ledger is off: LLM_ROUTER_USAGE_DB or --usage-db names its file")
+    day = time.strftime("%Y-%m-%d", time.localtime(since))
+    if not rows:
+        print("%s holds no request since %s" % (one_line(path), day))
+        print("every request through a running router is entered: llm-router start, or llm-router run claude")
+        return 0
+    print("since %s, by %s, from %s\n\n%s" % (day, by, one_line(path), _usage_table(rows, by, _columns())))
+    return 0
+
+
+def _parse_since(text: str) -> float:
+    """`7d` (days: from midnight on), `12h` or 2026-11-25 as Unix seconds. UsageError for anything else."""
+    import time
+
+    span = re.fullmatch(r"([0-9]{1,5})([dh])", text.strip())
+    try:
+        if span and span.group(2) == "h":
+            return time.time() - int(span.group(1)) * 3600
+        day = time.localtime(time.time() - int(span.group(1)) * 86400) if span else time.strptime(text, "%Y-%m-%d")
+        return time.mktime((day.tm_year, day.tm_mon, day.tm_mday, 0, 0, 0, 0, 0, -1))
+    except (ValueError, OverflowError):
+        raise UsageError("--since: %s is neither 7d, 12h nor a date like 2026-01-31" % one_line(text, 40)) from None
+
+
+def _print_csv(rows: Sequence[Dict[str, Any]]) -> int:
+    import csv
+    import sys
+
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    writer.writerows([list(rows[0])] + [list(row.values()) for row in rows] if rows else [])
+    return 0
+
+
+def _usage_table(rows: Sequence[Dict[str, Any]], by: str, width: int) -> str:
+    """The sums as a table, a bar for each row's share of what the rows are compared by, and what is not known."""
+    total = rows[-1]
+    measure = _all_tokens if not total["cost"] else lambda row: row["cost"] or 0
+    head = (by.upper(), "REQUESTS", "FAILED", "INPUT", "CACHED", "OUTPUT", "COST")
+    cells = [_usage_cells(row) for row in rows]
+    narrow = max(12, width - 60)
+    cells = [(name if len(name) <= narrow else name[: narrow - 3] + "...", *rest) for name, *rest in cells]
+    lines = _table(head, cells, range(1, len(head))).split("\n")
+    most, room = max(map(measure, rows[:-1])) or 1, min(30, width - max(map(len, lines)) - 2)
+    shown = [lines[0]]
+    for line, row in zip(lines[1:-1], rows):
+        shown.append((line + "  " + _bar([("#", measure(row) / most)], room) if room >= 5 else line).rstrip())
+    notes = [
+        (total["unknown_cost"], "without a known cost (+): their models have no complete `cost` in the configuration"),
+        (total["estimated"], "not answered to the end (~): the tokens are those told until then"),
+        (total["untold"], "whose tokens the provider did not tell"),
+    ]
+    said = ["%d request%s %s" % (count, "s" * (count != 1), words) for count, words in notes if count]
+    return "\n".join([*shown, lines[-1]] + ([""] + said if said else []))
+
+
+def _all_tokens(row: Dict[str, Any]) -> int:
+    return sum(row[name] or 0 for name in ("input", "cache_read", "cache_write", "output"))
+
+
+def _usage_cells(row: Dict[str, Any]) -> Tuple[str, ...]:
+    prompt = _all_tokens(row) - (row["output"] or 0)
+    tokens = ("-", "-", "-")
+    if row["input"] is not None:
+        cached = "%d%%" % (100 * row["cache_read"] / prompt) if prompt else "-"
+        tokens = (_short(prompt), cached, _short(row["output"]) + "~" * bool(row["estimated"]))
+    cost = "-" if row["cost"] is None else "$%.2f" % row["cost"] if row["cost"] >= 1 else "$%.4f" % row["cost"]
+    cost += "+" * bool(row["unknown_cost"] and row["cost"] is not None)
+    name = "total" if row["group"] is None else one_line(row["group"], 200)
+    return (name, str(row["requests"]), str(row["failed"] or ""), *tokens, cost)
+
+
+def _short(count: float) -> str:
+    """A count in a few characters: 950, 9.5k, 12.3M."""
+    if count < 1000:
+        return "%d" % count
+    return "%.1fk" % (count / 1e3) if count < 999_950 else "%.1fM" % (count / 1e6)
 
 
 # ----- agents -----
@@ -13552,6 +14018,11 @@ COMMANDS: Tuple[Command, ...] = (
             "llm-router status --json"),
     Command("explain", run_explain, "show what became of a request and why: explain ID, or explain last",
             (_ID, *_RUNNING_FLAGS, _AS_JSON), "llm-router explain last"),
+    Command("usage", run_usage, "show what requests used and cost, from the usage ledger", (
+            Flag("since", "text", "7d, 12h or a date like 2026-01-31, default 30d"),
+            Flag("today", "bool", "since midnight"), Flag("by", "text", ", ".join(LEDGER_GROUPS) + "; default model"),
+            _AS_JSON, Flag("csv", "bool", "answer as CSV"), Flag("usage-db", "text", "the ledger's file")),
+            "llm-router usage --since=7d --by=provider\nllm-router usage --today --json"),
     Command("reload", run_reload, "apply the edited configuration; open streams go on", (*_RUNNING_FLAGS, _AS_JSON),
             "llm-router reload"),
     Command("stop", run_stop, "end the running instance", (*_RUNNING_FLAGS, _GRACE, _AS_JSON),
@@ -13577,7 +14048,7 @@ COMMANDS: Tuple[Command, ...] = (
 # fmt: on
 
 # ==============================================================================
-# 32 MAIN - the only exit [host]
+# 33 MAIN - the only exit [host]
 # ==============================================================================
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -75,9 +76,9 @@ def test_status_shows_where_it_runs_with_what_and_every_model(running):
     lines = [line.split() for line in out.splitlines()]
     assert "http://127.0.0.1:%d, pid %d" % (running.port, running.process.pid) in out
     assert "%s (ok)" % running.config_path in out
-    assert ["MODEL", "STATE", "BACK", "IN", "FAILURES", "REASON"] in lines
-    assert ["fake/a", "(default)", "ok"] in lines
-    assert ["fake/b", "ok"] in lines
+    assert ["MODEL", "STATE", "BACK", "IN", "OK", "FAILED", "REASON", "LAST", "ERROR"] in lines
+    assert ["fake/a", "(default)", "ok", "0", "0"] in lines
+    assert ["fake/b", "ok", "0", "0"] in lines
     assert "upstream-key" not in out
 
 
@@ -91,6 +92,16 @@ def test_status_counts_down_what_cools_and_says_why(running):
     cooling = next(one for one in state["candidates"] if one["model"] == "fake/a")
     assert cooling["state"] == "cooling"
     assert 2900 < cooling["left_s"] <= 3000
+
+
+def test_status_counts_what_went_well_and_names_the_last_error(running):
+    running.upstream.answer(fake.json_answer(404, {"error": {"message": "no such model"}}))
+    id = running.post(CHAT, MESSAGES).headers["x-llm-router-request-id"]
+    running.post(CHAT, dict(MESSAGES, model="fake/b"))
+    rows = {line.split()[0]: line for line in ok(running.home, "status").splitlines() if line.startswith("fake/")}
+    assert re.search(" 0 +1  not found ", rows["fake/a"])
+    assert id in rows["fake/a"] and "404" in rows["fake/a"] and "no such model" in rows["fake/a"]
+    assert rows["fake/b"].split() == ["fake/b", "ok", "2", "0"]
 
 
 def test_status_as_json_holds_no_secret(running):
@@ -145,6 +156,33 @@ def test_explain_tells_waits_streams_and_failures(running):
     assert "answered by" not in out
     assert "outcome        temporary, status 500" in out
     assert "\x1b" not in out
+
+
+@pytest.mark.parametrize("kind", sorted(r.RULES))
+def test_explain_says_for_every_outcome_what_decides_it_in_flags_that_exist(kind):
+    flags = re.findall(r"--[a-z-]+", r._WHAT_DECIDES[kind])
+    assert set(flags) <= {row.flag for row in r.SETTINGS} | {"--operation"}
+
+
+def test_explain_says_what_decides_the_outcomes_that_occurred_and_no_others(running):
+    running.upstream.answer(fake.json_answer(500, {"error": {"message": "once"}}))
+    running.post(CHAT, MESSAGES)
+    lines = [line.split() for line in ok(running.home, "explain").splitlines()]
+    assert [line[0] for line in lines[lines.index(["what", "decides"]) + 1 :]] == ["temporary"]
+
+
+def test_explain_draws_each_attempt_at_its_place_in_the_time_of_the_request(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    attempts = [
+        r.Attempt("a/m", "openai", "500", "temporary", 0, 250, ""),
+        r.Attempt("b/m", "openai", "ok", "ok", 250, 250, ""),
+    ]
+    trail = {"attempts": [attempt._asdict() for attempt in attempts], "total_ms": 1000, "stream": True}
+    bars = [line.partition(")  ")[2] for line in r._attempt_lines(trail)]
+    assert [bar.strip() for bar in bars] == ["########", "." * 7 + "#" * 7 + "=" * 8]
+    assert len(bars[1]) == 30 and bars[1].startswith(" " * 8)
+    monkeypatch.setenv("COLUMNS", "50")
+    assert "#" not in "".join(r._attempt_lines(trail))
 
 
 def test_explain_as_json_and_by_flag_is_the_record_of_that_request(running):

@@ -1,0 +1,492 @@
+"""The usage ledger: what it holds, what disturbs it and never a request, and the tables of `usage`."""
+
+import csv
+import io
+import json
+import os
+import signal
+import sqlite3
+import stat
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+import fake_upstream as fake
+import llm_router as r
+from exchanges import QUICK, until
+from running_router import PROGRAM, clean_environment, config_of, provider
+
+CHAT = "/v1/chat/completions"
+HI = {"messages": [{"role": "user", "content": "hi"}]}
+PRICES = {"input": 2, "output": 10, "cacheRead": 0.5}
+
+
+def rows_of(path):
+    """Every row of a ledger as a dict, oldest first; [] while there is none."""
+    if not path.exists():
+        return []
+    connection = sqlite3.connect(str(path))
+    connection.row_factory = sqlite3.Row
+    try:
+        return [dict(row) for row in connection.execute("SELECT * FROM requests ORDER BY rowid")]
+    except sqlite3.OperationalError:  # the table is being made
+        return []
+    finally:
+        connection.close()
+
+
+def entered(path, number):
+    assert until(lambda: len(rows_of(path)) >= number), rows_of(path)
+    return rows_of(path)
+
+
+def priced(upstream, **more):
+    models = [{"id": "fake-model", "cost": PRICES, "fallbackModels": ["other/fake-model"]}]
+    return config_of(provider(upstream, models=models), provider(upstream, id="other"), **more)
+
+
+def usage(home, *words, **env):
+    done = subprocess.run(
+        [sys.executable, str(PROGRAM), "usage", *words],
+        env=clean_environment(home, **env),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=60,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def a_trail(number=0, **more):
+    trail = r.Trail("req_%d" % number, 0.0, time.time())
+    trail.wire, trail.operation, trail.asked, trail.model = "openai", "chat", "m", "a/m"
+    trail.status, trail.outcome, trail.usage = 200, r.OK, r.Usage(10, 5)
+    for name, value in more.items():
+        setattr(trail, name, value)
+    return trail
+
+
+class Noted(list):
+    def __call__(self, text, level):
+        self.append((level, text))
+
+
+@pytest.fixture
+def ledger(tmp_path):
+    """`make(**settings)`: a ledger of its own in tmp_path, with .path and .noted."""
+    made = []
+
+    def make(limit=5000, **settings):
+        noted = Noted()
+        one = r.Ledger(str(tmp_path / "u.db"), r.Settings(**settings), noted, limit)
+        one.path, one.noted = tmp_path / "u.db", noted
+        made.append(one)
+        return one
+
+    yield make
+    for one in made:
+        one.close()
+
+
+# ----- what it holds -----
+
+
+def test_a_request_is_entered_with_what_it_used_and_cost_and_without_any_body(router, upstream):
+    running = router(priced(upstream), *QUICK)
+    upstream.answer(fake.json_answer(429, {"error": {"message": "slow down"}}))
+    upstream.answer(fake.json_answer(429, {"error": {"message": "slow down"}}))
+    running.post(CHAT, HI)
+    id = running.post(CHAT, dict(HI, model="other/fake-model"), stream=True).headers["x-llm-router-request-id"]
+    good = running.post("/v1/messages", dict(HI, model="fake/fake-model", max_tokens=9))
+    path = running.home / ".llm-router.usage.db"
+    lost, other, row = entered(path, 3)
+    assert (lost["model"], lost["status"], lost["outcome"]) == ("", 429, "rate_limited")
+    assert lost["attempts"] == "fake/fake-model=429, other/fake-model=429"
+    assert lost["input"] is lost["cost"] is lost["first_content_ms"] is None
+    assert (other["id"], other["stream"], other["cost"]) == (id, 1, None)
+    assert good.status == 200 and (row["format"], row["asked"], row["model"]) == (
+        "anthropic",
+        "fake/fake-model",
+        "fake/fake-model",
+    )
+    assert (row["input"], row["output"], row["estimated"]) == (11, 7, 0)
+    assert row["cost"] == pytest.approx((11 * 2 + 7 * 10) / 1e6)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert b"upstream-key" not in path.read_bytes() and b"slow down" not in path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "cost", "expected"),
+    [
+        (r.Usage(1_000_000, 0), PRICES, 2.0),
+        (r.Usage(0, 1_000_000, 1_000_000), PRICES, 10.5),
+        (r.Usage(1, 1, 0, 1), PRICES, None),
+        (r.Usage(1, 1), {"input": 1}, None),
+        (r.Usage(1, 1), {"input": 0, "output": 0}, 0.0),
+        (r.Usage(1, 1), {"input": "2", "output": True}, None),
+        (r.Usage(1, 1), {"input": -1, "output": 1}, None),
+        (r.Usage(), PRICES, None),
+        (None, PRICES, None),
+        (r.Usage(1, 1), None, None),
+    ],
+)
+def test_a_cost_is_known_or_none_but_never_a_guess(tokens, cost, expected):
+    assert r.cost_of(tokens, cost) == expected
+
+
+def test_tokens_of_an_answer_that_broke_off_are_marked_as_an_estimate():
+    assert r.ledger_row(a_trail(outcome="temporary"), {})[16] == 1
+    assert r.ledger_row(a_trail(outcome="temporary", usage=None), {})[11:18] == (None,) * 5 + (0, None)
+
+
+def test_a_model_that_passes_any_id_through_has_one_price(ledger):
+    assert r.ledger_row(a_trail(model="a/what-ever"), {"a/*": {"input": 1, "output": 1}})[17] == pytest.approx(15e-6)
+
+
+def test_hostile_names_and_counts_are_entered_all_the_same(ledger):
+    one = ledger()
+    one.add(a_trail(asked="\ud800'; DROP TABLE requests; --", client="\udfff", usage=r.Usage(10**30, 1)))
+    one.close()
+    (row,) = rows_of(one.path)
+    assert row["asked"] == "?'; DROP TABLE requests; --" and row["input"] == 2**53 and one.noted == []
+
+
+def test_embeddings_are_counted_too(router, upstream):
+    running = router(priced(upstream), *QUICK)
+    upstream.answer(
+        fake.json_answer(200, {"object": "list", "data": [], "usage": {"prompt_tokens": 8, "total_tokens": 8}})
+    )
+    running.post("/v1/embeddings", {"model": "fake/fake-model", "input": "hi"})
+    (row,) = entered(running.home / ".llm-router.usage.db", 1)
+    assert (row["operation"], row["input"], row["output"]) == ("embeddings", 8, 0)
+
+
+@pytest.mark.parametrize("value", ["off", "", "false", "0"])
+def test_one_setting_switches_it_off(router, upstream, value):
+    running = router(priced(upstream), env={"LLM_ROUTER_USAGE_DB": value})
+    running.post(CHAT, HI)
+    assert running.stop() == 0
+    assert not (running.home / ".llm-router.usage.db").exists()
+    assert usage(running.home, LLM_ROUTER_USAGE_DB=value)[0] == 2
+
+
+# ----- what disturbs it -----
+
+
+def test_a_locked_file_delays_nobody_and_is_written_once_it_is_free(router, upstream):
+    running = router(priced(upstream), *QUICK)
+    path = running.home / ".llm-router.usage.db"
+    running.post(CHAT, HI)
+    entered(path, 1)
+    holder = sqlite3.connect(str(path), isolation_level=None)
+    holder.execute("BEGIN IMMEDIATE")
+    assert [running.post(CHAT, HI).status for _ in range(3)] == [200, 200, 200]
+    running.wait_log("usage ledger is not written")
+    holder.execute("ROLLBACK")
+    holder.close()
+    entered(path, 4)
+    running.wait_log("usage ledger is written again")
+    assert sum("not written" in line for line in running.log()) == 1
+
+
+@pytest.mark.parametrize("damage", ["text", "pages"])
+def test_a_damaged_file_is_kept_aside_and_a_fresh_one_begun(ledger, tmp_path, damage):
+    path = tmp_path / "u.db"
+    if damage == "pages":
+        first = ledger()
+        for number in range(300):
+            first.add(a_trail(number))
+        first.close()
+        data = bytearray(path.read_bytes())
+        data[4096:] = b"\xff" * (len(data) - 4096)
+        path.write_bytes(data)
+    else:
+        path.write_bytes(b"this is no database " * 400)
+    before = path.read_bytes()
+    one = ledger()
+    one.add(a_trail(1))
+    one.close()
+    assert [row["id"] for row in rows_of(path)] == ["req_1"]
+    assert (tmp_path / "u.db.corrupt").read_bytes() == before
+    assert len(one.noted) == 1 and "damaged" in one.noted[0][1]
+
+
+@pytest.mark.parametrize("trouble", ["folder", "newer", "foreign", "no room"])
+def test_a_file_that_cannot_be_used_is_left_alone_and_named_once(ledger, tmp_path, monkeypatch, trouble):
+    path = tmp_path / "u.db"
+    if trouble == "folder":
+        path.mkdir()
+    elif trouble == "no room":  # a real "database or disk is full": SQLite may not use a further page
+        whole = r._open_ledger
+
+        def small(path):
+            connection = whole(path)
+            connection.execute("PRAGMA max_page_count = 3")
+            return connection
+
+        monkeypatch.setattr(r, "_open_ledger", small)
+    else:
+        made = sqlite3.connect(str(path))
+        made.execute("CREATE TABLE other (a)")
+        made.execute("PRAGMA user_version = %d" % (99 if trouble == "newer" else 0))
+        made.close()
+    one = ledger()
+    for number in range(2):
+        for _ in range(200):
+            one.add(a_trail(number))
+        assert until(lambda: not one._trails)
+    one.close()
+    assert len(one.noted) == 1 and one.noted[0][0] == "warning" and str(path) in one.noted[0][1]
+    assert not (tmp_path / "u.db.corrupt").exists()
+
+
+def test_only_the_newest_rows_wait_for_a_file_that_cannot_be_written(ledger, tmp_path):
+    (tmp_path / "u.db").mkdir()
+    one = ledger(limit=10)
+    for number in range(100):
+        one.add(a_trail(number))
+    assert until(lambda: one.noted and not one._trails)
+    (tmp_path / "u.db").rmdir()
+    one.close()
+    assert [row["id"] for row in rows_of(one.path)] == ["req_%d" % number for number in range(90, 100)]
+
+
+def test_a_file_that_is_removed_while_it_is_written_is_made_again(ledger):
+    one = ledger()
+    one.add(a_trail(1))
+    entered(one.path, 1)
+    for path in one.path.parent.glob("u.db*"):
+        path.unlink()
+    one.add(a_trail(2))
+    assert [row["id"] for row in entered(one.path, 1)] == ["req_2"]
+
+
+def test_old_rows_leave_and_the_file_stays_within_its_size(ledger):
+    one = ledger(usage_max_days=7, usage_max_bytes=1_000_000)
+    old = a_trail(0)
+    old.began_wall -= 8 * 86400
+    one.add(old)
+    for number in range(1, 12_001):
+        one.add(a_trail(number, asked="x" * 150))
+        if number % 1000 == 0:
+            assert until(lambda: not one._trails)
+    one.close()
+    ids = [row["id"] for row in rows_of(one.path)]
+    assert "req_0" not in ids and ids[-1] == "req_12000" and 1000 < len(ids) < 8000
+    assert one.path.stat().st_size < 2_000_000
+
+
+# ----- many writers, and a sudden end -----
+
+
+def test_fifty_clients_at_once_are_all_entered_once(router, upstream):
+    running = router(priced(upstream), *QUICK)
+    with ThreadPoolExecutor(50) as pool:
+        replies = list(pool.map(lambda _: running.post(CHAT, HI), range(300)))
+    assert {reply.status for reply in replies} == {200}
+    rows = entered(running.home / ".llm-router.usage.db", 300)
+    assert {row["id"] for row in rows} == {reply.headers["x-llm-router-request-id"] for reply in replies}
+    assert len(rows) == 300
+
+
+WRITER = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+import llm_router as r
+ledger = r.Ledger(sys.argv[2], r.Settings(), lambda *words: print(*words, flush=True))
+print("ready", flush=True)
+number = 0
+while True:
+    trail = r.Trail("req_%s_%d" % (sys.argv[3], number), 0.0, time.time())
+    trail.wire, trail.operation, trail.outcome, trail.usage = "openai", "chat", "ok", r.Usage(1, 2)
+    ledger.add(trail)
+    number += 1
+    time.sleep(0.0005)
+"""
+
+
+def test_writers_that_are_killed_leave_a_whole_ledger_behind(tmp_path):
+    path = tmp_path / "u.db"
+    for turn in range(2):
+        words = [sys.executable, "-c", WRITER, str(PROGRAM.parent), str(path)]
+        writers = [subprocess.Popen(words + ["%d-%d" % (turn, n)], stdout=subprocess.PIPE, text=True) for n in range(3)]
+        try:
+            assert [writer.stdout.readline() for writer in writers] == ["ready\n"] * 3
+            count = len(rows_of(path))
+            entered(path, count + 200)
+        finally:
+            for writer in writers:
+                writer.send_signal(signal.SIGKILL)
+            said = [writer.communicate()[0] for writer in writers]
+        assert said == [""] * 3
+        connection = sqlite3.connect(str(path))
+        assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+        assert (
+            connection.execute(
+                "SELECT count(*), count(DISTINCT id) FROM requests WHERE input = 1 AND output = 2 AND reasoning = 0"
+            ).fetchone()
+            == (len(rows_of(path)),) * 2
+        )
+        connection.close()
+
+
+def test_a_router_that_is_killed_goes_on_with_the_same_ledger(router, upstream):
+    running = router(priced(upstream), *QUICK)
+    path = running.home / ".llm-router.usage.db"
+    running.post(CHAT, HI)
+    entered(path, 1)
+    done = threading.Event()
+
+    def keep_asking():
+        while not done.is_set():
+            try:
+                running.post(CHAT, HI)
+            except OSError:
+                return
+
+    askers = [threading.Thread(target=keep_asking) for _ in range(4)]
+    for asker in askers:
+        asker.start()
+    entered(path, 20)
+    running.process.kill()
+    done.set()
+    for asker in askers:
+        asker.join()
+    before = len(rows_of(path))
+    again = router(priced(upstream), *QUICK, env={"LLM_ROUTER_USAGE_DB": str(path)})
+    again.post(CHAT, HI)
+    assert len(entered(path, before + 1)) == before + 1
+
+
+def test_what_waits_is_written_when_the_router_stops(router, upstream):
+    running = router(priced(upstream), *QUICK)
+    running.post(CHAT, HI)
+    assert running.stop() == 0
+    assert len(rows_of(running.home / ".llm-router.usage.db")) == 1
+
+
+# ----- usage -----
+
+
+@pytest.fixture
+def filled(tmp_path, ledger):
+    """A home with a ledger: two models, a failure, an answer that broke off, a count_tokens call."""
+    one = ledger()
+    one.prices = {"a/m": {"input": 1000, "output": 1000, "cacheRead": 100}}
+    one.add(a_trail(1, usage=r.Usage(1000, 500, 3000), total_ms=100, client="laptop"))
+    one.add(a_trail(2, usage=r.Usage(1000, 500), total_ms=300))
+    one.add(a_trail(3, model="b/deep/n", usage=r.Usage(2_000_000, 1, 0, 0, 1), wire="anthropic"))
+    one.add(a_trail(4, model="", outcome="rate_limited", status=429, usage=None))
+    one.add(a_trail(5, model="b/deep/n", outcome="temporary", usage=r.Usage(20, 1)))
+    one.add(a_trail(6, operation="count_tokens", usage=None))
+    one.add(a_trail(7, usage=None))
+    long_ago = a_trail(8)
+    long_ago.began_wall -= 40 * 86400
+    one.add(long_ago)
+    one.close()
+    (tmp_path / "u.db").rename(tmp_path / ".llm-router.usage.db")
+    return tmp_path
+
+
+def test_the_table_shows_totals_cached_share_cost_and_bars(filled):
+    code, out, err = usage(filled)
+    assert (code, err) == (0, "")
+    rows = {line.split()[0]: line.split() for line in out.splitlines()[2:7]}
+    assert rows["MODEL"] == ["MODEL", "REQUESTS", "FAILED", "INPUT", "CACHED", "OUTPUT", "COST"]
+    assert rows["a/m"][1:6] == ["3", "5.0k", "60%", "1.0k", "$3.30"] and set(rows["a/m"][6]) == {"#"}
+    assert rows["b/deep/n"][1:] == ["2", "1", "2.0M", "0%", "2~", "-"]
+    assert rows["(nobody)"][1:] == ["1", "1", "-", "-", "-", "-"]
+    assert rows["total"][1:] == ["6", "2", "2.0M", "0%", "1.0k~", "$3.30+"]
+    assert "2 requests without a known cost" in out
+    assert "1 request not answered to the end" in out
+    assert "1 request whose tokens the provider did not tell" in out
+    assert out.isascii() and "\x1b" not in out
+
+
+@pytest.mark.parametrize(
+    ("by", "groups"),
+    [
+        ("provider", {"a": 3, "b": 2, "(nobody)": 1}),
+        ("client", {"laptop": 1, "(no name)": 5}),
+        ("format", {"openai": 5, "anthropic": 1}),
+        ("day", {time.strftime("%Y-%m-%d"): 6}),
+    ],
+)
+def test_rows_are_grouped_by_what_is_asked_for(filled, by, groups):
+    told = json.loads(usage(filled, "--by", by, "--json")[1])
+    assert {row["group"]: row["requests"] for row in told["rows"]} == groups
+    assert told["total"]["requests"] == 6 and told["total"]["cost"] == pytest.approx(3.3)
+    table = list(csv.DictReader(io.StringIO(usage(filled, "--csv", "--by", by)[1])))
+    assert {row["group"]: int(row["requests"]) for row in table} == groups
+
+
+def test_the_span_of_time_is_chosen(filled):
+    def count(*words):
+        return (json.loads(usage(filled, "--json", *words)[1])["total"] or {}).get("requests", 0)
+
+    assert count("--since=60d") == 7
+    assert count("--since=1h") == count("--today") == count("--since=" + time.strftime("%Y-%m-%d")) == 6
+    assert count("--since=2999-01-01") == 0
+
+
+@pytest.mark.parametrize(
+    "words", [["--since=yesterday"], ["--since=2026-13-01"], ["--since="], ["--by=colour"], ["--since=99999d", "--x"]]
+)
+def test_what_usage_does_not_understand_is_refused(tmp_path, words):
+    code, out, err = usage(tmp_path, *words)
+    assert code == 2 and out == "" and err.startswith("llm-router: ") and err.count("\n") == 1
+
+
+def test_an_empty_ledger_says_how_to_fill_it(tmp_path):
+    code, out, _ = usage(tmp_path)
+    assert code == 0 and "llm-router start" in out and "llm-router run" in out
+    assert json.loads(usage(tmp_path, "--json")[1])["total"] is None
+    assert usage(tmp_path, "--csv")[1] == ""
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("width", [40, 60, 200])
+def test_the_table_keeps_within_the_terminal_and_long_names_are_cut(width):
+    row = dict.fromkeys(["failed", "cache_write", "reasoning", "unknown_cost", "untold", "estimated", "cost"], 0)
+    row = dict(row, requests=12, input=100_000, cache_read=50_000, output=2_000, cost=0.5)
+    rows = [dict(row, group="provider/" + "long-name-" * 9), dict(row, group="b/m", cost=0.1), dict(row, group=None)]
+    lines = r._usage_table(rows, "model", width).splitlines()
+    assert max(map(len, lines)) <= max(width, 72)
+    assert ("#" in lines[1]) == (width == 200) or width == 40
+    if width == 200:
+        assert lines[1].count("#") == 30 and lines[2].count("#") == 6
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a pseudo-terminal")
+def test_a_terminal_gets_blocks_and_no_color_keeps_colours_out(filled):
+    import pty
+
+    def shown(**env):
+        lead, side = pty.openpty()
+        done = subprocess.Popen(
+            [sys.executable, str(PROGRAM), "usage"],
+            env=clean_environment(
+                filled, TERM="xterm", LC_ALL="C.UTF-8", COLUMNS="100", PYTHONIOENCODING="utf-8", **env
+            ),
+            stdout=side,
+        )
+        os.close(side)
+        data = b""
+        try:
+            while True:
+                part = os.read(lead, 65536)
+                if not part:
+                    break
+                data += part
+        except OSError:  # Linux: the other side has closed
+            pass
+        done.wait(30)
+        os.close(lead)
+        return data.decode()
+
+    assert "█" in shown()
+    assert "\x1b" not in shown(NO_COLOR="1")
