@@ -39,14 +39,15 @@ Contents:
   23  SERVER                client connections on asyncio streams: one request after another [host]
   24  METRICS AND TRAIL     one line a request, written where it can block nobody [host]
   25  LEDGER                what every request used and cost, in SQLite, off the hot path [host]
-  26  PROCESS               the running server: its effects, signals, start and end [host]
-  27  UPDATE                this very file replaced by a newer release [host]
-  28  SERVICES              start with the machine: launchd, systemd, Windows tasks [host]
-  29  DEMO                  fake providers, the router before them, and every kind of request [host]
-  30  DOCTOR                what is wrong on this machine, and the cure [host]
-  31  AGENTS                coding agents run against the router, their files untouched [host]
-  32  COMMANDS              flags, help and what each command does [host]
-  33  MAIN                  the only exit [host]
+  26  WORKER                the same gateway on Cloudflare, its effects from JavaScript [host]
+  27  PROCESS               the running server: its effects, signals, start and end [host]
+  28  UPDATE                this very file replaced by a newer release [host]
+  29  SERVICES              start with the machine: launchd, systemd, Windows tasks [host]
+  30  DEMO                  fake providers, the router before them, and every kind of request [host]
+  31  DOCTOR                what is wrong on this machine, and the cure [host]
+  32  AGENTS                coding agents run against the router, their files untouched [host]
+  33  COMMANDS              flags, help and what each command does [host]
+  34  MAIN                  the only exit [host]
 """
 
 from __future__ import annotations
@@ -667,6 +668,43 @@ def _hide_secrets(line: str) -> str:
     for pattern in (_SECRET_VALUE, _LONG_TOKEN):
         line = pattern.sub(lambda match: match.group(1) + "*" * len(match.group(2)), line)
     return line
+
+
+# ----- a configuration in environment variables -----
+
+CONFIG_VARIABLES = ("LLM_ROUTER_CONFIG_JSON", "ROUTE_CONFIG_JSON", "LLM_ROUTER_JSON")
+_MAX_CONFIG_BYTES = 16_777_216
+
+
+def find_config_variable(environ: Any) -> Tuple[str, str]:
+    """(name, text) of the first variable that holds a configuration, ("", "") without. Its text may go on in further
+    variables, NAME_2, NAME_3 and so on: Cloudflare's secrets are small."""
+    for name in CONFIG_VARIABLES:
+        parts = [(environ.get(name, "") or "").strip()]
+        while parts[-1]:
+            parts.append((environ.get("%s_%d" % (name, len(parts) + 1), "") or "").strip())
+        if parts[0]:
+            return name, "".join(parts)
+    return "", ""
+
+
+def pack_config(text: str) -> str:
+    """A configuration's text in as few characters as `unpack_config` takes: zlib, then base64."""
+    return base64.b64encode(zlib.compress(text.encode("utf-8"), 9)).decode("ascii")
+
+
+def unpack_config(text: str) -> str:
+    """What `pack_config` made, as it was; any other text comes back as it is. ConfigError above 16 MiB."""
+    if text.lstrip("\ufeff \r\n\t")[:1] in ("", "{", "["):
+        return text
+    try:
+        unpacker = zlib.decompressobj()
+        plain = unpacker.decompress(base64.b64decode(text.encode("ascii"), validate=True), _MAX_CONFIG_BYTES)
+        if not unpacker.eof and unpacker.unconsumed_tail:
+            raise ConfigError("the packed configuration is larger than %d bytes" % _MAX_CONFIG_BYTES)
+        return plain.decode("utf-8") if unpacker.eof else text
+    except (ValueError, zlib.error):  # not packed, or damaged: the JSON parser says what it finds
+        return text
 
 
 # ----- one pass over a document makes the values and finds the problems -----
@@ -6324,6 +6362,10 @@ class StreamRelay(StreamTranslator):
                 return self._hide(b"".join(passed))
         return b"".join(passed)
 
+    def hand_over(self) -> bytes:
+        """The bytes that wait for the end of their event: from here on somebody else passes the rest on, unwatched."""
+        return self._splitter.finish()
+
     def _end(self, events: Sequence[Any]) -> bytes:
         self._look(events)
         return b"" if self.failed is None else self._fail(self.failed)
@@ -6615,6 +6657,13 @@ class Access(NamedTuple):
     clients: Tuple[Tuple[str, str], ...] = ()
 
 
+def make_access(config: Config, required: bool) -> Access:
+    """Who may call, as the configuration says it. required: a key is asked for."""
+    keys = (config.master_key.encode("utf-8", "surrogateescape"),) if config.master_key else ()
+    clients = tuple((key.sha256, key.name) for key in config.client_keys)
+    return Access(required, keys, tuple(config.cors_origins), tuple(config.allowed_hosts), clients)
+
+
 _LOCAL_NAMES = ("localhost", "host.docker.internal")
 _IP_LITERAL = re.compile(r"\d{1,3}(?:\.\d{1,3}){3}|\[[0-9a-fA-F:.%]+\]")
 
@@ -6858,6 +6907,14 @@ def ends_with_tool_result(body: Dict[str, Any], wire: str) -> bool:
     return any(as_dict(block).get("type") == "tool_result" for block in as_list(last.get("content")))
 
 
+def endpoint_of(path: str) -> Optional[Endpoint]:
+    """The endpoint of a path, None for an unknown one."""
+    try:
+        return find_endpoint(path)
+    except RouterError:
+        return None
+
+
 def wire_of_client(endpoint: Optional[Endpoint], headers: Headers) -> str:
     """The format an error before parsing is written in: what the path fixes, else what the headers show."""
     if endpoint is not None and endpoint.wire:
@@ -7039,6 +7096,11 @@ class Routes:
     def __init__(self, config: Config) -> None:
         self.config = config
         self._index = ModelIndex(config.providers, config.aliases)
+
+    def refs(self) -> List[str]:
+        """`provider/model` of everything that is enabled."""
+        providers = [provider for provider in self.config.providers if provider.enabled]
+        return ["%s/%s" % (one.id, model.id) for one in providers for model in one.models if model.enabled]
 
     def find_plan(self, asked: str) -> Plan:
         """The candidates for the name a client asked for. RouterError 404 that names what is near."""
@@ -8200,7 +8262,8 @@ def backoff_ms(retry: int, settings: Settings, jitter: float) -> int:
 #         await respond(status, headers, body): a whole answer
 #         keep_alive(at, every_ms, head): from `at` on open the stream and send comments while nothing else is sent
 #         begin(headers, ping): the head of a stream; ping: what is sent in silence from now on
-#         write(data); await relay(reply, processor, idle_ms, left_s) -> "end" or the label of what broke it
+#         write(data); await relay(reply, processor, idle_ms, left_s) -> "end", UNWATCHED or the
+#             label of what broke it
 #         await finish(): the end of a complete stream; cut(): end the connection without one
 #         farewell: gives the error event for a stream that the host has to cut because it stops itself
 # A client that leaves cancels the task that runs here: what must be undone stands in `finally`.
@@ -8277,6 +8340,9 @@ _PINGS = {"anthropic": sse_event(b'{"type": "ping"}', "ping")}
 
 # What a client of the upstream's own format gets to see of its headers; all others stay here.
 _RETURNED_HEADERS = re.compile(r"(?:x-)?request-id|retry-after(?:-ms)?|x-ratelimit-.*|anthropic-ratelimit-.*")
+
+# What `relay` says when the host passed the rest of a stream on without showing it to the processor.
+UNWATCHED = "unwatched"
 
 _NEVER_SOON = (AUTH, BILLING, FORBIDDEN, NOT_FOUND, POLICY)
 
@@ -8739,7 +8805,9 @@ class Exchange:
         if answer.reply is not None and processor.failed is None:
             broken = await client.relay(answer.reply, processor, answer.idle_ms, self._time_left(0))
         failure = processor.failed
-        if broken == "end" or processor.done or failure is not None:
+        if broken == UNWATCHED:
+            pass
+        elif broken == "end" or processor.done or failure is not None:
             client.write(processor.finish())
             failure = processor.failed
         else:
@@ -9233,7 +9301,6 @@ def probe_table(report: ProbeReport) -> Tuple[Tuple[str, ...], List[Tuple[str, .
 CONFIG_PATH = "~/.llm-router.json"
 
 # Variables that hold a whole configuration as JSON, first wins.
-CONFIG_VARIABLES = ("LLM_ROUTER_CONFIG_JSON", "ROUTE_CONFIG_JSON", "LLM_ROUTER_JSON")
 
 _LOCK_WAIT_S = 10.0
 _EDIT_ATTEMPTS = 5
@@ -9268,9 +9335,9 @@ def load_config(given: str, environ: Mapping[str, str]) -> Loaded:
 
     ConfigError when it cannot be read or is no JSON object.
     """
-    named = [name for name in CONFIG_VARIABLES if environ.get(name, "").strip() and not given]
-    if named:
-        return Loaded(parse_config_text(environ[named[0]], named[0]), "the variable " + named[0], "")
+    name, text = ("", "") if given else find_config_variable(environ)
+    if name:
+        return Loaded(parse_config_text(unpack_config(text), name), "the variable " + name, "")
     path = config_path(given)
     data, mode = read_bytes(path)
     if data is None:
@@ -10556,7 +10623,7 @@ class ClientConnection:
     async def _refuse(self, error: HttpError) -> None:
         """Answer what cannot be served as HTTP, then close so that the answer still arrives."""
         if self.sink is None or not self.sink.ended:
-            endpoint = _endpoint_of(error.request.path) if error.request is not None else None
+            endpoint = endpoint_of(error.request.path) if error.request is not None else None
             wire = wire_of_client(endpoint, error.request.headers if error.request is not None else [])
             body = dump_json(WIRE_FORMATS[wire].render_error(_error_info(error), ""))
             try:
@@ -10619,13 +10686,6 @@ class ClientConnection:
         elif self.sink is not None and sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
             self._transport.abort()
             self._on_gone()
-
-
-def _endpoint_of(path: str) -> Optional[Endpoint]:
-    try:
-        return find_endpoint(path)
-    except RouterError:
-        return None
 
 
 _PORT_TRIES = 10
@@ -10856,6 +10916,16 @@ def log_record(trail: Trail) -> Dict[str, Any]:
     }
 
 
+def log_level_of(trail: Trail) -> str:
+    """How severe the end of a request is: a client that left is nobody's fault."""
+    return "info" if trail.outcome == OK or trail.status == 499 else "warning"
+
+
+def wanted_levels(least: str) -> Tuple[str, ...]:
+    """The levels that are logged when `least` is the setting."""
+    return LOG_LEVELS[LOG_LEVELS.index(least) :]
+
+
 def log_line(trail: Trail) -> str:
     """A request's trail as one line of text."""
     usage = trail.usage
@@ -11006,7 +11076,7 @@ class LogWriter:
 
         self._stream = stream
         self._as_json = format == "json"
-        self._wanted = LOG_LEVELS[LOG_LEVELS.index(level) :]
+        self._wanted = wanted_levels(level)
         self._lines: Any = deque()
         self._limit = limit
         self._dropped = 0
@@ -11017,7 +11087,7 @@ class LogWriter:
 
     def add(self, trail: Trail) -> None:
         """Queue the line of a request that has ended."""
-        if ("info" if trail.outcome == OK or trail.status == 499 else "warning") in self._wanted:
+        if log_level_of(trail) in self._wanted:
             self.write(dump_json(log_record(trail)).decode() if self._as_json else log_line(trail))
 
     def note(self, text: str, level: str = "info") -> None:
@@ -11374,7 +11444,433 @@ def sum_ledger(path: str, by: str, since: float) -> List[Dict[str, Any]]:
 
 
 # ==============================================================================
-# 26 PROCESS - the running server: its effects, signals, start and end [host]
+# 26 WORKER - the same gateway on Cloudflare, its effects from JavaScript [host]
+# ==============================================================================
+#
+# A Python Worker is Pyodide inside an isolate (developers.cloudflare.com/workers/languages/python): no sockets, no
+# threads, no randomness while the module is imported. worker_export/entry.py makes one WorkerRouter per isolate.
+#
+# Bytes that Python need not see never reach it: once a stream of the client's own format has shown its first content,
+# the rest of the upstream's body is piped to the client by the runtime, unwatched. A translated stream costs one
+# callback a chunk.
+
+_FLUSH_S = 0.05
+
+
+class WorkerRouter:
+    """The router of one isolate. What it knows of its providers' health is lost with the isolate, as is everything
+    else that it remembers; `book` may be any object with HealthBook's `read` and `apply`."""
+
+    def __init__(self, book: Any = None) -> None:
+        self._book = HealthBook() if book is None else book
+        self._made_of: Any = None
+        self._gateway: Any = None
+
+    async def fetch(self, request: Any, env: Any, context: Any) -> Any:
+        """The Response to a Worker's Request. env: its variables and secrets; context: has `waitUntil`."""
+        import asyncio
+
+        client = WorkerClient(getattr(request, "js_object", request))
+        client.task = asyncio.ensure_future(self._serve(client, WorkerEnviron(env)))
+        context.waitUntil(client.task)
+        return await asyncio.shield(client.response)
+
+    async def _serve(self, client: WorkerClient, environ: WorkerEnviron) -> None:
+        try:
+            gateway = self._find_gateway(environ)
+            client.max_body_bytes = gateway.settings.max_body_bytes
+            await gateway.handle(client.call(), client)
+        except ConfigError as error:
+            await self._refuse(client, error)
+        finally:
+            await client.settle()
+
+    def _find_gateway(self, environ: WorkerEnviron) -> Gateway:
+        """The gateway of the present configuration, made once: a secret that changes comes with a new isolate, and a
+        test that changes one in place gets a new gateway. ConfigError for a Worker that cannot serve."""
+        name, text = find_config_variable(environ)
+        made_of = text, environ.get("LLM_ROUTER_MASTER_KEY")
+        if self._made_of != made_of:
+            if not text:
+                raise ConfigError("the secret %s is not set" % CONFIG_VARIABLES[0])
+            config = read_config(parse_config_text(unpack_config(text), name), environ)
+            access = make_access(config, True)
+            if not access.keys and not access.clients:
+                raise ConfigError("the Worker has no master key: set the secret LLM_ROUTER_MASTER_KEY")
+            settings = read_settings({}, environ)[0]
+            self._gateway = Gateway(Routes(config), settings, access, WorkerHost(config, settings), self._book)
+            self._made_of = made_of
+        return self._gateway
+
+    async def _refuse(self, client: WorkerClient, error: ConfigError) -> None:
+        """What is said without a usable configuration: a bare GET / still answers, everything else is a 503."""
+        call = client.call()
+        if call.method in ("GET", "HEAD") and call.path == "/":
+            await client.respond(200, _JSON_HEADERS, dump_json({"name": "llm-router"}))
+            return
+        wire = wire_of_client(endpoint_of(call.path), call.headers)
+        info = ErrorInfo(503, "configuration error: " + error.message.split("\n")[0], code=error.code)
+        await client.respond(503, _JSON_HEADERS, dump_json(WIRE_FORMATS[wire].render_error(info, "")))
+
+
+class WorkerEnviron:
+    """A Worker's variables and secrets, read like an environment."""
+
+    def __init__(self, env: Any) -> None:
+        self._env = env
+
+    def get(self, name: str, default: str = "") -> str:
+        """A variable's text; `default` for one that is missing or no text."""
+        value = getattr(self._env, name, None)
+        return value if isinstance(value, str) else default
+
+
+class WorkerHost:
+    """The gateway's effects in a Worker (see GATEWAY). Log lines go to the console, as `wrangler tail` shows it."""
+
+    def __init__(self, config: Config, settings: Settings) -> None:
+        import random
+        import secrets
+        import time
+
+        self.now = time.monotonic
+        self.wall = time.time
+        self.jitter = random.Random().random  # noqa: S311  it spreads retries, it guards nothing
+        self._token = secrets.token_hex
+        self._settings = settings
+        self._known = frozenset(Routes(config).refs())
+        self.counters = Metrics()
+
+    def new_id(self) -> str:
+        """A request id: unique, not guessable."""
+        return "req_" + self._token(12)
+
+    def metrics(self) -> str:
+        """What this isolate has counted."""
+        return self.counters.render({})
+
+    async def sleep(self, seconds: float) -> None:
+        """Wait."""
+        import asyncio
+
+        await asyncio.sleep(seconds)
+
+    async def send(self, outbound: Outbound) -> WorkerReply:
+        """Send one request and wait for the head of its answer. UpstreamError when there is none."""
+        import asyncio
+
+        import js  # type: ignore[import-not-found]
+        from pyodide.ffi import JsException, to_js  # type: ignore[import-not-found]
+
+        control = js.AbortController.new()
+        headers = {name: value for name, value in outbound.headers if name not in ("host", "content-length")}
+        options = {"method": "POST", "headers": headers, "body": outbound.body, "redirect": "manual"}
+        options = to_js(dict(options, signal=control.signal), dict_converter=js.Object.fromEntries)
+        limit_s = _seconds(outbound.timeouts.first_byte_ms)
+        try:
+            answer = await asyncio.wait_for(js.fetch(outbound.target.origin + outbound.path, options), limit_s)
+        except asyncio.TimeoutError:
+            control.abort()
+            raise UpstreamError("no sign of an answer within %g s" % (limit_s or 0), "timeout", True) from None
+        except JsException as error:
+            words = outbound.target.host, one_line(str(error), 160)
+            raise UpstreamError("cannot reach %s: %s" % words, "connect_failed") from None
+        except BaseException:
+            control.abort()
+            raise
+        return WorkerReply(answer, control, self._settings.max_answer_bytes)
+
+    def record(self, trail: Trail) -> None:
+        """A request has ended: count it and write its line."""
+        self.counters.count(trail, self._known)
+        if log_level_of(trail) in wanted_levels(self._settings.log_level):
+            as_json = self._settings.log_format == "json"
+            print(dump_json(log_record(trail)).decode() if as_json else log_line(trail))
+
+    def failed(self, error: BaseException) -> None:
+        """An error of the router's own."""
+        print("internal error: " + one_line("%s: %s" % (type(error).__name__, error)))
+
+
+class WorkerReply:
+    """An upstream's answer in a Worker: pulled with `read`, or handed over as the stream of what is left."""
+
+    def __init__(self, answer: Any, control: Any, max_body_bytes: int) -> None:
+        import js
+
+        self.status = int(answer.status)
+        self.headers: Headers = list(js.Object.fromEntries(answer.headers).to_py().items())
+        self._control = control
+        self._left = max_body_bytes
+        self._body = answer.body
+        self._reader = answer.body.getReader() if answer.body else None
+
+    async def read(self, timeout_s: Optional[float]) -> bytes:
+        """Some bytes of the body; b"" at its end. UpstreamError when it breaks off or stalls."""
+        import asyncio
+
+        from pyodide.ffi import JsException
+
+        if self._reader is None:
+            return b""
+        try:
+            piece = await asyncio.wait_for(self._reader.read(), timeout_s)
+        except asyncio.TimeoutError:
+            self.close()
+            raise UpstreamError("no more of the answer within %g s" % (timeout_s or 0), "timeout", True) from None
+        except JsException as error:
+            raise UpstreamError("the answer broke off: " + one_line(str(error), 160), "reset") from None
+        data: bytes = b"" if piece.done else piece.value.to_bytes()
+        self._left -= len(data)
+        if self._left < 0:
+            raise UpstreamError("the answer is larger than allowed", "bad_response")
+        return data
+
+    def rest(self) -> Any:
+        """The stream of all that was not read."""
+        self._reader.releaseLock()
+        return self._body
+
+    def close(self) -> None:
+        """The answer is not wanted any further; does nothing to one that was read to its end."""
+        self._control.abort()
+
+
+class WorkerClient:
+    """Where the gateway puts the answer to one request in a Worker (see GATEWAY for what each method means).
+
+    response: a future of the Response, done as soon as there is a head. task: what a client that leaves cancels.
+    """
+
+    def __init__(self, request: Any) -> None:
+        import asyncio
+
+        from pyodide.ffi import create_proxy
+
+        self.response = asyncio.get_event_loop().create_future()
+        self.task: Any = None
+        self.max_body_bytes = 0
+        self.is_open = False
+        self.farewell: Any = None
+        self._request = request
+        self._writable: Any = None
+        self._writer: Any = None
+        self._written: Any = None
+        self._ends = ""
+        self._ping = sse_comment()
+        self._enqueue: Any = self.write  # a translated stream replaces it while the runtime holds the writer
+        self.sent_at = 0.0
+        self._timer: Any = None
+        self._gone = create_proxy(self._on_gone)
+        request.signal.addEventListener("abort", self._gone)
+
+    def call(self) -> Call:
+        """The request's head."""
+        import js
+
+        parts = urlsplit(str(self._request.url))
+        headers: Headers = list(js.Object.fromEntries(self._request.headers).to_py().items())
+        return Call(str(self._request.method), parts.path or "/", parts.query, headers, self._read_body)
+
+    async def _read_body(self) -> bytes:
+        headers, limit = self.call().headers, self.max_body_bytes
+        size, encoding = header(headers, "content-length"), header(headers, "content-encoding").strip().lower()
+        if size.isdigit() and (len(size) > 12 or int(size) > limit):
+            raise RouterError("the body is larger than %d bytes" % limit, 413, "body_too_large")
+        body: bytes = (await self._request.arrayBuffer()).to_bytes()
+        return body if encoding in ("", "identity") and len(body) <= limit else inflate(body, encoding, limit)
+
+    async def respond(self, status: int, headers: Headers, body: bytes) -> None:
+        """Send a whole answer."""
+        from pyodide.ffi import to_js
+
+        self._stop_timer()
+        bare = status == 204 or str(self._request.method) == "HEAD"
+        self._answer(status, headers, None if bare else to_js(body))
+
+    def keep_alive(self, at: float, every_ms: int, head: Headers) -> None:
+        """Whenever `every_ms` pass in silence, send a sign of life; the first one opens the stream with `head`."""
+        import asyncio
+        import time
+
+        loop, every_s = asyncio.get_event_loop(), every_ms / 1000
+        self.sent_at = time.monotonic()
+
+        def tick() -> None:
+            left_s = self.sent_at + every_s - time.monotonic()
+            if left_s <= 0.001:
+                if not self.is_open:
+                    self._open(head)
+                self._enqueue(self._ping)
+                self.sent_at, left_s = time.monotonic(), every_s
+            self._timer = loop.call_later(left_s, tick)
+
+        if every_ms:
+            self._timer = loop.call_later(every_s, tick)
+
+    def begin(self, headers: Headers, ping: bytes) -> None:
+        """Send the head of a stream, unless a keep-alive has done so."""
+        if not self.is_open:
+            self._open(headers)
+        self._ping = ping
+
+    def write(self, data: bytes) -> None:
+        """Send a piece of the stream."""
+        import time
+
+        from pyodide.ffi import to_js
+
+        if data and self._writer is not None:
+            self.sent_at = time.monotonic()
+            self._written = self._writer.write(to_js(data))
+            self._written.catch(self._gone)
+
+    async def relay(self, reply: WorkerReply, processor: Any, idle_ms: int, left_s: Optional[float]) -> str:
+        """The rest of a reply to the client: UNWATCHED when the runtime passes it on, "end" or the label of what broke
+        it when it was translated."""
+        import js
+        from pyodide.ffi import JsException, create_proxy, to_js
+
+        passes = isinstance(processor, StreamRelay)
+        pump = _Pump(self, reply, processor, 0.0 if passes else idle_ms / 1000, left_s)
+        self.write(processor.hand_over() if passes else b"")
+        self._writer.releaseLock()
+        self._enqueue = pump.put
+        proxies = [] if passes else [create_proxy(pump.start), create_proxy(pump.transform)]
+        options = to_js({"preventClose": True, "preventAbort": True}, dict_converter=js.Object.fromEntries)
+        try:
+            rest = reply.rest()
+            if not passes:
+                steps = to_js(dict(zip(("start", "transform"), proxies)), dict_converter=js.Object.fromEntries)
+                rest = rest.pipeThrough(js.TransformStream.new(steps))
+            await rest.pipeTo(self._writable, options)
+            return pump.end or (UNWATCHED if passes else "end")
+        except JsException as error:
+            if self._request.signal.aborted:
+                raise RouterError("the client has left", 499, "client_gone") from error
+            return pump.end or "reset"
+        finally:
+            pump.stop()
+            self._enqueue = self.write
+            self._writer = None if self._writable.locked else self._writable.getWriter()  # locked: the client has left
+            for proxy in proxies:
+                proxy.destroy()
+
+    async def finish(self) -> None:
+        """The stream is complete."""
+        self._ends = "close"
+
+    def cut(self) -> None:
+        """End the connection after what was written, so that the client sees that the answer broke off."""
+        self._ends = "abort"
+
+    async def settle(self) -> None:
+        """The gateway has ended: let the last bytes go out, then end the stream as it said; let go of the request."""
+        import asyncio
+
+        from pyodide.ffi import JsException
+
+        self._stop_timer()
+        self._request.signal.removeEventListener("abort", self._gone)
+        try:
+            if self._written is not None:
+                await self._written
+            if self._writer is not None and self._ends == "close":
+                await self._writer.close()
+            elif self._writer is not None:
+                await asyncio.sleep(_FLUSH_S)  # an abort overtakes what the runtime has taken but not yet sent
+                await self._writer.abort("the answer broke off")
+        except JsException:
+            pass  # the client has left
+        if not self.response.done():  # cancelled before there was a head: nobody waits for it
+            self._answer(499, [], None)
+        self._gone.destroy()
+
+    def _open(self, headers: Headers) -> None:
+        import js
+
+        pipe = js.IdentityTransformStream.new()
+        self.is_open, self._writable, self._writer = True, pipe.writable, pipe.writable.getWriter()
+        self._answer(200, headers, pipe.readable)
+
+    def _answer(self, status: int, headers: Headers, body: Any) -> None:
+        import js
+        from pyodide.ffi import to_js
+
+        options = {"status": status, "headers": [[name, value] for name, value in headers]}
+        options = to_js(options, dict_converter=js.Object.fromEntries)
+        self.response.set_result(js.Response.new(body, options))
+
+    def _on_gone(self, *_: Any) -> None:
+        if self.task is not None and not self._ends:
+            self.task.cancel()
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+
+class _Pump:
+    """The rest of a stream in a Worker. For a translated one the runtime calls `transform` for every chunk. end: why it
+    was stopped before the upstream's end, "" when it was not."""
+
+    def __init__(
+        self, client: WorkerClient, reply: WorkerReply, processor: Any, idle_s: float, left_s: Optional[float]
+    ) -> None:
+        import asyncio
+
+        self.end = ""
+        self._client = client
+        self._reply = reply
+        self._processor = processor
+        self._controller: Any = None
+        self._idle_s = idle_s
+        self._loop = asyncio.get_event_loop()
+        self._last = self._loop.time()
+        self._timers = [self._loop.call_later(left_s, self._abort, "timeout")] if left_s is not None else []
+        if idle_s:
+            self._watch()
+
+    def start(self, controller: Any) -> None:
+        """The runtime's side of the stream: where to put bytes."""
+        self._controller = controller
+
+    def transform(self, chunk: Any, controller: Any) -> None:
+        """Some bytes from the upstream."""
+        self._last = self._loop.time()
+        self.put(self._processor.feed(chunk.to_bytes()))
+        if self._processor.failed is not None and not self.end:
+            self.end = "failed"
+            controller.terminate()
+
+    def stop(self) -> None:
+        """Nothing is to come any more."""
+        for timer in self._timers:
+            timer.cancel()
+
+    def put(self, data: bytes) -> None:
+        """Send some bytes; nothing can be put into a stream that the runtime passes on by itself."""
+        from pyodide.ffi import to_js
+
+        if data and self._controller is not None:
+            self._client.sent_at = self._last
+            self._controller.enqueue(to_js(data))
+
+    def _watch(self) -> None:
+        silent_s = self._loop.time() - self._last
+        if silent_s >= self._idle_s:
+            self._abort("timeout")
+        else:
+            self._timers.append(self._loop.call_later(self._idle_s - silent_s, self._watch))
+
+    def _abort(self, label: str) -> None:
+        self.end = self.end or label
+        self._reply.close()
+
+
+# ==============================================================================
+# 27 PROCESS - the running server: its effects, signals, start and end [host]
 # ==============================================================================
 
 
@@ -11446,14 +11942,6 @@ class LocalHost:
         if self._debug:
             text += "\n" + "".join(traceback.format_exception(type(error), error, error.__traceback__)).rstrip()
         self._log.note(text, "error")
-
-
-def make_access(options: StartOptions) -> Access:
-    """Who may call, from the configuration and the flags."""
-    config = options.config
-    keys = (config.master_key.encode("utf-8", "surrogateescape"),) if config.master_key else ()
-    clients = tuple((key.sha256, key.name) for key in config.client_keys)
-    return Access(options.require_auth, keys, tuple(config.cors_origins), tuple(config.allowed_hosts), clients)
 
 
 # ----- the instances that run here -----
@@ -11583,12 +12071,13 @@ class Router:
 
     def _make_gateway(self) -> None:
         options = self.options
-        self.host.known = frozenset(self._refs())
         self.host.metrics = self._metrics
         if self.ledger is not None:
             models = [(one.id + "/" + model.id, model.cost) for one in options.config.providers for model in one.models]
             self.ledger.prices = {ref: cost for ref, cost in models if cost}
-        self.gateway = Gateway(Routes(options.config), options.settings, make_access(options), self.host, self.book)
+        access = make_access(options.config, options.require_auth)
+        self.gateway = Gateway(Routes(options.config), options.settings, access, self.host, self.book)
+        self.host.known = frozenset(self.gateway.routes.refs())
 
     async def handle(self, call: Call, sink: Sink) -> None:
         """Answer one call: the control channel's here, every other one's in the gateway."""
@@ -11629,7 +12118,7 @@ class Router:
         """Everything an operator asks about, without any secret."""
         import os
 
-        options, now, refs = self.options, self.host.now(), self._refs()
+        options, now, refs = self.options, self.host.now(), self.gateway.routes.refs()
         made_up = [key for key in self.book.known() if not key.endswith("/") and key not in refs]
         tally, none = self.ring.tally(), {"ok": 0, "failed": 0, "last_error": None}
         return {
@@ -11646,15 +12135,9 @@ class Router:
             "candidates": [{**show_health(ref, self.book, now), **tally.get(ref, none)} for ref in refs + made_up],
         }
 
-    def _refs(self) -> List[str]:
-        providers = [provider for provider in self.options.config.providers if provider.enabled]
-        return [
-            "%s/%s" % (provider.id, model.id) for provider in providers for model in provider.models if model.enabled
-        ]
-
     def _metrics(self) -> str:
         now = self.host.now()
-        states = {ref: show_health(ref, self.book, now) for ref in self._refs()}
+        states = {ref: show_health(ref, self.book, now) for ref in self.gateway.routes.refs()}
         gauges = {
             "llm_router_open_streams": {"": float(self.server.open_streams)},
             "llm_router_connections": {"": float(len(self.server.connections))},
@@ -11978,7 +12461,7 @@ def _read_from(path: str, offset: int) -> str:
 
 
 # ==============================================================================
-# 27 UPDATE - this very file replaced by a newer release [host]
+# 28 UPDATE - this very file replaced by a newer release [host]
 # ==============================================================================
 
 
@@ -12121,7 +12604,7 @@ def _check_newer(version: str) -> None:
 
 
 # ==============================================================================
-# 28 SERVICES - start with the machine: launchd, systemd, Windows tasks [host]
+# 29 SERVICES - start with the machine: launchd, systemd, Windows tasks [host]
 # ==============================================================================
 
 SERVICE_NAME = "llm-router"
@@ -12257,7 +12740,7 @@ def _call(command: Sequence[str]) -> Optional[Tuple[int, str]]:
 
 
 # ==============================================================================
-# 29 DEMO - fake providers, the router before them, and every kind of request [host]
+# 30 DEMO - fake providers, the router before them, and every kind of request [host]
 # ==============================================================================
 
 _DEMO_TEXT = "Hello from a provider that works."
@@ -12458,7 +12941,7 @@ def _show_cases(port: int) -> int:
 
 
 # ==============================================================================
-# 30 DOCTOR - what is wrong on this machine, and the cure [host]
+# 31 DOCTOR - what is wrong on this machine, and the cure [host]
 # ==============================================================================
 
 
@@ -12697,7 +13180,7 @@ _CURES = {
 
 
 # ==============================================================================
-# 31 AGENTS - coding agents run against the router, their files untouched [host]
+# 32 AGENTS - coding agents run against the router, their files untouched [host]
 # ==============================================================================
 
 
@@ -12855,7 +13338,7 @@ def shell_lines(variables: Mapping[str, str], shell: str) -> List[str]:
 
 
 # ==============================================================================
-# 32 COMMANDS - flags, help and what each command does [host]
+# 33 COMMANDS - flags, help and what each command does [host]
 # ==============================================================================
 
 Values = Dict[str, Any]  # of the flags that were given: {"log_format": "json"}
@@ -14048,7 +14531,7 @@ COMMANDS: Tuple[Command, ...] = (
 # fmt: on
 
 # ==============================================================================
-# 33 MAIN - the only exit [host]
+# 34 MAIN - the only exit [host]
 # ==============================================================================
 
 

@@ -1,0 +1,29 @@
+"""Formats, headers, keys, models and token counts: tests/test_end_to_end.py against the Worker."""
+
+import pytest
+
+import test_end_to_end
+from same_tests import take_tests, worker_pair
+from test_end_to_end import KEY, TEXT
+
+LEFT_OUT = (
+    "test_three_hundred_silent_answers_delay_nobody_else_and_need_few_threads",  # it counts this machine's threads
+    "test_an_error_the_upstream_puts_in_a_stream_shows_no_provider_key",  # such a stream is not watched to its end
+)
+
+
+@pytest.fixture(scope="module")
+def shared(start_worker):
+    """One Worker for the tests that leave nothing behind."""
+    with worker_pair(start_worker, TEXT, masterKey=KEY) as pair:
+        yield pair
+
+
+@pytest.fixture(scope="module")
+def shared_lively(start_worker):
+    """A Worker that speaks after 40 ms of silence."""
+    with worker_pair(start_worker, TEXT, "--keepalive-ms=40") as pair:
+        yield pair
+
+
+take_tests(test_end_to_end, LEFT_OUT, globals())
