@@ -3054,21 +3054,28 @@ def _innermost_error(value: Any, depth: int) -> Dict[str, Any]:
 _CHAT = "openai"
 _CHAT_MAX_USER = 64  # characters of `user`, by OpenAI's API reference
 
-# Field of the request -> what becomes of it when a request or answer of another format is written in this one.
+# In backticks: fields and types of a request in this format, and what becomes of them when another format serves it.
+# In words: what becomes of something that is written in this format.
 CHAT_LOSSES = {
+    "`audio` `frequency_penalty` `logit_bias` `logprobs` `modalities` `n` `prediction` `presence_penalty` `seed`"
+    " `top_logprobs` `web_search_options`": "not sent",
+    "`metadata` `moderation` `prompt_cache_*` `safety_identifier` `service_tier` `verbosity`": "kept for OpenAI "
+    "Responses, else not sent",
+    "`stop`": "not sent to OpenAI Responses, which knows no stop texts",
+    "`store`": "not sent; for OpenAI Responses always false",
+    "`stream_options`": "answered by the router itself",
+    "`input_audio`": "becomes a short text note for Anthropic",
+    "`name` `prompt_cache_breakpoint`": "of messages and their parts: not sent, but for names in OpenAI Responses",
     "thinking in the history": "becomes reasoning_content on turns with tool calls, is left out on others",
     "server tools and their blocks": "left out; what is readable in them becomes text",
     "tool results without a call": "become text of the user's turn; second ones of one call are left out",
     "tool calls without a result": "get the result `%s`" % NO_RESULT,
-    "is_error of tool results": "becomes the word `Error: ` in front of the text",
     "images and files in tool results": "become a user message after the tool messages",
     "images and files in system or assistant messages": "become a short text note",
     "documents other than PDF and text": "become a short text note, as documents and sounds by URL do",
-    "top_k, cache_control, thinking switched off": "left out",
+    "thinking switched off": "left out",
     "thinking budget": "becomes reasoning_effort: low under 4096 tokens, medium under 16384, else high",
     "user": "left out when longer than %d characters" % _CHAT_MAX_USER,
-    "fields of other formats": "left out, but for service_tier, metadata, prompt_cache_key, prompt_cache_retention, "
-    "safety_identifier, store and verbosity where both formats have them",
     "answers: stop text": "finish_reason does not tell which stop text ended the answer",
     "answers: signatures and citations of other formats": "left out",
     "answers: n, logprobs, audio data": "only the first choice, without logprobs; of audio the transcript",
@@ -3347,7 +3354,8 @@ _CHAT_EFFORTS = ((4096, "low"), (16384, "medium"), (math.inf, "high"))  # budget
 # Format -> its request fields that mean the same here.
 _CHAT_SHARED = {
     "anthropic": "service_tier",
-    "responses": "service_tier metadata prompt_cache_key prompt_cache_retention safety_identifier store",
+    "responses": "service_tier metadata moderation prompt_cache_key prompt_cache_options prompt_cache_retention"
+    " safety_identifier store",
     _CHAT: "",
 }
 
@@ -4131,8 +4139,22 @@ ANTHROPIC_MODELS = (
     AnthropicModel(r"", "budget", (), True, True, 8192),
 )
 
-# Field of the request -> what becomes of it when a request or answer of another format is written in this one.
+# As in CHAT_LOSSES: fields and types of requests in this format in backticks, what is written in it in words.
 ANTHROPIC_LOSSES = {
+    "`billing_policy` `cache_control` `compaction` `container` `context_management` `diagnostics`"
+    " `fallback_credit_token` `fallbacks` `inference_geo` `mcp_servers` `speed` `top_k` `user_profile_id`"
+    " `workspace_id`": "not sent",
+    "`service_tier`": "kept for OpenAI Chat, else not sent",
+    "`stop_sequences`": "not sent to OpenAI Responses, which knows no stop texts",
+    "`thread`": "refused with 400, in the words on which the SDKs send the whole conversation",
+    "`advisor_*` `bash_*` `browser_*` `code_execution_*` `computer_*` `mcp_toolset` `memory_*` `text_editor_*`"
+    " `tool_search_tool_*` `web_fetch_*` `web_search_*`": "tools that only Anthropic's models know: not sent",
+    "`*_tool_result` `container_upload` `fallback` `mcp_tool_listing` `mcp_tool_use` `server_tool_use` `tool_addition`"
+    " `tool_removal`": "what such tools left in the history: text where it can be read, else not sent",
+    "`is_error`": "of tool results: becomes the word Error in front of their text",
+    "`redacted_thinking` `thinking`": "in the history: to OpenAI Chat on turns with tool calls, else not sent",
+    "`allowed_callers` `caller` `citations` `context` `defer_loading` `eager_input_streaming` `input_examples`"
+    " `toolset_name` `transformations`": "of tools and blocks: not sent",
     "audio, documents other than PDF and text": "become a short text note",
     "system messages after the first turn": "become text of the user's turn, at their place",
     "server tools of other formats": "left out, as are their blocks",
@@ -4144,8 +4166,6 @@ ANTHROPIC_LOSSES = {
     "or max_tokens leaves no room",
     "stop texts of white space": "left out",
     "strict: false on tools": "left out, it is the default",
-    "n, seed, logprobs, logit_bias, penalties, store, modalities, prediction": "left out",
-    "fields of other formats": "left out",
     "refusal parts": "become text",
 }
 
@@ -5063,25 +5083,28 @@ _RESPONSES_FILES = {
     "txt": "text/plain", "md": "text/markdown", "csv": "text/csv", "html": "text/html", "json": "application/json",
 }  # fmt: skip
 
+# As in CHAT_LOSSES: fields and types of requests in this format in backticks, what is written in it in words.
 RESPONSES_LOSSES = {
-    **dict.fromkeys(_RESPONSES_SHARED, "kept for OpenAI Chat, else not sent"),
-    **dict.fromkeys(
-        "background conversation previous_response_id prompt".split(), "refused with 400: the router keeps no state"
-    ),
-    **dict.fromkeys("access_programs background_options context_management image max_tool_calls".split(), "not sent"),
-    **dict.fromkeys(("stream_options", "top_logprobs"), "not sent: answers carry neither obfuscation nor logprobs"),
-    "include": "not sent; reasoning is returned as text, encrypted content only by a Responses upstream",
-    "input": "items and parts of provider-run tools, encrypted reasoning and compaction are not sent; file ids and item"
-    " references are refused with 400",
-    "metadata": "kept for OpenAI Chat, else not sent; echoed in the answer",
-    "reasoning.summary": "not sent: reasoning comes as the upstream gives it",
-    "safety_identifier": "the end user's id, where the other format has one",
-    "store": "always false: the router stores nothing",
-    "text.verbosity": "kept for OpenAI Chat, else not sent",
-    "tool_choice": "allowed_tools: only these tools are sent; a tool that the provider runs cannot be forced",
-    "tools": "tools that the provider runs (web_search, file_search, mcp, ...) are not sent; custom tools become"
-    " functions of one string; namespaces are flattened",
-    "truncation": "always disabled",
+    "`metadata` `moderation` `prompt_cache_*` `service_tier` `text.verbosity`": "kept for OpenAI Chat, else not sent",
+    "`safety_identifier`": "kept for OpenAI Chat, else the end user's id",
+    "`background` `conversation` `item_reference` `previous_response_id` `prompt`": "refused with 400, as file ids "
+    "are: the router keeps no state",
+    "`access_programs` `background_options` `context_management` `image` `max_tool_calls`": "not sent",
+    "`stream_options` `top_logprobs`": "not sent: answers carry neither obfuscation nor logprobs",
+    "`include`": "not sent; reasoning is returned as text, encrypted content only by a Responses upstream",
+    "`reasoning.summary`": "not sent: reasoning comes as the upstream gives it",
+    "`store`": "always false: the router stores nothing",
+    "`truncation`": "always disabled",
+    "`apply_patch` `code_interpreter` `computer*` `file_search` `image_generation` `local_shell` `mcp`"
+    " `programmatic_tool_calling` `shell` `tool_search` `web_search*`": "tools that only OpenAI's models and servers "
+    "know: not sent, and never forced",
+    "`apply_patch_call*` `code_interpreter_call` `compaction*` `computer_call*` `configuration_update`"
+    " `file_search_call` `image_generation_call` `local_shell_call*` `mcp_*` `program*` `reasoning` `shell_call*`"
+    " `tool_search_*` `web_search_call`": "what such tools and other models' reasoning left in the history: not sent",
+    "`custom` `namespace`": "tools: become functions, of one string and with the namespace in their names",
+    "`allowed_tools`": "only these tools are sent",
+    "`allowed_callers` `async` `caller` `defer_loading` `detail` `filename` `format` `id` `name` `output_schema`"
+    " `phase` `prompt_cache_breakpoint` `status`": "of items and tools: not sent where the other format has none",
 }
 
 

@@ -1,8 +1,10 @@
 """Section 11: the Responses API to and from the neutral form."""
 
+import fnmatch
 import json
 import os
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -1292,9 +1294,9 @@ def test_every_documented_field_is_mapped_or_declared_lost():
         "user",
         "stream",
     }
-    losses = router.OPENAI_RESPONSES.losses
-    assert [field for field in documented if field not in mapped and field not in losses] == []
-    assert all(name.split(".")[0] in documented for name in losses)
+    lost = re.findall("`([^`]+)`", " ".join(router.OPENAI_RESPONSES.losses))
+    told = [field for field in documented if any(fnmatch.fnmatch(field, name.split(".")[0]) for name in lost)]
+    assert sorted(set(documented) - mapped - set(told)) == []
 
 
 WORDS = [

@@ -26,7 +26,7 @@ def settings_table():
 
 
 def losses_table():
-    rows = ["| to | what | becomes |", "|---|---|---|"]
+    rows = ["| format | what | becomes |", "|---|---|---|"]
     for name, wire in llm_router.WIRE_FORMATS.items():
         rows += ["| `%s` | %s | %s |" % (name, what, fate.replace("|", "\\|")) for what, fate in wire.losses.items()]
     return rows

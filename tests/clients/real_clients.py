@@ -23,6 +23,13 @@ def missing(reason):
     pytest.skip(reason)
 
 
+def sdk(name):
+    try:
+        return __import__(name)
+    except ImportError:
+        missing("the %s SDK is not installed" % name)
+
+
 def router_knows(wire):
     """Whether the router speaks this wire format: its constant is there."""
     import llm_router

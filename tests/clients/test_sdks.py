@@ -5,7 +5,7 @@ import json
 import pytest
 
 from fake_upstream import tool_results, tool_round_trip
-from real_clients import MODEL, missing
+from real_clients import MODEL, missing, sdk
 
 QUESTION = "What is the weather in Paris?"
 SCHEMA = {
@@ -26,13 +26,6 @@ def weather(arguments):
 
 def handler(**fields):
     return tool_round_trip("weather", ARGUMENTS, reasoning="Let me look.", **fields)
-
-
-def sdk(name):
-    try:
-        return __import__(name)
-    except ImportError:
-        missing("the %s SDK is not installed" % name)
 
 
 @pytest.fixture
