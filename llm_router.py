@@ -515,12 +515,14 @@ class Config(NamedTuple):
 
 class Problem(NamedTuple):
     """Something wrong in a configuration. path: `providers[0].models[1].fallbackModels[0]`, "" for the whole.
-    level: "error" (it cannot be used) or "warning"."""
+    level: "error" (it cannot be used) or "warning". line, column: where in the text, from 1, 0 when that is unknown."""
 
     path: str
     message: str
     cure: str
     level: str = "error"
+    line: int = 0
+    column: int = 0
 
 
 class Field(NamedTuple):
@@ -536,6 +538,7 @@ class Field(NamedTuple):
 
 FIELDS: Dict[str, Tuple[Field, ...]] = {
     "config": (
+        Field("$schema", "text", "where editors find the schema of this file, see config --operation=schema"),
         Field("version", "whole", "version of the file's shape, 1"),
         Field("masterKey", "secret", "the key that clients show to the router"),
         Field("clientKeys", "client_keys", "further keys, each with the name of its client and the key's SHA-256"),
@@ -633,17 +636,23 @@ _JSON_TYPES = ((bool, "a boolean"), (dict, "an object"), (list, "a list"), (str,
 
 
 def parse_config_text(text: Union[str, bytes], source: str) -> Dict[str, Any]:
-    """The JSON object in `text`. ConfigError names `source`, line and column and shows the place, keys hidden."""
+    """The JSON object in `text`, which may hold // and /* comments and a comma before a closing bracket (trap 181).
+
+    ConfigError names `source`, line and column and shows the place, keys hidden; its problem has the same apart.
+    """
     try:
         text = text if isinstance(text, str) else bytes(text).decode("utf-8")
-        document = _JSON_DECODER.decode(text[1:] if text[:1] == "\ufeff" else text)
+        text = text[1:] if text[:1] == "\ufeff" else text
+        document = _decode_loosely(text)
         depth = _depth(document)
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         column = error.start - error.object.rfind(b"\n", 0, error.start)
-        raise ConfigError("%s:%d:%d: not UTF-8 text; save the file as UTF-8" % (source, line, column)) from None
+        problem = Problem("", "not UTF-8 text", "save the file as UTF-8", "error", line, column)
+        raise ConfigError("%s:%d:%d: %s; %s" % (source, line, column, *problem[1:3]), [problem]) from None
     except json.JSONDecodeError as error:
-        raise ConfigError(_syntax_message(source, error)) from None
+        problem = Problem("", error.msg, "correct the JSON there" + _hint(error), "error", error.lineno, error.colno)
+        raise ConfigError(_syntax_message(source, error), [problem]) from None
     except (ValueError, RecursionError) as error:
         raise ConfigError("%s is not usable JSON: %s" % (source, one_line(str(error), 120))) from None
     if not isinstance(document, dict):
@@ -651,6 +660,72 @@ def parse_config_text(text: Union[str, bytes], source: str) -> Dict[str, Any]:
     if depth > _MAX_DEPTH:
         raise ConfigError("%s is nested deeper than %d levels" % (source, _MAX_DEPTH))
     return document
+
+
+_COMMENTS = re.compile(r'"(?:[^"\\\n]|\\.)*"?|(?P<extra>//[^\n]*|/\*.*?\*/)', re.DOTALL)
+_LAST_COMMAS = re.compile(r'"(?:[^"\\\n]|\\.)*"?|[\[{]\s*,|(?P<extra>,)(?=\s*[]}])', re.DOTALL)
+
+
+def has_comments(text: str) -> bool:
+    """Whether a configuration's text holds comments, which would not outlive that it is written anew."""
+    return any(found.group("extra") for found in _COMMENTS.finditer(text))
+
+
+def _plain_json(text: str) -> str:
+    """`text` with spaces in place of comments and last commas, so that every place stays what it was."""
+    for pattern in (_COMMENTS, _LAST_COMMAS):
+        text = pattern.sub(lambda m: re.sub(r"\S", " ", m.group()) if m.group("extra") else m.group(), text)
+    return text
+
+
+def _decode_loosely(text: str) -> Any:
+    try:
+        return _JSON_DECODER.decode(text)
+    except json.JSONDecodeError:
+        try:
+            return _JSON_DECODER.decode(_plain_json(text))
+        except json.JSONDecodeError as error:
+            raise json.JSONDecodeError(error.msg, text, error.pos) from None
+
+
+_JSON_PIECE = re.compile(r'"(?:[^"\\]|\\.)*"|[][{}:,]|[^][{}:,\s"]+')
+
+
+def locate_problems(problems: Iterable[Problem], text: str) -> List[Problem]:
+    """The problems of a document with the line and column in its `text` where what they name begins; what is missing
+    there is shown at what should hold it."""
+    places, located = _find_places(text), []
+    for problem in problems:
+        path = problem.path
+        while path not in places:
+            path = path[: max(0, path.rfind("."), path.rfind("["))]
+        line = text.count("\n", 0, places[path]) + 1
+        located.append(problem._replace(line=line, column=places[path] - text.rfind("\n", 0, places[path])))
+    return located
+
+
+def _find_places(text: str) -> Dict[str, int]:
+    """Where every member of a JSON text begins (its key, or the entry of a list), by its path."""
+    places = {"": 0}
+    holders: List[List[Any]] = []  # path, index in a list (None: an object), the key whose value is next
+    for match in _JSON_PIECE.finditer(_plain_json(text)):
+        piece, path = match.group(), ""
+        if piece in ",:]}":
+            if piece == "," and holders:
+                holders[-1][1:] = [None if holders[-1][1] is None else holders[-1][1] + 1, None]
+            elif piece in "]}" and holders:
+                holders.pop()
+            continue
+        if holders:
+            holder, index, key = holders[-1]
+            path = "%s[%d]" % (holder, index) if index is not None else _join(holder, load_json(key or piece))
+            places.setdefault(path, match.start())
+            if index is None and key is None:
+                holders[-1][2] = piece
+                continue
+        if piece in "[{":
+            holders.append([path, 0 if piece == "[" else None, None])
+    return places
 
 
 def _depth(value: Any) -> int:
@@ -667,13 +742,15 @@ def _syntax_message(source: str, error: json.JSONDecodeError) -> str:
     at = min(error.colno - 1, len(shown))
     start = max(0, at - 70)
     shown = "".join(c if c.isprintable() else " " for c in shown[start : start + 100])
-    before, after, hint = error.doc[: error.pos].rstrip()[-1:], error.doc[error.pos :], ""
-    if after[:1] == "#" or after[:2] in ("//", "/*"):
-        hint = " (JSON has no comments)"
-    elif re.match(r",\s*[]}]", after) or before == "," and after[:1] in ("}", "]"):
-        hint = " (a comma before the closing bracket)"
-    place = "%s:%d:%d: %s%s" % (source, error.lineno, error.colno, error.msg, hint)
+    place = "%s:%d:%d: %s%s" % (source, error.lineno, error.colno, error.msg, _hint(error))
     return "%s\n  %s\n  %s^" % (place, shown, " " * (at - start))
+
+
+def _hint(error: json.JSONDecodeError) -> str:
+    """What may be meant by a usual mistake."""
+    if error.doc[error.pos :][:1] == "#":
+        return " (comments are written // so)"
+    return " (a comma too many)" if "," in (error.doc[error.pos :][:1], error.doc[: error.pos].rstrip()[-1:]) else ""
 
 
 def _hide_secrets(line: str) -> str:
@@ -1133,6 +1210,79 @@ def _auths_of(values: Dict[str, Any]) -> Dict[str, Auth]:
     return {wire: own.get(wire) or common or Auth("x-api-key" if wire == "anthropic" else "bearer") for wire in WIRES}
 
 
+# ----- the same table as a JSON Schema -----
+
+
+def config_schema() -> Dict[str, Any]:
+    """The shape of the configuration file as a JSON Schema (draft 7, which editors know), made of FIELDS.
+
+    What it accepts has no problem of shape; the router itself also takes odd spellings of a value (" True ").
+    """
+    schema = {"$schema": "http://json-schema.org/draft-07/schema#", "title": "llm-router configuration"}
+    named = {kind: _object_schema(kind) for kind in FIELDS if kind != "config"}
+    named["provider"]["required"] = ["models"]
+    named["model"]["required"] = ["id"]
+    named["client_key"]["required"] = ["name", "sha256"]
+    return dict(schema, **_object_schema("config"), definitions=named)
+
+
+def _object_schema(kind: str) -> Dict[str, Any]:
+    properties: Dict[str, Any] = {}
+    for field in FIELDS[kind]:
+        schema = _kind_schema(field.kind)
+        properties.update((name, schema) for name in _spellings(field))
+        properties[field.key] = dict({"allOf": [schema]} if "$ref" in schema else schema, description=field.help)
+    return {"type": "object", "properties": properties}
+
+
+def _kind_schema(kind: str) -> Dict[str, Any]:
+    """The schema of a row of _FIELD_KINDS, a list or map of them, or what a reader of _Scan reads."""
+    if kind in FIELDS:
+        return {"$ref": "#/definitions/" + kind}
+    if kind in _READER_SCHEMAS:
+        return _READER_SCHEMAS[kind]
+    if kind[0] == "[":
+        one = _kind_schema(kind[1:-1])
+        return {"anyOf": [{"type": "array", "items": one}] + [one] * (one.get("type") == "string")}
+    if kind[0] == "{":
+        name, value = map(_kind_schema, kind[1:-1].split(":"))
+        value = {"anyOf": [value, {"type": "null"}]} if kind.endswith(":header}") else value
+        return {"type": "object", "propertyNames": name, "additionalProperties": value}
+    type_, _, is_good, _, _ = _FIELD_KINDS[kind]
+    schema: Dict[str, Any] = {"type": _SCHEMA_TYPES[type_]} if type_ in _SCHEMA_TYPES else {}
+    rule = getattr(is_good, "__self__", None)  # the pattern or the words that the value is looked up in
+    if isinstance(rule, re.Pattern):
+        schema["pattern"] = "^(?:%s)$" % rule.pattern
+    elif isinstance(rule, tuple):
+        schema["enum"] = [*rule, *_WIRE_ALIASES] if kind == "wire" else list(rule)
+    return dict(schema, minimum=0) if kind == "whole" else schema
+
+
+_SCHEMA_TYPES = {str: "string", int: "integer", bool: "boolean", dict: "object"}
+_URL_SCHEMA = {"type": "string", "pattern": "^[Hh][Tt][Tt][Pp][Ss]?://[^@#]+$"}
+_READER_SCHEMAS: Dict[str, Dict[str, Any]] = {
+    "header_name": {"type": "string", "pattern": "^(?:%s)$" % _HEADER_NAME.pattern},
+    "url": {"anyOf": [_URL_SCHEMA, {"type": "array", "items": _URL_SCHEMA, "minItems": 1}]},
+    "proxy": {"type": "string", "pattern": "^(?:none|http://.+)?$"},
+    "targets": {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 1}]},
+    "betas": {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]},
+    "client_keys": {"type": "array", "items": {"$ref": "#/definitions/client_key"}},
+    "models": {
+        "anyOf": [
+            {"type": "string"},
+            {"type": "array", "minItems": 1, "items": {"anyOf": [{"type": "string"}, {"$ref": "#/definitions/model"}]}},
+        ]
+    },
+    "providers": {
+        "anyOf": [
+            {"type": "array", "items": {"allOf": [{"$ref": "#/definitions/provider"}, {"required": ["id"]}]}},
+            {"allOf": [{"$ref": "#/definitions/provider"}, {"required": ["id"]}]},
+            {"type": "object", "additionalProperties": {"$ref": "#/definitions/provider"}},
+        ]
+    },
+}
+
+
 # ----- what names mean -----
 
 
@@ -1262,23 +1412,12 @@ class Edit(NamedTuple):
 NEW_DOCUMENT: Dict[str, Any] = {"version": 1, "providers": []}
 
 
-class ProviderChange(NamedTuple):
-    """What to set of a provider; None leaves a field as it is. base_urls: by wire format. headers: merged into those
-    that are there, a null stays a null (it removes the header from requests). learned: fields that a probe found."""
-
-    id: str
-    name: Optional[str] = None
-    base_url: Optional[str] = None
-    base_urls: Optional[Dict[str, str]] = None
-    api_key: Optional[str] = None
-    api_key_env: Optional[str] = None
-    models: Optional[Sequence[str]] = None
-    format: Optional[str] = None
-    formats: Optional[Sequence[str]] = None
-    headers: Optional[Dict[str, Optional[str]]] = None
-    auth_type: Optional[str] = None
-    enabled: Optional[bool] = None
-    learned: Mapping[str, Any] = {}
+_CHANGEABLE = [field for field in FIELDS["provider"] if field.key != "id"]
+ProviderChange = namedtuple(
+    "ProviderChange", ["id"] + [_snake(field.key) for field in _CHANGEABLE], defaults=[None] * len(_CHANGEABLE)
+)
+ProviderChange.__doc__ = """What to set of a provider, by the fields of FIELDS; None leaves one as it is, "" removes it.
+Objects (headers, auth, URLs by format) are merged into what is there; a header's null stays, it removes the header."""
 
 
 def upsert_provider(document: Dict[str, Any], change: ProviderChange) -> Edit:
@@ -1289,17 +1428,17 @@ def upsert_provider(document: Dict[str, Any], change: ProviderChange) -> Edit:
     new, providers = _open(document)
     is_new = change.id.lower() not in [_id_of(entry, "provider").lower() for entry in providers]
     provider = _new_provider(change) if is_new else _find_provider(providers, change.id)
-    for name in ("name", "base_url", "api_key", "api_key_env", "enabled"):
-        if getattr(change, name) is not None:
-            _put(provider, "provider", name, getattr(change, name))
-    _put_formats(provider, change)
-    _merge_into(provider, "baseUrlByFormat", change.base_urls)
-    _merge_into(provider, "headers", change.headers)
-    _merge_into(provider, "auth", change.auth_type and {"type": change.auth_type})
     notes = ["%s provider %s" % ("added" if is_new else "changed", get_field(provider, "provider", "id"))]
-    for key, value in change.learned.items():
-        _put(provider, "provider", key, value)
-        notes.append("learned: %s %s" % (key, json.dumps(value)))
+    for field in _CHANGEABLE:
+        value = getattr(change, _snake(field.key))
+        if isinstance(value, dict):
+            _merge_into(provider, field.key, value)
+        elif value == "":
+            _put(provider, "provider", field.key, value)
+            del provider[field.key]
+        elif value is not None and field.key not in ("models", "format"):
+            _put(provider, "provider", field.key, list(value) if isinstance(value, tuple) else value)
+    _put_format(provider, change)
     if change.models is not None:
         notes += _put_models(provider, change.models)
     if is_new:
@@ -1503,7 +1642,7 @@ def _did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def _new_provider(change: ProviderChange) -> Dict[str, Any]:
-    missing = [] if change.base_url or change.base_urls else ["--base-url=URL"]
+    missing = [] if change.base_url or change.base_url_by_format else ["--base-url=URL"]
     missing += [] if change.models else ["--models=NAME,... (or --models=* for any)"]
     if missing:
         shown = one_line(change.id, 80), " and ".join(missing)
@@ -1511,11 +1650,9 @@ def _new_provider(change: ProviderChange) -> Dict[str, Any]:
     return {"id": change.id}
 
 
-def _put_formats(provider: Dict[str, Any], change: ProviderChange) -> None:
+def _put_format(provider: Dict[str, Any], change: ProviderChange) -> None:
     """The preferred format must be among the formats: a single old one gives way to it, several take it in."""
-    if change.formats is not None:
-        _put(provider, "provider", "formats", list(change.formats))
-    if change.format is None:
+    if not change.format:
         return
     _put(provider, "provider", "format", change.format)
     formats = as_list(get_field(provider, "provider", "formats"))
@@ -9349,8 +9486,7 @@ def probe_table(report: ProbeReport) -> Tuple[Tuple[str, ...], List[Tuple[str, .
 
 CONFIG_PATH = "~/.llm-router.json"
 
-# Variables that hold a whole configuration as JSON, first wins.
-
+_COMMENTED = ".commented.bak"  # beside .bak, which the next edit replaces
 _LOCK_WAIT_S = 10.0
 _EDIT_ATTEMPTS = 5
 
@@ -9364,12 +9500,13 @@ class FileError(RouterError):
 
 class Loaded(NamedTuple):
     """A configuration as found. document: None when there is none. source: where from, in words. path: its file, ""
-    when it came from a variable. warnings: what is wrong with the file itself."""
+    when it came from a variable. warnings: what is wrong with the file itself. text: as it was read."""
 
     document: Optional[Dict[str, Any]]
     source: str
     path: str
     warnings: Tuple[str, ...] = ()
+    text: str = ""
 
 
 def config_path(given: str = "") -> str:
@@ -9386,13 +9523,14 @@ def load_config(given: str, environ: Mapping[str, str]) -> Loaded:
     """
     name, text = ("", "") if given else find_config_variable(environ)
     if name:
-        return Loaded(parse_config_text(unpack_config(text), name), "the variable " + name, "")
+        text = unpack_config(text)
+        return Loaded(parse_config_text(text, name), "the variable " + name, "", text=text)
     path = config_path(given)
     data, mode = read_bytes(path)
     if data is None:
         return Loaded(None, path, path)
     warnings = ("%s can be read by others (mode %04o): chmod 600 it" % (one_line(path), mode),) if mode else ()
-    return Loaded(parse_config_text(data, one_line(path)), path, path, warnings)
+    return Loaded(parse_config_text(data, one_line(path)), path, path, warnings, data.decode("utf-8-sig"))
 
 
 def file_stamp(path: str) -> Tuple[int, ...]:
@@ -9425,8 +9563,8 @@ def edit_config_file(path: str, change: Callable[[Dict[str, Any]], Edit]) -> Edi
     """Apply `change` to the configuration file and write it back; the file is made when there is none.
 
     Writers wait for one another, and a write by a program that knows nothing of the lock is noticed: the change is
-    then applied to what that program wrote. On any error the file stays as it was. Returns the edit, its notes
-    extended by what was repaired.
+    then applied to what that program wrote. On any error the file stays as it was. A text with comments is kept beside
+    it. Returns the edit, its notes extended by what else was done.
     """
     target = _prepare(path)
     with FileLock(target):
@@ -9436,9 +9574,13 @@ def edit_config_file(path: str, change: Callable[[Dict[str, Any]], Edit]) -> Edi
             text = render_document(edit.document)
             if text == data and not mode:
                 return edit
+            notes = ("%s had mode %04o, now 0600" % (one_line(path), mode),) if mode else ()
+            if has_comments((data or b"").decode("utf-8-sig")):
+                write_private(target + _COMMENTED, data or b"")
+                words = "comments cannot be kept in a file that is written anew: the text with them is %s%s"
+                notes += (words % (one_line(path), _COMMENTED),)
             if write_private(target, text, expected=data, backup=True):
-                repaired = ("%s had mode %04o, now 0600" % (one_line(path), mode),) if mode else ()
-                return edit._replace(notes=edit.notes + repaired)
+                return edit._replace(notes=edit.notes + notes)
     raise FileError("%s keeps being changed by another program; nothing was saved" % one_line(path))
 
 
@@ -13446,23 +13588,36 @@ _COMMON = (
     Flag("help", "bool", "show this help"),
 )
 
+
+def _field_flag(field: Field) -> Flag:
+    """The flag that sets a field of a provider."""
+    kind = {"secret": "secret", "flag": "bool", "betas": "list", "models": "list"}.get(field.kind, "text")
+    kind = {"[": "list", "{": "json"}.get(field.kind[0], kind)
+    kind = "json" if field.kind in FIELDS or field.kind == "object" else kind
+    name, *others = (_snake(name).replace("_", "-") for name in (field.key, *field.aliases))
+    return Flag(name, kind, field.help, tuple(others))
+
+
+_PROVIDER_FLAGS: Tuple[Flag, ...] = (
+    Flag("provider-id", "text", "the provider", ("provider",)),
+    *[_field_flag(field) for field in FIELDS["provider"] if field.key != "id"],
+    *[
+        Flag(
+            wire + "-base-url",
+            "text",
+            "its base URL for the format " + wire,
+            tuple(alias + "-base-url" for alias, name in _WIRE_ALIASES.items() if name == wire),
+        )
+        for wire in WIRES
+    ],
+    Flag("auth-type", "text", "how the key is shown: " + ", ".join(AUTH_TYPES)),
+    Flag("skip-probe", "bool", "store the provider without asking it anything"),
+)
 CONFIG_FLAGS: Tuple[Flag, ...] = (
     Flag("operation", "text", "what to do, see below"),
     _CONFIG,
     _AS_JSON,
-    Flag("provider-id", "text", "the provider", ("provider",)),
-    Flag("name", "text", "the provider's name for people"),
-    Flag("base-url", "text", "the provider's base URL", ("endpoint",)),
-    Flag("openai-base-url", "text", "its base URL for the openai format"),
-    Flag("anthropic-base-url", "text", "its base URL for the anthropic format", ("claude-base-url",)),
-    Flag("api-key", "secret", "the provider's key; - reads it from stdin"),
-    Flag("api-key-env", "text", "the variable that holds the provider's key"),
-    Flag("models", "list", "the provider's models, comma separated; * for any"),
-    Flag("format", "text", "the preferred wire format: openai, anthropic or responses"),
-    Flag("formats", "list", "the wire formats the provider speaks"),
-    Flag("headers", "json", 'headers for every request, as JSON: {"x-title": "me"}'),
-    Flag("auth-type", "text", "how the key is shown: bearer, x-api-key, header or none"),
-    Flag("skip-probe", "bool", "store the provider without asking it anything"),
+    *_PROVIDER_FLAGS,
     Flag("model", "list", "a model: its id at the provider, or provider/model"),
     Flag("fallback-models", "list", "what to try when the model fails, in order, comma separated", ("fallbacks",)),
     Flag("clear-fallbacks", "bool", "remove the model's fallbacks"),
@@ -13471,9 +13626,10 @@ CONFIG_FLAGS: Tuple[Flag, ...] = (
     Flag("default-model", "text", "the model for `smart` and for requests that name none"),
     Flag("master-key", "secret", "the key that clients show; - reads it from stdin"),
     Flag("generate", "bool", "make a new master key and print it once"),
+    Flag("out", "text", "file for the exported configuration, keys included, mode 0600"),
+    Flag("show-secrets", "bool", "print keys as they are"),
     Flag("client-key", "secret", "the client's key; - reads it from stdin; without it one is made and printed once"),
 )
-_PROVIDER_FLAGS = tuple(flag.name for flag in CONFIG_FLAGS[3:16])
 _OPERATION_FLAGS = ("operation", "config", "json", "debug", "version", "help")  # every operation takes these
 
 _GRACE = Flag("grace", "text", "seconds that open streams may go on after stop, default 30")
@@ -13776,10 +13932,14 @@ def _edit(
         print("\n".join(map(one_line, edit.notes + ("saved to " + path,))))
         for name, key in shown.items():
             print("%s key (shown only now): %s" % (name[:-3], key))
-    hiding = [name for name in CONFIG_VARIABLES if environ.get(name, "").strip() and not values.get("config")]
-    _warn(["%s is set and goes before this file" % name for name in hiding[:1]])
+    _warn("%s is set and goes before this file" % name for name in _hiding_variables(values, environ))
     _warn_of(find_problems(edit.document))
     return 0
+
+
+def _hiding_variables(values: Values, environ: Environ) -> List[str]:
+    """The variable that goes before the file, if there is one."""
+    return [] if values.get("config") else list(filter(None, find_config_variable(environ)[:1]))
 
 
 def _warn_of(problems: Iterable[Problem]) -> None:
@@ -13788,9 +13948,11 @@ def _warn_of(problems: Iterable[Problem]) -> None:
 
 def run_upsert(values: Values, environ: Environ) -> int:
     """`--operation=upsert-provider`: store it; what is not said of it is asked of it first, unless --skip-probe."""
-    urls = {wire: values[wire + "_base_url"] for wire in ("openai", "anthropic") if values.get(wire + "_base_url")}
     fields = {name: values[name] for name in ProviderChange._fields if name in values}
-    change = ProviderChange(values["provider_id"], base_urls=urls or None, **fields)
+    urls = {wire: values[wire + "_base_url"] for wire in WIRES if values.get(wire + "_base_url")}
+    parts = (("base_url_by_format", urls), ("auth", {"type": values["auth_type"]} if values.get("auth_type") else {}))
+    fields.update({name: dict(fields.get(name) or {}, **part) for name, part in parts if part})
+    change = ProviderChange(values["provider_id"], **fields)
     told: Dict[str, Any] = {}
     if not values.get("skip_probe"):
         path = config_path(values.get("config", ""))
@@ -13799,10 +13961,12 @@ def run_upsert(values: Values, environ: Environ) -> int:
         provider, raw = _find_entry(upsert_provider(document, change).document, change.id, environ)
         plan = plan_probe(provider, raw)
         report = _ask_provider(plan, environ)
-        change = change._replace(learned=learned_fields(plan, report))
-        told = {"probe": _probe_facts(report)}
+        learned = learned_fields(plan, report)
+        change = change._replace(**{_snake(key): value for key, value in learned.items()})
+        told = {"probe": _probe_facts(report), "learned": learned}
         if report.rows and not values.get("json"):
             print(_table(*probe_table(report)) + "\n")
+            print("".join("learned %s: %s\n" % (key, json.dumps(value)) for key, value in learned.items()), end="")
         _warn(_probe_warnings(report))
     return _edit(values, environ, lambda document: upsert_provider(document, change), told=told)
 
@@ -14001,7 +14165,7 @@ def run_startup(values: Values, environ: Environ) -> int:
 
 
 def run_validate(values: Values, environ: Environ) -> int:
-    """`--operation=validate`: every problem with path and cure; exit code 2 when one is an error."""
+    """`--operation=validate`: every problem with place, path and cure; exit code 2 when one is an error."""
     try:
         loaded = load_config(values.get("config", ""), environ)
         if loaded.document is None:
@@ -14009,23 +14173,47 @@ def run_validate(values: Values, environ: Environ) -> int:
     except ConfigError as error:
         if not values.get("json"):
             raise
-        _print_json({"ok": False, "problems": [Problem("", error.message, "")._asdict()]})
+        found = error.problems or [Problem("", error.message, "")]
+        source = (_hiding_variables(values, environ) or [config_path(values.get("config", ""))])[0]
+        _print_json({"ok": False, "source": source, "problems": [problem._asdict() for problem in found]})
         return 2
-    problems = [Problem("", warning, "", "warning") for warning in loaded.warnings]
-    problems += scan_config(loaded.document, environ)[1]
+    problems = [Problem("", *warning.rsplit(": ", 1), "warning") for warning in loaded.warnings]
+    problems += locate_problems(scan_config(loaded.document, environ)[1], loaded.text)
     ok = all(problem.level != "error" for problem in problems)
     if values.get("json"):
         _print_json({"ok": ok, "source": loaded.source, "problems": [problem._asdict() for problem in problems]})
-    else:
-        for problem in problems:
-            print("%s: %s" % (_colored(problem.level, problem.level), show_problem(problem)))
-        print("%s: %s" % (one_line(loaded.source), "ok" if ok else "cannot be used"))
+        return 0 if ok else 2
+    for problem in problems:
+        place = "%s:%d:%d: " % (one_line(loaded.source), problem.line, problem.column) if problem.line else ""
+        print("%s%s: %s" % (place, _colored(problem.level, problem.level), show_problem(problem)))
+    print("%s: %s" % (one_line(loaded.source), "ok" if ok else "cannot be used"))
     return 0 if ok else 2
+
+
+def run_schema(values: Values, environ: Environ) -> int:
+    """`--operation=schema`: the JSON Schema of the configuration file."""
+    return _print_json(config_schema())
+
+
+def run_export(values: Values, environ: Environ) -> int:
+    """`--operation=export`: the configuration in use as JSON: masked, or complete into a private file or when asked."""
+    import os
+
+    loaded = load_config(values.get("config", ""), environ)
+    if loaded.document is None:
+        raise UsageError("there is no configuration: %s does not exist" % one_line(loaded.path))
+    if values.get("out"):
+        target = os.path.realpath(os.path.expanduser(values["out"]))
+        write_private(target, dump_json(loaded.document) + b"\n")
+        print("saved to " + one_line(target))
+        return 0
+    return _print_json(loaded.document if values.get("show_secrets") else mask_document(loaded.document))
 
 
 # fmt: off
 OPERATIONS: Tuple[Operation, ...] = (
-    Operation("upsert-provider", "add a provider, or change what is given of one", _PROVIDER_FLAGS, ("provider-id",),
+    Operation("upsert-provider", "add a provider, or change what is given of one",
+              tuple(flag.name for flag in _PROVIDER_FLAGS), ("provider-id",),
               "--provider-id=openrouter --base-url=https://openrouter.ai/api/v1 --api-key=- --models=gpt-4o"
               " --format=openai --skip-probe=true", None, run_upsert),
     Operation("remove-provider", "remove a provider and all references to it", ("provider-id",), ("provider-id",),
@@ -14057,7 +14245,10 @@ OPERATIONS: Tuple[Operation, ...] = (
               None, run_startup),
     Operation("startup-status", "show whether it starts with the machine", (), (), "", None, run_startup),
     Operation("startup-uninstall", "start with the machine no longer", (), (), "", None, run_startup),
-    Operation("validate", "show every problem with its cure", (), (), "", None, run_validate),
+    Operation("validate", "show every problem with its place and cure", (), (), "--json", None, run_validate),
+    Operation("schema", "print the JSON Schema of the file, for editors and CI", (), (), "", None, run_schema),
+    Operation("export", "print the configuration in use, keys masked; --out writes all of it", ("out", "show-secrets"),
+              (), "--out=router.json", None, run_export),
 )
 # fmt: on
 

@@ -442,6 +442,48 @@ def test_validate_says_ok_or_every_problem_with_path_and_cure(filled):
     assert all(p["cure"] for p in shown["problems"])
 
 
+def test_validate_names_file_line_and_column_as_compilers_do(filled):
+    filled.file.write_text('{\n  // mine\n  "providers": [],\n  "defaultModel": "p/m",\n}')
+    filled.file.chmod(0o600)
+    code, out, _ = filled.run("config --operation=validate")
+    assert code == 2 and "%s:4:3: error: defaultModel: " % filled.file in out
+    shown = json.loads(filled.run("config --operation=validate --json")[1])
+    assert (shown["problems"][-1]["line"], shown["problems"][-1]["column"]) == (4, 3)
+
+
+def test_the_schema_is_printed_without_any_configuration(home):
+    assert json.loads(home.ok("config --operation=schema"))["definitions"]["provider"]["required"] == ["models"]
+    assert not home.file.exists()
+
+
+def test_an_export_is_masked_on_the_screen_and_complete_in_a_private_file(filled, tmp_path):
+    shown = filled.ok("config --operation=export")
+    secret = filled.document()["providers"][0]["apiKey"]
+    assert secret not in shown and json.loads(shown)["defaultModel"] == filled.document()["defaultModel"]
+    target = tmp_path / "exported.json"
+    assert secret not in filled.ok("config --operation=export --out=%s" % target)
+    assert json.loads(target.read_text()) == filled.document() and target.read_text().count("\n") == 1
+    assert target.stat().st_mode & 0o777 == 0o600
+    assert json.loads(filled.ok("config --operation=export --show-secrets")) == filled.document()
+
+
+def test_every_field_of_a_provider_is_a_flag(filled):
+    line = (
+        "config --operation=upsert-provider --provider-id=openrouter --skip-probe --enabled=false --anthropic-beta=a,b"
+    )
+    filled.ok(
+        line
+        + """ --timeouts='{"idleMs": 5}' --proxy=none --metadata='{"team": "x"}' --claude-base-url=https://c.example"""
+    )
+    entry = filled.document()["providers"][0]
+    assert (entry["enabled"], entry["anthropicBeta"], entry["timeouts"]) == (False, ["a", "b"], {"idleMs": 5})
+    assert entry["baseUrlByFormat"] == {"anthropic": "https://c.example"} and entry["metadata"] == {"team": "x"}
+    filled.ok("config --operation=upsert-provider --provider-id=openrouter --skip-probe --proxy=")
+    assert "proxy" not in filled.document()["providers"][0]
+    known = {"--" + flag.name for flag in r.CONFIG_FLAGS}
+    assert {"--" + r._snake(field.key).replace("_", "-") for field in r.FIELDS["provider"]} - known == {"--id"}
+
+
 def test_validate_exits_0_when_there_are_only_warnings(filled):
     filled.write(dict(filled.document(), surprise=1))
     assert "warning: surprise" in filled.ok("config --operation=validate")

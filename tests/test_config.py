@@ -3,6 +3,7 @@
 import copy
 import json
 import random
+import re
 
 import pytest
 
@@ -686,17 +687,212 @@ def test_the_caret_points_right_in_a_very_long_line_too():
 
 @pytest.mark.parametrize(
     ("text", "hint"),
-    [
-        ('{"a": 1,}', "a comma"),
-        ('{"a": [1, 2,\n]}', "a comma"),
-        ('{\n// note\n"a": 1}', "comments"),
-        ('{"a": 1 # x\n}', "comments"),
-    ],
+    [('{"a": 1,,}', "a comma"), ('{"a": [,]}', "a comma"), ("{,}", "a comma"), ('{"a": 1 # x\n}', "comments")],
 )
 def test_the_usual_mistakes_get_a_hint(text, hint):
     """trap 181"""
     with pytest.raises(r.ConfigError, match=hint):
         r.parse_config_text(text, "f")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"a": 1,}',
+        '{"a": [1, 2,\n] ,\n}',
+        '// first\n{"a": 1} // last',
+        '{"a": /* "b": 2, */ 1, // "c": [,]\n}',
+        '{"a": 1, /* two\nlines */ }',
+        '\ufeff{"a": 1,\r\n  // x\r\n}',
+    ],
+)
+def test_comments_and_last_commas_are_read_over(text):
+    """trap 181"""
+    assert r.parse_config_text(text, "f")["a"] in (1, [1, 2])
+    assert r.parse_config_text(text.encode(), "f")["a"] in (1, [1, 2])
+
+
+def test_what_looks_like_a_comment_inside_a_text_is_text():
+    """trap 181"""
+    text = '{"a": "https://x.example/v1", "b": "/* no */,]", "c": "\\"// ", "d": [1,],}'
+    expected = {"a": "https://x.example/v1", "b": "/* no */,]", "c": '"// ', "d": [1]}
+    assert r.parse_config_text(text, "f") == expected
+    assert not r.has_comments(text) and r.has_comments(text + "// x") and r.has_comments("/**/" + text)
+
+
+@pytest.mark.parametrize("broken", ["{ // x\n  /* y */ oops,\n}", '{"a": 1, // x\n  oops}', "{\n  /* never closed }"])
+def test_an_error_beside_comments_is_shown_where_it_is(broken):
+    with pytest.raises(r.ConfigError) as caught:
+        r.parse_config_text(broken, "f")
+    problem = caught.value.problems[0]
+    line = broken.split("\n")[problem.line - 1]
+    assert (
+        line[problem.column - 1 :][:4] in ("oops", "/* n")
+        and caught.value.message.split("\n")[1].strip() in line.strip()
+    )
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_document_among_comments_is_the_document(seed):
+    dice = random.Random(seed)
+    extras = ["", " ", "\n", '// a, ] } " x\n', '/* {[," */', "/***/"]
+    plain = json.dumps(MINIMAL, indent=1)
+    pieces = re.findall(r'"(?:[^"\\]|\\.)*"|[^\s"]', plain)
+    pieces = [("," if dice.random() < 0.5 else "") + piece if piece in "]}" else piece for piece in pieces]
+    text = "".join(piece + dice.choice(extras) for piece in pieces).replace("[,", "[").replace("{,", "{")
+    assert r.parse_config_text(text, "f") == MINIMAL
+
+
+def test_problems_are_located_in_the_text():
+    text = """{
+  // comment: {"providers": [
+  "defaultModel": "nobody/x",
+  "providers": [
+    {"id": "a", "baseUrl": "https://a.example", "apiKey": "k", "models": ["m", {"id": "n", "aliases": 5}]},
+    {"id": "b", "baseUrl": "nope", "models": ["m"],
+     "base-ulr": 1}
+  ], "modelAliases": {"a.b [c]": "nobody/y"}
+}"""
+    found = r.locate_problems(r.find_problems(r.parse_config_text(text, "f")), text)
+    lines = text.split("\n")
+    shown = {problem.path: lines[problem.line - 1][problem.column - 1 :].split(":")[0] for problem in found}
+    assert shown == {
+        "providers[0].models[1].aliases": '"aliases"',
+        "providers[1].baseUrl": '"baseUrl"',
+        "providers[1].base-ulr": '"base-ulr"',
+        "defaultModel": '"defaultModel"',
+        'modelAliases["a.b [c]"]': '"a.b [c]"',
+    }
+
+
+def test_what_is_missing_is_located_at_what_should_hold_it():
+    text = '{"providers":\n {"a": {"baseUrl": "https://a.example", "auth": {"type": "none"}}}}'
+    found = r.locate_problems(r.find_problems(json.loads(text)), text)
+    assert [(problem.path, problem.line, problem.column) for problem in found] == [("providers.a.models", 2, 3)]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_every_problem_of_every_shape_has_a_place(seed):
+    dice = random.Random(seed)
+
+    def spoil(value):
+        if dice.random() < 0.15:
+            return dice.choice([None, 5, "x y", [], {}, True, ["a", 7], {"k": {"l": 1}}])
+        if isinstance(value, dict):
+            return {key: spoil(entry) for key, entry in value.items()}
+        return [spoil(entry) for entry in value] if isinstance(value, list) else value
+
+    document = {key: spoil(value) for key, value in MINIMAL.items()}
+    text = json.dumps(document, indent=dice.choice([None, 2]))
+    for problem in r.locate_problems(r.find_problems(document), text):
+        assert problem.line >= 1 and problem.column >= 1
+
+
+# ----- the schema -----
+
+
+def accepts(schema, value, root):
+    """A small validator of what the schema uses, for machines without jsonschema."""
+    if "$ref" in schema:
+        return accepts(root["definitions"][schema["$ref"].rpartition("/")[2]], value, root)
+    types = {"string": str, "integer": int, "boolean": bool, "object": dict, "array": list, "null": type(None)}
+    unknown = set(schema) - set(
+        "$schema title definitions description type properties required items minItems additionalProperties propertyNames"
+        " pattern enum minimum anyOf allOf".split()
+    )
+    assert not unknown, unknown
+    wanted = types.get(schema.get("type"), object)
+    if not isinstance(value, wanted) or wanted is int and isinstance(value, bool):
+        return False
+    checks = [any(accepts(one, value, root) for one in schema["anyOf"])] if "anyOf" in schema else []
+    checks += [accepts(one, value, root) for one in schema.get("allOf", ())]
+    checks += [value in schema["enum"]] if "enum" in schema else []
+    checks += [value >= schema["minimum"]] if "minimum" in schema else []
+    if isinstance(value, str):
+        checks.append(re.search(schema.get("pattern", ""), value) is not None)
+    if isinstance(value, list):
+        checks += [accepts(schema["items"], one, root) for one in value if "items" in schema]
+        checks.append(len(value) >= schema.get("minItems", 0))
+    if isinstance(value, dict):
+        known, others = schema.get("properties", {}), schema.get("additionalProperties", {})
+        checks += [accepts(known.get(key, others), one, root) for key, one in value.items()]
+        checks += [accepts(schema.get("propertyNames", {}), key, root) for key in value]
+        checks += [key in value for key in schema.get("required", ())]
+    return all(checks)
+
+
+def schema_accepts(document):
+    schema = r.config_schema()
+    verdict = accepts(schema, document, schema)
+    try:
+        import jsonschema
+    except ImportError:
+        return verdict
+    jsonschema.Draft7Validator.check_schema(schema)
+    assert jsonschema.Draft7Validator(schema).is_valid(document) == verdict
+    return verdict
+
+
+def test_the_schema_knows_every_field_in_every_spelling_and_says_what_it_is():
+    schema = r.config_schema()
+    objects = dict(schema["definitions"], config=schema)
+    assert set(objects) == set(r.FIELDS)
+    for kind, fields in r.FIELDS.items():
+        assert set(objects[kind]["properties"]) == set(r._FIELD_OF[kind])
+        assert all(objects[kind]["properties"][field.key]["description"] == field.help for field in fields)
+    assert schema["definitions"]["auth"]["properties"]["type"]["enum"] == list(r.AUTH_TYPES)
+    assert json.loads(json.dumps(schema)) == schema
+
+
+@pytest.mark.parametrize("fields", [{}, {"$schema": "./router.schema.json"}, {"surprise": 1, "_note": []}])
+def test_the_schema_accepts_what_the_router_accepts(fields):
+    document = dict(MINIMAL, **fields)
+    assert not [problem for problem in r.find_problems(document) if problem.level == "error"]
+    assert schema_accepts(document)
+
+
+ODD_SHAPES = [
+    {"default-model": "a/m", "master-key": "k", "providers": {"a": {"endpoint": "https://a.example", "models": "m"}}},
+    {"providers": {"id": "a", "base_url": "https://a.example", "credential": "k", "models": ["m"], "formats": ["claude"]}},
+    {"providers": [{"id": "a", "endpoints": ["https://a.example"], "models": [{"id": "*", "aliases": "b"}], "format": "openai"}]},
+    {"modelAliases": {"x-*": ["a/m"]}, "providers": [{"id": "a", "baseUrl": "https://a.example", "models": ["m"],
+        "headers": {"x-a": None, "x-b": "1"}, "authByFormat": {"anthropic": {"type": "bearer"}}, "timeouts": {"idleMs": 5}}]},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("document", ODD_SHAPES)
+def test_the_schema_accepts_older_shapes(document):
+    assert not [problem for problem in r.find_problems(document) if problem.level == "error"]
+    assert schema_accepts(document)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda d: d.update(version="1"),
+        lambda d: d.update(masterKey=5),
+        lambda d: d.update(corsOrigins=["*"]),
+        lambda d: d.update(providers=5),
+        lambda d: d.update(clientKeys=[{"name": "x"}]),
+        lambda d: d["providers"][0].update(id="a b"),
+        lambda d: d["providers"][0].update(baseUrl="ftp://x"),
+        lambda d: d["providers"][0].update(formats=["soap"]),
+        lambda d: d["providers"][0].update(auth={"type": "basic"}),
+        lambda d: d["providers"][0].update(headers={"a b": "c"}),
+        lambda d: d["providers"][0].update(headers={"content-length": "c"}) or d["providers"][0].update(enabled=1),
+        lambda d: d["providers"][0].update(timeouts={"idleMs": -1}),
+        lambda d: d["providers"][0].update(baseUrlByFormat={"soap": "https://x.example"}),
+        lambda d: d["providers"][0].update(models=[]),
+        lambda d: d["providers"][0].update(models=[{"aliases": ["x"]}]),
+        lambda d: d["providers"][0].pop("models"),
+        lambda d: d["providers"][0].pop("id"),
+    ],
+)
+def test_the_schema_refuses_what_the_router_refuses(change):
+    document = copy.deepcopy(MINIMAL)
+    change(document)
+    assert [problem for problem in r.find_problems(document) if problem.level == "error"]
+    assert not schema_accepts(document)
 
 
 @pytest.mark.parametrize(

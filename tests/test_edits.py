@@ -176,8 +176,8 @@ def test_a_changed_field_gets_its_canonical_spelling():
 def test_headers_and_urls_per_format_are_merged():
     a = provider(upsert(DOCUMENT, "a", headers={"X-One": "2", "x-two": "3"}), "a")
     assert a["headers"] == {"x-gone": None, "X-One": "2", "x-two": "3"}
-    one = upsert(DOCUMENT, "b", base_urls={"anthropic": "https://b.example/anthropic"})
-    two = upsert(one, "b", base_urls={"openai": "https://b.example/v1"})
+    one = upsert(DOCUMENT, "b", base_url_by_format={"anthropic": "https://b.example/anthropic"})
+    two = upsert(one, "b", base_url_by_format={"openai": "https://b.example/v1"})
     assert provider(two, "b")["baseUrlByFormat"] == {
         "anthropic": "https://b.example/anthropic",
         "openai": "https://b.example/v1",
@@ -185,11 +185,11 @@ def test_headers_and_urls_per_format_are_merged():
 
 
 def test_a_url_per_format_replaces_the_one_under_the_older_format_name():
-    document = upsert(DOCUMENT, "b", base_urls={"anthropic": "https://b.example/x"})
+    document = upsert(DOCUMENT, "b", base_url_by_format={"anthropic": "https://b.example/x"})
     provider(document, "b")["baseUrlByFormat"] = {"claude": "https://old.example"}
-    assert provider(upsert(document, "b", base_urls={"anthropic": "https://new.example"}), "b")["baseUrlByFormat"] == {
-        "anthropic": "https://new.example"
-    }
+    assert provider(upsert(document, "b", base_url_by_format={"anthropic": "https://new.example"}), "b")[
+        "baseUrlByFormat"
+    ] == {"anthropic": "https://new.example"}
 
 
 @pytest.mark.parametrize(
@@ -215,7 +215,7 @@ def test_the_preferred_format_is_always_among_the_formats(formats, given, expect
 def test_the_auth_type_changes_and_the_rest_of_auth_stays():
     document = copy.deepcopy(DOCUMENT)
     document["providers"][1]["auth"] = {"type": "header", "headerName": "api-key", "kept": 1}
-    assert provider(upsert(document, "b", auth_type="none"), "b")["auth"] == {
+    assert provider(upsert(document, "b", auth={"type": "none"}), "b")["auth"] == {
         "type": "none",
         "headerName": "api-key",
         "kept": 1,
@@ -238,7 +238,7 @@ def test_a_new_provider_needs_a_url_and_models(missing):
         {"formats": ["soap"]},
         {"headers": {"a b": "x"}},
         {"headers": {"x": "a\r\nb"}},
-        {"auth_type": "basic"},
+        {"auth": {"type": "basic"}},
         {"api_key": "a\nb"},
         {"api_key_env": "sk-not-a-name"},
         {"models": ["x", ""]},

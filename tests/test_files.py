@@ -192,6 +192,36 @@ def test_broken_json_is_reported_with_its_place_and_never_overwritten(path):
     assert names_in(path.parent) == ["router.json"]
 
 
+def test_a_text_with_comments_is_edited_and_kept_beside(path):
+    """trap 181: nobody loses comments without a word, nor by a second edit"""
+    text = '\ufeff{"masterKey": "old", // rotate in May\n "kept": "ü",}'.encode()
+    path.write_bytes(text)
+    edit = r.edit_config_file(str(path), set_key())
+    assert json.loads(path.read_text()) == {"masterKey": "new", "kept": "ü"}
+    commented = path.with_name("router.json.commented.bak")
+    assert commented.read_bytes() == text and mode_of(commented) == 0o600
+    assert any(str(commented) in note for note in edit.notes)
+    assert r.edit_config_file(str(path), set_key("newer")).notes == ("master key set",)
+    assert commented.read_bytes() == text
+
+
+def test_a_file_with_comments_that_cannot_be_kept_is_left_alone(path):
+    path.write_text('{"masterKey": "old"} // mine')
+    path.with_name("router.json.commented.bak").mkdir()
+    with pytest.raises(r.FileError, match="commented"):
+        r.edit_config_file(str(path), set_key())
+    assert path.read_text() == '{"masterKey": "old"} // mine'
+    assert names_in(path.parent) == ["router.json", "router.json.commented.bak"]
+
+
+def test_an_edit_of_a_text_with_comments_that_changes_nothing_else_leaves_it(path):
+    text = b'{"masterKey": "new"} // mine'
+    path.write_bytes(text)
+    with pytest.raises(r.UsageError):
+        r.edit_config_file(str(path), lambda document: r.remove_provider(document, "nobody"))
+    assert path.read_bytes() == text and names_in(path.parent) == ["router.json"]
+
+
 def test_a_refused_edit_leaves_the_file_untouched(path):
     with pytest.raises(r.UsageError):
         r.edit_config_file(str(path), set_key(""))

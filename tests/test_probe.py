@@ -288,7 +288,7 @@ def test_an_upsert_stores_what_it_learned_and_shows_it(config, make_upstream):
         code == 0 and entry["formats"] == ["anthropic"] and entry["authByFormat"] == {"anthropic": {"type": "bearer"}}
     )
     assert [model["id"] for model in entry["models"]] == ["m1", "gone"]  # reported, never dropped
-    assert "gone is not confirmed" in err and "learned: formats" in out and KEY not in out + err
+    assert "gone is not confirmed" in err and "learned formats" in out and KEY not in out + err
     assert "MODEL" in out and "tentative" not in out
 
 

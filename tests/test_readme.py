@@ -32,7 +32,20 @@ def losses_table():
     return rows
 
 
-BLOCKS = {"settings": settings_table, "losses": losses_table, "scenarios": scenario_table}
+FIELD_PLACES = {"config": "", "client_key": "`clientKeys[]`", "timeouts": "`timeouts`", "auth": "`auth`"}
+
+
+def fields_table():
+    rows = ["| in | key | meaning |", "|---|---|---|"]
+    for kind, fields in llm_router.FIELDS.items():
+        where = FIELD_PLACES.get(kind, "`%ss[]`" % kind)
+        for field in fields:
+            also = ", ".join("`%s`" % name for name in field.aliases)
+            rows.append("| %s | `%s`%s | %s |" % (where, field.key, also and " (also %s)" % also, field.help))
+    return rows
+
+
+BLOCKS = {"fields": fields_table, "settings": settings_table, "losses": losses_table, "scenarios": scenario_table}
 
 
 def block(name, text):
@@ -66,7 +79,8 @@ def test_every_variable_command_operation_and_flag_in_the_readme_exists():
     assert set(re.findall(r"^\| `([a-z-]+)`", table, re.MULTILINE)) == commands - {""}
     operations = re.search(r"`config --operation=`:(.*?)\.", text, re.DOTALL).group(1)
     assert set(re.findall(r"`([a-z-]+)`", operations)) == {row.name for row in llm_router.OPERATIONS}
-    flags = {flag.name for command in llm_router.COMMANDS for flag in command.flags} | {"version", "help"}
+    every = [flag for command in llm_router.COMMANDS for flag in command.flags]
+    flags = {name for flag in every for name in (flag.name, *flag.aliases)} | {"version", "help"}
     assert set(re.findall(r"(?<!-)--([a-z][a-z-]+)", text)) <= flags
 
 
