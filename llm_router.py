@@ -43,11 +43,12 @@ Contents:
   27  PROCESS               the running server: its effects, signals, start and end [host]
   28  UPDATE                this very file replaced by a newer release [host]
   29  SERVICES              start with the machine: launchd, systemd, Windows tasks [host]
-  30  DEMO                  fake providers, the router before them, and every kind of request [host]
-  31  DOCTOR                what is wrong on this machine, and the cure [host]
-  32  AGENTS                coding agents run against the router, their files untouched [host]
-  33  COMMANDS              flags, help and what each command does [host]
-  34  MAIN                  the only exit [host]
+  30  DEPLOY                this file as a Cloudflare Worker: what is sent, and by whom [host]
+  31  DEMO                  fake providers, the router before them, and every kind of request [host]
+  32  DOCTOR                what is wrong on this machine, and the cure [host]
+  33  AGENTS                coding agents run against the router, their files untouched [host]
+  34  COMMANDS              flags, help and what each command does [host]
+  35  MAIN                  the only exit [host]
 """
 
 from __future__ import annotations
@@ -12935,7 +12936,447 @@ def _call(command: Sequence[str]) -> Optional[Tuple[int, str]]:
 
 
 # ==============================================================================
-# 30 DEMO - fake providers, the router before them, and every kind of request [host]
+# 30 DEPLOY - this file as a Cloudflare Worker: what is sent, and by whom [host]
+# ==============================================================================
+#
+# A deployment is first made as values: the project's files, the secrets, and the steps that bring them there, either
+# requests to Cloudflare's API (developers.cloudflare.com/api) or calls of its tool wrangler. A dry run shows exactly
+# the steps that would be taken otherwise. Secrets travel in bodies and over stdin, never as arguments.
+
+WORKER_NAME = "llm-router-route"
+_COMPATIBILITY: Dict[str, Any] = {
+    "compatibility_date": "2026-11-17",
+    "compatibility_flags": ["python_workers", "disable_python_external_sdk"],
+}
+_ENTRY = '''"""The Worker's entry: every request goes to the router that stands beside this file as llm_router.py."""
+
+from workers import WorkerEntrypoint
+
+from llm_router import WorkerRouter
+
+ROUTER = WorkerRouter()  # it lives as long as the isolate, and with it what it knows of its providers' health
+
+
+class Default(WorkerEntrypoint):
+    async def fetch(self, request):
+        return await ROUTER.fetch(request, self.env, self.ctx)
+'''
+_API_URL = "https://api.cloudflare.com/client/v4"
+_API_TIMEOUT_S = 60.0
+_SECRET_BYTES = 5000  # 5 KB each (developers.cloudflare.com/workers/platform/limits)
+_MAX_SECRETS = 60  # the free plan has room for 64 variables and secrets
+_WRANGLER_VARIABLES = {"CI": "1", "WRANGLER_SEND_METRICS": "false", "WRANGLER_HIDE_BANNER": "true"}
+
+
+class Site(NamedTuple):
+    """Where a Worker goes. account: "" for the only one of the token. domain: a host of its own; route: a pattern in a
+    zone of the account; neither: NAME.SUBDOMAIN.workers.dev."""
+
+    name: str = WORKER_NAME
+    account: str = ""
+    domain: str = ""
+    route: str = ""
+
+
+_SITE_SHAPES = (
+    ("name", r"[a-z0-9][a-z0-9_-]{0,62}"),
+    ("account-id", r"[A-Za-z0-9_-]{0,64}"),
+    ("domain", r"(?:(?:[a-z0-9-]+\.)+[a-z0-9-]+)?"),
+    ("route", r"(?:[*a-z0-9.-]+\.[a-z0-9-]+/(?:router?/)?\*)?"),  # the router answers under these paths only
+)
+
+
+class Part(NamedTuple):
+    """A piece of what a step sends. name: in a multipart body; "" for a body, or a text over stdin, of its own."""
+
+    data: bytes
+    name: str = ""
+    type: str = "application/json"
+
+
+class CloudStep(NamedTuple):
+    """One thing to do: words are a method and a path of the API, or a command line. doing: what it is for."""
+
+    doing: str
+    words: Tuple[str, ...]
+    parts: Tuple[Part, ...] = ()
+
+
+def check_site(site: Site) -> Site:
+    """The site, or a UsageError for a name, domain or route that Cloudflare does not take."""
+    for value, (flag, shape) in zip(site, _SITE_SHAPES):
+        if not re.fullmatch(shape, value):
+            raise UsageError("--%s: %s has not the right form" % (flag, one_line(value, 80)))
+    if site.domain and site.route:
+        raise UsageError("give either --domain or --route")
+    return site
+
+
+def key_weakness(key: str) -> str:
+    """Why a master key is too weak for a router that everybody can reach, "" when it is strong. Words that lists of
+    passwords hold count for nothing."""
+    words = "0123456789|abcdef|change|default|letmein|master|passw[o0]rd|private|qwerty|router|secret|welcome|worker"
+    core = re.sub(words, "", key, flags=re.IGNORECASE)
+    kinds = sum(bool(re.search(kind, core)) for kind in ("[a-z]", "[A-Z]", "[0-9]", "[^a-zA-Z0-9]"))
+    if len(core) < 20:
+        return "it has less than 20 characters beside well-known words"
+    if kinds < 2 or kinds == 2 and len(core) < 32:
+        return "it has too few kinds of characters: mix small and capital letters, digits and signs"
+    return "it repeats itself" if len(set(core)) < 10 else ""
+
+
+def minify_document(document: Dict[str, Any], master_key: str) -> str:
+    """A configuration as short JSON, with the key that is in force. ConfigError for what JSON cannot say."""
+    document = dict(document, masterKey=master_key) if master_key else document
+    document = load_json(render_document(document))
+    return json.dumps(document, separators=(",", ":"), ensure_ascii=False)
+
+
+def config_secrets(text: str) -> Dict[str, str]:
+    """The secrets that hold a configuration: as it is, packed, or packed and spread. UsageError when too large."""
+    name = CONFIG_VARIABLES[0]
+    if len(text.encode("utf-8")) <= _SECRET_BYTES:
+        return {name: text}
+    packed = pack_config(text)
+    starts = range(0, len(packed), _SECRET_BYTES)
+    if len(starts) > _MAX_SECRETS:
+        words = len(starts), _MAX_SECRETS
+        raise UsageError("the configuration would need %d secrets of 5 KB, %d can be had: remove some models" % words)
+    names = [name] + ["%s_%d" % (name, number) for number in range(2, len(starts) + 1)]
+    return {name: packed[at : at + _SECRET_BYTES] for name, at in zip(names, starts)}
+
+
+class _Asked:
+    """An environment that remembers which of its variables were read: the Worker needs the same as secrets."""
+
+    def __init__(self, environ: Mapping[str, str]) -> None:
+        self._environ = environ
+        self.found: Dict[str, str] = {}
+        self.missing: List[str] = []
+
+    def get(self, name: str, default: str = "") -> str:
+        value = self._environ.get(name, default)
+        if value.strip():
+            self.found[name] = value.strip()
+        elif name not in self.missing:
+            self.missing.append(name)
+        return value
+
+
+class Payload(NamedTuple):
+    """What the Worker gets to know. secrets: by name, the configuration's first. missing: variables that it names and
+    that are not set here."""
+
+    master_key: str
+    secrets: Dict[str, str]
+    missing: Tuple[str, ...]
+
+
+def make_payload(document: Dict[str, Any], environ: Mapping[str, str]) -> Payload:
+    """The secrets for a configuration. ConfigError when it cannot be used, UsageError when it is too large."""
+    asked = _Asked(environ)
+    config = read_config(document, asked)  # type: ignore[arg-type]
+    keys = {name: key for name, key in asked.found.items() if name != "LLM_ROUTER_MASTER_KEY"}
+    secrets = dict(config_secrets(minify_document(document, config.master_key)), **keys)
+    missing = tuple(name for name in asked.missing if name != "LLM_ROUTER_MASTER_KEY")
+    return Payload(config.master_key, secrets, missing)
+
+
+def project_files(site: Site) -> Dict[str, bytes]:
+    """The Worker project that wrangler deploys, by file name: entry.py, wrangler.toml and this very file."""
+    import os
+
+    rows: List[Tuple[str, Any]] = [("name", site.name), ("main", "entry.py"), *_COMPATIBILITY.items()]
+    rows += [("workers_dev", not site.domain and not site.route), ("keep_vars", True)]
+    toml = "".join("%s = %s\n" % (name, json.dumps(value)) for name, value in rows)
+    if site.domain:
+        toml += "routes = [{ pattern = %s, custom_domain = true }]\n" % json.dumps(site.domain)
+    toml += "routes = [%s]\n" % json.dumps(site.route) if site.route else ""
+    router = read_bytes(os.path.realpath(__file__))[0] or b""
+    return {"entry.py": _ENTRY.encode(), "wrangler.toml": toml.encode(), "llm_router.py": router}
+
+
+def write_project(folder: str, site: Site) -> List[str]:
+    """Write the project into a folder, which is made; the paths. FileError when it cannot be written."""
+    import os
+
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        raise FileError("cannot make %s: %s" % (one_line(folder), error.strerror or error)) from None
+    files = project_files(site)
+    for name, data in files.items():
+        write_private(os.path.join(folder, name), data)
+    return [os.path.join(folder, name) for name in files]
+
+
+# ----- the steps -----
+
+
+def api_steps(site: Site, secrets: Mapping[str, str], zone: str = "<zone>") -> List[CloudStep]:
+    """The requests of a deployment. One upload brings code and secrets together: no moment has only one of them.
+
+    Multipart metadata: developers.cloudflare.com/workers/configuration/multipart-upload-metadata. `keep_bindings` keeps
+    what was set by others: variables, and the master key of `worker-key`.
+    """
+    files = project_files(site)
+    bindings = [{"type": "secret_text", "name": name, "text": text} for name, text in secrets.items()]
+    keeps = ["plain_text", "json", "secret_text"]
+    metadata = dict(_COMPATIBILITY, main_module="entry.py", bindings=bindings, keep_bindings=keeps)
+    parts = [Part(_json_bytes(metadata), "metadata")]
+    parts += [Part(files[name], name, "text/x-python") for name in ("entry.py", "llm_router.py")]
+    script = "/accounts/%s/workers/scripts/%s" % (site.account or "<account>", site.name)
+    on = Part(_json_bytes({"enabled": True}))
+    place = CloudStep("an address on workers.dev", ("POST", script + "/subdomain"), (on,))
+    if site.domain:
+        # domains: developers.cloudflare.com/api/resources/workers/subresources/domains
+        body = {"environment": "production", "hostname": site.domain, "service": site.name, "zone_id": zone}
+        path = "/accounts/%s/workers/domains" % (site.account or "<account>")
+        place = CloudStep("the domain", ("PUT", path), (Part(_json_bytes(body)),))
+    elif site.route:
+        body = {"pattern": site.route, "script": site.name}
+        place = CloudStep("the route", ("POST", "/zones/%s/workers/routes" % zone), (Part(_json_bytes(body)),))
+    return [CloudStep("code and secrets", ("PUT", script), tuple(parts)), place]
+
+
+def wrangler_steps(site: Site, secrets: Mapping[str, str]) -> List[CloudStep]:
+    """The calls of wrangler, made in a folder that holds the project's files."""
+    files = tuple(Part(data, name, "text/plain") for name, data in project_files(site).items())
+    return [
+        CloudStep("code", ("wrangler", "deploy"), files),
+        CloudStep("secrets", ("wrangler", "secret", "bulk", "--name", site.name), (Part(_json_bytes(secrets)),)),
+    ]
+
+
+def key_step(site: Site, key: str, wrangler: bool) -> CloudStep:
+    """The one step of `worker-key`: a new master key, which goes before the configuration's and stays when deployed
+    anew."""
+    name = "LLM_ROUTER_MASTER_KEY"
+    if wrangler:
+        words = ("wrangler", "secret", "put", name, "--name", site.name)
+        return CloudStep("the key", words, (Part(key.encode(), "", "text/plain"),))
+    path = "/accounts/%s/workers/scripts/%s/secrets" % (site.account or "<account>", site.name)
+    return CloudStep("the key", ("PUT", path), (Part(_json_bytes({"name": name, "text": key, "type": "secret_text"})),))
+
+
+def _json_bytes(value: Any) -> bytes:
+    return json.dumps(value).encode()
+
+
+def show_step(step: CloudStep, base: str, secrets: Iterable[str]) -> Dict[str, Any]:
+    """A step as a dry run shows it: every byte that would be sent, files by size and hash, secrets masked."""
+    hidden = {secret: "%s (%d characters)" % (mask(secret), len(secret)) for secret in secrets}
+
+    def hide(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: hide(entry) for name, entry in value.items()}
+        return [hide(entry) for entry in value] if isinstance(value, list) else hidden.get(value, value)
+
+    sent = []
+    for part in step.parts:
+        shown: Dict[str, Any] = {"name": part.name, "type": part.type, "bytes": len(part.data)}
+        if part.name.endswith(".py"):
+            shown["sha256"] = hashlib.sha256(part.data).hexdigest()
+        else:
+            shown["content"] = hide(json.loads(part.data) if part.type == "application/json" else part.data.decode())
+        sent.append(shown)
+    words = step.words if step.words[0] == "wrangler" else (step.words[0], base + step.words[1])
+    return {"for": step.doing, "call": " ".join(words), "sends": sent}
+
+
+def encode_parts(parts: Sequence[Part]) -> Tuple[str, bytes]:
+    """(content type, body) of a request: the one part without a name as it is, others as multipart/form-data
+    (RFC 7578)."""
+    if len(parts) == 1 and not parts[0].name:
+        return parts[0].type, parts[0].data
+    boundary = "llm-router-" + hashlib.sha256(b"".join(part.data for part in parts)).hexdigest()
+    body = b""
+    for part in parts:
+        names = 'name="%s"' % part.name + ('; filename="%s"' % part.name if part.type != "application/json" else "")
+        head = "--%s\r\ncontent-disposition: form-data; %s\r\ncontent-type: %s\r\n\r\n" % (boundary, names, part.type)
+        body += head.encode() + part.data + b"\r\n"
+    return "multipart/form-data; boundary=" + boundary, body + b"--%s--\r\n" % boundary.encode()
+
+
+# ----- taking them -----
+
+
+class CloudflareError(RouterError):
+    """Cloudflare's API or wrangler refused something: the program ends with exit code 1."""
+
+
+class Cloudflare:
+    """Cloudflare's API with a token (developers.cloudflare.com/fundamentals/api/how-to/make-api-calls)."""
+
+    def __init__(self, environ: Mapping[str, str], token: str) -> None:
+        self.base = api_url(environ)
+        self._token = token
+
+    def call(self, method: str, path: str, parts: Sequence[Part] = ()) -> Any:
+        """What a request results in. CloudflareError with Cloudflare's words; its status is the answer's."""
+        import http.client
+        import urllib.error
+        import urllib.request
+
+        class NoRedirects(urllib.request.HTTPRedirectHandler):
+            def redirect_request(self, *_: Any) -> Any:
+                return None  # it would take the token along
+
+        headers = {"authorization": "Bearer " + self._token}
+        kind, body = encode_parts(parts) if parts else ("", None)
+        headers.update({"content-type": kind} if kind else {})
+        request = urllib.request.Request(self.base + path, body, headers, method=method)  # noqa: S310  checked
+        try:
+            with urllib.request.build_opener(NoRedirects).open(request, timeout=_API_TIMEOUT_S) as response:
+                status, data = response.status, response.read()
+        except urllib.error.HTTPError as error:
+            status, data = error.code, error.read()
+        except (OSError, http.client.HTTPException) as error:
+            words = mask_url(self.base), one_line(str(error), 160)
+            raise CloudflareError("cannot reach %s: %s" % words, 502, "cloudflare_error") from None
+        answer = _read_json(data)
+        if status < 300 and answer.get("success") is not False:
+            return answer.get("result")
+        raise CloudflareError(self._refusal(method, path, status, answer), status, "cloudflare_error")
+
+    def _refusal(self, method: str, path: str, status: int, answer: Dict[str, Any]) -> str:
+        errors = [as_dict(error) for error in answer.get("errors") or []]
+        words = "; ".join("%s (code %s)" % (error.get("message"), error.get("code")) for error in errors)
+        codes = {error.get("code") for error in errors}
+        if status == 401 or codes & {10000, 9109, 6003, 6111, 1000, 1001}:
+            words = "the API token is not accepted: %s; make one from the template Edit Cloudflare Workers" % words
+        return one_line("Cloudflare answers %d to %s %s: %s" % (status, method, path, words or "no reason given"), 600)
+
+    def accounts(self) -> List[Tuple[str, str]]:
+        """(id, name) of every account that the token may use."""
+        found = [as_dict(account) for account in self.call("GET", "/accounts?per_page=50") or []]
+        return [(str(account.get("id")), str(account.get("name"))) for account in found]
+
+    def find_zone(self, host: str) -> str:
+        """The id of the zone that holds a host. CloudflareError when the account has none."""
+        labels = host.lstrip("*.").split(".")
+        for at in range(len(labels) - 1):
+            zones = self.call("GET", "/zones?name=" + ".".join(labels[at:]))
+            if zones:
+                return str(zones[0]["id"])
+        raise CloudflareError("no zone of this account holds %s" % one_line(host, 100), 404, "no_zone")
+
+    def secret_names(self, site: Site) -> List[str]:
+        """The names of the secrets that a Worker has; none when there is no such Worker."""
+        try:
+            found = self.call("GET", "/accounts/%s/workers/scripts/%s/secrets" % (site.account, site.name))
+        except CloudflareError as error:
+            if error.status == 404:
+                return []
+            raise
+        return [str(as_dict(secret).get("name")) for secret in found or []]
+
+    def deploy(self, site: Site, secrets: Mapping[str, str]) -> Tuple[str, List[str]]:
+        """Take the steps of a deployment; the Worker's URL and the names of its secrets."""
+        host = site.domain or site.route.partition("/")[0]
+        upload, place = api_steps(site, secrets, self.find_zone(host) if host else "")
+        self.call(*upload.words, upload.parts)
+        present = self.secret_names(site)
+        for name in _stale_secrets(present, secrets):
+            self.call("DELETE", "/accounts/%s/workers/scripts/%s/secrets/%s" % (site.account, site.name, name))
+        if not site.route or not self._has_route(place, site):
+            self.call(*place.words, place.parts)
+        if host:
+            return "https://" + (site.domain or site.route.rstrip("*/")), present
+        own = as_dict(self.call("GET", "/accounts/%s/workers/subdomain" % site.account)).get("subdomain")
+        return "https://%s.%s.workers.dev" % (site.name, own), present
+
+    def set_key(self, site: Site, key: str) -> None:
+        """The step of `worker-key`. CloudflareError when there is no such Worker."""
+        step = key_step(site, key, False)
+        try:
+            self.call(*step.words, step.parts)
+        except CloudflareError as error:
+            if error.status != 404:
+                raise
+            raise CloudflareError("there is no Worker %s: llm-router deploy makes it" % site.name, 404) from None
+
+    def _has_route(self, place: CloudStep, site: Site) -> bool:
+        for route in map(as_dict, self.call("GET", place.words[1]) or []):
+            if route.get("pattern") == site.route:
+                if route.get("script") == site.name:
+                    return True
+                words = site.route, one_line(str(route.get("script")), 80)
+                raise CloudflareError("the route %s leads to the Worker %s: remove it there first" % words, 409)
+        return False
+
+
+def api_url(environ: Mapping[str, str]) -> str:
+    """Where Cloudflare's API is. UsageError for one that would get the token without TLS."""
+    base = environ.get("CLOUDFLARE_API_BASE_URL", "").strip().rstrip("/") or _API_URL
+    parts = urlsplit(base)
+    if parts.scheme != "https" and not (parts.scheme == "http" and is_loopback(parts.hostname or "")):
+        raise UsageError("CLOUDFLARE_API_BASE_URL: %s is not https" % one_line(mask_url(base), 160))
+    return base
+
+
+def _stale_secrets(present: Iterable[str], secrets: Mapping[str, str]) -> List[str]:
+    """Secrets of an earlier, larger configuration: its end would be taken for this one's."""
+    return [name for name in present if re.fullmatch(CONFIG_VARIABLES[0] + r"_\d+", name) and name not in secrets]
+
+
+class Wrangler:
+    """Cloudflare's own tool, which has its own way to log in (developers.cloudflare.com/workers/wrangler)."""
+
+    def __init__(self, program: str, environ: Mapping[str, str], account: str) -> None:
+        self._program = program
+        self._environ = dict(environ, **_WRANGLER_VARIABLES)
+        if account:
+            self._environ["CLOUDFLARE_ACCOUNT_ID"] = account
+
+    def call(self, step: CloudStep, folder: str) -> str:
+        """What a call printed. CloudflareError with its last words when it failed."""
+        import subprocess
+
+        data = b"".join(part.data for part in step.parts if not part.name)
+        line = [self._program, *step.words[1:]]
+        try:
+            done = subprocess.run(line, input=data, capture_output=True, cwd=folder, env=self._environ, check=False)  # noqa: S603
+        except OSError as error:
+            raise CloudflareError("cannot run %s: %s" % (one_line(self._program), error.strerror or error)) from None
+        said = re.sub("\033\\[[0-9;]*m", "", (done.stdout + done.stderr).decode("utf-8", "replace"))
+        if done.returncode:
+            lines = [line.strip() for line in said.splitlines() if line.strip() and "Logs were written" not in line]
+            words = " ".join(step.words[:3]), done.returncode, one_line(" | ".join(lines[-8:]), 900)
+            raise CloudflareError("%s failed (code %d): %s" % words)
+        return said
+
+    def secret_names(self, site: Site, folder: str) -> List[str]:
+        """The names of the secrets that a Worker has. CloudflareError when there is no such Worker."""
+        listed = self.call(CloudStep("", ("wrangler", "secret", "list", "--name", site.name)), folder)
+        return re.findall(r'"name": "(\w+)"', listed)
+
+    def deploy(self, site: Site, secrets: Mapping[str, str]) -> Tuple[str, List[str]]:
+        """Take the steps of a deployment in a folder that is gone afterwards; the Worker's URL, "" when not told, and
+        the names of its secrets."""
+        import tempfile
+
+        with tempfile.TemporaryDirectory(prefix="llm-router-") as folder:
+            write_project(folder, site)
+            said = [self.call(step, folder) for step in wrangler_steps(site, secrets)]
+            present = self.secret_names(site, folder)
+            for name in _stale_secrets(present, secrets):
+                self.call(CloudStep("", ("wrangler", "secret", "delete", name, "--name", site.name)), folder)
+        found = re.search(r"https://[\w.-]+\.workers\.dev", said[0])
+        host = site.domain or site.route.rstrip("*/")
+        return "https://" + host if host else found.group(0) if found else "", present
+
+    def set_key(self, site: Site, key: str) -> None:
+        """The step of `worker-key`; wrangler would make a Worker that does not exist, and say so to nobody."""
+        import tempfile
+
+        with tempfile.TemporaryDirectory(prefix="llm-router-") as folder:
+            self.secret_names(site, folder)
+            self.call(key_step(site, key, True), folder)
+
+
+# ==============================================================================
+# 31 DEMO - fake providers, the router before them, and every kind of request [host]
 # ==============================================================================
 
 _DEMO_TEXT = "Hello from a provider that works."
@@ -13136,7 +13577,7 @@ def _show_cases(port: int) -> int:
 
 
 # ==============================================================================
-# 31 DOCTOR - what is wrong on this machine, and the cure [host]
+# 32 DOCTOR - what is wrong on this machine, and the cure [host]
 # ==============================================================================
 
 
@@ -13375,7 +13816,7 @@ _CURES = {
 
 
 # ==============================================================================
-# 32 AGENTS - coding agents run against the router, their files untouched [host]
+# 33 AGENTS - coding agents run against the router, their files untouched [host]
 # ==============================================================================
 
 
@@ -13533,7 +13974,7 @@ def shell_lines(variables: Mapping[str, str], shell: str) -> List[str]:
 
 
 # ==============================================================================
-# 33 COMMANDS - flags, help and what each command does [host]
+# 34 COMMANDS - flags, help and what each command does [host]
 # ==============================================================================
 
 Values = Dict[str, Any]  # of the flags that were given: {"log_format": "json"}
@@ -14734,6 +15175,196 @@ def _default_shell(environ: Environ) -> str:
     return "powershell" if sys.platform == "win32" else name if name in ("zsh", "fish") else "bash"
 
 
+# ----- Cloudflare -----
+
+_SITE_FLAGS = (
+    _CONFIG,
+    Flag("name", "text", "the Worker's name, default " + WORKER_NAME),
+    Flag("env", "text", "a Worker beside it, whose name ends in -ENV"),
+    Flag("account-id", "text", "the account, default CLOUDFLARE_ACCOUNT_ID or the only one there is"),
+    Flag("use-wrangler", "text", "auto (the default: when it is installed), true, or false to call the API directly"),
+    Flag("allow-weak-master-key", "bool", "take the master key as it is"),
+    Flag("dry-run", "bool", "show what would be sent, secrets masked, and send nothing"),
+    _AS_JSON,
+)
+
+
+def run_deploy(values: Values, environ: Environ) -> int:
+    """`deploy`: this very file and the configuration to Cloudflare, or into files."""
+    site = _read_site(values, environ)
+    if values.get("export_dir") and not values.get("export_only"):
+        return _export_project(values, site)
+    loaded = load_config(values.get("config", ""), environ)
+    if loaded.document is None:
+        raise UsageError("no configuration: %s does not exist; %s" % (one_line(loaded.path), _WAYS_ON))
+    payload = make_payload(loaded.document, environ)
+    if _needs_new_key(values, payload, not read_config(loaded.document, environ).client_keys):
+        payload = make_payload(_store_new_key(loaded, environ), environ)
+    _warn("the variable %s is not set here: set it as a secret of the Worker" % name for name in payload.missing)
+    if values.get("export_only"):
+        return _export_config(values, payload)
+    wrangler = _find_wrangler(values)
+    if values.get("dry_run"):
+        make = wrangler_steps if wrangler else api_steps
+        return _show_steps(values, make(site, payload.secrets), environ, payload.secrets.values())
+    if not site.domain and not site.route and _is_guided(values):
+        site = check_site(site._replace(domain=input("a domain of yours for it (empty: one of workers.dev): ").strip()))
+    host, site = _reach_cloudflare(values, environ, site, wrangler)
+    url, present = host.deploy(site, payload.secrets)
+    if "LLM_ROUTER_MASTER_KEY" in present:
+        _warn(["the Worker keeps the key that worker-key gave it, whatever masterKey the configuration has"])
+    means = "wrangler" if wrangler else "api"
+    done = {"worker": site.name, "url": url, "secrets": list(payload.secrets), "with": means}
+    lines = ["deployed %s with %d secrets" % (site.name, len(payload.secrets))]
+    lines += ["  Anthropic clients   ANTHROPIC_BASE_URL=" + url, "  OpenAI clients      OPENAI_BASE_URL=%s/v1" % url]
+    return _tell(values, done, "\n".join(lines + ["  their key           " + mask(payload.master_key)]))
+
+
+def run_worker_key(values: Values, environ: Environ) -> int:
+    """`worker-key`: a new master key for the Worker; the one before is refused from then on."""
+    import secrets
+
+    _need_one(values, "master-key", "generate")
+    site = _read_site(values, environ)
+    key = values.get("master_key", "").strip() or "lr-" + secrets.token_urlsafe(32)
+    weakness = "" if values.get("allow_weak_master_key") else key_weakness(key)
+    if weakness:
+        raise UsageError(_WEAK % weakness + "; --generate makes a strong one")
+    wrangler = _find_wrangler(values)
+    if values.get("dry_run"):
+        return _show_steps(values, [key_step(site, key, bool(wrangler))], environ, [key])
+    host, site = _reach_cloudflare(values, environ, site, wrangler)
+    host.set_key(site, key)
+    made = {"masterKey": key} if values.get("generate") else {}
+    words = "the Worker %s has a new master key; the one before is refused" % site.name
+    shown = "\nmaster key (shown only now): " + key if made else ""
+    return _tell(values, dict({"worker": site.name}, **made), words + shown)
+
+
+_WEAK = "the master key is too weak for an address that everybody can reach: %s"
+
+
+def _read_site(values: Values, environ: Environ) -> Site:
+    name = values.get("name") or WORKER_NAME
+    name += "-" + values["env"] if values.get("env") else ""
+    account = values.get("account_id") or environ.get("CLOUDFLARE_ACCOUNT_ID", "").strip()
+    return check_site(Site(name, account, values.get("domain", ""), values.get("route", "")))
+
+
+def _is_guided(values: Values) -> bool:
+    """Whether a person sits there who can be asked."""
+    import sys
+
+    return bool(not values.get("json") and sys.stdin and sys.stdin.isatty() and sys.stdout.isatty())
+
+
+def _needs_new_key(values: Values, payload: Payload, needs_key: bool) -> bool:
+    """Whether the user wants a new master key in place of a weak or missing one. UsageError when he cannot be asked."""
+    weakness = key_weakness(payload.master_key) if payload.master_key else "there is none" if needs_key else ""
+    if not weakness or payload.master_key and values.get("allow_weak_master_key"):
+        return False
+    if not _is_guided(values):
+        cures = "config --operation=set-master-key --generate makes a strong one"
+        cures += ", --allow-weak-master-key=true takes it as it is" if payload.master_key else ""
+        raise UsageError("%s; %s" % (_WEAK % weakness, cures))
+    print(_WEAK % weakness)
+    if input("make a new one and store it in the configuration? [Y/n] ").strip().lower() not in ("", "y", "yes"):
+        raise UsageError("nothing was deployed")
+    return True
+
+
+def _store_new_key(loaded: Loaded, environ: Environ) -> Dict[str, Any]:
+    """The configuration with a new master key, which is shown once."""
+    import secrets
+
+    if not loaded.path or environ.get("LLM_ROUTER_MASTER_KEY", "").strip():
+        raise UsageError("the key, or all of the configuration, comes from a variable: set a strong key there")
+    key = "lr-" + secrets.token_urlsafe(32)
+    edit = edit_config_file(loaded.path, lambda document: set_master_key(document, key))
+    print("master key (shown only now): " + key)
+    return edit.document
+
+
+def _export_project(values: Values, site: Site) -> int:
+    paths = write_project(values["export_dir"], site)
+    words = "wrote %s\nthere: wrangler deploy, then wrangler secret put %s < FILE, made by deploy --export-only=true"
+    return _tell(values, {"files": paths}, words % (", ".join(map(one_line, paths)), CONFIG_VARIABLES[0]))
+
+
+def _export_config(values: Values, payload: Payload) -> int:
+    """`--export-only`: the configuration's secret as a file for wrangler; several as one for its `secret bulk`."""
+    import os
+    import shlex
+
+    path = os.path.abspath(os.path.expanduser(values.get("out") or ".llm-router.worker.json"))
+    parts = {name: text for name, text in payload.secrets.items() if name.startswith(CONFIG_VARIABLES[0])}
+    one = len(parts) == 1
+    write_private(path, (parts[CONFIG_VARIABLES[0]] if one else json.dumps(payload.secrets)).encode("utf-8"))
+    if values.get("export_dir"):
+        write_project(values["export_dir"], _read_site(values, {}))
+    call = ("wrangler secret put %s < %s" % (CONFIG_VARIABLES[0], shlex.quote(path))) if one else (
+        "wrangler secret bulk " + shlex.quote(path)
+    )  # fmt: skip
+    further = [name for name in payload.secrets if name not in parts] if one else []
+    words = ["wrote %s (0600)" % one_line(path), "now run: " + call]
+    words += ["and for every key: wrangler secret put " + name for name in further]
+    return _tell(values, {"path": path, "command": call, "further": further}, "\n".join(words))
+
+
+def _find_wrangler(values: Values) -> str:
+    """The path of wrangler, "" when the API shall be called directly."""
+    import shutil
+
+    wanted = values.get("use_wrangler", "auto").strip().lower()
+    if wanted != "auto" and not parse_bool(wanted):
+        return ""
+    found = shutil.which("wrangler")
+    if not found and wanted != "auto":
+        raise UsageError("wrangler is not installed: npm install -g wrangler, or --use-wrangler=false")
+    return found or ""
+
+
+def _show_steps(values: Values, steps: Sequence[CloudStep], environ: Environ, secrets: Iterable[str]) -> int:
+    shown = [show_step(step, api_url(environ), list(secrets)) for step in steps]
+    if values.get("json"):
+        return _print_json({"steps": shown})
+    for step in shown:
+        print("%s    # %s" % (step["call"], step["for"]))
+        for part in step["sends"]:
+            content = part.get("content", "sha256 " + part.get("sha256", ""))
+            text = content.rstrip() if isinstance(content, str) else json.dumps(content, indent=2)
+            print("  %s (%s, %d bytes)" % (part["name"] or "body", part["type"], part["bytes"]))
+            print("    " + text.replace("\n", "\n    "))
+    return 0
+
+
+def _reach_cloudflare(values: Values, environ: Environ, site: Site, wrangler: str) -> Tuple[Any, Site]:
+    """Who takes the steps, and the site with its account. UsageError without token or with several accounts."""
+    if wrangler:
+        return Wrangler(wrangler, environ, site.account), site
+    token = environ.get("CLOUDFLARE_API_TOKEN", "").strip()
+    if not token and not _is_guided(values):
+        make = "make a token from the template Edit Cloudflare Workers at https://dash.cloudflare.com/profile/api-tokens"
+        raise UsageError("CLOUDFLARE_API_TOKEN is not set: %s; or install wrangler" % make)
+    api = Cloudflare(environ, token or _read_secret(Flag("Cloudflare's API token", "secret", "")))
+    return api, site if site.account else site._replace(account=_choose_account(values, api.accounts()))
+
+
+def _choose_account(values: Values, accounts: Sequence[Tuple[str, str]]) -> str:
+    if not accounts:
+        raise UsageError("the token sees no account: give --account-id or CLOUDFLARE_ACCOUNT_ID")
+    if len(accounts) == 1:
+        return accounts[0][0]
+    rows = ["%d  %s  %s" % (number, id, one_line(name, 60)) for number, (id, name) in enumerate(accounts, 1)]
+    if not _is_guided(values):
+        raise UsageError("the token sees several accounts: give --account-id, one of\n" + "\n".join(rows))
+    print("\n".join(rows))
+    text = input("which account? ").strip()
+    if not text.isdigit() or not 0 < int(text) <= len(accounts):
+        raise UsageError("no such account")
+    return accounts[int(text) - 1][0]
+
+
 # fmt: off
 COMMANDS: Tuple[Command, ...] = (
     Command("", run_summary, "one local endpoint for every AI provider", (_CONFIG, _AS_JSON), "llm-router start"),
@@ -14767,6 +15398,16 @@ COMMANDS: Tuple[Command, ...] = (
             (Flag("tool", "word", "claude, aider, qwen or any (the default)"),
              Flag("shell", "text", "bash, zsh, fish or powershell"), *_AGENT_FLAGS, *_RUNNING_FLAGS, _AS_JSON),
             "llm-router env --shell=bash"),
+    Command("deploy", run_deploy, "put this file and the configuration onto Cloudflare as a Worker",
+            (*_SITE_FLAGS, Flag("domain", "text", "a host name of its own, in a zone of the account"),
+             Flag("route", "text", "a pattern in a zone of the account: example.com/* or example.com/route/*"),
+             Flag("export-only", "bool", "write the secret with the configuration into a file and send nothing"),
+             Flag("out", "text", "that file, default .llm-router.worker.json"),
+             Flag("export-dir", "text", "write the Worker project there and send nothing")),
+            "llm-router deploy --dry-run"),
+    Command("worker-key", run_worker_key, "give the Worker a new master key; the one before is refused",
+            (*_SITE_FLAGS, Flag("master-key", "secret", "the new key; - reads it from stdin"),
+             Flag("generate", "bool", "make a new key and print it once")), "llm-router worker-key --generate"),
     Command("settings", run_settings, "show every setting", (_AS_JSON,), "llm-router settings --json"),
     Command("demo", run_demo_command, "try it without key, configuration or network", (Flag("once", "bool",
             "exit after the demonstration"), Flag("port", "text", "port to listen on, default any")),
@@ -14775,7 +15416,7 @@ COMMANDS: Tuple[Command, ...] = (
 # fmt: on
 
 # ==============================================================================
-# 34 MAIN - the only exit [host]
+# 35 MAIN - the only exit [host]
 # ==============================================================================
 
 

@@ -1,0 +1,428 @@
+"""Deployment to Cloudflare against a fake of its API: what is sent, what is refused, what stays in files."""
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import llm_router as r
+from fake_cloudflare import ACCOUNT, TOKEN, FakeCloudflare
+from running_router import PROGRAM, clean_environment
+
+KEY = "lr-9fGh2kLmNpQrStUvWxYz13579bdfh"
+SCRIPT = "/client/v4/accounts/%s/workers/scripts/llm-router-route" % ACCOUNT
+
+
+def document_of(models=1, **fields):
+    """A configuration with `models` models, whose ids no compression shortens much."""
+    dice = random.Random(7)
+    rows = [{"id": "m%d-%032x" % (number, dice.getrandbits(128))} for number in range(models)]
+    one = {"id": "p", "baseUrl": "https://p.example/v1", "apiKeyEnv": "P_KEY", "models": rows}
+    return dict({"masterKey": KEY, "defaultModel": "p/" + rows[0]["id"], "providers": [one]}, **fields)
+
+
+class Desk:
+    """A user's machine: the lone file, a configuration, and the fake API in place of Cloudflare's."""
+
+    def __init__(self, folder, cloudflare):
+        self.folder, self.cloudflare = folder, cloudflare
+        self.program = folder / "llm_router.py"
+        shutil.copyfile(PROGRAM, self.program)
+        self.configure(document_of())
+
+    def configure(self, document):
+        path = self.folder / ".llm-router.json"
+        path.write_text(json.dumps(document), encoding="utf-8")
+        path.chmod(0o600)
+
+    def run(self, *words, stdin="", code=0, **env):
+        given = {"CLOUDFLARE_API_BASE_URL": self.cloudflare.url, "CLOUDFLARE_API_TOKEN": TOKEN, "P_KEY": "sk-p-0123456789abcdef"}
+        env = clean_environment(self.folder, **dict(given, **env))
+        line = [sys.executable, str(self.program), *words]
+        done = subprocess.run(line, env=env, cwd=str(self.folder), input=stdin, capture_output=True, text=True, timeout=60)
+        assert done.returncode == code, done.stdout + done.stderr
+        return done
+
+    def deploy(self, *words, **more):
+        return self.run("deploy", "--use-wrangler=false", *words, **more)
+
+    @property
+    def script(self):
+        return self.cloudflare.scripts["llm-router-route"]
+
+
+@pytest.fixture
+def desk(tmp_path):
+    with FakeCloudflare() as cloudflare:
+        yield Desk(tmp_path, cloudflare)
+
+
+def config_on(script):
+    """The configuration as the Worker would read it from its secrets."""
+    name, text = r.find_config_variable(script.secrets)
+    return r.parse_config_text(r.unpack_config(text), name)
+
+
+# --- the upload ---
+
+
+def test_one_upload_brings_this_very_file_the_configuration_and_the_keys_it_names(desk):
+    done = json.loads(desk.deploy("--json").stdout)
+    assert done["url"] == "https://llm-router-route.me.workers.dev"
+    assert desk.script.files["llm_router.py"] == desk.program.read_bytes()
+    assert sorted(desk.script.files) == ["entry.py", "llm_router.py"]
+    assert config_on(desk.script) == document_of()
+    assert desk.script.secrets["P_KEY"] == "sk-p-0123456789abcdef"
+    assert set(desk.script.secrets) == {"LLM_ROUTER_CONFIG_JSON", "P_KEY"} == set(done["secrets"])
+    assert desk.script.enabled
+    assert "python_workers" in desk.script.metadata["compatibility_flags"]
+
+
+def test_no_argument_and_no_output_shows_a_secret(desk):
+    done = desk.deploy()
+    assert KEY not in done.stdout + done.stderr
+    assert "sk-p-0123456789abcdef" not in done.stdout + done.stderr
+
+
+def test_the_master_key_in_the_environment_goes_into_the_configuration_that_is_sent(desk):
+    desk.configure(document_of(masterKey="weak"))
+    desk.deploy(LLM_ROUTER_MASTER_KEY=KEY)
+    assert config_on(desk.script)["masterKey"] == KEY
+    assert "LLM_ROUTER_MASTER_KEY" not in desk.script.secrets
+
+
+def test_a_variable_that_is_not_set_is_named(desk):
+    assert "P_KEY is not set" in desk.deploy(P_KEY="").stderr
+
+
+def test_a_second_deployment_keeps_variables_and_the_key_of_worker_key_and_says_so(desk):
+    desk.deploy()
+    desk.script.variables["LLM_ROUTER_KEEPALIVE_MS"] = "5"
+    desk.run("worker-key", "--use-wrangler=false", "--master-key=-", stdin="New-Key-for-us-all-1q8vZ77x2bPw\n")
+    assert desk.script.secrets["LLM_ROUTER_MASTER_KEY"] == "New-Key-for-us-all-1q8vZ77x2bPw"
+    assert "worker-key gave it" in desk.deploy().stderr
+    assert desk.script.secrets["LLM_ROUTER_MASTER_KEY"] == "New-Key-for-us-all-1q8vZ77x2bPw"
+    assert desk.script.variables == {"LLM_ROUTER_KEEPALIVE_MS": "5"}
+
+
+def test_a_name_and_an_environment_make_another_worker(desk):
+    desk.deploy("--name=mine", "--env=staging")
+    assert list(desk.cloudflare.scripts) == ["mine-staging"]
+
+
+def test_a_domain_or_a_route_takes_the_place_of_workers_dev(desk):
+    assert json.loads(desk.deploy("--domain=llm.example.com", "--json").stdout)["url"] == "https://llm.example.com"
+    domain = desk.cloudflare.domains[0]
+    assert (domain["hostname"], domain["service"], domain["zone_id"]) == ("llm.example.com", "llm-router-route", "z1")
+    for _ in range(2):
+        said = desk.deploy("--route=api.example.com/route/*", "--json").stdout
+        assert json.loads(said)["url"] == "https://api.example.com/route"
+    assert desk.cloudflare.routes == [{"pattern": "api.example.com/route/*", "script": "llm-router-route"}]
+    assert not desk.script.enabled
+
+
+def test_a_route_of_another_worker_is_not_taken_from_it(desk):
+    desk.cloudflare.routes.append({"pattern": "api.example.com/*", "script": "shop"})
+    assert "leads to the Worker shop" in desk.deploy("--route=api.example.com/*", code=1).stderr
+
+
+# --- sizes ---
+
+
+@pytest.mark.parametrize("models, parts, packed", [(1, 1, False), (80, 1, False), (130, 1, True), (600, 4, True)])
+def test_a_configuration_is_minified_then_packed_then_spread(models, parts, packed):
+    document = document_of(models)
+    secrets = r.config_secrets(r.minify_document(document, ""))
+    assert len(secrets) == parts
+    assert list(secrets)[1:] == ["LLM_ROUTER_CONFIG_JSON_%d" % number for number in range(2, parts + 1)]
+    assert max(len(text.encode()) for text in secrets.values()) <= 5000
+    name, text = r.find_config_variable(secrets)
+    assert (text[:1] != "{") is packed
+    assert r.parse_config_text(r.unpack_config(text), name) == document
+
+
+def test_text_beyond_ascii_is_counted_in_bytes():
+    secrets = r.config_secrets(r.minify_document(document_of(metadata={"note": "世界" * 1200}), ""))
+    assert max(len(text.encode()) for text in secrets.values()) <= 5000
+
+
+def test_a_configuration_that_cannot_fit_is_refused_before_anything_is_sent(desk):
+    desk.configure(document_of(14_000))
+    assert "secrets of 5 KB" in desk.deploy(code=2).stderr
+    assert desk.cloudflare.calls == []
+
+
+def test_what_a_larger_configuration_left_behind_is_deleted(desk):
+    desk.configure(document_of(600))
+    desk.deploy()
+    assert "LLM_ROUTER_CONFIG_JSON_4" in desk.script.secrets
+    assert config_on(desk.script) == document_of(600)
+    desk.configure(document_of())
+    desk.deploy()
+    assert config_on(desk.script) == document_of()
+    assert set(desk.script.secrets) == {"LLM_ROUTER_CONFIG_JSON", "P_KEY"}
+
+
+# --- the key ---
+
+STRONG = [
+    KEY,
+    "lr-Zk3_0aB9xQ7-LmN2pRtUvWxYz4CdEfGhIjKl5oS6e8",
+    hashlib.sha256(b"a key").hexdigest(),
+    "5f0c9c1e-2b7d-4e4f-9a51-7d0f6f5c3b2a",
+]
+WEAK = [
+    "short-A1",
+    "local_or_worker_key",
+    "SuperSecretPassword123456!",
+    "Master-Key-For-My-Router-0123456789",
+    "aB1-" * 10,
+    "abcdefghijklmnopqrstuvwxyzab",
+]
+
+
+@pytest.mark.parametrize("key", STRONG)
+def test_a_strong_key_is_strong(key):
+    assert r.key_weakness(key) == ""
+
+
+@pytest.mark.parametrize("key", WEAK)
+def test_a_weak_key_is_weak(key):
+    assert r.key_weakness(key)
+
+
+def test_a_weak_or_missing_key_is_refused_unless_the_weak_one_is_allowed(desk):
+    for key in ("local_or_worker_key", ""):
+        desk.configure(document_of(masterKey=key))
+        for words in ((), ("--export-only=true",), ("--dry-run",)):
+            assert "set-master-key --generate" in desk.deploy(*words, code=2).stderr
+    desk.deploy("--allow-weak-master-key", code=2)
+    assert desk.cloudflare.calls == []
+    desk.configure(document_of(masterKey="local_or_worker_key"))
+    desk.deploy("--allow-weak-master-key")
+    assert config_on(desk.script)["masterKey"] == "local_or_worker_key"
+
+
+def test_keys_of_clients_make_a_master_key_unnecessary(desk):
+    client = {"name": "laptop", "sha256": hashlib.sha256(b"x").hexdigest()}
+    desk.configure(document_of(masterKey="", clientKeys=[client]))
+    desk.deploy()
+
+
+def test_worker_key_makes_a_key_and_shows_it_once(desk):
+    desk.deploy()
+    key = json.loads(desk.run("worker-key", "--use-wrangler=false", "--generate", "--json").stdout)["masterKey"]
+    assert desk.script.secrets["LLM_ROUTER_MASTER_KEY"] == key
+    assert r.key_weakness(key) == ""
+
+
+def test_worker_key_refuses_a_weak_key_and_a_worker_that_is_not_there(desk):
+    assert "too weak" in desk.run("worker-key", "--use-wrangler=false", "--master-key=abc", code=2).stderr
+    assert "there is no Worker" in desk.run("worker-key", "--use-wrangler=false", "--generate", code=1).stderr
+    assert "give either" in desk.run("worker-key", "--use-wrangler=false", code=2).stderr
+
+
+# --- who and where ---
+
+
+def test_a_bad_token_is_said_to_be_one_and_is_not_shown(desk):
+    said = desk.deploy(code=1, CLOUDFLARE_API_TOKEN="another-token-0123456789").stderr
+    assert "API token is not accepted" in said and "another-token" not in said
+
+
+def test_without_token_or_account_the_cure_is_named(desk):
+    assert "CLOUDFLARE_API_TOKEN is not set" in desk.deploy(code=2, CLOUDFLARE_API_TOKEN="").stderr
+    desk.cloudflare.accounts = []
+    assert "--account-id" in desk.deploy(code=2).stderr
+
+
+def test_of_several_accounts_one_has_to_be_named(desk):
+    other = "f" * 32
+    desk.cloudflare.accounts = [other, ACCOUNT]
+    said = desk.deploy(code=2).stderr
+    assert other in said and ACCOUNT in said
+    desk.deploy("--account-id=" + ACCOUNT)
+    assert ("PUT", SCRIPT) in desk.cloudflare.calls
+    desk.deploy(CLOUDFLARE_ACCOUNT_ID=other)
+    assert ("PUT", SCRIPT.replace(ACCOUNT, other)) in desk.cloudflare.calls
+
+
+def test_the_token_goes_nowhere_without_tls(desk):
+    assert "not https" in desk.deploy(code=2, CLOUDFLARE_API_BASE_URL="http://api.example.com").stderr
+
+
+@pytest.mark.parametrize("flag", ["--name=Big", "--name=../x", "--domain=x/y", "--route=example.com/other/*", "--account-id=a/b"])
+def test_what_cloudflare_cannot_take_is_refused_at_once(desk, flag):
+    assert "has not the right form" in desk.deploy(flag, code=2).stderr
+
+
+# --- nothing sent ---
+
+
+def test_a_dry_run_shows_what_is_sent_afterwards_and_no_secret(desk):
+    desk.configure(document_of(200))
+    shown = json.loads(desk.deploy("--dry-run", "--account-id=" + ACCOUNT, "--json").stdout)["steps"]
+    plain = desk.deploy("--dry-run").stdout
+    assert desk.cloudflare.calls == []
+    desk.deploy("--account-id=" + ACCOUNT)
+    changes = ["%s %s" % call for call in desk.cloudflare.calls if call[0] != "GET"]
+    assert [step["call"].replace(desk.cloudflare.url, "/client/v4") for step in shown] == changes
+    parts = {part["name"]: part for part in shown[0]["sends"]}
+    assert parts["llm_router.py"]["sha256"] == hashlib.sha256(desk.script.files["llm_router.py"]).hexdigest()
+    metadata = parts["metadata"]["content"]
+    sent = {binding["name"]: binding["text"] for binding in metadata.pop("bindings")}
+    assert metadata == {name: value for name, value in desk.script.metadata.items() if name != "bindings"}
+    assert list(sent) == list(desk.script.secrets)
+    for name, secret in desk.script.secrets.items():
+        assert sent[name] == "%s (%d characters)" % (r.mask(secret), len(secret))
+        assert secret not in plain + json.dumps(shown)
+
+
+def test_export_only_writes_a_private_secret_and_the_line_that_uses_it(desk):
+    done = desk.run("deploy", "--export-only=true", "--out=config.json", CLOUDFLARE_API_TOKEN="")
+    path = desk.folder / "config.json"
+    assert json.loads(path.read_text()) == document_of()
+    assert "\n" not in path.read_text() and '": ' not in path.read_text()
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert "wrangler secret put LLM_ROUTER_CONFIG_JSON < %s" % os.path.realpath(str(path)) in done.stdout
+    assert "wrangler secret put P_KEY" in done.stdout
+    assert desk.cloudflare.calls == []
+
+
+def test_a_large_configuration_is_exported_packed_a_huge_one_as_several_secrets(desk):
+    desk.configure(document_of(130))
+    desk.run("deploy", "--export-only=true", "--out=one")
+    text = (desk.folder / "one").read_text()
+    assert len(text) <= 5000 and json.loads(r.unpack_config(text)) == document_of(130)
+    desk.configure(document_of(600))
+    assert "wrangler secret bulk" in desk.run("deploy", "--export-only=true", "--out=many").stdout
+    secrets = json.loads((desk.folder / "many").read_text())
+    assert secrets["P_KEY"] and json.loads(r.unpack_config(r.find_config_variable(secrets)[1])) == document_of(600)
+
+
+def test_the_exported_project_is_the_one_of_the_repository(desk):
+    desk.run("deploy", "--export-dir=project", CLOUDFLARE_API_TOKEN="")
+    made = {path.name: path.read_bytes() for path in (desk.folder / "project").iterdir()}
+    assert made.pop("llm_router.py") == desk.program.read_bytes()
+    assert made == {path.name: path.read_bytes() for path in (PROGRAM.parent / "worker_export").iterdir() if path.name in made}
+    assert set(made) == {"entry.py", "wrangler.toml"}
+
+
+def test_an_exported_project_has_the_name_and_the_place_that_were_given(desk):
+    desk.run("deploy", "--export-dir=one", "--name=mine", "--domain=llm.example.com")
+    toml = (desk.folder / "one" / "wrangler.toml").read_text()
+    assert 'name = "mine"' in toml and "workers_dev = false" in toml
+    assert 'routes = [{ pattern = "llm.example.com", custom_domain = true }]' in toml
+
+
+# --- wrangler ---
+
+STAND_IN = """#!%s
+import json, os, sys
+with open(%r, "a") as log:
+    files = {name: open(name).read() for name in sorted(os.listdir(".")) if name != "llm_router.py"}
+    json.dump({"argv": sys.argv[1:], "stdin": sys.stdin.read(), "files": files, "mode": oct(os.stat(".").st_mode & 0o777),
+               "account": os.environ.get("CLOUDFLARE_ACCOUNT_ID")}, log)
+    log.write("\\n")
+if sys.argv[1:3] == ["secret", "list"]:
+    print(json.dumps([{"name": "LLM_ROUTER_CONFIG_JSON_9", "type": "secret_text"}], indent=2))
+if sys.argv[1] == "deploy":
+    print("  https://llm-router-route.me.workers.dev")
+sys.exit(int(os.environ.get("STAND_IN_FAILS") or 0))
+"""
+
+
+@pytest.fixture
+def wrangler(desk):
+    """A stand-in for wrangler in PATH; `wrangler()` gives its calls. The real one: tests/worker."""
+    if os.name != "posix":
+        pytest.skip("a script with #! stands in for wrangler")
+    log, program = desk.folder / "calls", desk.folder / "bin" / "wrangler"
+    program.parent.mkdir()
+    program.write_text(STAND_IN % (sys.executable, str(log)))
+    program.chmod(0o755)
+    path = str(program.parent) + os.pathsep + os.environ["PATH"]
+    desk.path = {"PATH": path, "CLOUDFLARE_API_TOKEN": ""}
+    return lambda: [json.loads(line) for line in log.read_text().splitlines()]
+
+
+def test_wrangler_is_used_when_it_is_there_and_gets_secrets_over_stdin_only(desk, wrangler):
+    done = json.loads(desk.run("deploy", "--json", "--account-id=" + ACCOUNT, **desk.path).stdout)
+    assert (done["with"], done["url"]) == ("wrangler", "https://llm-router-route.me.workers.dev")
+    calls = wrangler()
+    assert [call["argv"][:2] for call in calls] == [["deploy"], ["secret", "bulk"], ["secret", "list"], ["secret", "delete"]]
+    assert json.loads(json.loads(calls[1]["stdin"])["LLM_ROUTER_CONFIG_JSON"]) == document_of()
+    assert calls[3]["argv"][2] == "LLM_ROUTER_CONFIG_JSON_9"
+    assert {call["account"] for call in calls} == {ACCOUNT}
+    assert calls[0]["mode"] == "0o700" and set(calls[0]["files"]) == {"entry.py", "wrangler.toml"}
+    for call in calls:
+        assert KEY not in json.dumps([call["argv"], call["files"]])
+    assert desk.cloudflare.calls == []
+
+
+def test_worker_key_hands_wrangler_the_key_over_stdin(desk, wrangler):
+    desk.run("worker-key", "--master-key=" + KEY, **desk.path)
+    assert [call["argv"][:2] for call in wrangler()] == [["secret", "list"], ["secret", "put"]]
+    assert wrangler()[-1]["stdin"] == KEY and KEY not in wrangler()[-1]["argv"]
+
+
+def test_wrangler_that_fails_is_quoted_and_one_that_is_missing_is_named(desk, wrangler):
+    assert "wrangler deploy failed (code 7)" in desk.run("deploy", code=1, STAND_IN_FAILS="7", **desk.path).stderr
+    assert "wrangler is not installed" in desk.run("deploy", "--use-wrangler=true", code=2, PATH="").stderr
+
+
+def test_a_dry_run_with_wrangler_shows_its_calls(desk, wrangler):
+    shown = json.loads(desk.run("deploy", "--dry-run", "--json", **desk.path).stdout)["steps"]
+    assert [step["call"] for step in shown] == ["wrangler deploy", "wrangler secret bulk --name llm-router-route"]
+    assert not Path(desk.folder / "calls").exists()
+
+
+# --- on a terminal ---
+
+
+@pytest.fixture
+def terminal(desk, monkeypatch, capsys):
+    """`terminal(*answers)`: someone who types; then commands run in this process."""
+
+    def start(*answers):
+        waiting = list(answers)
+        monkeypatch.setattr("builtins.input", lambda question="": waiting.pop(0))
+        monkeypatch.setattr("getpass.getpass", lambda question="": waiting.pop(0))
+        monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+        monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+        environ = {"CLOUDFLARE_API_BASE_URL": desk.cloudflare.url, "P_KEY": "sk-p-0123456789abcdef"}
+        path = str(desk.folder / ".llm-router.json")
+
+        def run(*words):
+            code = r.run_command([*words, "--config=" + path, "--use-wrangler=false"], environ)
+            assert not waiting, "never asked for"
+            return code, capsys.readouterr().out
+
+        return run
+
+    return start
+
+
+def test_a_guided_deployment_asks_for_key_domain_token_and_account(desk, terminal):
+    desk.configure(document_of(masterKey="weak"))
+    desk.cloudflare.accounts = ["f" * 32, ACCOUNT]
+    code, said = terminal("", "", TOKEN, "2")("deploy")
+    assert code == 0
+    stored = json.loads((desk.folder / ".llm-router.json").read_text())["masterKey"]
+    assert "master key (shown only now): " + stored in said
+    assert config_on(desk.script)["masterKey"] == stored
+    assert ("PUT", SCRIPT) in desk.cloudflare.calls
+    assert TOKEN not in said
+
+
+def test_who_wants_no_new_key_deploys_nothing(desk, terminal):
+    desk.configure(document_of(masterKey="weak"))
+    with pytest.raises(r.UsageError, match="nothing was deployed"):
+        terminal("n")("deploy")
+    assert desk.cloudflare.calls == []
