@@ -13661,8 +13661,9 @@ class ProbeRun:
         except Exception as error:
             self._failure = error
         finally:
-            self._loop.run_until_complete(asyncio.sleep(0))  # connections that came too late for their call
-            self._upstreams.close()
+            for _ in range(2):  # connections that came too late for their call are closed as well
+                self._loop.run_until_complete(asyncio.sleep(0))
+                self._upstreams.close()
             self._loop.close()
             self._probe.end()
             self._over.set()
