@@ -345,7 +345,7 @@ SETTINGS: Tuple[Setting, ...] = (
     Setting("max_connections", 4096, "client connections at once", 1),
     Setting("max_connections_per_peer", 2048, "client connections at once from one address; 0: no limit"),
     Setting("head_timeout_ms", 15000, "a request's head, from its first byte to its last"),
-    Setting("body_timeout_ms", 60000, "silence while a request's body arrives"),
+    Setting("body_timeout_ms", 30000, "a request's body, and a second more for each KiB; silence in it"),
     Setting("client_idle_timeout_ms", 75000, "how long an idle client connection is kept"),
     Setting("send_timeout_ms", 60000, "how long a client may take nothing of its answer"),
     Setting("pool_idle_ms", 30000, "how long an idle connection to a provider is kept"),
@@ -2017,8 +2017,14 @@ class RequestParser:
 
     # Whether the client waits for "100 Continue" before it sends the body (RFC 9110 10.1.1).
     expects_continue = property(lambda self: self._awaits_continue and self._start == len(self._buffer))
+    # Whether the present request is, or begins like, one whose answer has no body.
+    is_head = property(
+        lambda self: self._head.method == "HEAD" if self._head else self._buffer.startswith(b"HEAD ", self._start)
+    )
     # Whether a byte of the current request has arrived; blank lines in front of it do not count.
     started = property(lambda self: bool(self._head or self._buffer[self._start : self._start + 2].strip(b"\r\n")))
+    # How many bytes of the body are still to come: 0 when only its chunks tell, endless from who waits to send it.
+    unread = property(lambda self: _ENDLESS if self.expects_continue else self._decoder.wanted % _ENDLESS)
     # How many bytes of the body were read so far; how many are held, also of later requests.
     body_size = property(lambda self: len(self._collected if self._body is None else self._body))
     buffered = property(lambda self: len(self._buffer) - self._start + self.body_size)
@@ -2075,9 +2081,10 @@ def _read_request_line(text: str) -> Tuple[str, str, Optional[str], Tuple[int, i
     authority = None
     if method == "CONNECT" or target[0] != "/":
         target, authority = _read_other_form(method, target)
-    if digits not in _VERSIONS:
+    if digits[0] != "1":
         raise HttpError("only HTTP/1.0 and HTTP/1.1 are spoken here", 505, "http_version_not_supported")
-    return method, target, authority, _VERSIONS[digits], line.end()
+    # RFC 9110 2.5: a higher minor version is to be processed as the highest one known.
+    return method, target, authority, _VERSIONS.get(digits, (1, 1)), line.end()
 
 
 def _read_other_form(method: str, target: str) -> Tuple[str, Optional[str]]:
@@ -6772,6 +6779,7 @@ class Endpoint(NamedTuple):
 
 
 _READ = ("GET", "HEAD")
+_METHODS = frozenset("GET HEAD POST PUT DELETE CONNECT OPTIONS TRACE PATCH".split())
 
 # tail -> endpoint; a tail that no row names is unknown. "" stands for a bare prefix.
 _ENDPOINTS: Dict[str, Endpoint] = {
@@ -6785,6 +6793,7 @@ _ENDPOINTS: Dict[str, Endpoint] = {
 }
 _ROOT_ENDPOINTS: Dict[str, Endpoint] = {
     "": Endpoint("root", _READ + ("POST",), is_open=True),
+    "*": Endpoint("root", _READ + ("POST",), is_open=True),  # only OPTIONS may ask it (RFC 9112 3.2.4)
     "/health": Endpoint("health", _READ, is_open=True),
     "/metrics": Endpoint("metrics", _READ),
 }
@@ -6809,7 +6818,10 @@ def find_endpoint(path: str) -> Endpoint:
 
 
 def check_method(endpoint: Endpoint, method: str) -> Endpoint:
-    """The endpoint as `method` means it (POST / is a chat request). RouterError 405 for a method it does not answer."""
+    """The endpoint as `method` means it (POST / is a chat request). RouterError 405 for a method it does not answer,
+    501 for one that HTTP does not know (RFC 9110 9.1)."""
+    if method not in _METHODS:
+        raise RouterError("the method %s is not known here" % one_line(method, 40), 501, "unknown_method")
     if method not in endpoint.methods:
         raise RouterError("this path answers to %s only" % ", ".join(endpoint.methods), 405, "method_not_allowed")
     if endpoint.operation == "root" and method == "POST":
@@ -8589,8 +8601,7 @@ class Gateway:
         headers = [("x-llm-router-request-id", trail.id), _JSON_TYPE]
         if error.status == 405 and endpoint is not None:
             headers.append(("allow", ", ".join(endpoint.methods)))
-        if error.status == 401:
-            headers.append(("www-authenticate", "Bearer"))
+        headers.extend(_REFUSAL_HEADERS.get(error.status, ()))
         await client.respond(
             error.status, headers, dump_json(WIRE_FORMATS[wire].render_error(_error_info(error), trail.id))
         )
@@ -8647,6 +8658,13 @@ ENDPOINT_HELP = {
     "count_tokens": "/v1/messages/count_tokens",
     "embeddings": "/v1/embeddings",
     "health": "/health",
+}
+
+
+# What RFC 9110 wants said with a refusal: 15.5.2, 15.5.16.
+_REFUSAL_HEADERS: Dict[int, Headers] = {
+    401: [("www-authenticate", "Bearer")],
+    415: [("accept-encoding", "gzip, deflate")],
 }
 
 
@@ -10439,7 +10457,8 @@ _HIGH_WATER_BYTES = 65_536
 _TICK_S = 0.25
 _HALF_CLOSE_WAIT_S = 0.3
 _PROBE_WAIT_S = 0.2
-_LINGER_BYTES = 1 << 20
+_CLOSING_S = 30.0
+_SKIP_BYTES = 65_536
 _BUSY_LINGER_S = 0.5
 _UPLOAD_BYTES_PER_S = 1024
 
@@ -10702,8 +10721,10 @@ class ClientConnection:
             self._transport.abort() if self.was_cut and self.is_blocked() else self._writer.close()
 
     def may_keep_alive(self, head: HttpRequest) -> bool:
-        """Whether the connection can serve another request after this one: not with an unread body, nor in a drain."""
-        return head.keep_alive and self._body_is_read and not self.server.draining and not self._at_eof
+        """Whether the connection can serve another request after this one: not with much of a body unread, nor in a
+        drain."""
+        may_go_on = self._body_is_read or self._parser.unread <= _SKIP_BYTES
+        return head.keep_alive and may_go_on and not self.server.draining and not self._at_eof
 
     def send(self, data: bytes) -> None:
         """Hand bytes to the transport."""
@@ -10747,23 +10768,30 @@ class ClientConnection:
         head, parser = self._head, self._parser
         if parser.expects_continue and not parser.body_size:
             self.send(_CONTINUE)
-        limit_s = self.server.settings.body_timeout_ms / 1000
-        began, self.phase = self.loop.time(), "body"
-        try:
-            body = parser.body()
-            while body is None:
-                self._reserve(parser.body_size)
-                self.deadline = began + limit_s + parser.body_size / _UPLOAD_BYTES_PER_S
-                parser.feed(await self._read())
-                body = parser.body()
-        finally:
-            self.phase, self.deadline = "serving", math.inf
-        self._body_is_read = True
+        await self._receive_body()
+        body = parser.body() or b""
         self._reserve(len(body))
         encoding = header(head.headers, "content-encoding").strip().lower()
         if not encoding or encoding == "identity":
             return body
-        return await self.loop.run_in_executor(None, inflate, body, encoding, self.server.limits.max_body_bytes)
+        body = await self.loop.run_in_executor(None, inflate, body, encoding, self.server.limits.max_body_bytes)
+        self._reserve(len(body))
+        return body
+
+    async def _receive_body(self, most_bytes: int = _MOST_BYTES) -> None:
+        """Read on until the body is there or has more than `most_bytes`: at a fair rate, never silent for long."""
+        parser, limit_s = self._parser, self.server.settings.body_timeout_ms / 1000
+        began, self.phase = self.loop.time(), "body"
+        try:
+            self._body_is_read = parser.body() is not None
+            while not self._body_is_read and parser.body_size <= most_bytes:
+                if most_bytes > _SKIP_BYTES:
+                    self._reserve(parser.body_size)
+                self.deadline = min(began + parser.body_size / _UPLOAD_BYTES_PER_S, self.loop.time()) + limit_s
+                parser.feed(await self._read())
+                self._body_is_read = parser.body() is not None
+        finally:
+            self.phase, self.deadline = "serving", math.inf
 
     async def _read(self) -> bytes:
         """Some bytes from the client. ClientGoneError at the end of the connection."""
@@ -10781,6 +10809,8 @@ class ClientConnection:
             return False
         self._head = head
         self._body_is_read = self._parser.body() is not None
+        if not self._body_is_read and head.method != "POST" and self._parser.unread <= _SKIP_BYTES:
+            await self._receive_body(_SKIP_BYTES)  # no handler asks for it: what is wrong with it is said now or never
         self.phase, self.sink = "serving", Sink(self, head)
         try:
             await self.server.handle(Call(head.method, head.path, head.query, head.headers, self.read_body), self.sink)
@@ -10788,10 +10818,20 @@ class ClientConnection:
             self.server.reserve(-self._reserved)
             self._reserved, self.phase, self.sink = 0, "idle", None
         if not self._body_is_read:
-            await self._linger()
+            await self._skip_body()
         if not self.closes:
             self._parser.next()
         return not self.closes
+
+    async def _skip_body(self) -> None:
+        """Throw away what nobody read of a body, or close: when it is long or wrong, for it has had its answer."""
+        try:
+            if not self.closes:
+                await self._receive_body(_SKIP_BYTES)
+        except HttpError:
+            self.closes = True
+        if not self._body_is_read:
+            await self._linger()
 
     async def _read_head(self) -> Optional[HttpRequest]:
         """The next request's head; None when the client closed between requests."""
@@ -10825,7 +10865,12 @@ class ClientConnection:
             try:
                 self.send(
                     render_response(
-                        error.status, _JSON_HEADERS, body, head_only=False, keep_alive=False, date=self.server.date()
+                        error.status,
+                        _JSON_HEADERS,
+                        body,
+                        head_only=self._parser.is_head,
+                        keep_alive=False,
+                        date=self.server.date(),
                     )
                 )
                 await self.drain()
@@ -10837,13 +10882,13 @@ class ClientConnection:
         """Close our side and read on for a moment: closing with unread bytes would reset the connection and the client
         might never see the answer (RFC 9112, 9.6)."""
         self.closes = True
-        self.phase, self.deadline = "idle", self.loop.time() + _LINGER_S
-        left = _LINGER_BYTES
+        self.phase, until = "idle", self.loop.time() + _CLOSING_S
         try:
             if self._transport.can_write_eof():
                 self._transport.write_eof()
-            while left > 0 and not self._at_eof:
-                left -= len(await self._read())
+            while not self._at_eof:
+                self.deadline = min(self.loop.time() + _LINGER_S, until)
+                await self._read()
         except (ClientGoneError, HttpError, OSError, RuntimeError):
             return
 

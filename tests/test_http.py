@@ -144,7 +144,7 @@ REQUEST_LINES = [
     ("method with brackets", b"GET[] / HTTP/1.1\r\nHost: a\r\n\r\n", 400),
     ("method with a colon", b"GET: / HTTP/1.1\r\nHost: a\r\n\r\n", 400),
     ("raw high byte in method", b"G\xc9T / HTTP/1.1\r\nHost: a\r\n\r\n", 400),
-    ("HTTP/1.2", b"GET / HTTP/1.2\r\nHost: a\r\n\r\n", 505),
+    ("HTTP/1.2 is the highest known (9110 2.5)", b"GET / HTTP/1.2\r\nHost: a\r\n\r\n", ok()),
     ("HTTP/2.0", b"GET / HTTP/2.0\r\nHost: a\r\n\r\n", 505),
     ("HTTP/0.9 by name", b"GET / HTTP/0.9\r\n\r\n", 505),
     ("HTTP/9.9", b"GET / HTTP/9.9\r\nHost: a\r\n\r\n", 505),
