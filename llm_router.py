@@ -554,12 +554,12 @@ FIELDS: Dict[str, Tuple[Field, ...]] = {
         Field("id", "provider_id", "short name, the first half of `provider/model`"),
         Field("name", "text", "name for people"),
         Field("enabled", "flag", "false keeps the entry and does not use it"),
-        Field("baseUrl", "url", "where the provider's API is", ("endpoint", "endpoints")),
-        Field("baseUrlByFormat", "{wire:url}", "a base URL of its own per wire format"),
+        Field("baseUrl", "url", "where the provider's API is", ("endpoint",)),
+        Field("baseUrlByFormat", "urls", "a base URL of its own per wire format", ("endpointByFormat", "endpoints")),
         Field("apiKey", "secret", "the key the router shows to the provider", ("credential",)),
         Field("apiKeyEnv", "variable", "environment variable that holds the key; wins when it is set"),
         Field("formats", "[wire]", "wire formats the provider speaks: openai, anthropic, responses"),
-        Field("format", "wire", "the preferred one of them"),
+        Field("format", "wire", "the preferred one of them", ("responseFormat",)),
         Field("auth", "auth", "how the key is shown"),
         Field("authByFormat", "{wire:auth}", "the same per wire format"),
         Field("headers", "{header_name:header}", "headers for every request; null removes one"),
@@ -574,18 +574,23 @@ FIELDS: Dict[str, Tuple[Field, ...]] = {
     ),
     "model": (
         Field("id", "model_id", "the provider's own name of the model; * for any"),
-        Field("aliases", "[name]", "further names"),
-        Field("formats", "[wire]", "wire formats of this model, when not all of the provider's"),
+        Field("aliases", "[name]", "further names", ("alias",)),
+        Field("formats", "[wire]", "wire formats of this model, when not all of the provider's", ("format",)),
         Field("enabled", "flag", "false keeps the entry and does not use it"),
         Field("contextWindow", "whole", "tokens that input and output may have together"),
         Field("maxOutputTokens", "whole", "tokens that an answer may have"),
         Field("cost", "object", "US dollars per million tokens: input, output, cacheRead, cacheWrite"),
         Field("metadata", "object", "anything; kept, not used"),
-        Field("fallbackModels", "[fallback]", "models to try when this one fails, in order"),
+        Field(
+            "fallbackModels",
+            "[fallback]",
+            "models to try when this one fails, in order",
+            ("fallbacks", "silentFallbacks"),
+        ),
     ),
     "auth": (
-        Field("type", "auth_type", "bearer, x-api-key, header or none"),
-        Field("headerName", "header_name", "the header, for the type header"),
+        Field("type", "auth_type", "bearer, x-api-key, header or none", ("kind",)),
+        Field("headerName", "header_name", "the header, for the type header", ("header",)),
         Field("prefix", "prefix", "what stands before the key in that header"),
     ),
     "client_key": (
@@ -1025,6 +1030,13 @@ class _Scan:
             self._warn(path, "sends keys and prompts unencrypted", "use https:// unless you trust the network")
         return url
 
+    def _read_urls(self, path: str, value: Any) -> Dict[str, str]:
+        """URLs by format; one for all of them, as older files have it, stands under ""."""
+        if isinstance(value, dict):
+            return self._read_map("wire", "url", path, value)
+        url = self._read_url(path, value)
+        return {"": url} if url else {}
+
     def _read_proxy(self, path: str, value: Any) -> Any:
         url = self._read("text", path, value)
         bare = re.sub("//[^/@]*@", "//", url or "")  # a proxy may have a login, where a base URL may not
@@ -1096,7 +1108,8 @@ class _Scan:
         return provider
 
     def _base_urls_of(self, path: str, raw: Any, values: Dict[str, Any]) -> Dict[str, str]:
-        own, base = values.get("base_url_by_format", {}), values.get("base_url")
+        own = values.get("base_url_by_format", {})
+        base = values.get("base_url") or own.get("")
         urls = {wire: own.get(wire) or base or (own.get("openai") if wire == "responses" else None) for wire in WIRES}
         missing = [wire for wire in values["formats"] if not urls[wire]]
         if missing and find_key(raw, "provider", "baseUrl") is None:  # one that is there and bad has been noted
@@ -1202,7 +1215,8 @@ def _formats_of(values: Dict[str, Any]) -> Tuple[Tuple[str, ...], str]:
         formats = tuple(wire for wire in WIRES if wire in values.get("base_url_by_format", {}))
         formats = (preferred,) + formats if preferred and preferred not in formats else formats
     if not formats:
-        formats = (_FORMAT_OF_HOST.get(urlsplit(values.get("base_url", "")).hostname or "", "openai"),)
+        base = values.get("base_url") or values.get("base_url_by_format", {}).get("", "")
+        formats = (_FORMAT_OF_HOST.get(urlsplit(base).hostname or "", "openai"),)
     return formats, preferred if preferred in formats else formats[0]
 
 
@@ -1264,6 +1278,16 @@ _URL_SCHEMA = {"type": "string", "pattern": "^[Hh][Tt][Tt][Pp][Ss]?://[^@#]+$"}
 _READER_SCHEMAS: Dict[str, Dict[str, Any]] = {
     "header_name": {"type": "string", "pattern": "^(?:%s)$" % _HEADER_NAME.pattern},
     "url": {"anyOf": [_URL_SCHEMA, {"type": "array", "items": _URL_SCHEMA, "minItems": 1}]},
+    "urls": {
+        "anyOf": [
+            {
+                "type": "object",
+                "propertyNames": {"enum": [*WIRES, *_WIRE_ALIASES]},
+                "additionalProperties": _URL_SCHEMA,
+            },
+            {"anyOf": [_URL_SCHEMA, {"type": "array", "items": _URL_SCHEMA, "minItems": 1}]},
+        ]
+    },
     "proxy": {"type": "string", "pattern": "^(?:none|http://.+)?$"},
     "targets": {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 1}]},
     "betas": {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]},
@@ -1665,7 +1689,10 @@ def _put_format(provider: Dict[str, Any], change: ProviderChange) -> None:
 def _merge_into(provider: Dict[str, Any], key: str, entries: Any) -> None:
     if entries:
         changed = {name.lower() for name in entries}
-        old = as_dict(get_field(provider, "provider", key))
+        old = get_field(provider, "provider", key) or {}
+        if not isinstance(old, dict):  # one URL for every format, as older files have it
+            _put(provider, "provider", "baseUrl", old)
+            old = {}
         kept = {name: value for name, value in old.items() if _wire_of(name) not in changed}
         _put(provider, "provider", key, dict(kept, **entries))
 
@@ -14078,7 +14105,8 @@ _COMMON = (
 
 def _field_flag(field: Field) -> Flag:
     """The flag that sets a field of a provider."""
-    kind = {"secret": "secret", "flag": "bool", "betas": "list", "models": "list"}.get(field.kind, "text")
+    kinds = {"secret": "secret", "flag": "bool", "betas": "list", "models": "list", "urls": "json"}
+    kind = kinds.get(field.kind, "text")
     kind = {"[": "list", "{": "json"}.get(field.kind[0], kind)
     kind = "json" if field.kind in FIELDS or field.kind == "object" else kind
     name, *others = (_snake(name).replace("_", "-") for name in (field.key, *field.aliases))
@@ -14112,7 +14140,7 @@ CONFIG_FLAGS: Tuple[Flag, ...] = (
     Flag("clear-alias", "bool", "remove the alias"),
     Flag("default-model", "text", "the model for `smart` and for requests that name none"),
     Flag("master-key", "secret", "the key that clients show; - reads it from stdin"),
-    Flag("generate", "bool", "make a new master key and print it once"),
+    Flag("generate", "bool", "make a new master key and print it once", ("generate-master-key",)),
     Flag("out", "text", "file for the exported configuration, keys included, mode 0600"),
     Flag("show-secrets", "bool", "print keys as they are"),
     Flag("client-key", "secret", "the client's key; - reads it from stdin; without it one is made and printed once"),
@@ -15390,7 +15418,9 @@ def _reach_cloudflare(values: Values, environ: Environ, site: Site, wrangler: st
         return Wrangler(wrangler, environ, site.account), site
     token = environ.get("CLOUDFLARE_API_TOKEN", "").strip()
     if not token and not _is_guided(values):
-        make = "make a token from the template Edit Cloudflare Workers at https://dash.cloudflare.com/profile/api-tokens"
+        make = (
+            "make a token from the template Edit Cloudflare Workers at https://dash.cloudflare.com/profile/api-tokens"
+        )
         raise UsageError("CLOUDFLARE_API_TOKEN is not set: %s; or install wrangler" % make)
     api = Cloudflare(environ, token or _read_secret(Flag("Cloudflare's API token", "secret", "")))
     return api, site if site.account else site._replace(account=_choose_account(values, api.accounts()))

@@ -11,6 +11,7 @@ environment go before those of the file. Exit code: 0 all passed, 1 something fa
 import argparse
 import json
 import os
+import socket
 import sys
 import tempfile
 import time
@@ -145,6 +146,15 @@ def ask(router, wire, model, stream, timeout_s):
     return time.monotonic() - began, wrong
 
 
+def is_free(host, port):
+    """Whether a router can listen there; the usual port may be that of one that runs."""
+    try:
+        socket.create_server((host, port)).close()
+    except OSError:
+        return False
+    return True
+
+
 def run(providers, host, port, timeout_s):
     """Ask everything, a row as soon as it is known; how many failed."""
     cases = [
@@ -158,9 +168,8 @@ def run(providers, host, port, timeout_s):
     env = {name: os.environ[name] for one in NETWORK for name in (one, one.lower()) if name in os.environ}
     failed = 0
     with tempfile.TemporaryDirectory(prefix="llm-router-smoke-") as home:
-        router = RunningRouter(
-            {"version": 1, "providers": providers}, ["--host=" + host, "--port=%d" % port], home, env
-        )
+        flags = ["--host=" + host, "--port=%d" % (port if is_free(host, port) else 0)]
+        router = RunningRouter({"version": 1, "providers": providers}, flags, home, env)
         router.host = host
         try:
             print("%-*s  %-9s  %-8s  %-4s  %s" % (width, "MODEL", "FORMAT", "ANSWER", "", "TIME"))

@@ -130,7 +130,7 @@ def test_top_keys_have_dashed_and_snake_case_twins(canonical, others):
 @pytest.mark.parametrize(
     ("canonical", "others"),
     [
-        ("baseUrl", ["base-url", "base_url", "endpoint", "endpoints"]),
+        ("baseUrl", ["base-url", "base_url", "endpoint"]),
         ("apiKey", ["api-key", "api_key", "credential"]),
         ("formats", []),
         ("models", []),
@@ -155,6 +155,30 @@ def test_the_canonical_spelling_wins_over_a_twin_with_a_warning():
     document = changed(providers__0__credential="older")
     assert r.read_config(document, {}).providers[0].api_key == "sk-or-v1-abc"
     only_problem(document, "providers[0].credential", "warning")
+
+
+def test_endpoints_may_be_urls_by_format():
+    urls = {"openai": "https://a.example/v1", "claude": "https://a.example/c"}
+    document = changed(providers__0__baseUrl=None, providers__0__formats=None, providers__0__endpoints=urls)
+    provider = r.read_config(document, {}).providers[0]
+    assert provider.base_urls == {"openai": urls["openai"], "anthropic": urls["claude"], "responses": urls["openai"]}
+    assert provider.formats == ("openai", "anthropic")
+
+
+def test_older_words_of_auth_and_models_are_read():
+    document = changed(
+        providers__0__auth={"kind": "header", "header": "api-key"},
+        providers__0__models=[
+            {"id": "gpt-4o", "alias": "fast", "format": "claude", "fallbacks": ["anthropic/claude-3-7-sonnet"]}
+        ],
+    )
+    provider = r.read_config(document, {}).providers[0]
+    assert provider.auths["openai"] == r.Auth("header", "api-key")
+    model = provider.models[0]
+    assert (model.aliases, model.formats, model.fallback_models) == (
+        ("fast",), ("anthropic",), ("anthropic/claude-3-7-sonnet",)
+    )  # fmt: skip
+    assert schema_accepts(document)
 
 
 def test_endpoints_as_a_list_means_the_first():
@@ -327,7 +351,7 @@ OFF_TYPE = [
     ("providers[0].enabled", "perhaps"),
     ("providers[0].enabled", 1),
     ("providers[0].baseUrl", 1),
-    ("providers[0].baseUrlByFormat", "https://x.example"),
+    ("providers[0].baseUrlByFormat", 5),
     ("providers[0].baseUrlByFormat.grpc", "https://x.example"),
     ("providers[0].baseUrlByFormat.anthropic", "nope"),
     ("providers[0].apiKey", 1),

@@ -192,6 +192,15 @@ def test_a_url_per_format_replaces_the_one_under_the_older_format_name():
     ] == {"anthropic": "https://new.example"}
 
 
+def test_a_url_for_one_format_leaves_an_older_entry_for_all_of_them():
+    document = copy.deepcopy(DOCUMENT)
+    entry = provider(document, "b")
+    entry["endpoints"] = [entry.pop("baseUrl")]
+    b = provider(upsert(document, "b", base_url_by_format={"anthropic": "https://c.example"}), "b")
+    assert b["baseUrlByFormat"] == {"anthropic": "https://c.example"}
+    assert b["baseUrl"] == entry["endpoints"] and "endpoints" not in b
+
+
 @pytest.mark.parametrize(
     ("formats", "given", "expected"),
     [

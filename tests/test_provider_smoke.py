@@ -1,5 +1,6 @@
 """The smoke test of real providers, run against fake ones: its table, exit codes, and what it leaves alone."""
 
+import socket
 import subprocess
 import sys
 
@@ -88,6 +89,12 @@ def test_what_fails_is_told_and_makes_the_exit_code(smoke, upstream, answer):
 def test_without_anything_to_test_it_says_what_is_missing(smoke, lines, told):
     code, rows, _, err = smoke(lines)
     assert code == 2 and rows == [] and told in err and ".env.test-suite.example" in err
+
+
+def test_a_port_in_use_is_left_to_whom_it_belongs(smoke, upstream):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        code, rows, _, _ = smoke(block(upstream), LLM_ROUTER_TEST_PORT=str(taken.getsockname()[1]))
+    assert code == 0 and len(rows) == 6
 
 
 def test_a_router_that_cannot_start_is_told_without_a_traceback(smoke, upstream):
