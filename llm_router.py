@@ -9657,8 +9657,11 @@ def _prepare(path: str) -> str:
     return target
 
 
-def write_private(target: str, data: bytes, expected: Optional[bytes] = None, backup: bool = False) -> bool:
-    """Replace the file `target` by `data`: whole or not at all, readable by its owner only, safe against power loss.
+def write_private(
+    target: str, data: bytes, expected: Optional[bytes] = None, backup: bool = False, durable: bool = True
+) -> bool:
+    """Replace the file `target` by `data`: whole or not at all, readable by its owner only, when `durable` safe against
+    power loss, which may take a tenth of a second.
 
     With `backup`, `expected` (what the file held, None when there was none) is kept as target + ".bak", and False is
     returned, nothing done, when the file holds something else by now. FileError when writing fails.
@@ -9667,7 +9670,7 @@ def write_private(target: str, data: bytes, expected: Optional[bytes] = None, ba
 
     written: Dict[str, str] = {}  # where a complete file waits -> where it belongs
     try:
-        written[_write_temporary(target, data)] = target
+        written[_write_temporary(target, data, durable)] = target
         if expected is not None and backup:
             written[_write_temporary(target + ".bak", expected)] = target + ".bak"
         if backup and read_bytes(target)[0] != expected:
@@ -9680,6 +9683,8 @@ def write_private(target: str, data: bytes, expected: Optional[bytes] = None, ba
     finally:
         for temporary in written:
             _remove(temporary)
+    if not durable:
+        return True
     try:  # makes the rename durable; some file systems and Windows cannot, the file itself is safe by now
         descriptor = os.open(os.path.dirname(target), os.O_RDONLY)
         try:
@@ -9691,8 +9696,9 @@ def write_private(target: str, data: bytes, expected: Optional[bytes] = None, ba
     return True
 
 
-def _write_temporary(target: str, data: bytes) -> str:
-    """A new file beside `target`, 0600 from the start, complete and on the disk; its path. OSError when it fails."""
+def _write_temporary(target: str, data: bytes, durable: bool = True) -> str:
+    """A new file beside `target`, 0600 from the start, complete, when `durable` on the disk; its path. OSError when it
+    fails."""
     import os
     import secrets
 
@@ -9702,7 +9708,8 @@ def _write_temporary(target: str, data: bytes) -> str:
             _keep_owner(file.fileno(), target)
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
     except BaseException:
         _remove(path)
         raise
@@ -12259,7 +12266,8 @@ def change_instances(path: str, change: Callable[[List[Instance]], List[Instance
     """Rewrite the state file, one writer at a time. FileError when it cannot be written."""
     with FileLock(path):
         instances = change(read_instances(path))
-        write_private(path, dump_json({"instances": [instance._asdict() for instance in instances]}))
+        data = dump_json({"instances": [instance._asdict() for instance in instances]})
+        write_private(path, data, durable=False)  # no instance outlives a power loss
 
 
 def ask_instance(instance: Instance, verb: str, method: str = "GET") -> Dict[str, Any]:
@@ -15542,5 +15550,54 @@ def entry() -> None:
     sys.exit(main())
 
 
+def shed_source(path: str) -> str:
+    """Where the program's file is; `path` is where it seems to be. Called first, by the script itself.
+
+    CPython compiles a script at each start and keeps its syntax tree, here nearly half of the memory, as long as it
+    runs. So a server starts once more in the same process, from the byte code that is there by then: through a memory
+    file, where the system has them (Linux). Nothing is cached, so nothing needs to be trusted, kept fresh or writable.
+    """
+    import os
+    import sys
+
+    told = getattr(sys, "_xoptions", {}).get(_PATH_OPTION)
+    if path.startswith(_DESCRIPTORS) and told:
+        os.close(int(path[len(_DESCRIPTORS) :]))
+        sys.argv[0], sys.path[0] = told, os.path.dirname(told)
+        return str(told)
+    caller, watched = sys._getframe(1), sys.gettrace() or sys.getprofile()  # a debugger or profiler would be lost
+    serves = sys.argv[1:2] == ["start"] and not any(word.startswith("--detach") for word in sys.argv)
+    if serves and not watched and caller.f_globals["__spec__"] is None and hasattr(os, "memfd_create"):
+        try:
+            _start_byte_code(os.path.abspath(path), caller.f_code)
+        except OSError:
+            pass  # forbidden here: it only costs memory
+    return path
+
+
+_PATH_OPTION, _DESCRIPTORS = "llm_router", "/proc/self/fd/"
+
+
+def _start_byte_code(path: str, code: Any) -> None:
+    """Replace this process by the module `code`. The path goes along as an option that Python ignores; `ps` shows it.
+    OSError when that cannot be done."""
+    import marshal
+    import os
+    import sys
+    from importlib.util import MAGIC_NUMBER
+
+    descriptor = os.memfd_create("llm_router", 0)
+    try:
+        os.write(descriptor, MAGIC_NUMBER + bytes(12) + marshal.dumps(code))
+        script = _DESCRIPTORS + str(descriptor)
+        os.stat(script), os.stat(path)
+        flags = getattr(sys, "orig_argv", sys.argv)[1 : -len(sys.argv)]  # the interpreter's; unknown before Python 3.10
+        option = "%s=%s" % (_PATH_OPTION, path)
+        os.execv(sys.executable, [sys.executable, *flags, "-X", option, script, *sys.argv[1:]])  # noqa: S606  this file
+    finally:
+        os.close(descriptor)
+
+
 if __name__ == "__main__":
+    __file__ = shed_source(__file__)
     entry()

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -383,3 +384,44 @@ def test_an_edit_of_the_file_is_applied_while_running_and_a_broken_one_keeps_the
     running.write_config(config_of(provider(upstream, models=["three"])))
     until(lambda: knows("fake/three"))
     assert running.get("/health").json["config"] == "ok" and not knows("fake/two")
+
+
+@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="memory files are Linux'")
+def test_a_server_runs_from_byte_code_in_the_process_that_was_started_and_knows_its_file(running):
+    words = Path("/proc/%d/cmdline" % running.process.pid).read_text().split("\0")
+    assert "llm_router=%s" % PROGRAM in words
+    assert words[words.index("llm_router=%s" % PROGRAM) + 1].startswith("/proc/self/fd/")
+    assert not any("memfd" in os.readlink(fd.path) for fd in os.scandir("/proc/%d/fd" % running.process.pid))
+    assert json.loads(ok(running.home, "status", "--json"))["pid"] == running.process.pid
+
+
+@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="memory files are Linux'")
+@pytest.mark.parametrize("words", [["--version"], ["start", "--detach"], ["status"]])
+def test_other_commands_run_from_the_source_they_were_given(words, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [str(PROGRAM)] + words)
+    monkeypatch.setattr(os, "execv", lambda *_: pytest.fail("started once more"))
+    monkeypatch.setattr(sys, "gettrace", lambda: None)
+    source = "path = shed_source(%r)" % str(PROGRAM)
+    assert exec_as_script(source)["path"] == str(PROGRAM)
+
+
+@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="memory files are Linux'")
+def test_where_a_process_cannot_start_anew_the_server_runs_all_the_same(monkeypatch):
+    monkeypatch.setattr(sys, "argv", [str(PROGRAM), "start"])
+    calls = []
+
+    def forbidden(*arguments):
+        calls.append(arguments)
+        raise PermissionError
+
+    monkeypatch.setattr(os, "execv", forbidden)
+    monkeypatch.setattr(sys, "gettrace", lambda: None)
+    assert exec_as_script("path = shed_source(%r)" % str(PROGRAM))["path"] == str(PROGRAM)
+    assert len(calls) == 1
+
+
+def exec_as_script(source):
+    """The names of a module, compiled and run as a script would be."""
+    names = {"shed_source": r.shed_source, "__spec__": None}
+    exec(compile(source, str(PROGRAM), "exec"), names)  # noqa: S102  it is what is tested
+    return names
