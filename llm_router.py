@@ -6870,10 +6870,11 @@ class Access(NamedTuple):
     clients: Tuple[Tuple[str, str], ...] = ()
 
 
-def make_access(config: Config, required: bool) -> Access:
-    """Who may call, as the configuration says it. required: a key is asked for."""
+def make_access(config: Config, required: bool, guests: Iterable[Tuple[str, str]] = ()) -> Access:
+    """Who may call, as the configuration says it. required: a key is asked for. guests: SHA-256 and name of further
+    clients' keys."""
     keys = (config.master_key.encode("utf-8", "surrogateescape"),) if config.master_key else ()
-    clients = tuple((key.sha256, key.name) for key in config.client_keys)
+    clients = tuple((key.sha256, key.name) for key in config.client_keys) + tuple(guests)
     return Access(required, keys, tuple(config.cors_origins), tuple(config.allowed_hosts), clients)
 
 
@@ -12224,6 +12225,7 @@ class LocalHost:
 RUNTIME_PATH = "~/.llm-router.runtime.json"
 
 _CONTROL_TIMEOUT_S = 5.0
+_MOST_GUESTS = 1000
 _WATCH_S = 0.5
 
 
@@ -12343,6 +12345,7 @@ class Router:
         self.grace_s = options.settings.drain_grace_ms / 1000
         self.restarts = False
         self.config_state = "ok"
+        self.guests: Dict[str, str] = {}
         self._make_gateway()
 
     def _make_gateway(self) -> None:
@@ -12351,7 +12354,7 @@ class Router:
         if self.ledger is not None:
             models = [(one.id + "/" + model.id, model.cost) for one in options.config.providers for model in one.models]
             self.ledger.prices = {ref: cost for ref, cost in models if cost}
-        access = make_access(options.config, options.require_auth)
+        access = make_access(options.config, options.require_auth, self.guests.items())
         self.gateway = Gateway(Routes(options.config), options.settings, access, self.host, self.book)
         self.host.known = frozenset(self.gateway.routes.refs())
 
@@ -12375,6 +12378,9 @@ class Router:
             return (200, {"trail": record}) if record else (404, {"error": "that request is not remembered (any more)"})
         if method == "POST" and name == "reload":
             return self.try_reload()
+        if method == "POST" and name in ("admit", "dismiss"):
+            self._change_guests(name, argument)
+            return 200, {}
         if method == "POST" and name == "stop":
             self.stop(argument)
             return 200, {"pid": self.status()["pid"]}
@@ -12383,6 +12389,15 @@ class Router:
             self.stop()
             return 200, {"pid": self.status()["pid"]}
         return 404, {"error": "unknown verb"}
+
+    def _change_guests(self, verb: str, argument: str) -> None:
+        """Let a client in by the SHA-256 of its key, `admit/SHA256/NAME`, or out, `dismiss/SHA256`; not stored."""
+        sha256, _, name = argument.partition("/")
+        if verb == "dismiss":
+            self.guests.pop(sha256, None)
+        elif re.fullmatch(r"[0-9a-f]{64}", sha256) and len(self.guests) < _MOST_GUESTS:
+            self.guests[sha256] = one_line(name, 60) or "guest"
+        self.gateway.access = make_access(self.options.config, self.options.require_auth, self.guests.items())
 
     def stop(self, grace: str = "") -> None:
         """Begin to drain; `grace` seconds for what is still running, "" for the setting's."""
@@ -12700,7 +12715,6 @@ def start_detached(flags: Sequence[str], log_path: str) -> Tuple[int, str]:
     import os
     import subprocess
     import sys
-    import time
 
     log = _open_start_log(log_path)
     began = os.fstat(log.fileno()).st_size
@@ -12709,6 +12723,18 @@ def start_detached(flags: Sequence[str], log_path: str) -> Tuple[int, str]:
     argv = [sys.executable, os.path.abspath(__file__), "start", *flags]
     with log:
         child = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, **how)  # noqa: S603  this file
+    try:
+        return child.pid, _wait_for_start(child, log_path, began)
+    except BaseException:
+        if child.poll() is None:  # interrupted, or it does not listen in time: nobody would know of it
+            child.terminate()
+        raise
+
+
+def _wait_for_start(child: Any, log_path: str, began: int) -> str:
+    """The address that a child says it listens on, in what it has logged from `began` on."""
+    import time
+
     until = time.monotonic() + _DETACHED_START_S
     while time.monotonic() < until:
         time.sleep(0.05)
@@ -12716,11 +12742,11 @@ def start_detached(flags: Sequence[str], log_path: str) -> Tuple[int, str]:
         found = re.search(r"^listening on (http://\S+)", said, re.MULTILINE)
         if found:
             child.returncode = 0  # it is meant to go on without us: no warning that it still runs
-            return child.pid, found.group(1)
+            return str(found.group(1))
         if child.poll() is not None:
             last = said.strip().split("\n")[-1].replace("llm-router: ", "")
             raise RouterError("it ended at once: " + (last or "see " + log_path), 500)
-    raise RouterError("pid %d does not listen yet, see %s" % (child.pid, log_path), 500)
+    raise RouterError("it did not listen within %d s, see %s" % (_DETACHED_START_S, log_path), 500)
 
 
 def _open_start_log(path: str) -> Any:
@@ -13918,7 +13944,9 @@ class Agent(NamedTuple):
 def _opencode_config(facts: Mapping[str, str]) -> str:
     """opencode.json with one provider, the router (opencode.ai/docs/providers, custom provider)."""
     options = {"baseURL": facts["base"] + "/v1", "apiKey": facts["key"]}
-    models: Dict[str, Any] = {facts[name]: {} for name in ("model", "small") if facts[name]}
+    models: Dict[str, Any] = {facts[name]: {} for name in ("small", "model") if facts[name]}
+    if facts["window"] and facts["output"]:  # without a limit opencode never compacts; it wants both numbers
+        models[facts["model"]] = {"limit": {"context": int(facts["window"]), "output": int(facts["output"])}}
     provider = {"npm": "@ai-sdk/openai-compatible", "name": "llm-router", "options": options, "models": models}
     chosen = {"model": "llm-router/" + facts["model"], "small_model": "llm-router/" + facts["small"]}
     return json.dumps(dict(chosen, provider={"llm-router": provider}))
@@ -13937,9 +13965,11 @@ AGENTS: Tuple[Agent, ...] = (
         ("ANTHROPIC_BASE_URL", "%(base)s"), ("ANTHROPIC_AUTH_TOKEN", "%(key)s"), ("ANTHROPIC_MODEL", "%(model)s"),
         ("ANTHROPIC_DEFAULT_OPUS_MODEL", "%(opus)s"), ("ANTHROPIC_DEFAULT_SONNET_MODEL", "%(sonnet)s"),
         ("ANTHROPIC_DEFAULT_HAIKU_MODEL", "%(haiku)s"), ("ANTHROPIC_SMALL_FAST_MODEL", "%(small)s"),
-        ("CLAUDE_CODE_ENABLE_GATEWAY_MODEL_DISCOVERY", "1")), hidden=("ANTHROPIC_API_KEY",)),
+        ("CLAUDE_CODE_MAX_CONTEXT_TOKENS", "%(window)s"), ("CLAUDE_CODE_ENABLE_GATEWAY_MODEL_DISCOVERY", "1")),
+          hidden=("ANTHROPIC_API_KEY",)),
     Agent("codex", "codex", "npm install -g @openai/codex", (("ROUTER_API_KEY", "%(key)s"),),
-          ("-c", 'model_provider="llm-router"', "-c", _CODEX_PROVIDER, "-c", 'model="%(model)s"')),
+          ("-c", 'model_provider="llm-router"', "-c", _CODEX_PROVIDER, "-c", 'model="%(model)s"',
+           "-c", "model_context_window=%(window)s")),
     Agent("opencode", "opencode", "npm install -g opencode-ai", (), file=("OPENCODE_CONFIG", _opencode_config)),
     Agent("aider", "aider", "pipx install aider-chat",
           (("OPENAI_API_BASE", "%(base)s/v1"), ("OPENAI_API_KEY", "%(key)s")), ("--model", "openai/%(model)s")),
@@ -13965,7 +13995,8 @@ _NO_KEY = "no-key-needed"  # clients insist on some key
 
 
 def agent_facts(base: str, key: str, config: Config, chosen: Mapping[str, str]) -> Dict[str, str]:
-    """What the templates of AGENTS may use: base (the router's URL), key, and model, small, opus, sonnet, haiku.
+    """What the templates of AGENTS may use: base (the router's URL), key, and model, small, opus, sonnet, haiku; window
+    and output: the model's limits in tokens, where the configuration has them.
 
     chosen: the models the user named. The others are the default model, or else the first there is.
     """
@@ -13973,7 +14004,12 @@ def agent_facts(base: str, key: str, config: Config, chosen: Mapping[str, str]) 
     first = next((ref for ref in refs if not ref.endswith("/*")), "")
     model = chosen.get("model") or config.default_model or first
     facts = {"base": base, "key": key or _NO_KEY, "model": model, "small": chosen.get("small_model") or model}
-    facts.update({name: chosen.get(name) or model for name in ("opus", "sonnet")})
+    facts.update({name: chosen.get(name) or model for name in ("opus", "sonnet")}, window="", output="")
+    try:
+        found = Routes(config).find_plan(model).candidates[0].model
+        facts.update(window=str(found.context_window or ""), output=str(found.max_output_tokens or ""))
+    except RouterError:
+        pass  # the program will be told when it asks for that model
     return dict(facts, haiku=chosen.get("haiku") or facts["small"])
 
 
@@ -15189,31 +15225,45 @@ def run_agent(values: Values, environ: Environ) -> int:
     if not words or agent is None:
         names = ", ".join(row.name for row in AGENTS)
         raise UsageError("run: name one of %s, or -- and any command; %s" % (names, "run claude, run -- python app.py"))
+    argv = words[0 if plain else 1 :]
     try:
-        base, key, config = _reach_running(values, environ)
-        return run_program(agent, words[0 if plain else 1 :], agent_facts(base, key, config, values), environ)
+        instance = _find_running(values)
+        _, base, config = _reach_running(instance, environ)
     except RouterError as error:
         if error.code != "not_running":
             raise
-    return _run_with_router(agent, words[0 if plain else 1 :], values, environ)
+        return _run_with_router(agent, argv, values, environ)
+    return _run_as_guest(agent, argv, instance, agent_facts(base, "", config, values), environ)
 
 
-def _reach_running(values: Values, environ: Environ) -> Tuple[str, str, Config]:
-    """The URL of the running instance, the key it wants ("" for none) and its configuration. RouterError 503 when
-    none runs."""
-    instance = _find_running(values)
+def _run_as_guest(
+    agent: Agent, argv: Sequence[str], instance: Instance, facts: Dict[str, str], environ: Environ
+) -> int:
+    """Run a program with a key of its own, which the running router knows while the program runs, and by which log and
+    ledger name it."""
+    import secrets
+
+    key = "run-" + secrets.token_urlsafe(24)
+    sha256 = hashlib.sha256(key.encode()).hexdigest()
+    ask_instance(instance, "admit/%s/run-%s" % (sha256, agent.name), "POST")
+    try:
+        return run_program(agent, argv, dict(facts, key=key), environ)
+    finally:
+        try:
+            ask_instance(instance, "dismiss/" + sha256, "POST")
+        except RouterError:
+            pass  # it has stopped, and its guests with it
+
+
+def _reach_running(instance: Instance, environ: Environ) -> Tuple[Dict[str, Any], str, Config]:
+    """The status of a running instance, its URL and its configuration, as far as this shell can read it."""
     status = ask_instance(instance, "status")
     try:
         config = read_config(_load_or_make(instance.config, environ).document, environ)
     except RouterError:  # made of key variables that this shell does not have, or broken since
-        if status["require_auth"]:
-            raise
         config = Config(default_model=status["default_model"])
-    if status["require_auth"] and not config.master_key:
-        raise UsageError("the running router wants a key: set LLM_ROUTER_MASTER_KEY to one")
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(instance.host, instance.host)
-    base = "http://%s:%d" % ("[%s]" % host if ":" in host else host, instance.port)
-    return base, config.master_key if status["require_auth"] else "", config
+    return status, "http://%s:%d" % ("[%s]" % host if ":" in host else host, instance.port), config
 
 
 def _run_with_router(agent: Agent, argv: Sequence[str], values: Values, environ: Environ) -> int:
@@ -15224,14 +15274,14 @@ def _run_with_router(agent: Agent, argv: Sequence[str], values: Values, environ:
     options = read_start_options(dict({"port": "0"}, **given), environ)
     flags = ["--port=%d" % options.port] + (["--config=" + values["config"]] if values.get("config") else [])
     pid, base = start_detached(flags, os.path.expanduser(LOG_PATH))
+    instance = find_instance(state_path(), "", int(base.rpartition(":")[2]))
     try:
-        return run_program(agent, argv, agent_facts(base, "", options.config, values), environ)
+        return _run_as_guest(agent, argv, instance, agent_facts(base, "", options.config, values), environ)
     finally:
         if values.get("keep"):
             _warn(["the router stays: pid %d, %s; llm-router stop ends it" % (pid, base)])
         else:
-            port = int(base.rpartition(":")[2])
-            ask_instance(find_instance(state_path(), "", port), "stop/2", "POST")
+            ask_instance(instance, "stop/2", "POST")
 
 
 def run_env(values: Values, environ: Environ) -> int:
@@ -15242,7 +15292,11 @@ def run_env(values: Values, environ: Environ) -> int:
         raise UsageError("env: %s is none of %s" % (one_line(name, 40), ", ".join(row.name for row in AGENTS)))
     if not any("%(base)s" in text for _, text in agent.variables):
         raise UsageError("variables do not point %s anywhere: use llm-router run %s" % (name, name))
-    variables = fill_templates(agent, agent_facts(*_reach_running(values, environ), values))[0]
+    status, base, config = _reach_running(_find_running(values), environ)
+    if status["require_auth"] and not config.master_key:
+        raise UsageError("the running router wants a key: set LLM_ROUTER_MASTER_KEY to one")
+    key = config.master_key if status["require_auth"] else ""
+    variables = fill_templates(agent, agent_facts(base, key, config, values))[0]
     if values.get("json"):
         return _print_json(variables)
     shell = values.get("shell") or _default_shell(environ)

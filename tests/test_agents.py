@@ -1,5 +1,6 @@
 """Coding agents run against the router: what they get, what stays untouched, what comes back."""
 
+import hashlib
 import json
 import os
 import shlex
@@ -7,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -101,17 +104,62 @@ def test_without_a_name_the_default_model_is_used(home):
     assert 'model="fake/fake-model"' in argv and argv[-2:] == ["exec", "hello"]
 
 
-def test_a_running_router_is_used_with_its_master_key_and_stays(tmp_path, upstream):
+def test_a_program_gets_a_key_of_its_own_from_a_running_router_for_as_long_as_it_runs(tmp_path, upstream):
     home = Home(tmp_path, config_of(provider(upstream), masterKey="the-master-key"))
     assert home.run("start --detach --port=0 --require-auth=true").returncode == 0
     try:
         told = json.loads(home.run("run claude").stdout)
-        assert told["status"] == 200 and told["key"] == "the-master-key"
+        assert told["status"] == 200 and told["key"] not in ("", "the-master-key")
+        assert "the-master-key" not in json.dumps(told)
+        trail = json.loads(home.run("explain --json").stdout)
+        assert trail["client"] == "run-claude" and trail["status"] == 200
+        late = urllib.request.Request(told["env"]["ANTHROPIC_BASE_URL"] + "/v1/models")
+        late.add_header("authorization", "Bearer " + told["key"])
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            urllib.request.build_opener(urllib.request.ProxyHandler({})).open(late)
         shown = home.run("env claude --shell=bash").stdout
         assert "export ANTHROPIC_AUTH_TOKEN='the-master-key'\n" in shown
         assert json.loads(home.run("status --json").stdout)["require_auth"]
     finally:
         home.run("stop --grace=0")
+
+
+def test_a_program_s_key_outlives_a_reload_of_the_router(router, upstream):
+    running = router(config_of(provider(upstream), masterKey="the-master-key"), "--require-auth=true")
+    entry = r.read_instances(str(running.home / ".llm-router.runtime.json"))[0]
+    r.ask_instance(entry, "admit/%s/run-x" % hashlib.sha256(b"guest-key").hexdigest(), "POST")
+    r.ask_instance(entry, "reload", "POST")
+    assert running.get("/v1/models", {"x-api-key": "guest-key"}).status == 200
+    for word in ("nonsense", "", "0" * 63):
+        r.ask_instance(entry, "admit/%s/run-x" % word, "POST")
+    assert running.get("/v1/models", {"x-api-key": ""}).status == 401
+    r.ask_instance(entry, "dismiss/" + hashlib.sha256(b"guest-key").hexdigest(), "POST")
+    assert running.get("/v1/models", {"x-api-key": "guest-key"}).status == 401
+
+
+def test_a_program_learns_the_window_of_its_model_where_the_configuration_has_it():
+    model = {"id": "m", "contextWindow": 131072, "maxOutputTokens": 8192}
+    config = r.read_config(config_of(provider("http://127.0.0.1:1", models=[model, "n"]), defaultModel="fake/m"), {})
+    facts = r.agent_facts("http://x", "", config, {})
+    claude, codex, opencode = (r.find_agent(name) for name in ("claude", "codex", "opencode"))
+    assert r.fill_templates(claude, facts)[0]["CLAUDE_CODE_MAX_CONTEXT_TOKENS"] == "131072"
+    assert r.fill_templates(codex, facts)[1][-2:] == ["-c", "model_context_window=131072"]
+    told = json.loads(opencode.file[1](facts))["provider"]["llm-router"]["models"]
+    assert told == {"fake/m": {"limit": {"context": 131072, "output": 8192}}}
+    unknown = r.agent_facts("http://x", "", config, {"model": "fake/n"})
+    assert "CLAUDE_CODE_MAX_CONTEXT_TOKENS" not in r.fill_templates(claude, unknown)[0]
+    assert json.loads(opencode.file[1](unknown))["provider"]["llm-router"]["models"] == {"fake/n": {}}
+    r.agent_facts("http://x", "", config, {"model": "nobody/knows"})
+
+
+def test_an_interrupted_start_leaves_no_router_behind(home):
+    line = [sys.executable, PROGRAM, "run", "claude"]
+    with subprocess.Popen(line, env=home.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
+        log = home.folder / ".llm-router.log"
+        assert until(log.exists)
+        running.send_signal(signal.SIGINT)
+        running.communicate(timeout=20)
+    assert until(lambda: "no llm-router is running" in home.run("status").stderr)
 
 
 def test_a_running_router_whose_configuration_this_shell_cannot_read_is_reached_all_the_same(home):
