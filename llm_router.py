@@ -13957,6 +13957,8 @@ _CODEX_PROVIDER = (
     'env_key="ROUTER_API_KEY",wire_api="responses"}'
 )
 
+PROXY_VARIABLES = ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy")
+
 # Sources: code.claude.com/docs/en/settings and /llm-gateway; developers.openai.com/codex/config-reference (-c takes
 # TOML); opencode.ai/docs/config (OPENCODE_CONFIG); aider.chat/docs/llms/openai-compat.html; Qwen Code's README.
 # fmt: off
@@ -13975,7 +13977,7 @@ AGENTS: Tuple[Agent, ...] = (
           (("OPENAI_API_BASE", "%(base)s/v1"), ("OPENAI_API_KEY", "%(key)s")), ("--model", "openai/%(model)s")),
     Agent("qwen", "qwen", "npm install -g @qwen-code/qwen-code",
           (("OPENAI_BASE_URL", "%(base)s/v1"), ("OPENAI_API_KEY", "%(key)s"), ("OPENAI_MODEL", "%(model)s")),
-          ("--auth-type", "openai")),
+          ("--auth-type", "openai"), hidden=PROXY_VARIABLES),  # it sends even 127.0.0.1 to a proxy
 )
 # fmt: on
 ANY_AGENT = Agent(
@@ -14041,6 +14043,9 @@ def run_program(agent: Agent, argv: Sequence[str], facts: Mapping[str, str], env
     variables, words = fill_templates(agent, facts)
     env = {name: value for name, value in environ.items() if name not in agent.hidden}
     env.update(variables)
+    if any(env.get(name) for name in PROXY_VARIABLES):  # the router itself is reached directly
+        own = urlsplit(facts["base"]).hostname or ""
+        env.update({name: ",".join(filter(None, (env.get(name), own))) for name in ("NO_PROXY", "no_proxy")})
     program = shutil.which(agent.program or argv[0], path=env.get("PATH"))
     if program is None:
         hint = "; install it: " + agent.install if agent.install else ""
@@ -15243,9 +15248,10 @@ def _run_as_guest(
     ledger name it."""
     import secrets
 
+    name = re.sub(r"[^A-Za-z0-9._-]", "-", agent.program or argv[0].replace("\\", "/").rpartition("/")[2])
     key = "run-" + secrets.token_urlsafe(24)
     sha256 = hashlib.sha256(key.encode()).hexdigest()
-    ask_instance(instance, "admit/%s/run-%s" % (sha256, agent.name), "POST")
+    ask_instance(instance, "admit/%s/run-%s" % (sha256, name), "POST")
     try:
         return run_program(agent, argv, dict(facts, key=key), environ)
     finally:

@@ -152,6 +152,15 @@ def test_a_program_learns_the_window_of_its_model_where_the_configuration_has_it
     r.agent_facts("http://x", "", config, {"model": "nobody/knows"})
 
 
+def test_a_proxy_in_the_environment_does_not_stand_between_a_program_and_the_router(home):
+    home.env.update(HTTPS_PROXY="http://127.0.0.1:9", HTTP_PROXY="http://127.0.0.1:9", http_proxy="http://127.0.0.1:9")
+    home.env["NO_PROXY"] = "corp.example"
+    env = json.loads(home.run("run -- my-app").stdout)["env"]
+    assert (env["NO_PROXY"], env["no_proxy"]) == ("corp.example,127.0.0.1", "127.0.0.1")
+    assert env["HTTPS_PROXY"] == "http://127.0.0.1:9"
+    assert json.loads(home.run("usage --by=client --json").stdout)["rows"][0]["group"] == "run-my-app"
+
+
 def test_an_interrupted_start_leaves_no_router_behind(home):
     line = [sys.executable, PROGRAM, "run", "claude"]
     with subprocess.Popen(line, env=home.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
