@@ -13133,9 +13133,15 @@ def key_weakness(key: str) -> str:
 
 def minify_document(document: Dict[str, Any], master_key: str) -> str:
     """A configuration as short JSON, with the key that is in force. ConfigError for what JSON cannot say."""
-    document = dict(document, masterKey=master_key) if master_key else document
+    document = set_master_key(document, master_key).document if master_key else document
     document = load_json(render_document(document))
-    return json.dumps(document, separators=(",", ":"), ensure_ascii=False)
+    short = json.dumps(document, separators=(",", ":"), ensure_ascii=False)
+    return short if _is_text(short) else json.dumps(document, separators=(",", ":"))
+
+
+def _is_text(text: str) -> bool:
+    """False for half a surrogate pair, which JSON can escape and UTF-8 cannot hold."""
+    return text.encode("utf-8", "ignore").decode("utf-8") == text
 
 
 def config_secrets(text: str) -> Dict[str, str]:
@@ -13455,7 +13461,7 @@ class Wrangler:
     def secret_names(self, site: Site, folder: str) -> List[str]:
         """The names of the secrets that a Worker has. CloudflareError when there is no such Worker."""
         listed = self.call(CloudStep("", ("wrangler", "secret", "list", "--name", site.name)), folder)
-        return re.findall(r'"name": "(\w+)"', listed)
+        return re.findall(r'"name":\s*"(\w+)"', listed)
 
     def deploy(self, site: Site, secrets: Mapping[str, str]) -> Tuple[str, List[str]]:
         """Take the steps of a deployment in a folder that is gone afterwards; the Worker's URL, "" when not told, and
@@ -15499,10 +15505,10 @@ def _choose_account(values: Values, accounts: Sequence[Tuple[str, str]]) -> str:
         raise UsageError("the token sees no account: give --account-id or CLOUDFLARE_ACCOUNT_ID")
     if len(accounts) == 1:
         return accounts[0][0]
-    rows = ["%d  %s  %s" % (number, id, one_line(name, 60)) for number, (id, name) in enumerate(accounts, 1)]
+    rows = ["%s (%s)" % (id, one_line(name, 60)) for id, name in accounts]
     if not _is_guided(values):
-        raise UsageError("the token sees several accounts: give --account-id, one of\n" + "\n".join(rows))
-    print("\n".join(rows))
+        raise UsageError("the token sees several accounts: give --account-id, one of " + ", ".join(rows))
+    print("\n".join("%d  %s" % (number, row) for number, row in enumerate(rows, 1)))
     text = input("which account? ").strip()
     if not text.isdigit() or not 0 < int(text) <= len(accounts):
         raise UsageError("no such account")

@@ -147,6 +147,23 @@ def test_a_configuration_is_minified_then_packed_then_spread(models, parts, pack
     assert r.parse_config_text(r.unpack_config(text), name) == document
 
 
+@pytest.mark.parametrize("note", ["\ud800", "1e999"])
+def test_what_utf8_or_json_cannot_say_is_escaped_or_refused(note):
+    if note == "1e999":
+        with pytest.raises(r.ConfigError):
+            r.minify_document({"metadata": float(note)}, "")
+    else:
+        text = r.config_secrets(r.minify_document({"metadata": note}, KEY))["LLM_ROUTER_CONFIG_JSON"]
+        assert json.loads(text) == {"metadata": note, "masterKey": KEY}
+
+
+def test_an_older_spelling_of_the_key_is_replaced_not_doubled():
+    document = {"master-key": "old", "providers": document_of()["providers"]}
+    short = json.loads(r.minify_document(document, KEY))
+    assert "master-key" not in short
+    assert short["masterKey"] == KEY
+
+
 def test_text_beyond_ascii_is_counted_in_bytes():
     secrets = r.config_secrets(r.minify_document(document_of(metadata={"note": "世界" * 1200}), ""))
     assert max(len(text.encode()) for text in secrets.values()) <= 5000
