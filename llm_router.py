@@ -694,44 +694,44 @@ def _decode_loosely(text: str) -> Any:
             raise json.JSONDecodeError(error.msg, text, error.pos) from None
 
 
-_JSON_PIECE = re.compile(r'"(?:[^"\\]|\\.)*"|[][{}:,]|[^][{}:,\s"]+')
+_JSON_PIECE = re.compile(r'"(?:[^"\\]|\\.)*"|[][{}]|[^][{}:,\s"]+')  # all but colons and commas
 
 
 def locate_problems(problems: Iterable[Problem], text: str) -> List[Problem]:
     """The problems of a document with the line and column in its `text` where what they name begins; what is missing
-    there is shown at what should hold it."""
-    places, located = _find_places(text), []
-    for problem in problems:
+    there is shown at what should hold it. Keys that are written twice are further problems, which only a text shows."""
+    places, twice = _find_places(text)
+    doubled = [Problem(path, "is written twice, the last one counts", "remove one", "warning") for path in twice]
+    located = []
+    for problem in [*problems, *doubled]:
         path = problem.path
         while path not in places:
             path = path[: max(0, path.rfind("."), path.rfind("["))]
-        line = text.count("\n", 0, places[path]) + 1
-        located.append(problem._replace(line=line, column=places[path] - text.rfind("\n", 0, places[path])))
+        line, column = text.count("\n", 0, places[path]) + 1, places[path] - text.rfind("\n", 0, places[path])
+        located.append(problem._replace(line=line, column=column))
     return located
 
 
-def _find_places(text: str) -> Dict[str, int]:
-    """Where every member of a JSON text begins (its key, or the entry of a list), by its path."""
-    places = {"": 0}
-    holders: List[List[Any]] = []  # path, index in a list (None: an object), the key whose value is next
-    for match in _JSON_PIECE.finditer(_plain_json(text)):
-        piece, path = match.group(), ""
-        if piece in ",:]}":
-            if piece == "," and holders:
-                holders[-1][1:] = [None if holders[-1][1] is None else holders[-1][1] + 1, None]
-            elif piece in "]}" and holders:
-                holders.pop()
-            continue
-        if holders:
-            holder, index, key = holders[-1]
-            path = "%s[%d]" % (holder, index) if index is not None else _join(holder, load_json(key or piece))
-            places.setdefault(path, match.start())
-            if index is None and key is None:
-                holders[-1][2] = piece
-                continue
-        if piece in "[{":
-            holders.append([path, 0 if piece == "[" else None, None])
-    return places
+def _find_places(text: str) -> Tuple[Dict[str, int], List[str]]:
+    """Where every member of a JSON text begins (its key, or the entry of a list) by its path, and the paths that come
+    twice."""
+    places, twice = {"": 0}, []
+    pieces = _JSON_PIECE.finditer(_plain_json(text))
+
+    def walk(path: str, opened: str) -> None:
+        for index, piece in enumerate(pieces):
+            word = piece.group()
+            if word in "}]":
+                return
+            inner = _join(path, load_json(word)) if opened == "{" else "%s[%d]" % (path, index)
+            twice.extend([inner] if inner in places else [])
+            places[inner] = piece.start()
+            word = next(pieces).group() if opened == "{" else word
+            if word in "{[":
+                walk(inner, word)
+
+    walk("", next(pieces).group())
+    return places, twice
 
 
 def _depth(value: Any) -> int:
@@ -1458,7 +1458,7 @@ def upsert_provider(document: Dict[str, Any], change: ProviderChange) -> Edit:
         value = getattr(change, _snake(field.key))
         if isinstance(value, dict):
             _merge_into(provider, field.key, value)
-        elif value == "":
+        elif value in ("", []) and field.key != "models":
             _put(provider, "provider", field.key, value)
             del provider[field.key]
         elif value is not None and field.key not in ("models", "format"):
@@ -7462,7 +7462,7 @@ class Outbound(NamedTuple):
     method: str = "POST"
 
 
-_VERSION_SEGMENT = re.compile(r"/v\d+[a-z0-9]*(?:/openai)?$")
+_VERSION_SEGMENT = re.compile(r"/v\d+[a-z0-9]*(?:/openai)?$", re.IGNORECASE)
 _FULL_ENDPOINT = re.compile(r"/(?:chat/completions|responses|messages|embeddings)$")
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 
@@ -9345,7 +9345,11 @@ class Probe:
             self._put(ProbeRow(model, wire))
         first = pairs[: len(self._plan.wires)]
         await self._host.gather(self._ask, first)
-        skipped = {wire: self._reason_to_skip(self._rows[model, wire]) for model, wire in first}
+        rows = [self._rows[pair] for pair in first]
+        refuted = [row.wire for row in rows if row.about == "format"]
+        if len(refuted) == len(rows):  # more likely the model that is not there
+            rows = [row._replace(about="model") for row in rows]
+        skipped = {row.wire: self._reason_to_skip(row) for row in rows}
         for model, wire in pairs[len(first) :]:
             if skipped[wire]:
                 self._put(self._rows[model, wire]._replace(**skipped[wire]))
@@ -14168,16 +14172,12 @@ def _field_flag(field: Field) -> Flag:
     return Flag(name, kind, field.help, tuple(others))
 
 
+_OTHER_URL_FLAGS = {wire: tuple(a + "-base-url" for a, w in _WIRE_ALIASES.items() if w == wire) for wire in WIRES}
 _PROVIDER_FLAGS: Tuple[Flag, ...] = (
     Flag("provider-id", "text", "the provider", ("provider",)),
     *[_field_flag(field) for field in FIELDS["provider"] if field.key != "id"],
     *[
-        Flag(
-            wire + "-base-url",
-            "text",
-            "its base URL for the format " + wire,
-            tuple(alias + "-base-url" for alias, name in _WIRE_ALIASES.items() if name == wire),
-        )
+        Flag(wire + "-base-url", "text", "its base URL for the format " + wire, _OTHER_URL_FLAGS[wire])
         for wire in WIRES
     ],
     Flag("auth-type", "text", "how the key is shown: " + ", ".join(AUTH_TYPES)),
@@ -14686,7 +14686,9 @@ def _ask_provider(plan: ProbePlan, environ: Environ) -> ProbeReport:
         while not run.wait(0.1):
             rows = run.report.rows
             left = sum(row.state in ("waiting", "asking") for row in rows)
-            text = "asking %s: %d of %d answered" % (plan.provider.id, len(rows) - left, len(rows))
+            text = (
+                "asking %s: %d of %d" % (plan.provider.id, len(rows) - left, len(rows)) if rows else "asking for a list"
+            )
             print("\r" + text if shows else "", end="", file=sys.stderr, flush=True)
     finally:
         run.cancel()

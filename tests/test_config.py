@@ -789,6 +789,14 @@ def test_problems_are_located_in_the_text():
     }
 
 
+def test_a_key_that_is_written_twice_is_a_warning_at_the_last_one():
+    text = '{"masterKey": "a",\n "providers": [],\n "masterKey": "b", "metadata": {"x": [{"y": 1, "y": 2}]}}'
+    found = [p for p in r.locate_problems(r.find_problems(json.loads(text)), text) if "twice" in p.message]
+    assert [(p.path, p.level, p.line, p.column) for p in found] == [
+        ("masterKey", "warning", 3, 2), ("metadata.x[0].y", "warning", 3, 48)
+    ]  # fmt: skip
+
+
 def test_what_is_missing_is_located_at_what_should_hold_it():
     text = '{"providers":\n {"a": {"baseUrl": "https://a.example", "auth": {"type": "none"}}}}'
     found = r.locate_problems(r.find_problems(json.loads(text)), text)

@@ -127,6 +127,14 @@ def test_a_model_that_is_not_there_says_nothing_about_the_format(probe):
     assert report.unconfirmed == ("gone",) and report.formats == ("openai",)
 
 
+def test_a_first_model_that_is_refused_in_every_format_does_not_speak_for_the_others(probe):
+    account = Account(("openai",))
+    account.quirk = lambda call: json_answer(404, {"error": "not found"}) if call.json["model"] == "typo" else None
+    account.models.append("typo")
+    _, report = probe(account, ["typo", "m2"])
+    assert report.formats == ("openai",) and report.unconfirmed == ("typo",)
+
+
 LIMIT_QUIRKS = {
     "it needs max_completion_tokens": ("max_tokens", ("Unsupported parameter: 'max_tokens' is not supported with this model. "
         "Use 'max_completion_tokens' instead."), lambda body: "max_tokens" in body),
