@@ -5272,8 +5272,9 @@ _RESPONSES_FILES = {
 RESPONSES_LOSSES = {
     "`metadata` `moderation` `prompt_cache_*` `service_tier` `text.verbosity`": "kept for OpenAI Chat, else not sent",
     "`safety_identifier`": "kept for OpenAI Chat, else the end user's id",
-    "`background` `conversation` `item_reference` `previous_response_id` `prompt`": "refused with 400, as file ids "
-    "are: the router keeps no state",
+    "`background` `conversation` `previous_response_id` `prompt`": "refused with 400, as file ids are: only their "
+    "provider has them",
+    "`item_reference`": "refused likewise, but for items of answers that the router itself wrote and still remembers",
     "`access_programs` `background_options` `context_management` `image` `max_tool_calls`": "not sent",
     "`stream_options` `top_logprobs`": "not sent: answers carry neither obfuscation nor logprobs",
     "`include`": "not sent; reasoning is returned as text, encrypted content only by a Responses upstream",
@@ -5311,6 +5312,34 @@ def needs_server_state(body: Dict[str, Any]) -> Optional[str]:
             if part.get("file_id"):
                 return "`input[%d]` has a `file_id`, which only the provider can read: send the data or a URL" % index
     return None
+
+
+class ItemMemory:
+    """Items of the answers that the router wrote for Responses clients, by id. Clients whose answers are stored (the
+    AI SDK's, unless told otherwise) send references in place of the items. The oldest give way after `limit` bytes.
+    """
+
+    def __init__(self, limit: int = 1 << 25) -> None:
+        self._items: OrderedDict[str, bytes] = OrderedDict()
+        self._left = limit
+
+    def keep(self, items: Iterable[Dict[str, Any]]) -> None:
+        """Remember the items of an answer."""
+        for item in items:
+            data = dump_json(item)
+            self._left += len(self._items.pop(item["id"], b"")) - len(data)
+            self._items[item["id"]] = data
+        while self._left < 0:
+            self._left += len(self._items.popitem(last=False)[1])
+
+    def resolve(self, body: Dict[str, Any]) -> Optional[Dict[str, Any]]:
+        """The request with what is remembered in place of references to it; None when it has no such reference."""
+        source = [as_dict(item) for item in as_list(body.get("input"))]
+        referred = [item.get("id") if _responses_type(item) == "item_reference" else None for item in source]
+        found = [self._items.get(id) if isinstance(id, str) else None for id in referred]
+        if not any(found):
+            return None
+        return dict(body, input=[load_json(data) if data else item for data, item in zip(found, body["input"])])
 
 
 def parse_responses_request(body: Dict[str, Any]) -> ChatRequest:
@@ -6464,7 +6493,8 @@ class StreamTranslator:
         self._secret = secret
         self._splitter = EventSplitter(limit)
         self._parser = WIRE_FORMATS[source].parser(context)
-        self._render = WIRE_FORMATS[target].renderer(context).render
+        self._renderer = WIRE_FORMATS[target].renderer(context)
+        self._render = self._renderer.render
         self._restorer = tool_restorer(context.request)
         self._finished: Optional[Finished] = None
         self._has_opaque = False
@@ -6478,6 +6508,11 @@ class StreamTranslator:
     def usage(self) -> Optional[Usage]:
         """The tokens told so far."""
         return self._parser.usage
+
+    @property
+    def items(self) -> Sequence[Dict[str, Any]]:
+        """The items of a complete answer to a Responses client."""
+        return as_list(getattr(self._renderer, "snapshot", {}).get("output")) if self.done else ()
 
     @property
     def is_empty(self) -> bool:
@@ -8577,7 +8612,15 @@ _NEVER_SOON = (AUTH, BILLING, FORBIDDEN, NOT_FOUND, POLICY)
 class Gateway:
     """Answers calls with one configuration; a reload makes a new gateway around the same health book."""
 
-    def __init__(self, routes: Routes, settings: Settings, access: Access, host: Any, book: Any) -> None:
+    def __init__(
+        self,
+        routes: Routes,
+        settings: Settings,
+        access: Access,
+        host: Any,
+        book: Any,
+        items: Optional[ItemMemory] = None,
+    ) -> None:
         self.routes = routes
         self.settings = settings
         self.access = access
@@ -8585,6 +8628,7 @@ class Gateway:
         self.book = book
         self.targets: Dict[Tuple[str, str], Target] = {}
         self.lessons: Dict[str, Tuple[str, ...]] = {}
+        self.items = items or ItemMemory()
         self.info: Dict[str, Any] = {}
 
     def learn(self, ref: str, fixes: Tuple[str, ...]) -> None:
@@ -8659,6 +8703,9 @@ class Gateway:
 
     async def _post(self, endpoint: Endpoint, call: Call, client: Any, trail: Trail) -> None:
         inbound = read_inbound(endpoint, call.headers, await call.read_body())
+        resolved = self.items.resolve(inbound.body.value) if inbound.wire == "responses" else None
+        if resolved is not None:
+            inbound = inbound._replace(body=JsonObject(resolved, "", {}))
         trail.wire, trail.asked, trail.operation, trail.stream = (
             inbound.wire,
             inbound.asked,
@@ -8922,6 +8969,8 @@ class Exchange:
     ) -> Answer:
         """A whole answer in the client's format: its own bytes where that is the upstream's, too."""
         headers = self._returned(reply, outbound)
+        if self._remembers:
+            self._gateway.items.keep(self._wire.render_response(response, context)["output"])
         if self._inbound.stream:
             return Answer(self._ref, headers, render_stream(self._inbound.wire, response, context), response.usage)
         if not self._passes(outbound) or not body:
@@ -8993,6 +9042,12 @@ class Exchange:
         candidate = self._candidate
         return candidate is not None and choose_wire(candidate, self._inbound.wire) != self._inbound.wire
 
+    @property
+    def _remembers(self) -> bool:
+        """Whether the client may refer to what it gets: it is the router's own writing, and to be stored."""
+        inbound = self._inbound
+        return inbound.wire == "responses" and inbound.body.value.get("store") is not False and self._needs_request
+
     def _asked(self) -> str:
         return self._inbound.asked or "smart"
 
@@ -9029,6 +9084,7 @@ class Exchange:
                 answer.reply.close()
             if answer.processor is not None:
                 trail.usage = answer.processor.usage or trail.usage
+                self._gateway.items.keep(answer.processor.items if self._remembers else ())
 
     async def _relay(self, answer: Answer, run: Optional[Run]) -> None:
         """The rest of a stream, and an honest end: after content a failure is told in the stream, then the connection
@@ -12350,6 +12406,7 @@ class Router:
         self.restarts = False
         self.config_state = "ok"
         self.guests: Dict[str, str] = {}
+        self.items = ItemMemory()
         self._make_gateway()
 
     def _make_gateway(self) -> None:
@@ -12359,7 +12416,7 @@ class Router:
             models = [(one.id + "/" + model.id, model.cost) for one in options.config.providers for model in one.models]
             self.ledger.prices = {ref: cost for ref, cost in models if cost}
         access = make_access(options.config, options.require_auth, self.guests.items())
-        self.gateway = Gateway(Routes(options.config), options.settings, access, self.host, self.book)
+        self.gateway = Gateway(Routes(options.config), options.settings, access, self.host, self.book, self.items)
         self.host.known = frozenset(self.gateway.routes.refs())
 
     async def handle(self, call: Call, sink: Sink) -> None:

@@ -475,6 +475,32 @@ def test_count_tokens_never_touches_health_nor_waits_for_a_silent_upstream(route
     assert attempts_of(reply) == [("a-anthropic/to-anthropic", "ok")]
 
 
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize("upstream_wire", ["openai", "anthropic"])
+def test_a_responses_client_may_refer_to_what_the_router_wrote_unless_it_said_store_false(pair, upstream_wire, stream):
+    """The AI SDK sends `item_reference` for the texts and thoughts of earlier turns: `store` is true by default."""
+    model = "a-%s/solo" % upstream_wire
+    pair.first.handler = fake.final_text("the first answer", reasoning="hm")
+
+    def turn(*items, **more):
+        told = post(pair.router, "responses", model, stream, input=[{"role": "user", "content": "hi"}, *items], **more)
+        done = [json.loads(data) for name, data in told.events if name == "response.completed"] if stream else []
+        return told, (done[0]["response"] if done else told.json if not stream else {}).get("output", [])
+
+    def references(output):
+        return [{"type": "item_reference", "id": item["id"]} for item in output]
+
+    _, output = turn()
+    assert [item["type"] for item in output] == ["reasoning", "message"]
+    told, _ = turn(*references(output), {"role": "user", "content": "and now?"})
+    assert told.status == 200
+    assert "the first answer" in json.dumps(pair.first.calls[-1].json["messages"][1])
+    _, unkept = turn(store=False)
+    told, _ = turn(*references(unkept))
+    assert told.status == 400
+    assert "item_reference" in told.json["error"]["message"]
+
+
 def test_embeddings_pass_through_and_never_fall_back_to_another_model(pair):
     body = {"model": "a-openai/to-openai", "input": ["a"], "encoding_format": "base64"}
     reply = pair.router.post("/v1/embeddings", body)

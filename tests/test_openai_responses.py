@@ -1299,6 +1299,27 @@ def test_every_documented_field_is_mapped_or_declared_lost():
     assert sorted(set(documented) - mapped - set(told)) == []
 
 
+def test_remembered_items_stand_in_for_references_and_the_oldest_are_forgotten_first():
+    def item(name):
+        return {"type": "message", "id": name, "role": "assistant", "content": "x" * 100}
+
+    def reference(name):
+        return {"type": "item_reference", "id": name}
+
+    memory = router.ItemMemory(limit=500)
+    memory.keep([item("msg_1"), item("msg_2")])
+    said = {"role": "user", "content": "hi"}
+    body = {"model": "m", "input": [said, reference("msg_1"), reference("msg_9"), {"id": "msg_2"}]}
+    assert memory.resolve(body) == dict(body, input=[said, item("msg_1"), reference("msg_9"), item("msg_2")])
+    assert body["input"][1] == reference("msg_1")
+    for unresolved in ({"input": "hi"}, {"input": [said]}, {"input": [reference("msg_9"), None, {"id": []}]}, {}):
+        assert memory.resolve(unresolved) is None
+    memory.keep([item("msg_2")])
+    memory.keep([item("msg_%d" % number) for number in range(3, 5)])
+    assert memory.resolve({"input": [reference("msg_1")]}) is None
+    assert memory.resolve({"input": [reference("msg_4")]})
+
+
 WORDS = [
     "type",
     "role",
