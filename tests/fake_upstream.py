@@ -664,7 +664,7 @@ class FakeUpstream:
     """The provider. `url` is "http(s)://127.0.0.1:PORT" without /v1; `calls` lists every request in order.
 
     handler: `call -> Answer` for calls beyond the queue. tls: serve HTTPS with a self-signed certificate for localhost
-    and 127.0.0.1 (`cafile` names it; see `can_tls`). backlog: the listen queue.
+    and 127.0.0.1, and for the name that `tls` may be (`cafile` names it; see `can_tls`). backlog: the listen queue.
     """
 
     def __init__(self, handler=None, tls=False, backlog=1024):
@@ -715,7 +715,7 @@ class FakeUpstream:
             import ssl
 
             self._folder = tempfile.mkdtemp()
-            self.cafile, key = self_signed(self._folder)
+            self.cafile, key = self_signed(self._folder, self._tls if isinstance(self._tls, str) else "localhost")
             self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
             self._context.load_cert_chain(self.cafile, key)
         self._listener = socket.socket()
@@ -959,10 +959,10 @@ def can_tls():
     return shutil.which("openssl") is not None
 
 
-def self_signed(folder):
-    """Make a certificate for localhost and 127.0.0.1 in `folder`: (certificate file, key file)."""
+def self_signed(folder, name="localhost"):
+    """Make a certificate for `name`, localhost and 127.0.0.1 in `folder`: (certificate file, key file)."""
     cert, key = str(Path(folder) / "cert.pem"), str(Path(folder) / "key.pem")
     command = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost".split()
-    names = ["-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1", "-keyout", key, "-out", cert]
+    names = ["-addext", "subjectAltName=DNS:%s,DNS:localhost,IP:127.0.0.1" % name, "-keyout", key, "-out", cert]
     subprocess.run(command + names, check=True, capture_output=True)
     return cert, key

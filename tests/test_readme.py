@@ -1,10 +1,20 @@
 """README is true: its tables come from the program and the tests, its examples run. `python tests/test_readme.py` rewrites the tables."""
 
+import contextlib
+import json
+import os
 import re
-import shlex
+import select
+import shutil
+import signal
+import socket
+import socketserver
 import subprocess
 import sys
+import threading
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 for folder in (str(ROOT), str(ROOT / "tests")):
@@ -14,6 +24,9 @@ for folder in (str(ROOT), str(ROOT / "tests")):
 from test_scenarios import scenario_table  # noqa: E402
 
 import llm_router  # noqa: E402
+from exchanges import until  # noqa: E402
+from fake_upstream import can_tls, final_text  # noqa: E402
+from running_router import clean_environment  # noqa: E402
 
 README = ROOT / "README.md"
 
@@ -93,19 +106,131 @@ def test_the_example_configuration_has_no_problem():
     assert llm_router.Routes(config).find_plan("claude-anything").candidates[0].ref == "anthropic/claude-3-7-sonnet"
 
 
-def test_the_quick_start_runs_word_for_word(tmp_path):
-    text = README.read_text(encoding="utf-8")
-    lines = re.search(r"## Quick start\n\n```sh\n(.*?)```", text, re.DOTALL).group(1).splitlines()
-    (tmp_path / "llm_router.py").write_bytes((ROOT / "llm_router.py").read_bytes())
-    env = {"HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}
-    for line in lines[:2]:
-        words = [sys.executable] + shlex.split(line)[1:]
-        done = subprocess.run(words, cwd=tmp_path, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-    stored = llm_router.parse_config_text((tmp_path / ".llm-router.json").read_text(), "file")
-    assert [model["id"] for model in stored["providers"][0]["models"]] == ["gpt-4o", "claude-3-7-sonnet-latest"]
-    assert (tmp_path / ".llm-router.json").stat().st_mode & 0o777 == 0o600
-    assert stored["defaultModel"] == "openrouter/gpt-4o"
+FAKE_CLAUDE = """#!%s
+import json, os, sys, urllib.request
+headers = {"content-type": "application/json", "anthropic-version": "2023-06-01"}
+headers["x-api-key"] = os.environ.get("ANTHROPIC_AUTH_TOKEN") or os.environ["ANTHROPIC_API_KEY"]
+model = sys.argv[sys.argv.index("--model") + 1] if "--model" in sys.argv else os.environ["ANTHROPIC_MODEL"]
+body = {"model": model, "max_tokens": 50, "messages": [{"role": "user", "content": sys.argv[-1]}]}
+request = urllib.request.Request(os.environ["ANTHROPIC_BASE_URL"] + "/v1/messages", json.dumps(body).encode(), headers)
+opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+print(json.load(opener.open(request))["content"][0]["text"])
+"""
+
+
+class Shell:
+    """Runs lines of README in an empty folder that holds nothing but the program, as a person would type them.
+
+    The world stands in: HTTPS_PROXY leads every https address to one fake upstream, which has a certificate for
+    openrouter.ai; `python3` and `claude` are those of the test; the port of the text is another, free one.
+    """
+
+    def __init__(self, folder, upstream, tunnel, port):
+        self.here, self.port, self.serving = folder / "here", port, []
+        for made in (self.here, folder / "home", folder / "tools"):
+            made.mkdir()
+        shutil.copy(str(ROOT / "llm_router.py"), str(self.here))
+        python = '#!/bin/sh\nexec "%s" "$@"\n' % sys.executable
+        for name, text in (("python3", python), ("claude", FAKE_CLAUDE % sys.executable)):
+            (folder / "tools" / name).write_text(text)
+            (folder / "tools" / name).chmod(0o755)
+        self.env = clean_environment(folder / "home", HTTPS_PROXY=tunnel, SSL_CERT_FILE=upstream.cafile)
+        self.env.update(PATH="%s%s%s" % (folder / "tools", os.pathsep, os.environ["PATH"]), LLM_ROUTER_PORT=str(port))
+        self.env["NO_PROXY"] = self.env["no_proxy"] = "127.0.0.1"
+
+    def run(self, line):
+        """What a line prints; one that serves goes on in the background once it says so."""
+        words = ["bash", "-c", line.replace("8787", str(self.port))]
+        if not line.endswith((" start", " demo")):  # what does not serve
+            done = subprocess.run(words, cwd=str(self.here), env=self.env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)  # fmt: skip
+            assert done.returncode == 0 and done.stderr == "", (line, done.stdout, done.stderr)
+            return done.stdout
+        said = self.here.parent / "said"
+        with said.open("wb") as out:
+            self.serving.append(subprocess.Popen(words, cwd=str(self.here), env=self.env, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True))  # fmt: skip
+        ready = "listening on " if line.endswith(" start") else "still serving on "
+        until(lambda: ready in said.read_text() or self.serving[-1].poll() is not None, 60)
+        return said.read_text()
+
+    def end(self, number=None):
+        """Ctrl-C, or the end of what was stopped otherwise; the exit code."""
+        process = self.serving.pop()
+        if number is not None:
+            os.killpg(process.pid, number)
+        return process.wait(30)
+
+
+@pytest.fixture
+def shell(tmp_path, make_upstream):
+    if os.name != "posix" or not can_tls() or shutil.which("bash") is None or shutil.which("curl") is None:
+        pytest.skip("the walk through README needs bash, curl and openssl")
+    upstream = make_upstream(final_text("hello from far away"), tls="openrouter.ai")
+    with socket.socket() as free, tunnel_to(upstream.port) as tunnel:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+        free.close()
+        made = Shell(tmp_path, upstream, tunnel, port)
+        made.upstream = upstream
+        yield made
+        for process in made.serving:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait(10)
+
+
+@contextlib.contextmanager
+def tunnel_to(port):
+    """A proxy that lets CONNECT lead to 127.0.0.1:port, whatever was asked for; its URL."""
+
+    class Tunnel(socketserver.StreamRequestHandler):
+        def handle(self):
+            while self.rfile.readline().strip():
+                pass
+            self.wfile.write(b"HTTP/1.1 200 Connection established\r\n\r\n")
+            with socket.create_connection(("127.0.0.1", port)) as far:
+                ends = {self.connection: far, far: self.connection}
+                while True:
+                    for end in select.select(list(ends), [], [])[0]:
+                        data = end.recv(65536)
+                        if not data:
+                            return
+                        ends[end].sendall(data)
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Tunnel) as server:
+        server.daemon_threads, server.block_on_close = True, False
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        yield "http://127.0.0.1:%d" % server.server_address[1]
+        server.shutdown()
+
+
+def shell_lines(title):
+    """The lines of all shell blocks of a section of README."""
+    section = re.search(
+        r"^## %s\n(.*?)^## " % title, README.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
+    ).group(1)
+    return [line for block in re.findall(r"```sh\n(.*?)```", section, re.DOTALL) for line in block.splitlines()]
+
+
+def test_a_walk_through_the_readme_from_an_empty_folder_word_for_word(shell):
+    demo, tests = shell_lines("Set-up")
+    assert "pytest" in tests  # what CI runs from a clean checkout
+    assert "every answer was right" in shell.run(demo)
+    assert shell.end(signal.SIGINT) == 0
+    said = [(line, shell.run(line)) for line in shell_lines("Quick start")]
+    told = {line.split("llm_router.py ")[-1].split()[0]: out for line, out in said}
+    assert shell.end() == 0  # the last line stopped it
+    assert json.loads(told["curl"])["choices"][0]["message"]["content"] == "hello from far away"
+    assert told["run"] == told["ANTHROPIC_BASE_URL=http://127.0.0.1:8787"] == "hello from far away\n"
+    assert re.search(r"openrouter/gpt-4o \(default\) +ok +3 +0", told["status"])
+    assert "answered by    openrouter/gpt-4o" in told["explain"]
+    assert re.search(r"^openrouter/gpt-4o +3 ", told["usage"], re.MULTILINE)
+    assert "stopped" in told["stop"]
+    for call in shell.upstream.calls:
+        assert (call.path, call.json["model"], call.wire) == ("/api/v1/chat/completions", "gpt-4o", "openai")
+        assert call.header("authorization") == "Bearer sk-or-v1-..."
+    stored = shell.here.parent / "home" / ".llm-router.json"
+    models = llm_router.parse_config_text(stored.read_text(), "file")["providers"][0]["models"]
+    assert [model["id"] for model in models] == ["gpt-4o", "claude-3-7-sonnet-latest"]
+    assert stored.stat().st_mode & 0o777 == 0o600
 
 
 def test_the_tests_of_the_readme_are_what_ci_runs():
