@@ -11815,7 +11815,7 @@ class WorkerRouter:
         try:
             gateway = self._find_gateway(environ)
             client.max_body_bytes = gateway.settings.max_body_bytes
-            await gateway.handle(client.call(), client)
+            await gateway.handle(client.call, client)
         except ConfigError as error:
             await self._refuse(client, error)
         finally:
@@ -11840,7 +11840,7 @@ class WorkerRouter:
 
     async def _refuse(self, client: WorkerClient, error: ConfigError) -> None:
         """What is said without a usable configuration: a bare GET / still answers, everything else is a 503."""
-        call = client.call()
+        call = client.call
         if call.method in ("GET", "HEAD") and call.path == "/":
             await client.respond(200, _JSON_HEADERS, dump_json({"name": "llm-router"}))
             return
@@ -11893,28 +11893,25 @@ class WorkerHost:
 
     async def send(self, outbound: Outbound) -> WorkerReply:
         """Send one request and wait for the head of its answer. UpstreamError when there is none."""
-        import asyncio
-
         import js  # type: ignore[import-not-found]
         from pyodide.ffi import JsException, to_js  # type: ignore[import-not-found]
 
-        control = js.AbortController.new()
+        limit = _Limit(js.AbortController.new(), _seconds(outbound.timeouts.first_byte_ms))
         headers = {name: value for name, value in outbound.headers if name not in ("host", "content-length")}
         options = {"method": "POST", "headers": headers, "body": outbound.body, "redirect": "manual"}
-        options = to_js(dict(options, signal=control.signal), dict_converter=js.Object.fromEntries)
-        limit_s = _seconds(outbound.timeouts.first_byte_ms)
+        options = to_js(dict(options, signal=limit.control.signal), dict_converter=js.Object.fromEntries)
         try:
-            answer = await asyncio.wait_for(js.fetch(outbound.target.origin + outbound.path, options), limit_s)
-        except asyncio.TimeoutError:
-            control.abort()
-            raise UpstreamError("no sign of an answer within %g s" % (limit_s or 0), "timeout", True) from None
+            answer = await js.fetch(outbound.target.origin + outbound.path, options)
         except JsException as error:
+            limit.check("an answer")
             words = outbound.target.host, one_line(str(error), 160)
             raise UpstreamError("cannot reach %s: %s" % words, "connect_failed") from None
         except BaseException:
-            control.abort()
+            limit.control.abort()
             raise
-        return WorkerReply(answer, control, self._settings.max_answer_bytes)
+        finally:
+            limit.stop()
+        return WorkerReply(answer, limit.control, self._settings.max_answer_bytes)
 
     def record(self, trail: Trail) -> None:
         """A request has ended: count it and write its line."""
@@ -11928,6 +11925,33 @@ class WorkerHost:
         print("internal error: " + one_line("%s: %s" % (type(error).__name__, error)))
 
 
+class _Limit:
+    """A time limit on the runtime's side: aborts what `control` controls. Costs a third of asyncio.wait_for, which
+    makes a task."""
+
+    def __init__(self, control: Any, seconds: Optional[float]) -> None:
+        import asyncio
+
+        self.control = control
+        self._seconds = seconds
+        self._is_over = False
+        self._timer = None if seconds is None else asyncio.get_event_loop().call_later(seconds, self._end)
+
+    def _end(self) -> None:
+        self._is_over = True
+        self.control.abort()
+
+    def check(self, what: str) -> None:
+        """UpstreamError when the limit has ended it."""
+        if self._is_over:
+            raise UpstreamError("no sign of %s within %g s" % (what, self._seconds or 0), "timeout", True)
+
+    def stop(self) -> None:
+        """It came in time, or failed in another way."""
+        if self._timer is not None:
+            self._timer.cancel()
+
+
 class WorkerReply:
     """An upstream's answer in a Worker: pulled with `read`, or handed over as the stream of what is left."""
 
@@ -11938,34 +11962,42 @@ class WorkerReply:
         self.headers: Headers = list(js.Object.fromEntries(answer.headers).to_py().items())
         self._control = control
         self._left = max_body_bytes
-        self._body = answer.body
-        self._reader = answer.body.getReader() if answer.body else None
+        self._answer = answer
+        self._reader: Any = None
+        self._is_over = not answer.body
 
     async def read(self, timeout_s: Optional[float]) -> bytes:
         """Some bytes of the body; b"" at its end. UpstreamError when it breaks off or stalls."""
-        import asyncio
-
         from pyodide.ffi import JsException
 
-        if self._reader is None:
+        if self._is_over:
             return b""
+        limit = _Limit(self._control, timeout_s)
         try:
-            piece = await asyncio.wait_for(self._reader.read(), timeout_s)
-        except asyncio.TimeoutError:
-            self.close()
-            raise UpstreamError("no more of the answer within %g s" % (timeout_s or 0), "timeout", True) from None
+            data = await self._next()
         except JsException as error:
+            limit.check("more of the answer")
             raise UpstreamError("the answer broke off: " + one_line(str(error), 160), "reset") from None
-        data: bytes = b"" if piece.done else piece.value.to_bytes()
+        finally:
+            limit.stop()
         self._left -= len(data)
         if self._left < 0:
             raise UpstreamError("the answer is larger than allowed", "bad_response")
         return data
 
+    async def _next(self) -> bytes:
+        if self._reader is None:
+            self._reader = self._answer.body.getReader()
+        piece = await self._reader.read()
+        self._is_over = bool(piece.done)
+        data: bytes = b"" if piece.done else piece.value.to_bytes()
+        return data
+
     def rest(self) -> Any:
         """The stream of all that was not read."""
-        self._reader.releaseLock()
-        return self._body
+        if self._reader is not None:
+            self._reader.releaseLock()
+        return self._answer.body
 
     def close(self) -> None:
         """The answer is not wanted any further; does nothing to one that was read to its end."""
@@ -11975,14 +12007,19 @@ class WorkerReply:
 class WorkerClient:
     """Where the gateway puts the answer to one request in a Worker (see GATEWAY for what each method means).
 
-    response: a future of the Response, done as soon as there is a head. task: what a client that leaves cancels.
+    call: the request's head. response: a future of the Response, done as soon as there is a head. task: what a client
+    that leaves cancels.
     """
 
     def __init__(self, request: Any) -> None:
         import asyncio
 
+        import js
         from pyodide.ffi import create_proxy
 
+        parts = urlsplit(str(request.url))
+        headers: Headers = list(js.Object.fromEntries(request.headers).to_py().items())
+        self.call = Call(str(request.method), parts.path or "/", parts.query, headers, self._read_body)
         self.response = asyncio.get_event_loop().create_future()
         self.task: Any = None
         self.max_body_bytes = 0
@@ -12000,16 +12037,8 @@ class WorkerClient:
         self._gone = create_proxy(self._on_gone)
         request.signal.addEventListener("abort", self._gone)
 
-    def call(self) -> Call:
-        """The request's head."""
-        import js
-
-        parts = urlsplit(str(self._request.url))
-        headers: Headers = list(js.Object.fromEntries(self._request.headers).to_py().items())
-        return Call(str(self._request.method), parts.path or "/", parts.query, headers, self._read_body)
-
     async def _read_body(self) -> bytes:
-        headers, limit = self.call().headers, self.max_body_bytes
+        headers, limit = self.call.headers, self.max_body_bytes
         size, encoding = header(headers, "content-length"), header(headers, "content-encoding").strip().lower()
         if size.isdigit() and (len(size) > 12 or int(size) > limit):
             raise RouterError("the body is larger than %d bytes" % limit, 413, "body_too_large")
@@ -12021,7 +12050,7 @@ class WorkerClient:
         from pyodide.ffi import to_js
 
         self._stop_timer()
-        bare = status == 204 or str(self._request.method) == "HEAD"
+        bare = status == 204 or self.call.method == "HEAD"
         self._answer(status, headers, None if bare else to_js(body))
 
     def keep_alive(self, at: float, every_ms: int, head: Headers) -> None:

@@ -11,17 +11,27 @@ from same_tests import as_variables
 
 @pytest.fixture(scope="session")
 def workers_folder(tmp_path_factory):
-    """Where Workers are laid out; the Pyodide bundle is made once for all of them."""
+    """Where Workers are laid out; the Pyodide bundle and the memory snapshot are made once for all of them."""
     need_workerd()
-    return tmp_path_factory.mktemp("workers")
+    folder = tmp_path_factory.mktemp("workers")
+    (folder / "snapshots").mkdir()
+    RunningWorker(folder / "worker0", {}, snapshot=[snapshots_in(folder), "--python-save-snapshot"]).kill()
+    return folder
+
+
+def snapshots_in(folder):
+    return "--python-snapshot-dir=%s" % (folder / "snapshots")
 
 
 def _start(folder, config, flags, env, key):
+    """From the snapshot, as production starts: nothing random, no clock and no host may be in it."""
+    (snapshot,) = (folder / "snapshots").iterdir()
+    starts = [snapshots_in(folder), "--python-load-snapshot=%s" % snapshot.name]
     variables = dict({"LLM_ROUTER_MASTER_KEY": KEY}, **as_variables(flags))
     variables["LLM_ROUTER_CONFIG_JSON"] = config if isinstance(config, str) else json.dumps(config)
     variables.update(env or {})
     place = folder / ("worker%d" % len(list(folder.iterdir())))
-    return RunningWorker(place, {name: text for name, text in variables.items() if text}, key=key)
+    return RunningWorker(place, {name: text for name, text in variables.items() if text}, snapshot=starts, key=key)
 
 
 def _end(started):

@@ -115,21 +115,15 @@ def test_a_broken_connection_in_an_unwatched_stream_is_told_and_cut(serving):
     assert told.text
 
 
-def test_it_starts_from_a_memory_snapshot_as_production_does(workers_folder, upstream):
-    """The snapshot is taken after the imports: nothing random, no clock and no host may be in it."""
+def test_it_serves_without_a_memory_snapshot_as_well(workers_folder, upstream):
+    """All others start from one, as production does."""
     upstream.handler = fake.final_text(TEXT)
     variables = {"LLM_ROUTER_CONFIG_JSON": json.dumps(config_of(provider(upstream))), "LLM_ROUTER_MASTER_KEY": KEY}
-    saved = workers_folder / "snapshots"
-    saved.mkdir()
-    flags = ["--python-snapshot-dir=%s" % saved]
-    RunningWorker(workers_folder / "saves", variables, snapshot=[*flags, "--python-save-snapshot"]).kill()
-    (snapshot,) = saved.iterdir()
-    flags.append("--python-load-snapshot=%s" % snapshot.name)
-    second = RunningWorker(workers_folder / "loads", variables, snapshot=flags)
+    running = RunningWorker(workers_folder / "cold", variables)
     try:
-        assert_answer("anthropic", post(second, "anthropic", stream=True), TEXT)
+        assert_answer("anthropic", post(running, "anthropic", stream=True), TEXT)
     finally:
-        second.kill()
+        running.kill()
 
 
 def test_the_uploaded_files_are_those_of_the_repository():
