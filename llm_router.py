@@ -32,23 +32,26 @@ Contents:
   16  OUTBOUND              a candidate and a request become an upstream request [pure]
   17  OUTCOMES              status, headers and body of an upstream's answer: what they mean [pure]
   18  FALLBACK              what to do next after each outcome, clock and dice passed in [pure]
-  19  GATEWAY               one request from its head to its end, through injected effects [async]
-  20  PROBE                 which formats, auth styles and models a provider really serves [async]
-  21  FILES                 configuration and state on disk: atomic, private, locked [host]
-  22  UPSTREAM              threads dial, the loop talks: connections, their pool, replies [host]
-  23  SERVER                client connections on asyncio streams: one request after another [host]
-  24  METRICS AND TRAIL     one line a request, written where it can block nobody [host]
-  25  LEDGER                what every request used and cost, in SQLite, off the hot path [host]
-  26  WORKER                the same gateway on Cloudflare, its effects from JavaScript [host]
-  27  PROCESS               the running server: its effects, signals, start and end [host]
-  28  UPDATE                this very file replaced by a newer release [host]
-  29  SERVICES              start with the machine: launchd, systemd, Windows tasks [host]
-  30  DEPLOY                this file as a Cloudflare Worker: what is sent, and by whom [host]
-  31  DEMO                  fake providers, the router before them, and every kind of request [host]
-  32  DOCTOR                what is wrong on this machine, and the cure [host]
-  33  AGENTS                coding agents run against the router, their files untouched [host]
-  34  COMMANDS              flags, help and what each command does [host]
-  35  MAIN                  the only exit [host]
+  19  SCREENS               the menu as values: what it shows, and what each key does [pure]
+  20  VIEW                  the menu as lines of styled text, for any size of a terminal [pure]
+  21  GATEWAY               one request from its head to its end, through injected effects [async]
+  22  PROBE                 which formats, auth styles and models a provider really serves [async]
+  23  FILES                 configuration and state on disk: atomic, private, locked [host]
+  24  UPSTREAM              threads dial, the loop talks: connections, their pool, replies [host]
+  25  SERVER                client connections on asyncio streams: one request after another [host]
+  26  METRICS AND TRAIL     one line a request, written where it can block nobody [host]
+  27  LEDGER                what every request used and cost, in SQLite, off the hot path [host]
+  28  WORKER                the same gateway on Cloudflare, its effects from JavaScript [host]
+  29  PROCESS               the running server: its effects, signals, start and end [host]
+  30  UPDATE                this very file replaced by a newer release [host]
+  31  SERVICES              start with the machine: launchd, systemd, Windows tasks [host]
+  32  DEPLOY                this file as a Cloudflare Worker: what is sent, and by whom [host]
+  33  DEMO                  fake providers, the router before them, and every kind of request [host]
+  34  DOCTOR                what is wrong on this machine, and the cure [host]
+  35  AGENTS                coding agents run against the router, their files untouched [host]
+  36  TERMINAL              the menu in a real terminal: curses, or numbered prompts [host]
+  37  COMMANDS              flags, help and what each command does [host]
+  38  MAIN                  the only exit [host]
 """
 
 from __future__ import annotations
@@ -1371,12 +1374,13 @@ class ModelIndex:
 
 class Preset(NamedTuple):
     """A well-known provider. keys: where its users keep the key, variables without their `_API_KEY`. model: one that
-    every account has. openai, anthropic, responses: base URLs without https://."""
+    every account has. keys_at: where to get a key. openai, anthropic, responses: base URLs, https:// left out."""
 
     id: str
     name: str
     keys: str
     model: str
+    keys_at: str = ""
     openai: str = ""
     anthropic: str = ""
     responses: str = ""
@@ -1388,20 +1392,43 @@ class Preset(NamedTuple):
 
 
 # In the order in which the first key found gives the default model.
+# fmt: off
 PRESETS: Tuple[Preset, ...] = (
-    Preset("openai", "OpenAI", "OPENAI", "gpt-4o", "api.openai.com/v1", responses="api.openai.com/v1"),
-    Preset("anthropic", "Anthropic", "ANTHROPIC", "claude-sonnet-4-5", anthropic="api.anthropic.com"),
-    Preset("openrouter", "OpenRouter", "OPENROUTER", "openrouter/auto", "openrouter.ai/api/v1"),
-    Preset("groq", "Groq", "GROQ", "llama-3.3-70b-versatile", "api.groq.com/openai/v1"),
-    Preset("deepseek", "DeepSeek", "DEEPSEEK", "deepseek-chat", "api.deepseek.com/v1", "api.deepseek.com/anthropic"),
-    Preset("mistral", "Mistral", "MISTRAL", "mistral-large-latest", "api.mistral.ai/v1"),
-    Preset("gemini", "Gemini", "GEMINI GOOGLE", "gemini-2.5-flash", "generativelanguage.googleapis.com/v1beta/openai"),
-    Preset("xai", "xAI", "XAI", "grok-4", "api.x.ai/v1"),
-    Preset("together", "Together", "TOGETHER", "meta-llama/Llama-3.3-70B-Instruct-Turbo", "api.together.xyz/v1"),
-    Preset("cerebras", "Cerebras", "CEREBRAS", "llama-3.3-70b", "api.cerebras.ai/v1"),
-    Preset("moonshot", "Moonshot", "MOONSHOT", "kimi-latest", "api.moonshot.ai/v1", "api.moonshot.ai/anthropic"),
-    Preset("zai", "Z.ai", "ZAI", "glm-4.6", "api.z.ai/api/paas/v4", "api.z.ai/api/anthropic"),
+    Preset("openai", "OpenAI", "OPENAI", "gpt-4o", "platform.openai.com/api-keys",
+           "api.openai.com/v1", responses="api.openai.com/v1"),
+    Preset("anthropic", "Anthropic", "ANTHROPIC", "claude-sonnet-4-5", "platform.claude.com/settings/keys",
+           anthropic="api.anthropic.com"),
+    Preset("openrouter", "OpenRouter", "OPENROUTER", "openrouter/auto", "openrouter.ai/settings/keys",
+           "openrouter.ai/api/v1"),
+    Preset("groq", "Groq", "GROQ", "llama-3.3-70b-versatile", "console.groq.com/keys", "api.groq.com/openai/v1"),
+    Preset("deepseek", "DeepSeek", "DEEPSEEK", "deepseek-chat", "platform.deepseek.com/api_keys",
+           "api.deepseek.com/v1", "api.deepseek.com/anthropic"),
+    Preset("mistral", "Mistral", "MISTRAL", "mistral-large-latest", "console.mistral.ai/api-keys", "api.mistral.ai/v1"),
+    Preset("gemini", "Gemini", "GEMINI GOOGLE", "gemini-2.5-flash", "aistudio.google.com/apikey",
+           "generativelanguage.googleapis.com/v1beta/openai"),
+    Preset("xai", "xAI", "XAI", "grok-4", "console.x.ai", "api.x.ai/v1"),
+    Preset("together", "Together", "TOGETHER", "meta-llama/Llama-3.3-70B-Instruct-Turbo",
+           "api.together.ai/settings/api-keys", "api.together.xyz/v1"),
+    Preset("cerebras", "Cerebras", "CEREBRAS", "llama-3.3-70b", "cloud.cerebras.ai", "api.cerebras.ai/v1"),
+    Preset("moonshot", "Moonshot", "MOONSHOT", "kimi-latest", "platform.moonshot.ai/console/api-keys",
+           "api.moonshot.ai/v1", "api.moonshot.ai/anthropic"),
+    Preset("zai", "Z.ai", "ZAI", "glm-4.6", "z.ai/manage-apikey/apikey-list",
+           "api.z.ai/api/paas/v4", "api.z.ai/api/anthropic"),
 )
+# Servers on this machine at their usual ports; they need no key.
+LOCAL_PRESETS: Tuple[Preset, ...] = (
+    Preset("ollama", "Ollama", "", "", "", "http://127.0.0.1:11434/v1"),
+    Preset("lmstudio", "LM Studio", "", "", "", "http://127.0.0.1:1234/v1"),
+    Preset("llamacpp", "llama.cpp", "", "", "", "http://127.0.0.1:8080/v1"),
+    Preset("vllm", "vLLM", "", "", "", "http://127.0.0.1:8000/v1"),
+)
+# fmt: on
+
+
+def preset_urls(row: Preset) -> Dict[str, str]:
+    """Its base URLs by wire format."""
+    found = {wire: getattr(row, wire) for wire in WIRES if getattr(row, wire)}
+    return {wire: url if "://" in url else "https://" + url for wire, url in found.items()}
 
 
 def preset_document(environ: Mapping[str, str]) -> Optional[Dict[str, Any]]:
@@ -1415,7 +1442,7 @@ def preset_document(environ: Mapping[str, str]) -> Optional[Dict[str, Any]]:
 
 
 def _preset_provider(row: Preset, variable: str) -> Dict[str, Any]:
-    urls = {wire: "https://" + getattr(row, wire) for wire in WIRES if getattr(row, wire)}
+    urls = preset_urls(row)
     return {"id": row.id, "name": row.name, "baseUrlByFormat": urls, "apiKeyEnv": variable, "models": ["*"]}
 
 
@@ -1707,6 +1734,118 @@ def _put_models(provider: Dict[str, Any], names: Sequence[str]) -> List[str]:
     _put(provider, "provider", "models", models + disabled)
     dropped = ", ".join(_id_of(entry, "model") for entry in gone if entry not in disabled)
     return ["models: %s" % ", ".join(dict.fromkeys(names))] + (["no longer listed: " + dropped] if dropped else [])
+
+
+# ----- any field, by its place -----
+
+Place = Tuple[Union[str, int], ...]  # ("providers", 0, "models", 2): keys as in FIELDS, and indices
+
+_KIND_AT = {"providers": "provider", "models": "model", "auth": "auth", "timeouts": "timeouts"}
+_GONE = Value()  # in place of what a document does not hold
+
+
+def look_at(document: Dict[str, Any], place: Place) -> Tuple[Any, str]:
+    """A copy of what stands at `place` and its kind, a row of FIELDS; an empty object where there is nothing, the kind
+    "" for a plain one. UsageError when an entry of a list is not there."""
+    return _walk(_open(document)[0], place)
+
+
+def set_field(document: Dict[str, Any], place: Place, key: str, value: Any) -> Edit:
+    """Set one field of the object at `place`; None removes it. A new id is taken over wherever the old one is named,
+    and references to what is no longer there go. UsageError when the value cannot be used."""
+    new, _ = _open(document)
+    raw, kind = _walk(new, place)
+    owner = "/".join(_id_of(_walk(new, place[: i + 1])[0], "model") for i, s in enumerate(place) if isinstance(s, int))
+    if kind in ("provider", "model") and key == "id" and value:
+        _rename_references(new, owner, owner[: -len(_id_of(raw, kind)) or None] + value, kind == "model")
+    for name in SPELLINGS[kind][key] if kind else [key]:
+        raw.pop(name, None) if value is None or name != key else None
+    if value is not None:
+        raw[key] = value
+    if not raw and place and isinstance(place[-1], str):
+        del _walk(new, place[:-1])[0][place[-1]]
+    shown = json.dumps(mask_document({key: value})[key], ensure_ascii=False) if value is not None else "removed"
+    words = " ".join(filter(None, (owner, *(s for s in place[-1:] if s in ("auth", "timeouts")), key)))
+    return _finish(document, new, ["%s: %s" % (words, shown)], True)
+
+
+def move_entry(document: Dict[str, Any], place: Place, step: int) -> Edit:
+    """Move the provider or model at `place` by `step` in its list; at the list's end it stays."""
+    new, _ = _open(document)
+    entries, at = _walk(new, place[:-1])[0], int(place[-1])
+    to = max(0, min(len(entries) - 1, at + step))
+    entries.insert(to, entries.pop(at))
+    return _finish(document, new, ["moved %s" % _id_of(entries[to], "model")])
+
+
+def add_provider(document: Dict[str, Any], provider: Dict[str, Any], default: str = "") -> Edit:
+    """Add a provider as it would stand in the file; `default` becomes the default model when there is none."""
+    new, providers = _open(document)
+    providers.append(_copy(provider))
+    notes = ["added provider %s" % _id_of(provider, "provider")]
+    if default and not get_field(new, "config", "defaultModel"):
+        _put(new, "config", "defaultModel", default)
+        notes.append("default model: " + default)
+    return _finish(document, new, notes)
+
+
+def merge_documents(base: Any, mine: Any, theirs: Any, path: str = "") -> Tuple[Any, List[str]]:
+    """What two writers made of `base`, together, and the paths that both changed: there it is `mine`, but what one
+    removed and the other changed stays. Lists of entries with ids are merged entry by entry."""
+    if mine == theirs or theirs == base:
+        return mine, []
+    if mine == base:
+        return theirs, []
+    sides = [_by_id(side) for side in (base, mine, theirs)]
+    if not all(side is not None for side in sides[1:]):
+        return (theirs if mine is _GONE else mine), [path]
+    old, own, other = (side or {} for side in sides)
+    merged, clashes = {}, []
+    unmoved = [key for key in other if key in old] == [key for key in old if key in other]
+    for key in dict.fromkeys([*own, *other] if unmoved else [*other, *own]):
+        entries = [side.get(key, _GONE) for side in (old, own, other)]
+        value, more = merge_documents(*entries, path=_join(path, key))
+        merged.update({} if value is _GONE else {key: value})
+        clashes += more
+    return (merged if isinstance(mine, dict) else list(merged.values())), clashes
+
+
+def _by_id(value: Any) -> Optional[Dict[str, Any]]:
+    """An object as it is, a list of entries by their ids; None for anything else."""
+    if not isinstance(value, list):
+        return value if isinstance(value, dict) else None
+    found = {_id_of(entry, "model"): entry for entry in value}
+    return found if len(found) == len(value) and "" not in found else None
+
+
+def _walk(document: Dict[str, Any], place: Place) -> Tuple[Any, str]:
+    """What stands at `place` in a document that may be changed, made where it is missing, and its kind."""
+    node, kind = document, "config"
+    for step in place:
+        if isinstance(step, int):
+            if step >= len(node):
+                raise UsageError("the entry is no longer there")
+            node[step] = {"id": node[step]} if isinstance(node[step], str) else as_dict(node[step])
+            node = node[step]
+            continue
+        value = _models_of(node) if step == "models" else get_field(node, kind, step) if kind else node.get(step)
+        value = value if isinstance(value, (dict, list)) else {}
+        _put(node, kind, step, value)
+        node, kind = value, _KIND_AT.get(step, "")
+    return node, kind
+
+
+def _rename_references(document: Dict[str, Any], old: str, new: str, is_model: bool) -> None:
+    def renamed(ref: Any) -> Any:
+        if not isinstance(ref, str):
+            return ref
+        if is_model:
+            return new if ref == old else ref
+        return new + ref[len(old) :] if ref.lower().startswith(old.lower() + "/") else ref
+
+    for holder, key, _, _, _ in _references_in(document):
+        value = holder[key]
+        holder[key] = [renamed(ref) for ref in value] if isinstance(value, list) else renamed(value)
 
 
 # ----- what an edit would break -----
@@ -8510,7 +8649,1293 @@ def backoff_ms(retry: int, settings: Settings, jitter: float) -> int:
 
 
 # ==============================================================================
-# 19 GATEWAY - one request from its head to its end, through injected effects [async]
+# 19 SCREENS - the menu as values: what it shows, and what each key does [pure]
+# ==============================================================================
+#
+# update(menu, event) -> (menu, effect). An event is the name of a key ("a", "up", "enter") or what the host Told after
+# an effect. Screens lie on one another; a dialog is a screen that knows how to go on (`then`) with what it was told.
+
+
+class Row(NamedTuple):
+    """A line that can be selected. cells: its columns. do: what Enter does. state: ok, off, warning, error or "".
+    item: what the keys of its screen work on."""
+
+    cells: Tuple[str, ...]
+    do: Optional[Callable[[Menu], Menu]] = None
+    hint: str = ""
+    state: str = ""
+    item: Any = None
+
+
+class Frame(NamedTuple):
+    """An open screen, a row of SCREENS. at: the selected row, the first line of a text, or the caret. place: what of
+    the document it shows. rows, lead, typed, hidden, picked, then, serial: of a dialog."""
+
+    screen: str
+    title: str = ""
+    place: Place = ()
+    at: int = 0
+    is_draft: bool = False
+    filter: str = ""
+    rows: Tuple[Row, ...] = ()
+    lead: str = ""
+    typed: str = ""
+    hidden: bool = False
+    picked: Tuple[str, ...] = ()
+    then: Any = None
+    serial: int = 0
+
+
+class Facts(NamedTuple):
+    """What the host knows. variables: names that the environment holds. settings: rows of settings_table. effects: what
+    the host can do."""
+
+    path: str = ""
+    variables: Iterable[str] = ()
+    settings: Sequence[Dict[str, Any]] = ()
+    effects: Iterable[str] = ()
+
+
+class Effect(Value):
+    """What the host is to do: a name in its table, the arguments, and the serial that its answer must bear."""
+
+    __slots__ = ("kind", "args", "serial")
+
+    def __init__(self, kind: str, args: Tuple[Any, ...] = (), serial: int = 0) -> None:
+        self.kind, self.args, self.serial = kind, args, serial
+
+
+class Told(Value):
+    """How an effect ended, or how far it is: `value`, or `error` as a sentence."""
+
+    __slots__ = ("error", "is_progress", "serial", "value")
+
+    def __init__(self, serial: int, value: Any = None, error: str = "", is_progress: bool = False) -> None:
+        self.serial, self.value, self.error, self.is_progress = serial, value, error, is_progress
+
+
+class Menu(NamedTuple):
+    """The whole menu. saved: the document as the file has it. past: documents to go back to. draft: a document with
+    the one provider that is being made."""
+
+    facts: Facts
+    saved: Dict[str, Any]
+    document: Dict[str, Any]
+    frames: Tuple[Frame, ...] = (Frame("home"),)
+    past: Tuple[Dict[str, Any], ...] = ()
+    draft: Dict[str, Any] = {}
+    note: str = ""
+    is_error: bool = False
+    effect: Optional[Effect] = None
+    serial: int = 0
+
+    @property
+    def front(self) -> Frame:
+        """The screen that is seen."""
+        return self.frames[-1]
+
+
+class Key(NamedTuple):
+    """A key of a screen: its name, a word for what it does, and the action on the selected row."""
+
+    name: str
+    word: str
+    do: Callable[[Menu, Frame, Row], Menu]
+
+
+class Screen(NamedTuple):
+    """A kind of screen. kind: list, pick, input, text or busy. rows: made of the menu; a dialog brings its own. verb:
+    what Enter does there."""
+
+    title: str
+    kind: str = "list"
+    rows: Optional[Callable[[Menu, Frame], List[Row]]] = None
+    keys: Tuple[Key, ...] = ()
+    lead: str = ""
+    empty: str = ""
+    verb: str = "open"
+
+
+def make_menu(document: Dict[str, Any], facts: Facts) -> Menu:
+    """The menu over a document as it was read from the file."""
+    return Menu(facts, document, document)
+
+
+def update(menu: Menu, event: Any) -> Tuple[Menu, Optional[Effect]]:
+    """What becomes of the menu, and what the host is to do."""
+    quiet = menu if isinstance(event, Told) or event == "tick" else menu._replace(note="", is_error=False)
+    try:
+        new = _hear(menu, event) if isinstance(event, Told) else _press(quiet, event)
+    except RouterError as error:
+        below = _pop(menu) if isinstance(event, Told) and menu.front.serial == event.serial else menu
+        new = below._replace(note=error.message, is_error=True)
+    while not _stands(new):
+        new = _pop(new)
+    return new._replace(effect=None), new.effect
+
+
+def rows_of(menu: Menu, frame: Frame) -> List[Row]:
+    """The rows that a screen shows, filtered."""
+    make = SCREENS[frame.screen].rows
+    rows = make(menu, frame) if make else frame.rows
+    return [row for row in rows if frame.filter.lower() in " ".join(row.cells).lower()]
+
+
+def keys_of(menu: Menu, frame: Frame) -> List[Tuple[str, str]]:
+    """The keys that do something here and a word for each, the most useful first."""
+    screen = SCREENS[frame.screen]
+    if screen.kind != "list":
+        return list(_DIALOG_KEYS[screen.kind])
+    pairs = [("JK" if key.name == "J" else key.name, key.word) for key in screen.keys if key.name != "K"]
+    pairs += [("s", "save"), ("u", "undo")] if menu.document != menu.saved else []
+    return [("enter", screen.verb), *pairs, ("esc", "back" if len(menu.frames) > 1 else "quit"), ("?", "help")]
+
+
+def _stands(menu: Menu) -> bool:
+    """Whether what the screens show is still there: an undo can take it away."""
+    try:
+        return all(look_at(_document(menu, frame), frame.place) for frame in menu.frames)
+    except UsageError:
+        return False
+
+
+# ----- keys -----
+
+_DIALOG_KEYS = {
+    "pick": (
+        ("space", "pick"),
+        ("JK", "order"),
+        ("a", "type one"),
+        ("/", "filter"),
+        ("enter", "done"),
+        ("esc", "back"),
+    ),
+    "input": (("enter", "accept"), ("ctrl-u", "clear"), ("esc", "back")),
+    "text": (("up", "down"), ("esc", "back")),
+    "busy": (("esc", "stop"),),
+}
+_MOVES = {"up": -1, "k": -1, "down": 1, "j": 1, "pgup": -10, "pgdn": 10, "home": -(1 << 30), "end": 1 << 30}
+_BACK = ("esc", "left", "ctrl-c", "backspace")
+
+
+def _press(menu: Menu, key: str) -> Menu:
+    frame = menu.front
+    if key == "ctrl-c" and len(menu.frames) > 1 and menu.front.title == _LEAVE:
+        return menu._replace(effect=Effect("quit", (130,)))
+    if key == "ctrl-c" and SCREENS[frame.screen].kind == "list" and not frame.rows:
+        return _leave(menu)
+    return _PRESS[SCREENS[frame.screen].kind](menu, frame, key)
+
+
+def _press_list(menu: Menu, frame: Frame, key: str) -> Menu:
+    rows = rows_of(menu, frame)
+    at = max(0, min(frame.at, len(rows) - 1))
+    row = rows[at] if rows else Row(())
+    if key in _MOVES:
+        return _swap(menu, at=max(0, min(at + _MOVES[key], len(rows) - 1)))
+    if key in ("enter", "right"):
+        return row.do(_swap(menu, at=at)) if row.do else menu
+    if key in _BACK or key == "q":
+        return _leave(menu) if key == "q" or len(menu.frames) == 1 else _back(menu, frame)
+    keys = {one.name: one.do for one in _GLOBAL_KEYS + SCREENS[frame.screen].keys}
+    return keys[key](_swap(menu, at=at), frame, row) if key in keys else menu
+
+
+def _press_pick(menu: Menu, frame: Frame, key: str) -> Menu:
+    rows, picked = rows_of(menu, frame), list(frame.picked)
+    at = max(0, min(frame.at, len(rows) - 1))
+    item = rows[at].item if rows else ""
+    if key in _MOVES:
+        return _swap(menu, at=max(0, min(at + _MOVES[key], len(rows) - 1)))
+    if key == "space" and rows:
+        return _swap(menu, picked=tuple([p for p in picked if p != item] if item in picked else [*picked, item]))
+    if key in ("J", "K") and item in picked:
+        i = picked.index(item)
+        picked.insert(max(0, i + (1 if key == "J" else -1)), picked.pop(i))
+        return _swap(menu, picked=tuple(picked))
+    if key == "enter":
+        return frame.then(_pop(menu), list(frame.picked))
+    if key == "a":
+        return _ask(menu, "Name it", _pick_further, lead="A name that is not in the list")
+    if key == "/":
+        return _filter(menu, frame, Row(()))
+    return _pop(menu) if key in _BACK or key == "q" else menu
+
+
+def _pick_further(menu: Menu, name: str) -> Menu:
+    row = Row((name,), item=name)
+    rows = menu.front.rows + (() if not name or any(r.item == name for r in menu.front.rows) else (row,))
+    return _swap(menu, rows=rows, picked=tuple(dict.fromkeys(menu.front.picked + ((name,) if name else ()))), filter="")
+
+
+def _press_input(menu: Menu, frame: Frame, key: str) -> Menu:
+    text, at = frame.typed, max(0, min(frame.at, len(frame.typed)))
+    if key == "enter":
+        return frame.then(_pop(menu), text)
+    if key in ("esc", "ctrl-c"):
+        return _pop(menu)
+    typed = " " if key == "space" else key
+    edits = {
+        "backspace": (text[: max(0, at - 1)] + text[at:], at - 1),
+        "delete": (text[:at] + text[at + 1 :], at),
+        "ctrl-u": ("", 0),
+        "left": (text, at - 1),
+        "right": (text, at + 1),
+        "home": (text, 0),
+        "end": (text, len(text)),
+    }
+    if len(typed) == 1 and typed.isprintable():
+        edits[key] = (text[:at] + typed + text[at:], at + 1)
+    text, at = edits.get(key, (text, at))
+    return _swap(menu, typed=text, at=max(0, min(at, len(text))))
+
+
+def _press_text(menu: Menu, frame: Frame, key: str) -> Menu:
+    if key in _MOVES:
+        return _swap(menu, at=max(0, min(frame.at + _MOVES[key], frame.lead.count("\n"))))
+    return _pop(menu) if key in _BACK or key in ("enter", "q", "space") else menu
+
+
+def _press_busy(menu: Menu, frame: Frame, key: str) -> Menu:
+    if key == "tick":
+        return _swap(menu, at=frame.at + 1)
+    if key in _BACK or key == "q":
+        return _pop(menu)._replace(effect=Effect("cancel"), note="stopped")
+    return menu
+
+
+_PRESS = {
+    "list": _press_list,
+    "pick": _press_pick,
+    "input": _press_input,
+    "text": _press_text,
+    "busy": _press_busy,
+}
+
+
+# ----- moving between screens, and dialogs -----
+
+
+def _push(menu: Menu, frame: Frame) -> Menu:
+    return menu._replace(frames=menu.frames + (frame,))
+
+
+def _pop(menu: Menu) -> Menu:
+    return menu._replace(frames=menu.frames[:-1] or (Frame("home"),))
+
+
+def _swap(menu: Menu, **changes: Any) -> Menu:
+    return menu._replace(frames=menu.frames[:-1] + (menu.front._replace(**changes),))
+
+
+def _go(screen: str, place: Place = (), title: str = "") -> Callable[[Menu], Menu]:
+    return lambda menu: _push(menu, Frame(screen, title, place, is_draft=menu.front.is_draft))
+
+
+def _document(menu: Menu, frame: Optional[Frame] = None) -> Dict[str, Any]:
+    """The document that a screen works on."""
+    return menu.draft if (frame or menu.front).is_draft else menu.document
+
+
+def _apply(menu: Menu, edit: Edit) -> Menu:
+    if menu.front.is_draft:
+        return menu._replace(draft=edit.document)
+    if edit.document == menu.document:
+        return menu
+    past = menu.past[-199:] + (menu.document,)
+    return menu._replace(document=edit.document, past=past, note="; ".join(edit.notes))
+
+
+def _ask(menu: Menu, title: str, then: Any, lead: str = "", typed: str = "", hidden: bool = False) -> Menu:
+    frame = Frame("input", title, lead=lead, typed=typed, at=len(typed), hidden=hidden, then=then)
+    return _push(menu, frame._replace(is_draft=menu.front.is_draft))
+
+
+def _choose(
+    menu: Menu, title: str, rows: Sequence[Tuple[str, str, Any]], lead: str = "", screen: str = "choose"
+) -> Menu:
+    """rows: label, hint, and what it does with the menu below."""
+    made = tuple(Row((label,), lambda menu, then=then: then(_pop(menu)), hint) for label, hint, then in rows)
+    return _push(menu, Frame(screen, title, rows=made, lead=lead, is_draft=menu.front.is_draft))
+
+
+def _choose_of(menu: Menu, title: str, values: Iterable[str], now: Any, then: Any, lead: str = "") -> Menu:
+    rows = [(value, "", lambda menu, value=value: then(menu, value)) for value in values]
+    at = next((i for i, row in enumerate(rows) if row[0] == now), 0)
+    return _swap(_choose(menu, title, rows, lead), at=at)
+
+
+def _pick(menu: Menu, title: str, choices: Iterable[str], picked: Sequence[str], then: Any, lead: str = "") -> Menu:
+    rows = tuple(Row((name,), item=name) for name in dict.fromkeys([*picked, *choices]))
+    frame = Frame("pick", title, rows=rows, picked=tuple(picked), then=then, lead=lead)
+    return _push(menu, frame._replace(is_draft=menu.front.is_draft))
+
+
+def _show(menu: Menu, title: str, lines: Iterable[str]) -> Menu:
+    return _push(menu, Frame("text", title, lead="\n".join(lines), is_draft=menu.front.is_draft))
+
+
+def _run(menu: Menu, words: str, then: Any, kind: str, *args: Any) -> Menu:
+    """Let the host do something, seen while it lasts; then(menu, value, error) goes on."""
+    serial = menu.serial + 1
+    frame = Frame("busy", words, then=then, serial=serial, is_draft=menu.front.is_draft)
+    return _push(menu, frame)._replace(serial=serial, effect=Effect(kind, args, serial))
+
+
+def _hear(menu: Menu, told: Told) -> Menu:
+    frame = menu.front
+    if frame.screen != "busy" or frame.serial != told.serial:
+        return menu  # of something that was stopped
+    if told.is_progress:
+        return _swap(menu, lead=told.value)
+    return frame.then(_pop(menu), told.value, told.error)
+
+
+def _or_error(then: Any) -> Any:
+    def heard(menu: Menu, value: Any, error: str) -> Menu:
+        return menu._replace(note=error, is_error=True) if error else then(menu, value)
+
+    return heard
+
+
+# ----- leaving, undo, saving -----
+
+_LEAVE = "Unsaved changes"
+
+
+def _back(menu: Menu, frame: Frame) -> Menu:
+    if not (frame.screen == "provider" and frame.is_draft):
+        return _pop(menu)
+    rows = [("Go on with it", "", lambda menu: menu), ("Drop it", "what was typed is lost", _pop)]
+    return _choose(menu, "The provider is not added yet", rows)
+
+
+def _leave(menu: Menu) -> Menu:
+    if menu.document == menu.saved:
+        return menu._replace(effect=Effect("quit", (0,)))
+    rows = [
+        ("Save and quit", "write the changes to the file", lambda menu: _save(menu, True)),
+        ("Quit without saving", "the file stays as it is", lambda menu: menu._replace(effect=Effect("quit", (0,)))),
+        ("Stay", "go on editing", lambda menu: menu),
+    ]
+    return _choose(menu, _LEAVE, rows, "Nothing has been written yet.")
+
+
+def _undo(menu: Menu, frame: Frame, row: Row) -> Menu:
+    if not menu.past:
+        return menu._replace(note="nothing to undo")
+    return menu._replace(document=menu.past[-1], past=menu.past[:-1], note="undone")
+
+
+def _review(menu: Menu, frame: Frame, row: Row) -> Menu:
+    """The changes before they are saved."""
+    if menu.document == menu.saved:
+        return menu._replace(note="nothing to save")
+    rows = [("Save these changes", "to " + menu.facts.path, _save), ("Go on editing", "", lambda menu: menu)]
+    return _choose(menu, "Save", rows, "\n".join(diff_lines(menu.saved, menu.document)), "diff")
+
+
+def diff_lines(old: Dict[str, Any], new: Dict[str, Any]) -> List[str]:
+    """What was changed, as lines that start with +, - or a space; keys are masked."""
+    import difflib
+
+    before, after = (json.dumps(mask_document(one), indent=2, ensure_ascii=False).split("\n") for one in (old, new))
+    lines = list(difflib.unified_diff(before, after, n=1, lineterm=""))[2:]
+    return [line for line in lines if line[:2] != "@@"] or ["+ a key that looks the same when it is masked"]
+
+
+def _save(menu: Menu, then_quit: bool = False) -> Menu:
+    def saved(menu: Menu, answer: Tuple[str, Any]) -> Menu:
+        if answer[0] == "conflict":
+            return _resolve(menu, answer[1])
+        effect = Effect("quit", (0,)) if then_quit else None
+        return menu._replace(saved=menu.document, past=(), note=answer[1], effect=effect)
+
+    return _run(menu, "Saving", _or_error(saved), "save", menu.saved, menu.document)
+
+
+def _resolve(menu: Menu, theirs: Dict[str, Any]) -> Menu:
+    """Another program wrote the file in the meantime: nothing of either side is lost silently."""
+
+    def merge(menu: Menu) -> Menu:
+        document, clashes = merge_documents(menu.saved, menu.document, theirs)
+        note = "both changed %s: yours is kept, look" % ", ".join(clashes) if clashes else "merged, look and save"
+        new = menu._replace(saved=theirs, document=document, past=menu.past + (menu.document,), note=note)
+        return _review(new, new.front, Row(()))._replace(note=note) if document != theirs else new
+
+    def reload(menu: Menu) -> Menu:
+        past = menu.past + (menu.document,)
+        return menu._replace(saved=theirs, document=theirs, past=past, note="reloaded; u brings your changes back")
+
+    rows = [
+        ("Merge", "both sides' changes, shown before they are saved", merge),
+        ("Take the file", "yours can still be brought back by undo", reload),
+        ("Back", "nothing is written", lambda menu: menu),
+    ]
+    return _choose(menu, "The file was changed meanwhile", rows, "Another program wrote %s." % menu.facts.path)
+
+
+def _filter(menu: Menu, frame: Frame, row: Row) -> Menu:
+    then = lambda menu, text: _swap(menu, filter=text.strip(), at=0)  # noqa: E731
+    return _ask(menu, "Filter", then, "Show only what contains this; empty shows all", frame.filter)
+
+
+def _help(menu: Menu, frame: Frame, row: Row) -> Menu:
+    screen = SCREENS[frame.screen]
+    pairs = [*((key.name, key.word) for key in screen.keys), *_HELP_KEYS]
+    lines = [screen.lead, ""] if screen.lead else []
+    return _show(menu, "Keys", lines + ["%-8s %s" % (name, word) for name, word in pairs])
+
+
+_GLOBAL_KEYS: Tuple[Key, ...] = (
+    Key("s", "save", _review),
+    Key("u", "undo", _undo),
+    Key("/", "filter", _filter),
+    Key("?", "help", _help),
+)
+_HELP_KEYS = (
+    ("enter", "open, or accept"),
+    ("esc", "back; at the first screen quit"),
+    ("arrows", "move, also j and k, page up and down, home, end"),
+    ("/", "show only the rows that contain a word"),
+    ("s", "see the changes and save them"),
+    ("u", "undo; nothing is written until it is saved"),
+    ("q", "quit; asks when there are changes"),
+    ("ctrl-c", "back, or quit"),
+)
+
+
+# ----- the first screen -----
+
+
+def _home_rows(menu: Menu, frame: Frame) -> List[Row]:
+    config, problems = scan_config(menu.document, {})
+    ids = [provider.id for provider in config.providers]
+    chains = sum(bool(model.fallback_models) for provider in config.providers for model in provider.models)
+    errors = sum(problem.level == "error" for problem in problems)
+    state = "error" if errors else "warning" if problems else "ok"
+    values = {
+        "providers": ", ".join(ids) or "none yet",
+        "fallbacks": "of %d model%s" % (chains, "s" * (chains > 1)) if chains else "none",
+        "default": config.default_model or "none",
+        "aliases": ", ".join(config.aliases) or "none",
+        "master": mask(config.master_key) or "none",
+        "clients": ", ".join(key.name for key in config.client_keys) or "none",
+        "access": ", ".join(config.cors_origins + config.allowed_hosts) or "nothing further",
+        "settings": "%d of them, %d changed" % (len(menu.facts.settings), len(_changed_settings(menu))),
+        "check": "%d to look at" % len(problems) if problems else "nothing is wrong",
+    }
+    states = {"check": state, "providers": "" if ids else "warning"}
+    rows = [
+        Row((label, values.get(name, "")), do, hint, states.get(name, ""))
+        for name, label, do, hint in _HOME
+        if name in values or name in menu.facts.effects
+    ]
+    changes = len(menu.past) or 1
+    save = Row(
+        ("Save", "%d change%s" % (changes, "s" * (changes > 1))),
+        lambda m: _review(m, m.front, Row(())),
+        "shows them first",
+    )
+    return rows + ([save] if menu.document != menu.saved else [])
+
+
+def _changed_settings(menu: Menu) -> List[Dict[str, Any]]:
+    return [row for row in menu.facts.settings if row["value"] != row["default"]]
+
+
+# ----- providers -----
+
+
+def _provider_rows(menu: Menu, frame: Frame) -> List[Row]:
+    providers = look_at(menu.document, ("providers",))[0]
+    found = find_problems(menu.document)
+    return [_provider_row(menu, raw, i, found) for i, raw in enumerate(providers)]
+
+
+def _provider_row(menu: Menu, raw: Any, index: int, problems: Sequence[Problem]) -> Row:
+    raw = as_dict(raw)
+    config = scan_config({"providers": [dict(raw, enabled=True)]}, {})[0]
+    one = config.providers[0] if config.providers else Provider("")
+    path = "providers[%d]" % index
+    levels = {
+        problem.level: problem
+        for problem in reversed(problems)
+        if (problem.path + ".").startswith((path + ".", path + "["))
+    }
+    worst = levels.get("error") or levels.get("warning")
+    state = "off" if _is_off(raw, "provider") else worst.level if worst else "ok"
+    variable = as_text(get_field(raw, "provider", "apiKeyEnv"))
+    key = mask(one.api_key) or ("$" + variable if variable else "no key")
+    hosts = dict.fromkeys(urlsplit(url).netloc for url in one.base_urls.values() if not check_url(url)[0])
+    models = len(_models_of(raw))
+    cells = (
+        _id_of(raw, "provider") or "?",
+        "%d model%s" % (models, "s" * (models != 1)),
+        ",".join(one.formats),
+        key,
+        " ".join(hosts),
+    )
+    hint = show_problem(worst) if worst else "%s: %s" % (one.name, "switched off" if state == "off" else "ready")
+    return Row(cells, _go("provider", ("providers", index), cells[0]), hint, state, index)
+
+
+def _preset_rows(menu: Menu, frame: Frame) -> List[Row]:
+    rows = []
+    for preset in PRESETS + LOCAL_PRESETS:
+        variable = next((name for name in preset.variables if name in menu.facts.variables), "")
+        key = "has a key" if variable else "needs none" if not preset.keys else ""
+        cells = (preset.name, key, preset.openai or preset.anthropic)
+        hint = "its key is in $" + variable if variable else "get a key at " + preset.keys_at
+        hint = hint if preset.keys else "runs on this machine"
+        rows.append(Row(cells, lambda menu, p=preset, v=variable: _start_draft(menu, p, v), hint, "ok" if key else ""))
+    other = Preset("", "Another one", "", "")
+    return rows + [Row(("Another one", "", "any provider, by its URL"), lambda menu: _start_draft(menu, other, ""), "")]
+
+
+def _start_draft(menu: Menu, preset: Preset, variable: str) -> Menu:
+    taken = [_id_of(entry, "provider").lower() for entry in look_at(menu.document, ("providers",))[0]]
+    names = [preset.id] + ["%s%d" % (preset.id, i) for i in range(2, len(taken) + 3)]
+    raw: Dict[str, Any] = {"id": next(name for name in names if name not in taken or not name)}
+    raw.update({"name": preset.name, "baseUrlByFormat": preset_urls(preset)} if preset.id else {})
+    raw.update({"apiKeyEnv": variable} if variable else {})
+    draft: Dict[str, Any] = {"providers": [dict(raw, models=["*"])]}
+    if preset.model:
+        draft["defaultModel"] = "%s/%s" % (raw["id"], preset.model)
+    fields = _FIELD_ORDER["provider"]
+    at = 0 if not preset.id else len(fields) if variable or not preset.keys else fields.index("apiKey")
+    lead = "Get a key at %s" % preset.keys_at if preset.keys_at and not variable else ""
+    return _push(menu._replace(draft=draft), Frame("provider", "New provider", ("providers", 0), at, True, lead=lead))
+
+
+def _add_draft(menu: Menu) -> Menu:
+    raw = look_at(menu.draft, ("providers", 0))[0]
+    default = as_text(menu.draft.get("defaultModel"))
+    first = _id_of(_models_of(raw)[0], "model") if _models_of(raw) else "*"
+    default = default or ("%s/%s" % (_id_of(raw, "provider"), first) if first != "*" else "")
+    edit = add_provider(menu.document, raw, default)
+    at = len(look_at(edit.document, ("providers",))[0]) - 1
+    new = _apply(menu._replace(frames=(Frame("home"), Frame("providers", at=at)), draft={}), edit)
+    return new._replace(note=new.note + "; t tests it, s saves")
+
+
+def _with_row(do: Callable[[Menu, Any], Menu]) -> Callable[[Menu, Frame, Row], Menu]:
+    """A key that does nothing where no row is selected."""
+    return lambda menu, frame, row: menu if row.item is None else do(menu, row.item)
+
+
+def _remove_provider(menu: Menu, index: int) -> Menu:
+    raw = look_at(menu.document, ("providers", index))[0]
+    return _apply(menu, remove_provider(menu.document, _id_of(raw, "provider")))
+
+
+def _switch(menu: Menu, place: Place) -> Menu:
+    document = _document(menu)
+    raw, kind = look_at(document, place)
+    return _apply(menu, set_field(document, place, "enabled", None if _is_off(raw, kind) else False))
+
+
+def _move(menu: Menu, place: Place, step: int) -> Menu:
+    new = _apply(menu, move_entry(menu.document, place, step))
+    return _swap(new, at=max(0, menu.front.at + step))
+
+
+def _alone(menu: Menu, index: int) -> Dict[str, Any]:
+    """A document of one provider alone, so that the host may ask it something before anything is saved."""
+    raw = look_at(_document(menu), ("providers", index))[0]
+    models = [_id_of(entry, "model") for entry in _models_of(raw)]
+    return {"providers": [dict(raw, models=models or ["*"], enabled=True)]}
+
+
+def _test(menu: Menu, index: int) -> Menu:
+    """Ask a provider what it really serves; what it says can be taken over into its fields."""
+    document = _alone(menu, index)
+    title = "Test of " + _id_of(document["providers"][0], "provider")
+
+    def keep(menu: Menu, learned: Dict[str, Any]) -> Menu:
+        for key, value in learned.items():
+            menu = _apply(menu, set_field(_document(menu), ("providers", index), key, value))
+        return menu
+
+    def heard(menu: Menu, answer: Tuple[Any, ...]) -> Menu:
+        table, learned, words = answer
+        rows = [Row((row[0], *row[2:6], row[7]), None, row[7], _PROBE_STATES.get(row[3], "")) for row in table]
+        if learned:
+            hint = json.dumps(learned)
+            rows.append(Row(("Keep what was learned",), lambda menu: keep(_pop(menu), learned), hint))
+        return _push(menu, Frame("test", title, rows=tuple(rows), lead=words, is_draft=menu.front.is_draft))
+
+    return _run(menu, "Testing", _or_error(heard), "test", document)
+
+
+_PROBE_STATES = {"ok": "ok", "tentative": "warning", "no": "error"}
+
+
+# ----- forms: one row per field -----
+
+# What comes first in a form; of a new provider and of the configuration itself it is all there is.
+_FIELD_ORDER = {
+    "provider": ("id", "name", "baseUrl", "baseUrlByFormat", "formats", "apiKeyEnv", "apiKey", "models"),
+    "config": ("corsOrigins", "allowedHosts"),
+}
+
+
+def _form_fields(frame: Frame, kind: str, raw: Dict[str, Any]) -> List[Field]:
+    if not kind:
+        names = WIRES if frame.place[-1:] != ("headers",) else sorted(map(str, raw))
+        return [Field(name, "url" if names is WIRES else "header", "for the format " + name) for name in names]
+    rows = {field.key: field for field in FIELDS[kind]}
+    names = _FIELD_ORDER.get(kind, ())
+    return [rows[name] for name in (names if frame.is_draft or kind == "config" else dict.fromkeys((*names, *rows)))]
+
+
+def _form_rows(menu: Menu, frame: Frame) -> List[Row]:
+    raw, kind = look_at(_document(menu, frame), frame.place)
+    rows = []
+    for field in _form_fields(frame, kind, raw):
+        value = get_field(raw, kind, field.key) if kind else raw.get(field.key)
+        under = frame.place[-1] if not kind else ""
+        value = True if value is None and field.kind == "flag" else value
+        shown = _show_value(mask_document({under or field.key: {field.key: value} if under else value}), field.key)
+        is_set = field.kind == "variable" and value in menu.facts.variables
+        state = "ok" if is_set else "off" if field.key == "enabled" and _is_off(raw, kind) else ""
+        do = lambda menu, field=field, value=value: _edit_field(menu, field, value)  # noqa: E731
+        rows.append(Row((field.key, shown), do, field.help, state, field.key))
+    if frame.is_draft and kind == "provider":
+        rows.append(Row(("Add this provider",), _add_draft, "into the configuration; saved when you save it"))
+    return rows
+
+
+def _show_value(masked: Dict[str, Any], key: str) -> str:
+    """A value in a few words."""
+    value = next(iter(masked.values()))
+    value = value.get(key) if isinstance(value, dict) and key in value else value
+    if isinstance(value, list):
+        names = [_id_of(entry, "model") or json.dumps(entry) for entry in value]
+        return ", ".join(names)
+    if isinstance(value, dict):
+        return ", ".join("%s: %s" % (name, _show_value({name: entry}, name)) for name, entry in value.items())
+    return ("no", "yes")[value] if isinstance(value, bool) else "" if value is None else str(value)
+
+
+def _edit_field(menu: Menu, field: Field, value: Any) -> Menu:
+    frame = menu.front
+
+    def put(menu: Menu, value: Any) -> Menu:
+        new = _apply(menu, set_field(_document(menu), frame.place, field.key, value))
+        return _swap(new, at=new.front.at + 1) if new.front.is_draft else new
+
+    return _EDITORS.get(field.kind, _edit_text)(menu, field, value, put)
+
+
+def _edit_text(menu: Menu, field: Field, value: Any, put: Any) -> Menu:
+    def accept(menu: Menu, text: str) -> Menu:
+        return put(menu, read_typed(field.kind, text))
+
+    typed = ", ".join(map(str, value)) if isinstance(value, list) else "" if value is None else value
+    typed = typed if isinstance(typed, str) else json.dumps(typed, ensure_ascii=False)
+    return _ask(menu, field.key, accept, field.help, one_line(typed, 4000))
+
+
+def read_typed(kind: str, text: str) -> Any:
+    """What a person typed as the value of a field of that kind; None for nothing. UsageError when it is not JSON where
+    only JSON will do."""
+    text = text.strip()
+    if text and (kind in ("object", "any") or kind[0] == "{"):
+        return load_json(text, "value")
+    if kind[0] == "[" or kind == "betas":
+        return [part.strip() for part in text.split(",") if part.strip()] or None
+    return int(text) if kind == "whole" and re.fullmatch("[0-9]{1,15}", text) else text or None
+
+
+def _edit_secret(menu: Menu, field: Field, value: Any, put: Any) -> Menu:
+    lead = (
+        field.help
+        + ". "
+        + ("Now %s; empty keeps it, - removes it." % mask(value) if value else "Not shown while typed.")
+    )
+
+    def accept(menu: Menu, text: str) -> Menu:
+        text = text.strip()
+        return put(menu, None if text == "-" else text or value)
+
+    return _ask(menu, field.key, accept, lead, hidden=True)
+
+
+def _edit_models(menu: Menu, field: Field, value: Any, put: Any) -> Menu:
+    if not menu.front.is_draft:
+        return _go("models", menu.front.place + ("models",))(menu)
+    now = [_id_of(entry, "model") for entry in value or ()]
+    return _list_models(menu, now, put)
+
+
+def _list_models(menu: Menu, now: Sequence[str], then: Any) -> Menu:
+    """Let models be picked from what the provider lists; where it lists nothing they are typed."""
+
+    def heard(menu: Menu, names: Any, error: str) -> Menu:
+        if not names:
+            typed = lambda menu, text: then(menu, read_typed("[name]", text) or [])  # noqa: E731
+            lead = "Models, with commas between; * for any. It lists none: " + (error or "its list is empty")
+            return _ask(menu, "models", typed, lead, ", ".join(now))
+        return _pick(menu, "models", ["*", *names], now, then, "* passes any model through.")
+
+    return _run(menu, "Asking for its models", heard, "models", _alone(menu, int(menu.front.place[1])))
+
+
+def _choices(names: Tuple[str, ...]) -> Any:
+    return lambda menu, field, value, put: _choose_of(menu, field.key, names, value, put, field.help)
+
+
+def _open_form(menu: Menu, field: Field, value: Any, put: Any) -> Menu:
+    return _go("form", (*menu.front.place, field.key), field.key)(menu)
+
+
+_EDITORS: Dict[str, Callable[[Menu, Field, Any, Any], Menu]] = {
+    "flag": lambda menu, field, value, put: _switch(menu, menu.front.place),
+    "secret": _edit_secret,
+    "models": _edit_models,
+    "wire": _choices(WIRES),
+    "auth_type": _choices(AUTH_TYPES),
+    "[wire]": lambda menu, field, value, put: _pick(
+        menu, field.key, WIRES, as_list(value), lambda menu, names: put(menu, names or None), field.help
+    ),
+    "[fallback]": lambda menu, field, value, put: _edit_fallbacks(menu, menu.front.place),
+    "auth": _open_form,
+    "timeouts": _open_form,
+    "{wire:url}": _open_form,
+    "{header_name:header}": lambda menu, field, value, put: _go("headers", (*menu.front.place, "headers"))(menu),
+}
+
+
+def _add_header(menu: Menu, frame: Frame, row: Row) -> Menu:
+    def accept(menu: Menu, text: str) -> Menu:
+        name, _, value = text.partition(":")
+        return _apply(menu, set_field(_document(menu), frame.place, name.strip(), value.strip()))
+
+    return _ask(menu, "Header", accept, "As Name: value")
+
+
+def _clear_field(menu: Menu, key: str) -> Menu:
+    return _apply(menu, set_field(_document(menu), menu.front.place, key, None))
+
+
+# ----- models, fallbacks, aliases, default -----
+
+
+def _model_rows(menu: Menu, frame: Frame) -> List[Row]:
+    entries = look_at(_document(menu, frame), frame.place)[0]
+    return [_model_row(as_dict(raw) or {"id": raw}, frame.place + (i,)) for i, raw in enumerate(entries)]
+
+
+def _model_row(raw: Dict[str, Any], place: Place) -> Row:
+    backs = as_list(get_field(raw, "model", "fallbackModels"))
+    aliases = as_list(get_field(raw, "model", "aliases"))
+    cells = (_id_of(raw, "model") or "?", " › ".join(map(str, backs)), ", ".join(map(str, aliases)))
+    hint = "then " + cells[1] if backs else "no fallbacks: f sets them"
+    state = "off" if _is_off(raw, "model") else "ok"
+    return Row(cells, _go("form", place, cells[0]), hint, state, place)
+
+
+def _add_models(menu: Menu, frame: Frame, row: Row) -> Menu:
+    raw = look_at(menu.document, frame.place[:2])[0]
+    now = [_id_of(entry, "model") for entry in _models_of(raw)]
+
+    def put(menu: Menu, names: Sequence[str]) -> Menu:
+        change = ProviderChange(_id_of(raw, "provider"), models=names)
+        return _apply(menu, upsert_provider(menu.document, change)) if names else menu
+
+    return _list_models(menu, now, put)
+
+
+def _remove_model(menu: Menu, place: Place) -> Menu:
+    provider, model = (look_at(menu.document, place[:n])[0] for n in (2, 4))
+    return _apply(menu, remove_model(menu.document, _id_of(provider, "provider"), _id_of(model, "model")))
+
+
+def _refs(document: Dict[str, Any]) -> List[str]:
+    """Every model that can be named, as provider/model."""
+    providers = scan_config(document, {})[0].providers
+    return ["%s/%s" % (p.id, m.id) for p in providers for m in p.models if p.enabled and m.enabled and m.id != "*"]
+
+
+def _edit_fallbacks(menu: Menu, place: Place) -> Menu:
+    provider, model = (look_at(menu.document, place[:n])[0] for n in (2, 4))
+    owner, name = _id_of(provider, "provider"), _id_of(model, "model")
+    ref = "%s/%s" % (owner, name)
+    aliases = list(as_dict(get_field(menu.document, "config", "modelAliases")))
+    others = [one for one in _refs(menu.document) + aliases if one != ref]
+    then = lambda menu, names: _apply(menu, set_model_fallbacks(menu.document, owner, name, names))  # noqa: E731
+    now = [one for one in as_list(get_field(model, "model", "fallbackModels")) if isinstance(one, str)]
+    return _pick(menu, "Fallbacks of " + ref, others, now, then, "What to try when it fails, in this order.")
+
+
+def _chain_rows(menu: Menu, frame: Frame) -> List[Row]:
+    rows = []
+    for i, provider in enumerate(look_at(menu.document, ("providers",))[0]):
+        for j, raw in enumerate(_models_of(as_dict(provider))):
+            row = _model_row(as_dict(raw) or {"id": raw}, ("providers", i, "models", j))
+            ref = "%s/%s" % (_id_of(provider, "provider"), row.cells[0])
+            do = lambda menu, place=row.item: _edit_fallbacks(menu, place)  # noqa: E731
+            rows.append(row._replace(cells=(ref, row.cells[1] or "none"), do=do, hint="Enter picks and orders them"))
+    return rows
+
+
+def _edit_default(menu: Menu) -> Menu:
+    names = _refs(menu.document) + list(as_dict(get_field(menu.document, "config", "modelAliases")))
+    now = as_text(get_field(menu.document, "config", "defaultModel"))
+    then = lambda menu, name: _apply(menu, set_default_model(menu.document, name))  # noqa: E731
+    typed = lambda menu: _ask(menu, "Default model", then, "provider/model, or an alias", now)  # noqa: E731
+    rows = [(name, "", lambda menu, name=name: then(menu, name)) for name in names]
+    rows.append(("Another one", "to be typed: one that * passes through", typed))
+    lead = "For `smart` and for requests that name no model."
+    at = next((i for i, name in enumerate(names) if name == now), 0)
+    return _swap(_choose(menu, "Default model", rows, lead), at=at)
+
+
+def _alias_rows(menu: Menu, frame: Frame) -> List[Row]:
+    aliases = as_dict(get_field(menu.document, "config", "modelAliases"))
+    rows = []
+    for name, value in aliases.items():
+        refs = [value] if isinstance(value, str) else list(map(str, as_list(value)))
+        do = lambda menu, name=name, refs=refs: _edit_alias(menu, name, refs)  # noqa: E731
+        rows.append(Row((name, " › ".join(refs)), do, "Enter picks and orders what it leads to", "", name))
+    return rows
+
+
+def _edit_alias(menu: Menu, name: str, refs: Sequence[str]) -> Menu:
+    then = lambda menu, refs: _apply(menu, set_model_alias(menu.document, name, refs)) if refs else menu  # noqa: E731
+    return _pick(
+        menu, "Alias " + name, _refs(menu.document), refs, then, "What it leads to; several are tried in order."
+    )
+
+
+def _add_alias(menu: Menu, frame: Frame, row: Row) -> Menu:
+    then = lambda menu, name: _edit_alias(menu, name.strip(), ()) if name.strip() else menu  # noqa: E731
+    return _ask(menu, "New alias", then, "A name, or a pattern with *: claude-* catches every such name.")
+
+
+# ----- keys of clients -----
+
+
+def _edit_master(menu: Menu) -> Menu:
+    def store(menu: Menu, key: str) -> Menu:
+        return _apply(menu, set_master_key(menu.document, key)) if key.strip() else menu
+
+    def made(menu: Menu, key: str) -> Menu:
+        return _show_key(store(menu, key), "master key", key)
+
+    rows = [
+        ("Generate a new one", "shown once", lambda menu: _run(menu, "Generating", _or_error(made), "key")),
+        ("Type one", "not shown while typed", lambda menu: _ask(menu, "Master key", store, hidden=True)),
+    ]
+    if find_key(menu.document, "config", "masterKey"):
+        remove = lambda menu: _apply(menu, set_field(menu.document, (), "masterKey", None))  # noqa: E731
+        rows.append(("Remove it", "clients then need none, or their own", remove))
+    return _choose(menu, "Master key", rows, "The key that clients show where start has --require-auth=true.")
+
+
+def _show_key(menu: Menu, what: str, key: str) -> Menu:
+    lines = ("The new %s, shown only now:" % what, "", key, "", "Copy it, then save: it counts once it is saved.")
+    return _show(menu, "New " + what, lines)
+
+
+def _client_rows(menu: Menu, frame: Frame) -> List[Row]:
+    entries = as_list(get_field(menu.document, "config", "clientKeys"))
+    return [
+        Row(
+            (str(as_dict(one).get("name")), "kept as its hash"),
+            None,
+            "d removes it",
+            "ok",
+            str(as_dict(one).get("name")),
+        )
+        for one in entries
+    ]
+
+
+def _add_client(menu: Menu, frame: Frame, row: Row) -> Menu:
+    def named(menu: Menu, name: str) -> Menu:
+        def made(menu: Menu, key: str) -> Menu:
+            return _show_key(_apply(menu, add_client_key(menu.document, name, key)), "key of " + name.strip(), key)
+
+        return _run(menu, "Generating", _or_error(made), "key")
+
+    return _ask(menu, "New client", named, "Its name, as it is to stand in the log; a new key is made and shown once.")
+
+
+# ----- the rest -----
+
+
+def _setting_rows(menu: Menu, frame: Frame) -> List[Row]:
+    rows = []
+    for row in menu.facts.settings:
+        shown = [show_setting(row[name]) or "(empty)" for name in ("value", "default")]
+        lines = [row["help"], "", "now      " + shown[0], "default  " + shown[1], ""]
+        lines += ["It is no part of the file. Set it for one start:", "  llm-router start %s=..." % row["flag"]]
+        lines += ["or in the environment:", "  export %s=..." % row["variable"]]
+        do = lambda menu, row=row, lines=lines: _show(menu, row["flag"], lines)  # noqa: E731
+        changed = row["value"] != row["default"]
+        rows.append(
+            Row(
+                (row["flag"][2:], shown[0], "default " + shown[1] if changed else ""),
+                do,
+                row["help"],
+                "warning" if changed else "",
+            )
+        )
+    return rows
+
+
+def _check_rows(menu: Menu, frame: Frame) -> List[Row]:
+    rows = []
+    for one in find_problems(menu.document):
+        do = lambda menu, one=one: _show(menu, one.level, (one.path or "configuration", "", one.message, "", one.cure))  # noqa: E731
+        rows.append(Row((one.path, one.message), do, one.cure, one.level))
+    return rows
+
+
+def _startup(menu: Menu) -> Menu:
+    def told(menu: Menu, text: str) -> Menu:
+        return _show(menu, "Start with the machine", text.split("\n"))
+
+    def asked(menu: Menu, text: str) -> Menu:
+        run = lambda verb: lambda menu: _run(menu, "Asking the system", _or_error(told), "startup", verb)  # noqa: E731
+        rows = [
+            ("Install", "start the router whenever you log in", run("startup-install")),
+            ("Remove", "start it no longer", run("startup-uninstall")),
+        ]
+        return _choose(menu, "Start with the machine", rows, "Now: " + text)
+
+    return _run(menu, "Asking the system", _or_error(asked), "startup", "startup-status")
+
+
+def _deploy(menu: Menu) -> Menu:
+    if menu.document != menu.saved:
+        raise UsageError("save first: what the file holds is deployed")
+    return _run(menu, "Deploying", _or_error(lambda menu, code: menu), "deploy")
+
+
+_HOME = (
+    ("providers", "Providers", _go("providers"), "the accounts requests may go to: add, edit, test, order"),
+    ("fallbacks", "Fallbacks", _go("fallbacks"), "what to try when a model fails"),
+    ("default", "Default model", _edit_default, "for `smart` and for requests that name no model"),
+    ("aliases", "Aliases", _go("aliases"), "further names and patterns for models"),
+    ("master", "Master key", _edit_master, "the key that clients show to the router"),
+    ("clients", "Client keys", _go("clients"), "further keys, one per client"),
+    ("access", "Browser access", _go("form", (), "Browser access"), "origins and host names that may use the router"),
+    ("settings", "Settings", _go("settings"), "timeouts, retries, cooldowns: see them and how to set them"),
+    ("startup", "Start-up", _startup, "start the router with the machine"),
+    ("deploy", "Deploy", _deploy, "put the router and this configuration onto Cloudflare"),
+    ("check", "Check", _go("check"), "what is wrong in the configuration, and the cure"),
+)
+
+_ORDER = tuple(
+    Key(name, word, _with_row(lambda menu, place, step=step: _move(menu, place, step)))
+    for name, word, step in (("K", "move up", -1), ("J", "order", 1))
+)
+
+_CLEAR = Key("d", "clear", _with_row(_clear_field))
+
+# fmt: off
+SCREENS: Dict[str, Screen] = {
+    "home": Screen("llm-router", rows=_home_rows, lead="One address for every provider."),
+    "providers": Screen("Providers", rows=_provider_rows, keys=(
+        Key("a", "add", lambda menu, frame, row: _go("presets")(menu)),
+        Key("t", "test", _with_row(_test)),
+        Key("d", "remove", _with_row(_remove_provider)),
+        Key("space", "on/off", _with_row(lambda menu, index: _switch(menu, ("providers", index)))),
+        Key("K", "move up", _with_row(lambda menu, index: _move(menu, ("providers", index), -1))),
+        Key("J", "order", _with_row(lambda menu, index: _move(menu, ("providers", index), 1))),
+    ), empty="No providers yet: press a to add one."),
+    "presets": Screen("Add a provider", rows=_preset_rows, lead="Who is it?", verb="choose"),
+    "form": Screen("Fields", rows=_form_rows, keys=(_CLEAR,), verb="edit"),
+    "provider": Screen("Provider", rows=_form_rows, keys=(
+        Key("t", "test", lambda menu, frame, row: _test(menu, int(frame.place[1]))), _CLEAR), verb="edit"),
+    "headers": Screen("Headers", rows=_form_rows, keys=(Key("a", "add", _add_header), _CLEAR),
+                      empty="No headers yet: press a to add one.", verb="edit"),
+    "models": Screen("Models", rows=_model_rows, keys=(
+        Key("a", "add", _add_models),
+        Key("f", "fallbacks", _with_row(_edit_fallbacks)),
+        Key("d", "remove", _with_row(_remove_model)),
+        Key("space", "on/off", _with_row(_switch)),
+    ) + _ORDER, empty="No models yet: press a to add some."),
+    "fallbacks": Screen("Fallbacks", rows=_chain_rows, lead="Each model, and what is tried when it fails.",
+                        empty="No models yet: add a provider first."),
+    "aliases": Screen("Aliases", rows=_alias_rows, keys=(
+        Key("a", "add", _add_alias),
+        Key("d", "remove", _with_row(lambda menu, name: _apply(menu, set_model_alias(menu.document, name, ())))),
+    ), empty="No aliases yet: press a to add one."),
+    "clients": Screen("Client keys", rows=_client_rows, keys=(
+        Key("a", "add", _add_client),
+        Key("d", "remove", _with_row(lambda menu, name: _apply(menu, remove_client_key(menu.document, name)))),
+    ), empty="No keys yet: press a to make one."),
+    "settings": Screen("Settings", rows=_setting_rows),
+    "check": Screen("Check", rows=_check_rows, empty="Nothing is wrong."),
+    "choose": Screen("", verb="choose"),
+    "test": Screen("", verb="choose", empty="It names no model: give it some, and they are asked."),
+    "diff": Screen("", verb="choose"),
+    "pick": Screen("", "pick"),
+    "input": Screen("", "input"),
+    "text": Screen("", "text"),
+    "busy": Screen("", "busy"),
+}
+# fmt: on
+
+
+# ==============================================================================
+# 20 VIEW - the menu as lines of styled text, for any size of a terminal [pure]
+# ==============================================================================
+
+Line = List[Tuple[str, str]]  # spans: text and style, a row of the host's table of attributes
+
+_MARKS = {"ok": "●", "off": "○", "warning": "▲", "error": "✗", "": " "}
+_SPINNER = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
+_KEY_NAMES = {"up": "↑↓", "JK": "J K"}
+TO_ASCII = dict(zip(map(ord, "●○▲✗›↑↓…─•·" + _SPINNER), "*o!x>^v~-*." + "|/-\\" * 3))  # for terminals without UTF-8
+_HELD = 1 << 10  # no terminal is wider; a cell's width is counted, not searched
+
+
+def text_width(text: str) -> int:
+    """How many cells a terminal needs for `text`: wide characters have two, combining marks none (UAX 11)."""
+    import unicodedata
+
+    if text.isascii():
+        return len(text)
+    wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)
+    return len(text) + wide - sum(unicodedata.category(c) in ("Mn", "Me") for c in text)
+
+
+def fit(text: str, width: int) -> str:
+    """`text` in exactly `width` cells: cut with an ellipsis, or filled up; what cannot be shown is replaced."""
+    text = "".join(c if c.isprintable() else "·" for c in text[:_HELD])
+    if text_width(text) > width:
+        while text and text_width(text) > width - 1:
+            text = text[:-1]
+        text = (text + "…")[: max(0, width)]
+    return text + " " * (width - text_width(text))
+
+
+def wrap(text: str, width: int, most: int = 1000) -> List[str]:
+    """`text` as at most `most` lines of that width, broken at spaces where there are some."""
+    lines: List[str] = []
+    for paragraph in text.split("\n"):
+        line = ""
+        for word in re.findall(r"\s*\S+", paragraph[: 40 * _HELD]):
+            if line and text_width(line + word) > width:
+                lines.append(line)
+                line, word = "", word.lstrip()
+            while text_width(word) > width > 1:
+                cut = next(i for i in range(len(word), -1, -1) if text_width(word[:i]) <= width)
+                lines, word = [*lines, word[:cut]], word[cut:]
+            line += word
+        lines.append(line)
+    if len(lines) > most:
+        lines = lines[: most - 1] + [" ".join(lines[most - 1 :])]
+    return lines[:most]
+
+
+def line_text(line: Line) -> str:
+    """A line without its styles."""
+    return "".join(text for text, _ in line)
+
+
+def view(menu: Menu, width: int, height: int) -> List[Line]:
+    """Exactly `height` lines of exactly `width` cells."""
+    roomy = height >= 16
+    frame, rows = menu.front, rows_of(menu, menu.front)
+    hint = rows[max(0, min(frame.at, len(rows) - 1))].hint if rows and not menu.note else menu.note
+    note = wrap(hint, width - 2, 3 if roomy else 2 if menu.note and height > 5 else 1)
+    style = "error" if menu.is_error else "note" if menu.note else "dim"
+    foot: List[Line] = [[("─" * width, "dim")]] if roomy else []
+    foot += [[(" " + line, style)] for line in note] if height > 3 else []
+    foot += [_keys_line(keys_of(menu, frame), width)]
+    room = max(0, height - 1 - len(foot) - roomy)
+    body = _BODIES[SCREENS[frame.screen].kind](frame, rows, width, room)
+    body = body[:room] + [[]] * (room - len(body))
+    lines = [_title_line(menu, width)] + [[]] * roomy + body + foot
+    return [_exactly(line, width) for line in lines][:height]
+
+
+def _exactly(line: Line, width: int) -> Line:
+    """Spans cut and filled to the width; the last one's style goes on to the edge when it is a bar's."""
+    spans: Line = []
+    left = width
+    for text, style in line:
+        text = fit(text, min(text_width(text), left)) if left > 0 else ""
+        spans += [(text, style)] if text else []
+        left -= text_width(text)
+    bar = spans[-1][1] if spans and spans[-1][1] in ("title", "selected") else ""
+    return spans + ([(" " * left, bar)] if left > 0 else [])
+
+
+def _title_line(menu: Menu, width: int) -> Line:
+    crumbs = [frame.title or SCREENS[frame.screen].title for frame in menu.frames]
+    changed = menu.document != menu.saved
+    state = "● unsaved " if changed else "saved "
+    state = state if width > 30 else "● " if changed else ""
+    room = width - text_width(state) - 2
+    while len(crumbs) > 1 and text_width(" › ".join(crumbs)) > room:
+        crumbs = crumbs[1:] if crumbs[0] == "…" and len(crumbs) == 2 else ["…"] + crumbs[2 if crumbs[0] == "…" else 1 :]
+    title = " › ".join(crumbs)
+    return [(" " + fit(title, room + 1), "title"), (state, "title" if not changed else "changed")]
+
+
+def _keys_line(pairs: Sequence[Tuple[str, str]], width: int) -> Line:
+    """As many keys as there is room for; the last two always."""
+    shown = [[("  " + _KEY_NAMES.get(name, name), "key"), (" " + word, "dim")] for name, word in pairs]
+    sizes = [sum(text_width(text) for text, _ in spans) for spans in shown]
+    kept = list(range(len(shown)))
+    while len(kept) > 1 and sum(sizes[i] for i in kept) - 1 > width:
+        kept.pop(-3 if len(kept) > 2 else -1)
+    spans = [span for i in kept for span in shown[i]]
+    return [(text[1:] if i == 0 else text, style) for i, (text, style) in enumerate(spans)]
+
+
+def _lead_lines(text: str, width: int, room: int) -> List[Line]:
+    """The words above a list, where there is room for both."""
+    lines = wrap(text, width - 4, max(1, room // 3)) if text and room > 5 else []
+    return [[("  " + line, "lead")] for line in lines] + ([[]] if lines and room > 12 else [])
+
+
+def _list_body(frame: Frame, rows: Sequence[Row], width: int, room: int) -> List[Line]:
+    screen = SCREENS[frame.screen]
+    lines = _diff_body(frame, width, room - len(rows)) if frame.screen == "diff" else []
+    lines = lines or _lead_lines(frame.lead or screen.lead, width, room)
+    if frame.filter:
+        lines.append([("  only what contains ", "dim"), (frame.filter, "key")])
+    if not rows and screen.empty:
+        return lines + [[("  " + line, "lead")] for line in wrap(screen.empty, width - 4)]
+    marks = [_MARKS[row.state] for row in rows]
+    return lines + _row_lines(rows, marks, frame.at, width, room - len(lines))
+
+
+def _row_lines(rows: Sequence[Row], marks: Sequence[str], at: int, width: int, room: int) -> List[Line]:
+    """The part of the rows around the selected one, in aligned columns."""
+    at = max(0, min(at, len(rows) - 1))
+    first = max(0, min(at - room // 2, len(rows) - room))
+    widths = _column_widths([row.cells for row in rows], width - 5)
+    lines = []
+    for i in range(first, min(len(rows), first + max(1, room))):
+        sizes = widths if len(rows[i].cells) > 1 else [width - 4]
+        cells = [fit(cell, size) for cell, size in zip(rows[i].cells, sizes)]
+        more = "↑" if i == first > 0 else "↓" if i == first + room - 1 < len(rows) - 1 else " "
+        text, name, rest = "%s%s " % ("›" if i == at else " ", marks[i]), cells[:1], "  ".join(cells[1:])
+        rest = fit("  " + rest if rest else "", max(0, width - 4 - sum(map(text_width, name))))
+        if i == at:
+            lines.append([(text + "".join(name) + rest + more, "selected")])
+        else:
+            style = rows[i].state or "mark"
+            lines.append([(text, style), ("".join(name), "name"), (rest, "value"), (more, "dim")])
+    return lines
+
+
+def _column_widths(table: Sequence[Sequence[str]], width: int) -> List[int]:
+    """Widths for the columns of rows: as wide as their cells, the first at most half of it; the last takes the rest."""
+    count = max(map(len, table), default=0)
+    sizes = [max(text_width(row[i]) if len(row) > i else 0 for row in table) for i in range(count)]
+    room = width - 2 * max(0, count - 1)
+    if count > 1:
+        sizes[0] = min(sizes[0], max(8, room // 2 if sum(sizes) > room else room))
+    return [max(0, min(size, room - sum(sizes[:i]))) for i, size in enumerate(sizes)]
+
+
+def _diff_body(frame: Frame, width: int, room: int) -> List[Line]:
+    styles = {"+": "ok", "-": "error"}
+    lines = frame.lead.split("\n")
+    room = max(1, room - 2)
+    if len(lines) > room:
+        lines = lines[: room - 1] + ["  … and %d lines more" % (len(lines) - room + 1)]
+    return [[(" " + line, styles.get(line[:1], "dim"))] for line in lines] + [[]]
+
+
+def _pick_body(frame: Frame, rows: Sequence[Row], width: int, room: int) -> List[Line]:
+    lines = _lead_lines(frame.lead, width, room)
+    if frame.picked and room > 4:
+        chain = " › ".join(frame.picked)
+        lines += [[("  ", ""), (line, "ok")] for line in wrap(chain, width - 4, 2)]
+    if frame.filter:
+        lines.append([("  only what contains ", "dim"), (frame.filter, "key")])
+    rows = [row._replace(state="ok" if row.item in frame.picked else "") for row in rows]
+    marks = ["%d" % (frame.picked.index(row.item) + 1) if row.item in frame.picked else "·" for row in rows]
+    marks = [mark[-1:] for mark in marks]
+    if not rows:
+        return lines + [[("  nothing to pick: a types a name", "lead")]]
+    return lines + _row_lines(rows, marks, frame.at, width, room - len(lines))
+
+
+def _input_body(frame: Frame, rows: Sequence[Row], width: int, room: int) -> List[Line]:
+    lines: List[Line] = [[("  " + line, "lead")] for line in wrap(frame.lead, width - 4, max(1, room - 2))]
+    at = max(0, min(frame.at, len(frame.typed)))
+    shown = "•" * len(frame.typed) if frame.hidden else frame.typed
+    shown = "".join(c if c.isprintable() else "·" for c in shown) + " "
+    start = 0
+    while start < at and text_width(shown[start : at + 1]) > width - 7:
+        start += 1
+    before, caret, after = shown[start:at], shown[at : at + 1], shown[at + 1 :]
+    lines = lines if room > 1 else []
+    return lines + [[]] * (room > 4) + [[("  › ", "key"), (before, "typed"), (caret, "caret"), (after, "typed")]]
+
+
+def _text_body(frame: Frame, rows: Sequence[Row], width: int, room: int) -> List[Line]:
+    lines = [part for line in frame.lead.split("\n") for part in wrap(line, width - 4)]
+    first = max(0, min(frame.at, len(lines) - room))
+    words = {"+": "ok", "!": "error"}
+    return [[("  " + line, words.get(line[:1], ""))] for line in lines[first : first + room]]
+
+
+def _busy_body(frame: Frame, rows: Sequence[Row], width: int, room: int) -> List[Line]:
+    spin = _SPINNER[frame.at % len(_SPINNER)]
+    lines: List[Line] = [[("  %s " % spin, "key"), (frame.title + " …", "")]]
+    return lines + [[("    " + line, "lead")] for line in wrap(frame.lead, width - 6)]
+
+
+_BODIES = {
+    "list": _list_body,
+    "pick": _pick_body,
+    "input": _input_body,
+    "text": _text_body,
+    "busy": _busy_body,
+}
+
+
+# ----- the same screens as numbered prompts -----
+
+
+def prompt_text(menu: Menu) -> str:
+    """The screen as plain lines, its rows numbered, for where nothing can be drawn."""
+    frame = menu.front
+    kind = SCREENS[frame.screen].kind
+    lines = ["", "== " + (frame.title or SCREENS[frame.screen].title)]
+    lines += [frame.lead or SCREENS[frame.screen].lead] if frame.lead or SCREENS[frame.screen].lead else []
+    for i, row in enumerate(rows_of(menu, frame), 1):
+        picked = "[%d] " % (frame.picked.index(row.item) + 1) if row.item in frame.picked else ""
+        mark = " (%s)" % row.state if row.state in ("off", "warning", "error") else ""
+        lines.append("%3d  %s%s%s" % (i, picked, "  ".join(filter(None, map(one_line, row.cells))), mark))
+    lines += ["%s%s" % ("error: " if menu.is_error else "", menu.note)] if menu.note else []
+    letters = [(name, word) for name, word in keys_of(menu, frame) if len(name) == 1]
+    how = {"list": "number, %s, or empty for back", "pick": "number to pick, %s, or empty when done"}.get(kind, "")
+    return "\n".join(lines + ([how % ", ".join("%s %s" % pair for pair in letters)] if how else []))
+
+
+def answer_keys(menu: Menu, answer: str) -> Tuple[Menu, List[str]]:
+    """A line typed at a prompt as the menu and the keys that mean it."""
+    frame = menu.front
+    kind = SCREENS[frame.screen].kind
+    text = answer.strip()
+    if kind == "input":
+        return _swap(menu, typed=answer), ["enter"]
+    if kind in ("list", "pick") and re.fullmatch("[0-9]{1,6}", text):
+        count = len(rows_of(menu, frame))
+        if not 0 < int(text) <= count:
+            return menu._replace(note="there is no number " + text, is_error=True), []
+        return _swap(menu, at=int(text) - 1), ["enter" if kind == "list" else "space"]
+    if kind == "list" and re.fullmatch("[A-Za-z?/] *[0-9]{1,6}", text):  # "d 3": a key, and the row it is for
+        return _swap(menu, at=int(text[1:]) - 1), [text[0]]
+    return menu, [text] if text else ["enter" if kind == "pick" else "esc"]
+
+
+# ==============================================================================
+# 21 GATEWAY - one request from its head to its end, through injected effects [async]
 # ==============================================================================
 #
 # The gateway is handed a host and, per request, a client; it touches nothing else.
@@ -9273,7 +10698,7 @@ def give_up_headers(outcome: Outcome, retry_after: Optional[float]) -> Headers:
 
 
 # ==============================================================================
-# 20 PROBE - which formats, auth styles and models a provider really serves [async]
+# 22 PROBE - which formats, auth styles and models a provider really serves [async]
 # ==============================================================================
 #
 # host: as the gateway's (now, wall, send), and `await gather(function, arguments)`, which awaits the function with each
@@ -9588,7 +11013,7 @@ def probe_table(report: ProbeReport) -> Tuple[Tuple[str, ...], List[Tuple[str, .
 
 
 # ==============================================================================
-# 21 FILES - configuration and state on disk: atomic, private, locked [host]
+# 23 FILES - configuration and state on disk: atomic, private, locked [host]
 # ==============================================================================
 
 CONFIG_PATH = "~/.llm-router.json"
@@ -9862,7 +11287,7 @@ def _lock_descriptor(descriptor: int) -> bool:
 
 
 # ==============================================================================
-# 22 UPSTREAM - threads dial, the loop talks: connections, their pool, replies [host]
+# 24 UPSTREAM - threads dial, the loop talks: connections, their pool, replies [host]
 # ==============================================================================
 #
 # A worker thread does what blocks (DNS, TCP, proxy tunnel, TLS) with http.client. The event loop then sends, waits,
@@ -10544,7 +11969,7 @@ def _seconds(milliseconds: int) -> Optional[float]:
 
 
 # ==============================================================================
-# 23 SERVER - client connections on asyncio streams: one request after another [host]
+# 25 SERVER - client connections on asyncio streams: one request after another [host]
 # ==============================================================================
 
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -11226,7 +12651,7 @@ class Server:
 
 
 # ==============================================================================
-# 24 METRICS AND TRAIL - one line a request, written where it can block nobody [host]
+# 26 METRICS AND TRAIL - one line a request, written where it can block nobody [host]
 # ==============================================================================
 
 
@@ -11522,7 +12947,7 @@ def open_log(path: str) -> Any:
 
 
 # ==============================================================================
-# 25 LEDGER - what every request used and cost, in SQLite, off the hot path [host]
+# 27 LEDGER - what every request used and cost, in SQLite, off the hot path [host]
 # ==============================================================================
 
 LEDGER_VERSION = 1  # PRAGMA user_version of the file; a newer one is left alone
@@ -11780,7 +13205,7 @@ def sum_ledger(path: str, by: str, since: float) -> List[Dict[str, Any]]:
 
 
 # ==============================================================================
-# 26 WORKER - the same gateway on Cloudflare, its effects from JavaScript [host]
+# 28 WORKER - the same gateway on Cloudflare, its effects from JavaScript [host]
 # ==============================================================================
 #
 # A Python Worker is Pyodide inside an isolate (developers.cloudflare.com/workers/languages/python): no sockets, no
@@ -12235,7 +13660,7 @@ class _Pump:
 
 
 # ==============================================================================
-# 27 PROCESS - the running server: its effects, signals, start and end [host]
+# 29 PROCESS - the running server: its effects, signals, start and end [host]
 # ==============================================================================
 
 
@@ -12853,7 +14278,7 @@ def _read_from(path: str, offset: int) -> str:
 
 
 # ==============================================================================
-# 28 UPDATE - this very file replaced by a newer release [host]
+# 30 UPDATE - this very file replaced by a newer release [host]
 # ==============================================================================
 
 
@@ -12996,7 +14421,7 @@ def _check_newer(version: str) -> None:
 
 
 # ==============================================================================
-# 29 SERVICES - start with the machine: launchd, systemd, Windows tasks [host]
+# 31 SERVICES - start with the machine: launchd, systemd, Windows tasks [host]
 # ==============================================================================
 
 SERVICE_NAME = "llm-router"
@@ -13132,7 +14557,7 @@ def _call(command: Sequence[str]) -> Optional[Tuple[int, str]]:
 
 
 # ==============================================================================
-# 30 DEPLOY - this file as a Cloudflare Worker: what is sent, and by whom [host]
+# 32 DEPLOY - this file as a Cloudflare Worker: what is sent, and by whom [host]
 # ==============================================================================
 #
 # A deployment is first made as values: the project's files, the secrets, and the steps that bring them there, either
@@ -13578,7 +15003,7 @@ class Wrangler:
 
 
 # ==============================================================================
-# 31 DEMO - fake providers, the router before them, and every kind of request [host]
+# 33 DEMO - fake providers, the router before them, and every kind of request [host]
 # ==============================================================================
 
 _DEMO_TEXT = "Hello from a provider that works."
@@ -13779,7 +15204,7 @@ def _show_cases(port: int) -> int:
 
 
 # ==============================================================================
-# 32 DOCTOR - what is wrong on this machine, and the cure [host]
+# 34 DOCTOR - what is wrong on this machine, and the cure [host]
 # ==============================================================================
 
 
@@ -14019,7 +15444,7 @@ _CURES = {
 
 
 # ==============================================================================
-# 33 AGENTS - coding agents run against the router, their files untouched [host]
+# 35 AGENTS - coding agents run against the router, their files untouched [host]
 # ==============================================================================
 
 
@@ -14192,7 +15617,278 @@ def shell_lines(variables: Mapping[str, str], shell: str) -> List[str]:
 
 
 # ==============================================================================
-# 34 COMMANDS - flags, help and what each command does [host]
+# 36 TERMINAL - the menu in a real terminal: curses, or numbered prompts [host]
+# ==============================================================================
+
+Effects = Mapping[str, Callable[..., Any]]  # by the name of an Effect; the first argument is the Job
+
+# style -> colour and attributes of curses
+_STYLES = {
+    "title": ("", "A_REVERSE A_BOLD"),
+    "changed": ("yellow", "A_REVERSE A_BOLD"),
+    "selected": ("cyan", "A_REVERSE"),
+    "name": ("", "A_BOLD"),
+    "key": ("cyan", "A_BOLD"),
+    "dim": ("", "A_DIM"),
+    "off": ("", "A_DIM"),
+    "ok": ("green", ""),
+    "note": ("green", "A_BOLD"),
+    "warning": ("yellow", "A_BOLD"),
+    "error": ("red", "A_BOLD"),
+    "typed": ("", "A_UNDERLINE"),
+    "caret": ("", "A_REVERSE"),
+}
+_CHARACTER_KEYS = dict(zip("\n\r\t\x7f\b\x15\x03 ", "enter enter down backspace backspace ctrl-u ctrl-c space".split()))
+_CODE_KEYS = {
+    "KEY_UP": "up",
+    "KEY_DOWN": "down",
+    "KEY_LEFT": "left",
+    "KEY_RIGHT": "right",
+    "KEY_HOME": "home",
+    "KEY_END": "end",
+    "KEY_PPAGE": "pgup",
+    "KEY_NPAGE": "pgdn",
+    "KEY_BACKSPACE": "backspace",
+    "KEY_DC": "delete",
+    "KEY_ENTER": "enter",
+    "KEY_BTAB": "up",
+    "KEY_SR": "K",
+    "KEY_SF": "J",
+}
+_QUICK = ("key", "save")  # effects that are done at once; the others get a thread, so that they can be left
+_TALKING = ("deploy",)  # those that ask and print themselves: they get the terminal meanwhile
+
+
+class Job:
+    """An effect under way. `tell` says how far it is; `is_cancelled` whether anybody still waits for it."""
+
+    def __init__(self, effect: Effect, put: Callable[[Told], Any]) -> None:
+        self.is_cancelled = False
+        self._effect = effect
+        self._put = put
+
+    def tell(self, words: str) -> None:
+        """Show how far it is."""
+        self._put(Told(self._effect.serial, words, is_progress=True))
+
+    def run(self, effects: Effects) -> None:
+        """Do it and hand its end over, whatever that is."""
+        try:
+            told = Told(self._effect.serial, effects[self._effect.kind](self, *self._effect.args))
+        except RouterError as error:
+            told = Told(self._effect.serial, error=error.message)
+        except Exception as error:
+            told = Told(self._effect.serial, error="%s: %s" % (type(error).__name__, error))
+        self._put(told)
+
+
+def run_menu(menu: Menu, effects: Effects, plain: bool = False) -> int:
+    """The menu until it is left; the exit code. plain: as numbered prompts, also where curses would work."""
+    import os
+
+    ended: List[int] = []
+    with _Ending(ended):
+        try:
+            import curses
+
+            curses.setupterm()
+            plain = plain or os.environ.get("TERM", "dumb") == "dumb"
+        except Exception:  # no curses on Windows; curses.error for a terminal that nobody knows
+            plain = True
+        try:
+            if plain:
+                return _run_prompts(menu, effects)
+            os.environ.setdefault("ESCDELAY", "50")
+            return int(curses.wrapper(_Painter(menu, effects, ended).run))
+        except KeyboardInterrupt:
+            return 128 + ended[0] if ended else 130
+
+
+class _Ending:
+    """`with _Ending(ended):` SIGTERM and SIGHUP raise KeyboardInterrupt, so that the terminal is put right, and leave
+    their number in `ended`."""
+
+    def __init__(self, ended: List[int]) -> None:
+        self._ended = ended
+        self._before: Dict[Any, Any] = {}
+
+    def __enter__(self) -> None:
+        import signal
+
+        for name in ("SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)
+            if number is not None:
+                self._before[number] = signal.signal(number, self._end)
+
+    def _end(self, number: int, frame: Any) -> None:
+        self._ended.append(number)
+        raise KeyboardInterrupt
+
+    def __exit__(self, *_: Any) -> None:
+        import signal
+
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+class _Painter:
+    """The menu drawn by curses: reads keys, draws what `view` says, lets threads do what takes time."""
+
+    def __init__(self, menu: Menu, effects: Effects, ended: List[int]) -> None:
+        import queue
+
+        self._menu, self._effects, self._ended = menu, effects, ended
+        self._told: Any = queue.SimpleQueue()
+        self._job: Optional[Job] = None
+        self._attributes: Dict[str, int] = {}
+
+    def run(self, window: Any) -> int:
+        """Until the menu is left."""
+        import curses
+        import locale
+
+        locale.setlocale(locale.LC_ALL, "")
+        self._attributes = _attributes_of(curses)
+        try:
+            curses.curs_set(0)
+        except curses.error:
+            pass
+        while True:
+            try:
+                self._draw(window)
+                event = self._next_event(window)
+            except KeyboardInterrupt:
+                if self._ended:
+                    raise
+                event = "ctrl-c"
+            self._menu, effect = update(self._menu, event) if event else (self._menu, None)
+            if effect is not None and effect.kind == "quit":
+                return int(effect.args[0])
+            self._start(effect)
+
+    def _start(self, effect: Optional[Effect]) -> None:
+        import threading
+
+        if effect is None:
+            return
+        if self._job is not None:
+            self._job.is_cancelled = True
+        self._job = None if effect.kind == "cancel" else Job(effect, self._told.put)
+        if self._job is not None and effect.kind in _TALKING:
+            self._talk(self._job)
+        elif self._job is not None and effect.kind in _QUICK:
+            self._job.run(self._effects)
+        elif self._job is not None:
+            threading.Thread(target=self._job.run, args=(self._effects,), daemon=True).start()
+
+    def _talk(self, job: Job) -> None:
+        """Lend the terminal out."""
+        import curses
+
+        curses.def_prog_mode()
+        curses.endwin()
+        try:
+            job.run(self._effects)
+            input("\nEnter goes back to the menu ")
+        except (EOFError, KeyboardInterrupt):
+            if self._ended:
+                raise
+        curses.reset_prog_mode()
+
+    def _next_event(self, window: Any) -> Any:
+        import curses
+
+        if not self._told.empty():
+            return self._told.get()
+        is_busy = self._menu.front.screen == "busy"
+        window.timeout(80 if is_busy else 500)
+        try:
+            key = window.get_wch()
+        except curses.error:
+            return "tick" if is_busy else ""
+        if key == "\x1b":
+            return self._escape(window)
+        if isinstance(key, str):
+            return _CHARACTER_KEYS.get(key, key)
+        codes = {getattr(curses, name): word for name, word in _CODE_KEYS.items()}
+        return codes.get(key, "")
+
+    def _escape(self, window: Any) -> str:
+        """The key Escape, or nothing for a sequence that starts with it and that curses does not know."""
+        import curses
+
+        window.timeout(0)
+        found = "esc"
+        try:
+            while True:
+                window.get_wch()
+                found = ""
+        except curses.error:
+            return found
+
+    def _draw(self, window: Any) -> None:
+        import curses
+
+        height, width = window.getmaxyx()
+        encoding = window.encoding
+        is_utf8 = "utf" in encoding.lower()
+        window.erase()
+        for y, line in enumerate(view(self._menu, width, height)):
+            x = 0
+            for text, style in line:
+                shown = text if is_utf8 else text.translate(TO_ASCII).encode(encoding, "replace").decode(encoding)
+                try:
+                    window.addstr(y, x, shown, self._attributes.get(style, 0))
+                except curses.error:
+                    pass  # after the last cell there is no place for the cursor
+                x += text_width(text)
+        window.refresh()
+
+
+def _attributes_of(curses: Any) -> Dict[str, int]:
+    """What each style is on this terminal; without colour where none is wanted (no-color.org) or possible."""
+    import os
+
+    colors = ("red", "green", "yellow", "cyan")
+    has_color = curses.has_colors() and not os.environ.get("NO_COLOR")
+    if has_color:
+        curses.use_default_colors()
+        for number, name in enumerate(colors, 1):
+            curses.init_pair(number, getattr(curses, "COLOR_" + name.upper()), -1)
+    found = {}
+    for style, (color, names) in _STYLES.items():
+        found[style] = curses.color_pair(colors.index(color) + 1) if color and has_color else 0
+        for name in names.split():
+            found[style] |= getattr(curses, name)
+    return found
+
+
+def _run_prompts(menu: Menu, effects: Effects) -> int:
+    """The menu as questions and answers, line by line."""
+    import getpass
+    import sys
+
+    while True:
+        print(prompt_text(menu), flush=True)
+        try:
+            hidden = menu.front.hidden and sys.stdin.isatty()
+            answer = getpass.getpass("(not shown) > ") if hidden else input("> ")
+        except EOFError:
+            unsaved = menu.document != menu.saved
+            print("\nnot saved: the input ended" if unsaved else "")
+            return 1 if unsaved else 0
+        menu, events = answer_keys(menu, answer)
+        while events:
+            menu, effect = update(menu, events.pop(0))
+            if effect is not None and effect.kind == "quit":
+                return int(effect.args[0])
+            if effect is not None and effect.kind != "cancel":
+                print(menu.front.title + " ...", flush=True)
+                Job(effect, events.append).run(effects)
+
+
+# ==============================================================================
+# 37 COMMANDS - flags, help and what each command does [host]
 # ==============================================================================
 
 Values = Dict[str, Any]  # of the flags that were given: {"log_format": "json"}
@@ -14241,6 +15937,7 @@ class Command(NamedTuple):
 
 _CONFIG = Flag("config", "text", "the configuration file, default " + CONFIG_PATH)
 _AS_JSON = Flag("json", "bool", "answer as JSON")
+_PROMPTS = Flag("prompts", "bool", "the menu as numbered prompts, line by line, also through a pipe")
 _COMMON = (
     Flag("debug", "bool", "show the traceback of an error"),
     Flag("version", "bool", "show the version"),
@@ -14270,7 +15967,7 @@ _PROVIDER_FLAGS: Tuple[Flag, ...] = (
     Flag("skip-probe", "bool", "store the provider without asking it anything"),
 )
 CONFIG_FLAGS: Tuple[Flag, ...] = (
-    Flag("operation", "text", "what to do, see below"),
+    Flag("operation", "text", "what to do, see below; without it the menu opens"),
     _CONFIG,
     _AS_JSON,
     *_PROVIDER_FLAGS,
@@ -14285,6 +15982,7 @@ CONFIG_FLAGS: Tuple[Flag, ...] = (
     Flag("out", "text", "file for the exported configuration, keys included, mode 0600"),
     Flag("show-secrets", "bool", "print keys as they are"),
     Flag("client-key", "secret", "the client's key; - reads it from stdin; without it one is made and printed once"),
+    _PROMPTS,
 )
 _OPERATION_FLAGS = ("operation", "config", "json", "debug", "version", "help")  # every operation takes these
 
@@ -14549,8 +16247,10 @@ _WAYS_ON = (
 
 
 def run_config(values: Values, environ: Environ) -> int:
-    """`config`: one operation without any prompt."""
+    """`config`: the menu, or one operation without any prompt."""
     if "operation" not in values:
+        if set(values) <= {"config", "json", "debug", "prompts"}:
+            return run_menu_command(values, environ)
         raise UsageError("config: give --operation=, one of " + ", ".join(row.name for row in OPERATIONS))
     operation = _find_operation(values["operation"])
     words = "config --operation=" + operation.name
@@ -14998,6 +16698,105 @@ def _load_or_make(given: str, environ: Environ) -> Loaded:
 def run_demo_command(values: Values, environ: Environ) -> int:
     """`demo`: the router in front of built-in fake providers."""
     return run_demo(values.get("once", False), _port_of(values))
+
+
+# ----- the menu -----
+
+
+def run_menu_command(values: Values, environ: Environ) -> int:
+    """No command, and `config` without an operation: the menu on a terminal, elsewhere the masked summary."""
+    import sys
+
+    plain = values.get("prompts", False)
+    streams = (sys.stdin, sys.stdout)
+    if values.get("json") or not plain and not all(one is not None and one.isatty() for one in streams):
+        return run_summary(values, environ)
+    path = config_path(values.get("config", ""))
+    data, mode = read_bytes(path)
+    document = NEW_DOCUMENT if data is None else parse_config_text(data, one_line(path))
+    settings, _ = read_settings({}, environ)
+    effects = menu_effects(path, environ)
+    menu = make_menu(document, Facts(path, frozenset(environ), settings_table(settings), frozenset(effects)))
+    hiding = _hiding_variables(values, environ)
+    if hiding:
+        menu = menu._replace(note="%s is set and goes before this file" % hiding[0], is_error=True)
+    elif mode:
+        menu = menu._replace(note="others can read the file (mode %04o); saving repairs that" % mode, is_error=True)
+    return run_menu(menu, effects, plain)
+
+
+def menu_effects(path: str, environ: Environ) -> Effects:
+    """What the menu can have done, by the name of its Effect."""
+    import secrets
+
+    return {
+        "key": lambda job: "lr-" + secrets.token_urlsafe(32),
+        "save": lambda job, base, document: _save_menu(path, base, document),
+        "models": lambda job, document: ask_models(_plan_of(document, environ), read_settings({}, environ)[0], environ),
+        "test": lambda job, document: _test_in_menu(job, _plan_of(document, environ), environ),
+        "startup": lambda job, verb: _printed(run_startup, {"operation": verb, "config": path}, environ),
+        "deploy": lambda job: _report_here(lambda: run_deploy({"config": path}, environ)),
+    }
+
+
+def _plan_of(document: Dict[str, Any], environ: Environ) -> ProbePlan:
+    """What to ask the only provider of a document."""
+    config, problems = scan_config(document, environ)
+    errors = [problem for problem in problems if problem.level == "error"]
+    if errors or not config.providers:
+        raise UsageError(show_problem(errors[0]) if errors else "there is no provider")
+    return plan_probe(config.providers[0], look_at(document, ("providers", 0))[0])
+
+
+def _test_in_menu(job: Job, plan: ProbePlan, environ: Environ) -> Tuple[Any, ...]:
+    """Probe: rows of probe_table, what was learned, and what else there is to say."""
+    run = ProbeRun(plan, read_settings({}, environ)[0], environ)
+    try:
+        while not run.wait(0.1) and not job.is_cancelled:
+            lines = ["%s  %s  %s" % (row.model, row.wire, row.state) for row in run.report.rows]
+            job.tell("\n".join(lines))
+    finally:
+        run.cancel()
+    report = run.report
+    listed = ["it lists %d models" % len(report.listed)] if report.listed is not None else []
+    return probe_table(report)[1], learned_fields(plan, report), "\n".join(listed + _probe_warnings(report))
+
+
+def _report_here(run: Callable[[], int]) -> None:
+    try:
+        run()
+    except RouterError as error:
+        print("llm-router: " + error.message)
+
+
+def _save_menu(path: str, base: Dict[str, Any], document: Dict[str, Any]) -> Tuple[str, Any]:
+    """("saved", words), or ("conflict", what the file holds by now) when it is no longer `base`; then it is untouched.
+    A file that was removed is made again."""
+    theirs: List[Dict[str, Any]] = []
+
+    def change(found: Dict[str, Any]) -> Edit:
+        if found != base and found is not NEW_DOCUMENT:
+            theirs.append(found)
+            raise FileError("%s was changed meanwhile" % one_line(path))
+        return Edit(document, ("saved to " + path,))
+
+    try:
+        return "saved", "; ".join(edit_config_file(path, change).notes)
+    except FileError:
+        if theirs:
+            return "conflict", theirs[0]
+        raise
+
+
+def _printed(run: Callable[[Values, Environ], int], values: Values, environ: Environ) -> str:
+    """What a command prints."""
+    import contextlib
+    import io
+
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text):
+        run(values, environ)
+    return text.getvalue().rstrip()
 
 
 # ----- the running instance -----
@@ -15605,8 +17404,9 @@ def _choose_account(values: Values, accounts: Sequence[Tuple[str, str]]) -> str:
 
 # fmt: off
 COMMANDS: Tuple[Command, ...] = (
-    Command("", run_summary, "one local endpoint for every AI provider", (_CONFIG, _AS_JSON), "llm-router start"),
-    Command("config", run_config, "change or show the configuration", CONFIG_FLAGS,
+    Command("", run_menu_command, "one local endpoint for every AI provider; alone on a terminal it opens the menu",
+            (_CONFIG, _AS_JSON, _PROMPTS), "llm-router start"),
+    Command("config", run_config, "the menu, or with --operation= one change without any prompt", CONFIG_FLAGS,
             "llm-router config --operation=list"),
     Command("start", run_start, "serve, in the foreground or with --detach in the background", START_FLAGS,
             "llm-router start --port=8787 --require-auth=true"),
@@ -15654,7 +17454,7 @@ COMMANDS: Tuple[Command, ...] = (
 # fmt: on
 
 # ==============================================================================
-# 35 MAIN - the only exit [host]
+# 38 MAIN - the only exit [host]
 # ==============================================================================
 
 

@@ -189,7 +189,7 @@ def test_what_is_unknown_and_near_nothing_is_refused_with_a_hint(home, line):
 @pytest.mark.parametrize(
     "line",
     [
-        "config",
+        "config --provider-id=p",
         "config --operation=upsert-provider",
         "config --operation=upsert-provider --provider-id=p",
         "config --operation=upsert-provider --provider-id=p --base-url=https://x.example",

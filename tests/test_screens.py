@@ -1,0 +1,598 @@
+"""SCREENS and VIEW: the menu without a terminal. Keys go in, states and lines come out."""
+
+import copy
+import os
+import random
+from pathlib import Path
+
+import pytest
+
+import llm_router as r
+
+GOLDEN = Path(__file__).parent / "golden_screens.txt"  # written anew with LLM_ROUTER_TEST_WRITE_GOLDEN=1
+
+DOCUMENT = {
+    "version": 1,
+    "masterKey": "master-key-0123456789",
+    "defaultModel": "router/gpt-4o",
+    "modelAliases": {"fast": "router/gpt-4o", "claude-*": ["anthropic/sonnet", "router/gpt-4o"]},
+    "clientKeys": [{"name": "laptop", "sha256": "a" * 64}],
+    "future": {"kept": True},
+    "providers": [
+        {
+            "id": "router",
+            "name": "Röuter 大",
+            "base-url": "https://router.example/api/v1",
+            "apiKey": "sk-or-v1-0123456789abcdef",
+            "headers": {"x-title": "me"},
+            "models": [{"id": "gpt-4o", "fallbackModels": ["anthropic/sonnet"]}, "mini", "模型-大"],
+        },
+        {"id": "anthropic", "baseUrl": "https://a.example", "apiKeyEnv": "ANTHROPIC_API_KEY", "models": ["sonnet"]},
+        {"id": "spare", "enabled": False, "baseUrl": "http://10.0.0.1/v1", "models": ["*"]},
+    ],
+}
+SETTINGS = r.settings_table(r.read_settings({}, {"LLM_ROUTER_PORT": "9000"})[0])[:12]
+FACTS = r.Facts("/home/me/.llm-router.json", ("GROQ_API_KEY",), SETTINGS, ("startup", "deploy"))
+EMPTY = {"version": 1, "providers": []}
+PROBED = (
+    [
+        ("gpt-4o", "yes", "openai", "ok", "200", "0.8 s", "bearer", ""),
+        ("gpt-4o", "yes", "anthropic", "no", "404", "0.1 s", "bearer", "no such path"),
+        ("mini", "no", "openai", "tentative", "429", "0.1 s", "bearer", "slow down"),
+    ],
+    {"formats": ["openai"]},
+    "it lists 340 models",
+)
+
+
+class Host:
+    """A menu and what its host would do: effects are kept, and answered from `answers` by their kind."""
+
+    def __init__(self, document=DOCUMENT, **answers):
+        self.menu = r.make_menu(copy.deepcopy(document), FACTS)
+        self.answers = dict({"key": "lr-made-key-0123456789"}, **answers)
+        self.effects = []
+
+    def press(self, *keys):
+        for key in keys:
+            self.tell(r.update(self.menu, key))
+        return self
+
+    def tell(self, result):
+        self.menu, effect = result
+        if effect is None:
+            return
+        self.effects.append(effect)
+        answer = self.answers.get(effect.kind)
+        if effect.kind == "save" and answer is None:
+            answer = ("saved", "saved")
+        if isinstance(answer, Exception):
+            self.tell(r.update(self.menu, r.Told(effect.serial, error=str(answer))))
+        elif answer is not None:
+            self.tell(r.update(self.menu, r.Told(effect.serial, answer)))
+
+    def type(self, text):
+        return self.press("ctrl-u", *["space" if c == " " else c for c in text], "enter")
+
+    def open(self, *labels):
+        """Select the row whose first cell is the label, and open it; one label after the other."""
+        for label in labels:
+            self.select(label).press("enter")
+        return self
+
+    def select(self, label):
+        names = [row.cells[0] for row in r.rows_of(self.menu, self.menu.front)]
+        assert label in names, names
+        return self.press("home", *["down"] * names.index(label))
+
+    def screen(self, width=80, height=24):
+        return "\n".join(r.line_text(line).rstrip() for line in r.view(self.menu, width, height))
+
+    @property
+    def document(self):
+        return self.menu.document
+
+    def providers(self):
+        return [provider["id"] for provider in self.document["providers"]]
+
+
+# ----- golden screens -----
+
+SHOTS = {
+    "home": Host,
+    "home-empty": lambda: Host(EMPTY),
+    "providers": lambda: Host().open("Providers"),
+    "presets": lambda: Host(EMPTY).open("Providers").press("a"),
+    "new-provider": lambda: Host(EMPTY).open("Providers").press("a").open("OpenRouter"),
+    "provider": lambda: Host().open("Providers", "router"),
+    "models": lambda: Host().open("Providers", "router", "models"),
+    "fallbacks": lambda: Host().open("Fallbacks"),
+    "pick": lambda: Host().open("Fallbacks", "router/gpt-4o").press("down", "space"),
+    "input": lambda: Host().open("Providers", "router", "baseUrl"),
+    "secret": lambda: Host().open("Providers", "router", "apiKey").press(*"sk-secret"),
+    "default": lambda: Host().open("Default model"),
+    "aliases": lambda: Host().open("Aliases"),
+    "key-once": lambda: Host().open("Master key", "Generate a new one"),
+    "settings": lambda: Host().open("Settings"),
+    "setting": lambda: Host().open("Settings", "port"),
+    "check": lambda: Host().open("Check"),
+    "diff": lambda: Host().open("Providers").select("spare").press("d", "s"),
+    "conflict": lambda: Host(save=("conflict", EMPTY)).open("Providers").press("d", "s", "enter"),
+    "leave": lambda: Host().open("Providers").press("d", "q"),
+    "test": lambda: Host(test=PROBED).open("Providers").press("t"),
+    "busy": lambda: Host().open("Providers").press("t", "tick"),
+    "error": lambda: Host().open("Providers", "router", "baseUrl").type("nonsense"),
+    "help": lambda: Host().open("Providers").press("?"),
+}
+SIZES = ((80, 24), (40, 10))
+
+
+def _golden():
+    if not GOLDEN.exists():
+        return {}
+    parts = GOLDEN.read_text(encoding="utf-8").split("\n=== ")[1:]
+    return {part.partition("\n")[0]: part.partition("\n")[2] for part in parts}
+
+
+@pytest.mark.parametrize("size", SIZES, ids=lambda size: "%dx%d" % size)
+@pytest.mark.parametrize("name", SHOTS)
+def test_each_screen_looks_as_it_was_approved(name, size):
+    shown = SHOTS[name]().screen(*size)
+    assert shown == _golden()["%s %dx%d" % (name, *size)].rstrip("\n")
+
+
+@pytest.mark.skipif("LLM_ROUTER_TEST_WRITE_GOLDEN" not in os.environ, reason="writes the approved screens anew")
+def test_write_the_golden_screens():
+    text = ["Screens of the menu as they were approved; tests/test_screens.py says how they are made."]
+    for name, make in SHOTS.items():
+        text += ["=== %s %dx%d\n%s" % (name, *size, make().screen(*size)) for size in SIZES]
+    GOLDEN.write_text("\n".join(text) + "\n", encoding="utf-8")
+
+
+# ----- whatever is pressed -----
+
+KEYS = (
+    "up down down down enter enter enter enter right esc a d t f J K space s u / ? q x z end pgdn backspace ctrl-u"
+    " ctrl-c tick 大 \x00 é left delete home"
+).split()
+SCREENS = [(80, 24), (40, 10), (20, 6), (120, 40), (9, 3), (1, 1), (2, 30)]
+SEQUENCES = int(os.environ.get("LLM_ROUTER_TEST_SEQUENCES", "2000"))
+ANSWERS = {
+    "key": ["lr-made"],
+    "save": [("saved", "saved"), ("conflict", EMPTY), ("conflict", dict(DOCUMENT, defaultModel="fast"))],
+    "models": [["m1", "模型"], [], [""]],
+    "test": [
+        ([("m1", "yes", "openai", "ok", "200", "1.0 s", "bearer", "")], {"formats": ["openai"]}, "words"),
+        ([], {}, ""),
+    ],
+    "deploy": [None],
+    "startup": ["not installed\nmore", ""],
+}
+ODD = [
+    EMPTY,
+    {},
+    DOCUMENT,
+    {"providers": {"a": {"baseUrl": "https://a.example", "models": "m"}, "b": {"models": {}}}},
+    {"providers": [7, None, {"id": 5, "models": [3, None, {}]}, {"id": "x\x1b[31m", "models": "y"}], "modelAliases": 3},
+    {"providers": "x", "clientKeys": [3, {"name": 5}], "corsOrigins": 7, "defaultModel": ["x"]},
+]
+
+
+def _random_walk(seed):
+    dice = random.Random(seed)
+    menu = r.make_menu(copy.deepcopy(dice.choice(ODD)), FACTS)
+    pressed = []
+    for _ in range(8):
+        pressed.append(dice.choice(KEYS))
+        menu, effect = r.update(menu, pressed[-1])
+        for _ in range(3):
+            if effect is None or effect.kind not in ANSWERS or dice.random() < 0.2:
+                break
+            value = dice.choice(ANSWERS[effect.kind])
+            menu, effect = r.update(menu, r.Told(effect.serial, value, dice.choice(["", "", "", "it failed"])))
+        width, height = dice.choice(SCREENS)
+        lines = r.view(menu, width, height)
+        assert len(lines) == height, pressed
+        assert {r.text_width(r.line_text(line)) for line in lines} == {width}, pressed
+        assert all(r.line_text(line).isprintable() for line in lines), pressed
+    assert r.prompt_text(menu)
+
+
+@pytest.mark.parametrize("block", range(8))
+def test_no_sequence_of_keys_raises_and_every_line_fits(block):
+    for seed in range(block * SEQUENCES // 8, (block + 1) * SEQUENCES // 8):
+        _random_walk(seed)
+
+
+def test_a_large_configuration_is_shown_in_part_around_the_selected_row():
+    models = ["m%03d" % i for i in range(400)]
+    host = Host({"providers": [{"id": "p", "baseUrl": "https://p.example", "models": models}]})
+    host.open("Providers", "p", "models").press("end")
+    assert "m399" in host.screen() and "m000" not in host.screen() and "↑" in host.screen()
+    host.press("/").type("m12")
+    assert "m120" in host.screen() and "m399" not in host.screen()
+
+
+# ----- text that fits -----
+
+
+@pytest.mark.parametrize(
+    "text, width, shown",
+    [
+        ("abc", 5, "abc  "),
+        ("abcdef", 4, "abc…"),
+        ("大大大", 6, "大大大"),
+        ("大大大", 5, "大大…"),
+        ("大大大", 4, "大… "),
+        ("e\u0301e\u0301", 2, "e\u0301e\u0301"),
+        ("a\x1b[31m\n", 7, "a·[31m·"),
+        ("abc", 0, ""),
+        ("大", 1, "…"),
+    ],
+)
+def test_text_is_cut_and_filled_by_cells(text, width, shown):
+    assert r.fit(text, width) == shown
+
+
+def test_words_are_wrapped_by_cells_and_long_ones_broken():
+    assert r.wrap("one two three", 8) == ["one two", "three"]
+    assert r.wrap("大大大大", 4) == ["大大", "大大"]
+    assert r.wrap("a\n\nb", 4) == ["a", "", "b"]
+    assert len(r.wrap("x " * 100, 4, 3)) == 3
+
+
+# ----- providers -----
+
+
+def test_a_preset_asks_for_the_key_alone_and_is_complete():
+    host = Host(EMPTY, models=["a", "b"])
+    host.open("Providers").press("a").open("OpenRouter").press("enter").type("sk-new-key-0123456789")
+    host.open("models")
+    assert host.menu.front.screen == "pick"
+    host.press("space", "down", "space", "enter").open("Add this provider")
+    assert host.document["providers"] == [
+        {
+            "id": "openrouter",
+            "name": "OpenRouter",
+            "baseUrlByFormat": {"openai": "https://openrouter.ai/api/v1"},
+            "models": ["a"],
+            "apiKey": "sk-new-key-0123456789",
+        }
+    ]
+    assert host.document["defaultModel"] == "openrouter/a"
+    assert r.find_problems(host.document) == []
+
+
+def test_a_preset_takes_the_key_from_a_variable_that_is_set():
+    host = Host(EMPTY).open("Providers").press("a").open("Groq", "Add this provider")
+    assert host.document["providers"][0]["apiKeyEnv"] == "GROQ_API_KEY"
+    assert host.document["defaultModel"] == "groq/llama-3.3-70b-versatile"
+
+
+@pytest.mark.parametrize("row", r.PRESETS + r.LOCAL_PRESETS, ids=lambda row: row.id)
+def test_every_preset_makes_a_provider_without_errors(row):
+    host = Host(EMPTY).open("Providers").press("a").open(row.name, "Add this provider")
+    assert [p.level for p in r.find_problems(host.document) if p.level == "error"] == []
+    assert host.providers() == [row.id]
+    assert bool(row.keys) == bool(row.keys_at)
+
+
+def test_a_second_account_at_the_same_preset_gets_an_id_of_its_own():
+    host = Host(EMPTY)
+    for _ in range(2):
+        host.press("esc", "esc").menu = host.menu._replace(frames=(r.Frame("home"),))
+        host.open("Providers").press("a").open("Groq", "Add this provider")
+    assert host.providers() == ["groq", "groq2"]
+
+
+def test_a_provider_can_be_described_by_its_url():
+    host = Host(EMPTY, models=RuntimeError("refused"))
+    host.open("Providers").press("a").open("Another one")
+    host.open("id").type("mine")
+    host.open("baseUrl").type("https://mine.example/v1")
+    host.open("models")
+    assert host.menu.front.screen == "input"  # it lists nothing, so names are typed
+    assert "refused" in host.screen()
+    host.type("m1, m2").open("Add this provider")
+    assert host.document["providers"] == [{"id": "mine", "models": ["m1", "m2"], "baseUrl": "https://mine.example/v1"}]
+
+
+def test_an_unusable_new_provider_is_refused_and_what_was_typed_stays():
+    host = Host(EMPTY).open("Providers").press("a").open("Another one", "Add this provider")
+    assert host.menu.is_error
+    assert host.menu.front.screen == "provider"
+    assert host.document == EMPTY
+    host.press("esc")
+    assert "not added yet" in host.screen()
+    assert host.open("Go on with it").menu.front.screen == "provider"
+    assert host.press("esc").open("Drop it").menu.front.screen == "presets"
+
+
+def test_a_wrong_value_is_refused_in_its_dialog_with_the_cure():
+    host = Host().open("Providers", "router", "baseUrl").type("nonsense")
+    assert host.menu.front.screen == "input"
+    assert host.menu.front.typed == "nonsense"
+    assert "write it with its scheme" in host.menu.note
+    assert host.document == DOCUMENT
+    host.type("https://other.example")
+    assert host.document["providers"][0]["baseUrl"] == "https://other.example"
+
+
+def test_keys_are_never_shown_neither_typed_nor_stored():
+    secret = "sk-or-v1-0123456789abcdef"
+    host = Host().open("Providers", "router", "apiKey").press(*secret)
+    assert secret not in host.screen() and "•" * len(secret) in host.screen()
+    host.press("enter", "s")
+    for name, make in SHOTS.items():
+        if name != "key-once":
+            shown = make().screen(200, 60)
+            assert secret not in shown and "master-key-0123456789" not in shown, name
+
+
+def test_a_key_is_kept_when_nothing_is_typed_and_removed_on_request():
+    host = Host().open("Providers", "router", "apiKey").press("enter")
+    assert host.document == DOCUMENT
+    host.open("apiKey").type("-")
+    assert "apiKey" not in host.document["providers"][0]
+
+
+def test_a_new_id_is_taken_over_by_every_reference():
+    host = Host().open("Providers", "anthropic", "id").type("claude")
+    assert host.document["modelAliases"]["claude-*"] == ["claude/sonnet", "router/gpt-4o"]
+    assert host.document["providers"][0]["models"][0]["fallbackModels"] == ["claude/sonnet"]
+    host.press("esc").open("router", "models", "gpt-4o", "id").type("gpt-5")
+    assert host.document["defaultModel"] == "router/gpt-5"
+    assert host.document["modelAliases"]["fast"] == "router/gpt-5"
+    assert r.find_problems(host.document) == r.find_problems(DOCUMENT)
+
+
+def test_fields_are_set_by_the_editor_of_their_kind():
+    host = Host().open("Providers", "router")
+    host.open("format", "anthropic")
+    assert "format" in host.document["providers"][0]
+    host.open("timeouts", "idleMs").type("5000")
+    host.press("esc").open("auth", "type", "x-api-key").press("esc")
+    host.open("formats").press("space", "down", "space", "enter")
+    host.open("headers").press("a").type("x-more: yes").press("esc")
+    host.open("compat").type('{"a": [1]}')
+    assert host.menu.note
+    raw = host.document["providers"][0]
+    assert raw["timeouts"] == {"idleMs": 5000}
+    assert raw["auth"] == {"type": "x-api-key"}
+    assert raw["formats"] == ["openai", "anthropic"]
+    assert raw["headers"] == {"x-title": "me", "x-more": "yes"}
+    assert raw["compat"] == {"a": [1]}
+    host.open("timeouts").select("idleMs").press("d")
+    assert "timeouts" not in host.document["providers"][0]
+
+
+def test_every_field_of_the_table_has_a_row_and_opens_something():
+    for kind, labels in (("provider", ("Providers", "router")), ("model", ("Providers", "router", "models", "gpt-4o"))):
+        names = [row.cells[0] for row in r.rows_of(Host().open(*labels).menu, Host().open(*labels).menu.front)]
+        assert sorted(names) == sorted(field.key for field in r.FIELDS[kind])
+        for name in names:
+            before = Host(models=["m"]).open(*labels)
+            after = Host(models=["m"]).open(*labels, name)
+            assert len(after.menu.frames) > len(before.menu.frames) or after.document != before.document, name
+
+
+def test_providers_are_ordered_switched_and_removed():
+    host = Host().open("Providers").press("J")
+    assert host.providers() == ["anthropic", "router", "spare"]
+    host.press("K", "K")
+    assert host.providers() == ["router", "anthropic", "spare"]
+    host.press("space")
+    assert host.document["providers"][0]["enabled"] is False
+    host.press("space")
+    assert "enabled" not in host.document["providers"][0]
+    host.press("d")
+    assert host.providers() == ["anthropic", "spare"]
+    assert "defaultModel" not in host.document
+    assert "default model" in host.menu.note  # what went with it is said
+    host.press("u")
+    assert host.providers() == ["router", "anthropic", "spare"]
+    assert host.document["defaultModel"] == "router/gpt-4o"
+
+
+def test_testing_shows_progress_can_be_stopped_and_then_tells_nothing():
+    host = Host().open("Providers").press("t")
+    effect = host.effects[-1]
+    assert effect.kind == "test"
+    assert effect.args[0]["providers"][0]["apiKey"] == DOCUMENT["providers"][0]["apiKey"]
+    host.tell(r.update(host.menu, r.Told(effect.serial, "2 of 5", is_progress=True)))
+    assert "2 of 5" in host.screen()
+    host.press("esc")
+    assert host.effects[-1].kind == "cancel"
+    host.tell(r.update(host.menu, r.Told(effect.serial, ["late"])))
+    assert host.menu.front.screen == "providers"
+
+
+def test_what_a_test_learned_can_be_kept():
+    host = Host(test=PROBED).open("Providers").press("t").open("Keep what was learned")
+    assert host.document["providers"][0]["formats"] == ["openai"]
+    assert host.menu.front.screen == "providers"
+
+
+def test_only_what_is_saved_is_deployed():
+    host = Host().open("Deploy")
+    assert [effect.kind for effect in host.effects] == ["deploy"]
+    host = Host().open("Providers").press("d", "esc").open("Deploy")
+    assert not host.effects and "save first" in host.menu.note
+
+
+def test_a_test_that_fails_says_why_and_leaves_the_menu_usable():
+    host = Host(test=RuntimeError("refused")).open("Providers").press("t")
+    assert host.menu.note == "refused" and host.menu.is_error
+    assert host.menu.front.screen == "providers"
+
+
+# ----- models, fallbacks, aliases -----
+
+
+def test_models_are_added_from_the_listing_ordered_and_removed():
+    host = Host(models=["mini", "new"]).open("Providers", "router", "models").press("a").select("new")
+    host.press("space", "enter")
+    ids = [m if isinstance(m, str) else m["id"] for m in host.document["providers"][0]["models"]]
+    assert ids == ["gpt-4o", "mini", "模型-大", "new"]
+    assert host.document["providers"][0]["models"][0] == DOCUMENT["providers"][0]["models"][0]
+    host.press("home", "down", "J", "d")
+    assert len(host.document["providers"][0]["models"]) == 3
+
+
+def test_a_name_that_is_not_listed_can_be_typed():
+    host = Host(models=["mini"]).open("Providers", "router", "models").press("a", "a").type("unlisted").press("enter")
+    assert {"id": "unlisted"} in host.document["providers"][0]["models"]
+
+
+def test_fallbacks_are_picked_and_reordered():
+    host = Host().open("Fallbacks", "router/gpt-4o")
+    host.select("router/mini").press("space", "K", "enter")
+    assert host.document["providers"][0]["models"][0]["fallbackModels"] == ["router/mini", "anthropic/sonnet"]
+    host.press("enter").press("space", "enter")
+    assert host.document["providers"][0]["models"][0]["fallbackModels"] == ["anthropic/sonnet"]
+
+
+def test_aliases_and_the_default_model_are_set_and_removed():
+    host = Host().open("Aliases").press("a").type("mini*").select("router/mini").press("space", "enter")
+    assert host.document["modelAliases"]["mini*"] == "router/mini"
+    host.select("fast").press("d")
+    assert "fast" not in host.document["modelAliases"]
+    host.press("esc").open("Default model", "anthropic/sonnet")
+    assert host.document["defaultModel"] == "anthropic/sonnet"
+    host.open("Default model", "Another one").type("router/mini")
+    assert host.document["defaultModel"] == "router/mini"
+
+
+# ----- keys of clients -----
+
+
+def test_a_generated_master_key_is_shown_once_on_a_line_of_its_own():
+    host = Host().open("Master key", "Generate a new one")
+    assert "\n  lr-made-key-0123456789\n" in host.screen()
+    assert host.document["masterKey"] == "lr-made-key-0123456789"
+    assert "lr-made-key-0123456789" not in host.press("enter").screen()
+    host.open("Master key", "Remove it")
+    assert "masterKey" not in host.document
+
+
+def test_a_clients_key_is_made_shown_once_and_kept_as_its_hash():
+    host = Host().open("Client keys").press("a").type("phone")
+    assert "lr-made-key-0123456789" in host.screen()
+    assert [key["name"] for key in host.document["clientKeys"]] == ["laptop", "phone"]
+    assert "lr-made" not in str(host.document)
+    host.press("enter").select("laptop").press("d")
+    assert [key["name"] for key in host.document["clientKeys"]] == ["phone"]
+
+
+# ----- saving -----
+
+
+def test_nothing_is_written_before_the_changes_were_shown():
+    host = Host().open("Providers").press("d", "s")
+    assert not host.effects
+    assert "-" in host.screen() and "Save these changes" in host.screen()
+    host.press("enter")
+    assert host.effects[-1].kind == "save"
+    assert host.effects[-1].args == (DOCUMENT, host.document)
+    assert host.menu.saved == host.document and not host.menu.past
+
+
+def test_leaving_with_changes_asks_and_each_answer_does_what_it_says():
+    assert Host().press("esc").effects == [r.Effect("quit", (0,))]
+    host = Host().open("Providers").press("d", "q")
+    assert not host.effects
+    assert host.open("Stay").menu.front.screen == "providers"
+    assert host.press("q").open("Quit without saving").effects == [r.Effect("quit", (0,))]
+    host = Host().open("Providers").press("d", "q").open("Save and quit")
+    assert [effect.kind for effect in host.effects] == ["save", "quit"]
+    host = Host(save=RuntimeError("disk full")).open("Providers").press("d", "q").open("Save and quit")
+    assert [effect.kind for effect in host.effects] == ["save"] and host.menu.note == "disk full"
+
+
+def test_ctrl_c_goes_back_and_twice_it_ends_the_program():
+    host = Host().open("Providers", "router", "baseUrl").press("ctrl-c")
+    assert host.menu.front.screen == "provider"
+    host.select("name").press("d", "ctrl-c")
+    assert "Unsaved" in host.screen()
+    assert host.press("ctrl-c").effects == [r.Effect("quit", (130,))]
+
+
+def test_undo_goes_back_to_what_was_saved_step_by_step():
+    host = Host().open("Providers").press("J", "space", "d")
+    assert len(host.menu.past) == 3
+    host.press("u", "u", "u")
+    assert host.document == DOCUMENT
+    assert host.press("u").menu.note == "nothing to undo"
+
+
+def test_an_undo_that_takes_away_what_is_shown_closes_its_screen():
+    host = Host(EMPTY).open("Providers").press("a").open("Groq", "Add this provider").open("groq").press("u")
+    assert host.document == EMPTY
+    assert host.menu.front.screen == "providers"
+
+
+def test_another_writers_changes_are_merged_and_shown_before_they_are_saved():
+    theirs = copy.deepcopy(DOCUMENT)
+    theirs["providers"][1]["models"].append("haiku")
+    theirs["modelAliases"]["new"] = "anthropic/haiku"
+    host = Host(save=("conflict", theirs)).open("Providers", "router", "baseUrl").type("https://mine.example")
+    host.press("s", "enter")
+    assert "changed meanwhile" in host.screen()
+    host.open("Merge")
+    assert host.document["providers"][0]["baseUrl"] == "https://mine.example"
+    assert host.document["providers"][1]["models"] == ["sonnet", "haiku"]
+    assert host.document["modelAliases"]["new"] == "anthropic/haiku"
+    assert host.menu.saved == theirs and host.menu.front.screen == "diff"
+
+
+def test_taking_another_writers_file_can_be_undone():
+    host = Host(save=("conflict", EMPTY)).open("Providers").press("d", "s", "enter").open("Take the file")
+    assert host.document == EMPTY
+    host.press("u")
+    assert host.providers() == ["anthropic", "spare"]
+
+
+@pytest.mark.parametrize(
+    "base, mine, theirs, merged, clashes",
+    [
+        ({"a": 1}, {"a": 2}, {"a": 1, "b": 3}, {"a": 2, "b": 3}, []),
+        ({"a": 1}, {"a": 2}, {"a": 3}, {"a": 2}, ["a"]),
+        ({"a": 1, "b": 2}, {"b": 2}, {"a": 1}, {}, []),
+        ({"a": 1}, {}, {"a": 2}, {"a": 2}, ["a"]),
+        ({"a": 1}, {"a": 2}, {}, {"a": 2}, ["a"]),
+        ({"l": ["a", "b"]}, {"l": ["b"]}, {"l": ["a", "b", "c"]}, {"l": ["b", "c"]}, []),
+        ({"l": ["a", "b"]}, {"l": ["b", "a"]}, {"l": ["a", "b", "c"]}, {"l": ["b", "a", "c"]}, []),
+        (
+            {"p": [{"id": "x", "n": 1}]},
+            {"p": [{"id": "x", "n": 2}]},
+            {"p": [{"id": "x", "n": 1, "m": 1}, {"id": "y"}]},
+            {"p": [{"id": "x", "n": 2, "m": 1}, {"id": "y"}]},
+            [],
+        ),
+        ({"l": [1, 2]}, {"l": [1]}, {"l": [2]}, {"l": [1]}, ["l"]),
+    ],
+)
+def test_two_edits_of_one_document_are_merged(base, mine, theirs, merged, clashes):
+    assert r.merge_documents(base, mine, theirs) == (merged, clashes)
+
+
+# ----- numbered prompts -----
+
+
+def answer(host, line):
+    host.menu, keys = r.answer_keys(host.menu, line)
+    return host.press(*keys)
+
+
+def test_the_same_screens_work_as_numbered_prompts():
+    host = Host(EMPTY, models=["a", "b"])
+    for line in ("1", "a", "3", "7", "sk-typed-0123456789", "8", "1", "2", "", "9"):
+        assert r.prompt_text(host.menu)
+        answer(host, line)
+    assert host.document["providers"][0]["id"] == "openrouter"
+    assert host.document["providers"][0]["apiKey"] == "sk-typed-0123456789"
+    assert host.document["providers"][0]["models"] == ["a"]
+    answer(host, "99")
+    assert "no number 99" in r.prompt_text(host.menu)
+    answer(host, "d 1")
+    assert host.document["providers"] == []
