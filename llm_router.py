@@ -10787,7 +10787,7 @@ def plan_probe(provider: Provider, raw: Dict[str, Any], models: Sequence[str] = 
     models: () for the provider's own; "*" stands for one that it lists.
     """
     says = [key for key in ("formats", "auth", "authByFormat") if get_field(raw, "provider", key)]
-    wires = provider.formats if "formats" in says else tuple(wire for wire in WIRES if provider.base_urls.get(wire))
+    wires = tuple(wire for wire in (provider.formats if "formats" in says else WIRES) if provider.base_urls.get(wire))
     open_auth = says in ([], ["formats"]) and bool(provider.api_key)
     others = (Auth("bearer"), Auth("x-api-key")) if open_auth else ()
     auths = {wire: tuple(dict.fromkeys((provider.auths[wire],) + others)) for wire in wires}
@@ -11109,8 +11109,8 @@ def edit_config_file(path: str, change: Callable[[Dict[str, Any]], Edit]) -> Edi
             notes = ("%s had mode %04o, now 0600" % (one_line(path), mode),) if mode else ()
             if has_comments((data or b"").decode("utf-8-sig")):
                 write_private(target + _COMMENTED, data or b"")
-                words = "comments cannot be kept in a file that is written anew: the text with them is %s%s"
-                notes += (words % (one_line(path), _COMMENTED),)
+                words = "comments cannot be kept in a file that is written anew: the text with them is %s"
+                notes += (words % one_line(target + _COMMENTED),)
             if write_private(target, text, expected=data, backup=True):
                 return edit._replace(notes=edit.notes + notes)
     raise FileError("%s keeps being changed by another program; nothing was saved" % one_line(path))
@@ -16428,13 +16428,10 @@ def _summary(config: Config, source: str) -> str:
 
 def _find_entry(document: Dict[str, Any], wanted: str, environ: Environ) -> Tuple[Provider, Dict[str, Any]]:
     """A provider of a document as a value and as it is written there. UsageError when there is none."""
-    config = read_config(document, environ)
     raws = [raw for _, raw in provider_entries("", get_field(document, "config", "providers"))]
-    for provider, raw in zip(config.providers, raws):
-        if provider.id.lower() == wanted.lower():
-            return provider, raw
-    known = ", ".join(provider.id for provider in config.providers) or "none"
-    raise UsageError("there is no provider %s; there are: %s" % (one_line(wanted, 60), known))
+    raw = _find_provider(raws, wanted)
+    found = scan_config(dict(document, providers=[raw]), environ)[0].providers
+    return found[0], raw
 
 
 def run_discover(values: Values, environ: Environ) -> int:
@@ -16453,6 +16450,10 @@ def run_test_provider(values: Values, environ: Environ) -> int:
     document = load_config(values.get("config", ""), environ).document or {}
     provider, raw = _find_entry(document, values["provider_id"], environ)
     plan = plan_probe(provider, raw, values.get("models", ()))
+    wires = tuple(wire for wire in WIRES if wire in map(_wire_of, values.get("formats", ())))
+    if len(wires) < len(values.get("formats", ())):
+        raise UsageError("--formats: use " + ", ".join(WIRES))
+    plan = plan._replace(wires=wires or plan.wires)
     report = _ask_provider(plan, environ)
     if values.get("json"):
         _print_json(_probe_facts(report))
@@ -16598,7 +16599,8 @@ OPERATIONS: Tuple[Operation, ...] = (
     Operation("discover-models", "ask a provider which models it lists", ("provider-id",), ("provider-id",),
               "--provider-id=openrouter", None, run_discover),
     Operation("test-provider", "ask a provider in every format: what works, with which key style",
-              ("provider-id", "models"), ("provider-id",), "--provider-id=openrouter", None, run_test_provider),
+              ("provider-id", "models", "formats"), ("provider-id",), "--provider-id=openrouter", None,
+              run_test_provider),
     Operation("startup-install", "start with the machine: launchd, systemd or a Windows task", (), (), "",
               None, run_startup),
     Operation("startup-status", "show whether it starts with the machine", (), (), "", None, run_startup),

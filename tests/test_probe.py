@@ -340,6 +340,30 @@ def test_a_provider_can_be_tested_and_its_models_listed(config, make_upstream):
     assert config.path.read_bytes() == before and config("test-provider", "--provider-id=q")[0] == 2
 
 
+def test_other_formats_than_the_configured_ones_can_be_tested(config, make_upstream):
+    upstream = make_upstream(Account(("openai", "anthropic")))
+    flags = ["--provider-id=p", "--base-url=" + upstream.url, "--api-key=" + KEY, "--models=m1", "--formats=openai"]
+    config("upsert-provider", *flags, "--skip-probe")
+    answer = json.loads(config("test-provider", "--provider-id=p", "--formats=claude,responses", "--json")[1])
+    assert answer["formats"] == ["anthropic"]
+    assert config("test-provider", "--provider-id=p", "--formats=soap")[0] == 2
+    config("upsert-provider", "--provider-id=p", "--formats=")
+    assert config.stored()["providers"][0]["formats"] == ["openai", "anthropic"]  # forgotten, and learned anew
+
+
+def test_a_provider_is_asked_and_stored_although_another_entry_is_broken(config, make_upstream):
+    upstream = make_upstream(Account(("openai",)))
+    broken = [5, {"id": "bad", "baseUrl": "nope", "models": ["x"]}]
+    config.path.write_text(json.dumps({"providers": broken}))
+    flags = ["--provider-id=p", "--base-url=" + upstream.url, "--api-key=" + KEY, "--models=m1"]
+    assert config("upsert-provider", *flags)[0] == 0
+    assert config.stored()["providers"][:2] == broken and config.stored()["providers"][2]["formats"] == ["openai"]
+    assert config("test-provider", "--provider-id=p")[0] == 0
+    assert config("test-provider", "--provider-id=bad")[0] == 1
+    assert config("upsert-provider", "--provider-id=bad", "--name=Bad")[0] == 0
+    assert config.stored()["providers"][1]["name"] == "Bad"
+
+
 def test_ctrl_c_while_asking_stores_nothing(config, make_upstream, monkeypatch):
     upstream = make_upstream(lambda call: raw(Hang()))
 
