@@ -11306,7 +11306,7 @@ class Dial:
         self.key = target.key
         self.waiter = waiter
         self.sock: Any = None
-        self.error: Optional[UpstreamError] = None
+        self.error: Optional[RouterError] = None
         self.prefix = ""
         self.proxy_headers: Headers = []
         self._timeout_s = timeout_s
@@ -11383,9 +11383,12 @@ class Dial:
             self.sock = None
 
 
-def _dial_error(error: Exception, key: UpstreamKey, dns_error: Any) -> UpstreamError:
+def _dial_error(error: Exception, key: UpstreamKey, dns_error: Any) -> RouterError:
+    import errno
     import ssl
 
+    if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):  # our own plight, which says nothing of them
+        return RouterError("the router has no file descriptor left for a connection", 503, "overloaded")
     labels = (
         (dns_error, "dns"),
         (ConnectionRefusedError, "refused"),
@@ -11978,6 +11981,9 @@ _TICK_S = 0.25
 _HALF_CLOSE_WAIT_S = 0.3
 _PROBE_WAIT_S = 0.2
 _CLOSING_S = 30.0
+_BACKLOG = 1024
+_ACCEPTS_AT_ONCE = 64
+_ACCEPT_REST_S = 1.0
 _SKIP_BYTES = 65_536
 _BUSY_LINGER_S = 0.5
 _UPLOAD_BYTES_PER_S = 1024
@@ -12518,6 +12524,7 @@ class Server:
         self.settings = settings
         self.handle = handle
         self.limits = HttpLimits(max_body_bytes=settings.max_body_bytes)
+        self.most_connections = settings.max_connections
         self.draining = False
         self.port = 0
         self.connections: Dict[Any, str] = {}
@@ -12525,27 +12532,51 @@ class Server:
         self._strikes = Strikes()
         self._on_error = on_error
         self._listeners: List[Any] = []
+        self._tasks: Set[Any] = set()
         self._inflight_bytes = 0
         self._date = (0, "")
         self._ticker: Any = None
 
     async def listen(self, host: str, port: int) -> int:
         """Accept connections on `host`, every address it has; returns the port. OSError when it cannot be had."""
-        import asyncio
-
-        sockets = open_listeners(host, port)
-        for sock in sockets:
-            server = await asyncio.start_server(self._accept, sock=sock, backlog=1024, limit=4 * _READ_BYTES)
-            self._listeners.append(server)
+        self._listeners = open_listeners(host, port)
+        for listener in self._listeners:
+            listener.setblocking(False)
+            listener.listen(_BACKLOG)
+            self._watch(listener)
         self._ticker = self.loop.call_later(_TICK_S, self._tick)
-        self.port = int(sockets[0].getsockname()[1])
+        self.port = int(self._listeners[0].getsockname()[1])
         return self.port
 
-    async def _accept(self, reader: Any, writer: Any) -> None:
+    def _watch(self, listener: Any) -> None:
+        if not self.draining:
+            self.loop.add_reader(listener.fileno(), self._take, listener)
+
+    def _take(self, listener: Any) -> None:
+        """Accept who waits. Without a free descriptor the listener rests a while: asyncio's own servers try on as often
+        as their backlog is long, and log each time."""
+        for _ in range(_ACCEPTS_AT_ONCE):
+            try:
+                sock, address = listener.accept()
+            except (BlockingIOError, InterruptedError, ConnectionError):
+                return
+            except OSError as error:
+                self.loop.remove_reader(listener.fileno())
+                self.loop.call_later(_ACCEPT_REST_S, self._watch, listener)
+                self.loop.call_exception_handler({"message": "cannot accept for a moment", "exception": error})
+                return
+            task = self.loop.create_task(self._accept(sock, str(address[0]) if address else ""))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _accept(self, sock: Any, peer: str) -> None:
         import asyncio
 
-        address = writer.get_extra_info("peername")
-        peer = str(address[0]) if address else ""
+        sock.setblocking(False)
+        reader = asyncio.StreamReader(4 * _READ_BYTES, self.loop)
+        protocol = asyncio.StreamReaderProtocol(reader, loop=self.loop)
+        transport, _ = await self.loop.connect_accepted_socket(lambda: protocol, sock)
+        writer = asyncio.StreamWriter(transport, protocol, reader, self.loop)
         if not self._has_room(peer):
             busy = dump_json(WIRE_FORMATS["openai"].render_error(ErrorInfo(503, "too many connections"), ""))
             writer.write(
@@ -12580,7 +12611,7 @@ class Server:
             writer.close()
 
     def _has_room(self, peer: str) -> bool:
-        total, each = self.settings.max_connections, self.settings.max_connections_per_peer
+        total, each = self.most_connections, self.settings.max_connections_per_peer
         return (not total or len(self.connections) < total) and (not each or self._peers.get(peer, 0) < each)
 
     def _leave(self, peer: str) -> None:
@@ -12624,6 +12655,8 @@ class Server:
 
         self.draining = True
         for listener in self._listeners:
+            self._take(listener)  # who is connected already would see a reset
+            self.loop.remove_reader(listener.fileno())
             listener.close()
         until = self.loop.time() + grace_s
         while self.connections and self.loop.time() < until:
@@ -13882,7 +13915,8 @@ class Router:
         status, body = 401, {"error": "the control channel needs its token"}
         if has_valid_key(Access(True, (self.token.encode(),)), call.headers):
             status, body = self._control(call.method, call.path[len(_CONTROL) :])
-        await sink.respond(status, _JSON_HEADERS, dump_json(dict(body, instance=self.id) if status != 401 else body))
+        headers = _JSON_HEADERS + _REFUSAL_HEADERS.get(status, [])
+        await sink.respond(status, headers, dump_json(dict(body, instance=self.id) if status != 401 else body))
 
     def _control(self, method: str, verb: str) -> Tuple[int, Dict[str, Any]]:
         name, _, argument = verb.partition("/")
@@ -14077,7 +14111,10 @@ async def _serve(options: StartOptions) -> Tuple[int, int]:
 
     loop = asyncio.get_running_loop()
     log = LogWriter(_log_stream(options.settings), options.settings.log_format, options.settings.log_level)
+    loop.set_exception_handler(lambda _, context: log.note(_loop_trouble(context), "warning"))
     router = Router(loop, options, log)
+    most = router.server.most_connections
+    router.server.most_connections = min(most, _descriptors_for_clients() or most)
     router.stopping = asyncio.Event()
     try:
         port = await _listen(router.server, options)
@@ -14085,6 +14122,7 @@ async def _serve(options: StartOptions) -> Tuple[int, int]:
         _reload_on_sighup(loop, router)
         router.enroll(port)
         _announce(options, port)  # last: whoever reads it may stop, reload and ask for the status at once
+        _import_ahead()
         watcher = asyncio.ensure_future(_watch_config(router)) if options.watch_config and options.config_path else None
         await router.stopping.wait()
         if watcher is not None:
@@ -14098,6 +14136,41 @@ async def _serve(options: StartOptions) -> Tuple[int, int]:
             router.ledger.close()
         log.close()
     return 0 if clean else 1, port if router.restarts else 0
+
+
+def _import_ahead() -> None:
+    """Import what the first requests need while there are descriptors to read it with."""
+    import email.utils
+    import encodings.idna
+    import http.client
+    import ssl
+    import traceback
+
+    _ = email.utils, encodings.idna, http.client, ssl, traceback
+
+
+def _loop_trouble(context: Dict[str, Any]) -> str:
+    """What asyncio would have printed with a traceback, in a line."""
+    error = context.get("exception")
+    return one_line("%s: %s" % (context.get("message"), (error and str(error)) or type(error).__name__), 300)
+
+
+def _descriptors_for_clients() -> int:
+    """Raise the limit of open files as far as the system lets us; how many may be clients: the rest is for upstreams,
+    files and the answer that there is no room. 0: unknown."""
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return 0
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for limit in (hard, 65_536, 10_240) if soft >= 0 else ():  # macOS allows OPEN_MAX whatever the hard limit says
+        if 0 < limit <= 1 << 20 and limit > soft:
+            try:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+                soft = limit
+            except (OSError, ValueError):
+                continue
+    return max(soft - max(32, soft // 4), soft // 2, 0)
 
 
 async def _watch_config(router: Router) -> None:

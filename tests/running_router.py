@@ -215,7 +215,7 @@ class Caller:
 class RunningRouter(Caller):
     """`llm_router.py start` as a process. `process`, `home`, `config_path`, and everything a Caller does."""
 
-    def __init__(self, config, flags, home, env=None, timeout=20.0):
+    def __init__(self, config, flags, home, env=None, timeout=20.0, before=None):
         self.home = Path(home)
         self.home.mkdir(parents=True, exist_ok=True)
         self.config_path = self.home / "config.json"
@@ -230,6 +230,7 @@ class RunningRouter(Caller):
             stderr=subprocess.PIPE,
             env=clean_environment(self.home, **(env or {})),
             cwd=str(self.home),
+            preexec_fn=before,  # noqa: PLW1509  before any thread of a test
         )
         self._lines = {"stdout": [], "stderr": []}
         self._changed = threading.Condition()

@@ -513,7 +513,7 @@ def raw_request(running, body, path=PATHS["openai"]):
 @needs_proc
 def test_after_two_hundred_aborted_requests_nothing_is_left_open(single, upstream):
     """Hardening, proxies 32; trap 169."""
-    running = single("--pool-idle-ms=200")
+    running = single("--pool-idle-ms=200", "--usage-db=off")
     together(5, lambda number: post(running, "openai", "fake/fake-model"))
     until(lambda: upstream.open_connections == 0, 3)
     pid = running.process.pid

@@ -1,0 +1,152 @@
+"""What goes wrong around a running router, on real sockets: no descriptors left, upstreams that freeze, thousands of
+connections, guesses, bombs. Moderate by default; LLM_ROUTER_TEST_LOAD=1 runs the figures of the acceptance."""
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+import fake_upstream as fake
+from exchanges import PATHS, ask, until
+from running_router import ROOT, RunningRouter, clean_environment, config_of, provider
+
+LOAD = bool(os.environ.get("LLM_ROUTER_TEST_LOAD"))
+HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+posix = pytest.mark.skipif(os.name != "posix", reason="limits and signals of POSIX")
+
+UPSTREAM = """
+import sys
+import fake_upstream as fake
+with fake.FakeUpstream(lambda request: fake.json_answer(200, fake.chat_whole("alive"))) as upstream:
+    print(upstream.url, flush=True)
+    sys.stdin.read()
+"""
+
+
+def idle_connections(running, stack, count):
+    """`count` connections that send nothing; those the router did not even accept in time count as well."""
+    return [stack.enter_context(socket.create_connection((running.host, running.port), 10)) for _ in range(count)]
+
+
+def cpu_seconds(running):
+    with open("/proc/%d/stat" % running.process.pid, encoding="ascii") as file:
+        fields = file.read().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+@pytest.fixture
+def starved(tmp_path):
+    """A router that may have 64 descriptors, and its upstream."""
+    import resource
+
+    with fake.FakeUpstream() as upstream:
+        running = RunningRouter(
+            config_of(provider(upstream)),
+            (),
+            tmp_path,
+            before=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64)),
+        )
+        running.upstream = upstream
+        yield running
+        running.kill()
+
+
+@posix
+def test_without_descriptors_it_refuses_at_once_keeps_serving_and_recovers(starved):
+    """Hardening, proxies 30: who is in is served, who is not is told so; no busy loop, no traceback, no restart."""
+    starved.upstream.handler = lambda request: fake.json_answer(200, fake.chat_whole("served"))
+    with contextlib.ExitStack() as stack:
+        (first,) = idle_connections(starved, stack, 1)
+        first.sendall(HEALTH)
+        assert first.recv(1000).startswith(b"HTTP/1.1 200 ")
+        others = idle_connections(starved, stack, 120)
+        others[-1].sendall(HEALTH)
+        assert others[-1].recv(1000).startswith(b"HTTP/1.1 503 ")
+        first.sendall(HEALTH)
+        assert first.recv(1000).startswith(b"HTTP/1.1 200 ")
+        before = cpu_seconds(starved) if os.path.exists("/proc/self/stat") else 0
+        time.sleep(1)
+        if before:
+            assert cpu_seconds(starved) - before < 0.5
+    end = time.monotonic() + 10
+    while starved.raw(HEALTH.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"))[:12] != b"HTTP/1.1 200":
+        assert time.monotonic() < end
+    assert starved.post(PATHS["openai"], ask("openai", "fake-model")).status == 200
+    assert "Traceback" not in "\n".join(starved.log())
+
+
+@posix
+def test_a_router_that_has_no_descriptor_for_an_upstream_says_503_and_does_not_blame_the_upstream(starved):
+    gate = threading.Event()
+    starved.upstream.handler = lambda request: fake.gated(fake.json_answer(200, fake.chat_whole("served")), gate)
+    seen = []
+
+    def call():
+        seen.append(starved.post(PATHS["openai"], ask("openai", "fake-model")).status)
+
+    callers = [threading.Thread(target=call) for _ in range(31)]
+    for caller in callers:
+        caller.start()
+    until(lambda: 503 in seen and len(seen) + len(starved.upstream.calls) >= 31)
+    gate.set()
+    for caller in callers:
+        caller.join(20)
+    assert set(seen) == {200, 503}
+    metrics = starved.get("/metrics").text
+    assert re.search(r'llm_router_cooldown_seconds\{[^}]*\} 0(\.0)?\n', metrics), metrics
+    assert starved.post(PATHS["openai"], ask("openai", "fake-model")).status == 200
+
+
+@posix
+def test_an_upstream_that_is_frozen_is_a_504_and_thawed_it_answers_again(router, tmp_path):
+    environment = clean_environment(tmp_path, PYTHONPATH=str(ROOT / "tests"))
+    process = subprocess.Popen(
+        [sys.executable, "-c", UPSTREAM], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
+    )
+    try:
+        url = process.stdout.readline().decode().strip()
+        flags = ("--whole-first-byte-timeout-ms=400", "--origin-retry-attempts=1", "--origin-fallback-cooldown-ms=0")
+        running = router(config_of(provider(url)), *flags)
+        body = ask("openai", "fake-model")
+        assert running.post(PATHS["openai"], body).status == 200
+        process.send_signal(signal.SIGSTOP)
+        assert running.post(PATHS["openai"], body).status == 504
+        process.send_signal(signal.SIGCONT)
+        assert running.post(PATHS["openai"], body).status == 200
+        running.process.send_signal(signal.SIGSTOP)
+        time.sleep(0.2)
+        running.process.send_signal(signal.SIGCONT)
+        assert running.post(PATHS["openai"], body).status == 200
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_connections_that_are_idle_or_slow_or_come_and_go_delay_nobody_and_cost_little(router, upstream):
+    """2,000 idle ones, half of them in the middle of a head; then 5,000 that come and go."""
+    count, churn = (2000, 5000) if LOAD else (300, 300)
+    running = router(config_of(provider(upstream)), "--max-connections-per-peer=0")
+    with contextlib.ExitStack() as stack:
+        idle = idle_connections(running, stack, count)
+        for number, client in enumerate(idle):
+            if number % 2:
+                client.sendall(b"POST /v1/chat/comp")
+        for _ in range(20):
+            assert running.get("/health", timeout=5).status == 200
+        if os.path.exists("/proc/self/status"):
+            with open("/proc/%d/status" % running.process.pid, encoding="ascii") as file:
+                resident = int(next(line for line in file if line.startswith("VmRSS")).split()[1])
+            assert resident < 60_000 + 60 * count, "%d KiB" % resident
+    for number in range(churn):
+        with socket.create_connection((running.host, running.port), 10) as client:
+            if number % 2:
+                client.sendall(HEALTH)
+                assert client.recv(1000).startswith(b"HTTP/1.1 200 ")
+    assert "Traceback" not in "\n".join(running.log())
