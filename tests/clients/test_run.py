@@ -109,7 +109,7 @@ def find_opencode():
         program = HERE / "node_modules" / folder / "bin" / "opencode"
         if program.is_file():
             return str(program)
-    return missing("opencode-ai is not installed: run `npm ci --ignore-scripts` in tests/clients")
+    return missing("opencode is not installed: run `npm ci --ignore-scripts` in tests/clients")
 
 
 def find_qwen():
