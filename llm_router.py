@@ -10708,7 +10708,7 @@ def give_up_headers(outcome: Outcome, retry_after: Optional[float]) -> Headers:
 
 PROBE_LIMIT_S = 60.0
 PROBE_CALLS = 24
-_PROBE_CALL_MS = 30_000
+_PROBE_CALL_MS, _PROBE_LISTING_MS = 30_000, 10_000
 _PROBE_TRIES = 5  # of one model in one format
 _TINY, _AMPLE = 16, 1024  # tokens: 16 is the least that Responses takes (developers.openai.com/api/reference)
 _PAGES = 20
@@ -10717,9 +10717,7 @@ _MAX_LISTED = 5000
 
 _WANTS_MORE = re.compile(r"(?s)(?=.*max\w*_tokens)(?=.*(?:minimum|at least|>|greater|too (?:small|low)|below))")
 _NO_CHAT = re.compile(
-    r"embed|rerank|whisper|tts|speech|audio|transcri|realtime|image|dall|video|sora|moderation|guard|ocr|search|babbage"
-    r"|davinci|instruct-0914",
-    re.IGNORECASE,
+    "embed|rerank|whisper|tts|speech|audio|transcri|realtime|image|dall|video|sora|moderation|guard|ocr|search", re.I
 )
 
 
@@ -10820,7 +10818,8 @@ class Probe:
     async def run(self) -> None:
         """Ask everything. Whoever cancels this keeps what `report` says, see `end`."""
         await self._host.gather(self._list, [(wire,) for wire in self._listing_wires()])
-        models = self._plan.models or [id for id in self.report.listed or () if not _NO_CHAT.search(id)][:1]
+        listed = sorted(self.report.listed or (), key=lambda name: bool(_NO_CHAT.search(name)))
+        models = self._plan.models or listed[:1]
         pairs = [(model, wire) for model in models for wire in self._plan.wires] if self._plan.calls else []
         for model, wire in pairs:
             self._put(ProbeRow(model, wire))
@@ -10953,7 +10952,8 @@ class Probe:
 
     def _outbound(self, target: Target, wire: str, body: bytes, method: str) -> Outbound:
         limits = resolve_timeouts(self._plan.provider, self._settings, False)
-        first_byte_ms, idle_ms = (_sooner(ms, _PROBE_CALL_MS) for ms in (limits.first_byte_ms, limits.idle_ms))
+        most_ms = _PROBE_CALL_MS if body else _PROBE_LISTING_MS
+        first_byte_ms, idle_ms = (_sooner(ms, most_ms) for ms in (limits.first_byte_ms, limits.idle_ms))
         limits = limits._replace(first_byte_ms=first_byte_ms, idle_ms=idle_ms)
         headers = merge_headers(target, [], wire, wire, False)
         return Outbound(target, target.path, headers, body, wire, False, limits, method)
@@ -16395,7 +16395,8 @@ def run_upsert(values: Values, environ: Environ) -> int:
         told = {"probe": _probe_facts(report), "learned": learned}
         if report.rows and not values.get("json"):
             print(_table(*probe_table(report)) + "\n")
-            print("".join("learned %s: %s\n" % (key, json.dumps(value)) for key, value in learned.items()), end="")
+            word = "assumed" if report.is_tentative else "learned"
+            print("".join("%s %s: %s\n" % (word, key, json.dumps(value)) for key, value in learned.items()), end="")
         _warn(_probe_warnings(report))
     return _edit(values, environ, lambda document: upsert_provider(document, change), told=told)
 

@@ -195,6 +195,8 @@ def test_any_model_means_one_that_is_listed_and_can_chat(probe):
     names = ["text-embedding-3", "whisper-1", "tts-1", "gpt-image-1", "omni-moderation", "chatty", "other"]
     _, report = probe(Account(("openai",), models=names), ["*"])
     assert {model for _, model in asked(probe.upstream)} == {"chatty"} and report.formats == ("openai",)
+    _, report = probe(Account(("openai",), models=["gpt-image-2", "text-embedding-3"]), ["*"])
+    assert {model for _, model in asked(probe.upstream)} == {"gpt-image-2"}
 
 
 def test_without_a_model_and_a_list_nothing_is_asked(probe):
@@ -323,6 +325,15 @@ def test_a_provider_that_is_away_is_stored_all_the_same(config, make_upstream):
     code, _, err = config("upsert-provider", *flags)
     entry = config.stored()["providers"][0]
     assert code == 0 and "formats" not in entry and "cannot be listed" in err and "m1 is not confirmed" in err
+
+
+def test_a_format_that_is_only_likely_is_stored_and_called_assumed(config, make_upstream):
+    account = Account(("anthropic",))
+    account.quirk = lambda call: json_answer(429, {"error": {"message": "slow down"}})
+    flags = ["--provider-id=p", "--base-url=" + make_upstream(account).url, "--api-key=" + KEY, "--models=m1"]
+    code, out, err = config("upsert-provider", *flags)
+    assert code == 0 and 'assumed formats: ["anthropic"]' in out and "tentative" in out and "slow down" in err
+    assert config.stored()["providers"][0]["formats"] == ["anthropic"]
 
 
 def test_a_provider_can_be_tested_and_its_models_listed(config, make_upstream):
