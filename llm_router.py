@@ -7557,21 +7557,28 @@ def _not_found(message: str) -> RouterError:
     return RouterError(message, 404, "model_not_found")
 
 
-def list_models(routes: Routes, anthropic: bool, after: str = "", limit: int = 0) -> Dict[str, Any]:
+def list_models(routes: Routes, anthropic: bool, after: str = "", limit: int = 0, before: str = "") -> Dict[str, Any]:
     """The model list. OpenAI: {"object":"list","data":[{"id","object","created","owned_by"}]}; Anthropic's shape
-    (docs.anthropic.com, List Models) has type, display_name, created_at and the pagination fields; both carry both."""
+    (docs.anthropic.com, List Models) has type, display_name, created_at and the pagination fields; both carry both.
+
+    after, before: the ids that a page starts behind or ends in front of; limit: its length, 0 for all."""
     names = routes.names()
-    start = names.index(after) + 1 if after in names else 0
-    page = names[start : start + limit] if limit else names[start:]
+    if before in names:
+        names = names[: names.index(before)]
+        page = names[-limit:]
+    else:
+        names = names[names.index(after) + 1 if after in names else 0 :]
+        page = names[: limit or None]
     data = [model_entry(name, anthropic) for name in page]
     edges = {"first_id": page[0] if page else None, "last_id": page[-1] if page else None}
-    return dict({"object": "list", "data": data, "has_more": start + len(page) < len(names)}, **edges)
+    return dict({"object": "list", "data": data, "has_more": len(page) < len(names)}, **edges)
 
 
 def model_entry(name: str, anthropic: bool) -> Dict[str, Any]:
     """One model as `GET /models/ID` and the list show it."""
     if anthropic:
-        return {"type": "model", "id": name, "display_name": name, "created_at": "2025-01-01T00:00:00Z"}
+        shown = {"display_name": name, "created_at": "2025-01-01T00:00:00Z", "lifecycle": "active"}
+        return dict({"type": "model", "id": name}, **shown)
     return {"id": name, "object": "model", "created": 1735689600, "owned_by": name.partition("/")[0]}
 
 
@@ -10115,7 +10122,8 @@ class Gateway:
         if endpoint.operation == "models":
             query = dict(parse_qsl(call.query))
             limit = int(query["limit"]) if query.get("limit", "").isdigit() and len(query["limit"]) < 6 else 0
-            return 200, list_models(self.routes, anthropic, query.get("after_id") or query.get("after") or "", limit)
+            after = query.get("after_id") or query.get("after") or ""
+            return 200, list_models(self.routes, anthropic, after, limit, query.get("before_id") or "")
         if endpoint.operation == "model":
             return 200, find_model_entry(self.routes, endpoint.argument, anthropic)
         if endpoint.operation == "health":

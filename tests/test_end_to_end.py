@@ -407,6 +407,12 @@ def test_the_model_list_is_paged(pair):
     assert (len(first["data"]), first["has_more"]) == (2, True)
     second = pair.router.get("/anthropic/v1/models?limit=2&after_id=" + first["last_id"]).json
     assert {entry["id"] for entry in first["data"]}.isdisjoint(entry["id"] for entry in second["data"])
+    back = pair.router.get("/anthropic/v1/models?limit=2&before_id=" + second["first_id"]).json
+    assert (back["data"], back["has_more"]) == (first["data"], False)
+    nearest = pair.router.get("/anthropic/v1/models?limit=1&before_id=" + second["first_id"]).json
+    assert (nearest["data"], nearest["has_more"]) == (first["data"][1:], True)
+    last = pair.router.get("/anthropic/v1/models?limit=1&after_id=b-responses/m").json
+    assert (last["data"], last["has_more"], last["first_id"], last["last_id"]) == ([], False, None, None)
 
 
 def test_one_model_is_found_under_its_whole_name(pair):

@@ -247,7 +247,7 @@ def test_the_anthropic_shape_has_names_dates_and_pages():
     names = ROUTES.names()
     assert (listed["first_id"], listed["last_id"], listed["has_more"]) == (names[0], names[-1], False)
     for entry in listed["data"]:
-        assert set(entry) == {"type", "id", "display_name", "created_at"}
+        assert set(entry) == {"type", "id", "display_name", "created_at", "lifecycle"}
         assert entry["type"] == "model"
         assert entry["created_at"].endswith("Z")
 

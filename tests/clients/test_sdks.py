@@ -1,11 +1,14 @@
 """The real openai and anthropic SDKs: each of their formats, whole and streamed, with a tool round trip."""
 
+import base64
 import json
+import struct
 
 import pytest
 
-from fake_upstream import tool_results, tool_round_trip
+from fake_upstream import json_answer, tool_results, tool_round_trip
 from real_clients import MODEL, missing, sdk
+from running_router import config_of, provider
 
 QUESTION = "What is the weather in Paris?"
 SCHEMA = {
@@ -200,12 +203,46 @@ def test_the_model_lists(place, openai_client, anthropic_client):
     assert any(MODEL in model.id for model in anthropic_client(spot.url).models.list())
 
 
-def test_embeddings(place, openai_client):
-    spot = place("openai")
+def test_the_model_lists_are_typed_as_the_sdks_want_them_and_page_both_ways(router, openai_client, anthropic_client):
+    names = ["model/%d of many" % number for number in range(5)]
+    listed = router(config_of(provider("http://127.0.0.1:9", "openai", models=names)))
+    client = anthropic_client(listed.url)
+    forth = [model for page in client.models.list(limit=2).iter_pages() for model in page.data]
+    assert [model.id for model in forth if "many" in model.id] == ["fake/" + name for name in names]
+    first, middle = client.models.list(limit=2), forth[3].id
+    assert (first.first_id, first.last_id, first.has_more) == (forth[0].id, forth[1].id, True)
+    back = list(client.models.list(limit=2, before_id=middle))
+    assert [model.id for model in back] == [model.id for model in forth[1:3] + forth[:1]]
+    one = client.models.retrieve("fake/" + names[0])
+    for model in [*forth, one]:
+        type(one).model_validate_json(model.model_dump_json(), strict=True)
+        assert (model.type, model.lifecycle) == ("model", "active")
+    plain = openai_client(listed.url).models
+    assert [model.id for model in plain.list()] == [model.id for model in forth]
+    found = plain.retrieve("fake/" + names[0])
+    assert (found.id, found.object, found.owned_by) == ("fake/" + names[0], "model", "fake")
+    assert found.created > 1_000_000_000
+
+
+@pytest.mark.parametrize("encoding", [None, "float", "base64"])
+def test_embeddings(place, openai_client, encoding):
+    """Asked for nothing, the SDK asks for base64 and decodes it; told base64, it leaves the text alone."""
+    vector = [0.25, -0.5]
+    packed = base64.b64encode(struct.pack("<2f", *vector)).decode()
+
+    def embed(call):
+        wants_text = call.json.get("encoding_format") == "base64"
+        entry = {"object": "embedding", "index": 0, "embedding": packed if wants_text else vector}
+        usage = {"prompt_tokens": 1, "total_tokens": 1}
+        return json_answer(200, {"object": "list", "model": MODEL, "data": [entry], "usage": usage})
+
+    spot = place("openai", embed)
     if spot.wire not in ("", "openai"):
         pytest.skip("embeddings exist in the OpenAI format only")
-    answer = openai_client(spot.url).embeddings.create(model=MODEL, input="hello")
-    assert answer.data[0].embedding == [0.25, -0.5]
+    fields = {"encoding_format": encoding} if encoding else {}
+    answer = openai_client(spot.url).embeddings.create(model=MODEL, input="hello", dimensions=2, **fields)
+    assert answer.data[0].embedding == (packed if encoding == "base64" else vector)
+    assert spot.upstream.calls[0].json["dimensions"] == 2
 
 
 @both
