@@ -10098,6 +10098,10 @@ class Gateway:
     async def _refuse(
         self, error: RouterError, endpoint: Optional[Endpoint], wire: str, trail: Trail, client: Any
     ) -> None:
+        if not trail.operation:  # its path, key, method or body was refused before anybody was asked
+            trail.wire, trail.status, trail.outcome, trail.message = wire, error.status, error.code, error.message
+            trail.total_ms = int((self.host.now() - trail.began) * 1000)
+            self.host.record(trail)
         if client.is_open:
             client.write(WIRE_FORMATS[wire].error_event(_error_info(error), trail.id))
             client.cut()
@@ -12737,7 +12741,7 @@ def log_line(trail: Trail) -> str:
         _iso_time(trail.began_wall),
         trail.id,
         trail.wire + ("~" if trail.stream else ""),
-        one_line(trail.asked or "smart", 120),
+        one_line(trail.asked or ("smart" if trail.operation else "-"), 120),
         str(trail.status),
         trail.outcome,
         "[%s]" % "; ".join(map(_attempt_words, trail.attempts)),
@@ -12821,7 +12825,8 @@ class Metrics:
     def count(self, trail: Trail, known: Any) -> None:
         """Count a request that has ended. known: the refs that are configured."""
         wire, add = trail.wire or "none", self._add
-        add(("llm_router_requests_total", "format", wire, "operation", trail.operation, "status", str(trail.status)))
+        operation, status = trail.operation or "refused", str(trail.status)
+        add(("llm_router_requests_total", "format", wire, "operation", operation, "status", status))
         for attempt in trail.attempts:
             model = attempt.ref if attempt.ref in known else attempt.ref.partition("/")[0] + "/*"
             add(("llm_router_attempts_total", "model", model, "outcome", attempt.kind))
@@ -13758,10 +13763,11 @@ class LocalHost:
 
     def record(self, trail: Trail) -> None:
         """A request has ended: remember its trail, count it, write its line."""
-        self._ring.add(trail)
         self.counters.count(trail, self.known)
         self._log.add(trail)
-        self.keep(trail)
+        if trail.operation:  # not what was refused before it came to that: strangers could fill the ring
+            self._ring.add(trail)
+            self.keep(trail)
 
     def failed(self, error: BaseException) -> None:
         """An error of the router's own: one line, with `--debug` its traceback. Keys never stand in it."""
@@ -13990,9 +13996,7 @@ class Router:
             "llm_router_open_streams": {"": float(self.server.open_streams)},
             "llm_router_connections": {"": float(len(self.server.connections))},
             "llm_router_cooldown_seconds": {ref: state["left_s"] for ref, state in states.items()},
-            "llm_router_circuit_open": {
-                ref: float(state["state"] in ("open", "half-open")) for ref, state in states.items()
-            },
+            "llm_router_circuit_open": {ref: float(bool(self.book.read(ref).circuit_until)) for ref in states},
         }
         return self.host.counters.render(gauges)
 
