@@ -2067,6 +2067,7 @@ _QUOTED = r'"(?:[\t !#-\[\]-~\x80-\xff]|\\[\t -~\x80-\xff])*"'
 _EXTENSION = r"[ \t]*;[ \t]*%s(?:[ \t]*=[ \t]*(?:%s|%s))?" % (_TCHARS, _TCHARS, _QUOTED)
 _CHUNK_LINE = re.compile((r"([0-9A-Fa-f]{1,16})((?:%s)*)\r\n" % _EXTENSION).encode("latin-1"))
 _CHUNK_LINE_SO_FAR = re.compile(rb"[0-9A-Fa-f]{1,16}(?:[ \t;][\t -~\x80-\xff]*)?\r?")
+_HEX_DIGITS = b"0123456789abcdefABCDEF"
 _SPECIAL = {"host": 0, "content-length": 1, "transfer-encoding": 2, "expect": 3, "connection": 4}
 _VERSIONS = {"1.1": (1, 1), "1.0": (1, 0)}
 _MAX_LENGTH_DIGITS, _ENDLESS = 19, 1 << 80
@@ -2403,6 +2404,14 @@ class ChunkDecoder:
             data, self._held = self._held + data, b""
         parts: List[bytes] = []
         position, size = 0, len(data)
+        if self._step is ChunkDecoder._read_size:
+            begin = data.find(b"\r\n", 0, 9) + 2
+            digits = data[: max(begin - 2, 0)]
+            # Exactly one whole chunk without extensions: what nearly every event of a stream is.
+            if digits and not digits.strip(_HEX_DIGITS) and begin + int(digits, 16) + 2 == size > begin + 2:
+                if data.endswith(b"\r\n") and self.size + size <= self._limits.max_body_bytes:
+                    self.size += size - begin - 2
+                    return data[begin:-2]
         while position < size:
             after = self._step(self, data, position, parts)
             if after == position:
@@ -2611,17 +2620,17 @@ class ResponseParser:
     Not tolerated: any doubt about where the answer ends (RFC 9112 6.3).
     """
 
-    __slots__ = ("head", "_has_body", "_held", "_searched", "_interim", "_decoder", "_until_close", "_persistent")
+    __slots__ = ("head", "_has_body", "_held", "_searched", "_interim", "decoder", "_until_close", "_persistent")
 
     def __init__(self, method: str = "POST") -> None:
         self.head: Optional[ResponseHead] = None
         self._has_body, self._held = method != "HEAD", bytearray()
         self._searched = self._interim = 0
-        self._decoder: Any = _LengthDecoder(_ENDLESS)
+        self.decoder: Any = _LengthDecoder(_ENDLESS)
         self._until_close = self._persistent = False
 
-    complete = property(lambda self: self._decoder.complete)
-    surplus = property(lambda self: self._decoder.surplus)
+    complete = property(lambda self: self.decoder.complete)
+    surplus = property(lambda self: self.decoder.surplus)
     # Whether the connection may carry another request: the answer ended exactly, and nobody said close.
     reusable = property(lambda self: self.complete and self._persistent and not self.surplus)
 
@@ -2629,11 +2638,13 @@ class ResponseParser:
         """The body bytes that `data` brought, without any chunking; b"" in the head. UpstreamProtocolError (502)."""
         if self.head is None:
             data = self._read_head(data)
-        return self._decoder.feed(data) if data else b""
+            if not data:
+                return data
+        return self.decoder.feed(data)
 
     def finish(self) -> None:
         """The upstream closed the connection. UpstreamProtocolError (502, "upstream_truncated") if it was too early."""
-        self._decoder.complete = self.complete or self._until_close
+        self.decoder.complete = self.complete or self._until_close
         if not self.complete:
             what = "within its answer" if self.head or self._held else "without an answer"
             raise UpstreamProtocolError("the connection was closed " + what, 502, "upstream_truncated")
@@ -2665,17 +2676,17 @@ class ResponseParser:
         # RFC 9112 6.1: chunked in HTTP/1.0 is read, but the connection is not to be trusted afterwards.
         self._persistent = persistent and not (codings and head.version == (1, 0))
         if not self._has_body or head.status in (204, 304):
-            self._decoder = _LengthDecoder(0)
+            self.decoder = _LengthDecoder(0)
         elif codings:
             if lengths or [value.lower() for value in codings] != ["chunked"]:
                 raise UpstreamProtocolError("its transfer encoding is not understood")
-            self._decoder = ChunkDecoder(_ANSWER_LIMITS, UpstreamProtocolError)
+            self.decoder = ChunkDecoder(_ANSWER_LIMITS, UpstreamProtocolError)
         elif lengths:
             # RFC 9112 6.3: equal lengths, repeated or listed, count as one; anything else is an error.
             length, *others = {length.strip(" \t") for length in ",".join(lengths).split(",")}
             if others or len(length) > _MAX_LENGTH_DIGITS or not _DIGITS.fullmatch(length):
                 raise UpstreamProtocolError("its content length is not understood")
-            self._decoder = _LengthDecoder(int(length))
+            self.decoder = _LengthDecoder(int(length))
         else:
             self._until_close, self._persistent = True, False
 
@@ -4409,10 +4420,7 @@ OPENAI_CHAT = WireFormat(
     parse_error=read_error,
     render_error=render_chat_error,
     error_event=chat_error_event,
-    watch=re.compile(
-        rb'"usage"\s*:\s*\{|"error"\s*:\s*[{\["]|"finish_reason"\s*:\s*"|data:\s*\[DONE\]|event:\s*error'
-        rb'|"object"\s*:\s*"error"'
-    ),
+    watch=re.compile(rb'"(?:usage"\s*:\s*\{|error"\s*:\s*[{\["]|finish_reason"\s*:\s*"|object"\s*:\s*"error")'),
     losses=CHAT_LOSSES,
     answer="choices",
     read_usage=_chat_usage,
@@ -6451,7 +6459,7 @@ OPENAI_RESPONSES = WireFormat(
     renderer=ResponsesRenderer, parse_error=read_error, render_error=render_responses_error,
     error_event=responses_error_event, losses=RESPONSES_LOSSES, answer="output", read_usage=parse_responses_usage,
     # Quotes inside JSON strings are escaped, so these words match no text that the model wrote.
-    watch=re.compile(rb'(?m)"response\.(?:completed|incomplete|failed|cancelled)"|"error"|"usage"|^event: ?error'),
+    watch=re.compile(rb'"(?:response\.(?:completed|incomplete|failed|cancelled)|error|usage)"'),
 )  # fmt: skip
 # ==============================================================================
 # 12 TRANSLATION - the table of wire formats, and streams from one to another [pure]
@@ -6664,11 +6672,12 @@ class StreamTranslator:
         """The target's bytes for what `data` completes."""
         if self.failed is not None:
             return b""
-        try:
-            whole = self._splitter.feed(data)
-        except RouterError as error:
-            return self._fail(ErrorInfo(error.status, error.message, code=error.code))
-        return self._take(whole) if whole else b""
+        if self._splitter.pending or not data.endswith(b"\n\n"):
+            try:
+                data = self._splitter.feed(data)
+            except RouterError as error:
+                return self._fail(ErrorInfo(error.status, error.message, code=error.code))
+        return self._take(data) if data else b""
 
     def finish(self) -> bytes:
         """The target's bytes for the end of the stream; a stream without its end becomes an error."""
@@ -6726,8 +6735,11 @@ class StreamRelay(StreamTranslator):
         super().__init__(source, source, context, limit, secret)
         self._context = context
         self._error_event = WIRE_FORMATS[source].error_event
-        self._watch = WIRE_FORMATS[source].watch.search
+        self._watch_json = WIRE_FORMATS[source].watch.search
         self._mark = _MODEL_EVENTS.get(source, b"") if context.request.model else b""
+
+    def _watch(self, raw: bytes) -> Any:
+        return self._watch_json(raw) or b"[DONE]" in raw or _ERROR_EVENT.search(raw)
 
     def _take(self, whole: bytes) -> bytes:
         if self.content and not self._watch(whole):
@@ -6755,6 +6767,9 @@ class StreamRelay(StreamTranslator):
     def _fail(self, error: ErrorInfo) -> bytes:
         self.failed = error
         return self._error_event(error, self._context.id)
+
+
+_ERROR_EVENT = re.compile(rb"event:\s*error")
 
 
 def make_processor(
@@ -10143,12 +10158,8 @@ class Gateway:
         resolved = self.items.resolve(inbound.body.value) if inbound.wire == "responses" else None
         if resolved is not None:
             inbound = inbound._replace(body=JsonObject(resolved, "", {}))
-        trail.wire, trail.asked, trail.operation, trail.stream = (
-            inbound.wire,
-            inbound.asked,
-            inbound.operation,
-            inbound.stream,
-        )
+        trail.wire, trail.asked = inbound.wire, inbound.asked
+        trail.operation, trail.stream = inbound.operation, inbound.stream
         exchange = Exchange(self, inbound, client, trail, cors_headers(self.access, call.headers))
         try:
             await exchange.run()
@@ -11547,6 +11558,7 @@ class Connection:
     """One connection to an upstream, driven by the loop. One exchange at a time; its Reply gets what arrives."""
 
     def __init__(self, loop: Any, dial: Dial, on_free: Callable[[Connection], None]) -> None:
+        import socket
         import ssl
 
         self.key = dial.key
@@ -11562,6 +11574,7 @@ class Connection:
         self._on_free = on_free
         self._reply: Optional[Reply] = None
         self._is_tls = isinstance(dial.sock, ssl.SSLSocket)
+        self._peek = 0 if self._is_tls else socket.MSG_PEEK
         self._not_yet = (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
         self._reads = self._writes = False
         self.resume()
@@ -11577,10 +11590,8 @@ class Connection:
 
         TLS has no MSG_PEEK; there a read that would block means alive, and what it reads otherwise is unasked for.
         """
-        import socket
-
         try:
-            self._sock.recv(1) if self._is_tls else self._sock.recv(1, socket.MSG_PEEK)
+            self._sock.recv(1, self._peek)
         except self._not_yet:
             return not self.is_closed
         except OSError:
@@ -11627,9 +11638,8 @@ class Connection:
             return
         except OSError as error:
             if self._reply is not None:
-                self._reply.fail(
-                    UpstreamError("the connection broke while sending: %s" % one_line(str(error), 80), "reset")
-                )
+                told = one_line(str(error), 80)
+                self._reply.fail(UpstreamError("the connection broke while sending: " + told, "reset"))
             return
         self.unsent = None
         if self._writes:
@@ -11665,12 +11675,52 @@ class Connection:
             reply.end(error)
 
 
+class Deadlines:
+    """Callbacks by moment, nearly all of which are called off again. One timer serves them all, since a timer of the
+    loop's own for each read would cost more than the read."""
+
+    def __init__(self, loop: Any) -> None:
+        self._loop = loop
+        self._moments: Dict[Callable[[], None], float] = {}
+        self._timer: Any = None
+        self._next = math.inf
+
+    def set(self, callback: Callable[[], None], moment: float) -> None:
+        """Call `callback` at `moment` of the loop's clock, unless it is called off."""
+        self._moments[callback] = moment
+        if moment < self._next:
+            self.close()
+            self._next, self._timer = moment, self._loop.call_at(moment, self._ring)
+
+    def call_off(self, callback: Callable[[], None]) -> None:
+        """Forget a callback."""
+        self._moments.pop(callback, None)
+
+    def close(self) -> None:
+        """Ring no more."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._next = math.inf
+
+    def _ring(self) -> None:
+        now, self._next = self._loop.time(), math.inf
+        due = [callback for callback, moment in self._moments.items() if moment <= now]
+        for callback in due:
+            self._moments.pop(callback, None)
+            callback()
+        if self._moments and self._next == math.inf:
+            self._next = min(self._moments.values())
+            self._timer = self._loop.call_at(self._next, self._ring)
+
+
 class Reply:
     """An upstream's answer as it arrives: the head first, then the body, pulled with `read` or pushed with `pipe`."""
 
-    def __init__(self, loop: Any, connection: Connection, max_body_bytes: int) -> None:
+    def __init__(self, loop: Any, connection: Connection, max_body_bytes: int, deadlines: Deadlines) -> None:
         self._loop = loop
         self._connection = connection
+        self._deadlines = deadlines
+        self._late = ("", 0.0)
         self._parser = ResponseParser()
         self._max_body_bytes = max_body_bytes
         self._inflater: Any = None
@@ -11757,17 +11807,20 @@ class Reply:
         self.last_byte_at = self._loop.time()
         try:
             body = self._parser.feed(data)
-            if body:
+            if body and (self._first or self._inflater is not None):
                 body = self._inflate(body)
         except RouterError as error:
             self.fail(UpstreamError(error.message, "bad_response"))
             return
         if body:
-            self._take(body)
-        if self._parser.complete:
+            if self._on_data is not None:
+                self._on_data(body)
+            else:
+                self._keep(body)
+        if self._parser.decoder.complete:
             self._finish()
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+        if self._waiter is not None:
+            self._wake()
 
     def end(self, error: Optional[UpstreamError]) -> None:
         """The connection has ended, with an error or by the peer's FIN."""
@@ -11796,10 +11849,7 @@ class Reply:
         self._tell_end()
         self._wake()
 
-    def _take(self, body: bytes) -> None:
-        if self._on_data is not None:
-            self._on_data(body)
-            return
+    def _keep(self, body: bytes) -> None:
         self._parts.append(body)
         self._buffered += len(body)
         if self._buffered > _PAUSE_BYTES:
@@ -11850,15 +11900,18 @@ class Reply:
 
     async def _wait(self, timeout_s: Optional[float], what: str) -> None:
         self._waiter = self._loop.create_future()
-        timer = None if timeout_s is None else self._loop.call_later(timeout_s, self._time_out, what, timeout_s)
+        if timeout_s is not None:
+            self._late = (what, timeout_s)
+            self._deadlines.set(self._time_out, self._loop.time() + timeout_s)
         try:
             await self._waiter
         finally:
             self._waiter = None
-            if timer is not None:
-                timer.cancel()
+            if timeout_s is not None:
+                self._deadlines.call_off(self._time_out)
 
-    def _time_out(self, what: str, timeout_s: float) -> None:
+    def _time_out(self) -> None:
+        what, timeout_s = self._late
         self.fail(UpstreamError("no sign of %s within %g s" % (what, round(timeout_s, 3)), "timeout", True))
 
 
@@ -11872,13 +11925,14 @@ class Upstreams:
         self._dialer = Dialer(loop, settings.dial_threads, settings.dial_threads_per_upstream, self._dialled)
         self._idle: Dict[UpstreamKey, List[Connection]] = {}
         self._waiting: Dict[UpstreamKey, OrderedDict[Any, None]] = {}
+        self._deadlines = Deadlines(loop)
         self._sweeper: Any = None
 
     async def send(self, outbound: Outbound) -> Reply:
         """Send one request and wait for the head of its answer. UpstreamError when there is none."""
         while True:
             connection = self._take_idle(outbound.target) or await self._connect(outbound)
-            reply = Reply(self._loop, connection, self._settings.max_answer_bytes)
+            reply = Reply(self._loop, connection, self._settings.max_answer_bytes, self._deadlines)
             path, headers = connection.prefix + outbound.path, outbound.headers + connection.proxy_headers
             connection.start(render_upstream_request(outbound.method, path, headers, outbound.body), reply)
             try:
@@ -11897,6 +11951,7 @@ class Upstreams:
             for connection in connections:
                 connection.close()
         self._idle.clear()
+        self._deadlines.close()
         self._dialer.close()
         if self._sweeper is not None:
             self._sweeper.cancel()
@@ -12032,14 +12087,8 @@ class Sink:
             await connection.server.delay_refusal(connection)
         keep_alive = connection.may_keep_alive(self._head)
         connection.closes = not keep_alive
-        data = render_response(
-            status,
-            headers,
-            body,
-            head_only=self._head.method == "HEAD",
-            keep_alive=keep_alive,
-            date=connection.server.date(),
-        )
+        bare, date = self._head.method == "HEAD", connection.server.date()
+        data = render_response(status, headers, body, head_only=bare, keep_alive=keep_alive, date=date)
         self.ended = True
         connection.send(data)
         await connection.drain()
@@ -12060,7 +12109,8 @@ class Sink:
     def write(self, data: bytes) -> None:
         """Send a piece of the stream."""
         if data:
-            self._sent_at = self._connection.loop.time()
+            if self._timer is not None:
+                self._sent_at = self._connection.loop.time()
             self._connection.send(encode_chunk(data) if self._chunked else data)
 
     async def relay(self, reply: Reply, processor: Any, idle_ms: int, left_s: Optional[float]) -> str:
@@ -12167,7 +12217,8 @@ class _Relay:
     def _on_data(self, data: bytes) -> None:
         if self._end:
             return
-        out = self._processor.feed(data)
+        processor = self._processor
+        out = processor.feed(data)
         if out:
             if self._connection.is_gone():
                 self._stop("client_gone")
@@ -12176,9 +12227,9 @@ class _Relay:
             if self._connection.is_blocked():
                 self._reply.pause()
                 self._wake()
-        if self._processor.failed is not None:
+        if processor.failed is not None:
             self._stop("failed")
-        elif self._processor.done and not self._lingers:
+        elif processor.done and not self._lingers:
             self._lingers = True  # the answer is complete; what follows is at most accounting
             self._loop.call_later(_LINGER_S, self._stop, "end")
 
@@ -12546,7 +12597,7 @@ class Server:
         self._listeners: List[Any] = []
         self._tasks: Set[Any] = set()
         self._inflight_bytes = 0
-        self._date = (0, "")
+        self._date = (0.0, "")
         self._ticker: Any = None
 
     async def listen(self, host: str, port: int) -> int:
@@ -12652,12 +12703,13 @@ class Server:
 
     def date(self) -> str:
         """The present moment as an HTTP date (RFC 9110, 5.6.7), made once a second."""
-        import time
-        from email.utils import formatdate
+        now = self.loop.time()
+        if now >= self._date[0]:
+            import time
+            from email.utils import formatdate
 
-        now = int(time.time())
-        if self._date[0] != now:
-            self._date = (now, formatdate(now, usegmt=True))
+            wall = time.time()
+            self._date = (now + 1 - wall % 1, formatdate(int(wall), usegmt=True))
         return self._date[1]
 
     async def drain(self, grace_s: float) -> bool:
