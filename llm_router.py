@@ -1276,39 +1276,27 @@ def _kind_schema(kind: str) -> Dict[str, Any]:
     return dict(schema, minimum=0) if kind == "whole" else schema
 
 
+# fmt: off
 _SCHEMA_TYPES = {str: "string", int: "integer", bool: "boolean", dict: "object"}
-_URL_SCHEMA = {"type": "string", "pattern": "^[Hh][Tt][Tt][Pp][Ss]?://[^@#]+$"}
+_TEXT_SCHEMA = {"type": "string"}
+_URL_SCHEMA = {"type": "string", "pattern": "^[Hh][Tt][Tt][Pp][Ss]?://[^/?#@]+([/?][^#]*)?$"}
+_URLS_SCHEMA = {"anyOf": [_URL_SCHEMA, {"type": "array", "items": _URL_SCHEMA, "minItems": 1}]}
+_NAMED_PROVIDER = {"allOf": [{"$ref": "#/definitions/provider"}, {"required": ["id"]}]}
 _READER_SCHEMAS: Dict[str, Dict[str, Any]] = {
     "header_name": {"type": "string", "pattern": "^(?:%s)$" % _HEADER_NAME.pattern},
-    "url": {"anyOf": [_URL_SCHEMA, {"type": "array", "items": _URL_SCHEMA, "minItems": 1}]},
-    "urls": {
-        "anyOf": [
-            {
-                "type": "object",
-                "propertyNames": {"enum": [*WIRES, *_WIRE_ALIASES]},
-                "additionalProperties": _URL_SCHEMA,
-            },
-            {"anyOf": [_URL_SCHEMA, {"type": "array", "items": _URL_SCHEMA, "minItems": 1}]},
-        ]
-    },
+    "url": _URLS_SCHEMA,
+    "urls": {"anyOf": [_URLS_SCHEMA, {"type": "object", "propertyNames": {"enum": [*WIRES, *_WIRE_ALIASES]},
+                                      "additionalProperties": _URL_SCHEMA}]},
     "proxy": {"type": "string", "pattern": "^(?:none|http://.+)?$"},
-    "targets": {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 1}]},
-    "betas": {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]},
+    "targets": {"anyOf": [_TEXT_SCHEMA, {"type": "array", "items": _TEXT_SCHEMA, "minItems": 1}]},
+    "betas": {"anyOf": [_TEXT_SCHEMA, {"type": "array", "items": _TEXT_SCHEMA}]},
     "client_keys": {"type": "array", "items": {"$ref": "#/definitions/client_key"}},
-    "models": {
-        "anyOf": [
-            {"type": "string"},
-            {"type": "array", "minItems": 1, "items": {"anyOf": [{"type": "string"}, {"$ref": "#/definitions/model"}]}},
-        ]
-    },
-    "providers": {
-        "anyOf": [
-            {"type": "array", "items": {"allOf": [{"$ref": "#/definitions/provider"}, {"required": ["id"]}]}},
-            {"allOf": [{"$ref": "#/definitions/provider"}, {"required": ["id"]}]},
-            {"type": "object", "additionalProperties": {"$ref": "#/definitions/provider"}},
-        ]
-    },
+    "models": {"anyOf": [_TEXT_SCHEMA, {"type": "array", "minItems": 1, "items": {
+        "anyOf": [_TEXT_SCHEMA, {"$ref": "#/definitions/model"}]}}]},
+    "providers": {"anyOf": [{"type": "array", "items": _NAMED_PROVIDER}, _NAMED_PROVIDER,
+                            {"type": "object", "additionalProperties": {"$ref": "#/definitions/provider"}}]},
 }
+# fmt: on
 
 
 # ----- what names mean -----
@@ -15360,7 +15348,9 @@ class ProbeRun:
     ) -> None:
         import asyncio
         import threading
+        import time
 
+        self.wall = time.time
         self._loop = asyncio.SelectorEventLoop()  # whatever the platform: connections are watched by number
         self._upstreams = Upstreams(self._loop, settings, environ)
         self.now = self._loop.time
@@ -15368,7 +15358,7 @@ class ProbeRun:
         self._probe = Probe(plan, settings, self)
         self._limit_s = limit_s
         self._over = threading.Event()
-        self._task: Any = None
+        self._task = self._loop.create_task(self._probe.run())
         self._failure: Optional[Exception] = None
         threading.Thread(target=self._work, name="llm-router-probe", daemon=True).start()
 
@@ -15376,12 +15366,6 @@ class ProbeRun:
     def report(self) -> ProbeReport:
         """What is known by now."""
         return self._probe.report
-
-    def wall(self) -> float:
-        """Unix seconds."""
-        import time
-
-        return time.time()
 
     async def gather(self, function: Callable[..., Any], arguments: Sequence[Tuple[Any, ...]]) -> None:
         """Await `function` with each tuple of arguments, a few at a time."""
@@ -15398,7 +15382,7 @@ class ProbeRun:
     def cancel(self) -> None:
         """End it soon; `wait` tells when."""
         try:
-            self._loop.call_soon_threadsafe(self._stop)
+            self._loop.call_soon_threadsafe(self._task.cancel)
         except RuntimeError:  # it is over
             pass
 
@@ -15409,16 +15393,11 @@ class ProbeRun:
             raise self._failure
         return is_over
 
-    def _stop(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
-
     def _work(self) -> None:
         import asyncio
 
         try:
-            self._task = self._loop.create_task(self._probe.run())
-            self._loop.call_later(self._limit_s, self._stop)
+            self._loop.call_later(self._limit_s, self._task.cancel)
             self._loop.run_until_complete(self._task)
         except asyncio.CancelledError:
             pass
@@ -16407,24 +16386,21 @@ def _find_operation(name: str) -> Operation:
     return _find_named(name, OPERATIONS, "operation", "llm-router config --help lists them")
 
 
-def _edit(
-    values: Values,
-    environ: Environ,
-    change: Callable[[Dict[str, Any]], Edit],
-    made: str = "",
-    told: Mapping[str, Any] = {},
-) -> int:
-    """Apply an edit to the file and tell what was done; a key that was made is shown here and nowhere else."""
+def _edit(values: Values, environ: Environ, change: Callable[[Dict[str, Any]], Edit], **told: Any) -> int:
+    """Apply an edit to the file and tell what was done; a key that was made is shown here and nowhere else.
+
+    told: what else to tell as JSON.
+    """
     path = config_path(values.get("config", ""))
     edit = edit_config_file(path, change)
-    shown = {"masterKey": edit.document["masterKey"]} if values.get("generate") else {}
-    shown.update({"clientKey": made} if made else {})
+    told.update({"masterKey": edit.document["masterKey"]} if values.get("generate") else {})
     if values.get("json"):
-        _print_json(dict({"path": path, "changes": list(edit.notes)}, **shown, **told))
+        _print_json(dict({"path": path, "changes": list(edit.notes)}, **told))
     else:
         print("\n".join(map(one_line, edit.notes + ("saved to " + path,))))
-        for name, key in shown.items():
-            print("%s key (shown only now): %s" % (name[:-3], key))
+        for name in ("masterKey", "clientKey"):
+            if name in told:
+                print("%s key (shown only now): %s" % (name[:-3], told[name]))
     _warn("%s is set and goes before this file" % name for name in _hiding_variables(values, environ))
     _warn_of(find_problems(edit.document))
     return 0
@@ -16456,13 +16432,13 @@ def run_upsert(values: Values, environ: Environ) -> int:
         report = _ask_provider(plan, environ)
         learned = learned_fields(plan, report)
         change = change._replace(**{_snake(key): value for key, value in learned.items()})
-        told = {"probe": _probe_facts(report), "learned": learned}
+        told.update(probe=_probe_facts(report), learned=learned)
         if report.rows and not values.get("json"):
             print(_table(*probe_table(report)) + "\n")
             word = "assumed" if report.is_tentative else "learned"
             print("".join("%s %s: %s\n" % (word, key, json.dumps(value)) for key, value in learned.items()), end="")
         _warn(_probe_warnings(report))
-    return _edit(values, environ, lambda document: upsert_provider(document, change), told=told)
+    return _edit(values, environ, lambda document: upsert_provider(document, change), **told)
 
 
 def _remove_models(values: Values) -> Callable[[Dict[str, Any]], Edit]:
@@ -16524,7 +16500,8 @@ def run_add_client_key(values: Values, environ: Environ) -> int:
 
     given = values.get("client_key", "")
     key = given or "lr-" + secrets.token_urlsafe(32)
-    return _edit(values, environ, lambda document: add_client_key(document, values["name"], key), "" if given else key)
+    made = {} if given else {"clientKey": key}
+    return _edit(values, environ, lambda document: add_client_key(document, values["name"], key), **made)
 
 
 def run_list(values: Values, environ: Environ) -> int:
@@ -16574,7 +16551,7 @@ def _find_entry(document: Dict[str, Any], wanted: str, environ: Environ) -> Tupl
 
 def run_discover(values: Values, environ: Environ) -> int:
     """`--operation=discover-models`: what a configured provider lists; nothing is stored."""
-    document = load_config(values.get("config", ""), environ).document or {}
+    document = _load_some(values, environ).document
     provider, raw = _find_entry(document, values["provider_id"], environ)
     models = ask_models(plan_probe(provider, raw), read_settings({}, environ)[0], environ)
     if values.get("json"):
@@ -16585,7 +16562,7 @@ def run_discover(values: Values, environ: Environ) -> int:
 
 def run_test_provider(values: Values, environ: Environ) -> int:
     """`--operation=test-provider`: ask a configured provider; 1 when one of the models answers in no format."""
-    document = load_config(values.get("config", ""), environ).document or {}
+    document = _load_some(values, environ).document
     provider, raw = _find_entry(document, values["provider_id"], environ)
     plan = plan_probe(provider, raw, values.get("models", ()))
     wires = tuple(wire for wire in WIRES if wire in map(_wire_of, values.get("formats", ())))
@@ -16611,10 +16588,8 @@ def _ask_provider(plan: ProbePlan, environ: Environ) -> ProbeReport:
         while not run.wait(0.1):
             rows = run.report.rows
             left = sum(row.state in ("waiting", "asking") for row in rows)
-            text = (
-                "asking %s: %d of %d" % (plan.provider.id, len(rows) - left, len(rows)) if rows else "asking for a list"
-            )
-            print("\r" + text if shows else "", end="", file=sys.stderr, flush=True)
+            text = "\rasking %s: %d of %d" % (plan.provider.id, len(rows) - left, len(rows))
+            print(text if shows else "", end="", file=sys.stderr, flush=True)
     finally:
         run.cancel()
         print("\r\033[K" if shows else "", end="", file=sys.stderr, flush=True)
@@ -16664,27 +16639,31 @@ def run_startup(values: Values, environ: Environ) -> int:
 def run_validate(values: Values, environ: Environ) -> int:
     """`--operation=validate`: every problem with place, path and cure; exit code 2 when one is an error."""
     try:
-        loaded = load_config(values.get("config", ""), environ)
-        if loaded.document is None:
-            raise ConfigError("there is no configuration: %s does not exist" % one_line(loaded.path))
+        loaded = _load_some(values, environ)
+        source, problems = loaded.source, [Problem("", *note.rsplit(": ", 1), "warning") for note in loaded.warnings]
+        problems += locate_problems(scan_config(loaded.document, environ)[1], loaded.text)
     except ConfigError as error:
         if not values.get("json"):
             raise
-        found = error.problems or [Problem("", error.message, "")]
         source = (_hiding_variables(values, environ) or [config_path(values.get("config", ""))])[0]
-        _print_json({"ok": False, "source": source, "problems": [problem._asdict() for problem in found]})
-        return 2
-    problems = [Problem("", *warning.rsplit(": ", 1), "warning") for warning in loaded.warnings]
-    problems += locate_problems(scan_config(loaded.document, environ)[1], loaded.text)
+        problems = list(error.problems) or [Problem("", error.message, "")]
     ok = all(problem.level != "error" for problem in problems)
     if values.get("json"):
-        _print_json({"ok": ok, "source": loaded.source, "problems": [problem._asdict() for problem in problems]})
+        _print_json({"ok": ok, "source": source, "problems": [problem._asdict() for problem in problems]})
         return 0 if ok else 2
     for problem in problems:
-        place = "%s:%d:%d: " % (one_line(loaded.source), problem.line, problem.column) if problem.line else ""
+        place = "%s:%d:%d: " % (one_line(source), problem.line, problem.column) if problem.line else ""
         print("%s%s: %s" % (place, _colored(problem.level, problem.level), show_problem(problem)))
-    print("%s: %s" % (one_line(loaded.source), "ok" if ok else "cannot be used"))
+    print("%s: %s" % (one_line(source), "ok" if ok else "cannot be used"))
     return 0 if ok else 2
+
+
+def _load_some(values: Values, environ: Environ) -> Loaded:
+    """The configuration in use. ConfigError when there is none."""
+    loaded = load_config(values.get("config", ""), environ)
+    if loaded.document is None:
+        raise ConfigError("there is no configuration: %s does not exist" % one_line(loaded.path))
+    return loaded
 
 
 def run_schema(values: Values, environ: Environ) -> int:
@@ -16696,15 +16675,13 @@ def run_export(values: Values, environ: Environ) -> int:
     """`--operation=export`: the configuration in use as JSON: masked, or complete into a private file or when asked."""
     import os
 
-    loaded = load_config(values.get("config", ""), environ)
-    if loaded.document is None:
-        raise UsageError("there is no configuration: %s does not exist" % one_line(loaded.path))
-    if values.get("out"):
-        target = os.path.realpath(os.path.expanduser(values["out"]))
-        write_private(target, dump_json(loaded.document) + b"\n")
-        print("saved to " + one_line(target))
-        return 0
-    return _print_json(loaded.document if values.get("show_secrets") else mask_document(loaded.document))
+    document = _load_some(values, environ).document
+    if not values.get("out"):
+        return _print_json(document if values.get("show_secrets") else mask_document(document))
+    target = os.path.realpath(os.path.expanduser(values["out"]))
+    write_private(target, dump_json(document) + b"\n")
+    print("saved to " + one_line(target))
+    return 0
 
 
 # fmt: off
