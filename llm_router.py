@@ -193,9 +193,11 @@ def mask(secret: str) -> str:
     return secret[:3] + "..." + secret[-4:] if len(secret) >= 16 else "***"
 
 
-def mask_in(text: str, secret: str) -> str:
-    """`text` with `secret`, should it stand there, masked. Secrets of less than 6 characters are words, not keys."""
-    return text.replace(secret, mask(secret)) if len(secret) >= 6 else text
+def mask_in(text: str, secrets: Sequence[str]) -> str:
+    """`text` with each secret that stands in it masked. Secrets of less than 6 characters are words, not keys."""
+    for secret in secrets:
+        text = text.replace(secret, mask(secret)) if len(secret) >= 6 else text
+    return text
 
 
 def one_line(text: str, limit: int = 300) -> str:
@@ -1608,6 +1610,13 @@ def _secret_name(name: str, under: str) -> str:
 def mask_url(url: str) -> str:
     """A URL without passwords, and with the keys in its query masked."""
     return _SECRET_QUERY.sub(r"\1***", re.sub(r"//[^/?#]*@", "//***@", url))
+
+
+def secrets_of(provider: Provider) -> Tuple[str, ...]:
+    """All that is shown to a provider and to nobody else: its key, its own headers, the keys in its URLs."""
+    headers = [value for name, value in provider.headers.items() if value and name.lower() not in _PLAIN_HEADERS]
+    found = [match for url in provider.base_urls.values() for match in _SECRET_QUERY.finditer(url)]
+    return (provider.api_key, *headers, *[match.group()[len(match.group(1)) :] for match in found])
 
 
 # ----- the document -----
@@ -6617,15 +6626,15 @@ class StreamTranslator:
     A failure ends the output with an error event of the target's format and without its terminator.
     content: the first content was seen: text, reasoning or refusal that is not empty, or a tool's name.
     failed: the error that ended the stream, also when it ended too early.
-    limit: bytes of one event. secret: the provider's key; should the upstream's error echo it, it is masked (trap 183).
+    limit: bytes of one event. secrets: the provider's; should the upstream's error echo one, it is masked (trap 183).
     """
 
     def __init__(
-        self, source: str, target: str, context: Context, limit: int = MAX_EVENT_BYTES, secret: str = ""
+        self, source: str, target: str, context: Context, limit: int = MAX_EVENT_BYTES, secrets: Sequence[str] = ()
     ) -> None:
         self.content = False
         self.failed: Optional[ErrorInfo] = None
-        self._secret = secret
+        self._secrets = secrets
         self._splitter = EventSplitter(limit)
         self._parser = WIRE_FORMATS[source].parser(context)
         self._renderer = WIRE_FORMATS[target].renderer(context)
@@ -6701,14 +6710,14 @@ class StreamTranslator:
             elif kind is Finished:
                 self._finished = event
             elif kind is Failed:
-                self.failed = event.error._replace(message=mask_in(event.error.message, self._secret))
+                self.failed = event.error._replace(message=mask_in(event.error.message, self._secrets))
 
     def _fail(self, error: ErrorInfo) -> bytes:
         return self._write([Failed(error)])
 
     def _hide(self, out: bytes) -> bytes:
         """What is sent of an upstream's error."""
-        return mask_in(out.decode("utf-8", "surrogateescape"), self._secret).encode("utf-8", "surrogateescape")
+        return mask_in(out.decode("utf-8", "surrogateescape"), self._secrets).encode("utf-8", "surrogateescape")
 
 
 class StreamRelay(StreamTranslator):
@@ -6719,8 +6728,10 @@ class StreamRelay(StreamTranslator):
     connection cut off is not passed on. Where the format shows the model in its first event, that is renamed.
     """
 
-    def __init__(self, source: str, context: Context, limit: int = MAX_EVENT_BYTES, secret: str = "") -> None:
-        super().__init__(source, source, context, limit, secret)
+    def __init__(
+        self, source: str, context: Context, limit: int = MAX_EVENT_BYTES, secrets: Sequence[str] = ()
+    ) -> None:
+        super().__init__(source, source, context, limit, secrets)
         self._context = context
         self._error_event = WIRE_FORMATS[source].error_event
         self._watch_json = WIRE_FORMATS[source].watch.search
@@ -6761,12 +6772,12 @@ _ERROR_EVENT = re.compile(rb"event:\s*error")
 
 
 def make_processor(
-    source: str, target: str, context: Context, limit: int = MAX_EVENT_BYTES, secret: str = ""
+    source: str, target: str, context: Context, limit: int = MAX_EVENT_BYTES, secrets: Sequence[str] = ()
 ) -> StreamTranslator:
     """What stands between an upstream that speaks `source` and a client that speaks `target`."""
     if source == target:
-        return StreamRelay(source, context, limit, secret)
-    return StreamTranslator(source, target, context, limit, secret)
+        return StreamRelay(source, context, limit, secrets)
+    return StreamTranslator(source, target, context, limit, secrets)
 
 
 def _split_events(whole: bytes) -> Iterator[bytes]:
@@ -10299,7 +10310,7 @@ class Exchange:
             if reply is not None and not keeps:
                 reply.close()
             if isinstance(result, Outcome):
-                result = _redacted(result, candidate.provider.api_key)
+                result = _redacted(result, candidate.provider)
             self._note(outbound, action, result)
         return result  # type: ignore[return-value]
 
@@ -10434,9 +10445,9 @@ class Exchange:
 
     async def _judge_stream(self, outbound: Outbound, reply: Any, has_more: bool) -> Union[Outcome, Answer]:
         """Hold a stream back until its first content: until then it can still turn out to be no answer (trap 130)."""
-        secret = self._candidate.provider.api_key if self._candidate is not None else ""
+        secrets = secrets_of(self._candidate.provider) if self._candidate is not None else ()
         processor = make_processor(
-            outbound.wire, self._inbound.wire, self._context(), self._settings.max_event_bytes, secret
+            outbound.wire, self._inbound.wire, self._context(), self._settings.max_event_bytes, secrets
         )
         timeouts = outbound.timeouts
         content_ms = timeouts.first_content_ms if has_more else 0  # the last one gets all the time there is (trap 158)
@@ -10673,12 +10684,12 @@ def is_empty(response: ChatResponse) -> bool:
     return not any(isinstance(block, (ToolCall, Opaque)) or getattr(block, "text", "") for block in response.blocks)
 
 
-def _redacted(outcome: Outcome, secret: str) -> Outcome:
-    """An outcome in which the provider's key, should the upstream echo it, is masked (trap 183)."""
-    body = outcome.body
+def _redacted(outcome: Outcome, provider: Provider) -> Outcome:
+    """An outcome in which the provider's secrets, should the upstream echo them, are masked (trap 183)."""
+    body, secrets = outcome.body, secrets_of(provider)
     if body is not None:
-        body = mask_in(body.decode("utf-8", "surrogateescape"), secret).encode("utf-8", "surrogateescape")
-    return outcome._replace(body=body, error=outcome.error._replace(message=mask_in(outcome.error.message, secret)))
+        body = mask_in(body.decode("utf-8", "surrogateescape"), secrets).encode("utf-8", "surrogateescape")
+    return outcome._replace(body=body, error=outcome.error._replace(message=mask_in(outcome.error.message, secrets)))
 
 
 def give_up_status(outcome: Outcome, wire: str) -> int:
@@ -10956,7 +10967,7 @@ class Probe:
             outcome = failed_attempt(TIMEOUT if error.is_timeout else TEMPORARY, error.label, error.message)
         except RouterError as error:
             outcome = Outcome(INVALID, 0, "unusable", ErrorInfo(error.status, error.message))
-        return _redacted(outcome, self._plan.provider.api_key), body
+        return _redacted(outcome, self._plan.provider), body
 
     def _target(self, wire: str, auth: Auth) -> Target:
         return make_target(self._plan.provider._replace(auths={wire: auth}), wire)
