@@ -15945,13 +15945,17 @@ class _Painter:
         import curses
 
         window.timeout(0)
-        found = "esc"
+        key: Any = "\x1b"
         try:
-            while True:
-                window.get_wch()
-                found = ""
+            key = window.get_wch()
+            if key not in ("[", "O"):
+                (curses.unget_wch if isinstance(key, str) else curses.ungetch)(key)
+                return "esc"
+            while not str(window.get_wch()).isalpha():
+                pass
         except curses.error:
-            return found
+            return "esc" if key == "\x1b" else ""
+        return ""
 
     def _draw(self, window: Any) -> None:
         import curses
@@ -15977,9 +15981,10 @@ def _attributes_of(curses: Any) -> Dict[str, int]:
     import os
 
     colors = ("red", "green", "yellow", "cyan")
+    if curses.has_colors():
+        curses.use_default_colors()  # the wrapper has made everything white on black
     has_color = curses.has_colors() and not os.environ.get("NO_COLOR")
     if has_color:
-        curses.use_default_colors()
         for number, name in enumerate(colors, 1):
             curses.init_pair(number, getattr(curses, "COLOR_" + name.upper()), -1)
     found = {}
