@@ -14562,7 +14562,7 @@ def _check_newer(version: str) -> None:
 
 SERVICE_NAME = "llm-router"
 _LAUNCHD_LABEL = "org.llm-router"
-_SERVICE_VARIABLES = ("HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY", "NO_PROXY", "SSL_CERT_FILE", "SSL_CERT_DIR")
+_SERVICE_VARIABLES = "HTTPS_PROXY HTTP_PROXY ALL_PROXY NO_PROXY SSL_CERT_FILE SSL_CERT_DIR LLM_ROUTER_CA_BUNDLE".split()
 
 
 class Service(NamedTuple):
@@ -16637,7 +16637,7 @@ def run_startup(values: Values, environ: Environ) -> int:
 
     verb, config = values["operation"], config_path(values.get("config", ""))
     if verb == "startup-install":
-        read_start_options({"config": config}, environ)  # a service that cannot start helps nobody
+        _warn_of_lost_keys(read_start_options({"config": config}, environ))  # one that cannot start helps nobody
     argv = [sys.executable, os.path.realpath(__file__), "start", "--config=" + config]
     log = os.path.expanduser(LOG_PATH)
     service = make_service(sys.platform, os.path.expanduser("~"), argv, service_variables(environ), log)
@@ -16650,6 +16650,14 @@ def run_startup(values: Values, environ: Environ) -> int:
     if left:
         print("now run: " + " && ".join(left))
     return 0
+
+
+def _warn_of_lost_keys(options: StartOptions) -> None:
+    """Keys that only this shell's variables hold will be missing where no shell has set them."""
+    stored = read_config(options.document, {}).providers
+    lost = [one.id for one, bare in zip(options.config.providers, stored) if one.api_key and not bare.api_key]
+    cure = "config --operation=upsert-provider --provider-id=%s --api-key=- stores it"
+    _warn("a service does not have the variable with the key of %s; %s" % (id, cure % id) for id in lost)
 
 
 def run_validate(values: Values, environ: Environ) -> int:

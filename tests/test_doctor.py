@@ -129,6 +129,14 @@ def test_variables_that_lead_clients_elsewhere_are_shown(doctor, account, monkey
     assert levels["proxy"] == "ok" and "planted-secret" not in text
 
 
+def test_a_proxy_that_speaks_no_http_and_certificates_that_are_not_there_are_problems(doctor, account, monkeypatch):
+    monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:1080")
+    monkeypatch.setenv("LLM_ROUTER_CA_BUNDLE", "/nowhere/ca.pem")
+    code, levels, text = doctor(document(account), "--offline")
+    assert code == 1 and levels["proxy"] == levels["certificates"] == "problem"
+    assert "ALL_PROXY" in text and "LLM_ROUTER_CA_BUNDLE names no file" in text
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells who has a port")
 def test_a_port_in_foreign_hands_is_a_problem(account, tmp_path, capsys):
     path = tmp_path / "config.json"

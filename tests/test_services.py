@@ -106,3 +106,14 @@ def test_a_service_that_could_not_start_is_not_installed(linux, capsys):
     (linux / ".llm-router.json").write_text('{"providers": []}')
     assert r.main(["config", "--operation=startup-install"]) == 2
     assert not (linux / UNIT).exists() and "provider" in capsys.readouterr().err
+
+
+@unix
+def test_a_key_that_only_a_variable_holds_is_told_to_be_missing_in_a_service(linux, capsys, monkeypatch):
+    provider = {"id": "p", "baseUrl": "https://example.com/v1", "apiKeyEnv": "P_API_KEY", "models": ["m"]}
+    (linux / ".llm-router.json").write_text(json.dumps({"providers": [provider, dict(provider, id="q", apiKey="k")]}))
+    monkeypatch.setenv("P_API_KEY", "planted-secret")
+    assert r.main(["config", "--operation=startup-install"]) == 0
+    told = capsys.readouterr().err
+    assert "key of p;" in told and "--provider-id=p" in told and "key of q" not in told
+    assert "planted-secret" not in told + (linux / UNIT).read_text()
