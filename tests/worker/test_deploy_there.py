@@ -53,14 +53,17 @@ def own(tmp_path, upstream):
 
 @pytest.fixture
 def run_uploaded(workers_folder):
-    """`run_uploaded(script)` runs in workerd what was uploaded last, as Cloudflare would."""
+    """`run_uploaded(script)` runs in workerd what was uploaded last, as Cloudflare would. known: its files are those of
+    the repository, so that it may start from their snapshot."""
     running = []
+    saved = workers_folder / "snapshots"
 
-    def start(script):
+    def start(script, known=False):
         variables = dict(script.variables, **script.secrets)
         settings = script.metadata["compatibility_date"], script.metadata["compatibility_flags"]
         folder = workers_folder / ("uploaded%d" % len(list(workers_folder.iterdir())))
-        running.append(RunningWorker(folder, variables, script.files, key=None, settings=settings))
+        flags = ["--python-snapshot-dir=%s" % saved, "--python-load-snapshot=%s" % next(saved.iterdir()).name]
+        running.append(RunningWorker(folder, variables, script.files, flags if known else None, None, settings))
         return running[-1]
 
     yield start
@@ -83,7 +86,8 @@ def test_what_was_deployed_serves_and_after_worker_key_only_the_new_key_opens(ow
     assert upstream.calls[0].header("authorization") == "Bearer from-the-machine"
 
     made = own.run("worker-key", "--generate", "--use-wrangler=" + use_wrangler, "--json").stdout
-    worker = run_uploaded(script)
+    assert script.files["llm_router.py"] == PROGRAM.read_bytes()
+    worker = run_uploaded(script, known=True)
     assert post(worker, "openai", headers={"x-api-key": OLD}).status == 401
     assert_answer("openai", post(worker, "openai", headers={"x-api-key": json.loads(made)["masterKey"]}), TEXT)
 
