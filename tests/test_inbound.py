@@ -79,8 +79,8 @@ def test_a_get_path_is_understood_and_a_model_id_is_percent_decoded(path, operat
     [
         "/v2/messages", "/v1/v1/messages", "/routes", "/route/route", "/anthropic/openai", "/v1/message", "/v1/messages/x",
         "/chat", "/v1//messages", "/v1/messages//", "//", "/V1/messages", "/openai/v1/chat/completions/x",
-        "/v1/chat%2Fcompletions", "/api/event_logging/batch", "/v1/messages\n", "/favicon.ico", "/v1/completions", "*",
-        "/v1/messages?beta=true",
+        "/v1/chat%2Fcompletions", "/api/event_logging/batch", "/v1/messages\n", "/favicon.ico", "/v1/completions",
+        "/v1/messages?beta=true", "**", "*/",
     ],
 )  # fmt: skip
 def test_an_unknown_path_is_a_404(path):
@@ -94,7 +94,7 @@ def test_only_liveness_is_open_and_metrics_and_models_need_the_key():
     assert [path for path in paths if R.find_endpoint(path).is_open] == ["/", "/health"]
 
 
-@pytest.mark.parametrize("method", ["GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "TRACE", "CONNECT", "get", ""])
+@pytest.mark.parametrize("method", ["GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "TRACE", "CONNECT"])
 @pytest.mark.parametrize(
     "path, allowed",
     [("/v1/messages", "POST"), ("/v1/models", "GET, HEAD"), ("/", "GET, HEAD, POST"), ("/health", "GET, HEAD"), ("/_router/stop", "GET, POST")],
@@ -107,6 +107,12 @@ def test_a_wrong_method_is_a_405_and_the_endpoint_knows_what_is_allowed(path, al
     else:
         error = refusal(R.check_method, endpoint, method)
         assert (error.status, allowed in error.message) == (405, True)
+
+
+@pytest.mark.parametrize("method", ["get", "", "PURGE", "POSTPOST"])
+def test_a_method_that_http_does_not_know_is_a_501(method):
+    """RFC 9110, 9.1."""
+    assert refusal(R.check_method, R.find_endpoint("/v1/messages"), method).status == 501
 
 
 def test_a_post_to_the_root_is_a_chat_request_whose_format_is_detected():
