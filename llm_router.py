@@ -4522,7 +4522,7 @@ def parse_anthropic_request(body: Dict[str, Any]) -> ChatRequest:
             check_field(body.get(name), kinds, name, need=False)
     if body.get("messages") is None:
         raise field_error("messages", "Field required")
-    _refuse_thread(body.get("thread"))
+    refuse_thread(body.get("thread"))
     choice, config = body.get("tool_choice") or {}, body.get("output_config") or {}
     mode = choice.get("type") if choice.get("type") in ("auto", "any", "none", "tool") else ""
     schema = as_dict(config.get("format") or body.get("output_format")).get("schema")
@@ -4545,7 +4545,7 @@ def parse_anthropic_request(body: Dict[str, Any]) -> ChatRequest:
     )
 
 
-def _refuse_thread(thread: Optional[Dict[str, Any]]) -> None:
+def refuse_thread(thread: Optional[Dict[str, Any]]) -> None:
     """Threads keep the conversation at Anthropic; the SDKs' tool runners fall back to the whole history on these codes.
 
     anthropic.types.ThreadUnsupportedRequestErrorDetails, ThreadNotFoundErrorDetails.
@@ -7442,14 +7442,10 @@ def _count_schema(pending: List[Any]) -> float:
     pieces = 0.0
     while pending:
         value = pending.pop()
+        pieces += 1 + (_count_pieces(value) if isinstance(value, str) else 0)
         if isinstance(value, dict):
-            pieces += 2 + 2 * len(value) + sum(map(_count_pieces, value))
-            pending.extend(value.values())
-        elif isinstance(value, list):
-            pieces += 2
-            pending.extend(value)
-        else:
-            pieces += 1 + (_count_pieces(value) if isinstance(value, str) else 0)
+            pieces += 1 + 2 * len(value) + sum(map(_count_pieces, value))
+        pending.extend(value.values() if isinstance(value, dict) else as_list(value))
     return pieces
 
 
@@ -7807,6 +7803,7 @@ class Requests:
         self._targets = targets
         self._lessons = lessons
         self._neutral: Optional[ChatRequest] = None
+        self.home = ""  # the provider that has what a request refers to
 
     @property
     def neutral(self) -> ChatRequest:
@@ -7824,6 +7821,8 @@ class Requests:
         path = target.path if chat else _operation_path(target.path, WIRE_FORMATS[wire].path, inbound.operation)
         compat = target.compat
         if wire == inbound.wire:
+            if provider.id != self.home and as_dict(inbound.body.value.get("thread")).get("type") == "continue":
+                refuse_thread(inbound.body.value["thread"])
             signed = (
                 drop_unsigned_thinking(inbound.body.value) if compat.signed_thinking and wire == "anthropic" else None
             )
@@ -7900,6 +7899,7 @@ def _words(*alternatives: str) -> Pattern[str]:
 # First match wins; matched against the lower-cased codes, types and messages of the error, one a line. Texts are
 # those of the vendors' documentation and of errors that users pasted in public threads (traps 123, 128, 144, 155).
 SIGNALS: Tuple[Signal, ...] = (
+    Signal(INVALID, (400, 404), _words(r"^thread_(?:not_found|unsupported_request)$")),  # for the SDK, which mends it
     Signal(
         RATE_LIMITED,
         (413,),
@@ -10058,15 +10058,7 @@ _NEVER_SOON = (AUTH, BILLING, FORBIDDEN, NOT_FOUND, POLICY)
 class Gateway:
     """Answers calls with one configuration; a reload makes a new gateway around the same health book."""
 
-    def __init__(
-        self,
-        routes: Routes,
-        settings: Settings,
-        access: Access,
-        host: Any,
-        book: Any,
-        items: Optional[ItemMemory] = None,
-    ) -> None:
+    def __init__(self, routes: Routes, settings: Settings, access: Access, host: Any, book: Any) -> None:
         self.routes = routes
         self.settings = settings
         self.access = access
@@ -10074,7 +10066,7 @@ class Gateway:
         self.book = book
         self.targets: Dict[Tuple[str, str], Target] = {}
         self.lessons: Dict[str, Tuple[str, ...]] = {}
-        self.items = items or ItemMemory()
+        self.items = ItemMemory()
         self.info: Dict[str, Any] = {}
 
     def learn(self, ref: str, fixes: Tuple[str, ...]) -> None:
@@ -10226,6 +10218,7 @@ class Exchange:
     async def run(self) -> None:
         """Find the candidates and serve the request by its operation."""
         plan = self._gateway.routes.find_plan(self._inbound.asked)
+        home = self._requests.home = plan.candidates[0].provider.id
         if self._inbound.operation == "count_tokens":
             await self._count_tokens(plan)
             return
@@ -10233,7 +10226,7 @@ class Exchange:
             plan = plan._replace(candidates=plan.candidates[:1])
             _require_format(plan.candidates[0], "openai")
         if self._inbound.wire == "responses" and needs_server_state(self._inbound.body.value):
-            home = plan.candidates[0].provider.id  # what a provider keeps, no other one has (trap 63)
+            # What a provider keeps, no other one has (trap 63).
             plan = plan._replace(candidates=tuple(c for c in plan.candidates if c.provider.id == home))
         total_ms = self._settings.total_timeout_ms
         self._deadline = self._host.now() + total_ms / 1000 if total_ms else math.inf
@@ -13968,7 +13961,8 @@ class Router:
             models = [(one.id + "/" + model.id, model.cost) for one in options.config.providers for model in one.models]
             self.ledger.prices = {ref: cost for ref, cost in models if cost}
         access = make_access(options.config, options.require_auth, self.guests.items())
-        self.gateway = Gateway(Routes(options.config), options.settings, access, self.host, self.book, self.items)
+        self.gateway = Gateway(Routes(options.config), options.settings, access, self.host, self.book)
+        self.gateway.items = self.items
         self.host.known = frozenset(self.gateway.routes.refs())
 
     async def handle(self, call: Call, sink: Sink) -> None:

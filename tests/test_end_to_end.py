@@ -507,6 +507,18 @@ def test_a_responses_client_may_refer_to_what_the_router_wrote_unless_it_said_st
     assert "item_reference" in told.json["error"]["message"]
 
 
+def test_a_thread_goes_on_at_its_own_provider_only_and_elsewhere_begins_anew(pair):
+    """What one Anthropic provider keeps, another has not: the SDK is told the code on which it sends everything."""
+    pair.first.handler = lambda call: fake.error_answer("anthropic", 503)
+    going_on = {"thread": {"type": "continue", "previous_message_id": "msg_1"}}
+    reply = post(pair.router, "anthropic", "a-anthropic/to-anthropic", **going_on)
+    assert (reply.status, reply.json["error"]["details"]) == (400, {"error_code": "thread_not_found"})
+    assert pair.second.calls == []
+    begun = post(pair.router, "anthropic", "a-anthropic/to-anthropic", thread={"type": "create"})
+    assert_answer("anthropic", begun, TEXT)
+    assert pair.second.calls[0].json["thread"] == {"type": "create"}
+
+
 def test_embeddings_pass_through_and_never_fall_back_to_another_model(pair):
     body = {"model": "a-openai/to-openai", "input": ["a"], "encoding_format": "base64"}
     reply = pair.router.post("/v1/embeddings", body)

@@ -464,3 +464,13 @@ def test_hostile_bodies_are_only_an_error(body):
     outcome = judge(400, body)
     assert outcome.kind in KINDS
     assert len(R.error_words(R.parse_body(body))) <= 40
+
+
+@pytest.mark.parametrize("status", [400, 404])
+@pytest.mark.parametrize("code", ["thread_not_found", "thread_unsupported_request"])
+def test_what_an_upstream_says_of_a_thread_is_for_the_client_and_benches_no_model(status, code):
+    """The SDKs' tool runners send the whole conversation on these codes (anthropic.types.ThreadNotFoundErrorDetails)."""
+    error = {"type": "not_found_error", "message": "no thread", "details": {"error_code": code}}
+    body = json.dumps({"type": "error", "error": error}).encode()
+    assert R.judge_error("anthropic", status, [], body, 0.0).kind == R.INVALID
+    assert R.judge_error("anthropic", 404, [], body.replace(code.encode(), b"other"), 0.0).kind == R.NOT_FOUND

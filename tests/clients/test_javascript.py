@@ -12,7 +12,7 @@ import pytest
 
 import fake_upstream as fake
 from exchanges import QUICK, WIRES, Pair, pair_config
-from fake_upstream import FakeUpstream, tool_results, tool_round_trip
+from fake_upstream import Answer, FakeUpstream, tool_results, tool_round_trip
 from real_clients import HERE, missing
 from running_router import RunningRouter
 
@@ -130,3 +130,63 @@ def test_the_model_lists_are_paged_through(node, pair):
     told = node("models", pair.router.url, limit=2)
     assert told["paged"] == told["listed"]
     assert len(told["paged"]) == len(set(told["paged"])) > 10
+
+
+def thread_server(name, fails_on=()):
+    """An upstream that keeps threads: the first turn calls the tool, what continues its own answer `name` ends it. The name has five letters."""
+
+    def handler(call):
+        thread = call.json.get("thread") or {}
+        if thread.get("type") in fails_on:
+            return fake.error_answer("anthropic", 503)
+        if thread.get("type") == "continue" and thread["previous_message_id"] != name:
+            error = {"type": "invalid_request_error", "message": "no such thread"}
+            error["details"] = {"error_code": "thread_not_found"}
+            return fake.json_answer(404, {"type": "error", "error": error})
+        results = tool_results(call.json)
+        fields = {"text": "the tool said: " + results[-1]} if results else {"tool_calls": [("weather", CITY)]}
+        answer = fake.model_answer(call.wire, bool(call.json.get("stream")), **fields)
+        return Answer(*(step.replace(b'"msg_1"', b'"%s"' % name.encode()) for step in answer.steps))
+
+    return handler
+
+
+def threads_of(upstream):
+    return [(call.json.get("thread") or {}).get("type") for call in upstream.calls]
+
+
+@both
+def test_a_thread_is_kept_where_the_server_keeps_it(node, pair, stream):
+    pair.first.handler = thread_server("msg_a")
+    model = "a-anthropic/to-openai"
+    told = node("anthropic runner", pair.router.url, model=model, stream=stream, retries=0)
+    check("anthropic runner", told, model, stream)
+    assert threads_of(pair.first) == ["create", "continue"]
+    assert pair.second.calls == []
+
+
+@both
+@pytest.mark.parametrize("fallback", WIRES)
+def test_a_thread_whose_server_fails_is_replayed_at_the_fallback(node, pair, fallback, stream):
+    """The SDK sends the whole conversation anew when it is told `thread_not_found` (CLIENTS.md, 4)."""
+    first = thread_server("msg_a", fails_on=["continue"])
+    pair.first.handler = lambda call: first(call) if len(pair.first.calls) < 3 else fake.error_answer("anthropic", 503)
+    pair.second.handler = thread_server("msg_b")
+    model = "a-anthropic/to-" + fallback
+    told = node("anthropic runner", pair.router.url, model=model, stream=stream, retries=0)
+    check("anthropic runner", told, model, stream)
+    assert threads_of(pair.first)[:2] == ["create", "continue"]
+    assert "continue" not in threads_of(pair.second)
+
+
+def test_a_thread_that_its_server_has_forgotten_is_replayed_there_and_benches_nobody(node, pair):
+    servers = [thread_server("msg_a"), thread_server("msg_g")]
+
+    def forgetful(call):
+        return (servers.pop() if len(servers) == 2 else servers[0])(call)
+
+    pair.first.handler = forgetful
+    told = node("anthropic runner", pair.router.url, model="a-anthropic/to-anthropic", stream=False, retries=0)
+    check("anthropic runner", told, "a-anthropic/to-anthropic", False)
+    assert threads_of(pair.first) == ["create", "continue", "create"]
+    assert pair.second.calls == []
