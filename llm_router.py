@@ -8822,19 +8822,14 @@ def _stands(menu: Menu) -> bool:
 
 # ----- keys -----
 
+# fmt: off
 _DIALOG_KEYS = {
-    "pick": (
-        ("space", "pick"),
-        ("JK", "order"),
-        ("a", "type one"),
-        ("/", "filter"),
-        ("enter", "done"),
-        ("esc", "back"),
-    ),
+    "pick": (("space", "pick"), ("JK", "order"), ("a", "type"), ("/", "filter"), ("enter", "done"), ("esc", "back")),
     "input": (("enter", "accept"), ("ctrl-u", "clear"), ("esc", "back")),
     "text": (("up", "down"), ("esc", "back")),
     "busy": (("esc", "stop"),),
 }
+# fmt: on
 _MOVES = {"up": -1, "k": -1, "down": 1, "j": 1, "pgup": -10, "pgdn": 10, "home": -(1 << 30), "end": 1 << 30}
 _BACK = ("esc", "left", "ctrl-c", "backspace")
 
@@ -8925,20 +8920,14 @@ def _press_busy(menu: Menu, frame: Frame, key: str) -> Menu:
     return menu
 
 
-_PRESS = {
-    "list": _press_list,
-    "pick": _press_pick,
-    "input": _press_input,
-    "text": _press_text,
-    "busy": _press_busy,
-}
+_PRESS = {"list": _press_list, "pick": _press_pick, "input": _press_input, "text": _press_text, "busy": _press_busy}
 
 
 # ----- moving between screens, and dialogs -----
 
 
 def _push(menu: Menu, frame: Frame) -> Menu:
-    return menu._replace(frames=menu.frames + (frame,))
+    return menu._replace(frames=menu.frames + (frame._replace(is_draft=frame.is_draft or menu.front.is_draft),))
 
 
 def _pop(menu: Menu) -> Menu:
@@ -8950,7 +8939,7 @@ def _swap(menu: Menu, **changes: Any) -> Menu:
 
 
 def _go(screen: str, place: Place = (), title: str = "") -> Callable[[Menu], Menu]:
-    return lambda menu: _push(menu, Frame(screen, title, place, is_draft=menu.front.is_draft))
+    return lambda menu: _push(menu, Frame(screen, title, place))
 
 
 def _document(menu: Menu, frame: Optional[Frame] = None) -> Dict[str, Any]:
@@ -8968,39 +8957,35 @@ def _apply(menu: Menu, edit: Edit) -> Menu:
 
 
 def _ask(menu: Menu, title: str, then: Any, lead: str = "", typed: str = "", hidden: bool = False) -> Menu:
-    frame = Frame("input", title, lead=lead, typed=typed, at=len(typed), hidden=hidden, then=then)
-    return _push(menu, frame._replace(is_draft=menu.front.is_draft))
+    return _push(menu, Frame("input", title, lead=lead, typed=typed, at=len(typed), hidden=hidden, then=then))
 
 
-def _choose(
-    menu: Menu, title: str, rows: Sequence[Tuple[str, str, Any]], lead: str = "", screen: str = "choose"
-) -> Menu:
-    """rows: label, hint, and what it does with the menu below."""
+def _choose(menu: Menu, title: str, rows: Sequence[Tuple[str, str, Any]], lead: str = "", now: Any = "") -> Menu:
+    """rows: label, hint, and what it does with the menu below; the one labelled `now` is selected."""
     made = tuple(Row((label,), lambda menu, then=then: then(_pop(menu)), hint) for label, hint, then in rows)
-    return _push(menu, Frame(screen, title, rows=made, lead=lead, is_draft=menu.front.is_draft))
-
-
-def _choose_of(menu: Menu, title: str, values: Iterable[str], now: Any, then: Any, lead: str = "") -> Menu:
-    rows = [(value, "", lambda menu, value=value: then(menu, value)) for value in values]
     at = next((i for i, row in enumerate(rows) if row[0] == now), 0)
-    return _swap(_choose(menu, title, rows, lead), at=at)
+    return _push(menu, Frame("choose", title, at=at, rows=made, lead=lead))
+
+
+def _each(values: Iterable[str], then: Any) -> List[Tuple[str, str, Any]]:
+    """Rows for `_choose` that hand their label to `then`."""
+    return [(value, "", lambda menu, value=value: then(menu, value)) for value in values]
 
 
 def _pick(menu: Menu, title: str, choices: Iterable[str], picked: Sequence[str], then: Any, lead: str = "") -> Menu:
     rows = tuple(Row((name,), item=name) for name in dict.fromkeys([*picked, *choices]))
-    frame = Frame("pick", title, rows=rows, picked=tuple(picked), then=then, lead=lead)
-    return _push(menu, frame._replace(is_draft=menu.front.is_draft))
+    return _push(menu, Frame("pick", title, rows=rows, picked=tuple(picked), then=then, lead=lead))
 
 
 def _show(menu: Menu, title: str, lines: Iterable[str]) -> Menu:
-    return _push(menu, Frame("text", title, lead="\n".join(lines), is_draft=menu.front.is_draft))
+    return _push(menu, Frame("text", title, lead="\n".join(lines)))
 
 
 def _run(menu: Menu, words: str, then: Any, kind: str, *args: Any) -> Menu:
     """Let the host do something, seen while it lasts; then(menu, value, error) goes on."""
     serial = menu.serial + 1
-    frame = Frame("busy", words, then=then, serial=serial, is_draft=menu.front.is_draft)
-    return _push(menu, frame)._replace(serial=serial, effect=Effect(kind, args, serial))
+    new = _push(menu, Frame("busy", words, then=then, serial=serial))
+    return new._replace(serial=serial, effect=Effect(kind, args, serial))
 
 
 def _hear(menu: Menu, told: Told) -> Menu:
@@ -9053,7 +9038,8 @@ def _review(menu: Menu, frame: Frame, row: Row) -> Menu:
     if menu.document == menu.saved:
         return menu._replace(note="nothing to save")
     rows = [("Save these changes", "to " + menu.facts.path, _save), ("Go on editing", "", lambda menu: menu)]
-    return _choose(menu, "Save", rows, "\n".join(diff_lines(menu.saved, menu.document)), "diff")
+    lead = "\n".join(diff_lines(menu.saved, menu.document))
+    return _swap(_choose(menu, "Save", rows, lead), screen="diff")
 
 
 def diff_lines(old: Dict[str, Any], new: Dict[str, Any]) -> List[str]:
@@ -9131,38 +9117,32 @@ _HELP_KEYS = (
 
 def _home_rows(menu: Menu, frame: Frame) -> List[Row]:
     config, problems = scan_config(menu.document, {})
-    ids = [provider.id for provider in config.providers]
     chains = sum(bool(model.fallback_models) for provider in config.providers for model in provider.models)
-    errors = sum(problem.level == "error" for problem in problems)
-    state = "error" if errors else "warning" if problems else "ok"
     values = {
-        "providers": ", ".join(ids) or "none yet",
-        "fallbacks": "of %d model%s" % (chains, "s" * (chains > 1)) if chains else "none",
-        "default": config.default_model or "none",
-        "aliases": ", ".join(config.aliases) or "none",
-        "master": mask(config.master_key) or "none",
-        "clients": ", ".join(key.name for key in config.client_keys) or "none",
-        "access": ", ".join(config.cors_origins + config.allowed_hosts) or "nothing further",
-        "settings": "%d of them, %d changed" % (len(menu.facts.settings), len(_changed_settings(menu))),
-        "check": "%d to look at" % len(problems) if problems else "nothing is wrong",
+        "providers": ", ".join(provider.id for provider in config.providers),
+        "fallbacks": "of %s" % _count(chains, "model") if chains else "",
+        "default": config.default_model,
+        "aliases": ", ".join(config.aliases),
+        "master": mask(config.master_key),
+        "clients": ", ".join(key.name for key in config.client_keys),
+        "access": ", ".join(config.cors_origins + config.allowed_hosts),
+        "settings": "%d set here" % sum(row["value"] != row["default"] for row in menu.facts.settings),
+        "check": _count(len(problems), "problem") if problems else "",
+        "save": _count(max(1, len(menu.past)), "change") if menu.document != menu.saved else "",
     }
-    states = {"check": state, "providers": "" if ids else "warning"}
-    rows = [
-        Row((label, values.get(name, "")), do, hint, states.get(name, ""))
-        for name, label, do, hint in _HOME
-        if name in values or name in menu.facts.effects
+    levels = [problem.level for problem in problems]
+    states = {"check": "error" if "error" in levels else "warning" if levels else "ok"}
+    states.update({} if config.providers else {"providers": "warning"})
+    shown = set(values) - ({"save"} if menu.document == menu.saved else set()) | set(menu.facts.effects)
+    return [
+        Row((label, values.get(name, "") or empty), do, hint, states.get(name, ""))
+        for name, label, empty, do, hint in _HOME
+        if name in shown
     ]
-    changes = len(menu.past) or 1
-    save = Row(
-        ("Save", "%d change%s" % (changes, "s" * (changes > 1))),
-        lambda m: _review(m, m.front, Row(())),
-        "shows them first",
-    )
-    return rows + ([save] if menu.document != menu.saved else [])
 
 
-def _changed_settings(menu: Menu) -> List[Dict[str, Any]]:
-    return [row for row in menu.facts.settings if row["value"] != row["default"]]
+def _count(number: int, word: str) -> str:
+    return "%d %s%s" % (number, word, "s" * (number != 1))
 
 
 # ----- providers -----
@@ -9171,34 +9151,21 @@ def _changed_settings(menu: Menu) -> List[Dict[str, Any]]:
 def _provider_rows(menu: Menu, frame: Frame) -> List[Row]:
     providers = look_at(menu.document, ("providers",))[0]
     found = find_problems(menu.document)
-    return [_provider_row(menu, raw, i, found) for i, raw in enumerate(providers)]
+    return [_provider_row(as_dict(raw), i, found) for i, raw in enumerate(providers)]
 
 
-def _provider_row(menu: Menu, raw: Any, index: int, problems: Sequence[Problem]) -> Row:
-    raw = as_dict(raw)
+def _provider_row(raw: Dict[str, Any], index: int, problems: Sequence[Problem]) -> Row:
     config = scan_config({"providers": [dict(raw, enabled=True)]}, {})[0]
     one = config.providers[0] if config.providers else Provider("")
-    path = "providers[%d]" % index
-    levels = {
-        problem.level: problem
-        for problem in reversed(problems)
-        if (problem.path + ".").startswith((path + ".", path + "["))
-    }
-    worst = levels.get("error") or levels.get("warning")
+    own = [problem for problem in problems if re.match(r"providers\[%d\]" % index, problem.path)]
+    worst = min(own, key=lambda problem: problem.level, default=None)  # error before warning
     state = "off" if _is_off(raw, "provider") else worst.level if worst else "ok"
     variable = as_text(get_field(raw, "provider", "apiKeyEnv"))
     key = mask(one.api_key) or ("$" + variable if variable else "no key")
-    hosts = dict.fromkeys(urlsplit(url).netloc for url in one.base_urls.values() if not check_url(url)[0])
-    models = len(_models_of(raw))
-    cells = (
-        _id_of(raw, "provider") or "?",
-        "%d model%s" % (models, "s" * (models != 1)),
-        ",".join(one.formats),
-        key,
-        " ".join(hosts),
-    )
+    hosts = " ".join(dict.fromkeys(urlsplit(url).netloc for url in one.base_urls.values()))
+    cells = (_id_of(raw, "provider") or "?", _count(len(_models_of(raw)), "model"), ",".join(one.formats), key, hosts)
     hint = show_problem(worst) if worst else "%s: %s" % (one.name, "switched off" if state == "off" else "ready")
-    return Row(cells, _go("provider", ("providers", index), cells[0]), hint, state, index)
+    return Row(cells, _go("provider", ("providers", index), cells[0]), hint, state, ("providers", index))
 
 
 def _preset_rows(menu: Menu, frame: Frame) -> List[Row]:
@@ -9245,8 +9212,8 @@ def _with_row(do: Callable[[Menu, Any], Menu]) -> Callable[[Menu, Frame, Row], M
     return lambda menu, frame, row: menu if row.item is None else do(menu, row.item)
 
 
-def _remove_provider(menu: Menu, index: int) -> Menu:
-    raw = look_at(menu.document, ("providers", index))[0]
+def _remove_provider(menu: Menu, place: Place) -> Menu:
+    raw = look_at(menu.document, place)[0]
     return _apply(menu, remove_provider(menu.document, _id_of(raw, "provider")))
 
 
@@ -9261,21 +9228,21 @@ def _move(menu: Menu, place: Place, step: int) -> Menu:
     return _swap(new, at=max(0, menu.front.at + step))
 
 
-def _alone(menu: Menu, index: int) -> Dict[str, Any]:
+def _alone(menu: Menu, place: Place) -> Dict[str, Any]:
     """A document of one provider alone, so that the host may ask it something before anything is saved."""
-    raw = look_at(_document(menu), ("providers", index))[0]
+    raw = look_at(_document(menu), place[:2])[0]
     models = [_id_of(entry, "model") for entry in _models_of(raw)]
     return {"providers": [dict(raw, models=models or ["*"], enabled=True)]}
 
 
-def _test(menu: Menu, index: int) -> Menu:
+def _test(menu: Menu, place: Place) -> Menu:
     """Ask a provider what it really serves; what it says can be taken over into its fields."""
-    document = _alone(menu, index)
+    document = _alone(menu, place)
     title = "Test of " + _id_of(document["providers"][0], "provider")
 
     def keep(menu: Menu, learned: Dict[str, Any]) -> Menu:
         for key, value in learned.items():
-            menu = _apply(menu, set_field(_document(menu), ("providers", index), key, value))
+            menu = _apply(menu, set_field(_document(menu), place, key, value))
         return menu
 
     def heard(menu: Menu, answer: Tuple[Any, ...]) -> Menu:
@@ -9284,7 +9251,7 @@ def _test(menu: Menu, index: int) -> Menu:
         if learned:
             hint = json.dumps(learned)
             rows.append(Row(("Keep what was learned",), lambda menu: keep(_pop(menu), learned), hint))
-        return _push(menu, Frame("test", title, rows=tuple(rows), lead=words, is_draft=menu.front.is_draft))
+        return _push(menu, Frame("test", title, rows=tuple(rows), lead=words))
 
     return _run(menu, "Testing", _or_error(heard), "test", document)
 
@@ -9302,9 +9269,11 @@ _FIELD_ORDER = {
 
 
 def _form_fields(frame: Frame, kind: str, raw: Dict[str, Any]) -> List[Field]:
+    if frame.place[-1:] == ("headers",):
+        kinds = {name: "header" if name.lower() in _PLAIN_HEADERS else "secret" for name in raw}
+        return [Field(name, kinds[name], "sent with every request") for name in raw]
     if not kind:
-        names = WIRES if frame.place[-1:] != ("headers",) else sorted(map(str, raw))
-        return [Field(name, "url" if names is WIRES else "header", "for the format " + name) for name in names]
+        return [Field(wire, "url", "for the format " + wire) for wire in WIRES]
     rows = {field.key: field for field in FIELDS[kind]}
     names = _FIELD_ORDER.get(kind, ())
     return [rows[name] for name in (names if frame.is_draft or kind == "config" else dict.fromkeys((*names, *rows)))]
@@ -9332,8 +9301,7 @@ def _show_value(masked: Dict[str, Any], key: str) -> str:
     value = next(iter(masked.values()))
     value = value.get(key) if isinstance(value, dict) and key in value else value
     if isinstance(value, list):
-        names = [_id_of(entry, "model") or json.dumps(entry) for entry in value]
-        return ", ".join(names)
+        return ", ".join(_id_of(entry, "model") or json.dumps(entry) for entry in value)
     if isinstance(value, dict):
         return ", ".join("%s: %s" % (name, _show_value({name: entry}, name)) for name, entry in value.items())
     return ("no", "yes")[value] if isinstance(value, bool) else "" if value is None else str(value)
@@ -9370,17 +9338,13 @@ def read_typed(kind: str, text: str) -> Any:
 
 
 def _edit_secret(menu: Menu, field: Field, value: Any, put: Any) -> Menu:
-    lead = (
-        field.help
-        + ". "
-        + ("Now %s; empty keeps it, - removes it." % mask(value) if value else "Not shown while typed.")
-    )
+    now = "Now %s; empty keeps it, - removes it." % mask(str(value)) if value else "Not shown while typed."
 
     def accept(menu: Menu, text: str) -> Menu:
         text = text.strip()
         return put(menu, None if text == "-" else text or value)
 
-    return _ask(menu, field.key, accept, lead, hidden=True)
+    return _ask(menu, field.key, accept, "%s. %s" % (field.help, now), hidden=True)
 
 
 def _edit_models(menu: Menu, field: Field, value: Any, put: Any) -> Menu:
@@ -9400,11 +9364,11 @@ def _list_models(menu: Menu, now: Sequence[str], then: Any) -> Menu:
             return _ask(menu, "models", typed, lead, ", ".join(now))
         return _pick(menu, "models", ["*", *names], now, then, "* passes any model through.")
 
-    return _run(menu, "Asking for its models", heard, "models", _alone(menu, int(menu.front.place[1])))
+    return _run(menu, "Asking for its models", heard, "models", _alone(menu, menu.front.place))
 
 
 def _choices(names: Tuple[str, ...]) -> Any:
-    return lambda menu, field, value, put: _choose_of(menu, field.key, names, value, put, field.help)
+    return lambda menu, field, value, put: _choose(menu, field.key, _each(names, put), field.help, value)
 
 
 def _open_form(menu: Menu, field: Field, value: Any, put: Any) -> Menu:
@@ -9506,11 +9470,8 @@ def _edit_default(menu: Menu) -> Menu:
     now = as_text(get_field(menu.document, "config", "defaultModel"))
     then = lambda menu, name: _apply(menu, set_default_model(menu.document, name))  # noqa: E731
     typed = lambda menu: _ask(menu, "Default model", then, "provider/model, or an alias", now)  # noqa: E731
-    rows = [(name, "", lambda menu, name=name: then(menu, name)) for name in names]
-    rows.append(("Another one", "to be typed: one that * passes through", typed))
-    lead = "For `smart` and for requests that name no model."
-    at = next((i for i, name in enumerate(names) if name == now), 0)
-    return _swap(_choose(menu, "Default model", rows, lead), at=at)
+    rows = [*_each(names, then), ("Another one", "to be typed: one that * passes through", typed)]
+    return _choose(menu, "Default model", rows, "For `smart` and for requests that name no model.", now)
 
 
 def _alias_rows(menu: Menu, frame: Frame) -> List[Row]:
@@ -9525,9 +9486,8 @@ def _alias_rows(menu: Menu, frame: Frame) -> List[Row]:
 
 def _edit_alias(menu: Menu, name: str, refs: Sequence[str]) -> Menu:
     then = lambda menu, refs: _apply(menu, set_model_alias(menu.document, name, refs)) if refs else menu  # noqa: E731
-    return _pick(
-        menu, "Alias " + name, _refs(menu.document), refs, then, "What it leads to; several are tried in order."
-    )
+    lead = "What it leads to; several are tried in order."
+    return _pick(menu, "Alias " + name, _refs(menu.document), refs, then, lead)
 
 
 def _add_alias(menu: Menu, frame: Frame, row: Row) -> Menu:
@@ -9562,16 +9522,8 @@ def _show_key(menu: Menu, what: str, key: str) -> Menu:
 
 def _client_rows(menu: Menu, frame: Frame) -> List[Row]:
     entries = as_list(get_field(menu.document, "config", "clientKeys"))
-    return [
-        Row(
-            (str(as_dict(one).get("name")), "kept as its hash"),
-            None,
-            "d removes it",
-            "ok",
-            str(as_dict(one).get("name")),
-        )
-        for one in entries
-    ]
+    names = [str(as_dict(entry).get("name")) for entry in entries]
+    return [Row((name, "kept as its hash"), None, "d removes it", "ok", name) for name in names]
 
 
 def _add_client(menu: Menu, frame: Frame, row: Row) -> Menu:
@@ -9595,22 +9547,17 @@ def _setting_rows(menu: Menu, frame: Frame) -> List[Row]:
         lines += ["It is no part of the file. Set it for one start:", "  llm-router start %s=..." % row["flag"]]
         lines += ["or in the environment:", "  export %s=..." % row["variable"]]
         do = lambda menu, row=row, lines=lines: _show(menu, row["flag"], lines)  # noqa: E731
-        changed = row["value"] != row["default"]
-        rows.append(
-            Row(
-                (row["flag"][2:], shown[0], "default " + shown[1] if changed else ""),
-                do,
-                row["help"],
-                "warning" if changed else "",
-            )
-        )
+        own = row["value"] != row["default"]
+        cells = (row["flag"][2:], shown[0], "default " + shown[1] if own else "")
+        rows.append(Row(cells, do, row["help"], "warning" if own else ""))
     return rows
 
 
 def _check_rows(menu: Menu, frame: Frame) -> List[Row]:
     rows = []
     for one in find_problems(menu.document):
-        do = lambda menu, one=one: _show(menu, one.level, (one.path or "configuration", "", one.message, "", one.cure))  # noqa: E731
+        lines = (one.path or "configuration", "", one.message, "", one.cure)
+        do = lambda menu, title=one.level, lines=lines: _show(menu, title, lines)  # noqa: E731
         rows.append(Row((one.path, one.message), do, one.cure, one.level))
     return rows
 
@@ -9636,25 +9583,28 @@ def _deploy(menu: Menu) -> Menu:
     return _run(menu, "Deploying", _or_error(lambda menu, code: menu), "deploy")
 
 
+# fmt: off
 _HOME = (
-    ("providers", "Providers", _go("providers"), "the accounts requests may go to: add, edit, test, order"),
-    ("fallbacks", "Fallbacks", _go("fallbacks"), "what to try when a model fails"),
-    ("default", "Default model", _edit_default, "for `smart` and for requests that name no model"),
-    ("aliases", "Aliases", _go("aliases"), "further names and patterns for models"),
-    ("master", "Master key", _edit_master, "the key that clients show to the router"),
-    ("clients", "Client keys", _go("clients"), "further keys, one per client"),
-    ("access", "Browser access", _go("form", (), "Browser access"), "origins and host names that may use the router"),
-    ("settings", "Settings", _go("settings"), "timeouts, retries, cooldowns: see them and how to set them"),
-    ("startup", "Start-up", _startup, "start the router with the machine"),
-    ("deploy", "Deploy", _deploy, "put the router and this configuration onto Cloudflare"),
-    ("check", "Check", _go("check"), "what is wrong in the configuration, and the cure"),
+    ("providers", "Providers", "none yet", _go("providers"), "the accounts requests may go to: add, edit, test, order"),
+    ("fallbacks", "Fallbacks", "none", _go("fallbacks"), "what to try when a model fails"),
+    ("default", "Default model", "none", _edit_default, "for `smart` and for requests that name no model"),
+    ("aliases", "Aliases", "none", _go("aliases"), "further names and patterns for models"),
+    ("master", "Master key", "none", _edit_master, "the key that clients show to the router"),
+    ("clients", "Client keys", "none", _go("clients"), "further keys, one per client"),
+    ("access", "Browser access", "none", _go("form", (), "Browser access"), "origins and hosts that may use it"),
+    ("settings", "Settings", "", _go("settings"), "timeouts, retries, cooldowns: see them and how to set them"),
+    ("startup", "Start-up", "", _startup, "start the router with the machine"),
+    ("deploy", "Deploy", "", _deploy, "put the router and this configuration onto Cloudflare"),
+    ("check", "Check", "nothing is wrong", _go("check"), "what is wrong in the configuration, and the cure"),
+    ("save", "Save", "", lambda menu: _review(menu, menu.front, Row(())), "shows the changes first"),
 )
+# fmt: on
 
-_ORDER = tuple(
-    Key(name, word, _with_row(lambda menu, place, step=step: _move(menu, place, step)))
-    for name, word, step in (("K", "move up", -1), ("J", "order", 1))
+_ENTRY_KEYS = (
+    Key("space", "on/off", _with_row(_switch)),
+    Key("K", "move up", _with_row(lambda menu, place: _move(menu, place, -1))),
+    Key("J", "order", _with_row(lambda menu, place: _move(menu, place, 1))),
 )
-
 _CLEAR = Key("d", "clear", _with_row(_clear_field))
 
 # fmt: off
@@ -9664,22 +9614,18 @@ SCREENS: Dict[str, Screen] = {
         Key("a", "add", lambda menu, frame, row: _go("presets")(menu)),
         Key("t", "test", _with_row(_test)),
         Key("d", "remove", _with_row(_remove_provider)),
-        Key("space", "on/off", _with_row(lambda menu, index: _switch(menu, ("providers", index)))),
-        Key("K", "move up", _with_row(lambda menu, index: _move(menu, ("providers", index), -1))),
-        Key("J", "order", _with_row(lambda menu, index: _move(menu, ("providers", index), 1))),
-    ), empty="No providers yet: press a to add one."),
+    ) + _ENTRY_KEYS, empty="No providers yet: press a to add one."),
     "presets": Screen("Add a provider", rows=_preset_rows, lead="Who is it?", verb="choose"),
     "form": Screen("Fields", rows=_form_rows, keys=(_CLEAR,), verb="edit"),
     "provider": Screen("Provider", rows=_form_rows, keys=(
-        Key("t", "test", lambda menu, frame, row: _test(menu, int(frame.place[1]))), _CLEAR), verb="edit"),
+        Key("t", "test", lambda menu, frame, row: _test(menu, frame.place)), _CLEAR), verb="edit"),
     "headers": Screen("Headers", rows=_form_rows, keys=(Key("a", "add", _add_header), _CLEAR),
                       empty="No headers yet: press a to add one.", verb="edit"),
     "models": Screen("Models", rows=_model_rows, keys=(
         Key("a", "add", _add_models),
         Key("f", "fallbacks", _with_row(_edit_fallbacks)),
         Key("d", "remove", _with_row(_remove_model)),
-        Key("space", "on/off", _with_row(_switch)),
-    ) + _ORDER, empty="No models yet: press a to add some."),
+    ) + _ENTRY_KEYS, empty="No models yet: press a to add some."),
     "fallbacks": Screen("Fallbacks", rows=_chain_rows, lead="Each model, and what is tried when it fails.",
                         empty="No models yet: add a provider first."),
     "aliases": Screen("Aliases", rows=_alias_rows, keys=(
@@ -9910,13 +9856,7 @@ def _busy_body(frame: Frame, rows: Sequence[Row], width: int, room: int) -> List
     return lines + [[("    " + line, "lead")] for line in wrap(frame.lead, width - 6)]
 
 
-_BODIES = {
-    "list": _list_body,
-    "pick": _pick_body,
-    "input": _input_body,
-    "text": _text_body,
-    "busy": _busy_body,
-}
+_BODIES = {"list": _list_body, "pick": _pick_body, "input": _input_body, "text": _text_body, "busy": _busy_body}
 
 
 # ----- the same screens as numbered prompts -----
@@ -15760,22 +15700,10 @@ _STYLES = {
     "caret": ("", "A_REVERSE"),
 }
 _CHARACTER_KEYS = dict(zip("\n\r\t\x7f\b\x15\x03 ", "enter enter down backspace backspace ctrl-u ctrl-c space".split()))
-_CODE_KEYS = {
-    "KEY_UP": "up",
-    "KEY_DOWN": "down",
-    "KEY_LEFT": "left",
-    "KEY_RIGHT": "right",
-    "KEY_HOME": "home",
-    "KEY_END": "end",
-    "KEY_PPAGE": "pgup",
-    "KEY_NPAGE": "pgdn",
-    "KEY_BACKSPACE": "backspace",
-    "KEY_DC": "delete",
-    "KEY_ENTER": "enter",
-    "KEY_BTAB": "up",
-    "KEY_SR": "K",
-    "KEY_SF": "J",
-}
+_CODE_KEYS = {  # names of curses after KEY_
+    "UP": "up", "DOWN": "down", "LEFT": "left", "RIGHT": "right", "HOME": "home", "END": "end", "PPAGE": "pgup",
+    "NPAGE": "pgdn", "BACKSPACE": "backspace", "DC": "delete", "ENTER": "enter", "BTAB": "up", "SR": "K", "SF": "J",
+}  # fmt: skip
 _QUICK = ("key", "save")  # effects that are done at once; the others get a thread, so that they can be left
 _TALKING = ("deploy",)  # those that ask and print themselves: they get the terminal meanwhile
 
@@ -15931,7 +15859,7 @@ class _Painter:
             return self._escape(window)
         if isinstance(key, str):
             return _CHARACTER_KEYS.get(key, key)
-        codes = {getattr(curses, name): word for name, word in _CODE_KEYS.items()}
+        codes = {getattr(curses, "KEY_" + name): word for name, word in _CODE_KEYS.items()}
         return codes.get(key, "")
 
     def _escape(self, window: Any) -> str:
