@@ -14755,7 +14755,7 @@ class _Asked:
         value = self._environ.get(name, default)
         if value.strip():
             self.found[name] = value.strip()
-        elif name not in self.missing:
+        elif name and name not in self.missing:
             self.missing.append(name)
         return value
 
@@ -14942,6 +14942,8 @@ class Cloudflare:
         codes = {error.get("code") for error in errors}
         if status == 401 or codes & {10000, 9109, 6003, 6111, 1000, 1001}:
             words = "the API token is not accepted: %s; make one from the template Edit Cloudflare Workers" % words
+        if codes & {10063, 10007} and path.endswith("/subdomain"):
+            words += "; open Workers & Pages in the dashboard once to get a workers.dev name, or give --domain"
         return one_line("Cloudflare answers %d to %s %s: %s" % (status, method, path, words or "no reason given"), 600)
 
     def accounts(self) -> List[Tuple[str, str]]:
@@ -17276,7 +17278,6 @@ def _default_shell(environ: Environ) -> str:
 # ----- Cloudflare -----
 
 _SITE_FLAGS = (
-    _CONFIG,
     Flag("name", "text", "the Worker's name, default " + WORKER_NAME),
     Flag("env", "text", "a Worker beside it, whose name ends in -ENV"),
     Flag("account-id", "text", "the account, default CLOUDFLARE_ACCOUNT_ID or the only one there is"),
@@ -17309,13 +17310,15 @@ def run_deploy(values: Values, environ: Environ) -> int:
         site = check_site(site._replace(domain=input("a domain of yours for it (empty: one of workers.dev): ").strip()))
     host, site = _reach_cloudflare(values, environ, site, wrangler)
     url, present = host.deploy(site, payload.secrets)
-    if "LLM_ROUTER_MASTER_KEY" in present:
+    kept = "LLM_ROUTER_MASTER_KEY" in present
+    if kept:
         _warn(["the Worker keeps the key that worker-key gave it, whatever masterKey the configuration has"])
     means = "wrangler" if wrangler else "api"
     done = {"worker": site.name, "url": url, "secrets": list(payload.secrets), "with": means}
-    lines = ["deployed %s with %d secrets" % (site.name, len(payload.secrets))]
+    lines = ["deployed %s, secrets: %s" % (site.name, ", ".join(payload.secrets))]
     lines += ["  Anthropic clients   ANTHROPIC_BASE_URL=" + url, "  OpenAI clients      OPENAI_BASE_URL=%s/v1" % url]
-    return _tell(values, done, "\n".join(lines + ["  their key           " + mask(payload.master_key)]))
+    lines += ["  their key           " + ("that of worker-key" if kept else mask(payload.master_key) or "their own")]
+    return _tell(values, done, "\n".join(lines))
 
 
 def run_worker_key(values: Values, environ: Environ) -> int:
@@ -17500,7 +17503,7 @@ COMMANDS: Tuple[Command, ...] = (
              Flag("shell", "text", "bash, zsh, fish or powershell"), *_AGENT_FLAGS, *_RUNNING_FLAGS, _AS_JSON),
             "llm-router env --shell=bash"),
     Command("deploy", run_deploy, "put this file and the configuration onto Cloudflare as a Worker",
-            (*_SITE_FLAGS, Flag("domain", "text", "a host name of its own, in a zone of the account"),
+            (_CONFIG, *_SITE_FLAGS, Flag("domain", "text", "a host name of its own, in a zone of the account"),
              Flag("route", "text", "a pattern in a zone of the account: example.com/* or example.com/route/*"),
              Flag("export-only", "bool", "write the secret with the configuration into a file and send nothing"),
              Flag("out", "text", "that file, default .llm-router.worker.json"),

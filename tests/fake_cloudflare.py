@@ -40,13 +40,13 @@ class Script:
 class FakeCloudflare:
     """`with FakeCloudflare() as cloudflare:`; url is what CLOUDFLARE_API_BASE_URL has to be.
 
-    calls: (method, path) in order; scripts: name -> Script; changed: called with the name after every change.
+    calls: (method, path) in order; scripts: name -> Script; subdomain: of workers.dev, "" for none.
     """
 
     def __init__(self, accounts=(ACCOUNT,)):
         self.accounts, self.zones = list(accounts), {"example.com": "z1"}
-        self.calls, self.scripts, self.routes, self.domains, self.bodies = [], {}, [], [], []
-        self.changed = lambda name: None
+        self.calls, self.scripts, self.routes, self.domains = [], {}, [], []
+        self.subdomain = "me"
         fake = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -55,7 +55,6 @@ class FakeCloudflare:
             def _serve(self):
                 body = self._read_body()
                 fake.calls.append((self.command, self.path.partition("?")[0]))
-                fake.bodies.append(body)
                 try:
                     status, answer = 200, {"success": True, "errors": [], "messages": [], "result": fake._answer(self, body)}
                 except Refused as error:
@@ -160,7 +159,7 @@ class FakeCloudflare:
         return {"id": "d1"}
 
     def _subdomain(self, account, **_):
-        return {"subdomain": "me"}
+        return {"subdomain": self.subdomain}
 
     def _service(self, account, name, **_):
         script = self._script(account, name)
@@ -179,7 +178,6 @@ class FakeCloudflare:
             script.secrets = {}
         self._bind(script, metadata["bindings"])
         script.files, script.metadata = files, metadata
-        self.changed(name)
         return {"id": name, "startup_time_ms": 1, "etag": "e", "deployment_id": "d", "has_preview": False}
 
     def _bind(self, script, bindings):
@@ -198,6 +196,8 @@ class FakeCloudflare:
         return {"enabled": self._script(account, name).enabled, "previews_enabled": False}
 
     def _set_enabled(self, account, name, body, **_):
+        if not self.subdomain:
+            raise Refused(404, 10063, "You need a workers.dev subdomain in order to proceed.")
         self._script(account, name).enabled = json.loads(body)["enabled"]
         return self._get_enabled(account, name)
 
@@ -207,12 +207,10 @@ class FakeCloudflare:
     def _put_secret(self, account, name, body, **_):
         secret = json.loads(body)
         self._bind(self._script(account, name), [secret])
-        self.changed(name)
         return {"name": secret["name"], "type": "secret_text"}
 
     def _delete_secret(self, account, name, secret, **_):
         del self._script(account, name).secrets[secret]
-        self.changed(name)
 
     def _settings(self, account, name, **_):
         script = self._script(account, name)
@@ -225,5 +223,4 @@ class FakeCloudflare:
         bindings = json.loads(parse_multipart(request.headers["content-type"], body)["settings"])["bindings"]
         script.secrets = {key: text for key, text in script.secrets.items() if key in {one["name"] for one in bindings}}
         self._bind(script, bindings)
-        self.changed(name)
         return self._settings(account, name)

@@ -101,6 +101,20 @@ def test_a_variable_that_is_not_set_is_named(desk):
     assert "P_KEY is not set" in desk.deploy(P_KEY="").stderr
 
 
+def test_keys_that_stand_in_the_configuration_need_no_variable(desk):
+    document = document_of()
+    del document["providers"][0]["apiKeyEnv"]
+    document["providers"][0]["apiKey"] = "sk-p-0123456789abcdef"
+    desk.configure(document)
+    assert desk.deploy().stderr == ""
+    assert list(desk.script.secrets) == ["LLM_ROUTER_CONFIG_JSON"]
+
+
+def test_an_account_without_a_workers_dev_name_is_told_how_to_get_one(desk):
+    desk.cloudflare.subdomain = ""
+    assert "open Workers & Pages in the dashboard" in desk.deploy(code=1).stderr
+
+
 def test_a_second_deployment_keeps_variables_and_the_key_of_worker_key_and_says_so(desk):
     desk.deploy()
     desk.script.variables["LLM_ROUTER_KEEPALIVE_MS"] = "5"
