@@ -127,6 +127,14 @@ def test_a_model_that_is_not_there_says_nothing_about_the_format(probe):
     assert report.unconfirmed == ("gone",) and report.formats == ("openai",)
 
 
+def test_a_first_model_that_is_missing_in_one_format_does_not_stop_that_format(probe):
+    account = Account(("openai", "anthropic"))
+    gone = json_answer(404, {"type": "error", "error": {"type": "not_found_error", "message": "model: m1"}})
+    account.quirk = lambda call: gone if (call.wire, call.json["model"]) == ("anthropic", "m1") else None
+    _, report = probe(account, ["m1", "m2"])
+    assert states(report)["m2", "anthropic"] == "ok" and report.formats == ("openai", "anthropic")
+
+
 def test_a_first_model_that_is_refused_in_every_format_does_not_speak_for_the_others(probe):
     account = Account(("openai",))
     account.quirk = lambda call: json_answer(404, {"error": "not found"}) if call.json["model"] == "typo" else None
