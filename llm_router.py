@@ -38,7 +38,7 @@ Contents:
   22  PROBE                 which formats, auth styles and models a provider really serves [async]
   23  FILES                 configuration and state on disk: atomic, private, locked [host]
   24  UPSTREAM              threads dial, the loop talks: connections, their pool, replies [host]
-  25  SERVER                client connections on asyncio streams: one request after another [host]
+  25  SERVER                client connections on an asyncio protocol: one request after another [host]
   26  METRICS AND TRAIL     one line a request, written where it can block nobody [host]
   27  LEDGER                what every request used and cost, in SQLite, off the hot path [host]
   28  WORKER                the same gateway on Cloudflare, its effects from JavaScript [host]
@@ -10023,11 +10023,8 @@ class Gateway:
             endpoint = find_endpoint(call.path)
             authorized = check_access(self.access, endpoint, call.method, call.headers)
             if call.method == "OPTIONS":
-                await client.respond(
-                    204,
-                    [("allow", ", ".join(endpoint.methods + ("OPTIONS",)))] + cors_headers(self.access, call.headers),
-                    b"",
-                )
+                allow = [("allow", ", ".join(endpoint.methods + ("OPTIONS",)))]
+                await client.respond(204, allow + cors_headers(self.access, call.headers), b"")
                 return
             endpoint = check_method(endpoint, call.method)
             trail.client = find_client(self.access, call.headers)
@@ -10056,9 +10053,8 @@ class Gateway:
         if error.status == 405 and endpoint is not None:
             headers.append(("allow", ", ".join(endpoint.methods)))
         headers.extend(_REFUSAL_HEADERS.get(error.status, ()))
-        await client.respond(
-            error.status, headers, dump_json(WIRE_FORMATS[wire].render_error(_error_info(error), trail.id))
-        )
+        body = dump_json(WIRE_FORMATS[wire].render_error(_error_info(error), trail.id))
+        await client.respond(error.status, headers, body)
 
     async def _get(self, endpoint: Endpoint, call: Call, client: Any, authorized: bool) -> None:
         if endpoint.operation == "metrics":
@@ -10451,9 +10447,8 @@ class Exchange:
             await client.respond(200, _JSON_HEADERS + self._own_headers() + answer.headers, answer.body)
             return
         try:
-            client.begin(
-                _STREAM_HEADERS + self._own_headers() + answer.headers, _PINGS.get(self._inbound.wire, sse_comment())
-            )
+            ping = _PINGS.get(self._inbound.wire, sse_comment())
+            client.begin(_STREAM_HEADERS + self._own_headers() + answer.headers, ping)
             client.write(answer.body)
             if answer.processor is None:
                 await client.finish()
@@ -10521,9 +10516,8 @@ class Exchange:
         headers = [(n, v) for n, v in outcome.headers if same and _RETURNED_HEADERS.fullmatch(n.lower())]
         if outcome.kind == POLICY:
             headers.append(("x-should-retry", "false"))
-        await self._send_error(
-            outcome.error._replace(status=outcome.status or 502), headers, outcome.body if same else None
-        )
+        info = outcome.error._replace(status=outcome.status or 502)
+        await self._send_error(info, headers, outcome.body if same else None)
 
     async def _send_error(self, info: ErrorInfo, headers: Headers, body: Optional[bytes]) -> None:
         """An error as the client's format has it; inside the stream when a keep-alive opened it already."""
@@ -11971,7 +11965,7 @@ def _seconds(milliseconds: int) -> Optional[float]:
 
 
 # ==============================================================================
-# 25 SERVER - client connections on asyncio streams: one request after another [host]
+# 25 SERVER - client connections on an asyncio protocol: one request after another [host]
 # ==============================================================================
 
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -11985,6 +11979,7 @@ _ACCEPTS_AT_ONCE = 64
 _ACCEPT_REST_S = 1.0
 _SKIP_BYTES = 65_536
 _BUSY_LINGER_S = 0.5
+_MOST_EARLY_READS = 8
 _UPLOAD_BYTES_PER_S = 1024
 
 
@@ -12102,7 +12097,7 @@ class Sink:
         if loop.time() - self._sent_at >= self._every_s - 0.001:
             if not self.is_open:
                 self._send_head(self._early_headers)
-            if not self._connection.is_blocked():
+            if not self._connection.is_blocked:
                 self.write(self._ping)
             self._sent_at = loop.time()
         self._timer = loop.call_at(self._sent_at + self._every_s, self._tick)
@@ -12134,7 +12129,7 @@ class _Relay:
             while not self._end:
                 self._waiter = self._loop.create_future()
                 await self._waiter
-                if self._connection.is_blocked() and not self._end:
+                if self._connection.is_blocked and not self._end:
                     await self._connection.drain()
                     self._reply.last_byte_at = self._loop.time()
                     self._reply.resume()
@@ -12156,7 +12151,7 @@ class _Relay:
                 self._stop("client_gone")
                 return
             self._sink.write(out)
-            if self._connection.is_blocked():
+            if self._connection.is_blocked:
                 self._reply.pause()
                 self._wake()
         if processor.failed is not None:
@@ -12178,17 +12173,17 @@ class _Relay:
         if self._end:
             return
         silent_s = self._loop.time() - self._reply.last_byte_at
-        if silent_s >= self._idle_s and not self._connection.is_blocked():
+        if silent_s >= self._idle_s and not self._connection.is_blocked:
             self._stop("timeout")
         else:
             self._loop.call_later(max(self._idle_s - silent_s, 0.01), self._watch_idle)
 
 
 class ClientConnection:
-    """One client connection: reads requests, has them answered one after another, and notices when the client
-    leaves."""
+    """One client connection, the protocol of its own asyncio transport: reads requests, has them answered one after
+    another, and notices when the client leaves, also while nothing is read from it."""
 
-    def __init__(self, server: Server, reader: Any, writer: Any) -> None:
+    def __init__(self, server: Server) -> None:
         import asyncio
 
         self.server = server
@@ -12199,35 +12194,63 @@ class ClientConnection:
         self.phase = "idle"
         self.sink: Optional[Sink] = None
         self.task = asyncio.current_task()
-        self._reader = reader
-        self._writer = writer
-        self._transport = writer.transport
+        self._transport: Any = None
         self._parser = RequestParser(server.limits)
         self._reserved = 0
-        self._at_eof = False
-        self._hook()
+        self._at_eof = self._is_lost = False
+        self.is_blocked = False  # the client reads slower than it is written to
+        self._early: List[bytes] = []  # what came while nobody waited for it
+        self._fault: Optional[RouterError] = None
+        self._reader: Any = None
+        self._drainer: Any = None
 
-    def _hook(self) -> None:
-        """Learn at once when the client closes or resets, also while nothing is being read from it."""
+    def connection_made(self, transport: Any) -> None:
+        """asyncio: it is open."""
         import socket
 
-        reader, feed_eof, set_exception = self._reader, self._reader.feed_eof, self._reader.set_exception
-
-        def on_eof() -> None:
-            feed_eof()
-            self._on_eof()
-
-        def on_exception(error: BaseException) -> None:
-            set_exception(error)
-            self._on_gone()
-
-        reader.feed_eof, reader.set_exception = on_eof, on_exception
-        self._expire_read = set_exception
-        self._transport.set_write_buffer_limits(high=_HIGH_WATER_BYTES)
-        self._transport.max_size = _READ_BYTES  # asyncio asks for 256 KB at a time
-        sock = self._transport.get_extra_info("socket")
+        self._transport = transport
+        transport.set_write_buffer_limits(high=_HIGH_WATER_BYTES)
+        transport.max_size = _READ_BYTES  # asyncio asks for 256 KB at a time
+        sock = transport.get_extra_info("socket")
         if sock is not None:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def data_received(self, data: bytes) -> None:
+        """asyncio: bytes have come. Those of the next requests wait, a few reads at most."""
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(data)
+            return
+        self._early.append(data)
+        if len(self._early) == _MOST_EARLY_READS:
+            self._transport.pause_reading()
+
+    def eof_received(self) -> bool:
+        """asyncio: nothing more will come; the connection stays open for the answer."""
+        self._fail_read(ClientGoneError())
+        self._on_eof()
+        return True
+
+    def connection_lost(self, error: Optional[Exception]) -> None:
+        """asyncio: it is closed, by an error or by us."""
+        self._is_lost = True
+        self._fail_read(ClientGoneError())
+        self.resume_writing()
+        self._on_eof() if error is None else self._on_gone()
+
+    def pause_writing(self) -> None:
+        """asyncio: much waits to be sent."""
+        self.is_blocked = True
+
+    def resume_writing(self) -> None:
+        """asyncio: it has caught up."""
+        self.is_blocked = False
+        if self._drainer is not None and not self._drainer.done():
+            self._drainer.set_result(None)
+
+    def _fail_read(self, fault: RouterError) -> None:
+        self._fault = self._fault or fault
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_exception(fault)
 
     async def run(self) -> None:
         """Serve requests until the connection ends."""
@@ -12239,7 +12262,21 @@ class ClientConnection:
         except HttpError as error:
             await self._refuse(error)
         finally:
-            self._transport.abort() if self.was_cut and self.is_blocked() else self._writer.close()
+            self._transport.abort() if self.was_cut and self.is_blocked else self._transport.close()
+
+    async def turn_away(self) -> None:
+        """There is no room: say so, and take the request first, or the client may see a reset instead, see _linger."""
+        import asyncio
+
+        body = dump_json(WIRE_FORMATS["openai"].render_error(ErrorInfo(503, "too many connections"), ""))
+        headers, date = _JSON_HEADERS + [("retry-after", "1")], self.server.date()
+        try:
+            self.send(render_response(503, headers, body, head_only=False, keep_alive=False, date=date))
+            self._transport.write_eof()
+            await asyncio.wait_for(self._read(), _BUSY_LINGER_S)
+        except (asyncio.TimeoutError, asyncio.CancelledError, RouterError, OSError, RuntimeError):
+            pass
+        self._transport.close()
 
     def may_keep_alive(self, head: HttpRequest) -> bool:
         """Whether the connection can serve another request after this one: not with much of a body unread, nor in a
@@ -12257,22 +12294,19 @@ class ClientConnection:
         """Whether nothing can be sent any more."""
         return bool(self._transport.is_closing())
 
-    def is_blocked(self) -> bool:
-        """Whether the client reads slower than it is written to."""
-        return self._transport.get_write_buffer_size() > _HIGH_WATER_BYTES
-
     async def drain(self) -> None:
         """Wait until a slow client has taken what was written. ClientGoneError when it takes too long or leaves."""
-        if not self._transport.get_write_buffer_size():
+        if not self.is_blocked:
             return
         before, self.phase = self.phase, "sending"
         self.deadline = self.loop.time() + self.server.settings.send_timeout_ms / 1000
+        self._drainer = self.loop.create_future()
         try:
-            await self._writer.drain()
-        except ConnectionError:
-            raise ClientGoneError from None
+            await self._drainer
         finally:
-            self.phase, self.deadline = before, math.inf
+            self.phase, self.deadline, self._drainer = before, math.inf, None
+        if self._is_lost:
+            raise ClientGoneError
 
     def expire(self) -> None:
         """The deadline of the present phase has passed."""
@@ -12280,9 +12314,9 @@ class ClientConnection:
         if self.phase == "sending":
             self._transport.abort()
         elif self.phase == "idle":
-            self._writer.close()
+            self._transport.close()
         else:
-            self._expire_read(HttpError("the request took too long to arrive", 408, "request_timeout"))
+            self._fail_read(HttpError("the request took too long to arrive", 408, "request_timeout"))
 
     async def read_body(self) -> bytes:
         """The body of the present request, inflated. RouterError 413, 415, 400 or 503 when it cannot be had."""
@@ -12316,13 +12350,18 @@ class ClientConnection:
 
     async def _read(self) -> bytes:
         """Some bytes from the client. ClientGoneError at the end of the connection."""
+        if self._early:
+            data, self._early = b"".join(self._early), []
+            if not self._at_eof and not self.is_gone():
+                self._transport.resume_reading()
+            return data
+        if self._fault is not None:
+            raise self._fault
+        self._reader = self.loop.create_future()
         try:
-            data = await self._reader.read(_READ_BYTES)
-        except (ConnectionError, OSError):
-            raise ClientGoneError from None
-        if not data:
-            raise ClientGoneError
-        return data
+            return bytes(await self._reader)
+        finally:
+            self._reader = None
 
     async def _serve_one(self) -> bool:
         head = await self._read_head()
@@ -12568,30 +12607,11 @@ class Server:
         import asyncio
 
         sock.setblocking(False)
-        reader = asyncio.StreamReader(4 * _READ_BYTES, self.loop)
-        protocol = asyncio.StreamReaderProtocol(reader, loop=self.loop)
-        transport, _ = await self.loop.connect_accepted_socket(lambda: protocol, sock)
-        writer = asyncio.StreamWriter(transport, protocol, reader, self.loop)
+        connection = ClientConnection(self)
+        await self.loop.connect_accepted_socket(lambda: connection, sock)
         if not self._has_room(peer):
-            busy = dump_json(WIRE_FORMATS["openai"].render_error(ErrorInfo(503, "too many connections"), ""))
-            writer.write(
-                render_response(
-                    503,
-                    _JSON_HEADERS + [("retry-after", "1")],
-                    busy,
-                    head_only=False,
-                    keep_alive=False,
-                    date=self.date(),
-                )
-            )
-            try:  # take the request before closing, or the client may see a reset instead of the answer, see _linger
-                writer.write_eof()
-                await asyncio.wait_for(reader.read(_READ_BYTES), _BUSY_LINGER_S)
-            except (asyncio.TimeoutError, asyncio.CancelledError, OSError, RuntimeError):
-                pass
-            writer.close()
+            await connection.turn_away()
             return
-        connection = ClientConnection(self, reader, writer)
         self.connections[connection] = peer
         self._peers[peer] = self._peers.get(peer, 0) + 1
         try:
@@ -12603,7 +12623,6 @@ class Server:
         finally:
             del self.connections[connection]
             self._leave(peer)
-            writer.close()
 
     def _has_room(self, peer: str) -> bool:
         total, each = self.most_connections, self.settings.max_connections_per_peer
