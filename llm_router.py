@@ -7442,9 +7442,9 @@ def _count_schema(pending: List[Any]) -> float:
     pieces = 0.0
     while pending:
         value = pending.pop()
-        pieces += 1 + (_count_pieces(value) if isinstance(value, str) else 0)
+        pieces += _count_pieces(value) + 1 if isinstance(value, str) else 1 + isinstance(value, (dict, list))
         if isinstance(value, dict):
-            pieces += 1 + 2 * len(value) + sum(map(_count_pieces, value))
+            pieces += 2 * len(value) + sum(map(_count_pieces, value))
         pending.extend(value.values() if isinstance(value, dict) else as_list(value))
     return pieces
 
