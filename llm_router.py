@@ -9932,7 +9932,7 @@ class Trail:
 
     __slots__ = (
         "id", "began", "began_wall", "wire", "operation", "asked", "stream", "attempts", "model", "status", "outcome",
-        "usage", "first_content_ms", "total_ms", "message", "client",
+        "usage", "first_content_ms", "total_ms", "message", "client", "passed_over",
     )  # fmt: skip
 
     def __init__(self, id: str, began: float, began_wall: float) -> None:
@@ -9952,6 +9952,7 @@ class Trail:
         self.total_ms = 0
         self.message = ""
         self.client = ""  # the name of its key, see clientKeys
+        self.passed_over = ""  # why the origin was not the first to be asked
 
     @property
     def path(self) -> str:
@@ -10179,6 +10180,8 @@ class Exchange:
         book, settings, host = self._gateway.book, self._settings, self._host
         accepts_empty = ends_with_tool_result(self._inbound.body.value, self._inbound.wire)
         run, action, changes = begin(self._trail.id, plan, accepts_empty, settings, book, host.now())
+        if isinstance(action, Try) and action.candidate is not plan.candidates[0]:
+            self._trail.passed_over = _why_not_first(plan.candidates[0], book)
         try:
             while True:
                 book.apply(changes)
@@ -10560,6 +10563,11 @@ class Exchange:
                 reply.close()
         count = parsed.get("input_tokens")
         return count if isinstance(count, int) and not isinstance(count, bool) else None
+
+
+def _why_not_first(origin: Candidate, book: Any) -> str:
+    reasons = [book.read(key).reason for key in (origin.ref, origin.provider.id + "/")]
+    return "%s, which cools after: %s" % (origin.ref, next(filter(None, reasons), "failures").replace("_", " "))
 
 
 def _sooner(limit_ms: int, left_ms: int) -> int:
@@ -12717,6 +12725,7 @@ def log_record(trail: Trail) -> Dict[str, Any]:
         "model": trail.model,
         "status": trail.status,
         "outcome": trail.outcome,
+        "passed_over": trail.passed_over,
         "attempts": [attempt._asdict() for attempt in trail.attempts],
         "usage": usage._asdict() if usage is not None else None,
         "first_content_ms": trail.first_content_ms,
@@ -13007,9 +13016,7 @@ _LEDGER_COLUMNS = (
     " cache_write INTEGER, reasoning INTEGER, estimated INTEGER, cost REAL, first_content_ms INTEGER, total_ms INTEGER"
 )
 _LEDGER_INSERT = "INSERT INTO requests VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
-_LEDGER_SHRINK = (
-    "DELETE FROM requests WHERE rowid <= (SELECT min(rowid) + (max(rowid) - min(rowid)) / 10 FROM requests)"
-)
+_SHRINK = "DELETE FROM requests WHERE rowid <= (SELECT min(rowid) + (max(rowid) - min(rowid)) / 10 FROM requests)"
 _MOST_TOKENS = 2**53  # more is a lie, and SQLite takes 64 bits
 _LEDGER_BATCH_S = 0.5
 _LEDGER_RETRY_S = 1.0
@@ -13022,26 +13029,28 @@ def ledger_path(settings: Settings) -> str:
     return os.path.expanduser(settings.usage_db) if _BOOLS.get(settings.usage_db.lower(), True) else ""
 
 
-def cost_of(usage: Optional[Usage], cost: Optional[Mapping[str, Any]]) -> Optional[float]:
-    """What tokens cost by a model's `cost`, prices per million of them; None when a price that is needed is unknown."""
-    prices = [(cost or {}).get(key) for key in COST_KEYS]
+def cost_of(ref: str, usage: Optional[Iterable[int]], costs: Mapping[str, Any]) -> Optional[float]:
+    """What tokens (the fields of Usage) cost, by the `cost` of the model `ref` in `costs`, prices per million of them;
+    None when a price that is needed is unknown."""
+    cost = costs.get(ref) or costs.get(ref.partition("/")[0] + "/*") or {}
+    prices = [cost.get(key) for key in COST_KEYS]
     needed = [(tokens, price) for tokens, price in zip(usage or (), prices) if tokens]
     if not needed or not all(type(price) in (int, float) and price >= 0 for _, price in needed):
         return None
     return sum(tokens * price for tokens, price in needed) / 1e6
 
 
-def ledger_row(trail: Trail, prices: Mapping[str, Any]) -> Tuple[Any, ...]:
-    """A request as a row of the ledger. prices: ref -> `cost`. Tokens that nobody told are None; told by an answer
+def ledger_row(trail: Trail, costs: Mapping[str, Any]) -> Tuple[Any, ...]:
+    """A request as a row of the ledger. costs: ref -> `cost`. Tokens that nobody told are None; told by an answer
     that did not reach its end they are marked as an estimate."""
     usage = trail.usage if trail.usage is not None and any(trail.usage) else None
     tokens = [min(count, _MOST_TOKENS) for count in usage] if usage else [None] * len(Usage._fields)
     estimated = int(usage is not None and trail.outcome != OK)
-    price = prices.get(trail.model) or prices.get(trail.model.partition("/")[0] + "/*")
+    cost = cost_of(trail.model, usage, costs)
     who = (trail.wire, trail.operation, int(trail.stream), _storable(trail.client), _storable(trail.asked[:200]))
     what = (_storable(trail.model), _storable(trail.path[:2000]), trail.status, trail.outcome)
     times = (trail.first_content_ms, trail.total_ms)
-    return (trail.began_wall, trail.id, *who, *what, *tokens, estimated, cost_of(usage, price), *times)
+    return (trail.began_wall, trail.id, *who, *what, *tokens, estimated, cost, *times)
 
 
 def _storable(text: str) -> str:
@@ -13052,14 +13061,14 @@ class Ledger:
     """Rows of requests in an SQLite file, written in batches by a thread of its own.
 
     Whatever is wrong with the file disturbs no request: `note(text, level)` is told once, and the newest `limit` rows
-    wait until it works again. prices: ref -> `cost`, see `cost_of`.
+    wait until it works again. costs: ref -> `cost`, see `cost_of`.
     """
 
     def __init__(self, path: str, settings: Settings, note: Callable[[str, str], None], limit: int = 5000) -> None:
         import threading
         from collections import deque
 
-        self.prices: Mapping[str, Any] = {}
+        self.costs: Mapping[str, Any] = {}
         self._path = path
         self._settings = settings
         self._note = note
@@ -13067,7 +13076,7 @@ class Ledger:
         self._trails: Any = deque(maxlen=limit)
         self._rows: List[Tuple[Any, ...]] = []
         self._trouble = ""
-        self._file: Tuple[int, int] = (0, 0)
+        self._file: Any = None
         self._connection: Any = None
         self._wake = threading.Event()
         self._closing = threading.Event()
@@ -13098,7 +13107,7 @@ class Ledger:
         """Write all that waits; what cannot be written now goes on waiting."""
         try:
             while self._trails:
-                self._rows.append(ledger_row(self._trails.popleft(), self.prices))
+                self._rows.append(ledger_row(self._trails.popleft(), self.costs))
             del self._rows[: -self._limit]
             self._write_or_heal()
             self._rows = []
@@ -13122,47 +13131,42 @@ class Ledger:
                 raise
             self._disconnect()
             os.replace(self._path, self._path + ".corrupt")
-            for tail in ("-wal", "-shm"):
-                if os.path.exists(self._path + tail):
-                    os.unlink(self._path + tail)
+            for rest in filter(os.path.exists, (self._path + "-wal", self._path + "-shm")):
+                os.unlink(rest)
             self._note("the usage ledger was damaged (%s): kept as %s.corrupt" % (error, self._path), "warning")
             self._write()
 
     def _write(self) -> None:
-        import os
         import time
 
-        try:
-            info = os.stat(self._path)
-            if self._file != (info.st_dev, info.st_ino):
-                self._disconnect()
-        except FileNotFoundError:  # removed or set aside since
+        if self._connection is None or self._file != _identity(self._path):  # removed, or set aside by another router
             self._disconnect()
-        if self._connection is None:
             self._connection = _open_ledger(self._path)
-            info = os.stat(self._path)
-            self._file = info.st_dev, info.st_ino
+            self._file = _identity(self._path)
         with self._connection as connection:
             connection.executemany(_LEDGER_INSERT, self._rows)
             days, most = self._settings.usage_max_days, self._settings.usage_max_bytes
             if days:
                 connection.execute("DELETE FROM requests WHERE time < ?", (time.time() - days * 86400,))
-            pages, free, size = (
-                connection.execute("PRAGMA " + name).fetchone()[0]
-                for name in ("page_count", "freelist_count", "page_size")
-            )
+            names = ("page_count", "freelist_count", "page_size")
+            pages, free, size = (connection.execute("PRAGMA " + name).fetchone()[0] for name in names)
             if (pages - free) * size > most:  # pages that become free are used again: the file does not grow
-                connection.execute(_LEDGER_SHRINK)
+                connection.execute(_SHRINK)
 
     def _disconnect(self) -> None:
-        import sqlite3
+        if self._connection is not None:
+            self._connection.close()
+        self._connection = None
 
-        connection, self._connection = self._connection, None
-        try:
-            if connection is not None:
-                connection.close()
-        except sqlite3.Error:
-            pass  # it is given up anyway
+
+def _identity(path: str) -> Any:
+    import os
+
+    try:
+        info = os.stat(path)
+    except FileNotFoundError:
+        return None
+    return info.st_dev, info.st_ino
 
 
 def _open_ledger(path: str) -> Any:
@@ -13174,6 +13178,7 @@ def _open_ledger(path: str) -> Any:
     os.chmod(path, 0o600)
     connection = sqlite3.connect(path, timeout=1.0)
     try:
+        _check_ledger(connection, path)  # before anything is changed in it
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = NORMAL")  # whole after a crash of the program, as after a power cut
         connection.execute("PRAGMA journal_size_limit = 4000000")
@@ -13230,27 +13235,44 @@ def sum_ledger(path: str, by: str, since: float) -> List[Dict[str, Any]]:
     """The ledger's rows from `since` (Unix seconds) on, summed by a key of LEDGER_GROUPS: {"group", "requests", ...},
     the last one the total with the group None; [] when there is nothing. count_tokens calls are left out. RouterError
     when the file cannot be read."""
+    sums = ", ".join("%s AS %s" % (sql, name) for name, sql in _LEDGER_SUMS.items())
+    source = "FROM requests WHERE time >= ? AND operation <> 'count_tokens'"
+    order = '"group"' if by == "day" else "coalesce(cost, 0) DESC, requests DESC"
+    groups = 'SELECT %s AS "group", %s %s GROUP BY 1 ORDER BY %s' % (LEDGER_GROUPS[by], sums, source, order)
+    rows = _read_ledger(path, groups, since)
+    return rows + _read_ledger(path, 'SELECT NULL AS "group", %s %s' % (sums, source), since) if rows else []
+
+
+def find_in_ledger(path: str, id: str) -> Optional[Dict[str, Any]]:
+    """A request's row of the ledger in the shape of `log_record`, with "cost", and with "path" in place of attempts;
+    "last" means the newest. None when it is not there."""
+    rows = _read_ledger(path, "SELECT * FROM requests WHERE id = ?1 OR ?1 = 'last' ORDER BY rowid DESC LIMIT 1", id)
+    if not rows:
+        return None
+    row = rows[0]
+    usage = {name: row[name] for name in Usage._fields} if row["input"] is not None else None
+    names = ("id", "operation", "client", "format", "asked", "model", "status", "outcome", "cost")
+    told = {name: row[name] for name in (*names, "first_content_ms", "total_ms")}
+    more = {"time": _iso_time(row["time"]), "stream": bool(row["stream"]), "path": row["attempts"], "usage": usage}
+    return dict(told, attempts=[], message="", **more)
+
+
+def _read_ledger(path: str, sql: str, value: Any) -> List[Dict[str, Any]]:
     import pathlib
     import sqlite3
 
-    sums = ", ".join("%s AS %s" % (sql, name) for name, sql in _LEDGER_SUMS.items())
-    where = "FROM requests WHERE time >= ? AND operation <> 'count_tokens'"
-    order = "grouped" if by == "day" else "coalesce(cost, 0) DESC, requests DESC"
-    if not pathlib.Path(path).exists():
+    if not path or not pathlib.Path(path).exists():
         return []
     try:
         connection = sqlite3.connect(pathlib.Path(path).absolute().as_uri() + "?mode=ro", timeout=5.0, uri=True)
         try:
             _check_ledger(connection, path)
             connection.row_factory = sqlite3.Row
-            sql = "SELECT %s AS grouped, %s %s GROUP BY grouped ORDER BY %s" % (LEDGER_GROUPS[by], sums, where, order)
-            rows = [dict(row) for row in connection.execute(sql, (since,))]
-            total = dict(connection.execute("SELECT NULL AS grouped, %s %s" % (sums, where), (since,)).fetchone())
+            return [dict(row) for row in connection.execute(sql, (value,))]
         finally:
             connection.close()
     except sqlite3.Error as error:
         raise RouterError("%s cannot be read: %s" % (one_line(path), error), 500) from None
-    return [{"group": row.pop("grouped"), **row} for row in rows + [total]] if rows else []
 
 
 # ==============================================================================
@@ -13916,9 +13938,10 @@ class Router:
     def _make_gateway(self) -> None:
         options = self.options
         self.host.metrics = self._metrics
+        models = [(one.id + "/" + model.id, model.cost) for one in options.config.providers for model in one.models]
+        self.costs = {ref: cost for ref, cost in models if cost}
         if self.ledger is not None:
-            models = [(one.id + "/" + model.id, model.cost) for one in options.config.providers for model in one.models]
-            self.ledger.prices = {ref: cost for ref, cost in models if cost}
+            self.ledger.costs = self.costs
         access = make_access(options.config, options.require_auth, self.guests.items())
         self.gateway = Gateway(Routes(options.config), options.settings, access, self.host, self.book)
         self.gateway.items = self.items
@@ -13942,6 +13965,8 @@ class Router:
             return 200, self.status()
         if method == "GET" and name == "trail":
             record = self.ring.find(argument)
+            if record and record["usage"]:
+                record["cost"] = cost_of(record["model"], record["usage"].values(), self.costs)
             return (200, {"trail": record}) if record else (404, {"error": "that request is not remembered (any more)"})
         if method == "POST" and name == "reload":
             return self.try_reload()
@@ -17022,7 +17047,13 @@ def _restart_instances() -> List[int]:
 
 def run_explain(values: Values, environ: Environ) -> int:
     """`explain ID`: what became of a request and why."""
-    trail = ask_instance(_find_running(values), "trail/" + (values.get("id") or "last"))["trail"]
+    id, path = values.get("id") or "last", ledger_path(read_settings({}, environ)[0])
+    try:
+        trail = ask_instance(_find_running(values), "trail/" + id)["trail"]
+    except RouterError as error:
+        trail = None if isinstance(error, UsageError) else find_in_ledger(path, id)
+        if trail is None:
+            raise
     if values.get("json"):
         return _print_json(trail)
     print(_explanation(trail))
@@ -17051,13 +17082,16 @@ def _explanation(trail: Dict[str, Any]) -> str:
     kind = "%s %s%s" % (trail["format"], trail["operation"], ", streamed" if trail["stream"] else "")
     lines = ["%s  %s" % (trail["id"], trail["time"].replace("T", " ")), "asked for      %s (%s)" % (asked, kind)]
     lines += ["client         " + one_line(trail["client"])] if trail["client"] else []
-    lines += ["", *_attempt_lines(trail)]
+    lines += ["passed over    " + one_line(trail["passed_over"])] if trail.get("passed_over") else []
+    path = one_line(trail.get("path", ""), 2000)  # all that the ledger knows of the attempts
+    lines += ["", *_attempt_lines(trail)] if trail["attempts"] else ["attempts       " + path] if path else []
     first = ", first content after " + show_duration(trail["first_content_ms"]) if trail["first_content_ms"] else ""
     lines += ["", "answered by    %s" % (trail["model"] or "nobody")] if trail["outcome"] == OK else [""]
     lines += ["outcome        %s, status %d" % (trail["outcome"].replace("_", " "), trail["status"])]
     lines += ["time           %s%s" % (show_duration(trail["total_ms"]), first)]
     counts = ["%d %s" % (count, name.replace("_", " ")) for name, count in (trail["usage"] or {}).items() if count]
     lines += ["tokens         " + ", ".join(counts)] if counts else []
+    lines += ["cost           " + _dollars(trail["cost"])] if trail.get("cost") is not None else []
     lines += ["error          " + one_line(trail["message"], 500)] if trail["message"] else []
     kinds = [kind for kind in _WHAT_DECIDES if kind in [attempt["kind"] for attempt in trail["attempts"]]]
     lines += ["", "what decides"] if kinds else []
@@ -17095,6 +17129,8 @@ def _attempt_lines(trail: Dict[str, Any]) -> List[str]:
 
 def run_usage(values: Values, environ: Environ) -> int:
     """`usage`: the ledger summed up, as a table with bars, JSON or CSV."""
+    import csv
+    import sys
     import time
 
     by = values.get("by", "model").lower()
@@ -17107,7 +17143,9 @@ def run_usage(values: Values, environ: Environ) -> int:
         told = {"since": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(since)), "by": by, "file": path}
         return _print_json(dict(told, rows=rows[:-1], total=rows[-1] if rows else None))
     if values.get("csv"):
-        return _print_csv(rows[:-1])
+        writer = csv.writer(sys.stdout, lineterminator="\n")
+        writer.writerows([list(rows[0])] + [list(row.values()) for row in rows[:-1]] if rows else [])
+        return 0
     if not path:
         raise UsageError("the usage ledger is off: LLM_ROUTER_USAGE_DB or --usage-db names its file")
     day = time.strftime("%Y-%m-%d", time.localtime(since))
@@ -17131,15 +17169,6 @@ def _parse_since(text: str) -> float:
         return time.mktime((day.tm_year, day.tm_mon, day.tm_mday, 0, 0, 0, 0, 0, -1))
     except (ValueError, OverflowError):
         raise UsageError("--since: %s is neither 7d, 12h nor a date like 2026-01-31" % one_line(text, 40)) from None
-
-
-def _print_csv(rows: Sequence[Dict[str, Any]]) -> int:
-    import csv
-    import sys
-
-    writer = csv.writer(sys.stdout, lineterminator="\n")
-    writer.writerows([list(rows[0])] + [list(row.values()) for row in rows] if rows else [])
-    return 0
 
 
 def _usage_table(rows: Sequence[Dict[str, Any]], by: str, width: int) -> str:
@@ -17174,17 +17203,19 @@ def _usage_cells(row: Dict[str, Any]) -> Tuple[str, ...]:
     if row["input"] is not None:
         cached = "%d%%" % (100 * row["cache_read"] / prompt) if prompt else "-"
         tokens = (_short(prompt), cached, _short(row["output"]) + "~" * bool(row["estimated"]))
-    cost = "-" if row["cost"] is None else "$%.2f" % row["cost"] if row["cost"] >= 1 else "$%.4f" % row["cost"]
+    cost = "-" if row["cost"] is None else _dollars(row["cost"])
     cost += "+" * bool(row["unknown_cost"] and row["cost"] is not None)
     name = "total" if row["group"] is None else one_line(row["group"], 200)
     return (name, str(row["requests"]), str(row["failed"] or ""), *tokens, cost)
 
 
+def _dollars(cost: float) -> str:
+    return "$%.2f" % cost if cost >= 1 else "$%.4f" % cost
+
+
 def _short(count: float) -> str:
-    """A count in a few characters: 950, 9.5k, 12.3M."""
-    if count < 1000:
-        return "%d" % count
-    return "%.1fk" % (count / 1e3) if count < 999_950 else "%.1fM" % (count / 1e6)
+    thousands = "%.1fk" % (count / 1e3) if count < 999_950 else "%.1fM" % (count / 1e6)
+    return thousands if count >= 1000 else "%d" % count
 
 
 # ----- agents -----
@@ -17494,11 +17525,12 @@ COMMANDS: Tuple[Command, ...] = (
     Command("config", run_config, "the menu, or with --operation= one change without any prompt", CONFIG_FLAGS,
             "llm-router config --operation=list"),
     Command("start", run_start, "serve, in the foreground or with --detach in the background", START_FLAGS,
-            "llm-router start --port=8787 --require-auth=true"),
+            "llm-router start\nllm-router start --detach --port=8787 --require-auth=true"),
     Command("status", run_status, "show the running instance and the state of every model", (*_RUNNING_FLAGS, _AS_JSON),
-            "llm-router status --json"),
+            "llm-router status\nllm-router status --port=8787 --json"),
     Command("explain", run_explain, "show what became of a request and why: explain ID, or explain last",
-            (_ID, *_RUNNING_FLAGS, _AS_JSON), "llm-router explain last"),
+            (_ID, *_RUNNING_FLAGS, _AS_JSON),
+            "llm-router explain last\nllm-router explain req_0123456789abcdef01234567 --json"),
     Command("usage", run_usage, "show what requests used and cost, from the usage ledger", (
             Flag("since", "text", "7d, 12h or a date like 2026-01-31, default 30d"),
             Flag("today", "bool", "since midnight"), Flag("by", "text", ", ".join(LEDGER_GROUPS) + "; default model"),
@@ -17516,7 +17548,8 @@ COMMANDS: Tuple[Command, ...] = (
             "llm-router update --from=https://example.com/llm_router.py"),
     Command("run", run_agent, "run claude, codex, opencode, aider, qwen or -- any command against the router",
             (*_AGENT_FLAGS, Flag("keep", "bool", "leave a router that was started for it running"), *_RUNNING_FLAGS),
-            "llm-router run --model=openrouter/gpt-4o claude", True),
+            "llm-router run claude\nllm-router run --model=openrouter/gpt-4o --haiku=groq/small claude -p 'say hi'\n"
+            "llm-router run -- python app.py", True),
     Command("env", run_env, "print the variables that point a program at the running router",
             (Flag("tool", "word", "claude, aider, qwen or any (the default)"),
              Flag("shell", "text", "bash, zsh, fish or powershell"), *_AGENT_FLAGS, *_RUNNING_FLAGS, _AS_JSON),

@@ -135,7 +135,7 @@ def test_a_request_is_entered_with_what_it_used_and_cost_and_without_any_body(ro
     ],
 )
 def test_a_cost_is_known_or_none_but_never_a_guess(tokens, cost, expected):
-    assert r.cost_of(tokens, cost) == expected
+    assert r.cost_of("a/m", tokens, {"a/m": cost, "a": PRICES}) == expected
 
 
 def test_tokens_of_an_answer_that_broke_off_are_marked_as_an_estimate():
@@ -234,6 +234,7 @@ def test_a_file_that_cannot_be_used_is_left_alone_and_named_once(ledger, tmp_pat
         made.execute("CREATE TABLE other (a)")
         made.execute("PRAGMA user_version = %d" % (99 if trouble == "newer" else 0))
         made.close()
+    before = path.read_bytes() if path.is_file() else b""
     one = ledger()
     for number in range(2):
         for _ in range(200):
@@ -242,6 +243,7 @@ def test_a_file_that_cannot_be_used_is_left_alone_and_named_once(ledger, tmp_pat
     one.close()
     assert len(one.noted) == 1 and one.noted[0][0] == "warning" and str(path) in one.noted[0][1]
     assert not (tmp_path / "u.db.corrupt").exists()
+    assert trouble == "no room" or before == (path.read_bytes() if path.is_file() else b"")
 
 
 def test_only_the_newest_rows_wait_for_a_file_that_cannot_be_written(ledger, tmp_path):
@@ -369,6 +371,36 @@ def test_what_waits_is_written_when_the_router_stops(router, upstream):
     assert len(rows_of(running.home / ".llm-router.usage.db")) == 1
 
 
+# ----- explain, when no router remembers -----
+
+
+def explained(home, *words):
+    line = [sys.executable, str(PROGRAM), "explain", *words]
+    return subprocess.run(line, env=clean_environment(home), stdin=subprocess.DEVNULL, capture_output=True, text=True)
+
+
+def test_explain_knows_what_a_request_cost_while_the_router_runs_and_after_it(router, upstream):
+    running = router(priced(upstream), *QUICK)
+    id = running.post(CHAT, HI).headers["x-llm-router-request-id"]
+    live = explained(running.home, id).stdout
+    assert "cost           $0.0001" in live and "1. fake/fake-model" in live
+    running.post(CHAT, HI)
+    assert running.stop() == 0
+    later = explained(running.home, id)
+    assert later.returncode == 0 and later.stderr == ""
+    assert [
+        line for line in live.splitlines() if line.startswith(("outcome", "tokens", "cost", "answered", "asked"))
+    ] == [
+        line
+        for line in later.stdout.splitlines()
+        if line.startswith(("outcome", "tokens", "cost", "answered", "asked"))
+    ]
+    assert "attempts       fake/fake-model=ok" in later.stdout
+    assert json.loads(explained(running.home, "--json").stdout)["id"] != id
+    assert explained(running.home, "req_unknown").returncode == 1
+    assert explained(running.home, "last' OR 1").returncode == 1
+
+
 # ----- usage -----
 
 
@@ -376,7 +408,7 @@ def test_what_waits_is_written_when_the_router_stops(router, upstream):
 def filled(tmp_path, ledger):
     """A home with a ledger: two models, a failure, an answer that broke off, a count_tokens call."""
     one = ledger()
-    one.prices = {"a/m": {"input": 1000, "output": 1000, "cacheRead": 100}}
+    one.costs = {"a/m": {"input": 1000, "output": 1000, "cacheRead": 100}}
     one.add(a_trail(1, usage=r.Usage(1000, 500, 3000), total_ms=100, client="laptop"))
     one.add(a_trail(2, usage=r.Usage(1000, 500), total_ms=300))
     one.add(a_trail(3, model="b/deep/n", usage=r.Usage(2_000_000, 1, 0, 0, 1), wire="anthropic"))

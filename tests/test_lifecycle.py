@@ -172,6 +172,15 @@ def test_explain_says_what_decides_the_outcomes_that_occurred_and_no_others(runn
     assert [line[0] for line in lines[lines.index(["what", "decides"]) + 1 :]] == ["temporary"]
 
 
+def test_explain_says_why_the_model_that_was_asked_for_was_not_asked_first(running):
+    running.upstream.answer(fake.json_answer(429, {"error": {"message": "slow down"}}))
+    running.post(CHAT, MESSAGES)
+    assert "passed over" not in ok(running.home, "explain")
+    running.post(CHAT, MESSAGES)
+    out = ok(running.home, "explain")
+    assert "passed over    fake/a, which cools after: rate limited" in out and "1. fake/b" in out
+
+
 def test_explain_draws_each_attempt_at_its_place_in_the_time_of_the_request(monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     attempts = [
