@@ -22,6 +22,7 @@ for folder in (str(ROOT), str(ROOT / "tests")):
         sys.path.insert(0, folder)
 
 from test_scenarios import scenario_table  # noqa: E402
+from test_screens import Host  # noqa: E402
 
 import llm_router  # noqa: E402
 from exchanges import until  # noqa: E402
@@ -58,7 +59,18 @@ def fields_table():
     return rows
 
 
-BLOCKS = {"fields": fields_table, "settings": settings_table, "losses": losses_table, "scenarios": scenario_table}
+def menu_screen():
+    """A screen of the menu as the program draws it: three providers, one of them switched off."""
+    providers = [
+        ("openrouter", {"openai": "https://openrouter.ai/api/v1"}, {"apiKey": "sk-or-v1-0123456789abcdef"}, ["gpt-4o", "o3"]),
+        ("anthropic", {"anthropic": "https://api.anthropic.com"}, {"apiKeyEnv": "ANTHROPIC_API_KEY"}, ["*"]),
+        ("ollama", {"openai": "http://127.0.0.1:11434/v1"}, {"enabled": False}, ["*"]),
+    ]
+    document = {"providers": [dict({"id": id, "baseUrlByFormat": urls, "models": models}, **more) for id, urls, more, models in providers]}
+    return ["```text", *Host(document).open("Providers").press("down").screen(80, 16).split("\n"), "```"]
+
+
+BLOCKS = {"menu": menu_screen, "fields": fields_table, "settings": settings_table, "losses": losses_table, "scenarios": scenario_table}
 
 
 def block(name, text):
