@@ -564,9 +564,9 @@ FIELDS: Dict[str, Tuple[Field, ...]] = {
         Field("apiKey", "secret", "the key the router shows to the provider", ("credential",)),
         Field("apiKeyEnv", "variable", "environment variable that holds the key; wins when it is set"),
         Field("formats", "[wire]", "wire formats the provider speaks: openai, anthropic, responses"),
-        Field("format", "wire", "the preferred one of them", ("responseFormat",)),
+        Field("format", "wire", "the preferred one of its formats", ("responseFormat",)),
         Field("auth", "auth", "how the key is shown"),
-        Field("authByFormat", "{wire:auth}", "the same per wire format"),
+        Field("authByFormat", "{wire:auth}", "how the key is shown per wire format, where they differ"),
         Field("headers", "{header_name:header}", "headers for every request; null removes one"),
         Field("anthropicVersion", "header", "the anthropic-version header"),
         Field("anthropicBeta", "betas", "anthropic-beta features to ask for"),
@@ -16052,7 +16052,7 @@ def _field_flag(field: Field) -> Flag:
     kind = {"[": "list", "{": "json"}.get(field.kind[0], kind)
     kind = "json" if field.kind in FIELDS or field.kind == "object" else kind
     name, *others = (_snake(name).replace("_", "-") for name in (field.key, *field.aliases))
-    return Flag(name, kind, field.help, tuple(others))
+    return Flag(name, kind, field.help + ("; - reads it from stdin" if kind == "secret" else ""), tuple(others))
 
 
 _OTHER_URL_FLAGS = {wire: tuple(a + "-base-url" for a, w in _WIRE_ALIASES.items() if w == wire) for wire in WIRES}
