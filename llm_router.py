@@ -6983,7 +6983,8 @@ _PATH = re.compile(r"(?:/(?:route|router))?(?:/(anthropic|openai))?(?:/v1)?(?:/(
 
 
 class Endpoint(NamedTuple):
-    """What a path means. operation: chat, count_tokens, embeddings, models, model, root, health, metrics or control.
+    """What a path means. operation: chat, count_tokens, embeddings, models, model, root, health, ready, metrics or
+    control.
 
     methods: what the path answers to. wire: the format the path fixes, "" when the request decides.
     argument: the rest of the path, percent-decoded (a model id, a control verb). is_open: reading it needs no key.
@@ -7013,6 +7014,7 @@ _ROOT_ENDPOINTS: Dict[str, Endpoint] = {
     "": Endpoint("root", _READ + ("POST",), is_open=True),
     "*": Endpoint("root", _READ + ("POST",), is_open=True),  # only OPTIONS may ask it (RFC 9112 3.2.4)
     "/health": Endpoint("health", _READ, is_open=True),
+    "/ready": Endpoint("ready", _READ, is_open=True),
     "/metrics": Endpoint("metrics", _READ),
 }
 _CONTROL = "/_router/"
@@ -10012,6 +10014,7 @@ class Gateway:
         self.lessons: Dict[str, Tuple[str, ...]] = {}
         self.items = ItemMemory()
         self.info: Dict[str, Any] = {}
+        self.draining = False
 
     def learn(self, ref: str, fixes: Tuple[str, ...]) -> None:
         """Remember what a model's upstream asked for; at most a thousand models, a reload forgets."""
@@ -10078,6 +10081,8 @@ class Gateway:
             return 200, find_model_entry(self.routes, endpoint.argument, anthropic)
         if endpoint.operation == "health":
             return 200, dict({"status": "ok"}, **(self.info if authorized else {}))
+        if endpoint.operation == "ready":
+            return (503, {"status": "draining"}) if self.draining else (200, {"status": "ready"})
         if endpoint.operation == "root":
             return 200, {"name": "llm-router", "version": __version__, "endpoints": ENDPOINT_HELP} if authorized else {
                 "name": "llm-router"
@@ -10112,6 +10117,7 @@ ENDPOINT_HELP = {
     "count_tokens": "/v1/messages/count_tokens",
     "embeddings": "/v1/embeddings",
     "health": "/health",
+    "ready": "/ready",
 }
 
 
@@ -12021,7 +12027,7 @@ class Sink:
         """Send a whole answer; that a key was wrong is said the later the more often it happens."""
         self._stop_timer()
         connection = self._connection
-        if status == 401:
+        if status == 401 and offered_keys(self._head.headers):  # who shows none does not guess
             await connection.server.delay_refusal(connection)
         keep_alive = connection.may_keep_alive(self._head)
         connection.closes = not keep_alive
@@ -13955,6 +13961,7 @@ class Router:
         """Answer one call: the control channel's here, every other one's in the gateway."""
         if not call.path.startswith(_CONTROL):
             self.gateway.info = {"instance": self.id, "config": self.config_state}
+            self.gateway.draining = self.server.draining
             await self.gateway.handle(call, sink)
             return
         status, body = 401, {"error": "the control channel needs its token"}
