@@ -6,8 +6,9 @@ import struct
 
 import pytest
 
-from fake_upstream import json_answer, tool_results, tool_round_trip
-from real_clients import MODEL, missing, sdk
+from exchanges import SHORT
+from fake_upstream import error_answer, json_answer, tool_results, tool_round_trip
+from real_clients import MODEL, WIRES, Place, missing, sdk
 from running_router import config_of, provider
 
 QUESTION = "What is the weather in Paris?"
@@ -185,6 +186,29 @@ def test_anthropic_tool_runner(place, anthropic_client, stream):
     assert last.content[-1].text == FINAL
     answered = [call for call in spot.chats("anthropic") if "thread" not in call.json]
     assert tool_results(answered[-1].json) == ["sunny in Paris"]
+
+
+@pytest.fixture
+def failing_place(router, make_upstream):
+    """As `place`: an origin of the client's own format that is down, and a fallback of another one that serves."""
+
+    def make(client_wire, handler):
+        origin = make_upstream(lambda call: error_answer(client_wire, 503))
+        serving, wire = make_upstream(handler), WIRES[WIRES.index(client_wire) - 1]
+        first = provider(origin, client_wire, id="first", models=[{"id": MODEL, "fallbackModels": ["second/m"]}])
+        running = router(config_of(first, provider(serving, wire, id="second", models=["m"])), *SHORT)
+        return Place(running.url, serving, wire)
+
+    return make
+
+
+@both
+@pytest.mark.parametrize(
+    "journey", [test_openai_chat, test_openai_responses, test_anthropic_messages, test_anthropic_tool_runner]
+)
+def test_a_fallback_of_another_format_serves_when_the_origin_is_down(request, failing_place, journey, stream):
+    name = "anthropic_client" if "anthropic" in journey.__name__ else "openai_client"
+    journey(failing_place, request.getfixturevalue(name), stream)
 
 
 def test_anthropic_counts_tokens(place, anthropic_client):
