@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -29,12 +30,14 @@ class Owner:
         (folder / "config.json").write_text(json.dumps(document), encoding="utf-8")
         (folder / "config.json").chmod(0o600)
 
-    def run(self, *words, code=0, **env):
+    def environment(self, **env):
         given = {"CLOUDFLARE_API_BASE_URL": self.cloudflare.url, "CLOUDFLARE_API_TOKEN": TOKEN, "P_KEY": "from-the-machine"}
         given.update(CLOUDFLARE_CF_FETCH_ENABLED="false", XDG_CONFIG_HOME=str(self.folder / "xdg"))
         given.update(PATH=str(WRANGLER.parent) + os.pathsep + os.environ["PATH"], **env)
-        line = [sys.executable, "llm_router.py", *words]
-        env = clean_environment(self.folder, **given)
+        return clean_environment(self.folder, **given)
+
+    def run(self, *words, code=0, **env):
+        line, env = [sys.executable, "llm_router.py", *words], self.environment(**env)
         done = subprocess.run(line, env=env, cwd=str(self.folder), stdin=subprocess.DEVNULL, capture_output=True, text=True)
         assert done.returncode == code, done.stdout + done.stderr
         return done
@@ -96,6 +99,24 @@ def test_the_real_wrangler_and_a_bad_token(own):
     said = own.run("deploy", "--config=config.json", code=1, CLOUDFLARE_API_TOKEN="another-token").stderr
     assert "wrangler deploy failed" in said and "Authentication error" in said
     assert own.cloudflare.scripts == {}
+
+
+def test_option_b_of_the_readme_runs_word_for_word(own, upstream, run_uploaded):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    lines = re.search(r"Option B, .*?```sh\n(.*?)```", readme, re.DOTALL).group(1)
+    (own.folder / "config.json").rename(own.folder / ".llm-router.json")
+    (own.folder / "node_modules").symlink_to(HERE / "node_modules")  # where npx finds wrangler
+    (own.folder / "bin").mkdir()
+    (own.folder / "bin" / "python3").symlink_to(sys.executable)
+    env = own.environment()
+    env["PATH"] = str(own.folder / "bin") + os.pathsep + env["PATH"]
+    done = subprocess.run(["sh", "-e", "-c", lines], env=env, cwd=str(own.folder), stdin=subprocess.DEVNULL, capture_output=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    script = own.cloudflare.scripts["llm-router-route"]
+    assert set(script.secrets) == {"LLM_ROUTER_CONFIG_JSON"}
+    script.secrets["P_KEY"] = "from-the-machine"
+    worker = run_uploaded(script, known=True)
+    assert_answer("openai", post(worker, "openai", headers={"x-api-key": OLD}), TEXT)
 
 
 def test_wrangler_packs_the_exported_project_byte_for_byte(own):
