@@ -9138,7 +9138,7 @@ def _home_rows(menu: Menu, frame: Frame) -> List[Row]:
     levels = [problem.level for problem in problems]
     states = {"check": "error" if "error" in levels else "warning" if levels else "ok"}
     states.update({} if config.providers else {"providers": "warning"})
-    shown = set(values) - ({"save"} if menu.document == menu.saved else set()) | set(menu.facts.effects)
+    shown = set(values).union(menu.facts.effects) - ({"save"} if menu.document == menu.saved else set())
     return [
         Row((label, values.get(name, "") or empty), do, hint, states.get(name, ""))
         for name, label, empty, do, hint in _HOME
