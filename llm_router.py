@@ -9585,7 +9585,8 @@ def _startup(menu: Menu) -> Menu:
 def _deploy(menu: Menu) -> Menu:
     if menu.document != menu.saved:
         raise UsageError("save first: what the file holds is deployed")
-    return _run(menu, "Deploying", _or_error(lambda menu, code: menu), "deploy")
+    then = _or_error(lambda menu, document: menu._replace(saved=document, document=document))
+    return _run(menu, "Deploying", then, "deploy")
 
 
 # fmt: off
@@ -15910,6 +15911,7 @@ class _Painter:
         except (EOFError, KeyboardInterrupt):
             if self._ended:
                 raise
+            self._told.put(Told(self._menu.serial, error="interrupted"))
         curses.reset_prog_mode()
 
     def _next_event(self, window: Any) -> Any:
@@ -16866,7 +16868,7 @@ def menu_effects(path: str, environ: Environ) -> Effects:
         "models": lambda job, document: ask_models(_plan_of(document, environ), read_settings({}, environ)[0], environ),
         "test": lambda job, document: _test_in_menu(job, _plan_of(document, environ), environ),
         "startup": lambda job, verb: _printed(run_startup, {"operation": verb, "config": path}, environ),
-        "deploy": lambda job: _report_here(lambda: run_deploy({"config": path}, environ)),
+        "deploy": lambda job: _deploy_in_menu(path, environ),
     }
 
 
@@ -16893,11 +16895,13 @@ def _test_in_menu(job: Job, plan: ProbePlan, environ: Environ) -> Tuple[Any, ...
     return probe_table(report)[1], learned_fields(plan, report), "\n".join(listed + _probe_warnings(report))
 
 
-def _report_here(run: Callable[[], int]) -> None:
+def _deploy_in_menu(path: str, environ: Environ) -> Dict[str, Any]:
+    """Deploy, asking what there is to ask; what the file holds then, since a new key may have been stored."""
     try:
-        run()
+        run_deploy({"config": path}, environ)
     except RouterError as error:
         print("llm-router: " + error.message)
+    return parse_config_text(read_bytes(path)[0] or "{}", one_line(path))
 
 
 def _save_menu(path: str, base: Dict[str, Any], document: Dict[str, Any]) -> Tuple[str, Any]:

@@ -165,7 +165,7 @@ ANSWERS = {
         ([("m1", "yes", "openai", "ok", "200", "1.0 s", "bearer", "")], {"formats": ["openai"]}, "words"),
         ([], {}, ""),
     ],
-    "deploy": [None],
+    "deploy": [DOCUMENT],
     "startup": ["not installed\nmore", ""],
 }
 ODD = [
@@ -414,8 +414,9 @@ def test_what_a_test_learned_can_be_kept():
 
 
 def test_only_what_is_saved_is_deployed():
-    host = Host().open("Deploy")
+    host = Host(deploy=dict(DOCUMENT, masterKey="made while deploying")).open("Deploy")
     assert [effect.kind for effect in host.effects] == ["deploy"]
+    assert host.document == host.menu.saved == dict(DOCUMENT, masterKey="made while deploying")
     host = Host().open("Providers").press("d", "esc").open("Deploy")
     assert not host.effects and "save first" in host.menu.note
 

@@ -346,6 +346,25 @@ def test_other_terminals_show_the_same_words(tmp_path, terminal, environ):
     shell.wait("code-is=0")
 
 
+def test_what_deploy_asks_is_asked_in_the_terminal_and_the_menu_comes_back(tmp_path, terminal):
+    fill(tmp_path)
+    shell = terminal()
+    shell.start()
+    shell.keys("Down", "Down", "Down", "Down", "Down", "Down", "Down", "Down", "Down", "Enter")
+    shell.wait("[Y/n]")
+    assert shell.state().startswith("0 1")
+    shell.keys("n", "Enter")
+    shell.wait("Enter goes back to the menu")
+    shell.keys("Enter")
+    shell.wait("Deploy", "enter open")
+    shell.keys("Enter")
+    shell.wait("[Y/n]")
+    shell.keys("C-c")
+    shell.wait("interrupted", "enter open")
+    shell.keys("q")
+    shell.wait("code-is=0")
+
+
 def test_a_terminal_that_cannot_draw_gets_numbered_prompts(tmp_path, terminal):
     fill(tmp_path)
     shell = terminal()
