@@ -12135,11 +12135,13 @@ class _Relay:
         self._loop = connection.loop
         self._end = ""
         self._waiter: Any = None
+        self._timers: Dict[str, Any] = {}
         self._lingers = False
 
     async def run(self, left_s: Optional[float]) -> str:
         """Relay until the end; the label of how it ended. ClientGoneError when the client left."""
-        timers = [self._loop.call_later(left_s, self._stop, "timeout")] if left_s is not None else []
+        if left_s is not None:
+            self._timers["all"] = self._loop.call_later(left_s, self._stop, "timeout")
         if self._idle_s:
             self._reply.last_byte_at = self._loop.time()
             self._watch_idle()
@@ -12153,7 +12155,7 @@ class _Relay:
                     self._reply.last_byte_at = self._loop.time()
                     self._reply.resume()
         finally:
-            for timer in timers:
+            for timer in self._timers.values():  # or each would hold this stream's memory until it rings
                 timer.cancel()
             self._end = self._end or "client_gone"
         if self._end == "client_gone":
@@ -12178,7 +12180,7 @@ class _Relay:
             self._stop("failed")
         elif processor.done and not self._lingers:
             self._lingers = True  # the answer is complete; what follows is at most accounting
-            self._loop.call_later(_LINGER_S, self._stop, "end")
+            self._timers["linger"] = self._loop.call_later(_LINGER_S, self._stop, "end")
 
     def _stop(self, label: str) -> None:
         if not self._end:
@@ -12196,7 +12198,7 @@ class _Relay:
         if silent_s >= self._idle_s and not self._connection.is_blocked:
             self._stop("timeout")
         else:
-            self._loop.call_later(max(self._idle_s - silent_s, 0.01), self._watch_idle)
+            self._timers["idle"] = self._loop.call_later(max(self._idle_s - silent_s, 0.01), self._watch_idle)
 
 
 class ClientConnection:
@@ -12220,7 +12222,7 @@ class ClientConnection:
         self._at_eof = self._is_lost = False
         self.is_blocked = False  # the client reads slower than it is written to
         self._early: List[bytes] = []  # what came while nobody waited for it
-        self._fault: Optional[RouterError] = None
+        self._fault: Optional[Callable[[], RouterError]] = None  # not an error: raised, that would hold this object
         self._reader: Any = None
         self._drainer: Any = None
 
@@ -12246,14 +12248,14 @@ class ClientConnection:
 
     def eof_received(self) -> bool:
         """asyncio: nothing more will come; the connection stays open for the answer."""
-        self._fail_read(ClientGoneError())
+        self._fail_read(ClientGoneError)
         self._on_eof()
         return True
 
     def connection_lost(self, error: Optional[Exception]) -> None:
         """asyncio: it is closed, by an error or by us."""
         self._is_lost = True
-        self._fail_read(ClientGoneError())
+        self._fail_read(ClientGoneError)
         self.resume_writing()
         self._on_eof() if error is None else self._on_gone()
 
@@ -12267,10 +12269,10 @@ class ClientConnection:
         if self._drainer is not None and not self._drainer.done():
             self._drainer.set_result(None)
 
-    def _fail_read(self, fault: RouterError) -> None:
+    def _fail_read(self, fault: Callable[[], RouterError]) -> None:
         self._fault = self._fault or fault
         if self._reader is not None and not self._reader.done():
-            self._reader.set_exception(fault)
+            self._reader.set_exception(fault())
 
     async def run(self) -> None:
         """Serve requests until the connection ends."""
@@ -12336,7 +12338,7 @@ class ClientConnection:
         elif self.phase == "idle":
             self._transport.close()
         else:
-            self._fail_read(HttpError("the request took too long to arrive", 408, "request_timeout"))
+            self._fail_read(lambda: HttpError("the request took too long to arrive", 408, "request_timeout"))
 
     async def read_body(self) -> bytes:
         """The body of the present request, inflated. RouterError 413, 415, 400 or 503 when it cannot be had."""
@@ -12376,7 +12378,7 @@ class ClientConnection:
                 self._transport.resume_reading()
             return data
         if self._fault is not None:
-            raise self._fault
+            raise self._fault()
         self._reader = self.loop.create_future()
         try:
             return bytes(await self._reader)
@@ -14230,12 +14232,12 @@ def _descriptors_for_clients() -> int:
 
 def _spare_collector() -> None:
     """Let the cycle collector pass over what is there for good, and start only when much is new: a large body read or
-    written makes thousands of objects, and no request leaves more than a few cycles."""
+    written makes thousands of objects, and requests leave no cycles behind."""
     import gc
 
     gc.collect()
     gc.freeze()
-    gc.set_threshold(20_000, 20, 20)
+    gc.set_threshold(10_000, 10, 10)
 
 
 async def _watch_config(router: Router) -> None:

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 import zlib
+from types import SimpleNamespace
 
 import pytest
 
@@ -958,3 +959,24 @@ def test_a_stream_that_was_read_to_its_end_leaves_the_connection_usable(pair):
             assert answer.startswith(b"HTTP/1.1 200 ")
             assert b"connection: keep-alive" in answer.lower()
     assert read_answer("openai", post(pair.router, "openai", "a-openai/solo")).text == TEXT
+
+
+def test_a_stream_that_has_ended_leaves_no_timer_that_would_hold_its_memory():
+    class Reply:
+        last_byte_at = 0.0
+
+        def pipe(self, on_data, on_end):
+            on_data(b"".join(fake.chat_stream(TEXT)))
+            asyncio.get_running_loop().call_soon(on_end, "end")
+
+    async def relayed():
+        loop = asyncio.get_running_loop()
+        connection = SimpleNamespace(loop=loop, is_blocked=False)
+        sink = SimpleNamespace(write=lambda data: None)
+        context = llm_router.Context(llm_router.ChatRequest("", []), "req_1", 1)
+        processor = llm_router.make_processor("openai", "openai", context)
+        with_timers = llm_router._Relay(sink, connection, Reply(), processor, 60.0)
+        assert await with_timers.run(60.0) == "end"
+        return [timer for timer in loop._scheduled if not timer.cancelled()]
+
+    assert asyncio.run(relayed()) == []
