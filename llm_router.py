@@ -17312,6 +17312,9 @@ def _reach_running(instance: Instance, environ: Environ) -> Tuple[Dict[str, Any]
 def _run_with_router(agent: Agent, argv: Sequence[str], values: Values, environ: Environ) -> int:
     """A router on a free port for as long as the program runs; with --keep it stays."""
     import os
+    import signal
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends it as Ctrl-C does: the router must not stay behind
 
     given = {name: values[name] for name in ("config", "port") if name in values}
     options = read_start_options(dict({"port": "0"}, **given), environ)

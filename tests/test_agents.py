@@ -161,12 +161,13 @@ def test_a_proxy_in_the_environment_does_not_stand_between_a_program_and_the_rou
     assert json.loads(home.run("usage --by=client --json").stdout)["rows"][0]["group"] == "run-my-app"
 
 
-def test_an_interrupted_start_leaves_no_router_behind(home):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_start_leaves_no_router_behind(home, number):
     line = [sys.executable, PROGRAM, "run", "claude"]
     with subprocess.Popen(line, env=home.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
         log = home.folder / ".llm-router.log"
         assert until(log.exists)
-        running.send_signal(signal.SIGINT)
+        running.send_signal(number)
         running.communicate(timeout=20)
     assert until(lambda: "no llm-router is running" in home.run("status").stderr)
 
