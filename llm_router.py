@@ -9043,9 +9043,13 @@ def _review(menu: Menu, frame: Frame, row: Row) -> Menu:
     """The changes before they are saved."""
     if menu.document == menu.saved:
         return menu._replace(note="nothing to save")
-    rows = [("Save these changes", "to " + menu.facts.path, _save), ("Go on editing", "", lambda menu: menu)]
-    lead = "\n".join(diff_lines(menu.saved, menu.document))
-    return _swap(_choose(menu, "Save", rows, lead), screen="diff")
+    lines = diff_lines(menu.saved, menu.document)
+    rows = [
+        ("Save these changes", "to " + menu.facts.path, _save),
+        ("See every line", "", lambda menu: _show(_review(menu, frame, row), "Changes", lines)),
+        ("Go on editing", "", lambda menu: menu),
+    ]
+    return _swap(_choose(menu, "Save", rows, "\n".join(lines)), screen="diff")
 
 
 def diff_lines(old: Dict[str, Any], new: Dict[str, Any]) -> List[str]:
@@ -9751,7 +9755,7 @@ def _title_line(menu: Menu, width: int) -> Line:
     while len(crumbs) > 1 and text_width(" › ".join(crumbs)) > room:
         crumbs = crumbs[1:] if crumbs[0] == "…" and len(crumbs) == 2 else ["…"] + crumbs[2 if crumbs[0] == "…" else 1 :]
     title = " › ".join(crumbs)
-    return [(" " + fit(title, room + 1), "title"), (state, "title" if not changed else "changed")]
+    return [(" " + fit(title, room) + " ", "title"), (state, "title" if not changed else "changed")]
 
 
 def _keys_line(pairs: Sequence[Tuple[str, str]], width: int) -> Line:
@@ -9853,7 +9857,7 @@ def _input_body(frame: Frame, rows: Sequence[Row], width: int, room: int) -> Lis
 def _text_body(frame: Frame, rows: Sequence[Row], width: int, room: int) -> List[Line]:
     lines = [part for line in frame.lead.split("\n") for part in wrap(line, width - 4)]
     first = max(0, min(frame.at, len(lines) - room))
-    words = {"+": "ok", "!": "error"}
+    words = {"+": "ok", "-": "error"}
     return [[("  " + line, words.get(line[:1], ""))] for line in lines[first : first + room]]
 
 

@@ -489,9 +489,11 @@ def test_a_clients_key_is_made_shown_once_and_kept_as_its_hash():
 
 
 def test_nothing_is_written_before_the_changes_were_shown():
-    host = Host().open("Providers").press("d", "s")
+    host = Host().open("Providers").select("spare").press("d", "s")
     assert not host.effects
     assert "-" in host.screen() and "Save these changes" in host.screen()
+    assert '-      "baseUrl": "http://10.0.0.1/v1",' in host.select("See every line").press("enter").screen(80, 60)
+    assert host.press("esc").menu.front.screen == "diff"
     host.press("enter")
     assert host.effects[-1].kind == "save"
     assert host.effects[-1].args == (DOCUMENT, host.document)
