@@ -1593,8 +1593,6 @@ def test_an_error_is_written_with_a_type(info, kind):
         (b'data: {"choices":[{"delta":{},"finish_reason":"stop"}]}', True),
         (b'data: {"error":{"message":"x"}}', True),
         (b'data: {"error":"x"}', True),
-        (b"event: error\ndata: x", True),
-        (b"data:[DONE]", True),
         (b'data: {"choices":[{"delta":{"content":"x"},"finish_reason":null}],"usage":null}', False),
         (
             b'data: {"choices":[{"delta":{"content":"\\"error\\": {} \\"usage\\":{} [DONE]"},"finish_reason":null}]}',
@@ -1605,6 +1603,17 @@ def test_an_error_is_written_with_a_type(info, kind):
 )
 def test_a_relay_looks_only_at_what_matters(raw, is_seen):
     assert bool(OPENAI_CHAT.watch.search(raw)) is is_seen
+
+
+@pytest.mark.parametrize("end", [b"data:[DONE]\n\n", b"event: error\ndata: x\n\n", b"event:error\r\ndata: x\r\n\r\n"])
+def test_a_relay_sees_an_end_that_no_json_tells(end):
+    """Traps 3, 19."""
+    relay = router.make_processor("openai", "openai", make_context())
+    relay.feed(b'data: {"choices":[{"delta":{"content":"x"}}]}\n\n')
+    relay.feed(b'data: {"choices":[{"delta":{"content":"[DONE"}}]}\n\n')
+    assert not relay.done and relay.failed is None
+    relay.feed(end)
+    assert relay.done is (b"DONE" in end) and (relay.failed is None) is (b"DONE" in end)
 
 
 # ---- recorded answers and foreign input
