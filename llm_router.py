@@ -2834,6 +2834,26 @@ class Reasoning(NamedTuple):
     extra: Extra = None
 
 
+# Efforts in order, and what each is worth in tokens of thinking: the one table for both ways (trap 90).
+EFFORT_BUDGETS = {
+    "none": 0, "minimal": 1024, "low": 2048, "medium": 8192, "high": 16384, "xhigh": 24576, "max": 31999,
+}  # fmt: skip
+
+
+def nearest_effort(reasoning: Reasoning, known: Sequence[str]) -> str:
+    """The effort asked for, or that which the budget pays for, or else the next lower one that is `known`; "" unsaid.
+
+    What is below all known ones becomes the lowest; only who wants no thinking at all gets `none`.
+    """
+    order, wanted = list(EFFORT_BUDGETS), reasoning.effort
+    if not wanted and reasoning.budget:
+        wanted = next((name for name in order[2:] if reasoning.budget <= EFFORT_BUDGETS[name]), "max")
+    if wanted in known or not wanted or not known:
+        return wanted if known else ""
+    lower = order[1 : order.index(wanted) + 1] if wanted in order else []
+    return next((name for name in reversed(lower) if name in known), next((n for n in known if n != "none"), ""))
+
+
 class ChatRequest(NamedTuple):
     """What a client asks for. `None` means the client did not say; `fields` are passed to formats that share them.
 
@@ -3085,6 +3105,96 @@ def _extend(block: Any, event: Extended) -> None:
     for key, value in event.values.items():
         bag[key] = bag[key] + value if isinstance(value, (str, list)) and type(bag.get(key)) is type(value) else value
     block.extra = {**(block.extra or {}), event.wire: bag}
+
+
+# What a client is spared to send back.
+
+
+class BoundedMap:
+    """The newest values by key, as many as `limit` bytes hold; the sizes are told by who puts them in."""
+
+    def __init__(self, limit: int) -> None:
+        self._entries: OrderedDict[Any, Tuple[Any, int]] = OrderedDict()
+        self._left = limit
+
+    def put(self, key: Any, value: Any, size: int) -> None:
+        """Add a value, or put another in its place; the oldest give way."""
+        self._left += self._entries.pop(key, (None, 0))[1] - size
+        self._entries[key] = value, size
+        while self._left < 0:
+            self._left += self._entries.popitem(last=False)[1][1]
+
+    def get(self, key: Any) -> Any:
+        """The value of a key, None when there is none any more."""
+        return self._entries.get(key, (None, 0))[0]
+
+
+def is_reasoning(block: Any) -> bool:
+    """Whether a block is reasoning, be it readable or not (encrypted, redacted)."""
+    return isinstance(block, Thinking) or (
+        isinstance(block, Opaque) and block.value.get("type") in ("reasoning", "redacted_thinking")
+    )
+
+
+class ReasoningMemory:
+    """What models thought before they called tools, with its proofs, by issuer and the call's id.
+
+    Most clients cannot send it back, but some upstreams refuse a tool turn without it, and all go on better with it
+    (traps 85 to 87). An issuer is a provider in one conversation: no other provider ever gets it, and no other
+    conversation, since the ids of some begin anew in each.
+    """
+
+    def __init__(self, limit: int = 1 << 24) -> None:
+        self._blocks = BoundedMap(limit)
+
+    def keep(self, issuer: str, call_id: str, blocks: List[Any]) -> None:
+        """Remember the reasoning in front of a call."""
+        proofs = [block.value if isinstance(block, Opaque) else block.extra for block in blocks]
+        size = sum(len(block_text(block)) for block in blocks) + len(dump_json(proofs)) + 200
+        self._blocks.put((issuer, call_id), blocks, size)
+
+    def find(self, issuer: str, call_id: str) -> List[Any]:
+        """The reasoning in front of a call of this issuer's; empty when nothing is known of it."""
+        return self._blocks.get((issuer, call_id)) or []
+
+    def restore(self, issuer: str, messages: List[Message]) -> List[Message]:
+        """A conversation for `issuer`: turns with calls that it made begin with what it thought then."""
+        restored = []
+        for message in messages:
+            calls = [block for block in message.blocks if isinstance(block, ToolCall)]
+            thoughts = [block for call in calls for block in self.find(issuer, call.id)]
+            rest = [block for block in message.blocks if not is_reasoning(block)]
+            restored.append(message._replace(blocks=thoughts + rest) if thoughts else message)
+        return restored
+
+
+def name_issuer(provider: str, request: ChatRequest) -> str:
+    """A provider in a conversation, which its first words of the user tell from others."""
+    texts = (join_text(message.blocks) for message in request.messages if message.role == "user")
+    first = next(filter(None, texts), "")
+    return "%s %s" % (provider, hashlib.sha256(first.encode("utf-8", "surrogatepass")).hexdigest())
+
+
+class ReasoningRecorder:
+    """Keeps the reasoning of one answer, from its stream events, with the calls that follow it."""
+
+    def __init__(self, memory: ReasoningMemory, issuer: str) -> None:
+        self._memory = memory
+        self._issuer = issuer
+        self._events: List[Any] = []
+        self._is_inside = False
+
+    def see(self, events: Iterable[Any]) -> None:
+        """The next events of the answer."""
+        for event in events:
+            if type(event) is Opened:
+                self._is_inside = is_reasoning(event.block)
+                if self._events and isinstance(event.block, ToolCall):
+                    answer = fold([*self._events, Finished()])
+                    self._memory.keep(self._issuer, event.block.id, getattr(answer, "blocks", []))
+                    self._events = []
+            if self._is_inside:
+                self._events.append(event)
 
 
 # Tools that take free text (kind "custom", OpenAI's grammar tools) where only JSON functions are known: TRANSLATION
@@ -3407,7 +3517,8 @@ CHAT_LOSSES = {
     "images and files in system or assistant messages": "become a short text note",
     "documents other than PDF and text": "become a short text note, as documents and sounds by URL do",
     "thinking switched off": "left out",
-    "thinking budget": "becomes reasoning_effort: low under 4096 tokens, medium under 16384, else high",
+    "thinking budget": "becomes reasoning_effort: low up to 2048 tokens, medium up to 8192, else high",
+    "efforts that a model does not know": "become the next lower one that it knows",
     "user": "left out when longer than %d characters" % _CHAT_MAX_USER,
     "answers: stop text": "finish_reason does not tell which stop text ended the answer",
     "answers: signatures and citations of other formats": "left out",
@@ -3682,7 +3793,21 @@ def _chat_reasoning(effort: str, own: Dict[str, Any], thinking: Dict[str, Any]) 
 
 # ---- requests: neutral -> Chat Completions
 
-_CHAT_EFFORTS = ((4096, "low"), (16384, "medium"), (math.inf, "high"))  # budgets below the number -> reasoning_effort
+# Models by a pattern of their ids -> efforts they take, lowest first (OpenAI's model pages; the last row is what most
+# others take). Shared with OPENAI RESPONSES.
+_OPENAI_EFFORTS = (
+    (re.compile(r"gpt-(5\.[2-9]|[6-9])"), ("none", "low", "medium", "high", "xhigh")),
+    (re.compile(r"gpt-5\.1-codex-max"), ("none", "low", "medium", "high", "xhigh")),
+    (re.compile(r"gpt-5\.1"), ("none", "low", "medium", "high")),
+    (re.compile(r"gpt-5"), ("minimal", "low", "medium", "high")),
+    (re.compile(r"(?:^|/)o\d"), ("low", "medium", "high")),
+    (re.compile(r""), ("none", "low", "medium", "high")),
+)
+
+
+def _openai_effort(reasoning: Reasoning, model: str) -> str:
+    return nearest_effort(reasoning, next(efforts for pattern, efforts in _OPENAI_EFFORTS if pattern.search(model)))
+
 
 # Format -> its request fields that mean the same here.
 _CHAT_SHARED = {
@@ -3708,7 +3833,7 @@ def render_chat_request(request: ChatRequest) -> Dict[str, Any]:
         "top_p": request.top_p,
         "stop": request.stop or None,
         "user": request.user if 0 < len(request.user) <= _CHAT_MAX_USER else None,
-        "reasoning_effort": _write_chat_effort(request.reasoning or Reasoning()),
+        "reasoning_effort": _write_chat_effort(request.reasoning or Reasoning(), request.model),
         "response_format": _write_chat_output(request.output) if request.output else None,
         "stream": request.stream or None,
         "stream_options": {"include_usage": True} if request.stream else None,
@@ -3730,11 +3855,10 @@ def _chat_shared_fields(fields: Dict[str, Dict[str, Any]]) -> Dict[str, Any]:
     return _told(found)
 
 
-def _write_chat_effort(reasoning: Reasoning) -> Optional[str]:
+def _write_chat_effort(reasoning: Reasoning, model: str) -> Optional[str]:
     """Thinking that a switch turned off is no effort: models that never think refuse the word `none`."""
     is_switch = reasoning.effort == "none" and any("thinking" in bag for bag in (reasoning.extra or {}).values())
-    by_budget = next(effort for limit, effort in _CHAT_EFFORTS if reasoning.budget < limit)
-    return None if is_switch else reasoning.effort or (by_budget if reasoning.budget else None)
+    return None if is_switch else _openai_effort(reasoning, model) or None
 
 
 def _write_chat_output(output: JsonOutput) -> Dict[str, Any]:
@@ -3791,11 +3915,12 @@ def _write_chat_turn(message: Message) -> List[Dict[str, Any]]:
             text = text or ("(see the next message)" if rest else "")
             text = "Error: " + text if block.is_error and not text.lower().startswith("error") else text
             items.append({"role": "tool", "tool_call_id": block.call_id, "content": text})
-    is_text = all(part.get("type") == "text" for part in parts)
-    fields = {"content": _joined(parts, "\n\n") if is_text else parts}
     if message.role == "system":
-        fields = {"content": "\n\n".join(filter(None, map(_plain_text, message.blocks)))}
-    elif message.role == "assistant":
+        words = [{"type": "text", "text": _plain_text(block), **_cache_mark(block)} for block in message.blocks]
+        parts = [part for part in words if part["text"]]
+    is_text = all(len(part) == 2 and part.get("type") == "text" for part in parts)
+    fields: Dict[str, Any] = {"content": _joined(parts, "\n\n") if is_text else parts}
+    if message.role == "assistant":
         has_calls = any(isinstance(block, ToolCall) for block in message.blocks)
         kept = [b for b in message.blocks if has_calls or not isinstance(b, Thinking) or own_extra(b, _CHAT)]
         fields = {"content": None, **_answer_fields(kept, "call")}  # null only beside others (trap 83)
@@ -3857,7 +3982,12 @@ def _write_chat_part(block: Any) -> List[Dict[str, Any]]:
         return [{"type": "file", "file": file}]
     words = text_of_media(block) if kind == "document" else None
     text = _plain_text(block) if words is None else "\n".join(filter(None, (block.name, words))) or "(empty document)"
-    return [{"type": "text", "text": text}] if text else []
+    return [{"type": "text", "text": text, **_cache_mark(block)}] if text else []
+
+
+def _cache_mark(value: Any) -> Dict[str, Any]:
+    """`cache_control`, where COMPATIBILITY put it: a text that bears it stays a part."""
+    return _told({"cache_control": own_extra(value, _CHAT).get("cache_control")})
 
 
 # ---- whole answers
@@ -4437,9 +4567,8 @@ OPENAI_CHAT = WireFormat(
 
 _ANTHROPIC = "anthropic"
 
-# Least budget_tokens of ThinkingConfigEnabledParam, and what an effort is worth.
+# Least budget_tokens of ThinkingConfigEnabledParam.
 _ANTHROPIC_MIN_BUDGET = 1024
-_ANTHROPIC_BUDGETS = {"minimal": 1024, "low": 2048, "medium": 8192, "high": 16384, "xhigh": 24576, "max": 31999}
 _ANTHROPIC_EFFORTS = ("low", "medium", "high", "xhigh", "max")
 
 
@@ -4474,9 +4603,10 @@ ANTHROPIC_MODELS = (
 
 # As in CHAT_LOSSES: fields and types of requests in this format in backticks, what is written in it in words.
 ANTHROPIC_LOSSES = {
-    "`billing_policy` `cache_control` `compaction` `container` `context_management` `diagnostics`"
+    "`billing_policy` `compaction` `container` `context_management` `diagnostics`"
     " `fallback_credit_token` `fallbacks` `inference_geo` `mcp_servers` `speed` `top_k` `user_profile_id`"
     " `workspace_id`": "not sent",
+    "`cache_control`": "of texts and tools: kept where the upstream is OpenRouter or Qwen, else not sent",
     "`service_tier`": "kept for OpenAI Chat, else not sent",
     "`stop_sequences`": "not sent to OpenAI Responses, which knows no stop texts",
     "`thread`": "refused with 400, in the words on which the SDKs send the whole conversation",
@@ -4746,7 +4876,8 @@ def _write_anthropic_reasoning(
     own = own_extra(reasoning, _ANTHROPIC) if reasoning else {}
     if reasoning is None or own:
         return own.get("thinking"), own.get("effort", "")
-    effort, room = _nearest_effort(reasoning, row), max_tokens * 3 // 4
+    effort = "" if reasoning.effort == "none" else nearest_effort(reasoning, row.efforts)
+    room = max_tokens * 3 // 4
     if reasoning.effort == "none" and row.thinking:
         return {"type": "disabled"}, effort
     if not row.thinking or choice.get("type") in ("any", "tool"):
@@ -4755,19 +4886,8 @@ def _write_anthropic_reasoning(
         return {"type": "adaptive", "display": "summarized"}, effort
     if room < _ANTHROPIC_MIN_BUDGET or _lacks_thinking(turns):
         return None, effort
-    budget = reasoning.budget or _ANTHROPIC_BUDGETS.get(reasoning.effort, _ANTHROPIC_BUDGETS["medium"])
+    budget = reasoning.budget or EFFORT_BUDGETS.get(reasoning.effort, EFFORT_BUDGETS["medium"])
     return {"type": "enabled", "budget_tokens": max(_ANTHROPIC_MIN_BUDGET, min(budget, room))}, effort
-
-
-def _nearest_effort(reasoning: Reasoning, row: AnthropicModel) -> str:
-    """The effort asked for, or the next lower one the model knows; a bare budget names what it pays for (trap 90)."""
-    effort = reasoning.effort
-    if not effort and reasoning.budget:
-        effort = next((name for name in _ANTHROPIC_EFFORTS if reasoning.budget <= _ANTHROPIC_BUDGETS[name]), "max")
-    if not row.efforts or effort in ("", "none"):
-        return ""
-    order = _ANTHROPIC_EFFORTS.index(effort) if effort in _ANTHROPIC_EFFORTS else 0
-    return next((name for name in reversed(_ANTHROPIC_EFFORTS[: order + 1]) if name in row.efforts), row.efforts[0])
 
 
 def _lacks_thinking(turns: Sequence[Any]) -> bool:
@@ -4865,27 +4985,33 @@ def _write_anthropic_media(block: Media, bag: Dict[str, Any]) -> Dict[str, Any]:
     return {"type": block.kind, "source": source, **title, **bag}
 
 
-def drop_unsigned_thinking(body: Dict[str, Any]) -> Optional[Dict[str, Any]]:
-    """A Messages body without the reasoning that this router showed of other formats; None if it holds none.
+def drop_thinking(body: Dict[str, Any], keeps_signed: bool = True) -> Optional[Dict[str, Any]]:
+    """A Messages body without the reasoning in its history; None when nothing is to be changed.
 
-    It bears an empty signature, which Anthropic refuses (trap 85); signed reasoning stays. Where a tool turn goes on
-    that thus lacks the thinking that a budget demands, thinking is off for this request (trap 86).
+    keeps_signed: only that goes which this router showed of other formats. It bears an empty signature, which
+    Anthropic refuses (trap 85). Where a tool turn goes on that lacks the thinking that a budget demands, thinking is
+    off for this request (trap 86).
     """
     messages: List[Any] = []
     for message in as_list(body.get("messages")):
-        content = as_dict(message).get("content")
-        kept = [part for part in as_list(content) if as_dict(part).get("type") != "thinking" or part.get("signature")]
-        if len(kept) == len(as_list(content)):
+        parts = as_list(as_dict(message).get("content"))
+        kept = [part for part in parts if not _is_foreign_thinking(as_dict(part), keeps_signed)]
+        if len(kept) == len(parts):
             messages.append(message)
         elif kept:
             messages.append({**message, "content": kept})
-    if messages == as_list(body.get("messages")):
-        return None
-    body = {**body, "messages": messages}
-    if as_dict(body.get("thinking")).get("type") == "enabled" and _lacks_thinking(messages):
-        del body["thinking"]
-        body.pop("context_management", None)  # to clear old thinking is an error without thinking
-    return body
+    is_budgeted = as_dict(body.get("thinking")).get("type") == "enabled"
+    if not (is_budgeted and _lacks_thinking(messages)):
+        return {**body, "messages": messages} if messages != as_list(body.get("messages")) else None
+    # To clear old thinking is an error without thinking.
+    rest = {key: value for key, value in body.items() if key not in ("thinking", "context_management")}
+    return {**rest, "messages": messages}
+
+
+def _is_foreign_thinking(part: Dict[str, Any], keeps_signed: bool) -> bool:
+    if not keeps_signed and part.get("type") == "redacted_thinking":
+        return True
+    return part.get("type") == "thinking" and not (keeps_signed and part.get("signature"))
 
 
 # ---- answers
@@ -5303,7 +5429,7 @@ _ANTHROPIC_ERROR_TYPES = {
     503: "overloaded_error", 504: "timeout_error", 529: "overloaded_error",
 }  # fmt: skip
 
-# error.details that clients act on, by error code (_refuse_thread).
+# error.details that clients act on, by error code (_refuse_thread): the SDKs send the whole conversation then.
 _ANTHROPIC_DETAILS: Dict[str, Dict[str, Any]] = {
     "thread_unsupported_request": {"error_code": "thread_unsupported_request", "unsupported": ["thread"]},
     "thread_not_found": {"error_code": "thread_not_found"},
@@ -5410,8 +5536,6 @@ _RESPONSES_CHOICES = {"auto": "auto", "none": "none", "required": "any"}
 _RESPONSES_MIN_TOKENS = 16
 _RESPONSES_MAX_USER = 64
 
-# Thinking budgets of other formats as an effort: up to so many tokens.
-_RESPONSES_EFFORTS = ((2048, "low"), (12000, "medium"), (math.inf, "high"))
 _RESPONSES_FILES = {
     "txt": "text/plain", "md": "text/markdown", "csv": "text/csv", "html": "text/html", "json": "application/json",
 }  # fmt: skip
@@ -5468,17 +5592,13 @@ class ItemMemory:
     """
 
     def __init__(self, limit: int = 1 << 25) -> None:
-        self._items: OrderedDict[str, bytes] = OrderedDict()
-        self._left = limit
+        self._items = BoundedMap(limit)
 
     def keep(self, items: Iterable[Dict[str, Any]]) -> None:
         """Remember the items of an answer."""
         for item in items:
             data = dump_json(item)
-            self._left += len(self._items.pop(item["id"], b"")) - len(data)
-            self._items[item["id"]] = data
-        while self._left < 0:
-            self._left += len(self._items.popitem(last=False)[1])
+            self._items.put(item["id"], data, len(data))
 
     def resolve(self, body: Dict[str, Any]) -> Optional[Dict[str, Any]]:
         """The request with what is remembered in place of references to it; None when it has no such reference."""
@@ -5724,7 +5844,7 @@ def render_responses_request(request: ChatRequest) -> Dict[str, Any]:
         "tools": _responses_render_tools(request.tools) or None,
         "tool_choice": _responses_render_choice(request),
         "text": text or None,
-        "reasoning": _responses_render_reasoning(request.reasoning),
+        "reasoning": _responses_render_reasoning(request.reasoning, request.model),
         "user": user or None,
         "stream": request.stream or None,
         **{
@@ -5879,14 +5999,12 @@ def _responses_format(output: Optional[JsonOutput]) -> Dict[str, Any]:
     return {"format": {**form, **({"description": output.description} if output.description else {}), **strict}}
 
 
-def _responses_render_reasoning(reasoning: Optional[Reasoning]) -> Optional[Dict[str, Any]]:
+def _responses_render_reasoning(reasoning: Optional[Reasoning], model: str) -> Optional[Dict[str, Any]]:
     """`reasoning`: a budget becomes an effort; a client that asked for thinking as such is to see a summary of it."""
     if reasoning is None:
         return None
     value = dict(own_extra(reasoning, _RESPONSES))
-    effort = reasoning.effort
-    if not effort and reasoning.budget:
-        effort = next(name for limit, name in _RESPONSES_EFFORTS if reasoning.budget <= limit)
+    effort = _openai_effort(reasoning, model)
     if effort:
         value["effort"] = effort
     if (reasoning.budget or reasoning.adaptive) and effort != "none":
@@ -6631,6 +6749,7 @@ class StreamTranslator:
     content: the first content was seen: text, reasoning or refusal that is not empty, or a tool's name.
     failed: the error that ended the stream, also when it ended too early.
     limit: bytes of one event. secrets: the provider's; should the upstream's error echo one, it is masked (trap 183).
+    recorder: None, or who sees every event of the answer.
     """
 
     def __init__(
@@ -6646,6 +6765,7 @@ class StreamTranslator:
         self._restorer = tool_restorer(context.request)
         self._finished: Optional[Finished] = None
         self._has_opaque = False
+        self.recorder: Optional[ReasoningRecorder] = None
 
     @property
     def done(self) -> bool:
@@ -6693,6 +6813,8 @@ class StreamTranslator:
         return b"".join([self._write(parse(event)) for event in events])
 
     def _write(self, events: Sequence[Any]) -> bytes:
+        if self.recorder is not None:
+            self.recorder.see(events)
         if self._restorer is not None:
             events = [restored for event in events for restored in self._restorer.restore(event)]
         if len(events) == 1 and self.content and type(events[0]) is Delta:
@@ -6745,13 +6867,17 @@ class StreamRelay(StreamTranslator):
         return self._watch_json(raw) or b"[DONE]" in raw or _ERROR_EVENT.search(raw)
 
     def _take(self, whole: bytes) -> bytes:
-        if self.content and not self._watch(whole):
+        sees_all = self.recorder is not None
+        if self.content and not sees_all and not self._watch(whole):
             return whole
         passed = []
         for raw in _split_events(whole):
-            if not self.content or self._watch(raw):
+            if sees_all or not self.content or self._watch(raw):
                 for event in parse_events(raw):
-                    self._look(self._parser.feed(event))
+                    events = self._parser.feed(event)
+                    self._look(events)
+                    if self.recorder is not None:
+                        self.recorder.see(events)
                 if self._mark and self._mark in raw:
                     raw, self._mark = rename_model(raw, self._context.request.model), b""
             passed.append(raw)
@@ -6835,20 +6961,29 @@ def rename_model(data: bytes, name: str) -> bytes:
 # 13 COMPATIBILITY - what a given upstream refuses or needs, and lessons from a 400 [pure]
 # ==============================================================================
 #
-# Rows speak of what the router itself adds or names when it translates; a request that is passed through in its own
-# format is never altered. What no row knows is learned from the 400 that names the field, once per model.
+# Fixes are for what the router itself adds or names when it translates. A request that is passed through in its own
+# format is altered only where its row says what its upstream is known to refuse (signed_thinking, replays_reasoning,
+# betas), or, by REPAIRS, after the 400 that says so. What no row knows is learned from the 400 that names the field,
+# once per model.
 
 
 class Compat(NamedTuple):
-    """One family of upstreams, found by host or by a provider's `compat`. fixes: names in FIXES, always applied.
+    """One family of upstreams, found by host (or ":port") or by a provider's `compat`. fixes: names in FIXES, always
+    applied.
 
     signed_thinking: refuses thinking without its own signature, also in a request that is passed through (trap 85).
+    replays_reasoning: refuses turns with calls without their `reasoning_content` while it thinks (trap 87).
+    caches: takes Anthropic's `cache_control` in Chat Completions (trap 68). betas: all of `anthropic-beta` that it
+    takes (trap 110), and then no `cache_control.scope` either (trap 69); None: everything.
     """
 
     name: str
     hosts: Tuple[str, ...]
     fixes: Tuple[str, ...] = ()
     signed_thinking: bool = False
+    replays_reasoning: bool = False
+    caches: bool = False
+    betas: Optional[Pattern[str]] = None
 
 
 class Fix(NamedTuple):
@@ -6889,6 +7024,76 @@ def _drop_strict(body: Dict[str, Any]) -> None:
         as_dict(as_dict(tool).get("function")).pop("strict", None)
 
 
+def _drop_sampling(body: Dict[str, Any]) -> None:
+    """OpenAI's reasoning models refuse what steers sampling, unless they are told not to reason (trap 72)."""
+    efforts = body.get("reasoning_effort"), as_dict(body.get("reasoning")).get("effort")
+    if _OPENAI_REASONING.search(as_text(body.get("model"))) and "none" not in efforts:
+        _drop("temperature", "top_p")(body)
+
+
+_OPENAI_REASONING = re.compile(r"(?:^|/)(?:o\d|gpt-(?:[5-9])(?!.*chat))")
+
+
+def _think_only_if_asked(body: Dict[str, Any]) -> None:
+    """Ollama's models think unless told not to (trap 112; docs.ollama.com, OpenAI compatibility)."""
+    body.setdefault("reasoning_effort", "none")
+
+
+def _think_only_if_replayed(body: Dict[str, Any]) -> None:
+    """Thinking is off for this request when a turn with calls lacks its reasoning: another provider made it, or nobody
+    remembers (api-docs.deepseek.com, Thinking mode; platform.moonshot.ai, Thinking models)."""
+    turns = [turn for turn in map(as_dict, as_list(body.get("messages"))) if turn.get("tool_calls")]
+    if not all(turn.get("reasoning_content") for turn in turns):
+        body["thinking"] = {"type": "disabled"}
+        body.pop("reasoning_effort", None)  # both at once are refused
+
+
+# Where schemas stand within a schema: by name, in a list, alone.
+_SCHEMA_PLACES = {
+    **dict.fromkeys(("properties", "$defs", "definitions", "patternProperties", "dependentSchemas"), dict),
+    **dict.fromkeys(("anyOf", "oneOf", "allOf", "prefixItems"), list),
+    **dict.fromkeys(("items", "additionalProperties", "contains", "propertyNames"), type(None)),
+}
+_SCHEMA_NOTES = ("$schema", "$id", "$comment", "$anchor", "id", "examples", "default", "readOnly", "writeOnly")
+_SCHEMA_FORMATS = ("date-time", "date", "time", "duration", "email", "hostname", "ipv4", "ipv6", "uuid")
+_ODD_PATTERN = re.compile(r"\\[pPuUkK]|\(\?[=!<]")  # Unicode classes, look-around, back references by name
+
+
+def plain_schema(schema: Any) -> Any:
+    """A JSON schema in the words that strict upstreams take (traps 91, 92, 93): without notes, formats and patterns
+    that few know; `const` as `enum`. A property that nothing satisfies (`false`) is left out, one that anything does
+    (`true`) has an empty schema."""
+    if not isinstance(schema, dict):
+        return {} if schema is True else schema
+    plain: Dict[str, Any] = {}
+    for key, value in schema.items():
+        place = _SCHEMA_PLACES.get(key)
+        if place is dict and isinstance(value, dict):
+            plain[key] = {name: plain_schema(one) for name, one in value.items() if one is not False}
+        elif place is list and isinstance(value, list):
+            plain[key] = [plain_schema(one) for one in value if one is not False]
+        elif place is type(None) and isinstance(value, dict):
+            plain[key] = plain_schema(value)
+        elif key == "const":
+            plain["enum"] = [value]
+        elif not (
+            (key in _SCHEMA_NOTES and not isinstance(value, dict))
+            or (key == "format" and value not in _SCHEMA_FORMATS)
+            or (key == "pattern" and _ODD_PATTERN.search(as_text(value)))
+        ):
+            plain[key] = value
+    if isinstance(plain.get("required"), list):
+        never = [name for name, one in as_dict(schema.get("properties")).items() if one is False]
+        plain["required"] = [name for name in plain["required"] if name not in never]
+    return plain
+
+
+def _plain_schemas(body: Dict[str, Any]) -> None:
+    for tool in map(as_dict, as_list(body.get("tools"))):
+        for holder in (tool, as_dict(tool.get("function"))):
+            holder.update((key, plain_schema(holder[key])) for key in ("input_schema", "parameters") if key in holder)
+
+
 _REFUSAL = (
     r"unsupported|not supported|unrecognized|unknown|unexpected|not permitted|invalid|extra|not allowed|cannot|does not"
 )
@@ -6899,6 +7104,12 @@ def _names(field: str) -> Pattern[str]:
     word = r"(?<![\w.])%s(?![\w])" % field
     return re.compile(r"(?s)(?=.*%s)(?=.*(?:%s))" % (word, _REFUSAL))
 
+
+_NEVER = re.compile(r"(?!)")  # what is not learned from a 400
+_SCHEMA_REFUSED = re.compile(
+    r"(?:invalid|unsupported|unknown)[^\n]{0,80}schema|not a valid regex"
+    r"|schema[^\n]{0,200}(?:invalid|not supported|unsupported|not permitted)"
+)
 
 # Vendors' API references, and the public threads that TRAPS of this kind were met in (traps 70, 71, 108).
 FIXES: Dict[str, Fix] = {
@@ -6915,44 +7126,57 @@ FIXES: Dict[str, Fix] = {
     "no reasoning_content": Fix(_drop_reasoning, "messages", _names("reasoning_content")),
     "no store": Fix(_drop("store"), "store", _names("store")),
     "no strict": Fix(_drop_strict, "tools", _names("strict")),
+    "plain schemas": Fix(_plain_schemas, "tools", _SCHEMA_REFUSED),
+    "no sampling": Fix(_drop_sampling, "model", _NEVER),
+    "think if asked": Fix(_think_only_if_asked, "messages", _NEVER),
+    "think if replayed": Fix(_think_only_if_replayed, "messages", _NEVER),
 }
 
 # The field's own words beside a fix: OpenAI answers `max_tokens` with "Use 'max_completion_tokens' instead".
 _STATES_INSTEAD = re.compile(r"use '?(max_completion_tokens|max_tokens)'? instead")
 
 
+# Amazon Bedrock's and Vertex AI's documentation of Claude name these; whatever else is "invalid beta flag".
+_CLOUD_BETAS = re.compile(
+    r"(?:computer-use|token-efficient-tools|interleaved-thinking|output-128k|dev-full-thinking|context-1m"
+    r"|context-management|effort|tool-search-tool|tool-examples)-\d"
+)
+_OPENAI_FIXES = ("max_completion_tokens", "no reasoning_content", "no sampling")
+
 COMPATS: Tuple[Compat, ...] = (
-    Compat("openai", ("api.openai.com",), ("max_completion_tokens", "no reasoning_content")),
-    Compat("azure", ("openai.azure.com", "services.ai.azure.com"), ("max_completion_tokens", "no reasoning_content")),
+    Compat("openai", ("api.openai.com",), _OPENAI_FIXES),
+    Compat("azure", ("openai.azure.com", "services.ai.azure.com", "cognitiveservices.azure.com"), _OPENAI_FIXES),
     Compat("anthropic", ("api.anthropic.com",), signed_thinking=True),
-    Compat("bedrock", (), signed_thinking=True),
-    Compat("vertex", (), signed_thinking=True),
-    Compat("openrouter", ("openrouter.ai",)),
-    Compat("deepseek", ("api.deepseek.com",)),
-    Compat("moonshot", ("api.moonshot.ai", "api.moonshot.cn")),
-    Compat("zai", ("api.z.ai", "open.bigmodel.cn")),
-    Compat("qwen", ("dashscope.aliyuncs.com", "dashscope-intl.aliyuncs.com")),
-    Compat("groq", ("api.groq.com",), ("no reasoning_content",)),
+    Compat("bedrock", ("amazonaws.com",), ("plain schemas",), signed_thinking=True, betas=_CLOUD_BETAS),
+    Compat("vertex", ("aiplatform.googleapis.com",), ("plain schemas",), signed_thinking=True, betas=_CLOUD_BETAS),
+    Compat("openrouter", ("openrouter.ai",), caches=True),
+    Compat("deepseek", ("api.deepseek.com",), ("think if replayed",), replays_reasoning=True),
+    Compat("moonshot", ("api.moonshot.ai", "api.moonshot.cn"), ("think if replayed", "plain schemas"),
+           replays_reasoning=True),
+    Compat("zai", ("api.z.ai", "open.bigmodel.cn"), ("plain schemas",)),
+    Compat("qwen", ("dashscope.aliyuncs.com", "dashscope-intl.aliyuncs.com", "dashscope-us.aliyuncs.com"), caches=True),
+    Compat("groq", ("api.groq.com",), ("no reasoning_content", "plain schemas")),
     Compat("mistral", ("api.mistral.ai",), ("no stream_options", "no reasoning_content", "no reasoning_effort")),
-    Compat("gemini", ("generativelanguage.googleapis.com",), ("no reasoning_content",)),
+    Compat("gemini", ("generativelanguage.googleapis.com",), ("no reasoning_content", "plain schemas")),
     Compat("xai", ("api.x.ai",)),
-    Compat("together", ("api.together.xyz", "api.together.ai")),
-    Compat("cerebras", ("api.cerebras.ai",), ("max_completion_tokens", "no reasoning_content")),
-    Compat("ollama", ()),
-    Compat("lmstudio", ()),
+    Compat("together", ("api.together.xyz", "api.together.ai"), ("plain schemas",)),
+    Compat("cerebras", ("api.cerebras.ai",), ("max_completion_tokens", "no reasoning_content", "plain schemas")),
+    Compat("ollama", (":11434",), ("think if asked",)),
+    Compat("lmstudio", (":1234",)),
     Compat("vllm", ()),
     Compat("llamacpp", ()),
-)
+)  # fmt: skip
 _COMPATS_BY_NAME = {row.name: row for row in COMPATS}
 _PLAIN = Compat("", ())
 
 
-def find_compat(name: str, host: str) -> Compat:
+def find_compat(name: str, host: str, port: int = 0) -> Compat:
     """The row for a provider: by its `compat`, else by the host of its URL; an empty row for what nobody knows."""
     if name in _COMPATS_BY_NAME:
         return _COMPATS_BY_NAME[name]
+    places = ("." + host, ":%d" % port)
     for row in COMPATS:
-        if any(host == known or host.endswith("." + known) for known in row.hosts):
+        if any(place.endswith(known if known[0] == ":" else "." + known) for known in row.hosts for place in places):
             return row
     return _PLAIN
 
@@ -6962,6 +7186,95 @@ def apply_fixes(body: Dict[str, Any], fixes: Iterable[str]) -> Dict[str, Any]:
     for name in fixes:
         FIXES[name].apply(body)
     return body
+
+
+def keep_cache_marks(request: ChatRequest) -> ChatRequest:
+    """A request whose cache_control, of texts and tools, is written in Chat Completions, too (trap 68)."""
+
+    def marked(value: Any) -> Any:
+        mark = own_extra(value, "anthropic").get("cache_control") if isinstance(value, (Text, Tool)) else None
+        if not mark:
+            return value
+        extra = {**value.extra, "openai": {**own_extra(value, "openai"), "cache_control": mark}}
+        return value._replace(extra=extra) if isinstance(value, Tool) else Text(value.text, extra)
+
+    return request._replace(
+        system=list(map(marked, request.system)),
+        tools=list(map(marked, request.tools)),
+        messages=[turn._replace(blocks=list(map(marked, turn.blocks))) for turn in request.messages],
+    )
+
+
+def replay_reasoning(body: Dict[str, Any], issuer: str, memory: ReasoningMemory) -> Optional[Dict[str, Any]]:
+    """A Chat body whose turns with calls bear the reasoning that `issuer` had shown; None when nothing is to be added
+    (trap 87)."""
+    messages = []
+    for message in as_list(body.get("messages")):
+        calls = as_list(as_dict(message).get("tool_calls"))
+        is_bare = calls and not message.get("reasoning_content")
+        known = [memory.find(issuer, as_text(as_dict(call).get("id"))) for call in calls] if is_bare else []
+        text = "".join(block_text(block) for blocks in known for block in blocks)
+        messages.append({**message, "reasoning_content": text} if text else message)
+    return {**body, "messages": messages} if messages != as_list(body.get("messages")) else None
+
+
+class Repair(NamedTuple):
+    """What a request's history holds that an upstream did not issue itself: `refused` matches the 400 that says so,
+    apply(body) is the body without it, None when it holds nothing of the kind."""
+
+    wire: str
+    refused: Pattern[str]
+    apply: Callable[[Dict[str, Any]], Optional[Dict[str, Any]]]
+
+
+def drop_encrypted(body: Dict[str, Any]) -> Optional[Dict[str, Any]]:
+    """A Responses body without the encrypted reasoning in it; what can be read of it stays."""
+    items: List[Any] = []
+    for item in as_list(body.get("input")):
+        is_sealed = as_dict(item).get("type") == "reasoning" and "encrypted_content" in item
+        if not is_sealed:
+            items.append(item)
+        elif item.get("summary") or item.get("content"):
+            items.append({key: value for key, value in item.items() if key not in ("encrypted_content", "id")})
+    return {**body, "input": items} if items != as_list(body.get("input")) else None
+
+
+# The words of OpenAI (code invalid_encrypted_content) and of Anthropic ("Invalid `signature` in `thinking` block",
+# "Expected `thinking` or `redacted_thinking`, but found `tool_use`"): traps 64, 85 and 86.
+_SEAL_REFUSED = re.compile(
+    r"invalid_encrypted_content|encrypted[_ ]content[^\n]{0,200}(?:could not|cannot|invalid|failed|did not match)"
+)
+_THINKING_REFUSED = re.compile(
+    r"invalid[^\n]{0,20}signature|thinking[^\n]{0,80}signature|signature[^\n]{0,80}thinking|expected[^\n]{0,20}thinking"
+)
+REPAIRS = (
+    Repair("responses", _SEAL_REFUSED, drop_encrypted),
+    Repair("anthropic", _THINKING_REFUSED, lambda body: drop_thinking(body, False)),
+)
+
+
+def repair_history(body: Dict[str, Any], wire: str, words: Sequence[str]) -> Optional[Dict[str, Any]]:
+    """The body without the foreign reasoning that a 400 of the format `wire` complains of; None if that is not it."""
+    text = "\n".join(words).lower()
+    return next((row.apply(body) for row in REPAIRS if row.wire == wire and row.refused.search(text)), None)
+
+
+def bare_cache_marks(body: Dict[str, Any]) -> Optional[Dict[str, Any]]:
+    """A Messages body whose cache_control says nothing but `type` and `ttl` (trap 69); None if that is so already."""
+
+    def bare(value: Any) -> Any:
+        if isinstance(value, list):
+            return [bare(one) for one in value]
+        if not isinstance(value, dict):
+            return value
+        mark = value.get("cache_control")
+        known = {key: mark[key] for key in ("type", "ttl") if key in mark} if isinstance(mark, dict) else None
+        inner = {"content": bare(value["content"])} if isinstance(value.get("content"), list) else {}
+        return {**value, **inner, **({} if known is None else {"cache_control": known})}
+
+    changed = {key: bare(body[key]) for key in ("system", "tools", "messages") if isinstance(body.get(key), list)}
+    changed = {**bare({key: value for key, value in body.items() if key not in changed}), **changed}
+    return changed if changed != body else None
 
 
 def learn_fix(body: Dict[str, Any], words: Sequence[str], known: Iterable[str]) -> str:
@@ -7706,7 +8019,7 @@ def make_target(provider: Provider, wire: str) -> Target:
         port,
         path + ("?" + parts.query if parts.query else ""),
         _fixed_headers(provider, wire, parts.netloc),
-        find_compat(as_text(provider.compat), parts.hostname),
+        find_compat(as_text(provider.compat), parts.hostname, port),
         provider.proxy,
         provider.ca_bundle,
     )
@@ -7758,6 +8071,8 @@ def merge_headers(target: Target, client_headers: Headers, client_wire: str, wir
     if client_wire == wire:
         for name in _FORWARDED[wire]:
             value = header(client_headers, name)
+            if name == "anthropic-beta" and target.compat.betas is not None:
+                value = ",".join(beta for beta in value.split(",") if target.compat.betas.match(beta.strip()))
             if value and name == "anthropic-beta" and headers.get(name):
                 headers[name] = merge_list(headers[name] or "", value)
             elif value:
@@ -7803,7 +8118,9 @@ class Requests:
         settings: Settings,
         targets: Dict[Tuple[str, str], Target],
         lessons: Mapping[str, Tuple[str, ...]],
+        reasoning: Optional[ReasoningMemory] = None,
     ) -> None:
+        self._reasoning = reasoning or ReasoningMemory()
         self._inbound = inbound
         self._settings = settings
         self._targets = targets
@@ -7818,6 +8135,13 @@ class Requests:
             self._neutral = WIRE_FORMATS[self._inbound.wire].parse_request(self._inbound.body.value)
         return self._neutral
 
+    def issuer(self, provider: str) -> str:
+        """The provider in this conversation; a body that cannot be read here is a conversation of its own."""
+        try:
+            return name_issuer(provider, self.neutral)
+        except RouterError:
+            return ""
+
     def make(self, candidate: Candidate) -> Outbound:
         """The request for one candidate."""
         inbound, provider = self._inbound, candidate.provider
@@ -7825,21 +8149,32 @@ class Requests:
         wire = choose_wire(candidate, inbound.wire) if chat else inbound.wire
         target = self._target(provider, wire)
         path = target.path if chat else _operation_path(target.path, WIRE_FORMATS[wire].path, inbound.operation)
-        compat = target.compat
         if wire == inbound.wire:
             if provider.id != self.home and as_dict(inbound.body.value.get("thread")).get("type") == "continue":
                 refuse_thread(inbound.body.value["thread"])
-            signed = (
-                drop_unsigned_thinking(inbound.body.value) if compat.signed_thinking and wire == "anthropic" else None
-            )
-            source = JsonObject(signed, "", {}) if signed is not None else inbound.body
-            body = replace_field(source, "model", candidate.model_id)
+            body = replace_field(self._passed(provider.id, wire, target.compat), "model", candidate.model_id)
         else:
-            fixes = compat.fixes + self._lessons.get(candidate.ref, ())
-            body = dump_json(apply_fixes(render_request(self.neutral._replace(model=candidate.model_id), wire), fixes))
+            body = dump_json(self._translated(candidate, wire, target.compat))
         headers = merge_headers(target, inbound.headers, inbound.wire, wire, inbound.stream)
         timeouts = resolve_timeouts(provider, self._settings, inbound.stream)
         return Outbound(target, path, headers, body, wire, inbound.stream, timeouts)
+
+    def _passed(self, provider: str, wire: str, compat: Compat) -> JsonObject:
+        """The client's body, without what its upstream is known to refuse and with what it demands."""
+        value, changed = self._inbound.body.value, None
+        if wire == "anthropic" and compat.signed_thinking:
+            changed = drop_thinking(value)
+        if wire == "anthropic" and compat.betas is not None:
+            changed = bare_cache_marks(changed or value) or changed
+        if wire == "openai" and compat.replays_reasoning:
+            changed = replay_reasoning(value, self.issuer(provider), self._reasoning)
+        return self._inbound.body if changed is None else JsonObject(changed, "", {})
+
+    def _translated(self, candidate: Candidate, wire: str, compat: Compat) -> Dict[str, Any]:
+        messages = self._reasoning.restore(self.issuer(candidate.provider.id), self.neutral.messages)
+        request = self.neutral._replace(model=candidate.model_id, messages=messages)
+        body = render_request(keep_cache_marks(request) if compat.caches and wire == "openai" else request, wire)
+        return apply_fixes(body, compat.fixes + self._lessons.get(candidate.ref, ()))
 
     def _target(self, provider: Provider, wire: str) -> Target:
         key = (provider.id, wire)
@@ -7905,7 +8240,11 @@ def _words(*alternatives: str) -> Pattern[str]:
 # First match wins; matched against the lower-cased codes, types and messages of the error, one a line. Texts are
 # those of the vendors' documentation and of errors that users pasted in public threads (traps 123, 128, 144, 155).
 SIGNALS: Tuple[Signal, ...] = (
-    Signal(INVALID, (400, 404), _words(r"^thread_(?:not_found|unsupported_request)$")),  # for the SDK, which mends it
+    Signal(
+        INVALID,  # what a provider no longer keeps says nothing about its model; the SDKs mend it
+        (400, 404),
+        _words(r"^thread_(?:not_found|unsupported_request)$", r"^previous_response_not_found$"),
+    ),
     Signal(
         RATE_LIMITED,
         (413,),
@@ -10019,6 +10358,7 @@ class Gateway:
         self.targets: Dict[Tuple[str, str], Target] = {}
         self.lessons: Dict[str, Tuple[str, ...]] = {}
         self.items = ItemMemory()
+        self.reasoning = ReasoningMemory()
         self.info: Dict[str, Any] = {}
         self.draining = False
 
@@ -10160,7 +10500,7 @@ class Exchange:
         self._trail = trail
         self._cors = cors
         self._wire = WIRE_FORMATS[inbound.wire]
-        self._requests = Requests(inbound, gateway.settings, gateway.targets, gateway.lessons)
+        self._requests = Requests(inbound, gateway.settings, gateway.targets, gateway.lessons, gateway.reasoning)
         self._candidate: Optional[Candidate] = None
         self._empty: Optional[Answer] = None
         self._asked_at = 0.0
@@ -10226,13 +10566,22 @@ class Exchange:
         self._trail.attempts[-1] = self._trail.attempts[-1]._replace(decision=decision)
 
     async def _attempt(self, action: Try, has_more: bool) -> Union[Outcome, Answer]:
-        """An attempt at a candidate; once more at once when its 400 names a field that the router itself had added."""
+        """An attempt at a candidate; once more at once when its 400 names a field that the router itself had added, or
+        reasoning that another one issued."""
         candidate = self._candidate = action.candidate
         outbound = self._requests.make(candidate)
         result = await self._call(outbound, action, has_more)
-        if isinstance(result, Outcome) and result.kind == INVALID and outbound.wire != self._inbound.wire:
+        if not isinstance(result, Outcome) or result.kind != INVALID:
+            return result
+        words = error_words(parse_body(result.body or b""))
+        repaired = repair_history(load_json(outbound.body), outbound.wire, words)
+        if repaired is not None:
+            decision = "again, without reasoning that is not its own"
+            self._trail.attempts[-1] = self._trail.attempts[-1]._replace(decision=decision)
+            return await self._call(outbound._replace(body=dump_json(repaired)), Try(candidate), has_more)
+        if outbound.wire != self._inbound.wire:
             known = self._gateway.lessons.get(candidate.ref, ())
-            fix = learn_fix(load_json(outbound.body), error_words(parse_body(result.body or b"")), known)
+            fix = learn_fix(load_json(outbound.body), words, known)
             if fix:
                 self._gateway.learn(candidate.ref, known + (fix,))
                 self._trail.attempts[-1] = self._trail.attempts[-1]._replace(decision="learned, again: " + fix)
@@ -10335,7 +10684,8 @@ class Exchange:
 
     def _judge_whole(self, outbound: Outbound, reply: Any, body: bytes) -> Union[Outcome, Answer]:
         parsed = _read_json(body)
-        if self._passes(outbound) and is_plain_answer(parsed, body, outbound.wire):
+        recorder = self._recorder(outbound)
+        if recorder is None and self._passes(outbound) and is_plain_answer(parsed, body, outbound.wire):
             usage = parsed.get("usage")
             counted = WIRE_FORMATS[outbound.wire].read_usage(usage) if isinstance(usage, dict) else None
             return Answer(self._ref, self._returned(reply, outbound), self._named(outbound, body), counted)
@@ -10352,6 +10702,8 @@ class Exchange:
                 response = parse_answer(parsed, outbound.wire, context)
             except RouterError as error:
                 return failed_attempt(TEMPORARY, "unparsable", error.message)
+        if recorder is not None:
+            recorder.see(unfold(response))
         answer = self._whole_answer(outbound, reply, response, body, context)
         if not is_empty(response):
             return answer
@@ -10396,6 +10748,7 @@ class Exchange:
         processor = make_processor(
             outbound.wire, self._inbound.wire, self._context(), self._settings.max_event_bytes, secrets
         )
+        processor.recorder = self._recorder(outbound)
         timeouts = outbound.timeouts
         content_ms = timeouts.first_content_ms if has_more else 0  # the last one gets all the time there is (trap 158)
         content_until = self._asked_at + content_ms / 1000 if content_ms else math.inf
@@ -10422,6 +10775,13 @@ class Exchange:
         if not ended:
             answer.reply, answer.idle_ms = reply, timeouts.idle_ms
         return answer
+
+    def _recorder(self, outbound: Outbound) -> Optional[ReasoningRecorder]:
+        """Who remembers an answer's reasoning: of translated ones, and where the upstream wants it back."""
+        wanted = outbound.wire != self._inbound.wire or outbound.target.compat.replays_reasoning
+        if not wanted or self._candidate is None:
+            return None
+        return ReasoningRecorder(self._gateway.reasoning, self._requests.issuer(self._candidate.provider.id))
 
     def _context(self) -> Context:
         request = self._requests.neutral if self._needs_request else _BARE_REQUEST
@@ -13951,6 +14311,7 @@ class Router:
         self.config_state = "ok"
         self.guests: Dict[str, str] = {}
         self.items = ItemMemory()
+        self.reasoning = ReasoningMemory()
         self._make_gateway()
 
     def _make_gateway(self) -> None:
@@ -13962,7 +14323,7 @@ class Router:
             self.ledger.costs = self.costs
         access = make_access(options.config, options.require_auth, self.guests.items())
         self.gateway = Gateway(Routes(options.config), options.settings, access, self.host, self.book)
-        self.gateway.items = self.items
+        self.gateway.items, self.gateway.reasoning = self.items, self.reasoning
         self.host.known = frozenset(self.gateway.routes.refs())
 
     async def handle(self, call: Call, sink: Sink) -> None:

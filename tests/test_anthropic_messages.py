@@ -417,8 +417,8 @@ def test_unsigned_reasoning_is_taken_out_of_a_body_that_is_passed_through():
     """trap 85"""
     body = history(UNSIGNED, {"type": "thinking", "thinking": "no field"}, SIGNED, CALL)
     before = json.dumps(body)
-    assert R.drop_unsigned_thinking(body) == history(SIGNED, CALL) and json.dumps(body) == before
-    assert R.drop_unsigned_thinking(history(UNSIGNED))["messages"] == history()["messages"][:1]
+    assert R.drop_thinking(body) == history(SIGNED, CALL) and json.dumps(body) == before
+    assert R.drop_thinking(history(UNSIGNED))["messages"] == history()["messages"][:1]
 
 
 @pytest.mark.parametrize(
@@ -432,16 +432,16 @@ def test_unsigned_reasoning_is_taken_out_of_a_body_that_is_passed_through():
     ],
 )
 def test_a_body_without_unsigned_reasoning_stays_as_it_is(body):
-    assert R.drop_unsigned_thinking(body) is None
+    assert R.drop_thinking(body) is None
 
 
 @pytest.mark.parametrize("kind, stays", [("enabled", False), ("adaptive", True)])
 def test_a_budget_goes_with_the_reasoning_that_its_tool_turn_would_need(kind, stays):
     """trap 86"""
     fields = {"thinking": {"type": kind}, "context_management": {"edits": []}}
-    dropped = R.drop_unsigned_thinking({**history(UNSIGNED, CALL), **fields})
+    dropped = R.drop_thinking({**history(UNSIGNED, CALL), **fields})
     assert [name in dropped for name in fields] == [stays, stays]
-    assert "thinking" in R.drop_unsigned_thinking({**history(UNSIGNED, SIGNED, CALL), **fields})
+    assert "thinking" in R.drop_thinking({**history(UNSIGNED, SIGNED, CALL), **fields})
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """COMPATIBILITY: rows for known upstreams, and what a 400 teaches about fields that the router itself added."""
 
+import json
+
 import pytest
 
 import fake_upstream as fake
@@ -110,3 +112,257 @@ def test_a_conversation_that_a_provider_keeps_never_moves_to_another(router, mak
     assert len(home.calls) == 3 and other.calls == []
     home.answer(fake.error_answer("responses", 402))
     assert running.post("/v1/responses", {"model": "a/m", "input": "new"}).status == 200
+
+
+# ---- what rows know
+
+
+@pytest.mark.parametrize("model, left", [("gpt-5", []), ("o3-mini", []), ("gpt-4.1", ["temperature"]), ("gpt-5-chat-latest", ["temperature"])])
+def test_models_that_reason_get_no_temperature_from_openai_s_row(model, left):
+    """Trap 72."""
+    body = llm_router.apply_fixes({"model": model, "temperature": 0.5}, llm_router.find_compat("openai", "").fixes)
+    assert list(body)[1:] == left
+    quiet = {"model": "gpt-5.2", "temperature": 0.5, "reasoning_effort": "none"}
+    assert llm_router.apply_fixes(dict(quiet), ("no sampling",)) == quiet
+
+
+def test_ollama_is_told_not_to_think_unless_the_client_asked_for_it():
+    """Trap 112."""
+    row = llm_router.find_compat("", "127.0.0.1", 11434)
+    assert row.name == "ollama"
+    assert llm_router.apply_fixes({"messages": []}, row.fixes)["reasoning_effort"] == "none"
+    assert llm_router.apply_fixes({"reasoning_effort": "low"}, row.fixes)["reasoning_effort"] == "low"
+
+
+SCHEMAS = [
+    ({"type": "string", "pattern": "^\\p{L}+$"}, {"type": "string"}),
+    ({"type": "string", "pattern": "^(?!x)"}, {"type": "string"}),
+    ({"type": "string", "pattern": "^(?:a)$"}, {"type": "string", "pattern": "^(?:a)$"}),
+    ({"type": "string", "format": "uri"}, {"type": "string"}),
+    ({"type": "string", "format": "date-time"}, {"type": "string", "format": "date-time"}),
+    ({"$schema": "x", "id": "y", "const": 1}, {"enum": [1]}),
+    ({"properties": {"id": True, "no": False, "pattern": {"const": 2}}, "required": ["id", "no"]},
+     {"properties": {"id": {}, "pattern": {"enum": [2]}}, "required": ["id"]}),
+    ({"items": {"anyOf": [{"$id": "a", "type": "null"}, False]}, "additionalProperties": False},
+     {"items": {"anyOf": [{"type": "null"}]}, "additionalProperties": False}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("schema, plain", SCHEMAS)
+def test_a_schema_loses_what_strict_upstreams_refuse_and_nothing_else(schema, plain):
+    """Traps 91, 92, 93."""
+    before = json.dumps(schema)
+    assert llm_router.plain_schema(schema) == plain
+    assert json.dumps(schema) == before
+
+
+def test_strict_upstreams_get_plain_schemas_and_others_after_their_400():
+    """Trap 91: the pattern goes, not the tool."""
+    tool = {"type": "function", "function": {"name": "f", "parameters": SCHEMAS[0][0]}}
+    body = llm_router.apply_fixes({"tools": [tool]}, llm_router.find_compat("gemini", "").fixes)
+    assert body["tools"][0]["function"] == {"name": "f", "parameters": {"type": "string"}}
+    words = ["Invalid schema for function 'f': '^\\p{L}+$' is not a valid regex"]
+    assert llm_router.learn_fix({"tools": [tool]}, words, ()) == "plain schemas"
+
+
+def marked(**mark):
+    part = {"type": "text", "text": "long", "cache_control": dict({"type": "ephemeral"}, **mark)}
+    tool = {"name": "f", "input_schema": {"type": "object"}, "cache_control": {"type": "ephemeral"}}
+    return {"model": "a/m", "max_tokens": 9, "system": [part], "tools": [tool], "messages": [{"role": "user", "content": [part]}]}
+
+
+@pytest.mark.parametrize("compat, kept", [("openrouter", True), ("qwen", True), ("openai", False), ("", False)])
+def test_cache_control_goes_where_it_is_known_and_nowhere_else(compat, kept, router, make_upstream):
+    """Traps 67, 68, 70."""
+    upstream = make_upstream(fake.final_text("ok"))
+    running = router(config_of(provider(upstream, "openai", "a", ["m"], compat=compat)))
+    assert running.post("/v1/messages", marked()).status == 200
+    body = upstream.calls[-1].json
+    found = [body["messages"][0]["content"][0], body["messages"][1]["content"][0], body["tools"][0]] if kept else [body]
+    assert [json.dumps(place).count('"cache_control"') for place in found] == ([1, 1, 1] if kept else [0])
+    assert not any(key.startswith("prompt_cache") for key in body)
+
+
+@pytest.mark.parametrize("compat, betas", [("bedrock", "context-1m-2025-08-07"), ("anthropic", "context-1m-2025-08-07,odd-2026-01-01")])
+def test_betas_and_cache_scopes_that_a_cloud_refuses_stay_here(compat, betas, router, make_upstream):
+    """Traps 69, 109, 110."""
+    upstream = make_upstream(fake.final_text("ok"))
+    running = router(config_of(provider(upstream, "anthropic", "a", ["m"], compat=compat)))
+    headers = {"anthropic-beta": "context-1m-2025-08-07,odd-2026-01-01"}
+    assert running.post("/v1/messages", marked(scope="global", ttl="1h"), headers).status == 200
+    assert upstream.calls[-1].header("anthropic-beta") == betas
+    expected = {"type": "ephemeral", "scope": "global", "ttl": "1h"}
+    if compat == "bedrock":
+        del expected["scope"]
+    assert upstream.calls[-1].json["messages"][0]["content"][0]["cache_control"] == expected
+    assert upstream.calls[-1].json["system"][0]["cache_control"] == expected
+
+
+# ---- reasoning goes back to who issued it, and to nobody else
+
+CALL = ("look", {"a": 1})
+PATHS = {"openai": "/v1/chat/completions", "anthropic": "/v1/messages", "responses": "/v1/responses"}
+
+
+def tool_turns(wire, call_id="call_1"):
+    """The second request of a tool turn as clients send it that keep no reasoning."""
+    tool = {"name": "look", "description": "", "parameters": {"type": "object", "properties": {}}}
+    if wire == "anthropic":
+        call = {"type": "tool_use", "id": call_id, "name": "look", "input": {"a": 1}}
+        result = {"type": "tool_result", "tool_use_id": call_id, "content": "r"}
+        turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": [call]}, {"role": "user", "content": [result]}]
+        return {"max_tokens": 4000, "messages": turns, "tools": [{"name": "look", "input_schema": tool["parameters"]}]}
+    if wire == "responses":
+        call = {"type": "function_call", "call_id": call_id, "name": "look", "arguments": '{"a":1}'}
+        result = {"type": "function_call_output", "call_id": call_id, "output": "r"}
+        return {"input": [{"role": "user", "content": "q"}, call, result], "tools": [dict(tool, type="function")], "store": False}
+    call = {"id": call_id, "type": "function", "function": {"name": "look", "arguments": '{"a":1}'}}
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    return {"messages": turns + [{"role": "tool", "tool_call_id": call_id, "content": "r"}], "tools": [{"type": "function", "function": tool}]}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("wire", ["openai", "anthropic", "responses"])
+def test_an_upstream_that_wants_its_reasoning_back_gets_it_although_the_client_keeps_none(
+    wire, stream, router, make_upstream
+):
+    """Trap 87, passed through and translated; another provider gets none, and thinks no more in that turn."""
+    one, two = make_upstream(fake.final_text("ok")), make_upstream(fake.final_text("ok"))
+    providers = [provider(up, "openai", id, ["m"], compat="deepseek") for up, id in ((one, "a"), (two, "b"))]
+    running = router(config_of(*providers))
+    one.answer(fake.model_answer("openai", stream, reasoning="hm, so", tool_calls=[CALL]))
+    first = dict(tool_turns(wire), model="a/m", stream=stream)
+    key = "input" if wire == "responses" else "messages"
+    assert running.post(PATHS[wire], dict(first, **{key: first[key][:1]}), stream=stream).status == 200
+    for ref, upstream, thought in (("a/m", one, "hm, so"), ("b/m", two, None)):
+        assert running.post(PATHS[wire], dict(tool_turns(wire), model=ref)).status == 200
+        body = upstream.calls[-1].json
+        turn = next(turn for turn in body["messages"] if turn.get("tool_calls"))
+        assert turn.get("reasoning_content") == thought
+        assert ("thinking" in body) == (thought is None and wire != "openai")
+    other = json.loads(json.dumps(tool_turns(wire)).replace('"q"', '"another conversation"'))
+    assert running.post(PATHS[wire], dict(other, model="a/m")).status == 200
+    assert "hm, so" not in json.dumps(one.calls[-1].json)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("wire", ["openai", "responses"])
+def test_signed_thinking_goes_back_to_its_issuer_through_a_client_that_knows_no_signatures(
+    wire, stream, router, make_upstream
+):
+    """Traps 54, 85, 86."""
+    upstream, other = make_upstream(fake.final_text("ok")), make_upstream(fake.final_text("ok"))
+    rows = provider(upstream, "anthropic", "a", ["m"]), provider(other, "anthropic", "b", ["m"])
+    running = router(config_of(*rows))
+    upstream.answer(fake.model_answer("anthropic", stream, reasoning="hm", tool_calls=[CALL]))
+    first = dict(tool_turns(wire), model="a/m", stream=stream)
+    key = "input" if wire == "responses" else "messages"
+    assert running.post(PATHS[wire], dict(first, **{key: first[key][:1]}), stream=stream).status == 200
+    for ref, seen, kinds in (("a/m", upstream, ["thinking", "tool_use"]), ("b/m", other, ["tool_use"])):
+        assert running.post(PATHS[wire], dict(tool_turns(wire, "toolu_1"), model=ref)).status == 200
+        turn = seen.calls[-1].json["messages"][1]["content"]
+        assert [part["type"] for part in turn] == kinds
+        assert all(part.get("signature") for part in turn if part["type"] == "thinking")
+
+
+def test_encrypted_reasoning_goes_back_to_its_issuer_and_to_no_other(router, make_upstream):
+    """Traps 64, 65."""
+    sealed = {"type": "reasoning", "id": "rs_1", "summary": [], "encrypted_content": "sealed"}
+    call = {"type": "function_call", "id": "fc_1", "call_id": "call_1", "name": "look", "arguments": "{}", "status": "completed"}
+    upstream, other = make_upstream(fake.final_text("ok")), make_upstream(fake.final_text("ok"))
+    running = router(config_of(provider(upstream, "responses", "a", ["m"]), provider(other, "responses", "b", ["m"])))
+    upstream.answer(fake.json_answer(200, dict(fake.responses_whole("x"), output=[sealed, call])))
+    first = dict(tool_turns("anthropic"), model="a/m")
+    assert running.post("/v1/messages", dict(first, messages=first["messages"][:1])).status == 200
+    for ref, seen, held in (("a/m", upstream, ["sealed"]), ("b/m", other, [])):
+        assert running.post("/v1/messages", dict(tool_turns("anthropic"), model=ref)).status == 200
+        items = seen.calls[-1].json["input"]
+        found = [item for item in items if item["type"] == "reasoning"]
+        assert [item["encrypted_content"] for item in found] == held and not any("id" in item for item in found)
+
+
+def test_the_memory_of_reasoning_is_bounded_and_forgets_the_oldest():
+    memory = llm_router.ReasoningMemory(2000)
+    for number in range(20):
+        memory.keep("a", "c%d" % number, [llm_router.Thinking("x" * 300)])
+    kept = [number for number in range(20) if memory.find("a", "c%d" % number)]
+    assert kept and kept == list(range(20 - len(kept), 20)) and len(kept) < 7
+    assert memory.find("b", "c19") == []
+
+
+OPENAI_SEAL = "The encrypted content gAAA could not be verified. Reason: Encrypted content could not be decrypted or parsed."
+SEALED = {"type": "reasoning", "id": "rs_1", "summary": [], "encrypted_content": "gAAA"}
+SIGNED = {"type": "thinking", "thinking": "hm", "signature": "foreign"}
+FOREIGN = [
+    ("responses", {"input": [{"role": "user", "content": "q"}, SEALED, {"role": "user", "content": "r"}]}, OPENAI_SEAL),
+    ("anthropic", history("foreign"), "messages.1.content.0: Invalid `signature` in `thinking` block"),
+]
+
+
+@pytest.mark.parametrize("wire, body, message", FOREIGN)
+def test_reasoning_that_an_upstream_did_not_issue_is_left_out_after_its_400_once(wire, body, message, router, make_upstream):
+    """Traps 64, 85."""
+    upstream = make_upstream(fake.final_text("ok"))
+    running = router(config_of(provider(upstream, wire, "a", ["m"])))
+    refusal = fake.error_answer(wire, 400, message, "invalid_request_error")
+    upstream.answer(refusal)
+    assert running.post(PATHS[wire], dict(body, model="a/m")).status == 200
+    sent = [json.dumps(call.json) for call in upstream.calls]
+    assert ["gAAA" in text or "foreign" in text for text in sent] == [True, False]
+    upstream.answer(refusal, refusal)
+    assert running.post(PATHS[wire], dict(body, model="a/m")).status == 400
+    assert len(upstream.calls) == 4
+
+
+def test_thinking_is_off_where_a_replayed_tool_turn_has_none():
+    """Trap 86."""
+    call = {"type": "tool_use", "id": "c", "name": "f", "input": {}}
+    body = {"thinking": {"type": "enabled", "budget_tokens": 2000}, "context_management": {}, "messages": [{"role": "assistant", "content": [call]}]}
+    assert llm_router.drop_thinking(body) == {"messages": body["messages"]}
+    body["messages"][0]["content"].insert(0, SIGNED)
+    assert llm_router.drop_thinking(body) is None
+
+
+# ---- threads that a provider keeps
+
+
+def test_a_thread_is_refused_in_the_words_that_make_the_sdks_go_on_without(router, make_upstream):
+    chat = make_upstream(fake.final_text("ok"))
+    running = router(config_of(provider(chat, "openai", "a", ["m"])))
+    body = {"model": "a/m", "max_tokens": 9, "messages": [{"role": "user", "content": "q"}]}
+    refused = running.post("/v1/messages", dict(body, thread={"type": "create"}))
+    assert refused.status == 400
+    assert refused.json["error"]["details"] == {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
+    lost = running.post("/v1/messages", dict(body, thread={"type": "continue", "previous_message_id": "msg_1"}))
+    assert (lost.status, lost.json["error"]["details"]) == (400, {"error_code": "thread_not_found"})
+    assert chat.calls == []
+
+
+# ---- further traps
+
+
+def test_a_call_written_as_text_stays_text():
+    """Trap 49."""
+    text = '<|tool_calls_section_begin|>functions.look:0{"a":1}<|tool_calls_section_end|>'
+    body = fake.chat_whole(text)
+    context = llm_router.Context(llm_router.ChatRequest("m", []), "r", 1)
+    answer = llm_router.translate_response(body, "openai", "anthropic", context)
+    assert answer["content"] == [{"type": "text", "text": text}] and answer["stop_reason"] == "end_turn"
+
+
+def test_a_count_of_tokens_is_asked_with_the_client_s_own_thinking(router, make_upstream):
+    """Trap 119."""
+    upstream = make_upstream(fake.final_text("ok"))
+    running = router(config_of(provider(upstream, "anthropic", "a", ["m"])))
+    body = dict(history("sig"), thinking={"type": "enabled", "budget_tokens": 2000})
+    assert running.post("/v1/messages/count_tokens", body).status == 200
+    assert upstream.calls[-1].json == dict(body, model="m")
+
+
+def test_usage_is_asked_of_every_translated_stream(router, make_upstream):
+    """Trap 120."""
+    upstream = make_upstream(fake.final_text("ok"))
+    running = router(config_of(provider(upstream, "openai", "a", ["m"])))
+    reply = running.post("/v1/messages", dict(history("sig"), stream=True), stream=True)
+    assert upstream.calls[-1].json["stream_options"] == {"include_usage": True}
+    assert '"input_tokens":11' in reply.text

@@ -11,6 +11,7 @@ import pytest
 import llm_router as router
 from llm_router import (
     OPENAI_CHAT,
+    OPENAI_RESPONSES,
     ChatRequest,
     ChatResponse,
     Closed,
@@ -1478,7 +1479,8 @@ def test_the_remaining_fields_are_written():
 @pytest.mark.parametrize(
     "reasoning, effort",
     [
-        (Reasoning("xhigh"), "xhigh"),
+        (Reasoning("xhigh"), "high"),
+        (Reasoning(budget=5000), "medium"),
         (Reasoning(budget=1024), "low"),
         (Reasoning(budget=31999), "high"),
         (Reasoning(adaptive=True), None),
@@ -1489,6 +1491,20 @@ def test_the_remaining_fields_are_written():
 def test_reasoning_becomes_an_effort(reasoning, effort):
     """trap 90"""
     assert written(reasoning=reasoning).get("reasoning_effort") == effort
+
+
+@pytest.mark.parametrize(
+    "model, wanted, effort",
+    [
+        ("gpt-5.2", "max", "xhigh"), ("gpt-5.2", "none", "none"), ("gpt-5.2", "minimal", "low"), ("gpt-5", "xhigh", "high"),
+        ("gpt-5", "none", "minimal"), ("openai/o4-mini", "minimal", "low"), ("qwen3", "max", "high"), ("qwen3", "odd", "low"),
+    ],
+)  # fmt: skip
+def test_an_effort_is_one_that_the_model_knows(model, wanted, effort):
+    """trap 90"""
+    request = ChatRequest(model, [Message("user", [Text("hi")])], reasoning=Reasoning(wanted))
+    assert OPENAI_CHAT.render_request(request)["reasoning_effort"] == effort
+    assert OPENAI_RESPONSES.render_request(request)["reasoning"]["effort"] == effort
 
 
 def test_a_long_user_id_is_left_out():
