@@ -4205,6 +4205,7 @@ class ChatStreamParser:
         self._read_delta(delta)
         if is_last:
             self._read_end_of_choice(choice)
+            self._count(as_dict(chunk.get("x_groq")).get("usage"))
         return self._take()
 
     def end(self) -> List[Any]:

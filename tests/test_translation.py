@@ -1,11 +1,13 @@
 """Section TRANSLATION: from any wire format to any other, whole and streamed, and the relay of one format to itself."""
 
 import json
+import os
 import random
 
 import pytest
 
 import llm_router as R
+from strict_readers import STREAM, WHOLE
 
 WIRES = sorted(R.WIRE_FORMATS)
 PAIRS = [(source, target) for source in WIRES for target in WIRES if source != target]
@@ -623,3 +625,47 @@ PLAIN = [
 def test_only_an_answer_that_says_something_and_no_error_passes_at_a_look(wire, body, plain):
     """Traps 12, 138."""
     assert R.is_plain_answer(body, R.dump_json(body), wire) is plain
+
+
+# ---- properties, over all nine pairs
+
+ALL_PAIRS = [(source, target) for source in WIRES for target in WIRES]
+SEEDS = range(int(os.environ.get("LLM_ROUTER_TEST_SEEDS", "6")))
+BITS = ("a", "<think>", "</think>", "\n", " ", "é", "🎉", '"', "\\", "data: x", "[DONE]", "\r\n", "{", "\u2028", "tool")
+
+
+def some_text(dice):
+    return "".join(dice.choice(BITS) for _ in range(dice.randrange(1, 9))) + "."
+
+
+def some_answer(dice):
+    """Any answer that all three formats can tell: reasoning, then text, then calls, in any number and mixture."""
+    blocks = [R.Thinking("t" + some_text(dice))] if dice.random() < 0.5 else []
+    blocks += [R.Text("x" + some_text(dice))] if dice.random() < 0.7 else []
+    for number in range(dice.randrange(4)):
+        arguments = json.dumps({some_text(dice): some_text(dice) for _ in range(dice.randrange(3))})
+        blocks.append(R.ToolCall("call_%d" % number, dice.choice(["look", "go"]), arguments))
+    calls = any(isinstance(block, R.ToolCall) for block in blocks)
+    stop = dice.choice(["tool_use" if calls else "end_turn", "max_tokens"])
+    usage = R.Usage(dice.randrange(1, 99), dice.randrange(1, 99), dice.randrange(9))
+    return R.ChatResponse("msg_1", "m", blocks or [R.Text("x")], stop, usage=usage)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("source, target", ALL_PAIRS)
+def test_any_answer_keeps_the_promises_of_the_client_s_format_and_its_meaning(source, target, seed):
+    """Traps 20 to 29, 33, 51 to 53, 58: one start, contiguous balanced blocks, one end, unique ids, arguments that are
+    objects; streamed and folded, whole and translated, and cut anywhere it is the same."""
+    dice = random.Random(1000 * seed + ALL_PAIRS.index((source, target)))
+    for _ in range(4):
+        answer = some_answer(dice)
+        raw = stream_of(source, answer)
+        out = run(R.make_processor(source, target, CONTEXT), raw)
+        said = STREAM[target](out).gist()
+        body = R.WIRE_FORMATS[source].render_response(answer, CONTEXT)
+        assert WHOLE[target](R.translate_response(body, source, target, CONTEXT)).gist() == said
+        assert WHOLE[target](R.WIRE_FORMATS[target].render_response(folded(source, raw), CONTEXT)).gist() == said
+        sizes = [dice.randrange(1, 40) for _ in range(len(raw) // 20)]
+        assert run(R.make_processor(source, target, CONTEXT), raw, sizes) == out
+        assert said[:2] == ("".join(b.text for b in answer.blocks if isinstance(b, R.Text)), "".join(b.text for b in answer.blocks if isinstance(b, R.Thinking)))
+        assert said[2] == [(b.name, json.loads(b.arguments)) for b in answer.blocks if isinstance(b, R.ToolCall)]
