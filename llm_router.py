@@ -160,10 +160,18 @@ class Value:
     """Base of small values that are told apart by type: equal when type and every field are equal.
 
     Not a NamedTuple: two NamedTuples with equal fields compare equal whatever their types, and an
-    empty one is falsy. Subclasses name their fields in `__slots__`; treat instances as immutable.
+    empty one is falsy. Subclasses name their fields in `__slots__`, which are also the arguments, and in `defaults`
+    the values of the last ones, which may be left out; treat instances as immutable.
     """
 
     __slots__ = ()
+    defaults: Tuple[Any, ...] = ()
+
+    def __init__(self, *values: Any, **named: Any) -> None:
+        names = self.__slots__
+        left_out = zip(names[len(names) - len(self.defaults) :], self.defaults)
+        for name, value in (*left_out, *zip(names, values), *named.items()):
+            setattr(self, name, value)
 
     def _fields(self) -> Tuple[Any, ...]:
         return tuple(getattr(self, name) for name in self.__slots__)
@@ -2740,29 +2748,14 @@ class Media(Value):
     """
 
     __slots__ = ("kind", "media_type", "data", "url", "name", "extra")
-
-    def __init__(
-        self, kind: str, media_type: str = "", data: str = "", url: str = "", name: str = "", extra: Extra = None
-    ) -> None:
-        self.kind = kind
-        self.media_type = media_type
-        self.data = data
-        self.url = url
-        self.name = name
-        self.extra = extra
+    defaults = ("", "", "", "", None)
 
 
 class ToolCall(Value):
     """A call the model asks for. `arguments` is text as it came: JSON for kind "function", free text for "custom"."""
 
     __slots__ = ("id", "name", "arguments", "kind", "extra")
-
-    def __init__(self, id: str, name: str, arguments: str = "", kind: str = "function", extra: Extra = None) -> None:
-        self.id = id
-        self.name = name
-        self.arguments = arguments
-        self.kind = kind
-        self.extra = extra
+    defaults = ("", "function", None)
 
 
 class ToolResult(Value):
@@ -2781,10 +2774,6 @@ class Opaque(Value):
     """A block that only the format `wire` knows, kept as it came. Other formats drop it, as their LOSSES declare."""
 
     __slots__ = ("wire", "value")
-
-    def __init__(self, wire: str, value: Dict[str, Any]) -> None:
-        self.wire = wire
-        self.value = value
 
 
 class Message(NamedTuple):
@@ -2941,21 +2930,13 @@ class Started(Value):
     """The answer begins. usage: what is known of the input so far, or None."""
 
     __slots__ = ("id", "model", "usage", "created")
-
-    def __init__(self, id: str, model: str, usage: Optional[Usage] = None, created: int = 0) -> None:
-        self.id = id
-        self.model = model
-        self.usage = usage
-        self.created = created
+    defaults = (None, 0)
 
 
 class Opened(Value):
     """A block begins: an empty Text, Thinking or Refusal, a ToolCall without arguments, or a whole Opaque."""
 
     __slots__ = ("block",)
-
-    def __init__(self, block: Any) -> None:
-        self.block = block
 
 
 class Delta(Value):
@@ -2972,10 +2953,6 @@ class Extended(Value):
 
     __slots__ = ("wire", "values")
 
-    def __init__(self, wire: str, values: Dict[str, Any]) -> None:
-        self.wire = wire
-        self.values = values
-
 
 class Closed(Value):
     """The open block is complete."""
@@ -2987,23 +2964,13 @@ class Finished(Value):
     """The answer is complete."""
 
     __slots__ = ("stop_reason", "stop_sequence", "usage", "extra")
-
-    def __init__(
-        self, stop_reason: str = "end_turn", stop_sequence: str = "", usage: Optional[Usage] = None, extra: Extra = None
-    ) -> None:
-        self.stop_reason = stop_reason
-        self.stop_sequence = stop_sequence
-        self.usage = usage
-        self.extra = extra
+    defaults = ("end_turn", "", None, None)
 
 
 class Failed(Value):
     """The upstream ended the stream with an error, or (code "truncated") without any end."""
 
     __slots__ = ("error",)
-
-    def __init__(self, error: ErrorInfo) -> None:
-        self.error = error
 
 
 class Ping(Value):
@@ -3113,7 +3080,7 @@ def _extend(block: Any, event: Extended) -> None:
 class BoundedMap:
     """The newest values by key, as many as `limit` bytes hold; the sizes are told by who puts them in."""
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int = 1 << 24) -> None:
         self._entries: OrderedDict[Any, Tuple[Any, int]] = OrderedDict()
         self._left = limit
 
@@ -3136,49 +3103,21 @@ def is_reasoning(block: Any) -> bool:
     )
 
 
-class ReasoningMemory:
-    """What models thought before they called tools, with its proofs, by issuer and the call's id.
-
-    Most clients cannot send it back, but some upstreams refuse a tool turn without it, and all go on better with it
-    (traps 85 to 87). An issuer is a provider in one conversation: no other provider ever gets it, and no other
-    conversation, since the ids of some begin anew in each.
-    """
-
-    def __init__(self, limit: int = 1 << 24) -> None:
-        self._blocks = BoundedMap(limit)
-
-    def keep(self, issuer: str, call_id: str, blocks: List[Any]) -> None:
-        """Remember the reasoning in front of a call."""
-        proofs = [block.value if isinstance(block, Opaque) else block.extra for block in blocks]
-        size = sum(len(block_text(block)) for block in blocks) + len(dump_json(proofs)) + 200
-        self._blocks.put((issuer, call_id), blocks, size)
-
-    def find(self, issuer: str, call_id: str) -> List[Any]:
-        """The reasoning in front of a call of this issuer's; empty when nothing is known of it."""
-        return self._blocks.get((issuer, call_id)) or []
-
-    def restore(self, issuer: str, messages: List[Message]) -> List[Message]:
-        """A conversation for `issuer`: turns with calls that it made begin with what it thought then."""
-        restored = []
-        for message in messages:
-            calls = [block for block in message.blocks if isinstance(block, ToolCall)]
-            thoughts = [block for call in calls for block in self.find(issuer, call.id)]
-            rest = [block for block in message.blocks if not is_reasoning(block)]
-            restored.append(message._replace(blocks=thoughts + rest) if thoughts else message)
-        return restored
-
-
 def name_issuer(provider: str, request: ChatRequest) -> str:
-    """A provider in a conversation, which its first words of the user tell from others."""
+    """A provider in a conversation, which its first words of the user tell from others: ids of calls may recur."""
     texts = (join_text(message.blocks) for message in request.messages if message.role == "user")
     first = next(filter(None, texts), "")
     return "%s %s" % (provider, hashlib.sha256(first.encode("utf-8", "surrogatepass")).hexdigest())
 
 
 class ReasoningRecorder:
-    """Keeps the reasoning of one answer, from its stream events, with the calls that follow it."""
+    """Keeps the reasoning of one answer, from its stream events, in `memory` under (issuer, id of the call behind it).
 
-    def __init__(self, memory: ReasoningMemory, issuer: str) -> None:
+    Most clients cannot send it back, but some upstreams refuse a tool turn without it, and all go on better with it
+    (traps 85 to 87). No other provider or conversation ever gets it.
+    """
+
+    def __init__(self, memory: BoundedMap, issuer: str) -> None:
         self._memory = memory
         self._issuer = issuer
         self._events: List[Any] = []
@@ -3190,11 +3129,22 @@ class ReasoningRecorder:
             if type(event) is Opened:
                 self._is_inside = is_reasoning(event.block)
                 if self._events and isinstance(event.block, ToolCall):
-                    answer = fold([*self._events, Finished()])
-                    self._memory.keep(self._issuer, event.block.id, getattr(answer, "blocks", []))
+                    blocks = getattr(fold([*self._events, Finished()]), "blocks", [])
+                    self._memory.put((self._issuer, event.block.id), blocks, 200 + len(repr(blocks)))
                     self._events = []
             if self._is_inside:
                 self._events.append(event)
+
+
+def restore_reasoning(messages: List[Message], memory: BoundedMap, issuer: str) -> List[Message]:
+    """A conversation for `issuer`: turns with calls that it made begin with what it thought then."""
+    restored = []
+    for message in messages:
+        calls = [block for block in message.blocks if isinstance(block, ToolCall)]
+        thoughts = [block for call in calls for block in memory.get((issuer, call.id)) or ()]
+        rest = [block for block in message.blocks if not is_reasoning(block)]
+        restored.append(message._replace(blocks=thoughts + rest) if thoughts else message)
+    return restored
 
 
 # Tools that take free text (kind "custom", OpenAI's grammar tools) where only JSON functions are known: TRANSLATION
@@ -3361,11 +3311,8 @@ def url_of_media(media: Media, default_type: str = "application/octet-stream") -
 def text_of_media(media: Media) -> Optional[str]:
     """The words of a text document that came as base64; None for anything else (trap 105)."""
     media_type = media.media_type.lower().split(";")[0].strip()
-    if (
-        media.kind != "document"
-        or not media.data
-        or not (media_type.startswith("text/") or media_type == "application/json")
-    ):
+    is_text = media_type.startswith("text/") or media_type == "application/json"
+    if media.kind != "document" or not media.data or not is_text:
         return None
     try:
         return base64.b64decode("".join(media.data.split()), validate=True).decode("utf-8", "replace")
@@ -3529,15 +3476,11 @@ CHAT_LOSSES = {
 
 # Types -> the fields of a request that are read, those of other formats and of routers among them.
 _CHAT_FIELDS: Dict[Tuple[type, ...], str] = {
-    (str,): "model user instructions reasoning_effort",
-    (int,): "max_tokens max_completion_tokens top_k",
-    (int, float): "temperature top_p",
-    (bool,): "stream parallel_tool_calls",
-    (list,): "messages tools functions",
-    (dict,): "stream_options response_format reasoning thinking",
-    (str, list): "input system stop",
+    (str,): "model user instructions reasoning_effort", (int,): "max_tokens max_completion_tokens top_k",
+    (int, float): "temperature top_p", (bool,): "stream parallel_tool_calls", (list,): "messages tools functions",
+    (dict,): "stream_options response_format reasoning thinking", (str, list): "input system stop",
     (str, dict): "tool_choice function_call",
-}
+}  # fmt: skip
 _CHAT_KINDS = {key: kinds for kinds, keys in _CHAT_FIELDS.items() for key in keys.split()}
 
 
@@ -3554,22 +3497,16 @@ def parse_chat_request(body: Dict[str, Any]) -> ChatRequest:
     choice, allowed = _chat_tool_choice(said["tool_choice"] or said["function_call"])
     named = [(key, n, item) for key in ("tools", "functions") for n, item in enumerate(said[key] or [])]
     tools = [_chat_tool(item, "%s[%d]" % (key, n)) for key, n, item in named]
-    stop, limit = said["stop"] or [], said["max_completion_tokens"]
+    stop, limit, form = said["stop"] or [], said["max_completion_tokens"], said["response_format"] or {}
     return ChatRequest(
-        said["model"] or "",
-        messages,
-        system,
-        [tool for tool in tools if allowed is None or tool.name in allowed],
-        choice,
-        parallel_tools=said["parallel_tool_calls"],
-        max_tokens=said["max_tokens"] if limit is None else limit,
+        said["model"] or "", messages, system, [tool for tool in tools if allowed is None or tool.name in allowed],
+        choice, parallel_tools=said["parallel_tool_calls"], max_tokens=said["max_tokens"] if limit is None else limit,
         stop=[stop] if isinstance(stop, str) else [text for text in stop if isinstance(text, str)],
         include_usage=(said["stream_options"] or {}).get("include_usage") is True,
-        output=_chat_output(said["response_format"] or {}),
+        output=_read_output(form, form.get("json_schema"), "response_format.json_schema"),
         reasoning=_chat_reasoning(said["reasoning_effort"] or "", said["reasoning"] or {}, said["thinking"] or {}),
-        fields=_chat_rest(body, _CHAT_KINDS),
-        **same,
-    )
+        fields=_chat_rest(body, _CHAT_KINDS), **same,
+    )  # fmt: skip
 
 
 def _text_at(item: Dict[str, Any], key: str, path: str) -> str:
@@ -3771,13 +3708,13 @@ def _chosen_name(item: Dict[str, Any]) -> str:
     return as_text((as_dict(item.get("function")) or as_dict(item.get("custom")) or item).get("name"))
 
 
-def _chat_output(form: Dict[str, Any]) -> Optional[JsonOutput]:
-    """`response_format` (SDK: ResponseFormatJSONSchema, ResponseFormatJSONObject)."""
+def _read_output(form: Dict[str, Any], inner: Any, at: str) -> Optional[JsonOutput]:
+    """SDK: ResponseFormatJSONSchema, ResponseFormatTextConfig, ResponseFormatJSONObject. inner: what has the schema."""
     if form.get("type") != "json_schema":
         return JsonOutput() if form.get("type") == "json_object" else None
-    inner = check_field(form.get("json_schema"), (dict,), "response_format.json_schema")
-    schema = check_field(inner.get("schema"), (dict,), "response_format.json_schema.schema", False)
-    strict = check_field(inner.get("strict"), (bool,), "response_format.json_schema.strict", False)
+    inner = check_field(inner, (dict,), at)
+    schema = check_field(inner.get("schema"), (dict,), at + ".schema", False)
+    strict = check_field(inner.get("strict"), (bool,), at + ".strict", False)
     return JsonOutput(schema, as_text(inner.get("name")), strict, as_text(inner.get("description")))
 
 
@@ -3796,8 +3733,7 @@ def _chat_reasoning(effort: str, own: Dict[str, Any], thinking: Dict[str, Any]) 
 # Models by a pattern of their ids -> efforts they take, lowest first (OpenAI's model pages; the last row is what most
 # others take). Shared with OPENAI RESPONSES.
 _OPENAI_EFFORTS = (
-    (re.compile(r"gpt-(5\.[2-9]|[6-9])"), ("none", "low", "medium", "high", "xhigh")),
-    (re.compile(r"gpt-5\.1-codex-max"), ("none", "low", "medium", "high", "xhigh")),
+    (re.compile(r"gpt-(5\.[2-9]|5\.1-codex-max|[6-9])"), ("none", "low", "medium", "high", "xhigh")),
     (re.compile(r"gpt-5\.1"), ("none", "low", "medium", "high")),
     (re.compile(r"gpt-5"), ("minimal", "low", "medium", "high")),
     (re.compile(r"(?:^|/)o\d"), ("low", "medium", "high")),
@@ -3825,19 +3761,14 @@ def render_chat_request(request: ChatRequest) -> Dict[str, Any]:
     """
     turns = [Message("system", request.system), *request.messages]
     fields = {
-        "model": request.model,
-        "messages": [item for turn in turns for item in _write_chat_turn(turn)],
-        **_write_chat_tools(request),
-        "max_tokens": request.max_tokens,
-        "temperature": request.temperature,
-        "top_p": request.top_p,
-        "stop": request.stop or None,
+        "model": request.model, "messages": [item for turn in turns for item in _write_chat_turn(turn)],
+        **_write_chat_tools(request), "max_tokens": request.max_tokens, "temperature": request.temperature,
+        "top_p": request.top_p, "stop": request.stop or None,
         "user": request.user if 0 < len(request.user) <= _CHAT_MAX_USER else None,
         "reasoning_effort": _write_chat_effort(request.reasoning or Reasoning(), request.model),
         "response_format": _write_chat_output(request.output) if request.output else None,
-        "stream": request.stream or None,
-        "stream_options": {"include_usage": True} if request.stream else None,
-    }
+        "stream": request.stream or None, "stream_options": {"include_usage": True} if request.stream else None,
+    }  # fmt: skip
     return {**_chat_shared_fields(request.fields or {}), **_told(fields)}
 
 
@@ -3916,8 +3847,7 @@ def _write_chat_turn(message: Message) -> List[Dict[str, Any]]:
             text = "Error: " + text if block.is_error and not text.lower().startswith("error") else text
             items.append({"role": "tool", "tool_call_id": block.call_id, "content": text})
     if message.role == "system":
-        words = [{"type": "text", "text": _plain_text(block), **_cache_mark(block)} for block in message.blocks]
-        parts = [part for part in words if part["text"]]
+        parts = [{"type": "text", "text": text} for text in filter(None, map(_plain_text, message.blocks))]
     is_text = all(len(part) == 2 and part.get("type") == "text" for part in parts)
     fields: Dict[str, Any] = {"content": _joined(parts, "\n\n") if is_text else parts}
     if message.role == "assistant":
@@ -3982,12 +3912,7 @@ def _write_chat_part(block: Any) -> List[Dict[str, Any]]:
         return [{"type": "file", "file": file}]
     words = text_of_media(block) if kind == "document" else None
     text = _plain_text(block) if words is None else "\n".join(filter(None, (block.name, words))) or "(empty document)"
-    return [{"type": "text", "text": text, **_cache_mark(block)}] if text else []
-
-
-def _cache_mark(value: Any) -> Dict[str, Any]:
-    """`cache_control`, where COMPATIBILITY put it: a text that bears it stays a part."""
-    return _told({"cache_control": own_extra(value, _CHAT).get("cache_control")})
+    return [{"type": "text", "text": text}] if text else []
 
 
 # ---- whole answers
@@ -4541,22 +4466,12 @@ def chat_error_event(info: ErrorInfo, request_id: str) -> bytes:
 
 
 OPENAI_CHAT = WireFormat(
-    name=_CHAT,
-    path="/chat/completions",
-    parse_request=parse_chat_request,
-    render_request=render_chat_request,
-    parse_response=parse_chat_response,
-    render_response=render_chat_response,
-    parser=ChatStreamParser,
-    renderer=ChatStreamRenderer,
-    parse_error=read_error,
-    render_error=render_chat_error,
-    error_event=chat_error_event,
+    name=_CHAT, path="/chat/completions", parse_request=parse_chat_request, render_request=render_chat_request,
+    parse_response=parse_chat_response, render_response=render_chat_response, parser=ChatStreamParser,
+    renderer=ChatStreamRenderer, parse_error=read_error, render_error=render_chat_error, error_event=chat_error_event,
+    losses=CHAT_LOSSES, answer="choices", read_usage=_chat_usage,
     watch=re.compile(rb'"(?:usage"\s*:\s*\{|error"\s*:\s*[{\["]|finish_reason"\s*:\s*"|object"\s*:\s*"error")'),
-    losses=CHAT_LOSSES,
-    answer="choices",
-    read_usage=_chat_usage,
-)
+)  # fmt: skip
 
 # ==============================================================================
 # 10 ANTHROPIC MESSAGES - Messages API: requests, answers, streams, errors [pure]
@@ -4604,10 +4519,9 @@ ANTHROPIC_MODELS = (
 
 # As in CHAT_LOSSES: fields and types of requests in this format in backticks, what is written in it in words.
 ANTHROPIC_LOSSES = {
-    "`billing_policy` `compaction` `container` `context_management` `diagnostics`"
+    "`billing_policy` `cache_control` `compaction` `container` `context_management` `diagnostics`"
     " `fallback_credit_token` `fallbacks` `inference_geo` `mcp_servers` `speed` `top_k` `user_profile_id`"
     " `workspace_id`": "not sent",
-    "`cache_control`": "of texts and tools: kept where the upstream is OpenRouter or Qwen, else not sent",
     "`service_tier`": "kept for OpenAI Chat, else not sent",
     "`stop_sequences`": "not sent to OpenAI Responses, which knows no stop texts",
     "`thread`": "refused with 400, in the words on which the SDKs send the whole conversation",
@@ -4636,14 +4550,10 @@ ANTHROPIC_LOSSES = {
 # ---- requests: Anthropic -> neutral
 
 _ANTHROPIC_KINDS: Tuple[Tuple[Tuple[type, ...], str], ...] = (
-    ((str,), "model"),
-    ((list,), "messages tools stop_sequences"),
-    ((str, list), "system"),
-    ((dict,), "tool_choice thinking output_config output_format metadata thread"),
-    ((int,), "max_tokens top_k"),
-    ((int, float), "temperature top_p"),
-    ((bool,), "stream"),
-)
+    ((str,), "model"), ((list,), "messages tools stop_sequences"), ((str, list), "system"),
+    ((dict,), "tool_choice thinking output_config output_format metadata thread"), ((int,), "max_tokens top_k"),
+    ((int, float), "temperature top_p"), ((bool,), "stream"),
+)  # fmt: skip
 _ANTHROPIC_KNOWN = " ".join(names for _, names in _ANTHROPIC_KINDS).split()
 
 
@@ -4826,22 +4736,15 @@ def render_anthropic_request(request: ChatRequest) -> Dict[str, Any]:
     samples = row.sampling and as_dict(thinking).get("type") in (None, "disabled")  # trap 72
     has_temperature = samples and request.temperature is not None
     body = {
-        "model": request.model,
-        "messages": turns,
-        **own,
+        "model": request.model, "messages": turns, **own,
         "system": _anthropic_content([part for part in _anthropic_parts(system) if part.get("type") == "text"]),
-        "tools": tools,
-        "tool_choice": choice,
-        "max_tokens": max_tokens,
-        "thinking": thinking,
-        "output_config": config,
-        "temperature": min(request.temperature, 1.0) if has_temperature else None,
+        "tools": tools, "tool_choice": choice, "max_tokens": max_tokens, "thinking": thinking,
+        "output_config": config, "temperature": min(request.temperature, 1.0) if has_temperature else None,
         "top_p": request.top_p if samples and not has_temperature else None,
         "top_k": request.top_k if samples else None,
         "stop_sequences": [text for text in request.stop if text.strip()],
-        "metadata": {"user_id": request.user} if request.user else None,
-        "stream": request.stream or None,
-    }
+        "metadata": {"user_id": request.user} if request.user else None, "stream": request.stream or None,
+    }  # fmt: skip
     return {key: value for key, value in body.items() if value not in (None, [], {})}
 
 
@@ -4993,10 +4896,11 @@ def drop_thinking(body: Dict[str, Any], keeps_signed: bool = True) -> Optional[D
     Anthropic refuses (trap 85). Where a tool turn goes on that lacks the thinking that a budget demands, thinking is
     off for this request (trap 86).
     """
+    kinds = ("thinking",) if keeps_signed else ("thinking", "redacted_thinking")
     messages: List[Any] = []
     for message in as_list(body.get("messages")):
-        parts = as_list(as_dict(message).get("content"))
-        kept = [part for part in parts if not _is_foreign_thinking(as_dict(part), keeps_signed)]
+        parts = list(map(as_dict, as_list(as_dict(message).get("content"))))
+        kept = [part for part in parts if part.get("type") not in kinds or (keeps_signed and part.get("signature"))]
         if len(kept) == len(parts):
             messages.append(message)
         elif kept:
@@ -5007,12 +4911,6 @@ def drop_thinking(body: Dict[str, Any], keeps_signed: bool = True) -> Optional[D
     # To clear old thinking is an error without thinking.
     rest = {key: value for key, value in body.items() if key not in ("thinking", "context_management")}
     return {**rest, "messages": messages}
-
-
-def _is_foreign_thinking(part: Dict[str, Any], keeps_signed: bool) -> bool:
-    if not keeps_signed and part.get("type") == "redacted_thinking":
-        return True
-    return part.get("type") == "thinking" and not (keeps_signed and part.get("signature"))
 
 
 # ---- answers
@@ -5258,19 +5156,13 @@ class AnthropicStreamParser:
         return self._close_block() + [Failed(error)]
 
     _HANDLERS: Dict[Any, Callable[..., List[Any]]] = {
-        "message_start": _start,
-        "content_block_start": _open,
-        "content_block_stop": _close,
-        "message_delta": _message_delta,
-        "message_stop": _stop,
+        "message_start": _start, "content_block_start": _open, "content_block_stop": _close,
+        "message_delta": _message_delta, "message_stop": _stop, "ping": lambda self, data: [Ping()],
         "error": lambda self, data: self._fail(read_error(200, data, 500)),
-        "ping": lambda self, data: [Ping()],
-    }
+    }  # fmt: skip
 
 
 # ---- streams: neutral -> Anthropic
-
-_escape_json = json.encoder.encode_basestring_ascii
 
 
 def _anthropic_event(name: str, **fields: Any) -> bytes:
@@ -5300,7 +5192,7 @@ class AnthropicStreamRenderer:
         """The bytes for `event`, b"" when the client sees nothing of it."""
         if type(event) is Delta:
             if self._prefix:
-                return (self._prefix + _escape_json(event.text) + "}}\n\n").encode("ascii")
+                return (self._prefix + _quote_json(event.text) + "}}\n\n").encode("ascii")
             return self._first_delta(event.text)
         handler = self._HANDLERS.get(type(event))
         return handler(self, event) if handler and self._state != "after" else b""
@@ -5411,14 +5303,9 @@ class AnthropicStreamRenderer:
         return _anthropic_event("ping") if self._state == "inside" else b""
 
     _HANDLERS: Dict[type, Callable[..., bytes]] = {
-        Started: _start,
-        Opened: _open,
-        Extended: _extend,
-        Closed: _close,
-        Finished: _finish,
-        Failed: _fail,
+        Started: _start, Opened: _open, Extended: _extend, Closed: _close, Finished: _finish, Failed: _fail,
         Ping: _ping,
-    }
+    }  # fmt: skip
 
 
 # ---- errors
@@ -5452,22 +5339,12 @@ def anthropic_error_event(info: ErrorInfo, request_id: str) -> bytes:
 
 
 ANTHROPIC_MESSAGES = WireFormat(
-    name=_ANTHROPIC,
-    path="/messages",
-    parse_request=parse_anthropic_request,
-    render_request=render_anthropic_request,
-    parse_response=parse_anthropic_response,
-    render_response=render_anthropic_response,
-    parser=AnthropicStreamParser,
-    renderer=AnthropicStreamRenderer,
-    parse_error=read_error,
-    render_error=render_anthropic_error,
-    error_event=anthropic_error_event,
+    name=_ANTHROPIC, path="/messages", parse_request=parse_anthropic_request, render_request=render_anthropic_request,
+    parse_response=parse_anthropic_response, render_response=render_anthropic_response, parser=AnthropicStreamParser,
+    renderer=AnthropicStreamRenderer, parse_error=read_error, render_error=render_anthropic_error,
+    error_event=anthropic_error_event, losses=ANTHROPIC_LOSSES, answer="content", read_usage=_anthropic_usage,
     watch=re.compile(rb'"(?:usage|error|message_stop)"'),
-    losses=ANTHROPIC_LOSSES,
-    answer="content",
-    read_usage=_anthropic_usage,
-)
+)  # fmt: skip
 
 # ==============================================================================
 # 11 OPENAI RESPONSES - Responses API: requests, answers, streams, errors [pure]
@@ -5574,10 +5451,7 @@ def needs_server_state(body: Dict[str, Any]) -> Optional[str]:
     """Why a Responses request only makes sense where earlier state is kept, as a sentence; None when it needs none."""
     for field in ("previous_response_id", "conversation", "prompt", "background"):
         if body.get(field):
-            return (
-                "`%s` needs state that only the provider keeps: leave it out, send the whole conversation as `input`"
-                % field
-            )
+            return "`%s` needs state that only the provider keeps: leave it out, send the whole `input`" % field
     for index, item in enumerate(map(as_dict, as_list(body.get("input")))):
         if _responses_type(item) == "item_reference":
             return "`input[%d]` is an item_reference, which only the provider can resolve: send the item itself" % index
@@ -5587,25 +5461,22 @@ def needs_server_state(body: Dict[str, Any]) -> Optional[str]:
     return None
 
 
-class ItemMemory:
+class ItemMemory(BoundedMap):
     """Items of the answers that the router wrote for Responses clients, by id. Clients whose answers are stored (the
     AI SDK's, unless told otherwise) send references in place of the items. The oldest give way after `limit` bytes.
     """
-
-    def __init__(self, limit: int = 1 << 25) -> None:
-        self._items = BoundedMap(limit)
 
     def keep(self, items: Iterable[Dict[str, Any]]) -> None:
         """Remember the items of an answer."""
         for item in items:
             data = dump_json(item)
-            self._items.put(item["id"], data, len(data))
+            self.put(item["id"], data, len(data))
 
     def resolve(self, body: Dict[str, Any]) -> Optional[Dict[str, Any]]:
         """The request with what is remembered in place of references to it; None when it has no such reference."""
         source = [as_dict(item) for item in as_list(body.get("input"))]
         referred = [item.get("id") if _responses_type(item) == "item_reference" else None for item in source]
-        found = [self._items.get(id) if isinstance(id, str) else None for id in referred]
+        found = [self.get(id) if isinstance(id, str) else None for id in referred]
         if not any(found):
             return None
         return dict(body, input=[load_json(data) if data else item for data, item in zip(found, body["input"])])
@@ -5636,18 +5507,13 @@ def parse_responses_request(body: Dict[str, Any]) -> ChatRequest:
     more_text = {key: value for key, value in text.items() if key != "format"}
     fields.update({"text": more_text} if more_text else {})
     return ChatRequest(
-        model=as_text(body.get("model")),
-        messages=messages,
-        system=([Text(instructions)] if instructions else []) + system,
-        tools=tools,
-        tool_choice=choice,
+        model=as_text(body.get("model")), messages=messages,
+        system=([Text(instructions)] if instructions else []) + system, tools=tools, tool_choice=choice,
         stream=body.get("stream") is True,
-        output=_responses_output(as_dict(text.get("format"))),
-        reasoning=reasoning,
+        output=_read_output(as_dict(text.get("format")), text.get("format"), "text.format"), reasoning=reasoning,
         user=as_text(body.get("user")) or as_text(body.get("safety_identifier")),
-        fields={_RESPONSES: fields} if fields else None,
-        **simple,
-    )
+        fields={_RESPONSES: fields} if fields else None, **simple,
+    )  # fmt: skip
 
 
 def _responses_type(item: Dict[str, Any]) -> str:
@@ -5777,13 +5643,11 @@ def _responses_tool(tool: Dict[str, Any]) -> Tool:
     tool = {**tool, **as_dict(tool.get(kind))}
     schema, strict = tool.get("parameters"), tool.get("strict")
     return Tool(
-        as_text(tool.get("name")),
-        as_text(tool.get("description")),
-        schema if kind == "function" and isinstance(schema, dict) else None,
-        kind,
+        as_text(tool.get("name")), as_text(tool.get("description")),
+        schema if kind == "function" and isinstance(schema, dict) else None, kind,
         strict if isinstance(strict, bool) else None,
         rest_of(tool, ("type", "name", "description", "parameters", "strict", "namespace", "about", kind), _RESPONSES),
-    )
+    )  # fmt: skip
 
 
 def _responses_flat_names(tools: Iterable[Tool]) -> Dict[Tuple[str, str], str]:
@@ -5810,14 +5674,6 @@ def _responses_choice(choice: Any, tools: List[Tool]) -> Tuple[Optional[ToolChoi
     names, kinds = set(map(named, allowed)), {as_text(tool.get("type")) for tool in allowed}
     kept = [t for t in tools if t.name in names or t.kind == "server" and own_extra(t, _RESPONSES).get("type") in kinds]
     return ToolChoice("any" if choice.get("mode") == "required" else "auto"), kept, {"tool_choice": choice}
-
-
-def _responses_output(form: Dict[str, Any]) -> Optional[JsonOutput]:
-    """`text.format` (SDK: ResponseFormatTextConfig)."""
-    if form.get("type") != "json_schema":
-        return JsonOutput() if form.get("type") == "json_object" else None
-    strict = form["strict"] if isinstance(form.get("strict"), bool) else None
-    return JsonOutput(as_dict(form.get("schema")), as_text(form.get("name")), strict, as_text(form.get("description")))
 
 
 # --- Requests, writing ------------------------------------------------------------------------------------
@@ -5941,10 +5797,8 @@ def _responses_render_part(block: Any, role: str) -> Optional[Dict[str, Any]]:
     if not isinstance(block, Media):
         return None
     if block.kind == "audio":
-        return {
-            "type": "input_audio",
-            "input_audio": {"data": block.data, "format": block.media_type.rpartition("/")[2]},
-        }
+        form = block.media_type.rpartition("/")[2]
+        return {"type": "input_audio", "input_audio": {"data": block.data, "format": form}}
     if block.kind == "image":
         return {"type": "input_image", "image_url": url_of_media(block), "detail": "auto", **bag}
     name = {"filename": block.name or "document"} if block.name or not block.url else {}
@@ -5993,11 +5847,8 @@ def _responses_render_choice(request: ChatRequest) -> Any:
 
 
 def _responses_format(output: Optional[JsonOutput]) -> Dict[str, Any]:
-    if output is None or output.schema is None:
-        return {} if output is None else {"format": {"type": "json_object"}}
-    form: Dict[str, Any] = {"type": "json_schema", "name": output.name or "response", "schema": output.schema}
-    strict = {} if output.strict is None else {"strict": output.strict}
-    return {"format": {**form, **({"description": output.description} if output.description else {}), **strict}}
+    form = _write_chat_output(output) if output is not None else {}
+    return {"format": {"type": form["type"], **form.get("json_schema", {})}} if form else {}
 
 
 def _responses_render_reasoning(reasoning: Optional[Reasoning], model: str) -> Optional[Dict[str, Any]]:
@@ -6201,16 +6052,9 @@ class ResponsesParser:
         """Opens a block, of the newest part when none is given. A call without a name cannot be opened yet."""
         if block is None:
             kind, row = state.part[0], _RESPONSES_PARTS[state.part[0]]
-            text = (
-                [{"type": kind, row.field: "?"}] if row.holder else ""
-            )  # the proof of reasoning is final at its end only
-            item = {
-                **state.item,
-                "type": row.item,
-                "summary": [],
-                "encrypted_content": None,
-                row.holder or row.field: text,
-            }
+            text = [{"type": kind, row.field: "?"}] if row.holder else ""
+            item = {**state.item, "type": row.item, "summary": [], row.holder or row.field: text}
+            item["encrypted_content"] = None  # the proof of reasoning is final at its end only
             block = next(iter(self._blocks(state, item)), None)
         if block is not None:
             self._kinds.add(type(block))
@@ -6304,8 +6148,6 @@ class ResponsesParser:
 
 # --- Answers, writing -------------------------------------------------------------------------------------
 
-_RESPONSES_QUOTE = json.JSONEncoder().encode
-
 _RESPONSES_INCOMPLETE = {
     **dict.fromkeys(("max_tokens", "model_context_window_exceeded"), "max_output_tokens"),
     "refusal": "content_filter",
@@ -6349,15 +6191,9 @@ def _responses_snapshot(request: ChatRequest, id: str, created: int, model: str)
         key: {**value, **as_dict(body.get(key))} if isinstance(value, dict) else body.get(key, value)
         for key, value in _RESPONSES_ECHO.items()
     }
-    start = {
-        "id": id,
-        "object": "response",
-        "created_at": created,
-        "status": "in_progress",
-        "model": model,
-        "output": [],
-    }
-    return {**start, **dict.fromkeys(("completed_at", "error", "incomplete_details", "usage")), **echo, "store": False}
+    start = {"id": id, "object": "response", "created_at": created, "status": "in_progress", "model": model}
+    unknown = dict.fromkeys(("completed_at", "error", "incomplete_details", "usage"))
+    return {**start, "output": [], **unknown, **echo, "store": False}
 
 
 class ResponsesRenderer:
@@ -6370,9 +6206,8 @@ class ResponsesRenderer:
 
     def __init__(self, context: Context) -> None:
         self._context = context
-        self._tools = {
-            tool.name: own_extra(tool, _RESPONSES) for tool in context.request.tools if tool.kind != "server"
-        }
+        tools = [tool for tool in context.request.tools if tool.kind != "server"]
+        self._tools = {tool.name: own_extra(tool, _RESPONSES) for tool in tools}
         self.snapshot: Dict[str, Any] = {}
         self._sequence = 0
         self._items: List[Dict[str, Any]] = []
@@ -6393,7 +6228,7 @@ class ResponsesRenderer:
             return self._begin() + self.render(event) if self._block is not None else b""
         self._pieces.append(event.text)
         self._sequence += 1
-        text = _RESPONSES_QUOTE(event.text).encode("ascii")
+        text = _quote_json(event.text).encode("ascii")
         return b"%s%d%s%s}\n\n" % (self._head, self._sequence - 1, self._middle, text)
 
     def _event(self, kind: str, **values: Any) -> bytes:
@@ -6430,12 +6265,8 @@ class ResponsesRenderer:
     def _begin(self) -> bytes:
         """The open block has something to show: its item, unless it joins the message before it, and its part."""
         block = self._block
-        kind = (
-            self._bag.get("part")
-            if isinstance(block, Thinking)
-            else getattr(block, "kind", "") == "custom" and "custom_tool_call"
-        )
-        self._kind = kind = kind or _RESPONSES_KINDS[type(block)]
+        kind = "custom_tool_call" if getattr(block, "kind", "") == "custom" else _RESPONSES_KINDS[type(block)]
+        self._kind = kind = self._bag.get("part") or kind if isinstance(block, Thinking) else kind
         row, out = _RESPONSES_PARTS[kind], b""
         item, name = self._item, self._bag.get("id")
         joins = row.item == "message" == item.get("type") and item.get("phase") == self._bag.get("phase")
@@ -6538,9 +6369,6 @@ _RESPONSES_RENDERERS: Dict[type, Callable[[ResponsesRenderer, Any], bytes]] = {
 
 _RESPONSES_STATUS_CODES = {**dict.fromkeys((400, 413, 422), "invalid_prompt"), 429: "rate_limit_exceeded"}
 
-# OpenAI's error types by status (platform.openai.com/docs/guides/error-codes); 4xx and 5xx otherwise.
-_RESPONSES_ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
-
 
 def _responses_error(error: Dict[str, Any], status: str = "failed") -> ErrorInfo:
     """The error of a `response.failed` or `error` event (SDK: ResponseError, ResponseErrorEvent)."""
@@ -6551,32 +6379,22 @@ def _responses_error(error: Dict[str, Any], status: str = "failed") -> ErrorInfo
 def _responses_failure(info: ErrorInfo) -> Dict[str, Any]:
     """`error` of a failed Response: a code that clients know, else that of the status; Codex retries unknown ones."""
     known = info.code in ERROR_STATUSES or "image" in info.code
-    return {
-        "code": info.code if known else _RESPONSES_STATUS_CODES.get(info.status, "server_error"),
-        "message": info.message,
-    }
-
-
-def render_responses_error(info: ErrorInfo, request_id: str) -> Dict[str, Any]:
-    """An error answer as OpenAI words it; `type` follows from the status when nobody named one."""
-    other = "server_error" if info.status >= 500 else "invalid_request_error"
-    kind = info.type or _RESPONSES_ERROR_TYPES.get(info.status, other)
-    return {"error": {"message": info.message, "type": kind, "param": info.param or None, "code": info.code or None}}
+    code = info.code if known else _RESPONSES_STATUS_CODES.get(info.status, "server_error")
+    return {"code": code, "message": info.message}
 
 
 def responses_error_event(info: ErrorInfo, request_id: str) -> bytes:
     """The error as the last event of a stream that was relayed so far: `response.failed` (Codex ignores `error`)."""
     response = _responses_snapshot(ChatRequest("", []), "resp_" + request_id, 0, "")
     response.update(status="failed", error=_responses_failure(info))
-    return sse_event(
-        dump_json({"type": "response.failed", "sequence_number": 0, "response": response}), "response.failed"
-    )
+    event = {"type": "response.failed", "sequence_number": 0, "response": response}
+    return sse_event(dump_json(event), "response.failed")
 
 
 OPENAI_RESPONSES = WireFormat(
     name=_RESPONSES, path="/responses", parse_request=parse_responses_request, render_request=render_responses_request,
     parse_response=parse_responses_response, render_response=render_responses_response, parser=ResponsesParser,
-    renderer=ResponsesRenderer, parse_error=read_error, render_error=render_responses_error,
+    renderer=ResponsesRenderer, parse_error=read_error, render_error=render_chat_error,
     error_event=responses_error_event, losses=RESPONSES_LOSSES, answer="output", read_usage=parse_responses_usage,
     # Quotes inside JSON strings are escaped, so these words match no text that the model wrote.
     watch=re.compile(rb'"(?:response\.(?:completed|incomplete|failed|cancelled)|error|usage)"'),
@@ -6713,11 +6531,8 @@ class ToolRestorer:
             call = event.block
             name = self._names.get(call.name, call.name)
             self._held = [] if name in self._customs and call.kind != "custom" else None
-            return (
-                Opened(
-                    ToolCall(call.id, name, call.arguments, call.kind if self._held is None else "custom", call.extra)
-                ),
-            )
+            kind = call.kind if self._held is None else "custom"
+            return (Opened(ToolCall(call.id, name, call.arguments, kind, call.extra)),)
         if kind is Closed and self._held is not None:
             text, self._held = custom_input("".join(self._held)), None
             return (Delta(text), event) if text else (event,)
@@ -6974,8 +6789,7 @@ class Compat(NamedTuple):
 
     signed_thinking: refuses thinking without its own signature, also in a request that is passed through (trap 85).
     replays_reasoning: refuses turns with calls without their `reasoning_content` while it thinks (trap 87).
-    caches: takes Anthropic's `cache_control` in Chat Completions (trap 68). betas: all of `anthropic-beta` that it
-    takes (trap 110), and then no `cache_control.scope` either (trap 69); None: everything.
+    betas: all of `anthropic-beta` that it takes (trap 110); None: everything.
     """
 
     name: str
@@ -6983,7 +6797,6 @@ class Compat(NamedTuple):
     fixes: Tuple[str, ...] = ()
     signed_thinking: bool = False
     replays_reasoning: bool = False
-    caches: bool = False
     betas: Optional[Pattern[str]] = None
 
 
@@ -7019,12 +6832,6 @@ def _drop_reasoning(body: Dict[str, Any]) -> None:
         as_dict(message).pop("reasoning_content", None)
 
 
-def _drop_strict(body: Dict[str, Any]) -> None:
-    for tool in as_list(body.get("tools")):
-        as_dict(tool).pop("strict", None)
-        as_dict(as_dict(tool).get("function")).pop("strict", None)
-
-
 def _drop_sampling(body: Dict[str, Any]) -> None:
     """OpenAI's reasoning models refuse what steers sampling, unless they are told not to reason (trap 72)."""
     efforts = body.get("reasoning_effort"), as_dict(body.get("reasoning")).get("effort")
@@ -7033,11 +6840,6 @@ def _drop_sampling(body: Dict[str, Any]) -> None:
 
 
 _OPENAI_REASONING = re.compile(r"(?:^|/)(?:o\d|gpt-(?:[5-9])(?!.*chat))")
-
-
-def _think_only_if_asked(body: Dict[str, Any]) -> None:
-    """Ollama's models think unless told not to (trap 112; docs.ollama.com, OpenAI compatibility)."""
-    body.setdefault("reasoning_effort", "none")
 
 
 def _think_only_if_replayed(body: Dict[str, Any]) -> None:
@@ -7049,50 +6851,39 @@ def _think_only_if_replayed(body: Dict[str, Any]) -> None:
         body.pop("reasoning_effort", None)  # both at once are refused
 
 
-# Where schemas stand within a schema: by name, in a list, alone.
-_SCHEMA_PLACES = {
-    **dict.fromkeys(("properties", "$defs", "definitions", "patternProperties", "dependentSchemas"), dict),
-    **dict.fromkeys(("anyOf", "oneOf", "allOf", "prefixItems"), list),
-    **dict.fromkeys(("items", "additionalProperties", "contains", "propertyNames"), type(None)),
-}
-_SCHEMA_NOTES = ("$schema", "$id", "$comment", "$anchor", "id", "examples", "default", "readOnly", "writeOnly")
-_SCHEMA_FORMATS = ("date-time", "date", "time", "duration", "email", "hostname", "ipv4", "ipv6", "uuid")
-_ODD_PATTERN = re.compile(r"\\[pPuUkK]|\(\?[=!<]")  # Unicode classes, look-around, back references by name
+# Formats beyond OpenAI's list for strict schemas; patterns with Unicode classes, look-around or names; notes.
+_ODD_IN_SCHEMA = re.compile(
+    r"format: (?!(?:date-time|date|time|duration|email|hostname|ipv4|ipv6|uuid)$)"
+    r"|pattern: .*(?:\\[pPkK]|\(\?[=!<])|\$(?:schema|id|comment): "
+)
 
 
 def plain_schema(schema: Any) -> Any:
-    """A JSON schema in the words that strict upstreams take (traps 91, 92, 93): without notes, formats and patterns
-    that few know; `const` as `enum`. A property that nothing satisfies (`false`) is left out, one that anything does
-    (`true`) has an empty schema."""
+    """A JSON schema in the words that strict upstreams take (traps 91 to 93): without odd formats, patterns and notes,
+    `const` as `enum`. A property may bear any such name: its value is no string."""
+    if isinstance(schema, list):
+        return [plain_schema(one) for one in schema]
     if not isinstance(schema, dict):
-        return {} if schema is True else schema
-    plain: Dict[str, Any] = {}
-    for key, value in schema.items():
-        place = _SCHEMA_PLACES.get(key)
-        if place is dict and isinstance(value, dict):
-            plain[key] = {name: plain_schema(one) for name, one in value.items() if one is not False}
-        elif place is list and isinstance(value, list):
-            plain[key] = [plain_schema(one) for one in value if one is not False]
-        elif place is type(None) and isinstance(value, dict):
-            plain[key] = plain_schema(value)
-        elif key == "const":
-            plain["enum"] = [value]
-        elif not (
-            (key in _SCHEMA_NOTES and not isinstance(value, dict))
-            or (key == "format" and value not in _SCHEMA_FORMATS)
-            or (key == "pattern" and _ODD_PATTERN.search(as_text(value)))
-        ):
-            plain[key] = value
-    if isinstance(plain.get("required"), list):
-        never = [name for name, one in as_dict(schema.get("properties")).items() if one is False]
-        plain["required"] = [name for name in plain["required"] if name not in never]
-    return plain
+        return schema
+    words = {k: one for k, one in schema.items() if not (isinstance(one, str) and _ODD_IN_SCHEMA.match(k + ": " + one))}
+    if "const" in words and not isinstance(words["const"], dict):
+        words["enum"] = [words.pop("const")]
+    return {key: plain_schema(one) for key, one in words.items()}
+
+
+def _tools_of(body: Dict[str, Any]) -> List[Dict[str, Any]]:
+    tools = [as_dict(tool) for tool in as_list(body.get("tools"))]
+    return tools + [as_dict(tool.get("function")) for tool in tools]
+
+
+def _drop_strict(body: Dict[str, Any]) -> None:
+    for tool in _tools_of(body):
+        tool.pop("strict", None)
 
 
 def _plain_schemas(body: Dict[str, Any]) -> None:
-    for tool in map(as_dict, as_list(body.get("tools"))):
-        for holder in (tool, as_dict(tool.get("function"))):
-            holder.update((key, plain_schema(holder[key])) for key in ("input_schema", "parameters") if key in holder)
+    for tool in _tools_of(body):
+        tool.update((key, plain_schema(tool[key])) for key in ("input_schema", "parameters") if key in tool)
 
 
 _REFUSAL = (
@@ -7107,10 +6898,6 @@ def _names(field: str) -> Pattern[str]:
 
 
 _NEVER = re.compile(r"(?!)")  # what is not learned from a 400
-_SCHEMA_REFUSED = re.compile(
-    r"(?:invalid|unsupported|unknown)[^\n]{0,80}schema|not a valid regex"
-    r"|schema[^\n]{0,200}(?:invalid|not supported|unsupported|not permitted)"
-)
 
 # Vendors' API references, and the public threads that TRAPS of this kind were met in (traps 70, 71, 108).
 FIXES: Dict[str, Fix] = {
@@ -7118,18 +6905,17 @@ FIXES: Dict[str, Fix] = {
     "max_tokens": Fix(
         _rename("max_completion_tokens", "max_tokens"), "max_completion_tokens", _names("max_completion_tokens")
     ),
-    "no stream_options": Fix(_drop("stream_options"), "stream_options", _names("stream_options")),
-    "no parallel_tool_calls": Fix(_drop("parallel_tool_calls"), "parallel_tool_calls", _names("parallel_tool_calls")),
-    "no reasoning_effort": Fix(_drop("reasoning_effort"), "reasoning_effort", _names("reasoning_effort")),
+    **{
+        "no " + field: Fix(_drop(field), field, _names(field))
+        for field in "stream_options parallel_tool_calls reasoning_effort thinking output_config store".split()
+    },
     "no reasoning": Fix(_drop("reasoning", "include"), "reasoning", _names(r"reasoning(?:\.\w+)?")),
-    "no thinking": Fix(_drop("thinking"), "thinking", _names("thinking")),
-    "no output_config": Fix(_drop("output_config"), "output_config", _names("output_config")),
     "no reasoning_content": Fix(_drop_reasoning, "messages", _names("reasoning_content")),
-    "no store": Fix(_drop("store"), "store", _names("store")),
     "no strict": Fix(_drop_strict, "tools", _names("strict")),
-    "plain schemas": Fix(_plain_schemas, "tools", _SCHEMA_REFUSED),
+    "plain schemas": Fix(_plain_schemas, "tools", _names("(?:json_|input_)?schema")),
     "no sampling": Fix(_drop_sampling, "model", _NEVER),
-    "think if asked": Fix(_think_only_if_asked, "messages", _NEVER),
+    # Ollama's models think unless told not to (trap 112; docs.ollama.com, OpenAI compatibility).
+    "think if asked": Fix(lambda body: body.setdefault("reasoning_effort", "none"), "messages", _NEVER),
     "think if replayed": Fix(_think_only_if_replayed, "messages", _NEVER),
 }
 
@@ -7150,12 +6936,11 @@ COMPATS: Tuple[Compat, ...] = (
     Compat("anthropic", ("api.anthropic.com",), signed_thinking=True),
     Compat("bedrock", ("amazonaws.com",), ("plain schemas",), signed_thinking=True, betas=_CLOUD_BETAS),
     Compat("vertex", ("aiplatform.googleapis.com",), ("plain schemas",), signed_thinking=True, betas=_CLOUD_BETAS),
-    Compat("openrouter", ("openrouter.ai",), caches=True),
+    Compat("openrouter", ("openrouter.ai",)),
     Compat("deepseek", ("api.deepseek.com",), ("think if replayed",), replays_reasoning=True),
-    Compat("moonshot", ("api.moonshot.ai", "api.moonshot.cn"), ("think if replayed", "plain schemas"),
-           replays_reasoning=True),
+    Compat("moonshot", ("api.moonshot.ai", "api.moonshot.cn"), ("think if replayed", "plain schemas"), False, True),
     Compat("zai", ("api.z.ai", "open.bigmodel.cn"), ("plain schemas",)),
-    Compat("qwen", ("dashscope.aliyuncs.com", "dashscope-intl.aliyuncs.com", "dashscope-us.aliyuncs.com"), caches=True),
+    Compat("qwen", ("dashscope.aliyuncs.com", "dashscope-intl.aliyuncs.com", "dashscope-us.aliyuncs.com")),
     Compat("groq", ("api.groq.com",), ("no reasoning_content", "plain schemas")),
     Compat("mistral", ("api.mistral.ai",), ("no stream_options", "no reasoning_content", "no reasoning_effort")),
     Compat("gemini", ("generativelanguage.googleapis.com",), ("no reasoning_content", "plain schemas")),
@@ -7189,43 +6974,17 @@ def apply_fixes(body: Dict[str, Any], fixes: Iterable[str]) -> Dict[str, Any]:
     return body
 
 
-def keep_cache_marks(request: ChatRequest) -> ChatRequest:
-    """A request whose cache_control, of texts and tools, is written in Chat Completions, too (trap 68)."""
-
-    def marked(value: Any) -> Any:
-        mark = own_extra(value, "anthropic").get("cache_control") if isinstance(value, (Text, Tool)) else None
-        if not mark:
-            return value
-        extra = {**value.extra, "openai": {**own_extra(value, "openai"), "cache_control": mark}}
-        return value._replace(extra=extra) if isinstance(value, Tool) else Text(value.text, extra)
-
-    return request._replace(
-        system=list(map(marked, request.system)),
-        tools=list(map(marked, request.tools)),
-        messages=[turn._replace(blocks=list(map(marked, turn.blocks))) for turn in request.messages],
-    )
-
-
-def replay_reasoning(body: Dict[str, Any], issuer: str, memory: ReasoningMemory) -> Optional[Dict[str, Any]]:
+def replay_reasoning(body: Dict[str, Any], issuer: str, memory: BoundedMap) -> Optional[Dict[str, Any]]:
     """A Chat body whose turns with calls bear the reasoning that `issuer` had shown; None when nothing is to be added
     (trap 87)."""
     messages = []
     for message in as_list(body.get("messages")):
         calls = as_list(as_dict(message).get("tool_calls"))
         is_bare = calls and not message.get("reasoning_content")
-        known = [memory.find(issuer, as_text(as_dict(call).get("id"))) for call in calls] if is_bare else []
-        text = "".join(block_text(block) for blocks in known for block in blocks)
+        known = [memory.get((issuer, as_dict(call).get("id"))) for call in calls] if is_bare else []
+        text = "".join(block_text(block) for blocks in known for block in blocks or ())
         messages.append({**message, "reasoning_content": text} if text else message)
     return {**body, "messages": messages} if messages != as_list(body.get("messages")) else None
-
-
-class Repair(NamedTuple):
-    """What a request's history holds that an upstream did not issue itself: `refused` matches the 400 that says so,
-    apply(body) is the body without it, None when it holds nothing of the kind."""
-
-    wire: str
-    refused: Pattern[str]
-    apply: Callable[[Dict[str, Any]], Optional[Dict[str, Any]]]
 
 
 def drop_encrypted(body: Dict[str, Any]) -> Optional[Dict[str, Any]]:
@@ -7240,42 +6999,22 @@ def drop_encrypted(body: Dict[str, Any]) -> Optional[Dict[str, Any]]:
     return {**body, "input": items} if items != as_list(body.get("input")) else None
 
 
-# The words of OpenAI (code invalid_encrypted_content) and of Anthropic ("Invalid `signature` in `thinking` block",
-# "Expected `thinking` or `redacted_thinking`, but found `tool_use`"): traps 64, 85 and 86.
-_SEAL_REFUSED = re.compile(
-    r"invalid_encrypted_content|encrypted[_ ]content[^\n]{0,200}(?:could not|cannot|invalid|failed|did not match)"
-)
-_THINKING_REFUSED = re.compile(
-    r"invalid[^\n]{0,20}signature|thinking[^\n]{0,80}signature|signature[^\n]{0,80}thinking|expected[^\n]{0,20}thinking"
-)
-REPAIRS = (
-    Repair("responses", _SEAL_REFUSED, drop_encrypted),
-    Repair("anthropic", _THINKING_REFUSED, lambda body: drop_thinking(body, False)),
-)
+# Format -> the 400 that refuses reasoning of others, and the body without it or None: OpenAI's code
+# invalid_encrypted_content; Anthropic's "Invalid `signature` in `thinking` block" and "Expected `thinking` or
+# `redacted_thinking`, but found `tool_use`" (traps 64, 85, 86).
+REPAIRS = {
+    "responses": (re.compile(r"invalid_encrypted_content|encrypted content[^\n]{0,200}could not"), drop_encrypted),
+    "anthropic": (
+        re.compile(r"invalid[^\n]{0,20}signature[^\n]{0,80}thinking|expected[^\n]{0,20}thinking"),
+        lambda body: drop_thinking(body, False),
+    ),
+}
 
 
 def repair_history(body: Dict[str, Any], wire: str, words: Sequence[str]) -> Optional[Dict[str, Any]]:
     """The body without the foreign reasoning that a 400 of the format `wire` complains of; None if that is not it."""
-    text = "\n".join(words).lower()
-    return next((row.apply(body) for row in REPAIRS if row.wire == wire and row.refused.search(text)), None)
-
-
-def bare_cache_marks(body: Dict[str, Any]) -> Optional[Dict[str, Any]]:
-    """A Messages body whose cache_control says nothing but `type` and `ttl` (trap 69); None if that is so already."""
-
-    def bare(value: Any) -> Any:
-        if isinstance(value, list):
-            return [bare(one) for one in value]
-        if not isinstance(value, dict):
-            return value
-        mark = value.get("cache_control")
-        known = {key: mark[key] for key in ("type", "ttl") if key in mark} if isinstance(mark, dict) else None
-        inner = {"content": bare(value["content"])} if isinstance(value.get("content"), list) else {}
-        return {**value, **inner, **({} if known is None else {"cache_control": known})}
-
-    changed = {key: bare(body[key]) for key in ("system", "tools", "messages") if isinstance(body.get(key), list)}
-    changed = {**bare({key: value for key, value in body.items() if key not in changed}), **changed}
-    return changed if changed != body else None
+    refused, apply = REPAIRS.get(wire, (_NEVER, drop_encrypted))
+    return apply(body) if refused.search("\n".join(words).lower()) else None
 
 
 def learn_fix(body: Dict[str, Any], words: Sequence[str], known: Iterable[str]) -> str:
@@ -8119,9 +7858,9 @@ class Requests:
         settings: Settings,
         targets: Dict[Tuple[str, str], Target],
         lessons: Mapping[str, Tuple[str, ...]],
-        reasoning: Optional[ReasoningMemory] = None,
+        reasoning: Optional[BoundedMap] = None,
     ) -> None:
-        self._reasoning = reasoning or ReasoningMemory()
+        self._reasoning = reasoning or BoundedMap()
         self._inbound = inbound
         self._settings = settings
         self._targets = targets
@@ -8165,17 +7904,14 @@ class Requests:
         value, changed = self._inbound.body.value, None
         if wire == "anthropic" and compat.signed_thinking:
             changed = drop_thinking(value)
-        if wire == "anthropic" and compat.betas is not None:
-            changed = bare_cache_marks(changed or value) or changed
         if wire == "openai" and compat.replays_reasoning:
             changed = replay_reasoning(value, self.issuer(provider), self._reasoning)
         return self._inbound.body if changed is None else JsonObject(changed, "", {})
 
     def _translated(self, candidate: Candidate, wire: str, compat: Compat) -> Dict[str, Any]:
-        messages = self._reasoning.restore(self.issuer(candidate.provider.id), self.neutral.messages)
+        messages = restore_reasoning(self.neutral.messages, self._reasoning, self.issuer(candidate.provider.id))
         request = self.neutral._replace(model=candidate.model_id, messages=messages)
-        body = render_request(keep_cache_marks(request) if compat.caches and wire == "openai" else request, wire)
-        return apply_fixes(body, compat.fixes + self._lessons.get(candidate.ref, ()))
+        return apply_fixes(render_request(request, wire), compat.fixes + self._lessons.get(candidate.ref, ()))
 
     def _target(self, provider: Provider, wire: str) -> Target:
         key = (provider.id, wire)
@@ -10359,7 +10095,7 @@ class Gateway:
         self.targets: Dict[Tuple[str, str], Target] = {}
         self.lessons: Dict[str, Tuple[str, ...]] = {}
         self.items = ItemMemory()
-        self.reasoning = ReasoningMemory()
+        self.reasoning = BoundedMap()
         self.info: Dict[str, Any] = {}
         self.draining = False
 
@@ -14312,7 +14048,7 @@ class Router:
         self.config_state = "ok"
         self.guests: Dict[str, str] = {}
         self.items = ItemMemory()
-        self.reasoning = ReasoningMemory()
+        self.reasoning = BoundedMap()
         self._make_gateway()
 
     def _make_gateway(self) -> None:

@@ -43,7 +43,6 @@ from llm_router import (
     needs_server_state,
     parse_responses_request,
     parse_responses_response,
-    render_responses_error,
     render_responses_request,
     render_responses_response,
     responses_error_event,
@@ -1244,14 +1243,14 @@ def test_error_shapes_are_read(body, message, code):
         (400, "invalid_request_error"),
         (401, "authentication_error"),
         (403, "permission_error"),
-        (404, "invalid_request_error"),
+        (404, "not_found_error"),
         (429, "rate_limit_error"),
         (500, "server_error"),
         (503, "server_error"),
     ],
 )
 def test_error_answers_have_the_standard_types(status, kind):
-    assert render_responses_error(ErrorInfo(status, "m"), "rid") == {
+    assert router.render_chat_error(ErrorInfo(status, "m"), "rid") == {
         "error": {"message": "m", "type": kind, "param": None, "code": None}
     }
 
