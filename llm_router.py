@@ -3103,13 +3103,6 @@ def is_reasoning(block: Any) -> bool:
     )
 
 
-def name_issuer(provider: str, request: ChatRequest) -> str:
-    """A provider in a conversation, which its first words of the user tell from others: ids of calls may recur."""
-    texts = (join_text(message.blocks) for message in request.messages if message.role == "user")
-    first = next(filter(None, texts), "")
-    return "%s %s" % (provider, hashlib.sha256(first.encode("utf-8", "surrogatepass")).hexdigest())
-
-
 class ReasoningRecorder:
     """Keeps the reasoning of one answer, from its stream events, in `memory` under (issuer, id of the call behind it).
 
@@ -6490,9 +6483,7 @@ def shorten_tools(request: ChatRequest) -> ChatRequest:
         return request
     choice = request.tool_choice
     return request._replace(
-        tools=[
-            tool if tool.kind == "server" else tool._replace(name=short_tool_name(tool.name)) for tool in request.tools
-        ],
+        tools=[t if t.kind == "server" else t._replace(name=short_tool_name(t.name)) for t in request.tools],
         tool_choice=choice and choice._replace(name=short_tool_name(choice.name)),
         messages=_map_calls(
             request.messages, lambda c: ToolCall(c.id, short_tool_name(c.name), c.arguments, c.kind, c.extra)
@@ -6988,15 +6979,10 @@ def replay_reasoning(body: Dict[str, Any], issuer: str, memory: BoundedMap) -> O
 
 
 def drop_encrypted(body: Dict[str, Any]) -> Optional[Dict[str, Any]]:
-    """A Responses body without the encrypted reasoning in it; what can be read of it stays."""
-    items: List[Any] = []
-    for item in as_list(body.get("input")):
-        is_sealed = as_dict(item).get("type") == "reasoning" and "encrypted_content" in item
-        if not is_sealed:
-            items.append(item)
-        elif item.get("summary") or item.get("content"):
-            items.append({key: value for key, value in item.items() if key not in ("encrypted_content", "id")})
-    return {**body, "input": items} if items != as_list(body.get("input")) else None
+    """A Responses body without the encrypted items in it, which only their issuer can read; None if it has none."""
+    items = as_list(body.get("input"))
+    kept = [item for item in items if "encrypted_content" not in as_dict(item)]
+    return {**body, "input": kept} if len(kept) < len(items) else None
 
 
 # Format -> the 400 that refuses reasoning of others, and the body without it or None: OpenAI's code
@@ -7876,11 +7862,13 @@ class Requests:
         return self._neutral
 
     def issuer(self, provider: str) -> str:
-        """The provider in this conversation; a body that cannot be read here is a conversation of its own."""
+        """The provider in this conversation, which its first words of the user tell from others: call ids may recur."""
         try:
-            return name_issuer(provider, self.neutral)
+            texts = [join_text(message.blocks) for message in self.neutral.messages if message.role == "user"]
         except RouterError:
-            return ""
+            texts = []  # what cannot be read here is passed through all the same
+        first = next(filter(None, texts), "")
+        return "%s %s" % (provider, hashlib.sha256(first.encode("utf-8", "surrogatepass")).hexdigest())
 
     def make(self, candidate: Candidate) -> Outbound:
         """The request for one candidate."""
