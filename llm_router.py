@@ -17017,12 +17017,12 @@ def _save_menu(path: str, base: Dict[str, Any], document: Dict[str, Any]) -> Tup
 
 
 def _printed(run: Callable[[Values, Environ], int], values: Values, environ: Environ) -> str:
-    """What a command prints."""
+    """What a command prints, its warnings included: they must not run over the screen."""
     import contextlib
     import io
 
     text = io.StringIO()
-    with contextlib.redirect_stdout(text):
+    with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
         run(values, environ)
     return text.getvalue().rstrip()
 

@@ -203,6 +203,16 @@ def test_a_test_asks_the_provider_with_what_is_not_saved_yet(make_upstream):
     assert effects["test"](job, {"providers": [provider]})
 
 
+def test_what_a_command_prints_and_warns_of_never_runs_over_the_screen(capfd):
+    def command(values, environ):
+        print("done", values["x"])
+        print("warning: odd", file=sys.stderr)
+        return 0
+
+    assert r._printed(command, {"x": 1}, {}) == "done 1\nwarning: odd"
+    assert capfd.readouterr() == ("", "")
+
+
 def test_signals_that_end_the_program_are_taken_and_given_back():
     ended = []
     before = signal.getsignal(signal.SIGTERM)
