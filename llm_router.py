@@ -2195,6 +2195,8 @@ class RequestParser:
     )
     # Whether a byte of the current request has arrived; blank lines in front of it do not count.
     started = property(lambda self: bool(self._head or self._buffer[self._start : self._start + 2].strip(b"\r\n")))
+    # Whether bytes behind the present request are there.
+    has_more = property(lambda self: self._start < len(self._buffer))
     # How many bytes of the body are still to come: 0 when only its chunks tell, endless from who waits to send it.
     unread = property(lambda self: _ENDLESS if self.expects_continue else self._decoder.wanted % _ENDLESS)
     # How many bytes of the body were read so far; how many are held, also of later requests.
@@ -12082,9 +12084,7 @@ _TICK_S = 0.25
 _HALF_CLOSE_WAIT_S = 0.3
 _PROBE_WAIT_S = 0.2
 _CLOSING_S = 30.0
-_BACKLOG = 1024
-_ACCEPTS_AT_ONCE = 64
-_ACCEPT_REST_S = 1.0
+_BACKLOG, _ACCEPTS_AT_ONCE, _ACCEPT_REST_S = 1024, 64, 1.0
 _SKIP_BYTES = 65_536
 _BUSY_LINGER_S = 0.5
 _MOST_EARLY_READS = 8
@@ -12308,7 +12308,7 @@ class ClientConnection:
         self._transport: Any = None
         self._parser = RequestParser(server.limits)
         self._reserved = 0
-        self._at_eof = self._is_lost = False
+        self._at_eof = self._is_lost = self._is_broken = False
         self.is_blocked = False  # the client reads slower than it is written to
         self._early: List[bytes] = []  # what came while nobody waited for it
         self._fault: Optional[Callable[[], RouterError]] = None  # not an error: raised, that would hold this object
@@ -12392,8 +12392,9 @@ class ClientConnection:
     def may_keep_alive(self, head: HttpRequest) -> bool:
         """Whether the connection can serve another request after this one: not with much of a body unread, nor in a
         drain."""
-        may_go_on = self._body_is_read or self._parser.unread <= _SKIP_BYTES
-        return head.keep_alive and may_go_on and not self.server.draining and not self._at_eof
+        may_go_on = self._body_is_read or (not self._is_broken and self._parser.unread <= _SKIP_BYTES)
+        ends = self._at_eof and not self._early and not self._parser.has_more
+        return head.keep_alive and may_go_on and not self.server.draining and not ends
 
     def send(self, data: bytes) -> None:
         """Hand bytes to the transport."""
@@ -12456,6 +12457,9 @@ class ClientConnection:
                 self.deadline = min(began + parser.body_size / _UPLOAD_BYTES_PER_S, self.loop.time()) + limit_s
                 parser.feed(await self._read())
                 self._body_is_read = parser.body() is not None
+        except HttpError:
+            self._is_broken = True  # nothing tells any more where the next request begins
+            raise
         finally:
             self.phase, self.deadline = "serving", math.inf
 
@@ -12534,16 +12538,8 @@ class ClientConnection:
             wire = wire_of_client(endpoint, error.request.headers if error.request is not None else [])
             body = dump_json(WIRE_FORMATS[wire].render_error(_error_info(error), ""))
             try:
-                self.send(
-                    render_response(
-                        error.status,
-                        _JSON_HEADERS,
-                        body,
-                        head_only=self._parser.is_head,
-                        keep_alive=False,
-                        date=self.server.date(),
-                    )
-                )
+                how = {"head_only": self._parser.is_head, "keep_alive": False, "date": self.server.date()}
+                self.send(render_response(error.status, _JSON_HEADERS, body, **how))
                 await self.drain()
             except ClientGoneError:
                 return

@@ -141,6 +141,73 @@ def test_what_is_served_between_two_good_requests_takes_neither_of_their_answers
     assert not wrong, "\n".join(map(str, wrong))
 
 
+# (request line and headers, body, status, a header that must be there); the body of a HEAD's answer must not
+ANSWERED = [
+    (b"OPTIONS * HTTP/1.1\r\nHost: a", b"", 204, b"allow: "),  # RFC 9110 9.3.7
+    (b"OPTIONS http://a HTTP/1.1\r\nHost: a", b"", 204, b"allow: "),
+    (b"OPTIONS /v1/messages HTTP/1.1\r\nHost: a\r\nContent-Length: 3", b"abc", 204, b"allow: post"),
+    (b"HEAD / HTTP/1.1\r\nHost: a", b"", 200, b"content-length: "),
+    (b"HEAD /health HTTP/1.1\r\nHost: a\r\nContent-Length: 5", b"GET /", 200, b"content-length: "),
+    (b"HEAD /nothing HTTP/1.1\r\nHost: a", b"", 404, b"content-length: "),
+    (b"HEAD /v1/messages HTTP/1.1\r\nHost: a", b"", 405, b"allow: post"),
+    (b"HEAD http://a/health HTTP/1.1\r\nHost: b", b"", 200, b"content-length: "),
+    (b"TRACE / HTTP/1.1\r\nHost: a", b"", 405, b"allow: "),  # never echoed: 9110 9.3.8
+    (b"TRACE / HTTP/1.1\r\nHost: a\r\nContent-Length: 1", b"x", 405, b"allow: "),
+    (b"CONNECT a:443 HTTP/1.1\r\nHost: a:443", b"", 405, b"allow: "),
+    (b"PUT /v1/messages HTTP/1.1\r\nHost: a\r\nContent-Length: 2", b"{}", 405, b"allow: post"),
+    (b"DELETE /health HTTP/1.1\r\nHost: a", b"", 405, b"allow: get"),
+    (b"POST /health HTTP/1.1\r\nHost: a\r\nContent-Length: 2", b"{}", 405, b"allow: get"),
+    (b"POST /nothing HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked", b"2\r\n{}\r\n0\r\nX: y\r\n\r\n", 404, b""),
+    (b"get / HTTP/1.1\r\nHost: a", b"", 501, b""),  # 9110 9.1
+    (b"PROPFIND / HTTP/1.1\r\nHost: a\r\nContent-Length: 1", b"x", 501, b""),
+    (b"M" * 300 + b" / HTTP/1.1\r\nHost: a", b"", 501, b""),
+    (b"GET / HTTP/1.9\r\nHost: a", b"", 200, b""),
+    (b"GET /health HTTP/1.1\r\nHost: a\r\nUpgrade: h2c\r\nConnection: upgrade, http2-settings\r\nHTTP2-Settings: AAMAAABk",
+     b"", 200, b""),
+    (b"GET /health HTTP/1.1\r\nHost: a\r\nUpgrade: websocket\r\nConnection: upgrade\r\nSec-WebSocket-Version: 99", b"", 200, b""),
+    (b"GET /health HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked", b"5;a=b\r\nabcde\r\n0\r\n\r\n", 200, b""),
+    (b"GET /health HTTP/1.1\r\nHost: a\r\nRange: bytes=0-1,0-2\r\nIf-Match: x\r\nIf-Modified-Since: x", b"", 200, b""),
+    (b"GET /health HTTP/1.1\r\nHost: a\r\nAccept: ;;;\r\nAccept-Encoding: gzip;q=0", b"", 200, b""),
+    (b"GET /%00%0d%0aX:%20y HTTP/1.1\r\nHost: a", b"", 404, b""),
+    (b"GET /..%c0%af../ HTTP/1.1\r\nHost: a", b"", 404, b""),
+    (b"GET /health HTTP/1.1\r\nHost: a\r\nExpect: 100-continue", b"", 200, b""),
+    (b"POST /v1/messages HTTP/1.1\r\nHost: a\r\nContent-Length: 0", b"", 400, b""),
+    (b"POST /v1/messages HTTP/1.1\r\nHost: a", b"", 400, b""),
+    (b"POST /v1/messages HTTP/1.1\r\nHost: a\r\nContent-Encoding: br\r\nContent-Length: 2", b"{}", 415, b"accept-encoding: gzip"),
+]  # fmt: skip
+
+
+def test_methods_bodies_and_upgrades_are_answered_as_they_should_and_take_no_neighbours_answer(server):
+    """Whole and byte by byte, each between two good requests, and that the date is an HTTP date."""
+    for head, body, status, wanted_header in ANSWERED:
+        raw = FIRST + head + b"\r\n\r\n" + body + CLOSE
+        for pieces in ([raw], bytewise(raw)):
+            data = exchange(server, pieces)
+            parts = data.split(b"HTTP/1.1 ")[1:]
+            assert [int(part[:3]) for part in parts] == [200, status, 200], (head, data)
+            answer, _, rest = parts[1].partition(b"\r\n\r\n")
+            assert wanted_header in answer.lower(), (head, answer)
+            assert re.search(rb"\r\ndate: \w{3}, \d\d \w{3} \d{4} \d\d:\d\d:\d\d GMT", answer)
+            assert not (head.startswith(b"HEAD") and rest), (head, rest)
+
+
+def test_requests_that_came_before_a_half_close_are_all_answered(server):
+    """The HTTP bar, 3 and 8: also when an answer before them takes its time."""
+    server.upstream.answer(fake.later(fake.json_answer(200, fake.chat_whole("first")), 0.3))
+    body = json.dumps(ask("openai", "fake-model")).encode()
+    post = b"POST %s HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % (CHAT, len(body)) + body
+    seen = answers(exchange(server, [post + FIRST * 2]))
+    assert [answer[0] for answer in seen] == [200, 200, 200]
+    assert [answer[1] for answer in seen] == [False, False, True]
+
+
+def test_the_refusal_of_a_head_has_no_body(server):
+    for bad in (b"Host: a/b\r\n\r\n", b"X : y\r\n\r\n", b"Host: a\r\nContent-Length: x\r\n\r\n"):
+        data = exchange(server, [b"HEAD / HTTP/1.1\r\n" + bad])
+        assert data.startswith(b"HTTP/1.1 400 ")
+        assert data.endswith(b"\r\n\r\n")
+
+
 @pytest.mark.parametrize("cut", [0, 1])
 def test_nothing_behind_a_refused_request_is_served(server, cut):
     """No desync: a refusal is the last answer of its connection, whether the rest comes at once or later."""
