@@ -446,6 +446,14 @@ def test_usage_chunks_and_empty_choices_are_taken_as_they_come():
     assert gist(answer) == ([("Text", "a")], "end_turn", R.Usage(6, 3, 4))
 
 
+def test_usage_beside_the_last_choice_in_groq_s_own_field_counts():
+    """trap 43"""
+    last = json.loads(chunk("stop")[6:])
+    last["x_groq"] = {"id": "req_1", "usage": {"prompt_tokens": 10, "completion_tokens": 3, "total_tokens": 13}}
+    answer = anthropic_answer(chunk(content="a"), b"data: %s\n\n" % json.dumps(last).encode(), DONE)
+    assert answer.usage == R.Usage(10, 3)
+
+
 def test_reasoning_is_a_thinking_block_of_its_own():
     """traps 27 and 29"""
     answer = anthropic_answer(chunk(content=None, reasoning_content="hm"), chunk(content="a"), chunk("stop"), DONE)
