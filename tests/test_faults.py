@@ -117,6 +117,7 @@ def test_an_upstream_that_is_frozen_is_a_504_and_thawed_it_answers_again(router,
         body = ask("openai", "fake-model")
         assert running.post(PATHS["openai"], body).status == 200
         process.send_signal(signal.SIGSTOP)
+        os.waitpid(process.pid, os.WUNTRACED)  # until it has stopped
         assert running.post(PATHS["openai"], body).status == 504
         process.send_signal(signal.SIGCONT)
         assert running.post(PATHS["openai"], body).status == 200
