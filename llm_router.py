@@ -3842,7 +3842,8 @@ def _write_chat_turn(message: Message) -> List[Dict[str, Any]]:
             text = "Error: " + text if block.is_error and not text.lower().startswith("error") else text
             items.append({"role": "tool", "tool_call_id": block.call_id, "content": text})
     if message.role == "system":
-        parts = [{"type": "text", "text": text} for text in filter(None, map(_plain_text, message.blocks))]
+        words = [{"type": "text", "text": _plain_text(block), **_cache_mark(block)} for block in message.blocks]
+        parts = [part for part in words if part["text"]]
     is_text = all(len(part) == 2 and part.get("type") == "text" for part in parts)
     fields: Dict[str, Any] = {"content": _joined(parts, "\n\n") if is_text else parts}
     if message.role == "assistant":
@@ -3907,7 +3908,12 @@ def _write_chat_part(block: Any) -> List[Dict[str, Any]]:
         return [{"type": "file", "file": file}]
     words = text_of_media(block) if kind == "document" else None
     text = _plain_text(block) if words is None else "\n".join(filter(None, (block.name, words))) or "(empty document)"
-    return [{"type": "text", "text": text}] if text else []
+    return [{"type": "text", "text": text, **_cache_mark(block)}] if text else []
+
+
+def _cache_mark(value: Any) -> Dict[str, Any]:
+    """`cache_control`, where COMPATIBILITY put it: a text that bears it stays a part."""
+    return _told({"cache_control": own_extra(value, _CHAT).get("cache_control")})
 
 
 # ---- whole answers
@@ -4087,7 +4093,9 @@ class ChatStreamParser:
         try:
             chunk = _decode_chunk(data)
         except (ValueError, RecursionError):
-            chunk = {} if is_error else None
+            chunk = None
+        if is_error and type(chunk) is not dict:
+            chunk = {}
         if type(chunk) is not dict:
             self.skipped += bool(data.strip())
             return []
@@ -4445,7 +4453,7 @@ class ChatStreamRenderer:
 # ---- errors
 
 # Error types by status (platform.openai.com/docs/guides/error-codes), without their `_error`; 4xx and 5xx otherwise.
-_CHAT_ERROR_TYPES = {401: "authentication", 403: "permission", 404: "not_found", 429: "rate_limit"}
+_CHAT_ERROR_TYPES = {401: "authentication", 403: "permission", 429: "rate_limit"}
 
 
 def render_chat_error(info: ErrorInfo, request_id: str) -> Dict[str, Any]:
@@ -4514,9 +4522,10 @@ ANTHROPIC_MODELS = (
 
 # As in CHAT_LOSSES: fields and types of requests in this format in backticks, what is written in it in words.
 ANTHROPIC_LOSSES = {
-    "`billing_policy` `cache_control` `compaction` `container` `context_management` `diagnostics`"
+    "`billing_policy` `compaction` `container` `context_management` `diagnostics`"
     " `fallback_credit_token` `fallbacks` `inference_geo` `mcp_servers` `speed` `top_k` `user_profile_id`"
     " `workspace_id`": "not sent",
+    "`cache_control`": "of texts and tools: kept where the upstream is OpenRouter or Qwen, else not sent",
     "`service_tier`": "kept for OpenAI Chat, else not sent",
     "`stop_sequences`": "not sent to OpenAI Responses, which knows no stop texts",
     "`thread`": "refused with 400, in the words on which the SDKs send the whole conversation",
@@ -6782,7 +6791,8 @@ class Compat(NamedTuple):
 
     signed_thinking: refuses thinking without its own signature, also in a request that is passed through (trap 85).
     replays_reasoning: refuses turns with calls without their `reasoning_content` while it thinks (trap 87).
-    betas: all of `anthropic-beta` that it takes (trap 110); None: everything.
+    caches: takes Anthropic's `cache_control` in Chat Completions (trap 68). betas: all of `anthropic-beta` that it
+    takes (trap 110), and then no `cache_control.scope` either (trap 69); None: everything.
     """
 
     name: str
@@ -6790,6 +6800,7 @@ class Compat(NamedTuple):
     fixes: Tuple[str, ...] = ()
     signed_thinking: bool = False
     replays_reasoning: bool = False
+    caches: bool = False
     betas: Optional[Pattern[str]] = None
 
 
@@ -6929,11 +6940,11 @@ COMPATS: Tuple[Compat, ...] = (
     Compat("anthropic", ("api.anthropic.com",), signed_thinking=True),
     Compat("bedrock", ("amazonaws.com",), ("plain schemas",), signed_thinking=True, betas=_CLOUD_BETAS),
     Compat("vertex", ("aiplatform.googleapis.com",), ("plain schemas",), signed_thinking=True, betas=_CLOUD_BETAS),
-    Compat("openrouter", ("openrouter.ai",)),
+    Compat("openrouter", ("openrouter.ai",), caches=True),
     Compat("deepseek", ("api.deepseek.com",), ("think if replayed",), replays_reasoning=True),
     Compat("moonshot", ("api.moonshot.ai", "api.moonshot.cn"), ("think if replayed", "plain schemas"), False, True),
     Compat("zai", ("api.z.ai", "open.bigmodel.cn"), ("plain schemas",)),
-    Compat("qwen", ("dashscope.aliyuncs.com", "dashscope-intl.aliyuncs.com", "dashscope-us.aliyuncs.com")),
+    Compat("qwen", ("dashscope.aliyuncs.com", "dashscope-intl.aliyuncs.com", "dashscope-us.aliyuncs.com"), caches=True),
     Compat("groq", ("api.groq.com",), ("no reasoning_content", "plain schemas")),
     Compat("mistral", ("api.mistral.ai",), ("no stream_options", "no reasoning_content", "no reasoning_effort")),
     Compat("gemini", ("generativelanguage.googleapis.com",), ("no reasoning_content", "plain schemas")),
@@ -7003,6 +7014,36 @@ def repair_history(body: Dict[str, Any], wire: str, words: Sequence[str]) -> Opt
     """The body without the foreign reasoning that a 400 of the format `wire` complains of; None if that is not it."""
     refused, apply = REPAIRS.get(wire, (_NEVER, drop_encrypted))
     return apply(body) if refused.search("\n".join(words).lower()) else None
+
+
+def keep_cache_marks(request: ChatRequest) -> ChatRequest:
+    """A request whose cache_control, of texts and tools, is written in Chat Completions, too (trap 68)."""
+
+    def marked(value: Any) -> Any:
+        mark = own_extra(value, "anthropic").get("cache_control") if isinstance(value, (Text, Tool)) else None
+        if not mark:
+            return value
+        extra = {**value.extra, "openai": {**own_extra(value, "openai"), "cache_control": mark}}
+        return value._replace(extra=extra) if isinstance(value, Tool) else Text(value.text, extra)
+
+    return request._replace(
+        system=list(map(marked, request.system)),
+        tools=list(map(marked, request.tools)),
+        messages=[turn._replace(blocks=list(map(marked, turn.blocks))) for turn in request.messages],
+    )
+
+
+def bare_cache_marks(value: Any) -> Any:
+    """A Messages body whose cache_control says nothing but `type` and `ttl` (trap 69)."""
+    if isinstance(value, list):
+        return [bare_cache_marks(one) for one in value]
+    bare = dict(as_dict(value))
+    for key in ("system", "tools", "messages", "content"):
+        if isinstance(bare.get(key), list):
+            bare[key] = bare_cache_marks(bare[key])
+    if "cache_control" in bare:
+        bare["cache_control"] = {k: v for k, v in as_dict(bare["cache_control"]).items() if k in ("type", "ttl")}
+    return bare if isinstance(value, dict) else value
 
 
 def learn_fix(body: Dict[str, Any], words: Sequence[str], known: Iterable[str]) -> str:
@@ -7894,6 +7935,8 @@ class Requests:
         value, changed = self._inbound.body.value, None
         if wire == "anthropic" and compat.signed_thinking:
             changed = drop_thinking(value)
+        if wire == "anthropic" and compat.betas is not None:
+            changed = bare_cache_marks(changed or value)
         if wire == "openai" and compat.replays_reasoning:
             changed = replay_reasoning(value, self.issuer(provider), self._reasoning)
         return self._inbound.body if changed is None else JsonObject(changed, "", {})
@@ -7901,7 +7944,8 @@ class Requests:
     def _translated(self, candidate: Candidate, wire: str, compat: Compat) -> Dict[str, Any]:
         messages = restore_reasoning(self.neutral.messages, self._reasoning, self.issuer(candidate.provider.id))
         request = self.neutral._replace(model=candidate.model_id, messages=messages)
-        return apply_fixes(render_request(request, wire), compat.fixes + self._lessons.get(candidate.ref, ()))
+        body = render_request(keep_cache_marks(request) if compat.caches and wire == "openai" else request, wire)
+        return apply_fixes(body, compat.fixes + self._lessons.get(candidate.ref, ()))
 
     def _target(self, provider: Provider, wire: str) -> Target:
         key = (provider.id, wire)

@@ -163,22 +163,6 @@ def test_strict_upstreams_get_plain_schemas_and_others_after_their_400():
     assert llm_router.learn_fix({"tools": [tool]}, words, ()) == "plain schemas"
 
 
-def marked(**mark):
-    part = {"type": "text", "text": "long", "cache_control": dict({"type": "ephemeral"}, **mark)}
-    tool = {"name": "f", "input_schema": {"type": "object"}, "cache_control": {"type": "ephemeral"}}
-    return {"model": "a/m", "max_tokens": 9, "system": [part], "tools": [tool], "messages": [{"role": "user", "content": [part]}]}
-
-
-@pytest.mark.parametrize("compat, betas", [("bedrock", "context-1m-2025-08-07"), ("anthropic", "context-1m-2025-08-07,odd-2026-01-01")])
-def test_betas_that_a_cloud_refuses_stay_here(compat, betas, router, make_upstream):
-    """Traps 109, 110."""
-    upstream = make_upstream(fake.final_text("ok"))
-    running = router(config_of(provider(upstream, "anthropic", "a", ["m"], compat=compat)))
-    headers = {"anthropic-beta": "context-1m-2025-08-07,odd-2026-01-01"}
-    assert running.post("/v1/messages", marked(scope="global", ttl="1h"), headers).status == 200
-    assert upstream.calls[-1].header("anthropic-beta") == betas
-
-
 # ---- reasoning goes back to who issued it, and to nobody else
 
 CALL = ("look", {"a": 1})
@@ -346,3 +330,36 @@ def test_usage_is_asked_of_every_translated_stream(router, make_upstream):
     reply = running.post("/v1/messages", dict(history("sig"), stream=True), stream=True)
     assert upstream.calls[-1].json["stream_options"] == {"include_usage": True}
     assert '"input_tokens":11' in reply.text
+
+
+def marked(**mark):
+    part = {"type": "text", "text": "long", "cache_control": dict({"type": "ephemeral"}, **mark)}
+    tool = {"name": "f", "input_schema": {"type": "object"}, "cache_control": {"type": "ephemeral"}}
+    return {"model": "a/m", "max_tokens": 9, "system": [part], "tools": [tool], "messages": [{"role": "user", "content": [part]}]}
+
+
+@pytest.mark.parametrize("compat, kept", [("openrouter", True), ("qwen", True), ("openai", False), ("", False)])
+def test_cache_control_goes_where_it_is_known_and_nowhere_else(compat, kept, router, make_upstream):
+    """Traps 67, 68, 70."""
+    upstream = make_upstream(fake.final_text("ok"))
+    running = router(config_of(provider(upstream, "openai", "a", ["m"], compat=compat)))
+    assert running.post("/v1/messages", marked()).status == 200
+    body = upstream.calls[-1].json
+    found = [body["messages"][0]["content"][0], body["messages"][1]["content"][0], body["tools"][0]] if kept else [body]
+    assert [json.dumps(place).count('"cache_control"') for place in found] == ([1, 1, 1] if kept else [0])
+    assert not any(key.startswith("prompt_cache") for key in body)
+
+
+@pytest.mark.parametrize("compat, betas", [("bedrock", "context-1m-2025-08-07"), ("anthropic", "context-1m-2025-08-07,odd-2026-01-01")])
+def test_betas_and_cache_scopes_that_a_cloud_refuses_stay_here(compat, betas, router, make_upstream):
+    """Traps 69, 109, 110."""
+    upstream = make_upstream(fake.final_text("ok"))
+    running = router(config_of(provider(upstream, "anthropic", "a", ["m"], compat=compat)))
+    headers = {"anthropic-beta": "context-1m-2025-08-07,odd-2026-01-01"}
+    assert running.post("/v1/messages", marked(scope="global", ttl="1h"), headers).status == 200
+    assert upstream.calls[-1].header("anthropic-beta") == betas
+    expected = {"type": "ephemeral", "scope": "global", "ttl": "1h"}
+    if compat == "bedrock":
+        del expected["scope"]
+    assert upstream.calls[-1].json["messages"][0]["content"][0]["cache_control"] == expected
+    assert upstream.calls[-1].json["system"][0]["cache_control"] == expected

@@ -1621,7 +1621,7 @@ def test_a_relay_looks_only_at_what_matters(raw, is_seen):
     assert bool(router.StreamRelay("openai", make_context())._watch(raw)) is is_seen
 
 
-@pytest.mark.parametrize("end", [b"data:[DONE]\n\n", b"event: error\ndata: x\n\n", b"event:error\r\ndata: x\r\n\r\n"])
+@pytest.mark.parametrize("end", [b"data:[DONE]\n\n", b"event: error\ndata: x\n\n", b'event:error\r\ndata: "x"\r\n\r\n'])
 def test_a_relay_sees_an_end_that_no_json_tells(end):
     """Traps 3, 19."""
     relay = router.make_processor("openai", "openai", make_context())

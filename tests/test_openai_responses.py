@@ -1243,7 +1243,7 @@ def test_error_shapes_are_read(body, message, code):
         (400, "invalid_request_error"),
         (401, "authentication_error"),
         (403, "permission_error"),
-        (404, "not_found_error"),
+        (404, "invalid_request_error"),
         (429, "rate_limit_error"),
         (500, "server_error"),
         (503, "server_error"),
