@@ -8349,7 +8349,7 @@ def read_duration(text: str) -> Optional[float]:
 
 
 def _number(text: str) -> Optional[float]:
-    return float(text) if re.fullmatch(r"\s*-?[0-9]{1,40}(?:\.[0-9]{1,40})?\s*", text) else None
+    return float(text) if re.fullmatch(r"[ \t]*-?[0-9]{1,40}(?:\.[0-9]{1,40})?[ \t]*", text) else None
 
 
 def _seconds_until(text: str, now: float) -> Optional[float]:
