@@ -7430,7 +7430,7 @@ class TokenRow(NamedTuple):
 # refused (traps 116, 117). From answers with a known usage, OpenAI's cookbook (How to count tokens) and Anthropic's
 # documentation (Tool use: 313 to 804 tokens by model). Newest Claude models cut text finer than older ones.
 _TOKEN_ROWS = (
-    TokenRow(r"claude-[23]", 1.3, 1.3, 7, 3, 280, 90, 115, 30),
+    TokenRow(r"claude-[23]", 1.3, 1.3, 6, 3, 280, 90, 115, 30),
     TokenRow(r"claude-(opus-4[-.][789]|[a-z]+-[5-9])", 1.5, 1.5, 7, 3, 500, 90, 115, 30),
     TokenRow(r"claude", 1.3, 1.3, 7, 3, 530, 90, 115, 30),
     TokenRow(r"gpt-oss", 1.1, 1.0, 70, 4, 20),
@@ -7439,7 +7439,7 @@ _TOKEN_ROWS = (
     TokenRow(r"llama-?4", 1.1, 1.1, 6, 4, 590),
     TokenRow(r"llama-?3[.-][1-3]\b", 1.1, 1.1, 32, 4, 100),
     TokenRow(r"llama", 1.1, 1.1, 7, 4, 100),
-    TokenRow(r"grok-(4\.[2-9]|[5-9])", 1.1, 1.1, 205, 4, 120),
+    TokenRow(r"grok-(4\.[2-9]|[5-9])", 1.1, 1.1, 206, 4, 104),
     TokenRow(r"deepseek-v4", 1.1, 1.1, 80, 4, 220),
     TokenRow(r"deepseek-r1", 1.1, 0, 1, 2, 0, shape=0),
     TokenRow(r"deepseek", 1.1, 1.1, 4, 4, 220),
