@@ -38,7 +38,7 @@ Contents:
   22  PROBE                 which formats, auth styles and models a provider really serves [async]
   23  FILES                 configuration and state on disk: atomic, private, locked [host]
   24  UPSTREAM              threads dial, the loop talks: connections, their pool, replies [host]
-  25  SERVER                client connections on an asyncio protocol: one request after another [host]
+  25  SERVER                client connections on asyncio streams: one request after another [host]
   26  METRICS AND TRAIL     one line a request, written where it can block nobody [host]
   27  LEDGER                what every request used and cost, in SQLite, off the hot path [host]
   28  WORKER                the same gateway on Cloudflare, its effects from JavaScript [host]
@@ -10147,8 +10147,11 @@ class Gateway:
             endpoint = find_endpoint(call.path)
             authorized = check_access(self.access, endpoint, call.method, call.headers)
             if call.method == "OPTIONS":
-                allow = [("allow", ", ".join(endpoint.methods + ("OPTIONS",)))]
-                await client.respond(204, allow + cors_headers(self.access, call.headers), b"")
+                await client.respond(
+                    204,
+                    [("allow", ", ".join(endpoint.methods + ("OPTIONS",)))] + cors_headers(self.access, call.headers),
+                    b"",
+                )
                 return
             endpoint = check_method(endpoint, call.method)
             trail.client = find_client(self.access, call.headers)
@@ -10177,8 +10180,9 @@ class Gateway:
         if error.status == 405 and endpoint is not None:
             headers.append(("allow", ", ".join(endpoint.methods)))
         headers.extend(_REFUSAL_HEADERS.get(error.status, ()))
-        body = dump_json(WIRE_FORMATS[wire].render_error(_error_info(error), trail.id))
-        await client.respond(error.status, headers, body)
+        await client.respond(
+            error.status, headers, dump_json(WIRE_FORMATS[wire].render_error(_error_info(error), trail.id))
+        )
 
     async def _get(self, endpoint: Endpoint, call: Call, client: Any, authorized: bool) -> None:
         if endpoint.operation == "metrics":
@@ -10596,8 +10600,9 @@ class Exchange:
             await client.respond(200, _JSON_HEADERS + self._own_headers() + answer.headers, answer.body)
             return
         try:
-            ping = _PINGS.get(self._inbound.wire, sse_comment())
-            client.begin(_STREAM_HEADERS + self._own_headers() + answer.headers, ping)
+            client.begin(
+                _STREAM_HEADERS + self._own_headers() + answer.headers, _PINGS.get(self._inbound.wire, sse_comment())
+            )
             client.write(answer.body)
             if answer.processor is None:
                 await client.finish()
@@ -10665,8 +10670,9 @@ class Exchange:
         headers = [(n, v) for n, v in outcome.headers if same and _RETURNED_HEADERS.fullmatch(n.lower())]
         if outcome.kind == POLICY:
             headers.append(("x-should-retry", "false"))
-        info = outcome.error._replace(status=outcome.status or 502)
-        await self._send_error(info, headers, outcome.body if same else None)
+        await self._send_error(
+            outcome.error._replace(status=outcome.status or 502), headers, outcome.body if same else None
+        )
 
     async def _send_error(self, info: ErrorInfo, headers: Headers, body: Optional[bytes]) -> None:
         """An error as the client's format has it; inside the stream when a keep-alive opened it already."""
@@ -12119,7 +12125,7 @@ def _seconds(milliseconds: int) -> Optional[float]:
 
 
 # ==============================================================================
-# 25 SERVER - client connections on an asyncio protocol: one request after another [host]
+# 25 SERVER - client connections on asyncio streams: one request after another [host]
 # ==============================================================================
 
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -12131,7 +12137,6 @@ _CLOSING_S = 30.0
 _BACKLOG, _ACCEPTS_AT_ONCE, _ACCEPT_REST_S = 1024, 64, 1.0
 _SKIP_BYTES = 65_536
 _BUSY_LINGER_S = 0.5
-_MOST_EARLY_READS = 8
 _UPLOAD_BYTES_PER_S = 1024
 
 
@@ -12249,7 +12254,7 @@ class Sink:
         if loop.time() - self._sent_at >= self._every_s - 0.001:
             if not self.is_open:
                 self._send_head(self._early_headers)
-            if not self._connection.is_blocked:
+            if not self._connection.is_blocked():
                 self.write(self._ping)
             self._sent_at = loop.time()
         self._timer = loop.call_at(self._sent_at + self._every_s, self._tick)
@@ -12283,7 +12288,7 @@ class _Relay:
             while not self._end:
                 self._waiter = self._loop.create_future()
                 await self._waiter
-                if self._connection.is_blocked and not self._end:
+                if self._connection.is_blocked() and not self._end:
                     await self._connection.drain()
                     self._reply.last_byte_at = self._loop.time()
                     self._reply.resume()
@@ -12306,7 +12311,7 @@ class _Relay:
             except ClientGoneError:
                 self._stop("client_gone")
                 return
-            if self._connection.is_blocked:
+            if self._connection.is_blocked():
                 self._reply.pause()
                 self._wake()
         if processor.failed is not None:
@@ -12328,17 +12333,17 @@ class _Relay:
         if self._end:
             return
         silent_s = self._loop.time() - self._reply.last_byte_at
-        if silent_s >= self._idle_s and not self._connection.is_blocked:
+        if silent_s >= self._idle_s and not self._connection.is_blocked():
             self._stop("timeout")
         else:
             self._timers["idle"] = self._loop.call_later(max(self._idle_s - silent_s, 0.01), self._watch_idle)
 
 
 class ClientConnection:
-    """One client connection, the protocol of its own asyncio transport: reads requests, has them answered one after
-    another, and notices when the client leaves, also while nothing is read from it."""
+    """One client connection: reads requests, has them answered one after another, and notices when the client
+    leaves."""
 
-    def __init__(self, server: Server) -> None:
+    def __init__(self, server: Server, reader: Any, writer: Any) -> None:
         import asyncio
 
         self.server = server
@@ -12349,63 +12354,35 @@ class ClientConnection:
         self.phase = "idle"
         self.sink: Optional[Sink] = None
         self.task = asyncio.current_task()
-        self._transport: Any = None
+        self._reader = reader
+        self._writer = writer
+        self._transport = writer.transport
         self._parser = RequestParser(server.limits)
         self._reserved = 0
-        self._at_eof = self._is_lost = self._is_broken = False
-        self.is_blocked = False  # the client reads slower than it is written to
-        self._early: List[bytes] = []  # what came while nobody waited for it
-        self._fault: Optional[Callable[[], RouterError]] = None  # not an error: raised, that would hold this object
-        self._reader: Any = None
-        self._drainer: Any = None
+        self._at_eof = self._is_broken = False
+        self._hook()
 
-    def connection_made(self, transport: Any) -> None:
-        """asyncio: it is open."""
+    def _hook(self) -> None:
+        """Learn at once when the client closes or resets, also while nothing is being read from it."""
         import socket
 
-        self._transport = transport
-        transport.set_write_buffer_limits(high=_HIGH_WATER_BYTES)
-        transport.max_size = _READ_BYTES  # asyncio asks for 256 KB at a time
-        sock = transport.get_extra_info("socket")
+        reader, feed_eof, set_exception = self._reader, self._reader.feed_eof, self._reader.set_exception
+
+        def on_eof() -> None:
+            feed_eof()
+            self._on_eof()
+
+        def on_exception(error: BaseException) -> None:
+            set_exception(error)
+            self._on_gone()
+
+        reader.feed_eof, reader.set_exception = on_eof, on_exception
+        self._expire_read = set_exception
+        self._transport.set_write_buffer_limits(high=_HIGH_WATER_BYTES)
+        self._transport.max_size = _READ_BYTES  # asyncio asks for 256 KB at a time
+        sock = self._transport.get_extra_info("socket")
         if sock is not None:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-
-    def data_received(self, data: bytes) -> None:
-        """asyncio: bytes have come. Those of the next requests wait, a few reads at most."""
-        if self._reader is not None and not self._reader.done():
-            self._reader.set_result(data)
-            return
-        self._early.append(data)
-        if len(self._early) == _MOST_EARLY_READS:
-            self._transport.pause_reading()
-
-    def eof_received(self) -> bool:
-        """asyncio: nothing more will come; the connection stays open for the answer."""
-        self._fail_read(ClientGoneError)
-        self._on_eof()
-        return True
-
-    def connection_lost(self, error: Optional[Exception]) -> None:
-        """asyncio: it is closed, by an error or by us."""
-        self._is_lost = True
-        self._fail_read(ClientGoneError)
-        self.resume_writing()
-        self._on_eof() if error is None else self._on_gone()
-
-    def pause_writing(self) -> None:
-        """asyncio: much waits to be sent."""
-        self.is_blocked = True
-
-    def resume_writing(self) -> None:
-        """asyncio: it has caught up."""
-        self.is_blocked = False
-        if self._drainer is not None and not self._drainer.done():
-            self._drainer.set_result(None)
-
-    def _fail_read(self, fault: Callable[[], RouterError]) -> None:
-        self._fault = self._fault or fault
-        if self._reader is not None and not self._reader.done():
-            self._reader.set_exception(fault())
 
     async def run(self) -> None:
         """Serve requests until the connection ends."""
@@ -12417,27 +12394,13 @@ class ClientConnection:
         except HttpError as error:
             await self._refuse(error)
         finally:
-            self._transport.abort() if self.was_cut and self.is_blocked else self._transport.close()
-
-    async def turn_away(self) -> None:
-        """There is no room: say so, and take the request first, or the client may see a reset instead, see _linger."""
-        import asyncio
-
-        body = dump_json(WIRE_FORMATS["openai"].render_error(ErrorInfo(503, "too many connections"), ""))
-        headers, date = _JSON_HEADERS + [("retry-after", "1")], self.server.date()
-        try:
-            self.send(render_response(503, headers, body, head_only=False, keep_alive=False, date=date))
-            self._transport.write_eof()
-            await asyncio.wait_for(self._read(), _BUSY_LINGER_S)
-        except (asyncio.TimeoutError, asyncio.CancelledError, RouterError, OSError, RuntimeError):
-            pass
-        self._transport.close()
+            self._transport.abort() if self.was_cut and self.is_blocked() else self._writer.close()
 
     def may_keep_alive(self, head: HttpRequest) -> bool:
         """Whether the connection can serve another request after this one: not with much of a body unread, nor in a
         drain."""
         may_go_on = self._body_is_read or (not self._is_broken and self._parser.unread <= _SKIP_BYTES)
-        ends = self._at_eof and not self._early and not self._parser.has_more
+        ends = self._reader.at_eof() and not self._parser.has_more
         return head.keep_alive and may_go_on and not self.server.draining and not ends
 
     def send(self, data: bytes) -> None:
@@ -12450,19 +12413,22 @@ class ClientConnection:
         """Whether nothing can be sent any more."""
         return bool(self._transport.is_closing())
 
+    def is_blocked(self) -> bool:
+        """Whether the client reads slower than it is written to."""
+        return self._transport.get_write_buffer_size() > _HIGH_WATER_BYTES
+
     async def drain(self) -> None:
         """Wait until a slow client has taken what was written. ClientGoneError when it takes too long or leaves."""
-        if not self.is_blocked:
+        if not self._transport.get_write_buffer_size():
             return
         before, self.phase = self.phase, "sending"
         self.deadline = self.loop.time() + self.server.settings.send_timeout_ms / 1000
-        self._drainer = self.loop.create_future()
         try:
-            await self._drainer
+            await self._writer.drain()
+        except ConnectionError:
+            raise ClientGoneError from None
         finally:
-            self.phase, self.deadline, self._drainer = before, math.inf, None
-        if self._is_lost:
-            raise ClientGoneError
+            self.phase, self.deadline = before, math.inf
 
     def expire(self) -> None:
         """The deadline of the present phase has passed."""
@@ -12470,9 +12436,9 @@ class ClientConnection:
         if self.phase == "sending":
             self._transport.abort()
         elif self.phase == "idle":
-            self._transport.close()
+            self._writer.close()
         else:
-            self._fail_read(lambda: HttpError("the request took too long to arrive", 408, "request_timeout"))
+            self._expire_read(HttpError("the request took too long to arrive", 408, "request_timeout"))
 
     async def read_body(self) -> bytes:
         """The body of the present request, inflated. RouterError 413, 415, 400 or 503 when it cannot be had."""
@@ -12509,18 +12475,13 @@ class ClientConnection:
 
     async def _read(self) -> bytes:
         """Some bytes from the client. ClientGoneError at the end of the connection."""
-        if self._early:
-            data, self._early = b"".join(self._early), []
-            if not self._at_eof and not self.is_gone():
-                self._transport.resume_reading()
-            return data
-        if self._fault is not None:
-            raise self._fault()
-        self._reader = self.loop.create_future()
         try:
-            return bytes(await self._reader)
-        finally:
-            self._reader = None
+            data = await self._reader.read(_READ_BYTES)
+        except (ConnectionError, OSError):
+            raise ClientGoneError from None
+        if not data:
+            raise ClientGoneError
+        return data
 
     async def _serve_one(self) -> bool:
         head = await self._read_head()
@@ -12758,11 +12719,14 @@ class Server:
         import asyncio
 
         sock.setblocking(False)
-        connection = ClientConnection(self)
-        await self.loop.connect_accepted_socket(lambda: connection, sock)
+        reader = asyncio.StreamReader(4 * _READ_BYTES, self.loop)
+        protocol = asyncio.StreamReaderProtocol(reader, loop=self.loop)
+        transport, _ = await self.loop.connect_accepted_socket(lambda: protocol, sock)
+        writer = asyncio.StreamWriter(transport, protocol, reader, self.loop)
         if not self._has_room(peer):
-            await connection.turn_away()
+            await self._turn_away(reader, writer)
             return
+        connection = ClientConnection(self, reader, writer)
         self.connections[connection] = peer
         self._peers[peer] = self._peers.get(peer, 0) + 1
         try:
@@ -12774,6 +12738,21 @@ class Server:
         finally:
             del self.connections[connection]
             self._leave(peer)
+            writer.close()
+
+    async def _turn_away(self, reader: Any, writer: Any) -> None:
+        """There is no room: say so, and take the request first, or the client may see a reset instead, see _linger."""
+        import asyncio
+
+        body = dump_json(WIRE_FORMATS["openai"].render_error(ErrorInfo(503, "too many connections"), ""))
+        headers, date = _JSON_HEADERS + [("retry-after", "1")], self.date()
+        writer.write(render_response(503, headers, body, head_only=False, keep_alive=False, date=date))
+        try:
+            writer.write_eof()
+            await asyncio.wait_for(reader.read(_READ_BYTES), _BUSY_LINGER_S)
+        except (asyncio.TimeoutError, asyncio.CancelledError, OSError, RuntimeError):
+            pass
+        writer.close()
 
     def _has_room(self, peer: str) -> bool:
         total, each = self.most_connections, self.settings.max_connections_per_peer
@@ -13328,8 +13307,8 @@ def _open_ledger(path: str) -> Any:
         connection.execute("BEGIN IMMEDIATE")  # of two that start at once, one makes the table
         with connection:
             if _check_ledger(connection, path) == 0:
-                connection.execute("CREATE TABLE requests (%s)" % _LEDGER_COLUMNS)
-                connection.execute("CREATE INDEX requests_time ON requests (time)")
+                connection.execute("CREATE TABLE IF NOT EXISTS requests (%s)" % _LEDGER_COLUMNS)
+                connection.execute("CREATE INDEX IF NOT EXISTS requests_time ON requests (time)")
                 connection.execute("PRAGMA user_version = %d" % LEDGER_VERSION)
     except BaseException:
         connection.close()
@@ -13343,7 +13322,7 @@ def _check_ledger(connection: Any, path: str) -> int:
     tables = [name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
     if version > LEDGER_VERSION:
         raise RouterError("%s was made by a newer llm-router" % one_line(path))
-    if tables and (version == 0 or "requests" not in tables):
+    if tables and "requests" not in tables:
         raise RouterError("%s is the database of another program" % one_line(path))
     return int(version)
 

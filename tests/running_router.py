@@ -201,7 +201,8 @@ class Caller:
         with socket.create_connection((self.host, self.port), timeout) as connection:
             connection.sendall(data)
             if half_close:
-                connection.shutdown(socket.SHUT_WR)
+                with contextlib.suppress(OSError):  # the other side may have closed already
+                    connection.shutdown(socket.SHUT_WR)
             received = b""
             with contextlib.suppress(socket.timeout, ConnectionError):
                 while True:
