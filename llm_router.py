@@ -12741,15 +12741,20 @@ class Server:
             writer.close()
 
     async def _turn_away(self, reader: Any, writer: Any) -> None:
-        """There is no room: say so, and take the request first, or the client may see a reset instead, see _linger."""
+        """There is no room: say so, and take what comes for a moment, or the client may see a reset instead, see
+        _linger."""
         import asyncio
+
+        async def swallow() -> None:
+            while await reader.read(_READ_BYTES):
+                pass
 
         body = dump_json(WIRE_FORMATS["openai"].render_error(ErrorInfo(503, "too many connections"), ""))
         headers, date = _JSON_HEADERS + [("retry-after", "1")], self.date()
         writer.write(render_response(503, headers, body, head_only=False, keep_alive=False, date=date))
         try:
             writer.write_eof()
-            await asyncio.wait_for(reader.read(_READ_BYTES), _BUSY_LINGER_S)
+            await asyncio.wait_for(swallow(), _BUSY_LINGER_S)
         except (asyncio.TimeoutError, asyncio.CancelledError, OSError, RuntimeError):
             pass
         writer.close()

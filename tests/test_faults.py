@@ -2,6 +2,8 @@
 connections, guesses, bombs. Moderate by default; LLM_ROUTER_TEST_LOAD=1 runs the figures of the acceptance."""
 
 import contextlib
+import http.client
+import json
 import os
 import re
 import signal
@@ -88,10 +90,19 @@ def test_a_router_that_has_no_descriptor_for_an_upstream_says_503_and_does_not_b
     starved.upstream.handler = lambda request: fake.gated(fake.json_answer(200, fake.chat_whole("served")), gate)
     seen = []
 
-    def call():
-        seen.append(starved.post(PATHS["openai"], ask("openai", "fake-model")).status)
+    def connect():
+        connection = http.client.HTTPConnection(starved.host, starved.port, timeout=30)
+        connection.request("GET", "/health")  # so that it is in before the upstream takes a descriptor
+        assert connection.getresponse().read()
+        return connection
 
-    callers = [threading.Thread(target=call) for _ in range(31)]
+    def call(connection):
+        connection.request("POST", PATHS["openai"], json.dumps(ask("openai", "fake-model")))
+        with connection.getresponse() as response:
+            seen.append(response.status)
+        connection.close()
+
+    callers = [threading.Thread(target=call, args=(connect(),)) for _ in range(31)]
     for caller in callers:
         caller.start()
     until(lambda: 503 in seen and len(seen) + len(starved.upstream.calls) >= 31)
