@@ -3913,7 +3913,7 @@ def _write_chat_part(block: Any) -> List[Dict[str, Any]]:
 
 def _cache_mark(value: Any) -> Dict[str, Any]:
     """`cache_control`, where COMPATIBILITY put it: a text that bears it stays a part."""
-    return _told({"cache_control": own_extra(value, _CHAT).get("cache_control")})
+    return _told({"cache_control": own_extra(value, _CHAT).get("cache_control")}) if isinstance(value, Text) else {}
 
 
 # ---- whole answers

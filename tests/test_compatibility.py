@@ -363,3 +363,10 @@ def test_betas_and_cache_scopes_that_a_cloud_refuses_stay_here(compat, betas, ro
         del expected["scope"]
     assert upstream.calls[-1].json["messages"][0]["content"][0]["cache_control"] == expected
     assert upstream.calls[-1].json["system"][0]["cache_control"] == expected
+
+
+def test_a_block_that_nobody_knows_in_a_system_message_is_left_out():
+    parts = [{"type": "weird", "x": 1}, {"type": "text", "text": "hi"}]
+    messages = [{"role": "system", "content": parts}, {"role": "user", "content": "x"}]
+    body = llm_router.translate_request({"model": "m", "max_tokens": 1, "messages": messages}, "anthropic", "openai")[1]
+    assert body["messages"][0] == {"role": "system", "content": "hi"}
