@@ -13373,7 +13373,7 @@ def sum_ledger(path: str, by: str, since: float) -> List[Dict[str, Any]]:
 def find_in_ledger(path: str, id: str) -> Optional[Dict[str, Any]]:
     """A request's row of the ledger in the shape of `log_record`, with "cost", and with "path" in place of attempts;
     "last" means the newest. None when it is not there."""
-    rows = _read_ledger(path, "SELECT * FROM requests WHERE id = ?1 OR ?1 = 'last' ORDER BY rowid DESC LIMIT 1", id)
+    rows = _read_ledger(path, "SELECT * FROM requests WHERE ? IN (id, 'last') ORDER BY rowid DESC LIMIT 1", id)
     if not rows:
         return None
     row = rows[0]
