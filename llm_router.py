@@ -13160,8 +13160,7 @@ def cost_of(ref: str, usage: Optional[Iterable[int]], costs: Mapping[str, Any]) 
     """What tokens (the fields of Usage) cost, by the `cost` of the model `ref` in `costs`, prices per million of them;
     None when a price that is needed is unknown."""
     cost = costs.get(ref) or costs.get(ref.partition("/")[0] + "/*") or {}
-    prices = [cost.get(key) for key in COST_KEYS]
-    needed = [(tokens, price) for tokens, price in zip(usage or (), prices) if tokens]
+    needed = [(tokens, cost.get(key)) for tokens, key in zip(usage or (), COST_KEYS) if tokens]
     if not needed or not all(type(price) in (int, float) and price >= 0 for _, price in needed):
         return None
     return sum(tokens * price for tokens, price in needed) / 1e6
@@ -13169,19 +13168,28 @@ def cost_of(ref: str, usage: Optional[Iterable[int]], costs: Mapping[str, Any]) 
 
 def ledger_row(trail: Trail, costs: Mapping[str, Any]) -> Tuple[Any, ...]:
     """A request as a row of the ledger. costs: ref -> `cost`. Tokens that nobody told are None; told by an answer
-    that did not reach its end they are marked as an estimate."""
-    usage = trail.usage if trail.usage is not None and any(trail.usage) else None
-    tokens = [min(count, _MOST_TOKENS) for count in usage] if usage else [None] * len(Usage._fields)
-    estimated = int(usage is not None and trail.outcome != OK)
-    cost = cost_of(trail.model, usage, costs)
-    who = (trail.wire, trail.operation, int(trail.stream), _storable(trail.client), _storable(trail.asked[:200]))
-    what = (_storable(trail.model), _storable(trail.path[:2000]), trail.status, trail.outcome)
-    times = (trail.first_content_ms, trail.total_ms)
-    return (trail.began_wall, trail.id, *who, *what, *tokens, estimated, cost, *times)
-
-
-def _storable(text: str) -> str:
-    return text.encode("utf-8", "replace").decode()  # a client's JSON may hold half a surrogate pair
+    that did not reach its end they are marked as an estimate. Half a surrogate pair, which a client's JSON may hold,
+    becomes a question mark."""
+    usage = trail.usage if any(trail.usage or ()) else None
+    row = (
+        trail.began_wall,
+        trail.id,
+        trail.wire,
+        trail.operation,
+        trail.stream,
+        trail.client,
+        trail.asked[:200],
+        trail.model,
+        trail.path[:2000],
+        trail.status,
+        trail.outcome,
+        *([min(count, _MOST_TOKENS) for count in usage] if usage else [None] * len(Usage._fields)),
+        usage is not None and trail.outcome != OK,
+        cost_of(trail.model, usage, costs),
+        trail.first_content_ms,
+        trail.total_ms,
+    )
+    return tuple(entry.encode("utf-8", "replace").decode() if isinstance(entry, str) else entry for entry in row)
 
 
 class Ledger:
@@ -13266,10 +13274,10 @@ class Ledger:
     def _write(self) -> None:
         import time
 
-        if self._connection is None or self._file != _identity(self._path):  # removed, or set aside by another router
+        if self._connection is None or self._file != file_stamp(self._path)[2:]:  # removed, or set aside by another
             self._disconnect()
             self._connection = _open_ledger(self._path)
-            self._file = _identity(self._path)
+            self._file = file_stamp(self._path)[2:]
         with self._connection as connection:
             connection.executemany(_LEDGER_INSERT, self._rows)
             days, most = self._settings.usage_max_days, self._settings.usage_max_bytes
@@ -13286,16 +13294,6 @@ class Ledger:
         self._connection = None
 
 
-def _identity(path: str) -> Any:
-    import os
-
-    try:
-        info = os.stat(path)
-    except FileNotFoundError:
-        return None
-    return info.st_dev, info.st_ino
-
-
 def _open_ledger(path: str) -> Any:
     """A connection that writes the ledger, made when it is not there. RouterError for another program's file."""
     import os
@@ -13305,16 +13303,15 @@ def _open_ledger(path: str) -> Any:
     os.chmod(path, 0o600)
     connection = sqlite3.connect(path, timeout=1.0)
     try:
-        _check_ledger(connection, path)  # before anything is changed in it
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("PRAGMA synchronous = NORMAL")  # whole after a crash of the program, as after a power cut
-        connection.execute("PRAGMA journal_size_limit = 4000000")
         connection.execute("BEGIN IMMEDIATE")  # of two that start at once, one makes the table
         with connection:
             if _check_ledger(connection, path) == 0:
-                connection.execute("CREATE TABLE IF NOT EXISTS requests (%s)" % _LEDGER_COLUMNS)
-                connection.execute("CREATE INDEX IF NOT EXISTS requests_time ON requests (time)")
+                connection.execute("CREATE TABLE requests (%s)" % _LEDGER_COLUMNS)
+                connection.execute("CREATE INDEX requests_time ON requests (time)")
                 connection.execute("PRAGMA user_version = %d" % LEDGER_VERSION)
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = NORMAL")  # whole after a crash of the program, as after a power cut
+        connection.execute("PRAGMA journal_size_limit = 4000000")
     except BaseException:
         connection.close()
         raise
@@ -13322,12 +13319,13 @@ def _open_ledger(path: str) -> Any:
 
 
 def _check_ledger(connection: Any, path: str) -> int:
-    """The version of a ledger, 0 for an empty file. RouterError for one that cannot be used."""
+    """The version of a ledger, 0 for an empty file; asked within a transaction, since two questions of a file that is
+    being made would find it in two states. RouterError for one that cannot be used."""
     version = connection.execute("PRAGMA user_version").fetchone()[0]
     tables = [name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
     if version > LEDGER_VERSION:
         raise RouterError("%s was made by a newer llm-router" % one_line(path))
-    if tables and "requests" not in tables:
+    if "requests" not in tables if version else tables:
         raise RouterError("%s is the database of another program" % one_line(path))
     return int(version)
 
@@ -13366,38 +13364,36 @@ def sum_ledger(path: str, by: str, since: float) -> List[Dict[str, Any]]:
     source = "FROM requests WHERE time >= ? AND operation <> 'count_tokens'"
     order = '"group"' if by == "day" else "coalesce(cost, 0) DESC, requests DESC"
     groups = 'SELECT %s AS "group", %s %s GROUP BY 1 ORDER BY %s' % (LEDGER_GROUPS[by], sums, source, order)
-    rows = _read_ledger(path, groups, since)
-    return rows + _read_ledger(path, 'SELECT NULL AS "group", %s %s' % (sums, source), since) if rows else []
+    rows = _read_ledger(path, since, groups, 'SELECT NULL AS "group", %s %s' % (sums, source))
+    return rows if len(rows) > 1 else []
 
 
 def find_in_ledger(path: str, id: str) -> Optional[Dict[str, Any]]:
     """A request's row of the ledger in the shape of `log_record`, with "cost", and with "path" in place of attempts;
     "last" means the newest. None when it is not there."""
-    rows = _read_ledger(path, "SELECT * FROM requests WHERE ? IN (id, 'last') ORDER BY rowid DESC LIMIT 1", id)
+    rows = _read_ledger(path, id, "SELECT * FROM requests WHERE ? IN (id, 'last') ORDER BY rowid DESC LIMIT 1")
     if not rows:
         return None
-    row = rows[0]
-    usage = {name: row[name] for name in Usage._fields} if row["input"] is not None else None
-    names = ("id", "operation", "client", "format", "asked", "model", "status", "outcome", "cost")
-    told = {name: row[name] for name in (*names, "first_content_ms", "total_ms")}
-    more = {"time": _iso_time(row["time"]), "stream": bool(row["stream"]), "path": row["attempts"], "usage": usage}
-    return dict(told, attempts=[], message="", **more)
+    usage = {name: rows[0].pop(name) for name in Usage._fields}
+    row = dict(rows[0], stream=bool(rows[0]["stream"]), usage=usage if usage["input"] is not None else None)
+    return dict(row, time=_iso_time(row["time"]), path=row["attempts"], attempts=[], message="")
 
 
-def _read_ledger(path: str, sql: str, value: Any) -> List[Dict[str, Any]]:
+def _read_ledger(path: str, value: Any, *queries: str) -> List[Dict[str, Any]]:
+    """The rows that each of the queries finds for `value`, all in one state of the file; none in one that is empty."""
+    import contextlib
     import pathlib
     import sqlite3
 
-    if not path or not pathlib.Path(path).exists():
+    file = pathlib.Path(path).absolute()
+    if not path or not file.exists():
         return []
     try:
-        connection = sqlite3.connect(pathlib.Path(path).absolute().as_uri() + "?mode=ro", timeout=5.0, uri=True)
-        try:
-            _check_ledger(connection, path)
+        with contextlib.closing(sqlite3.connect(file.as_uri() + "?mode=ro", timeout=5.0, uri=True)) as connection:
+            connection.execute("BEGIN")
             connection.row_factory = sqlite3.Row
-            return [dict(row) for row in connection.execute(sql, (value,))]
-        finally:
-            connection.close()
+            queries = queries if _check_ledger(connection, path) else ()
+            return [dict(row) for query in queries for row in connection.execute(query, (value,))]
     except sqlite3.Error as error:
         raise RouterError("%s cannot be read: %s" % (one_line(path), error), 500) from None
 

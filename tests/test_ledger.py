@@ -1,5 +1,6 @@
 """The usage ledger: what it holds, what disturbs it and never a request, and the tables of `usage`."""
 
+import contextlib
 import csv
 import io
 import json
@@ -49,16 +50,18 @@ def priced(upstream, **more):
     return config_of(provider(upstream, models=models), provider(upstream, id="other"), **more)
 
 
-def usage(home, *words, **env):
-    done = subprocess.run(
-        [sys.executable, str(PROGRAM), "usage", *words],
-        env=clean_environment(home, **env),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        encoding="utf-8",
-        timeout=60,
-    )
-    return done.returncode, done.stdout, done.stderr
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """`command(home, *words)`: the code, stdout and stderr of a command that runs in this very process."""
+
+    def run(home, *words, **env):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "environ", clean_environment(home, **env))
+            capsys.readouterr()
+            code = r.main(words)
+        return (code, *capsys.readouterr())
+
+    return run
 
 
 def a_trail(number=0, **more):
@@ -76,9 +79,10 @@ class Noted(list):
 
 
 @pytest.fixture
-def ledger(tmp_path):
-    """`make(**settings)`: a ledger of its own in tmp_path, with .path and .noted."""
+def ledger(tmp_path, monkeypatch):
+    """`make(**settings)`: a ledger of its own in tmp_path, with .path and .noted, that waits for nothing."""
     made = []
+    monkeypatch.setattr(r, "_LEDGER_BATCH_S", 0.01)
 
     def make(limit=5000, **settings):
         noted = Noted()
@@ -90,6 +94,18 @@ def ledger(tmp_path):
     yield make
     for one in made:
         one.close()
+
+
+def prepare_connections(monkeypatch, pragma):
+    """Every connection that writes a ledger gets a pragma more."""
+    whole = r._open_ledger
+
+    def prepared(path):
+        connection = whole(path)
+        connection.execute("PRAGMA " + pragma)
+        return connection
+
+    monkeypatch.setattr(r, "_open_ledger", prepared)
 
 
 # ----- what it holds -----
@@ -166,31 +182,57 @@ def test_embeddings_are_counted_too(router, upstream):
 
 
 @pytest.mark.parametrize("value", ["off", "", "false", "0"])
-def test_one_setting_switches_it_off(router, upstream, value):
-    running = router(priced(upstream), env={"LLM_ROUTER_USAGE_DB": value})
+def test_one_setting_switches_it_off(command, tmp_path, value):
+    assert r.ledger_path(r.read_settings({}, {"LLM_ROUTER_USAGE_DB": value})[0]) == ""
+    assert command(tmp_path, "usage", LLM_ROUTER_USAGE_DB=value)[0] == 2
+
+
+def test_a_router_without_a_ledger_makes_no_file(router, upstream):
+    running = router(priced(upstream), env={"LLM_ROUTER_USAGE_DB": "off"})
     running.post(CHAT, HI)
     assert running.stop() == 0
-    assert not (running.home / ".llm-router.usage.db").exists()
-    assert usage(running.home, LLM_ROUTER_USAGE_DB=value)[0] == 2
+    assert not list(running.home.glob(".llm-router.usage.db*"))
 
 
 # ----- what disturbs it -----
 
 
-def test_a_locked_file_delays_nobody_and_is_written_once_it_is_free(router, upstream):
+@contextlib.contextmanager
+def locked(path):
+    """Another program that is writing the ledger."""
+    holder = sqlite3.connect(str(path), isolation_level=None)
+    holder.execute("BEGIN IMMEDIATE")
+    yield
+    holder.execute("ROLLBACK")
+    holder.close()
+
+
+def test_a_locked_file_delays_nobody_and_is_written_at_the_end(router, upstream):
     running = router(priced(upstream), *QUICK)
     path = running.home / ".llm-router.usage.db"
     running.post(CHAT, HI)
     entered(path, 1)
-    holder = sqlite3.connect(str(path), isolation_level=None)
-    holder.execute("BEGIN IMMEDIATE")
-    assert [running.post(CHAT, HI).status for _ in range(3)] == [200, 200, 200]
-    running.wait_log("usage ledger is not written")
-    holder.execute("ROLLBACK")
-    holder.close()
-    entered(path, 4)
-    running.wait_log("usage ledger is written again")
-    assert sum("not written" in line for line in running.log()) == 1
+    with locked(path):
+        assert [running.post(CHAT, HI).status for _ in range(3)] == [200, 200, 200]
+    assert running.stop() == 0
+    assert len(rows_of(path)) == 4
+
+
+def test_a_locked_file_is_named_once_and_written_once_it_is_free(ledger, monkeypatch):
+    prepare_connections(monkeypatch, "busy_timeout = 1")
+    monkeypatch.setattr(r, "_LEDGER_RETRY_S", 0.01)
+    one = ledger()
+    one.add(a_trail(1))
+    entered(one.path, 1)
+    with locked(one.path):
+        one.add(a_trail(2))
+        assert until(lambda: one.noted)
+        one.add(a_trail(3))
+        assert until(lambda: not one._trails)
+    assert len(entered(one.path, 3)) == 3
+    assert until(lambda: len(one.noted) == 2)
+    assert [level for level, _ in one.noted] == ["warning", "info"]
+    assert "not written" in one.noted[0][1] and "written again" in one.noted[1][1]
 
 
 @pytest.mark.parametrize("damage", ["text", "pages"])
@@ -215,23 +257,16 @@ def test_a_damaged_file_is_kept_aside_and_a_fresh_one_begun(ledger, tmp_path, da
     assert len(one.noted) == 1 and "damaged" in one.noted[0][1]
 
 
-@pytest.mark.parametrize("trouble", ["folder", "newer", "foreign", "no room"])
+@pytest.mark.parametrize("trouble", ["folder", "newer", "foreign", "of the same words", "no room"])
 def test_a_file_that_cannot_be_used_is_left_alone_and_named_once(ledger, tmp_path, monkeypatch, trouble):
     path = tmp_path / "u.db"
     if trouble == "folder":
         path.mkdir()
     elif trouble == "no room":  # a real "database or disk is full": SQLite may not use a further page
-        whole = r._open_ledger
-
-        def small(path):
-            connection = whole(path)
-            connection.execute("PRAGMA max_page_count = 3")
-            return connection
-
-        monkeypatch.setattr(r, "_open_ledger", small)
+        prepare_connections(monkeypatch, "max_page_count = 3")
     else:
         made = sqlite3.connect(str(path))
-        made.execute("CREATE TABLE other (a)")
+        made.execute("CREATE TABLE %s (a)" % ("requests" if trouble == "of the same words" else "other"))
         made.execute("PRAGMA user_version = %d" % (99 if trouble == "newer" else 0))
         made.close()
     before = path.read_bytes() if path.is_file() else b""
@@ -244,6 +279,35 @@ def test_a_file_that_cannot_be_used_is_left_alone_and_named_once(ledger, tmp_pat
     assert len(one.noted) == 1 and one.noted[0][0] == "warning" and str(path) in one.noted[0][1]
     assert not (tmp_path / "u.db.corrupt").exists()
     assert trouble == "no room" or before == (path.read_bytes() if path.is_file() else b"")
+
+
+@pytest.mark.parametrize("opened", ["to be written", "to be read"])
+@pytest.mark.parametrize("moment", range(9))
+def test_a_ledger_that_another_writer_makes_at_any_moment_is_no_foreign_one(tmp_path, monkeypatch, opened, moment):
+    path, connect, left = tmp_path / "u.db", sqlite3.connect, [moment]
+
+    class Interrupted(sqlite3.Connection):
+        def execute(self, *words):
+            left[0] -= 1
+            if left[0] == -1:
+                other = connect(str(path), timeout=0, isolation_level=None)
+                try:
+                    other.executescript(
+                        "BEGIN IMMEDIATE; CREATE TABLE IF NOT EXISTS requests (%s); PRAGMA user_version = %d; COMMIT"
+                        % (r._LEDGER_COLUMNS, r.LEDGER_VERSION)
+                    )
+                except sqlite3.OperationalError as error:  # it waits, as this one would
+                    assert "locked" in str(error)
+                other.close()
+            return super().execute(*words)
+
+    path.touch()
+    monkeypatch.setattr(sqlite3, "connect", lambda *args, **kwargs: connect(*args, factory=Interrupted, **kwargs))
+    if opened == "to be read":
+        assert r.sum_ledger(str(path), "model", 0) == []
+    else:
+        r._open_ledger(str(path)).close()
+        assert connect(str(path)).execute("PRAGMA user_version").fetchone() == (r.LEDGER_VERSION,)
 
 
 def test_only_the_newest_rows_wait_for_a_file_that_cannot_be_written(ledger, tmp_path):
@@ -374,31 +438,27 @@ def test_what_waits_is_written_when_the_router_stops(router, upstream):
 # ----- explain, when no router remembers -----
 
 
-def explained(home, *words):
-    line = [sys.executable, str(PROGRAM), "explain", *words]
-    return subprocess.run(line, env=clean_environment(home), stdin=subprocess.DEVNULL, capture_output=True, text=True)
+def test_explain_knows_what_a_request_cost_while_the_router_runs_and_after_it(router, upstream, command):
+    def facts(text):
+        return [
+            line for line in text.splitlines() if line.startswith(("outcome", "tokens", "cost", "answered", "asked"))
+        ]
 
-
-def test_explain_knows_what_a_request_cost_while_the_router_runs_and_after_it(router, upstream):
     running = router(priced(upstream), *QUICK)
     id = running.post(CHAT, HI).headers["x-llm-router-request-id"]
-    live = explained(running.home, id).stdout
+    live = command(running.home, "explain", id)[1]
     assert "cost           $0.0001" in live and "1. fake/fake-model" in live
     running.post(CHAT, HI)
     assert running.stop() == 0
-    later = explained(running.home, id)
-    assert later.returncode == 0 and later.stderr == ""
-    assert [
-        line for line in live.splitlines() if line.startswith(("outcome", "tokens", "cost", "answered", "asked"))
-    ] == [
-        line
-        for line in later.stdout.splitlines()
-        if line.startswith(("outcome", "tokens", "cost", "answered", "asked"))
-    ]
-    assert "attempts       fake/fake-model=ok" in later.stdout
-    assert json.loads(explained(running.home, "--json").stdout)["id"] != id
-    assert explained(running.home, "req_unknown").returncode == 1
-    assert explained(running.home, "last' OR 1").returncode == 1
+    code, later, error = command(running.home, "explain", id)
+    assert code == 0 and error == ""
+    assert facts(live) == facts(later) and len(facts(later)) == 5
+    assert "attempts       fake/fake-model=ok" in later
+    record = json.loads(command(running.home, "explain", "--json")[1])
+    assert record["id"] != id and record["stream"] is False
+    assert (record["usage"]["input"], record["path"], record["cost"]) == (11, "fake/fake-model=ok", 9.2e-05)
+    assert command(running.home, "explain", "req_unknown")[0] == 1
+    assert command(running.home, "explain", "last' OR 1")[0] == 1
 
 
 # ----- usage -----
@@ -424,8 +484,8 @@ def filled(tmp_path, ledger):
     return tmp_path
 
 
-def test_the_table_shows_totals_cached_share_cost_and_bars(filled):
-    code, out, err = usage(filled)
+def test_the_table_shows_totals_cached_share_cost_and_bars(command, filled):
+    code, out, err = command(filled, "usage")
     assert (code, err) == (0, "")
     rows = {line.split()[0]: line.split() for line in out.splitlines()[2:7]}
     assert rows["MODEL"] == ["MODEL", "REQUESTS", "FAILED", "INPUT", "CACHED", "OUTPUT", "COST"]
@@ -448,17 +508,17 @@ def test_the_table_shows_totals_cached_share_cost_and_bars(filled):
         ("day", {time.strftime("%Y-%m-%d"): 6}),
     ],
 )
-def test_rows_are_grouped_by_what_is_asked_for(filled, by, groups):
-    told = json.loads(usage(filled, "--by", by, "--json")[1])
+def test_rows_are_grouped_by_what_is_asked_for(command, filled, by, groups):
+    told = json.loads(command(filled, "usage", "--by", by, "--json")[1])
     assert {row["group"]: row["requests"] for row in told["rows"]} == groups
     assert told["total"]["requests"] == 6 and told["total"]["cost"] == pytest.approx(3.3)
-    table = list(csv.DictReader(io.StringIO(usage(filled, "--csv", "--by", by)[1])))
+    table = list(csv.DictReader(io.StringIO(command(filled, "usage", "--csv", "--by", by)[1])))
     assert {row["group"]: int(row["requests"]) for row in table} == groups
 
 
-def test_the_span_of_time_is_chosen(filled):
+def test_the_span_of_time_is_chosen(command, filled):
     def count(*words):
-        return (json.loads(usage(filled, "--json", *words)[1])["total"] or {}).get("requests", 0)
+        return (json.loads(command(filled, "usage", "--json", *words)[1])["total"] or {}).get("requests", 0)
 
     assert count("--since=60d") == 7
     assert count("--since=1h") == count("--today") == count("--since=" + time.strftime("%Y-%m-%d")) == 6
@@ -468,16 +528,16 @@ def test_the_span_of_time_is_chosen(filled):
 @pytest.mark.parametrize(
     "words", [["--since=yesterday"], ["--since=2026-13-01"], ["--since="], ["--by=colour"], ["--since=99999d", "--x"]]
 )
-def test_what_usage_does_not_understand_is_refused(tmp_path, words):
-    code, out, err = usage(tmp_path, *words)
+def test_what_usage_does_not_understand_is_refused(command, tmp_path, words):
+    code, out, err = command(tmp_path, "usage", *words)
     assert code == 2 and out == "" and err.startswith("llm-router: ") and err.count("\n") == 1
 
 
-def test_an_empty_ledger_says_how_to_fill_it(tmp_path):
-    code, out, _ = usage(tmp_path)
+def test_an_empty_ledger_says_how_to_fill_it(command, tmp_path):
+    code, out, _ = command(tmp_path, "usage")
     assert code == 0 and "llm-router start" in out and "llm-router run" in out
-    assert json.loads(usage(tmp_path, "--json")[1])["total"] is None
-    assert usage(tmp_path, "--csv")[1] == ""
+    assert json.loads(command(tmp_path, "usage", "--json")[1])["total"] is None
+    assert command(tmp_path, "usage", "--csv")[1] == ""
     assert not list(tmp_path.iterdir())
 
 
