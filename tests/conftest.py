@@ -58,16 +58,17 @@ def make_upstream():
 
 
 @pytest.fixture
-def router(tmp_path):
+def router(tmp_path, request):
     """`router(config, *flags, env=None)` starts the real program and returns a RunningRouter; ended with the test.
 
-    config: a dict, JSON text, or None for no --config. Its log is shown when the test fails.
+    config: a dict, JSON text, or None for no --config. Its log is shown when the test fails. Test modules with a true
+    SCRIPT start the file itself, others what the console script does.
     """
-    started = []
+    started, script = [], getattr(request.module, "SCRIPT", False)
 
     def start(config, *flags, env=None, timeout=20.0):
         home = tmp_path / ("router%d" % (len(started) + 1))
-        started.append(RunningRouter(config, flags, home, env, timeout))
+        started.append(RunningRouter(config, flags, home, env, timeout, script=script))
         return started[-1]
 
     yield start

@@ -15,6 +15,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = ROOT / "llm_router.py"
 LISTENING = "listening on "
+# What the console script does. Its byte code is kept, while a script is compiled at every start: most of its CPU time.
+CONSOLE_SCRIPT = "import sys; sys.path.insert(0, sys.argv.pop(1)); import llm_router; llm_router.entry()"
 # What a child process needs to run at all; proxies, keys and LLM_ROUTER_* of the developer stay out.
 KEPT_ENVIRONMENT = ("PATH", "SYSTEMROOT", "WINDIR", "COMSPEC", "PATHEXT", "TEMP", "TMP", "TMPDIR", "LD_LIBRARY_PATH")
 
@@ -214,13 +216,17 @@ class Caller:
 
 
 class RunningRouter(Caller):
-    """`llm_router.py start` as a process. `process`, `home`, `config_path`, and everything a Caller does."""
+    """`llm-router start` as a process. `process`, `home`, `config_path`, and everything a Caller does.
 
-    def __init__(self, config, flags, home, env=None, timeout=20.0, before=None):
+    script: start the file itself, as `llm_router.py start`.
+    """
+
+    def __init__(self, config, flags, home, env=None, timeout=20.0, before=None, script=False):
         self.home = Path(home)
         self.home.mkdir(parents=True, exist_ok=True)
         self.config_path = self.home / "config.json"
-        command = [sys.executable, str(PROGRAM), "start", "--port=0"]
+        program = [str(PROGRAM)] if script else ["-c", CONSOLE_SCRIPT, str(ROOT)]
+        command = [sys.executable, *program, "start", "--port=0"]
         if config is not None:
             self.write_config(config)
             command.append("--config=%s" % self.config_path)

@@ -33,7 +33,7 @@ def shared(tmp_path_factory):
     with fake.FakeUpstream(fake.final_text(TEXT)) as first, fake.FakeUpstream(fake.final_text(TEXT)) as second:
         first.plain_handler = second.plain_handler = first.handler
         home = tmp_path_factory.mktemp("router")
-        running = RunningRouter(pair_config(first, second, masterKey=KEY), QUICK, home)
+        running = RunningRouter(pair_config(first, second, masterKey=KEY), QUICK, home, script=True)
         yield Pair(running, first, second)
         running.kill()
 
@@ -545,7 +545,7 @@ def shared_lively(tmp_path_factory):
     with fake.FakeUpstream(fake.final_text(TEXT)) as first, fake.FakeUpstream(fake.final_text(TEXT)) as second:
         first.plain_handler = second.plain_handler = first.handler
         flags = QUICK + ("--keepalive-ms=40",)
-        running = RunningRouter(pair_config(first, second), flags, tmp_path_factory.mktemp("router"))
+        running = RunningRouter(pair_config(first, second), flags, tmp_path_factory.mktemp("router"), script=True)
         yield Pair(running, first, second)
         running.kill()
 

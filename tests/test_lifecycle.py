@@ -15,6 +15,7 @@ import llm_router as r
 from exchanges import until
 from running_router import PROGRAM, clean_environment, config_of, provider
 
+SCRIPT = True
 CHAT = "/v1/chat/completions"
 MESSAGES = {"messages": [{"role": "user", "content": "hi"}]}
 QUICK = ("--origin-retry-base-delay-ms=1", "--watch-config=false")

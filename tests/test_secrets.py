@@ -84,7 +84,7 @@ def outputs(tmp_path_factory):
         }
         flags = ("--require-auth=true", "--debug", "--log-level=info", "--origin-retry-attempts=1")
         flags += ("--origin-fallback-cooldown-ms=0", "--fallback-circuit-failures=0")
-        running = RunningRouter(config, flags, home, environment)
+        running = RunningRouter(config, flags, home, environment, script=True)
         try:
             provoke(running, upstream, found)
             if os.path.exists("/proc/self/cmdline"):
