@@ -216,6 +216,11 @@ def one_line(text: str, limit: int = 300) -> str:
     return clean if len(text) <= limit else clean[:limit] + "..."
 
 
+def printable(text: str) -> str:
+    """`text` safe for a terminal: line breaks stay, every other control is escaped."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+
+
 def load_json(data: Union[bytes, str], what: str = "body") -> Any:
     """Parse JSON text from outside. RouterError (400) for anything that is not JSON, however odd.
 
@@ -13299,8 +13304,12 @@ def _open_ledger(path: str) -> Any:
     import os
     import sqlite3
 
-    os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-    os.chmod(path, 0o600)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o600)
+    try:
+        if hasattr(os, "fchmod"):
+            os.fchmod(descriptor, 0o600)
+    finally:
+        os.close(descriptor)
     connection = sqlite3.connect(path, timeout=1.0)
     try:
         connection.execute("BEGIN IMMEDIATE")  # of two that start at once, one makes the table
@@ -13659,7 +13668,7 @@ class WorkerClient:
     async def _read_body(self) -> bytes:
         headers, limit = self.call.headers, self.max_body_bytes
         size, encoding = header(headers, "content-length"), header(headers, "content-encoding").strip().lower()
-        if size.isdigit() and (len(size) > 12 or int(size) > limit):
+        if re.fullmatch("[0-9]+", size) and (len(size) > 12 or int(size) > limit):
             raise RouterError("the body is larger than %d bytes" % limit, 413, "body_too_large")
         body: bytes = (await self._request.arrayBuffer()).to_bytes()
         return body if encoding in ("", "identity") and len(body) <= limit else inflate(body, encoding, limit)
@@ -14534,7 +14543,8 @@ def _read_from(path: str, offset: int) -> str:
 
 
 _MAX_RELEASE_BYTES = 20_000_000
-_RELEASE_TIMEOUT_S = 60.0
+_SILENCE_S = 60.0  # of a server that is fetched from
+_FETCH_S = 600.0  # for all of an answer, however steadily it drips
 
 
 class Update(NamedTuple):
@@ -14553,7 +14563,7 @@ def update_file(target: str, source: str) -> Update:
     _check_digest(data, source)
     try:
         compile(data, "release", "exec", dont_inherit=True)
-    except (SyntaxError, ValueError) as error:
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise RouterError("the release is not a Python program: %s" % one_line(str(error), 120)) from None
     old = read_bytes(target)[0] or b""
     if old == data:
@@ -14573,9 +14583,7 @@ def _own_file(target: str) -> str:
 
 def fetch_release(source: str) -> bytes:
     """The bytes at a URL (https, or http on this machine) or in a file. RouterError when they cannot be had whole."""
-    import http.client
     import os
-    import urllib.error
     import urllib.request
 
     if "://" not in source:
@@ -14590,18 +14598,46 @@ def fetch_release(source: str) -> bytes:
             return super().redirect_request(req, fp, code, msg, headers, newurl)
 
     _check_release_url(source)
-    try:
-        with urllib.request.build_opener(SafeRedirects).open(source, timeout=_RELEASE_TIMEOUT_S) as response:
-            data = bytes(response.read(_MAX_RELEASE_BYTES + 1))
-            missing = int(response.headers.get("content-length") or len(data)) - len(data)
-    except urllib.error.HTTPError as error:
-        code = "no_release" if error.code in (404, 410) else "release_error"
-        raise RouterError("%s answers %d" % (one_line(source, 160), error.code), error.code, code) from None
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        raise RouterError("cannot read %s: %s" % (one_line(source, 160), one_line(str(error), 160)), 502) from None
-    if missing > 0 or len(data) > _MAX_RELEASE_BYTES:
-        raise RouterError("the download of %s broke off or is too large" % one_line(source, 160), 502)
+    shown = one_line(mask_url(source), 160)
+    status, headers, data = fetch(urllib.request.Request(source), _MAX_RELEASE_BYTES, SafeRedirects)  # noqa: S310  checked
+    if status != 200:
+        code = "no_release" if status in (404, 410) else "release_error"
+        raise RouterError("%s answers %d" % (shown, status), status, code)
+    size = header([(name.lower(), value) for name, value in headers.items()], "content-length")
+    if size and size != str(len(data)):
+        raise RouterError("the download of %s broke off" % shown, 502)
     return data
+
+
+def fetch(request: Any, max_bytes: int, redirects: Any) -> Tuple[int, Any, bytes]:
+    """(status, headers, body) of the answer to a request of urllib's, whatever its status; `redirects` decides about
+    3xx. RouterError for none, one that is too slow or too large. What stays on this machine goes through no proxy."""
+    import http.client
+    import time
+    import urllib.error
+    import urllib.request
+
+    shown = one_line(mask_url(request.full_url), 160)
+    direct = [urllib.request.ProxyHandler({})] if is_loopback(urlsplit(request.full_url).hostname or "") else []
+    until, data = time.monotonic() + _FETCH_S, b""
+    try:
+        try:
+            response = urllib.request.build_opener(redirects, *direct).open(request, timeout=_SILENCE_S)
+        except urllib.error.HTTPError as error:
+            response = error  # an answer like any other
+        with response:
+            while True:
+                piece = response.read1(65_536)
+                data += piece
+                if not piece:
+                    return int(response.code), response.headers, data
+                if len(data) > max_bytes or time.monotonic() > until:
+                    words = shown, "large" if len(data) > max_bytes else "slow"
+                    raise RouterError("the answer of %s is too %s" % words, 502, "bad_answer")
+    except (OSError, http.client.HTTPException) as error:
+        raise RouterError("cannot read %s: %s" % (shown, one_line(str(error), 160)), 502, "unreachable") from None
+    except ValueError:  # its text quotes the header, which may be a token
+        raise RouterError("cannot ask %s: its URL or a header has a character that HTTP forbids" % shown, 400) from None
 
 
 def _check_release_url(url: str) -> None:
@@ -14656,7 +14692,8 @@ def _version_of(path: str) -> str:
 
     try:
         line = [sys.executable, "-I", path, "--version"]
-        done = subprocess.run(line, capture_output=True, text=True, timeout=60, check=False)  # noqa: S603  checked above
+        how: Dict[str, Any] = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True, "timeout": 60}
+        done = subprocess.run(line, check=False, **how)  # noqa: S603  checked above
         found = re.fullmatch(r"llm-router (\d+(?:\.\d+)*\S*)\s*", done.stdout)
     except (subprocess.TimeoutExpired, UnicodeDecodeError):
         found = None
@@ -14698,7 +14735,11 @@ def service_variables(environ: Mapping[str, str]) -> Dict[str, str]:
 
 
 def make_service(platform: str, home: str, argv: Sequence[str], variables: Mapping[str, str], log: str) -> Service:
-    """The service of a platform (sys.platform) that runs `argv`. A value, nothing is touched."""
+    """The service of a platform (sys.platform) that runs `argv`. A value, nothing is touched. UsageError for a control
+    character, which no platform's file can hold, or which would start a line of its own there."""
+    for text in (home, log, *argv, *variables, *variables.values()):
+        if not all(c >= " " and c != "\x7f" for c in text):
+            raise UsageError("a service cannot have a control character in %s" % one_line(text, 160))
     if platform == "darwin":
         return _launchd_agent(home, argv, variables, log)
     return _windows_task(argv) if platform == "win32" else _systemd_unit(home, argv, variables)
@@ -14754,7 +14795,7 @@ def install_service(service: Service) -> List[str]:
 
     if service.path:
         try:
-            os.makedirs(os.path.dirname(service.path), exist_ok=True)
+            os.makedirs(os.path.dirname(service.path), mode=0o700, exist_ok=True)
         except OSError as error:
             words = one_line(service.path), error.strerror or error
             raise FileError("cannot write %s: %s" % words) from None
@@ -14780,7 +14821,7 @@ def service_state(service: Service) -> str:
     return (
         "installed, state unknown: %s is missing" % service.status[0]
         if done is None
-        else (done[1].strip() or "code %d" % done[0])
+        else (one_line(done[1].strip()) or "code %d" % done[0])
     )
 
 
@@ -14801,10 +14842,11 @@ def _call(command: Sequence[str]) -> Optional[Tuple[int, str]]:
     import subprocess
 
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)  # noqa: S603  our table
+        how: Dict[str, Any] = {"stdin": subprocess.DEVNULL, "capture_output": True, "timeout": 30}
+        done = subprocess.run(command, check=False, **how)  # noqa: S603  our table
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return done.returncode, done.stdout or done.stderr
+    return done.returncode, (done.stdout or done.stderr).decode("utf-8", "replace")  # Windows has its own code pages
 
 
 # ==============================================================================
@@ -14834,7 +14876,8 @@ class Default(WorkerEntrypoint):
         return await ROUTER.fetch(request, self.env, self.ctx)
 '''
 _API_URL = "https://api.cloudflare.com/client/v4"
-_API_TIMEOUT_S = 60.0
+_MAX_API_BYTES = 20_000_000
+_WRANGLER_S = 900.0  # it may install itself first
 _SECRET_BYTES = 5000  # 5 KB each (developers.cloudflare.com/workers/platform/limits)
 _MAX_SECRETS = 60  # the free plan has room for 64 variables and secrets
 _WRANGLER_VARIABLES = {"CI": "1", "WRANGLER_SEND_METRICS": "false", "WRANGLER_HIDE_BANNER": "true"}
@@ -15092,8 +15135,6 @@ class Cloudflare:
 
     def call(self, method: str, path: str, parts: Sequence[Part] = ()) -> Any:
         """What a request results in. CloudflareError with Cloudflare's words; its status is the answer's."""
-        import http.client
-        import urllib.error
         import urllib.request
 
         class NoRedirects(urllib.request.HTTPRedirectHandler):
@@ -15105,22 +15146,18 @@ class Cloudflare:
         headers.update({"content-type": kind} if kind else {})
         request = urllib.request.Request(self.base + path, body, headers, method=method)  # noqa: S310  checked
         try:
-            with urllib.request.build_opener(NoRedirects).open(request, timeout=_API_TIMEOUT_S) as response:
-                status, data = response.status, response.read()
-        except urllib.error.HTTPError as error:
-            status, data = error.code, error.read()
-        except (OSError, http.client.HTTPException) as error:
-            words = mask_url(self.base), one_line(str(error), 160)
-            raise CloudflareError("cannot reach %s: %s" % words, 502, "cloudflare_error") from None
+            status, _, data = fetch(request, _MAX_API_BYTES, NoRedirects)
+        except RouterError as error:
+            raise CloudflareError(error.message, 502, "cloudflare_error") from None
         answer = _read_json(data)
         if status < 300 and answer.get("success") is not False:
             return answer.get("result")
         raise CloudflareError(self._refusal(method, path, status, answer), status, "cloudflare_error")
 
     def _refusal(self, method: str, path: str, status: int, answer: Dict[str, Any]) -> str:
-        errors = [as_dict(error) for error in answer.get("errors") or []]
+        errors = [as_dict(error) for error in as_list(answer.get("errors"))]
         words = "; ".join("%s (code %s)" % (error.get("message"), error.get("code")) for error in errors)
-        codes = {error.get("code") for error in errors}
+        codes = {as_int(error.get("code")) for error in errors}
         if status == 401 or codes & {10000, 9109, 6003, 6111, 1000, 1001}:
             words = "the API token is not accepted: %s; make one from the template Edit Cloudflare Workers" % words
         if codes & {10063, 10007} and path.endswith("/subdomain"):
@@ -15129,16 +15166,16 @@ class Cloudflare:
 
     def accounts(self) -> List[Tuple[str, str]]:
         """(id, name) of every account that the token may use."""
-        found = [as_dict(account) for account in self.call("GET", "/accounts?per_page=50") or []]
-        return [(str(account.get("id")), str(account.get("name"))) for account in found]
+        found = [as_dict(account) for account in as_list(self.call("GET", "/accounts?per_page=50"))]
+        return [(_path_word(account.get("id")), str(account.get("name"))) for account in found]
 
     def find_zone(self, host: str) -> str:
         """The id of the zone that holds a host. CloudflareError when the account has none."""
         labels = host.lstrip("*.").split(".")
         for at in range(len(labels) - 1):
-            zones = self.call("GET", "/zones?name=" + ".".join(labels[at:]))
+            zones = as_list(self.call("GET", "/zones?name=" + ".".join(labels[at:])))
             if zones:
-                return str(zones[0]["id"])
+                return _path_word(as_dict(zones[0]).get("id"))
         raise CloudflareError("no zone of this account holds %s" % one_line(host, 100), 404, "no_zone")
 
     def secret_names(self, site: Site) -> List[str]:
@@ -15149,7 +15186,7 @@ class Cloudflare:
             if error.status == 404:
                 return []
             raise
-        return [str(as_dict(secret).get("name")) for secret in found or []]
+        return [str(as_dict(secret).get("name")) for secret in as_list(found)]
 
     def deploy(self, site: Site, secrets: Mapping[str, str]) -> Tuple[str, List[str]]:
         """Take the steps of a deployment; the Worker's URL and the names of its secrets."""
@@ -15164,7 +15201,7 @@ class Cloudflare:
         if host:
             return "https://" + (site.domain or site.route.rstrip("*/")), present
         own = as_dict(self.call("GET", "/accounts/%s/workers/subdomain" % site.account)).get("subdomain")
-        return "https://%s.%s.workers.dev" % (site.name, own), present
+        return "https://%s.%s.workers.dev" % (site.name, _path_word(own)), present
 
     def set_key(self, site: Site, key: str) -> None:
         """The step of `worker-key`. CloudflareError when there is no such Worker."""
@@ -15177,13 +15214,20 @@ class Cloudflare:
             raise CloudflareError("there is no Worker %s: llm-router deploy makes it" % site.name, 404) from None
 
     def _has_route(self, place: CloudStep, site: Site) -> bool:
-        for route in map(as_dict, self.call("GET", place.words[1]) or []):
+        for route in map(as_dict, as_list(self.call("GET", place.words[1]))):
             if route.get("pattern") == site.route:
                 if route.get("script") == site.name:
                     return True
                 words = site.route, one_line(str(route.get("script")), 80)
                 raise CloudflareError("the route %s leads to the Worker %s: remove it there first" % words, 409)
         return False
+
+
+def _path_word(value: Any) -> str:
+    """An id or name that Cloudflare told, fit for a path and a terminal. CloudflareError for anything else."""
+    if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", as_text(value)):
+        raise CloudflareError("Cloudflare's answer has no usable id: %s" % one_line(str(value), 80), 502)
+    return str(value)
 
 
 def api_url(environ: Mapping[str, str]) -> str:
@@ -15197,7 +15241,7 @@ def api_url(environ: Mapping[str, str]) -> str:
 
 def _stale_secrets(present: Iterable[str], secrets: Mapping[str, str]) -> List[str]:
     """Secrets of an earlier, larger configuration: its end would be taken for this one's."""
-    return [name for name in present if re.fullmatch(CONFIG_VARIABLES[0] + r"_\d+", name) and name not in secrets]
+    return [name for name in present if re.fullmatch(CONFIG_VARIABLES[0] + r"_[0-9]+", name) and name not in secrets]
 
 
 class Wrangler:
@@ -15215,8 +15259,11 @@ class Wrangler:
 
         data = b"".join(part.data for part in step.parts if not part.name)
         line = [self._program, *step.words[1:]]
+        how: Dict[str, Any] = {"capture_output": True, "cwd": folder, "env": self._environ, "timeout": _WRANGLER_S}
         try:
-            done = subprocess.run(line, input=data, capture_output=True, cwd=folder, env=self._environ, check=False)  # noqa: S603
+            done = subprocess.run(line, input=data, check=False, **how)  # noqa: S603  found on the PATH
+        except subprocess.TimeoutExpired:
+            raise CloudflareError("%s did not end within %d s" % (" ".join(step.words[:3]), _WRANGLER_S)) from None
         except OSError as error:
             raise CloudflareError("cannot run %s: %s" % (one_line(self._program), error.strerror or error)) from None
         said = re.sub("\033\\[[0-9;]*m", "", (done.stdout + done.stderr).decode("utf-8", "replace"))
@@ -15784,8 +15831,9 @@ def fill_templates(agent: Agent, facts: Mapping[str, str]) -> Tuple[Dict[str, st
     """The variables and the words of an agent; what needs an empty fact is left out, a word with its flag."""
     variables = {name: text % facts for name, text in agent.variables if _is_filled(text, facts)}
     words: List[str] = []
-    for flag, text in zip(agent.words[::2], agent.words[1::2]):
-        words += [flag, text % facts] if _is_filled(text, facts) else []
+    inside = {name: json.dumps(text, ensure_ascii=False)[1:-1] for name, text in facts.items()}
+    for flag, text in zip(agent.words[::2], agent.words[1::2]):  # in quotes it is a string of TOML, which is JSON's
+        words += [flag, text % (inside if '"' in text else facts)] if _is_filled(text, facts) else []
     return variables, words
 
 
@@ -15848,7 +15896,8 @@ _SHELLS: Dict[str, Tuple[str, Callable[[str], str]]] = {
     "bash": _POSIX,
     "zsh": _POSIX,
     "fish": ("set -gx %s %s", lambda text: "'%s'" % text.replace("\\", "\\\\").replace("'", "\\'")),
-    "powershell": ("$env:%s = %s", lambda text: "'%s'" % text.replace("'", "''")),
+    # PowerShell ends such a text at typographic quotes, too
+    "powershell": ("$env:%s = %s", lambda text: "'%s'" % re.sub("(['\u2018-\u201b])", r"\1\1", text)),
 }
 
 
@@ -16107,7 +16156,7 @@ def _run_prompts(menu: Menu, effects: Effects) -> int:
     import sys
 
     while True:
-        print(prompt_text(menu), flush=True)
+        print(printable(prompt_text(menu)), flush=True)
         try:
             hidden = menu.front.hidden and sys.stdin.isatty()
             answer = getpass.getpass("(not shown) > ") if hidden else input("> ")
@@ -17753,8 +17802,7 @@ def _report(error: Exception, debug: bool) -> int:
         traceback.print_exc()
     known = isinstance(error, RouterError)
     text = error.message if known else "%s: %s (--debug shows more)" % (type(error).__name__, error)
-    shown = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
-    print("llm-router: " + shown, file=sys.stderr)
+    print("llm-router: " + printable(text), file=sys.stderr)
     return 2 if isinstance(error, UsageError) else 1
 
 

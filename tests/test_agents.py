@@ -221,6 +221,13 @@ def test_a_shell_reads_back_what_env_prints(value):
 
 def test_other_shells_quote_in_their_own_way():
     assert r.shell_lines({"A": "it's"}, "powershell") == ["$env:A = 'it''s'"]
+    assert r.shell_lines({"A": "x\u2019; evil"}, "powershell") == ["$env:A = 'x\u2019\u2019; evil'"]
     assert r.shell_lines({"A": "it's \\"}, "fish") == ["set -gx A 'it\\'s \\\\'"]
     with pytest.raises(r.UsageError, match="fish"):
         r.shell_lines({}, "tcsh")
+
+
+def test_a_models_name_stays_a_string_in_codexs_toml():
+    facts = dict.fromkeys(["base", "key", "window"], "1")
+    words = r.fill_templates(r.find_agent("codex"), dict(facts, model='a"\nnotify=["evil"]\\'))[1]
+    assert words[words.index("model_context_window=1") - 2] == 'model="a\\"\\nnotify=[\\"evil\\"]\\\\"'

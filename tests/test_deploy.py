@@ -1,12 +1,14 @@
 """Deployment to Cloudflare against a fake of its API: what is sent, what is refused, what stays in files."""
 
 import hashlib
+import http.server
 import json
 import os
 import random
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -457,3 +459,80 @@ def test_who_wants_no_new_key_deploys_nothing(desk, terminal):
     with pytest.raises(r.UsageError, match="nothing was deployed"):
         terminal("n")("deploy")
     assert desk.cloudflare.calls == []
+
+
+# --- an API that means harm ---
+
+
+class Odd(http.server.BaseHTTPRequestHandler):
+    """Answers every request with `server.answer`: (status, headers, body)."""
+
+    def do_GET(self):
+        status, headers, body = self.server.answer
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def odd():
+    """`odd(status, body, **headers)` -> a Cloudflare that gets just that."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Odd) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+
+        def make(status, body, **headers):
+            data = body if isinstance(body, bytes) else json.dumps(body).encode()
+            server.answer = status, {name.replace("_", "-"): value for name, value in headers.items()}, data
+            url = "http://127.0.0.1:%d/v4" % server.server_address[1]
+            return r.Cloudflare({"CLOUDFLARE_API_BASE_URL": url}, "token-planted")
+
+        yield make
+        server.shutdown()
+
+
+ODD_RESULTS = [7, "x", [7, None, {}], {"a": 1}, [{"id": "../../zones"}], [{"id": "a\r\nx: y"}], [{"id": ["x"]}], True]
+
+
+@pytest.mark.parametrize("result", ODD_RESULTS, ids=range(len(ODD_RESULTS)))
+@pytest.mark.parametrize("ask", ["accounts", "find_zone", "secret_names"])
+def test_no_answer_of_the_api_leads_anywhere_else_or_ends_in_anything_but_a_router_error(odd, ask, result):
+    cloudflare = odd(200, {"success": True, "result": result})
+    words = {"accounts": (), "find_zone": ("a.example.com",), "secret_names": (r.Site(account="a"),)}[ask]
+    try:
+        found = getattr(cloudflare, ask)(*words)
+    except r.RouterError as error:
+        assert error.message.isprintable()
+    else:
+        assert "/" not in str(found) and "\\r" not in str(found) or ask == "secret_names"
+
+
+@pytest.mark.parametrize("errors", [7, "x", [None, 7, {"code": ["x"], "message": {"\x1b[2J": 1}}], [{"code": 10000, "message": "\x1b]0;x\x07"}]])
+def test_a_refusal_is_told_in_one_harmless_line_whatever_it_holds(odd, errors):
+    with pytest.raises(r.CloudflareError, match="Cloudflare answers 403") as caught:
+        odd(403, {"success": False, "errors": errors}).accounts()
+    assert caught.value.message.isprintable() and "token-planted" not in caught.value.message
+
+
+@pytest.mark.parametrize("status", [200, 500])
+def test_an_answer_that_breaks_off_never_ends_or_leads_away_is_an_error(odd, status, monkeypatch):
+    for body, headers in ((b"5\r\nab", {"transfer_encoding": "chunked"}), (b"{}", {"content_length": "900"})):
+        with pytest.raises(r.CloudflareError):
+            odd(status, body, **headers).call("PUT", "/x") if status == 200 else odd(status, body, **headers).accounts()
+    monkeypatch.setattr(r, "_MAX_API_BYTES", 1000)
+    with pytest.raises(r.CloudflareError, match="too large"):
+        odd(status, b" " * 100_000).accounts()
+    with pytest.raises(r.CloudflareError, match="answers 302"):
+        odd(302, b"", location="http://127.0.0.1:9/").accounts()
+
+
+def test_a_token_that_no_header_can_hold_is_not_quoted(odd):
+    cloudflare = odd(200, {"result": []})
+    cloudflare._token = "planted\nsecret"
+    with pytest.raises(r.CloudflareError) as caught:
+        cloudflare.accounts()
+    assert "planted" not in caught.value.message

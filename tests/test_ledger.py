@@ -310,6 +310,17 @@ def test_a_ledger_that_another_writer_makes_at_any_moment_is_no_foreign_one(tmp_
         assert connect(str(path)).execute("PRAGMA user_version").fetchone() == (r.LEDGER_VERSION,)
 
 
+@pytest.mark.skipif(os.name != "posix", reason="needs symbolic links")
+def test_the_ledger_is_written_through_no_symbolic_link(tmp_path):
+    target = tmp_path / "mine"
+    target.write_bytes(b"")
+    target.chmod(0o644)
+    (tmp_path / "usage.db").symlink_to(target)
+    with pytest.raises(OSError, match="usage"):
+        r._open_ledger(str(tmp_path / "usage.db"))
+    assert target.read_bytes() == b"" and target.stat().st_mode & 0o777 == 0o644
+
+
 def test_only_the_newest_rows_wait_for_a_file_that_cannot_be_written(ledger, tmp_path):
     (tmp_path / "u.db").mkdir()
     one = ledger(limit=10)

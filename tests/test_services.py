@@ -117,3 +117,24 @@ def test_a_key_that_only_a_variable_holds_is_told_to_be_missing_in_a_service(lin
     told = capsys.readouterr().err
     assert "key of p;" in told and "--provider-id=p" in told and "key of q" not in told
     assert "planted-secret" not in told + (linux / UNIT).read_text()
+
+
+@pytest.mark.parametrize("platform", ["linux", "darwin", "win32"])
+@pytest.mark.parametrize("where", ["path", "variable"])
+def test_nothing_can_begin_a_line_of_its_own_in_a_services_file(platform, where):
+    bad = "/home/me/x\nExecStartPre=/bin/evil"
+    argv, variables = (ARGV + [bad], {}) if where == "path" else (ARGV, {"HTTPS_PROXY": bad})
+    with pytest.raises(r.UsageError, match="control character"):
+        r.make_service(platform, "/home/me", argv, variables, "/home/me/log")
+
+
+@unix
+def test_what_the_platforms_tool_says_is_shown_as_one_harmless_line_whatever_bytes_it_has(linux, capsysbinary):
+    assert r.main(["config", "--operation=startup-install"]) == 0
+    assert os.stat(str(linux / ".config")).st_mode & 0o077 == 0 or os.stat(str((linux / UNIT).parent)).st_mode & 0o077 == 0
+    assert os.stat(str(linux / UNIT)).st_mode & 0o777 == 0o600
+    (linux / "tools" / "systemctl").write_bytes(b'#!/bin/sh\nprintf "\\377 active\\033[2J\\nfailed"\n')
+    capsysbinary.readouterr()
+    assert r.main(["config", "--operation=startup-status"]) == 0
+    shown = capsysbinary.readouterr().out
+    assert b"active" in shown and b"\x1b" not in shown and shown.count(b"\n") == 1

@@ -65,3 +65,7 @@ def test_a_header_is_found_and_a_missing_one_has_a_default():
 def test_the_nearest_names_come_first():
     assert R.nearest("gpt-4", ["claude", "gpt-4o", "gpt-3"])[0] == "gpt-4o"
     assert R.nearest("zzz", ["claude"]) == []
+
+
+def test_what_is_printed_keeps_its_lines_and_no_other_control():
+    assert R.printable("a\nb\x1b[2J\r\u202e\x07é") == "a\nb\\x1b[2J\\r\\u202e\\x07é"

@@ -191,3 +191,45 @@ def test_a_running_instance_becomes_the_new_version_on_its_port(installed, tmp_p
         assert (after["version"], after["pid"], after["port"]) == ("99.0.1", before["pid"], before["port"])
     finally:
         installed.run("stop", "--grace=0")
+
+
+# --- a release server that means harm ---
+
+
+def fetched(url):
+    with pytest.raises(r.RouterError) as caught:
+        r.fetch_release(url)
+    return caught.value
+
+
+def test_an_endless_and_a_dripping_download_are_given_up(releases, monkeypatch):
+    releases.files["/release"] = NEWER
+    monkeypatch.setattr(r, "_MAX_RELEASE_BYTES", 1000)
+    assert "too large" in fetched(releases.url + "/release").message
+    monkeypatch.undo()
+    monkeypatch.setattr(r, "_FETCH_S", -1.0)
+    assert "too slow" in fetched(releases.url + "/release").message
+
+
+def test_no_proxy_comes_between_the_program_and_a_server_on_this_machine(releases, monkeypatch):
+    """What is plain http is taken from this machine only: a proxy could put its own program in its place."""
+    releases.files["/release"] = b"x = 1"
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    assert r.fetch_release(releases.url + "/release") == b"x = 1"
+
+
+def test_a_password_and_a_key_in_the_url_are_in_no_message(releases):
+    port = releases.url.rpartition(":")[2]
+    for url in ("http://me:planted-secret@127.0.0.1:%s/gone?key=planted-secret" % port, "https://x/\nplanted-secret",
+                "http://127.0.0.1:%s/gone?api_key=planted-secret" % port, "http://x.example/?key=planted-secret"):  # fmt: skip
+        assert "planted-secret" not in fetched(url).message.replace("\\nplanted-secret", "")
+
+
+@pytest.mark.parametrize("data", [b"(" * 100_000, b"-" * 200_000 + b"1", b"x = " + b"[" * 5000])
+def test_a_release_that_no_compiler_can_take_is_refused(installed, data):
+    release = installed.home / "release"
+    release.write_bytes(data)
+    with pytest.raises(r.RouterError, match="not a Python program"):
+        r.update_file(str(installed.file), str(release))
+    assert installed.is_untouched()
