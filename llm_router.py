@@ -230,9 +230,8 @@ def load_json(data: Union[bytes, str], what: str = "body") -> Any:
     try:
         return _JSON_DECODER.decode(_decoded(data) if isinstance(data, (bytes, bytearray)) else data)
     except (ValueError, RecursionError) as error:
-        raise RouterError(
-            "the %s is not valid JSON: %s" % (what, one_line(str(error), 120)), 400, "invalid_json"
-        ) from None
+        words = what, one_line(str(error), 120)
+        raise RouterError("the %s is not valid JSON: %s" % words, 400, "invalid_json") from None
 
 
 def _decoded(data: bytes) -> str:
@@ -244,9 +243,7 @@ def _refuse_constant(name: str) -> Any:
     raise ValueError("%s is not JSON" % name)
 
 
-_JSON_DECODER = json.JSONDecoder(
-    parse_constant=_refuse_constant
-)  # made once: json.loads makes one per call with an option
+_JSON_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)  # json.loads would make one per call
 
 
 def dump_json(value: Any) -> bytes:
@@ -276,14 +273,7 @@ def as_int(value: Any) -> int:
     """`value` when it is a whole number of at least 0, else 0 (booleans are no numbers)."""
     if type(value) is int:
         return value if value > 0 else 0
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, (int, float))
-        or value != value
-        or value in (math.inf, -math.inf)
-    ):
-        return 0
-    return max(0, int(value))
+    return max(0, int(value)) if isinstance(value, float) and math.isfinite(value) else 0
 
 
 def nearest(name: str, known: Iterable[str], count: int = 1) -> List[str]:
@@ -14541,7 +14531,6 @@ def _read_from(path: str, offset: int) -> str:
 # 30 UPDATE - this very file replaced by a newer release [host]
 # ==============================================================================
 
-
 _MAX_RELEASE_BYTES = 20_000_000
 _SILENCE_S = 60.0  # of a server that is fetched from
 _FETCH_S = 600.0  # for all of an answer, however steadily it drips
@@ -14818,11 +14807,9 @@ def service_state(service: Service) -> str:
     if service.path and not os.path.exists(service.path):
         return "not installed"
     done = _call(service.status)
-    return (
-        "installed, state unknown: %s is missing" % service.status[0]
-        if done is None
-        else (one_line(done[1].strip()) or "code %d" % done[0])
-    )
+    if done is None:
+        return "installed, state unknown: %s is missing" % service.status[0]
+    return one_line(done[1].strip()) or "code %d" % done[0]
 
 
 def _give(commands: Sequence[Tuple[str, ...]]) -> List[str]:
@@ -15262,10 +15249,8 @@ class Wrangler:
         how: Dict[str, Any] = {"capture_output": True, "cwd": folder, "env": self._environ, "timeout": _WRANGLER_S}
         try:
             done = subprocess.run(line, input=data, check=False, **how)  # noqa: S603  found on the PATH
-        except subprocess.TimeoutExpired:
-            raise CloudflareError("%s did not end within %d s" % (" ".join(step.words[:3]), _WRANGLER_S)) from None
-        except OSError as error:
-            raise CloudflareError("cannot run %s: %s" % (one_line(self._program), error.strerror or error)) from None
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise CloudflareError("cannot run %s: %s" % (one_line(self._program), error)) from None
         said = re.sub("\033\\[[0-9;]*m", "", (done.stdout + done.stderr).decode("utf-8", "replace"))
         if done.returncode:
             lines = [line.strip() for line in said.splitlines() if line.strip() and "Logs were written" not in line]
@@ -15308,7 +15293,6 @@ class Wrangler:
 
 _DEMO_TEXT = "Hello from a provider that works."
 _DEMO_USAGE = Usage(input=12, output=7)
-_DEMO_KEEPERS = ("steady", "claudette")
 
 # Provider -> its format and what it does with a request.
 _DEMO_PROVIDERS: Dict[str, Tuple[str, str]] = {
@@ -15318,6 +15302,11 @@ _DEMO_PROVIDERS: Dict[str, Tuple[str, str]] = {
     "failing": ("anthropic", "says 500"),
     "lying": ("openai", "says 200, then an error"),
     "dying": ("openai", "breaks off in the middle of a stream"),
+}
+_DEMO_ERRORS = {
+    "limited": (429, ErrorInfo(429, "Rate limit reached")),
+    "failing": (500, ErrorInfo(500, "Internal error")),
+    "lying": (200, ErrorInfo(502, "Provider returned error")),
 }
 _DEMO_REQUESTS: Dict[str, Dict[str, Any]] = {
     "openai": {"messages": [{"role": "user", "content": "Say hello."}]},
@@ -15362,13 +15351,9 @@ async def _demo_provider(call: Call, sink: Sink) -> None:
     wire, body = WIRE_FORMATS[_DEMO_PROVIDERS[name][0]], load_json(await call.read_body())
     context = Context(ChatRequest(as_text(body.get("model")), []), "demo", 0)
     answer = ChatResponse("demo", "demo", [Text(_DEMO_TEXT)], "end_turn", "", _DEMO_USAGE)
-    if name in ("limited", "failing"):
-        status, message = (429, "Rate limit reached") if name == "limited" else (500, "Internal error")
-        await sink.respond(status, _JSON_HEADERS, dump_json(wire.render_error(ErrorInfo(status, message), "demo")))
-    elif name == "lying":
-        await sink.respond(
-            200, _JSON_HEADERS, dump_json(wire.render_error(ErrorInfo(502, "Provider returned error"), "demo"))
-        )
+    if name in _DEMO_ERRORS:
+        status, error = _DEMO_ERRORS[name]
+        await sink.respond(status, _JSON_HEADERS, dump_json(wire.render_error(error, "demo")))
     elif not body.get("stream"):
         await sink.respond(200, _JSON_HEADERS, dump_json(wire.render_response(answer, context)))
     else:
@@ -15393,11 +15378,9 @@ def demo_document(base_url: str) -> Dict[str, Any]:
     """The configuration of the demo, in the form of the configuration file."""
     providers = []
     for name, (wire, _) in _DEMO_PROVIDERS.items():
-        model = {"id": "demo", "fallbackModels": [] if name in _DEMO_KEEPERS + ("dying",) else ["steady/demo"]}
-        url = "%s/%s/v1" % (base_url, name)
-        providers.append(
-            {"id": name, "baseUrl": url, "apiKey": "demo-key-of-" + name, "formats": [wire], "models": [model]}
-        )
+        model = {"id": "demo", "fallbackModels": ["steady/demo"] if name in _DEMO_ERRORS else []}
+        one = {"id": name, "baseUrl": "%s/%s/v1" % (base_url, name), "apiKey": "demo-key-of-" + name}
+        providers.append(dict(one, formats=[wire], models=[model]))
     return {"version": 1, "defaultModel": "steady/demo", "providers": providers}
 
 
@@ -15449,6 +15432,7 @@ def run_demo(once: bool, port: int) -> int:
 async def _demo(once: bool, port: int) -> int:
     import asyncio
     import sys
+    import types
 
     loop = asyncio.get_running_loop()
     settings = Settings()._replace(**_DEMO_SETTINGS)
@@ -15459,7 +15443,7 @@ async def _demo(once: bool, port: int) -> int:
     fake_port = await fakes.listen("127.0.0.1", 0)
     config = read_config(demo_document("http://127.0.0.1:%d" % fake_port), {})
     server = Server(loop, settings, Gateway(Routes(config), settings, Access(), host, HealthBook()).handle, host.failed)
-    stop = _Stop(asyncio.Event())
+    stopping = asyncio.Event()
     try:
         port = await server.listen("127.0.0.1", port)
         print("listening on http://127.0.0.1:%d, with fake providers behind it:" % port)
@@ -15468,25 +15452,14 @@ async def _demo(once: bool, port: int) -> int:
         wrong = await loop.run_in_executor(None, _show_cases, port)
         if not once:
             print("\nstill serving on http://127.0.0.1:%d; Ctrl-C ends it" % port, flush=True)
-            _on_signals(loop, stop)
-            await stop.event.wait()
+            _on_signals(loop, types.SimpleNamespace(stop=stopping.set))
+            await stopping.wait()
     finally:
         await server.drain(1.0)
         await fakes.drain(1.0)
         upstreams.close()
         log.close()
     return 1 if wrong else 0
-
-
-class _Stop:
-    """What a signal calls in the demo."""
-
-    def __init__(self, event: Any) -> None:
-        self.event = event
-
-    def stop(self) -> None:
-        """End the demo."""
-        self.event.set()
 
 
 def _show_cases(port: int) -> int:
@@ -15791,20 +15764,10 @@ AGENTS: Tuple[Agent, ...] = (
           (("OPENAI_BASE_URL", "%(base)s/v1"), ("OPENAI_API_KEY", "%(key)s"), ("OPENAI_MODEL", "%(model)s")),
           ("--auth-type", "openai"), hidden=PROXY_VARIABLES),  # it sends even 127.0.0.1 to a proxy
 )
+ANY_AGENT = Agent("any", "", "", (
+    ("ANTHROPIC_BASE_URL", "%(base)s"), ("ANTHROPIC_AUTH_TOKEN", "%(key)s"), ("OPENAI_BASE_URL", "%(base)s/v1"),
+    ("OPENAI_API_BASE", "%(base)s/v1"), ("OPENAI_API_KEY", "%(key)s")), hidden=("ANTHROPIC_API_KEY",))
 # fmt: on
-ANY_AGENT = Agent(
-    "any",
-    "",
-    "",
-    (
-        ("ANTHROPIC_BASE_URL", "%(base)s"),
-        ("ANTHROPIC_AUTH_TOKEN", "%(key)s"),
-        ("OPENAI_BASE_URL", "%(base)s/v1"),
-        ("OPENAI_API_BASE", "%(base)s/v1"),
-        ("OPENAI_API_KEY", "%(key)s"),
-    ),
-    hidden=("ANTHROPIC_API_KEY",),
-)
 _NO_KEY = "no-key-needed"  # clients insist on some key
 
 
