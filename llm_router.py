@@ -8785,18 +8785,18 @@ def backoff_ms(retry: int, settings: Settings, jitter: float) -> int:
 # ==============================================================================
 #
 # update(menu, event) -> (menu, effect). An event is the name of a key ("a", "up", "enter") or what the host Told after
-# an effect. Screens lie on one another; a dialog is a screen that knows how to go on (`then`) with what it was told.
+# an effect. Screens lie on one another, each a row of SCREENS with its keys; a key gets the menu and the item of the
+# selected row. A dialog is a screen that knows how to go on (`then`) with what it was told.
 
 
 class Row(NamedTuple):
-    """A line that can be selected. cells: its columns. do: what Enter does. state: ok, off, warning, error or "".
-    item: what the keys of its screen work on."""
+    """A line that can be selected. cells: its columns. item: what the keys of its screen work on, None for nothing.
+    state: ok, off, warning, error or ""."""
 
     cells: Tuple[str, ...]
-    do: Optional[Callable[[Menu], Menu]] = None
+    item: Any = None
     hint: str = ""
     state: str = ""
-    item: Any = None
 
 
 class Frame(NamedTuple):
@@ -8832,18 +8832,14 @@ class Effect(Value):
     """What the host is to do: a name in its table, the arguments, and the serial that its answer must bear."""
 
     __slots__ = ("kind", "args", "serial")
-
-    def __init__(self, kind: str, args: Tuple[Any, ...] = (), serial: int = 0) -> None:
-        self.kind, self.args, self.serial = kind, args, serial
+    defaults = ((), 0)
 
 
 class Told(Value):
     """How an effect ended, or how far it is: `value`, or `error` as a sentence."""
 
-    __slots__ = ("error", "is_progress", "serial", "value")
-
-    def __init__(self, serial: int, value: Any = None, error: str = "", is_progress: bool = False) -> None:
-        self.serial, self.value, self.error, self.is_progress = serial, value, error, is_progress
+    __slots__ = ("serial", "value", "error", "is_progress")
+    defaults = (None, "", False)
 
 
 class Menu(NamedTuple):
@@ -8866,26 +8862,31 @@ class Menu(NamedTuple):
         """The screen that is seen."""
         return self.frames[-1]
 
+    @property
+    def is_unsaved(self) -> bool:
+        """Whether anything differs from the file."""
+        return self.document != self.saved
+
 
 class Key(NamedTuple):
-    """A key of a screen: its name, a word for what it does, and the action on the selected row."""
+    """A key of a screen: its name, a word for what it does ("" for what goes without saying), and the action on the
+    selected row's item. is_free: it works without a row as well."""
 
     name: str
     word: str
-    do: Callable[[Menu, Frame, Row], Menu]
+    do: Callable[[Menu, Any], Menu]
+    is_free: bool = False
 
 
 class Screen(NamedTuple):
-    """A kind of screen. kind: list, pick, input, text or busy. rows: made of the menu; a dialog brings its own. verb:
-    what Enter does there."""
+    """A kind of screen. kind: list, pick, input, text or busy. rows: made of the menu; a dialog brings its own."""
 
-    title: str
-    kind: str = "list"
-    rows: Optional[Callable[[Menu, Frame], List[Row]]] = None
+    title: str = ""
+    rows: Optional[Callable[[Menu], List[Row]]] = None
     keys: Tuple[Key, ...] = ()
     lead: str = ""
     empty: str = ""
-    verb: str = "open"
+    kind: str = "list"
 
 
 def make_menu(document: Dict[str, Any], facts: Facts) -> Menu:
@@ -8895,32 +8896,38 @@ def make_menu(document: Dict[str, Any], facts: Facts) -> Menu:
 
 def update(menu: Menu, event: Any) -> Tuple[Menu, Optional[Effect]]:
     """What becomes of the menu, and what the host is to do."""
-    quiet = menu if isinstance(event, Told) or event == "tick" else menu._replace(note="", is_error=False)
+    is_told = isinstance(event, Told)
+    if is_told and event.serial != menu.front.serial:
+        return menu, None  # of something that was stopped
+    if is_told and event.is_progress:
+        return _swap(menu, lead=event.value), None
+    before = _pop(menu) if is_told else menu if event == "tick" else menu._replace(note="", is_error=False)
     try:
-        new = _hear(menu, event) if isinstance(event, Told) else _press(quiet, event)
+        if is_told and event.error:
+            raise UsageError(event.error)
+        new = menu.front.then(before, event.value) if is_told else _press(before, event)
     except RouterError as error:
-        below = _pop(menu) if isinstance(event, Told) and menu.front.serial == event.serial else menu
-        new = below._replace(note=error.message, is_error=True)
+        new = before._replace(note=error.message, is_error=True)
     while not _stands(new):
         new = _pop(new)
     return new._replace(effect=None), new.effect
 
 
-def rows_of(menu: Menu, frame: Frame) -> List[Row]:
-    """The rows that a screen shows, filtered."""
-    make = SCREENS[frame.screen].rows
-    rows = make(menu, frame) if make else frame.rows
+def rows_of(menu: Menu) -> List[Row]:
+    """The rows that the front screen shows, filtered."""
+    frame, make = menu.front, SCREENS[menu.front.screen].rows
+    rows = make(menu) if make else frame.rows
     return [row for row in rows if frame.filter.lower() in " ".join(row.cells).lower()]
 
 
-def keys_of(menu: Menu, frame: Frame) -> List[Tuple[str, str]]:
+def keys_of(menu: Menu) -> List[Tuple[str, str]]:
     """The keys that do something here and a word for each, the most useful first."""
-    screen = SCREENS[frame.screen]
+    screen = SCREENS[menu.front.screen]
+    pairs = [("JK" if key.name == "J" else key.name, key.word) for key in screen.keys if key.word and key.name != "K"]
     if screen.kind != "list":
-        return list(_DIALOG_KEYS[screen.kind])
-    pairs = [("JK" if key.name == "J" else key.name, key.word) for key in screen.keys if key.name != "K"]
-    pairs += [("s", "save"), ("u", "undo")] if menu.document != menu.saved else []
-    return [("enter", screen.verb), *pairs, ("esc", "back" if len(menu.frames) > 1 else "quit"), ("?", "help")]
+        return pairs
+    pairs += [("s", "save"), ("u", "undo")] if menu.is_unsaved else []
+    return [*pairs, ("esc", "back" if len(menu.frames) > 1 else "quit"), ("?", "help")]
 
 
 def _stands(menu: Menu) -> bool:
@@ -8933,115 +8940,59 @@ def _stands(menu: Menu) -> bool:
 
 # ----- keys -----
 
-# fmt: off
-_DIALOG_KEYS = {
-    "pick": (("space", "pick"), ("JK", "order"), ("a", "type"), ("/", "filter"), ("enter", "done"), ("esc", "back")),
-    "input": (("enter", "accept"), ("ctrl-u", "clear"), ("esc", "back")),
-    "text": (("up", "down"), ("esc", "back")),
-    "busy": (("esc", "stop"),),
-}
-# fmt: on
 _MOVES = {"up": -1, "k": -1, "down": 1, "j": 1, "pgup": -10, "pgdn": 10, "home": -(1 << 30), "end": 1 << 30}
-_BACK = ("esc", "left", "ctrl-c", "backspace")
 
 
-def _press(menu: Menu, key: str) -> Menu:
-    frame = menu.front
-    if key == "ctrl-c" and len(menu.frames) > 1 and menu.front.title == _LEAVE:
-        return menu._replace(effect=Effect("quit", (130,)))
-    if key == "ctrl-c" and SCREENS[frame.screen].kind == "list" and not frame.rows:
-        return _leave(menu)
-    return _PRESS[SCREENS[frame.screen].kind](menu, frame, key)
+def within(at: int, count: int) -> int:
+    """The nearest index of something that has so many entries."""
+    return max(0, min(at, count - 1))
 
 
-def _press_list(menu: Menu, frame: Frame, key: str) -> Menu:
-    rows = rows_of(menu, frame)
-    at = max(0, min(frame.at, len(rows) - 1))
-    row = rows[at] if rows else Row(())
-    if key in _MOVES:
-        return _swap(menu, at=max(0, min(at + _MOVES[key], len(rows) - 1)))
-    if key in ("enter", "right"):
-        return row.do(_swap(menu, at=at)) if row.do else menu
-    if key in _BACK or key == "q":
-        return _leave(menu) if key == "q" or len(menu.frames) == 1 else _back(menu, frame)
-    keys = {one.name: one.do for one in _GLOBAL_KEYS + SCREENS[frame.screen].keys}
-    return keys[key](_swap(menu, at=at), frame, row) if key in keys else menu
+def _press(menu: Menu, name: str) -> Menu:
+    frame, screen, rows = menu.front, SCREENS[menu.front.screen], rows_of(menu)
+    keys = {key.name: key for key in (_LIST_KEYS if screen.kind == "list" else ()) + screen.keys}
+    count = frame.lead.count("\n") + 1 if screen.kind == "text" else len(rows)
+    at = within(frame.at, count)
+    if screen.kind == "input":
+        if name not in keys:
+            return _type(menu, name)
+    elif name in _MOVES:
+        return _swap(menu, at=within(at + _MOVES[name], count))
+    elif name not in keys:
+        name = "esc" if name in ("left", "backspace", "ctrl-c") else name
+    item = rows[at].item if rows else None
+    if name not in keys or item is None and not keys[name].is_free:
+        return menu
+    return keys[name].do(_swap(menu, at=at) if rows else menu, item)
 
 
-def _press_pick(menu: Menu, frame: Frame, key: str) -> Menu:
-    rows, picked = rows_of(menu, frame), list(frame.picked)
-    at = max(0, min(frame.at, len(rows) - 1))
-    item = rows[at].item if rows else ""
-    if key in _MOVES:
-        return _swap(menu, at=max(0, min(at + _MOVES[key], len(rows) - 1)))
-    if key == "space" and rows:
-        return _swap(menu, picked=tuple([p for p in picked if p != item] if item in picked else [*picked, item]))
-    if key in ("J", "K") and item in picked:
-        i = picked.index(item)
-        picked.insert(max(0, i + (1 if key == "J" else -1)), picked.pop(i))
-        return _swap(menu, picked=tuple(picked))
-    if key == "enter":
-        return frame.then(_pop(menu), list(frame.picked))
-    if key == "a":
-        return _ask(menu, "Name it", _pick_further, lead="A name that is not in the list")
-    if key == "/":
-        return _filter(menu, frame, Row(()))
-    return _pop(menu) if key in _BACK or key == "q" else menu
-
-
-def _pick_further(menu: Menu, name: str) -> Menu:
-    row = Row((name,), item=name)
-    rows = menu.front.rows + (() if not name or any(r.item == name for r in menu.front.rows) else (row,))
-    return _swap(menu, rows=rows, picked=tuple(dict.fromkeys(menu.front.picked + ((name,) if name else ()))), filter="")
-
-
-def _press_input(menu: Menu, frame: Frame, key: str) -> Menu:
-    text, at = frame.typed, max(0, min(frame.at, len(frame.typed)))
-    if key == "enter":
-        return frame.then(_pop(menu), text)
-    if key in ("esc", "ctrl-c"):
-        return _pop(menu)
-    typed = " " if key == "space" else key
+def _type(menu: Menu, key: str) -> Menu:
+    text, typed = menu.front.typed, " " if key == "space" else key
+    head, tail = text[: menu.front.at], text[menu.front.at :]
     edits = {
-        "backspace": (text[: max(0, at - 1)] + text[at:], at - 1),
-        "delete": (text[:at] + text[at + 1 :], at),
-        "ctrl-u": ("", 0),
-        "left": (text, at - 1),
-        "right": (text, at + 1),
-        "home": (text, 0),
-        "end": (text, len(text)),
+        "backspace": (head[:-1], tail),
+        "delete": (head, tail[1:]),
+        "left": (head[:-1], head[-1:] + tail),
+        "right": (head + tail[:1], tail[1:]),
+        "home": ("", text),
+        "end": (text, ""),
     }
     if len(typed) == 1 and typed.isprintable():
-        edits[key] = (text[:at] + typed + text[at:], at + 1)
-    text, at = edits.get(key, (text, at))
-    return _swap(menu, typed=text, at=max(0, min(at, len(text))))
-
-
-def _press_text(menu: Menu, frame: Frame, key: str) -> Menu:
-    if key in _MOVES:
-        return _swap(menu, at=max(0, min(frame.at + _MOVES[key], frame.lead.count("\n"))))
-    return _pop(menu) if key in _BACK or key in ("enter", "q", "space") else menu
-
-
-def _press_busy(menu: Menu, frame: Frame, key: str) -> Menu:
-    if key == "tick":
-        return _swap(menu, at=frame.at + 1)
-    if key in _BACK or key == "q":
-        return _pop(menu)._replace(effect=Effect("cancel"), note="stopped")
-    return menu
-
-
-_PRESS = {"list": _press_list, "pick": _press_pick, "input": _press_input, "text": _press_text, "busy": _press_busy}
+        edits[key] = (head + typed, tail)
+    head, tail = edits.get(key, (head, tail))
+    return _swap(menu, typed=head + tail, at=len(head))
 
 
 # ----- moving between screens, and dialogs -----
 
 
-def _push(menu: Menu, frame: Frame) -> Menu:
+def _push(menu: Menu, *fields: Any, **more: Any) -> Menu:
+    """A further screen; fields: of its Frame."""
+    frame = Frame(*fields, **more)
     return menu._replace(frames=menu.frames + (frame._replace(is_draft=frame.is_draft or menu.front.is_draft),))
 
 
-def _pop(menu: Menu) -> Menu:
+def _pop(menu: Menu, item: Any = None) -> Menu:
     return menu._replace(frames=menu.frames[:-1] or (Frame("home"),))
 
 
@@ -9049,111 +9000,141 @@ def _swap(menu: Menu, **changes: Any) -> Menu:
     return menu._replace(frames=menu.frames[:-1] + (menu.front._replace(**changes),))
 
 
-def _go(screen: str, place: Place = (), title: str = "") -> Callable[[Menu], Menu]:
-    return lambda menu: _push(menu, Frame(screen, title, place))
-
-
 def _document(menu: Menu, frame: Optional[Frame] = None) -> Dict[str, Any]:
     """The document that a screen works on."""
     return menu.draft if (frame or menu.front).is_draft else menu.document
 
 
-def _apply(menu: Menu, edit: Edit) -> Menu:
+def _at(menu: Menu, place: Place) -> Any:
+    return look_at(_document(menu), place)[0]
+
+
+def _ids(menu: Menu, place: Place) -> List[str]:
+    """The id of the provider at `place`, and of the model there when it is one's."""
+    return [_id_of(_at(menu, place[:n]), "model") for n in range(2, len(place) + 1, 2)]
+
+
+def _apply(menu: Menu, edit: Callable[..., Edit], *args: Any) -> Menu:
+    """Change the document that the front screen works on."""
+    document, notes = edit(_document(menu), *args)
     if menu.front.is_draft:
-        return menu._replace(draft=edit.document)
-    if edit.document == menu.document:
+        return menu._replace(draft=document)
+    if document == menu.document:
         return menu
-    past = menu.past[-199:] + (menu.document,)
-    return menu._replace(document=edit.document, past=past, note="; ".join(edit.notes))
+    return menu._replace(document=document, past=menu.past[-199:] + (menu.document,), note="; ".join(notes))
+
+
+def _do(menu: Menu, action: Any) -> Menu:
+    return action(menu) if action else menu
+
+
+def _go(screen: str, *steps: Union[str, int]) -> Callable[[Menu], Menu]:
+    """Open a screen at the place that the steps lead to from the present one."""
+    return lambda menu: _push(menu, screen, "", (*menu.front.place, *steps))
 
 
 def _ask(menu: Menu, title: str, then: Any, lead: str = "", typed: str = "", hidden: bool = False) -> Menu:
-    return _push(menu, Frame("input", title, lead=lead, typed=typed, at=len(typed), hidden=hidden, then=then))
+    return _push(menu, "input", title, lead=lead, typed=typed, at=len(typed), hidden=hidden, then=then)
 
 
-def _choose(menu: Menu, title: str, rows: Sequence[Tuple[str, str, Any]], lead: str = "", now: Any = "") -> Menu:
-    """rows: label, hint, and what it does with the menu below; the one labelled `now` is selected."""
-    made = tuple(Row((label,), lambda menu, then=then: then(_pop(menu)), hint) for label, hint, then in rows)
-    at = next((i for i, row in enumerate(rows) if row[0] == now), 0)
-    return _push(menu, Frame("choose", title, at=at, rows=made, lead=lead))
+def _choose(menu: Menu, title: str, rows: Iterable[Row], lead: str = "", then: Any = _do, now: Any = "") -> Menu:
+    """then(menu below, item of the chosen row); the row of the item `now` is selected."""
+    rows = tuple(rows)
+    at = next((i for i, row in enumerate(rows) if now and row.item == now), 0)
+    return _push(menu, "choose", title, at=at, rows=rows, lead=lead, then=then)
 
 
-def _each(values: Iterable[str], then: Any) -> List[Tuple[str, str, Any]]:
-    """Rows for `_choose` that hand their label to `then`."""
-    return [(value, "", lambda menu, value=value: then(menu, value)) for value in values]
+def _pick(menu: Menu, title: str, names: Iterable[str], picked: Sequence[str], then: Any, lead: str = "") -> Menu:
+    """then(menu below, list of what was picked)."""
+    rows = tuple(_name_rows([*picked, *names]))
+    return _push(menu, "pick", title, rows=rows, picked=tuple(picked), then=then, lead=lead)
 
 
-def _pick(menu: Menu, title: str, choices: Iterable[str], picked: Sequence[str], then: Any, lead: str = "") -> Menu:
-    rows = tuple(Row((name,), item=name) for name in dict.fromkeys([*picked, *choices]))
-    return _push(menu, Frame("pick", title, rows=rows, picked=tuple(picked), then=then, lead=lead))
+def _name_rows(names: Iterable[str]) -> List[Row]:
+    return [Row((name,), name) for name in dict.fromkeys(names)]
 
 
-def _show(menu: Menu, title: str, lines: Iterable[str]) -> Menu:
-    return _push(menu, Frame("text", title, lead="\n".join(lines)))
+def _show(menu: Menu, title: str, *lines: str) -> Menu:
+    return _push(menu, "text", title, lead="\n".join(lines))
 
 
 def _run(menu: Menu, words: str, then: Any, kind: str, *args: Any) -> Menu:
-    """Let the host do something, seen while it lasts; then(menu, value, error) goes on."""
+    """Let the host do something, seen while it lasts; then(menu below, value), or its error is shown there."""
     serial = menu.serial + 1
-    new = _push(menu, Frame("busy", words, then=then, serial=serial))
+    new = _push(menu, "busy", words, then=then, serial=serial)
     return new._replace(serial=serial, effect=Effect(kind, args, serial))
 
 
-def _hear(menu: Menu, told: Told) -> Menu:
-    frame = menu.front
-    if frame.screen != "busy" or frame.serial != told.serial:
-        return menu  # of something that was stopped
-    if told.is_progress:
-        return _swap(menu, lead=told.value)
-    return frame.then(_pop(menu), told.value, told.error)
+def _quit(menu: Menu, code: int = 0) -> Menu:
+    return menu._replace(effect=Effect("quit", (code,)))
 
 
-def _or_error(then: Any) -> Any:
-    def heard(menu: Menu, value: Any, error: str) -> Menu:
-        return menu._replace(note=error, is_error=True) if error else then(menu, value)
+def _stop(menu: Menu, item: Any) -> Menu:
+    return _pop(menu)._replace(effect=Effect("cancel"), note="stopped")
 
-    return heard
+
+def _pick_row(menu: Menu, name: str) -> Menu:
+    picked = menu.front.picked
+    return _swap(menu, picked=tuple([p for p in picked if p != name] if name in picked else [*picked, name]))
+
+
+def _pick_sooner(menu: Menu, name: str, step: int = -1) -> Menu:
+    picked = list(menu.front.picked)
+    if name in picked:
+        at = picked.index(name)
+        picked.insert(max(0, at + step), picked.pop(at))
+    return _swap(menu, picked=tuple(picked))
+
+
+def _pick_further(menu: Menu, item: Any) -> Menu:
+    def named(menu: Menu, name: str) -> Menu:
+        names = [name] if name else []
+        rows = _name_rows([*(row.item for row in menu.front.rows), *names])
+        picked = dict.fromkeys([*menu.front.picked, *names])
+        return _swap(menu, rows=tuple(rows), picked=tuple(picked), filter="")
+
+    return _ask(menu, "Name it", named, "A name that is not in the list")
 
 
 # ----- leaving, undo, saving -----
 
-_LEAVE = "Unsaved changes"
 
-
-def _back(menu: Menu, frame: Frame) -> Menu:
-    if not (frame.screen == "provider" and frame.is_draft):
+def _back(menu: Menu, item: Any = None) -> Menu:
+    if len(menu.frames) == 1:
+        return _leave(menu)
+    if not (menu.front.screen == "provider" and menu.front.is_draft):
         return _pop(menu)
-    rows = [("Go on with it", "", lambda menu: menu), ("Drop it", "what was typed is lost", _pop)]
+    rows = Row(("Go on with it",), ""), Row(("Drop it",), _pop, "what was typed is lost")
     return _choose(menu, "The provider is not added yet", rows)
 
 
-def _leave(menu: Menu) -> Menu:
-    if menu.document == menu.saved:
-        return menu._replace(effect=Effect("quit", (0,)))
-    rows = [
-        ("Save and quit", "write the changes to the file", lambda menu: _save(menu, True)),
-        ("Quit without saving", "the file stays as it is", lambda menu: menu._replace(effect=Effect("quit", (0,)))),
-        ("Stay", "go on editing", lambda menu: menu),
-    ]
-    return _choose(menu, _LEAVE, rows, "Nothing has been written yet.")
+def _leave(menu: Menu, item: Any = None) -> Menu:
+    if not menu.is_unsaved:
+        return _quit(menu)
+    rows = (
+        Row(("Save and quit",), lambda menu: _save(menu, _quit), "write the changes to the file"),
+        Row(("Quit without saving",), _quit, "the file stays as it is"),
+        Row(("Stay",), "", "go on editing"),
+    )
+    return _swap(_choose(menu, "Unsaved changes", rows, "Nothing has been written yet."), screen="leave")
 
 
-def _undo(menu: Menu, frame: Frame, row: Row) -> Menu:
+def _undo(menu: Menu, item: Any) -> Menu:
     if not menu.past:
         return menu._replace(note="nothing to undo")
     return menu._replace(document=menu.past[-1], past=menu.past[:-1], note="undone")
 
 
-def _review(menu: Menu, frame: Frame, row: Row) -> Menu:
+def _review(menu: Menu, item: Any = None) -> Menu:
     """The changes before they are saved."""
-    if menu.document == menu.saved:
+    if not menu.is_unsaved:
         return menu._replace(note="nothing to save")
     lines = diff_lines(menu.saved, menu.document)
-    rows = [
-        ("Save these changes", "to " + menu.facts.path, _save),
-        ("See every line", "", lambda menu: _show(_review(menu, frame, row), "Changes", lines)),
-        ("Go on editing", "", lambda menu: menu),
-    ]
+    rows = (
+        Row(("Save these changes",), _save, "to " + menu.facts.path),
+        Row(("See every line",), lambda menu: _show(_review(menu), "Changes", *lines)),
+        Row(("Go on editing",), ""),
+    )
     return _swap(_choose(menu, "Save", rows, "\n".join(lines)), screen="diff")
 
 
@@ -9166,56 +9147,50 @@ def diff_lines(old: Dict[str, Any], new: Dict[str, Any]) -> List[str]:
     return [line for line in lines if line[:2] != "@@"] or ["+ a key that looks the same when it is masked"]
 
 
-def _save(menu: Menu, then_quit: bool = False) -> Menu:
+def _save(menu: Menu, then: Any = None) -> Menu:
     def saved(menu: Menu, answer: Tuple[str, Any]) -> Menu:
-        if answer[0] == "conflict":
-            return _resolve(menu, answer[1])
-        effect = Effect("quit", (0,)) if then_quit else None
-        return menu._replace(saved=menu.document, past=(), note=answer[1], effect=effect)
+        state, value = answer
+        if state == "conflict":
+            return _resolve(menu, value)
+        return _do(menu._replace(saved=menu.document, past=(), note=value), then)
 
-    return _run(menu, "Saving", _or_error(saved), "save", menu.saved, menu.document)
+    return _run(menu, "Saving", saved, "save", menu.saved, menu.document)
 
 
 def _resolve(menu: Menu, theirs: Dict[str, Any]) -> Menu:
     """Another program wrote the file in the meantime: nothing of either side is lost silently."""
+    merged, clashes = merge_documents(menu.saved, menu.document, theirs)
+    words = "both changed %s: yours is kept, look" % ", ".join(clashes) if clashes else "merged, look and save"
 
-    def merge(menu: Menu) -> Menu:
-        document, clashes = merge_documents(menu.saved, menu.document, theirs)
-        note = "both changed %s: yours is kept, look" % ", ".join(clashes) if clashes else "merged, look and save"
-        new = menu._replace(saved=theirs, document=document, past=menu.past + (menu.document,), note=note)
-        return _review(new, new.front, Row(()))._replace(note=note) if document != theirs else new
+    def take(menu: Menu, chosen: Any) -> Menu:
+        if not chosen:
+            return menu
+        document, note = chosen
+        new = menu._replace(saved=theirs, document=document, past=menu.past + (menu.document,))
+        return (_review(new) if new.is_unsaved else new)._replace(note=note)
 
-    def reload(menu: Menu) -> Menu:
-        past = menu.past + (menu.document,)
-        return menu._replace(saved=theirs, document=theirs, past=past, note="reloaded; u brings your changes back")
-
-    rows = [
-        ("Merge", "both sides' changes, shown before they are saved", merge),
-        ("Take the file", "yours can still be brought back by undo", reload),
-        ("Back", "nothing is written", lambda menu: menu),
-    ]
-    return _choose(menu, "The file was changed meanwhile", rows, "Another program wrote %s." % menu.facts.path)
-
-
-def _filter(menu: Menu, frame: Frame, row: Row) -> Menu:
-    then = lambda menu, text: _swap(menu, filter=text.strip(), at=0)  # noqa: E731
-    return _ask(menu, "Filter", then, "Show only what contains this; empty shows all", frame.filter)
+    back = "reloaded; u brings your changes back"
+    rows = (
+        Row(("Merge",), (merged, words), "both sides' changes, shown before they are saved"),
+        Row(("Take the file",), (theirs, back), "yours can still be brought back by undo"),
+        Row(("Back",), "", "nothing is written"),
+    )
+    return _choose(menu, "The file was changed meanwhile", rows, "Another program wrote %s." % menu.facts.path, take)
 
 
-def _help(menu: Menu, frame: Frame, row: Row) -> Menu:
-    screen = SCREENS[frame.screen]
-    pairs = [*((key.name, key.word) for key in screen.keys), *_HELP_KEYS]
+def _filter(menu: Menu, item: Any) -> Menu:
+    words = "Show only what contains this; empty shows all"
+    return _ask(menu, "Filter", lambda menu, text: _swap(menu, filter=text.strip(), at=0), words, menu.front.filter)
+
+
+def _help(menu: Menu, item: Any) -> Menu:
+    screen = SCREENS[menu.front.screen]
+    pairs = [(key.name, key.word) for key in screen.keys if key.word and key.name != "enter"]
     lines = [screen.lead, ""] if screen.lead else []
-    return _show(menu, "Keys", lines + ["%-8s %s" % (name, word) for name, word in pairs])
+    return _show(menu, "Keys", *lines, *("%-8s %s" % pair for pair in (*pairs, *_HELP)))
 
 
-_GLOBAL_KEYS: Tuple[Key, ...] = (
-    Key("s", "save", _review),
-    Key("u", "undo", _undo),
-    Key("/", "filter", _filter),
-    Key("?", "help", _help),
-)
-_HELP_KEYS = (
+_HELP = (
     ("enter", "open, or accept"),
     ("esc", "back; at the first screen quit"),
     ("arrows", "move, also j and k, page up and down, home, end"),
@@ -9230,9 +9205,10 @@ _HELP_KEYS = (
 # ----- the first screen -----
 
 
-def _home_rows(menu: Menu, frame: Frame) -> List[Row]:
+def _home_rows(menu: Menu) -> List[Row]:
     config, problems = scan_config(menu.document, {})
     chains = sum(bool(model.fallback_models) for provider in config.providers for model in provider.models)
+    levels = [problem.level for problem in problems]
     values = {
         "providers": ", ".join(provider.id for provider in config.providers),
         "fallbacks": "of %s" % _count(chains, "model") if chains else "",
@@ -9243,16 +9219,14 @@ def _home_rows(menu: Menu, frame: Frame) -> List[Row]:
         "access": ", ".join(config.cors_origins + config.allowed_hosts),
         "settings": "%d set here" % sum(row["value"] != row["default"] for row in menu.facts.settings),
         "check": _count(len(problems), "problem") if problems else "",
-        "save": _count(max(1, len(menu.past)), "change") if menu.document != menu.saved else "",
     }
-    levels = [problem.level for problem in problems]
-    states = {"check": "error" if "error" in levels else "warning" if levels else "ok"}
-    states.update({} if config.providers else {"providers": "warning"})
-    shown = set(values).union(menu.facts.effects) - ({"save"} if menu.document == menu.saved else set())
+    if menu.is_unsaved:
+        values["changes"] = _count(max(1, len(menu.past)), "change")
+    states = {"check": min(levels, default="ok"), "providers": "" if config.providers else "warning"}
     return [
-        Row((label, values.get(name, "") or empty), do, hint, states.get(name, ""))
-        for name, label, empty, do, hint in _HOME
-        if name in shown
+        Row((label, values.get(name, "") or empty), does, hint, states.get(name, ""))
+        for name, label, empty, does, hint in _HOME
+        if name in (*values, *menu.facts.effects)
     ]
 
 
@@ -9263,10 +9237,9 @@ def _count(number: int, word: str) -> str:
 # ----- providers -----
 
 
-def _provider_rows(menu: Menu, frame: Frame) -> List[Row]:
-    providers = look_at(menu.document, ("providers",))[0]
+def _provider_rows(menu: Menu) -> List[Row]:
     found = find_problems(menu.document)
-    return [_provider_row(as_dict(raw), i, found) for i, raw in enumerate(providers)]
+    return [_provider_row(as_dict(raw), i, found) for i, raw in enumerate(_at(menu, ("providers",)))]
 
 
 def _provider_row(raw: Dict[str, Any], index: int, problems: Sequence[Problem]) -> Row:
@@ -9280,98 +9253,87 @@ def _provider_row(raw: Dict[str, Any], index: int, problems: Sequence[Problem]) 
     hosts = " ".join(dict.fromkeys(urlsplit(url).netloc for url in one.base_urls.values()))
     cells = (_id_of(raw, "provider") or "?", _count(len(_models_of(raw)), "model"), ",".join(one.formats), key, hosts)
     hint = show_problem(worst) if worst else "%s: %s" % (one.name, "switched off" if state == "off" else "ready")
-    return Row(cells, _go("provider", ("providers", index), cells[0]), hint, state, ("providers", index))
+    return Row(cells, ("providers", index), hint, state)
 
 
-def _preset_rows(menu: Menu, frame: Frame) -> List[Row]:
+def _preset_rows(menu: Menu) -> List[Row]:
     rows = []
     for preset in PRESETS + LOCAL_PRESETS:
         variable = next((name for name in preset.variables if name in menu.facts.variables), "")
-        key = "has a key" if variable else "needs none" if not preset.keys else ""
+        key, hint = "", "get a key at " + preset.keys_at
+        if variable:
+            key, hint = "has a key", "its key is in $" + variable
+        elif not preset.keys:
+            key, hint = "needs none", "runs on this machine"
         cells = (preset.name, key, preset.openai or preset.anthropic)
-        hint = "its key is in $" + variable if variable else "get a key at " + preset.keys_at
-        hint = hint if preset.keys else "runs on this machine"
-        rows.append(Row(cells, lambda menu, p=preset, v=variable: _start_draft(menu, p, v), hint, "ok" if key else ""))
-    other = Preset("", "Another one", "", "")
-    return rows + [Row(("Another one", "", "any provider, by its URL"), lambda menu: _start_draft(menu, other, ""), "")]
+        rows.append(Row(cells, (preset, variable), hint, "ok" if key else ""))
+    return [*rows, Row(("Another one", "", "any provider, by its URL"), (Preset("", "", "", ""), ""))]
 
 
-def _start_draft(menu: Menu, preset: Preset, variable: str) -> Menu:
-    taken = [_id_of(entry, "provider").lower() for entry in look_at(menu.document, ("providers",))[0]]
-    names = [preset.id] + ["%s%d" % (preset.id, i) for i in range(2, len(taken) + 3)]
-    raw: Dict[str, Any] = {"id": next(name for name in names if name not in taken or not name)}
-    raw.update({"name": preset.name, "baseUrlByFormat": preset_urls(preset)} if preset.id else {})
-    raw.update({"apiKeyEnv": variable} if variable else {})
-    draft: Dict[str, Any] = {"providers": [dict(raw, models=["*"])]}
+def _start_draft(menu: Menu, chosen: Tuple[Preset, str]) -> Menu:
+    preset, variable = chosen
+    taken = [_id_of(entry, "provider").lower() for entry in _at(menu, ("providers",))]
+    names = [preset.id, *("%s%d" % (preset.id, i) for i in range(2, len(taken) + 3))]
+    raw = {"id": next(name for name in names if name not in taken or not name), "models": ["*"]}
+    more = {"name": preset.name, "baseUrlByFormat": preset_urls(preset), "apiKeyEnv": variable}
+    raw.update({key: value for key, value in more.items() if value})
+    draft: Dict[str, Any] = {"providers": [raw]}
     if preset.model:
         draft["defaultModel"] = "%s/%s" % (raw["id"], preset.model)
+    needs_key = preset.keys and not variable
     fields = _FIELD_ORDER["provider"]
-    at = 0 if not preset.id else len(fields) if variable or not preset.keys else fields.index("apiKey")
-    lead = "Get a key at %s" % preset.keys_at if preset.keys_at and not variable else ""
-    return _push(menu._replace(draft=draft), Frame("provider", "New provider", ("providers", 0), at, True, lead=lead))
+    at = fields.index("apiKey") if needs_key else len(fields) if preset.id else 0
+    lead = "Get a key at " + preset.keys_at if needs_key else ""
+    return _push(menu._replace(draft=draft), "provider", "New provider", ("providers", 0), at, True, lead=lead)
 
 
 def _add_draft(menu: Menu) -> Menu:
-    raw = look_at(menu.draft, ("providers", 0))[0]
-    default = as_text(menu.draft.get("defaultModel"))
-    first = _id_of(_models_of(raw)[0], "model") if _models_of(raw) else "*"
-    default = default or ("%s/%s" % (_id_of(raw, "provider"), first) if first != "*" else "")
-    edit = add_provider(menu.document, raw, default)
-    at = len(look_at(edit.document, ("providers",))[0]) - 1
-    new = _apply(menu._replace(frames=(Frame("home"), Frame("providers", at=at)), draft={}), edit)
+    raw = _at(menu, menu.front.place)
+    models = [_id_of(entry, "model") for entry in _models_of(raw)]
+    first = "%s/%s" % (_id_of(raw, "provider"), models[0]) if models and models[0] != "*" else ""
+    at = len(look_at(menu.document, ("providers",))[0])
+    new = menu._replace(frames=(Frame("home"), Frame("providers", at=at)), draft={})
+    new = _apply(new, add_provider, raw, as_text(menu.draft.get("defaultModel")) or first)
     return new._replace(note=new.note + "; t tests it, s saves")
 
 
-def _with_row(do: Callable[[Menu, Any], Menu]) -> Callable[[Menu, Frame, Row], Menu]:
-    """A key that does nothing where no row is selected."""
-    return lambda menu, frame, row: menu if row.item is None else do(menu, row.item)
-
-
-def _remove_provider(menu: Menu, place: Place) -> Menu:
-    raw = look_at(menu.document, place)[0]
-    return _apply(menu, remove_provider(menu.document, _id_of(raw, "provider")))
-
-
 def _switch(menu: Menu, place: Place) -> Menu:
-    document = _document(menu)
-    raw, kind = look_at(document, place)
-    return _apply(menu, set_field(document, place, "enabled", None if _is_off(raw, kind) else False))
+    raw, kind = look_at(_document(menu), place)
+    return _apply(menu, set_field, place, "enabled", None if _is_off(raw, kind) else False)
 
 
-def _move(menu: Menu, place: Place, step: int) -> Menu:
-    new = _apply(menu, move_entry(menu.document, place, step))
-    return _swap(new, at=max(0, menu.front.at + step))
+def _move(menu: Menu, place: Place, step: int = 1) -> Menu:
+    return _swap(_apply(menu, move_entry, place, step), at=max(0, menu.front.at + step))
 
 
 def _alone(menu: Menu, place: Place) -> Dict[str, Any]:
     """A document of one provider alone, so that the host may ask it something before anything is saved."""
-    raw = look_at(_document(menu), place[:2])[0]
+    raw = _at(menu, place[:2])
     models = [_id_of(entry, "model") for entry in _models_of(raw)]
     return {"providers": [dict(raw, models=models or ["*"], enabled=True)]}
 
 
 def _test(menu: Menu, place: Place) -> Menu:
     """Ask a provider what it really serves; what it says can be taken over into its fields."""
-    document = _alone(menu, place)
-    title = "Test of " + _id_of(document["providers"][0], "provider")
-
-    def keep(menu: Menu, learned: Dict[str, Any]) -> Menu:
-        for key, value in learned.items():
-            menu = _apply(menu, set_field(_document(menu), place, key, value))
-        return menu
+    title = "Test of " + _ids(menu, place)[0]
 
     def heard(menu: Menu, answer: Tuple[Any, ...]) -> Menu:
         table, learned, words = answer
         rows = [Row((row[0], *row[2:6], row[7]), None, row[7], _PROBE_STATES.get(row[3], "")) for row in table]
-        if learned:
-            hint = json.dumps(learned)
-            rows.append(Row(("Keep what was learned",), lambda menu: keep(_pop(menu), learned), hint))
-        return _push(menu, Frame("test", title, rows=tuple(rows), lead=words))
+        rows += [Row(("Keep what was learned",), learned, json.dumps(learned))] if learned else []
+        return _push(menu, "test", title, place, rows=tuple(rows), lead=words)
 
-    return _run(menu, "Testing", _or_error(heard), "test", document)
+    return _run(menu, "Testing", heard, "test", _alone(menu, place))
 
 
 _PROBE_STATES = {"ok": "ok", "tentative": "warning", "no": "error"}
+
+
+def _keep(menu: Menu, learned: Dict[str, Any]) -> Menu:
+    place, menu = menu.front.place, _pop(menu)
+    for key, value in learned.items():
+        menu = _apply(menu, set_field, place, key, value)
+    return menu
 
 
 # ----- forms: one row per field -----
@@ -9394,51 +9356,53 @@ def _form_fields(frame: Frame, kind: str, raw: Dict[str, Any]) -> List[Field]:
     return [rows[name] for name in (names if frame.is_draft or kind == "config" else dict.fromkeys((*names, *rows)))]
 
 
-def _form_rows(menu: Menu, frame: Frame) -> List[Row]:
-    raw, kind = look_at(_document(menu, frame), frame.place)
+def _form_rows(menu: Menu) -> List[Row]:
+    frame = menu.front
+    raw, kind = look_at(_document(menu), frame.place)
+    under = "" if kind else str(frame.place[-1])
     rows = []
     for field in _form_fields(frame, kind, raw):
         value = get_field(raw, kind, field.key) if kind else raw.get(field.key)
-        under = frame.place[-1] if not kind else ""
         value = True if value is None and field.kind == "flag" else value
-        shown = _show_value(mask_document({under or field.key: {field.key: value} if under else value}), field.key)
+        shown = _in_words(mask_document({field.key: value}, under)[field.key])
         is_set = field.kind == "variable" and value in menu.facts.variables
         state = "ok" if is_set else "off" if field.key == "enabled" and _is_off(raw, kind) else ""
-        do = lambda menu, field=field, value=value: _edit_field(menu, field, value)  # noqa: E731
-        rows.append(Row((field.key, shown), do, field.help, state, field.key))
+        rows.append(Row((field.key, shown), (field, value), field.help, state))
     if frame.is_draft and kind == "provider":
-        rows.append(Row(("Add this provider",), _add_draft, "into the configuration; saved when you save it"))
+        rows.append(Row(("Add this provider",), (), "into the configuration; saved when you save it"))
     return rows
 
 
-def _show_value(masked: Dict[str, Any], key: str) -> str:
-    """A value in a few words."""
-    value = next(iter(masked.values()))
-    value = value.get(key) if isinstance(value, dict) and key in value else value
+def _in_words(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(_id_of(entry, "model") or json.dumps(entry) for entry in value)
     if isinstance(value, dict):
-        return ", ".join("%s: %s" % (name, _show_value({name: entry}, name)) for name, entry in value.items())
+        return ", ".join("%s: %s" % (name, _in_words(entry)) for name, entry in value.items())
     return ("no", "yes")[value] if isinstance(value, bool) else "" if value is None else str(value)
 
 
-def _edit_field(menu: Menu, field: Field, value: Any) -> Menu:
-    frame = menu.front
-
-    def put(menu: Menu, value: Any) -> Menu:
-        new = _apply(menu, set_field(_document(menu), frame.place, field.key, value))
-        return _swap(new, at=new.front.at + 1) if new.front.is_draft else new
-
-    return _EDITORS.get(field.kind, _edit_text)(menu, field, value, put)
+def _edit_field(menu: Menu, item: Tuple[Any, ...]) -> Menu:
+    if not item:
+        return _add_draft(menu)
+    field, value = item
+    return _EDITORS.get(field.kind, _edit_text)(menu, field, value)
 
 
-def _edit_text(menu: Menu, field: Field, value: Any, put: Any) -> Menu:
-    def accept(menu: Menu, text: str) -> Menu:
-        return put(menu, read_typed(field.kind, text))
+def _clear_field(menu: Menu, item: Tuple[Any, ...]) -> Menu:
+    return _apply(menu, set_field, menu.front.place, item[0].key, None) if item else menu
 
+
+def _fill(menu: Menu, field: Field, value: Any) -> Menu:
+    """Set a field of the form in front; a new provider's form goes on to the next one."""
+    new = _apply(menu, set_field, menu.front.place, field.key, value)
+    return _swap(new, at=new.front.at + new.front.is_draft)
+
+
+def _edit_text(menu: Menu, field: Field, value: Any) -> Menu:
     typed = ", ".join(map(str, value)) if isinstance(value, list) else "" if value is None else value
     typed = typed if isinstance(typed, str) else json.dumps(typed, ensure_ascii=False)
-    return _ask(menu, field.key, accept, field.help, one_line(typed, 4000))
+    then = lambda menu, text: _fill(menu, field, read_typed(field.kind, text))  # noqa: E731
+    return _ask(menu, field.key, then, field.help, one_line(typed, 4000))
 
 
 def read_typed(kind: str, text: str) -> Any:
@@ -9452,161 +9416,151 @@ def read_typed(kind: str, text: str) -> Any:
     return int(text) if kind == "whole" and re.fullmatch("[0-9]{1,15}", text) else text or None
 
 
-def _edit_secret(menu: Menu, field: Field, value: Any, put: Any) -> Menu:
+def _edit_secret(menu: Menu, field: Field, value: Any) -> Menu:
     now = "Now %s; empty keeps it, - removes it." % mask(str(value)) if value else "Not shown while typed."
-
-    def accept(menu: Menu, text: str) -> Menu:
-        text = text.strip()
-        return put(menu, None if text == "-" else text or value)
-
-    return _ask(menu, field.key, accept, "%s. %s" % (field.help, now), hidden=True)
+    then = lambda menu, text: _fill(menu, field, None if text.strip() == "-" else text.strip() or value)  # noqa: E731
+    return _ask(menu, field.key, then, "%s. %s" % (field.help, now), hidden=True)
 
 
-def _edit_models(menu: Menu, field: Field, value: Any, put: Any) -> Menu:
+def _edit_models(menu: Menu, field: Field, value: Any) -> Menu:
     if not menu.front.is_draft:
-        return _go("models", menu.front.place + ("models",))(menu)
-    now = [_id_of(entry, "model") for entry in value or ()]
-    return _list_models(menu, now, put)
+        return _go("models", field.key)(menu)
+    return _list_models(menu, lambda menu, names: _fill(menu, field, names))
 
 
-def _list_models(menu: Menu, now: Sequence[str], then: Any) -> Menu:
-    """Let models be picked from what the provider lists; where it lists nothing they are typed."""
+def _list_models(menu: Menu, then: Any) -> Menu:
+    """Let models be picked from what the provider lists; they are typed where it lists none, or nobody waits for it."""
+    document = _alone(menu, menu.front.place)
+    now = [_id_of(entry, "model") for entry in _models_of(_at(menu, menu.front.place[:2]))]
+    typed = lambda menu, text: then(menu, read_typed("[name]", text) or [])  # noqa: E731
+    below = _ask(menu, "models", typed, "Models, with commas between; * for any.", ", ".join(now))
 
-    def heard(menu: Menu, names: Any, error: str) -> Menu:
+    def heard(menu: Menu, names: Sequence[str]) -> Menu:
         if not names:
-            typed = lambda menu, text: then(menu, read_typed("[name]", text) or [])  # noqa: E731
-            lead = "Models, with commas between; * for any. It lists none: " + (error or "its list is empty")
-            return _ask(menu, "models", typed, lead, ", ".join(now))
-        return _pick(menu, "models", ["*", *names], now, then, "* passes any model through.")
+            raise UsageError("it lists no models")
+        return _pick(_pop(menu), "models", ["*", *names], now, then, "* passes any model through.")
 
-    return _run(menu, "Asking for its models", heard, "models", _alone(menu, menu.front.place))
+    return _run(below, "Asking for its models", heard, "models", document)
 
 
-def _choices(names: Tuple[str, ...]) -> Any:
-    return lambda menu, field, value, put: _choose(menu, field.key, _each(names, put), field.help, value)
+def _edit_choice(names: Sequence[str]) -> Any:
+    return lambda menu, field, value: _choose(
+        menu, field.key, _name_rows(names), field.help, lambda menu, name: _fill(menu, field, name), value
+    )
 
 
-def _open_form(menu: Menu, field: Field, value: Any, put: Any) -> Menu:
-    return _go("form", (*menu.front.place, field.key), field.key)(menu)
+def _edit_wires(menu: Menu, field: Field, value: Any) -> Menu:
+    then = lambda menu, names: _fill(menu, field, names or None)  # noqa: E731
+    return _pick(menu, field.key, WIRES, as_list(value), then, field.help)
 
 
-_EDITORS: Dict[str, Callable[[Menu, Field, Any, Any], Menu]] = {
-    "flag": lambda menu, field, value, put: _switch(menu, menu.front.place),
+def _open_form(menu: Menu, field: Field, value: Any) -> Menu:
+    return _push(menu, "form", field.key, (*menu.front.place, field.key))
+
+
+_EDITORS: Dict[str, Callable[[Menu, Field, Any], Menu]] = {
+    "flag": lambda menu, field, value: _switch(menu, menu.front.place),
     "secret": _edit_secret,
     "models": _edit_models,
-    "wire": _choices(WIRES),
-    "auth_type": _choices(AUTH_TYPES),
-    "[wire]": lambda menu, field, value, put: _pick(
-        menu, field.key, WIRES, as_list(value), lambda menu, names: put(menu, names or None), field.help
-    ),
-    "[fallback]": lambda menu, field, value, put: _edit_fallbacks(menu, menu.front.place),
+    "wire": _edit_choice(WIRES),
+    "auth_type": _edit_choice(AUTH_TYPES),
+    "[wire]": _edit_wires,
+    "[fallback]": lambda menu, field, value: _edit_fallbacks(menu, menu.front.place),
     "auth": _open_form,
     "timeouts": _open_form,
-    "{wire:url}": _open_form,
-    "{header_name:header}": lambda menu, field, value, put: _go("headers", (*menu.front.place, "headers"))(menu),
+    "urls": _open_form,
+    "{header_name:header}": lambda menu, field, value: _go("headers", field.key)(menu),
 }
 
 
-def _add_header(menu: Menu, frame: Frame, row: Row) -> Menu:
+def _add_header(menu: Menu, item: Any) -> Menu:
     def accept(menu: Menu, text: str) -> Menu:
         name, _, value = text.partition(":")
-        return _apply(menu, set_field(_document(menu), frame.place, name.strip(), value.strip()))
+        return _apply(menu, set_field, menu.front.place, name.strip(), value.strip())
 
     return _ask(menu, "Header", accept, "As Name: value")
-
-
-def _clear_field(menu: Menu, key: str) -> Menu:
-    return _apply(menu, set_field(_document(menu), menu.front.place, key, None))
 
 
 # ----- models, fallbacks, aliases, default -----
 
 
-def _model_rows(menu: Menu, frame: Frame) -> List[Row]:
-    entries = look_at(_document(menu, frame), frame.place)[0]
-    return [_model_row(as_dict(raw) or {"id": raw}, frame.place + (i,)) for i, raw in enumerate(entries)]
+def _model_rows(menu: Menu) -> List[Row]:
+    place = menu.front.place
+    return [_model_row(raw, (*place, i)) for i, raw in enumerate(_at(menu, place))]
 
 
-def _model_row(raw: Dict[str, Any], place: Place) -> Row:
-    backs = as_list(get_field(raw, "model", "fallbackModels"))
-    aliases = as_list(get_field(raw, "model", "aliases"))
+def _model_row(entry: Any, place: Place) -> Row:
+    raw = as_dict(entry) or {"id": entry}
+    backs, aliases = (as_list(get_field(raw, "model", key)) for key in ("fallbackModels", "aliases"))
     cells = (_id_of(raw, "model") or "?", " › ".join(map(str, backs)), ", ".join(map(str, aliases)))
     hint = "then " + cells[1] if backs else "no fallbacks: f sets them"
-    state = "off" if _is_off(raw, "model") else "ok"
-    return Row(cells, _go("form", place, cells[0]), hint, state, place)
+    return Row(cells, place, hint, "off" if _is_off(raw, "model") else "ok")
 
 
-def _add_models(menu: Menu, frame: Frame, row: Row) -> Menu:
-    raw = look_at(menu.document, frame.place[:2])[0]
-    now = [_id_of(entry, "model") for entry in _models_of(raw)]
+def _add_models(menu: Menu, item: Any) -> Menu:
+    owner = _ids(menu, menu.front.place)[0]
 
     def put(menu: Menu, names: Sequence[str]) -> Menu:
-        change = ProviderChange(_id_of(raw, "provider"), models=names)
-        return _apply(menu, upsert_provider(menu.document, change)) if names else menu
+        return _apply(menu, upsert_provider, ProviderChange(owner, models=names)) if names else menu
 
-    return _list_models(menu, now, put)
-
-
-def _remove_model(menu: Menu, place: Place) -> Menu:
-    provider, model = (look_at(menu.document, place[:n])[0] for n in (2, 4))
-    return _apply(menu, remove_model(menu.document, _id_of(provider, "provider"), _id_of(model, "model")))
+    return _list_models(menu, put)
 
 
-def _refs(document: Dict[str, Any]) -> List[str]:
+def _refs(menu: Menu) -> List[str]:
     """Every model that can be named, as provider/model."""
-    providers = scan_config(document, {})[0].providers
+    providers = scan_config(menu.document, {})[0].providers
     return ["%s/%s" % (p.id, m.id) for p in providers for m in p.models if p.enabled and m.enabled and m.id != "*"]
 
 
+def _aliases(menu: Menu) -> Dict[str, List[str]]:
+    aliases = as_dict(get_field(menu.document, "config", "modelAliases"))
+    return {name: [refs] if isinstance(refs, str) else list(map(str, as_list(refs))) for name, refs in aliases.items()}
+
+
 def _edit_fallbacks(menu: Menu, place: Place) -> Menu:
-    provider, model = (look_at(menu.document, place[:n])[0] for n in (2, 4))
-    owner, name = _id_of(provider, "provider"), _id_of(model, "model")
-    ref = "%s/%s" % (owner, name)
-    aliases = list(as_dict(get_field(menu.document, "config", "modelAliases")))
-    others = [one for one in _refs(menu.document) + aliases if one != ref]
-    then = lambda menu, names: _apply(menu, set_model_fallbacks(menu.document, owner, name, names))  # noqa: E731
-    now = [one for one in as_list(get_field(model, "model", "fallbackModels")) if isinstance(one, str)]
+    ids = _ids(menu, place)
+    ref = "/".join(ids)
+    others = [name for name in (*_refs(menu), *_aliases(menu)) if name != ref]
+    now = [name for name in as_list(get_field(_at(menu, place), "model", "fallbackModels")) if isinstance(name, str)]
+    then = lambda menu, names: _apply(menu, set_model_fallbacks, *ids, names)  # noqa: E731
     return _pick(menu, "Fallbacks of " + ref, others, now, then, "What to try when it fails, in this order.")
 
 
-def _chain_rows(menu: Menu, frame: Frame) -> List[Row]:
+def _chain_rows(menu: Menu) -> List[Row]:
     rows = []
-    for i, provider in enumerate(look_at(menu.document, ("providers",))[0]):
-        for j, raw in enumerate(_models_of(as_dict(provider))):
-            row = _model_row(as_dict(raw) or {"id": raw}, ("providers", i, "models", j))
-            ref = "%s/%s" % (_id_of(provider, "provider"), row.cells[0])
-            do = lambda menu, place=row.item: _edit_fallbacks(menu, place)  # noqa: E731
-            rows.append(row._replace(cells=(ref, row.cells[1] or "none"), do=do, hint="Enter picks and orders them"))
+    for i, provider in enumerate(map(as_dict, _at(menu, ("providers",)))):
+        for j, entry in enumerate(_models_of(provider)):
+            row = _model_row(entry, ("providers", i, "models", j))
+            cells = ("%s/%s" % (_id_of(provider, "provider"), row.cells[0]), row.cells[1] or "none")
+            rows.append(row._replace(cells=cells, hint="Enter picks and orders them"))
     return rows
 
 
 def _edit_default(menu: Menu) -> Menu:
-    names = _refs(menu.document) + list(as_dict(get_field(menu.document, "config", "modelAliases")))
     now = as_text(get_field(menu.document, "config", "defaultModel"))
-    then = lambda menu, name: _apply(menu, set_default_model(menu.document, name))  # noqa: E731
-    typed = lambda menu: _ask(menu, "Default model", then, "provider/model, or an alias", now)  # noqa: E731
-    rows = [*_each(names, then), ("Another one", "to be typed: one that * passes through", typed)]
-    return _choose(menu, "Default model", rows, "For `smart` and for requests that name no model.", now)
+    then = lambda menu, name: _apply(menu, set_default_model, name)  # noqa: E731
+
+    def chosen(menu: Menu, name: str) -> Menu:
+        return then(menu, name) if name else _ask(menu, "Default model", then, "provider/model, or an alias", now)
+
+    rows = _name_rows([*_refs(menu), *_aliases(menu)])
+    rows.append(Row(("Another one",), "", "to be typed: one that * passes through"))
+    return _choose(menu, "Default model", rows, "For `smart` and for requests that name no model.", chosen, now)
 
 
-def _alias_rows(menu: Menu, frame: Frame) -> List[Row]:
-    aliases = as_dict(get_field(menu.document, "config", "modelAliases"))
-    rows = []
-    for name, value in aliases.items():
-        refs = [value] if isinstance(value, str) else list(map(str, as_list(value)))
-        do = lambda menu, name=name, refs=refs: _edit_alias(menu, name, refs)  # noqa: E731
-        rows.append(Row((name, " › ".join(refs)), do, "Enter picks and orders what it leads to", "", name))
-    return rows
+def _alias_rows(menu: Menu) -> List[Row]:
+    hint = "Enter picks and orders what it leads to"
+    return [Row((name, " › ".join(refs)), name, hint) for name, refs in _aliases(menu).items()]
 
 
-def _edit_alias(menu: Menu, name: str, refs: Sequence[str]) -> Menu:
-    then = lambda menu, refs: _apply(menu, set_model_alias(menu.document, name, refs)) if refs else menu  # noqa: E731
-    lead = "What it leads to; several are tried in order."
-    return _pick(menu, "Alias " + name, _refs(menu.document), refs, then, lead)
+def _edit_alias(menu: Menu, name: str) -> Menu:
+    then = lambda menu, refs: _apply(menu, set_model_alias, name, refs) if refs else menu  # noqa: E731
+    now, lead = _aliases(menu).get(name, ()), "What it leads to; several are tried in order."
+    return _pick(menu, "Alias " + name, _refs(menu), now, then, lead)
 
 
-def _add_alias(menu: Menu, frame: Frame, row: Row) -> Menu:
-    then = lambda menu, name: _edit_alias(menu, name.strip(), ()) if name.strip() else menu  # noqa: E731
+def _add_alias(menu: Menu, item: Any) -> Menu:
+    then = lambda menu, name: _edit_alias(menu, name.strip()) if name.strip() else menu  # noqa: E731
     return _ask(menu, "New alias", then, "A name, or a pattern with *: claude-* catches every such name.")
 
 
@@ -9615,38 +9569,37 @@ def _add_alias(menu: Menu, frame: Frame, row: Row) -> Menu:
 
 def _edit_master(menu: Menu) -> Menu:
     def store(menu: Menu, key: str) -> Menu:
-        return _apply(menu, set_master_key(menu.document, key)) if key.strip() else menu
+        return _apply(menu, set_master_key, key) if key.strip() else menu
 
-    def made(menu: Menu, key: str) -> Menu:
-        return _show_key(store(menu, key), "master key", key)
-
+    made = lambda menu, key: _show_key(store(menu, key), "master key", key)  # noqa: E731
+    remove = lambda menu: _apply(menu, set_field, (), "masterKey", None)  # noqa: E731
     rows = [
-        ("Generate a new one", "shown once", lambda menu: _run(menu, "Generating", _or_error(made), "key")),
-        ("Type one", "not shown while typed", lambda menu: _ask(menu, "Master key", store, hidden=True)),
+        Row(("Generate a new one",), lambda menu: _run(menu, "Generating", made, "key"), "shown once"),
+        Row(("Type one",), lambda menu: _ask(menu, "Master key", store, hidden=True), "not shown while typed"),
+        Row(("Remove it",), remove, "clients then need none, or their own"),
     ]
-    if find_key(menu.document, "config", "masterKey"):
-        remove = lambda menu: _apply(menu, set_field(menu.document, (), "masterKey", None))  # noqa: E731
-        rows.append(("Remove it", "clients then need none, or their own", remove))
-    return _choose(menu, "Master key", rows, "The key that clients show where start has --require-auth=true.")
+    has_one = bool(find_key(menu.document, "config", "masterKey"))
+    lead = "The key that clients show where start has --require-auth=true."
+    return _choose(menu, "Master key", rows[: 2 + has_one], lead)
 
 
 def _show_key(menu: Menu, what: str, key: str) -> Menu:
     lines = ("The new %s, shown only now:" % what, "", key, "", "Copy it, then save: it counts once it is saved.")
-    return _show(menu, "New " + what, lines)
+    return _show(menu, "New " + what, *lines)
 
 
-def _client_rows(menu: Menu, frame: Frame) -> List[Row]:
+def _client_rows(menu: Menu) -> List[Row]:
     entries = as_list(get_field(menu.document, "config", "clientKeys"))
     names = [str(as_dict(entry).get("name")) for entry in entries]
-    return [Row((name, "kept as its hash"), None, "d removes it", "ok", name) for name in names]
+    return [Row((name, "kept as its hash"), name, "d removes it", "ok") for name in names]
 
 
-def _add_client(menu: Menu, frame: Frame, row: Row) -> Menu:
+def _add_client(menu: Menu, item: Any) -> Menu:
     def named(menu: Menu, name: str) -> Menu:
         def made(menu: Menu, key: str) -> Menu:
-            return _show_key(_apply(menu, add_client_key(menu.document, name, key)), "key of " + name.strip(), key)
+            return _show_key(_apply(menu, add_client_key, name, key), "key of " + name.strip(), key)
 
-        return _run(menu, "Generating", _or_error(made), "key")
+        return _run(menu, "Generating", made, "key")
 
     return _ask(menu, "New client", named, "Its name, as it is to stand in the log; a new key is made and shown once.")
 
@@ -9654,48 +9607,46 @@ def _add_client(menu: Menu, frame: Frame, row: Row) -> Menu:
 # ----- the rest -----
 
 
-def _setting_rows(menu: Menu, frame: Frame) -> List[Row]:
+def _setting_rows(menu: Menu) -> List[Row]:
     rows = []
     for row in menu.facts.settings:
-        shown = [show_setting(row[name]) or "(empty)" for name in ("value", "default")]
-        lines = [row["help"], "", "now      " + shown[0], "default  " + shown[1], ""]
-        lines += ["It is no part of the file. Set it for one start:", "  llm-router start %s=..." % row["flag"]]
-        lines += ["or in the environment:", "  export %s=..." % row["variable"]]
-        do = lambda menu, row=row, lines=lines: _show(menu, row["flag"], lines)  # noqa: E731
-        own = row["value"] != row["default"]
-        cells = (row["flag"][2:], shown[0], "default " + shown[1] if own else "")
-        rows.append(Row(cells, do, row["help"], "warning" if own else ""))
+        is_own = row["value"] != row["default"]
+        value, default = (show_setting(row[name]) or "(empty)" for name in ("value", "default"))
+        cells = (row["flag"][2:], value, "default " + default if is_own else "")
+        rows.append(Row(cells, (row, value, default), row["help"], "warning" if is_own else ""))
     return rows
 
 
-def _check_rows(menu: Menu, frame: Frame) -> List[Row]:
-    rows = []
-    for one in find_problems(menu.document):
-        lines = (one.path or "configuration", "", one.message, "", one.cure)
-        do = lambda menu, title=one.level, lines=lines: _show(menu, title, lines)  # noqa: E731
-        rows.append(Row((one.path, one.message), do, one.cure, one.level))
-    return rows
+def _show_setting(menu: Menu, item: Tuple[Dict[str, Any], str, str]) -> Menu:
+    row, value, default = item
+    lines = (row["help"], "", "now      " + value, "default  " + default, "")
+    lines += ("It is no part of the file. Set it for one start:", "  llm-router start %s=..." % row["flag"])
+    return _show(menu, row["flag"], *lines, "or in the environment:", "  export %s=..." % row["variable"])
+
+
+def _check_rows(menu: Menu) -> List[Row]:
+    return [Row((one.path, one.message), one, one.cure, one.level) for one in find_problems(menu.document)]
+
+
+def _show_check(menu: Menu, one: Problem) -> Menu:
+    return _show(menu, one.level, one.path or "configuration", "", one.message, "", one.cure)
 
 
 def _startup(menu: Menu) -> Menu:
-    def told(menu: Menu, text: str) -> Menu:
-        return _show(menu, "Start with the machine", text.split("\n"))
-
-    def asked(menu: Menu, text: str) -> Menu:
-        run = lambda verb: lambda menu: _run(menu, "Asking the system", _or_error(told), "startup", verb)  # noqa: E731
-        rows = [
-            ("Install", "start the router whenever you log in", run("startup-install")),
-            ("Remove", "start it no longer", run("startup-uninstall")),
-        ]
-        return _choose(menu, "Start with the machine", rows, "Now: " + text)
-
-    return _run(menu, "Asking the system", _or_error(asked), "startup", "startup-status")
+    words, title = "Asking the system", "Start with the machine"
+    told = lambda menu, text: _show(menu, title, text)  # noqa: E731
+    run = lambda verb: lambda menu: _run(menu, words, told, "startup", verb)  # noqa: E731
+    rows = (
+        Row(("Install",), run("startup-install"), "start the router whenever you log in"),
+        Row(("Remove",), run("startup-uninstall"), "start it no longer"),
+    )
+    return _run(menu, words, lambda menu, text: _choose(menu, title, rows, "Now: " + text), "startup", "startup-status")
 
 
 def _deploy(menu: Menu) -> Menu:
-    if menu.document != menu.saved:
+    if menu.is_unsaved:
         raise UsageError("save first: what the file holds is deployed")
-    then = _or_error(lambda menu, document: menu._replace(saved=document, document=document))
+    then = lambda menu, document: menu._replace(saved=document, document=document)  # noqa: E731
     return _run(menu, "Deploying", then, "deploy")
 
 
@@ -9707,60 +9658,89 @@ _HOME = (
     ("aliases", "Aliases", "none", _go("aliases"), "further names and patterns for models"),
     ("master", "Master key", "none", _edit_master, "the key that clients show to the router"),
     ("clients", "Client keys", "none", _go("clients"), "further keys, one per client"),
-    ("access", "Browser access", "none", _go("form", (), "Browser access"), "origins and hosts that may use it"),
+    ("access", "Browser access", "none", _go("access"), "origins and hosts that may use it"),
     ("settings", "Settings", "", _go("settings"), "timeouts, retries, cooldowns: see them and how to set them"),
     ("startup", "Start-up", "", _startup, "start the router with the machine"),
     ("deploy", "Deploy", "", _deploy, "put the router and this configuration onto Cloudflare"),
     ("check", "Check", "nothing is wrong", _go("check"), "what is wrong in the configuration, and the cure"),
-    ("save", "Save", "", lambda menu: _review(menu, menu.front, Row(())), "shows the changes first"),
+    ("changes", "Save", "", _review, "shows the changes first"),
 )
-# fmt: on
 
+_LIST_KEYS = (
+    Key("s", "save", _review, True),
+    Key("u", "undo", _undo, True),
+    Key("/", "filter", _filter, True),
+    Key("?", "help", _help, True),
+    Key("q", "quit", _leave, True),
+    Key("esc", "back", _back, True),
+    Key("right", "", lambda menu, item: _press(menu, "enter"), True),
+    Key("ctrl-c", "", lambda menu, item: (_back if menu.front.rows else _leave)(menu), True),
+)
 _ENTRY_KEYS = (
-    Key("space", "on/off", _with_row(_switch)),
-    Key("K", "move up", _with_row(lambda menu, place: _move(menu, place, -1))),
-    Key("J", "order", _with_row(lambda menu, place: _move(menu, place, 1))),
+    Key("space", "on/off", _switch),
+    Key("K", "move up", lambda menu, place: _move(menu, place, -1)),
+    Key("J", "order", _move),
 )
-_CLEAR = Key("d", "clear", _with_row(_clear_field))
+_FORM_KEYS = (Key("enter", "edit", _edit_field), Key("d", "clear", _clear_field))
+_CHOOSE = Key("enter", "choose", lambda menu, item: menu.front.then(_pop(menu), item))
 
-# fmt: off
 SCREENS: Dict[str, Screen] = {
-    "home": Screen("llm-router", rows=_home_rows, lead="One address for every provider."),
-    "providers": Screen("Providers", rows=_provider_rows, keys=(
-        Key("a", "add", lambda menu, frame, row: _go("presets")(menu)),
-        Key("t", "test", _with_row(_test)),
-        Key("d", "remove", _with_row(_remove_provider)),
-    ) + _ENTRY_KEYS, empty="No providers yet: press a to add one."),
-    "presets": Screen("Add a provider", rows=_preset_rows, lead="Who is it?", verb="choose"),
-    "form": Screen("Fields", rows=_form_rows, keys=(_CLEAR,), verb="edit"),
-    "provider": Screen("Provider", rows=_form_rows, keys=(
-        Key("t", "test", lambda menu, frame, row: _test(menu, frame.place)), _CLEAR), verb="edit"),
-    "headers": Screen("Headers", rows=_form_rows, keys=(Key("a", "add", _add_header), _CLEAR),
-                      empty="No headers yet: press a to add one.", verb="edit"),
-    "models": Screen("Models", rows=_model_rows, keys=(
-        Key("a", "add", _add_models),
-        Key("f", "fallbacks", _with_row(_edit_fallbacks)),
-        Key("d", "remove", _with_row(_remove_model)),
-    ) + _ENTRY_KEYS, empty="No models yet: press a to add some."),
-    "fallbacks": Screen("Fallbacks", rows=_chain_rows, lead="Each model, and what is tried when it fails.",
-                        empty="No models yet: add a provider first."),
-    "aliases": Screen("Aliases", rows=_alias_rows, keys=(
-        Key("a", "add", _add_alias),
-        Key("d", "remove", _with_row(lambda menu, name: _apply(menu, set_model_alias(menu.document, name, ())))),
+    "home": Screen("llm-router", _home_rows, (Key("enter", "open", _do),), "One address for every provider."),
+    "providers": Screen("Providers", _provider_rows, (
+        Key("enter", "open", lambda menu, place: _push(menu, "provider", _ids(menu, place)[0] or "?", place)),
+        Key("a", "add", lambda menu, item: _push(menu, "presets"), True),
+        Key("t", "test", _test),
+        Key("d", "remove", lambda menu, place: _apply(menu, remove_provider, *_ids(menu, place))),
+        *_ENTRY_KEYS), empty="No providers yet: press a to add one."),
+    "presets": Screen("Add a provider", _preset_rows, (Key("enter", "choose", _start_draft),), "Who is it?"),
+    "provider": Screen("Provider", _form_rows, (
+        _FORM_KEYS[0], Key("t", "test", lambda menu, item: _test(menu, menu.front.place), True), _FORM_KEYS[1])),
+    "form": Screen("Fields", _form_rows, _FORM_KEYS),
+    "access": Screen("Browser access", _form_rows, _FORM_KEYS),
+    "headers": Screen("Headers", _form_rows, (_FORM_KEYS[0], Key("a", "add", _add_header, True), _FORM_KEYS[1]),
+                      empty="No headers yet: press a to add one."),
+    "models": Screen("Models", _model_rows, (
+        Key("enter", "open", lambda menu, place: _push(menu, "form", _ids(menu, place)[1] or "?", place)),
+        Key("a", "add", _add_models, True),
+        Key("f", "fallbacks", _edit_fallbacks),
+        Key("d", "remove", lambda menu, place: _apply(menu, remove_model, *_ids(menu, place))),
+        *_ENTRY_KEYS), empty="No models yet: press a to add some."),
+    "fallbacks": Screen("Fallbacks", _chain_rows, (Key("enter", "open", _edit_fallbacks),),
+                        "Each model, and what is tried when it fails.", "No models yet: add a provider first."),
+    "aliases": Screen("Aliases", _alias_rows, (
+        Key("enter", "open", _edit_alias),
+        Key("a", "add", _add_alias, True),
+        Key("d", "remove", lambda menu, name: _apply(menu, set_model_alias, name, ())),
     ), empty="No aliases yet: press a to add one."),
-    "clients": Screen("Client keys", rows=_client_rows, keys=(
-        Key("a", "add", _add_client),
-        Key("d", "remove", _with_row(lambda menu, name: _apply(menu, remove_client_key(menu.document, name)))),
+    "clients": Screen("Client keys", _client_rows, (
+        Key("a", "add", _add_client, True),
+        Key("d", "remove", lambda menu, name: _apply(menu, remove_client_key, name)),
     ), empty="No keys yet: press a to make one."),
-    "settings": Screen("Settings", rows=_setting_rows),
-    "check": Screen("Check", rows=_check_rows, empty="Nothing is wrong."),
-    "choose": Screen("", verb="choose"),
-    "test": Screen("", verb="choose", empty="It names no model: give it some, and they are asked."),
-    "diff": Screen("", verb="choose"),
-    "pick": Screen("", "pick"),
-    "input": Screen("", "input"),
-    "text": Screen("", "text"),
-    "busy": Screen("", "busy"),
+    "settings": Screen("Settings", _setting_rows, (Key("enter", "open", _show_setting),)),
+    "check": Screen("Check", _check_rows, (Key("enter", "open", _show_check),), empty="Nothing is wrong."),
+    "choose": Screen(keys=(_CHOOSE,)),
+    "leave": Screen(keys=(_CHOOSE, Key("ctrl-c", "", lambda menu, item: _quit(menu, 130)))),
+    "diff": Screen(keys=(_CHOOSE,)),
+    "test": Screen(keys=(Key("enter", "choose", _keep),),
+                   empty="It names no model: give it some, and they are asked."),
+    "pick": Screen(kind="pick", keys=(
+        Key("space", "pick", _pick_row),
+        Key("J", "order", lambda menu, name: _pick_sooner(menu, name, 1)),
+        Key("K", "", _pick_sooner),
+        Key("a", "type", _pick_further, True),
+        Key("/", "filter", _filter, True),
+        Key("enter", "done", lambda menu, item: menu.front.then(_pop(menu), list(menu.front.picked)), True),
+        Key("esc", "back", _pop, True), Key("q", "", _pop, True))),
+    "input": Screen(kind="input", keys=(
+        Key("enter", "accept", lambda menu, item: menu.front.then(_pop(menu), menu.front.typed), True),
+        Key("ctrl-u", "clear", lambda menu, item: _swap(menu, typed="", at=0), True),
+        Key("esc", "back", _pop, True), Key("ctrl-c", "", _pop, True))),
+    "text": Screen(kind="text", keys=(
+        Key("up", "down", _do, True), Key("esc", "back", _pop, True),
+        *(Key(name, "", _pop, True) for name in ("enter", "q", "space")))),
+    "busy": Screen(kind="busy", keys=(
+        Key("esc", "stop", _stop, True), Key("q", "", _stop, True),
+        Key("tick", "", lambda menu, item: _swap(menu, at=menu.front.at + 1), True))),
 }
 # fmt: on
 
@@ -9825,13 +9805,13 @@ def line_text(line: Line) -> str:
 def view(menu: Menu, width: int, height: int) -> List[Line]:
     """Exactly `height` lines of exactly `width` cells."""
     roomy = height >= 16
-    frame, rows = menu.front, rows_of(menu, menu.front)
+    frame, rows = menu.front, rows_of(menu)
     hint = rows[max(0, min(frame.at, len(rows) - 1))].hint if rows and not menu.note else menu.note
     note = wrap(hint, width - 2, 3 if roomy else 2 if menu.note and height > 5 else 1)
     style = "error" if menu.is_error else "note" if menu.note else "dim"
     foot: List[Line] = [[("─" * width, "dim")]] if roomy else []
     foot += [[(" " + line, style)] for line in note] if height > 3 else []
-    foot += [_keys_line(keys_of(menu, frame), width)]
+    foot += [_keys_line(keys_of(menu), width)]
     room = max(0, height - 1 - len(foot) - roomy)
     body = _BODIES[SCREENS[frame.screen].kind](frame, rows, width, room)
     body = body[:room] + [[]] * (room - len(body))
@@ -9984,12 +9964,12 @@ def prompt_text(menu: Menu) -> str:
     kind = SCREENS[frame.screen].kind
     lines = ["", "== " + (frame.title or SCREENS[frame.screen].title)]
     lines += [frame.lead or SCREENS[frame.screen].lead] if frame.lead or SCREENS[frame.screen].lead else []
-    for i, row in enumerate(rows_of(menu, frame), 1):
+    for i, row in enumerate(rows_of(menu), 1):
         picked = "[%d] " % (frame.picked.index(row.item) + 1) if row.item in frame.picked else ""
         mark = " (%s)" % row.state if row.state in ("off", "warning", "error") else ""
         lines.append("%3d  %s%s%s" % (i, picked, "  ".join(filter(None, map(one_line, row.cells))), mark))
     lines += ["%s%s" % ("error: " if menu.is_error else "", menu.note)] if menu.note else []
-    letters = [(name, word) for name, word in keys_of(menu, frame) if len(name) == 1]
+    letters = [(name, word) for name, word in keys_of(menu) if len(name) == 1]
     how = {"list": "number, %s, or empty for back", "pick": "number to pick, %s, or empty when done"}.get(kind, "")
     return "\n".join(lines + ([how % ", ".join("%s %s" % pair for pair in letters)] if how else []))
 
@@ -10002,7 +9982,7 @@ def answer_keys(menu: Menu, answer: str) -> Tuple[Menu, List[str]]:
     if kind == "input":
         return _swap(menu, typed=answer), ["enter"]
     if kind in ("list", "pick") and re.fullmatch("[0-9]{1,6}", text):
-        count = len(rows_of(menu, frame))
+        count = len(rows_of(menu))
         if not 0 < int(text) <= count:
             return menu._replace(note="there is no number " + text, is_error=True), []
         return _swap(menu, at=int(text) - 1), ["enter" if kind == "list" else "space"]

@@ -81,7 +81,7 @@ class Host:
         return self
 
     def select(self, label):
-        names = [row.cells[0] for row in r.rows_of(self.menu, self.menu.front)]
+        names = [row.cells[0] for row in r.rows_of(self.menu)]
         assert label in names, names
         return self.press("home", *["down"] * names.index(label))
 
@@ -368,7 +368,7 @@ def test_fields_are_set_by_the_editor_of_their_kind():
 
 def test_every_field_of_the_table_has_a_row_and_opens_something():
     for kind, labels in (("provider", ("Providers", "router")), ("model", ("Providers", "router", "models", "gpt-4o"))):
-        names = [row.cells[0] for row in r.rows_of(Host().open(*labels).menu, Host().open(*labels).menu.front)]
+        names = [row.cells[0] for row in r.rows_of(Host().open(*labels).menu)]
         assert sorted(names) == sorted(field.key for field in r.FIELDS[kind])
         for name in names:
             before = Host(models=["m"]).open(*labels)
