@@ -176,6 +176,10 @@ class Value:
     def _fields(self) -> Tuple[Any, ...]:
         return tuple(getattr(self, name) for name in self.__slots__)
 
+    def _replace(self, **changes: Any) -> Any:
+        """A copy with some fields changed, as of a NamedTuple."""
+        return type(self)(*self._fields(), **changes)
+
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other) and self._fields() == other._fields()  # type: ignore[attr-defined]
 
@@ -1930,80 +1934,56 @@ class EventSplitter:
 
     def __init__(self, max_event_bytes: int = MAX_EVENT_BYTES) -> None:
         self._max_event_bytes = max_event_bytes
-        self._parts: List[bytes] = []
-        self._size = 0
+        self._held = bytearray()
 
     def feed(self, data: bytes) -> bytes:
         """The raw bytes up to the last event border in everything fed so far. UpstreamError for an endless event."""
-        if not self._size and data.endswith(b"\n\n"):
+        held = self._held
+        if not held and data.endswith(b"\n\n"):
             return data
-        overlap = self._tail()
-        cut = self._last_border(overlap + data) - len(overlap)
-        if cut <= 0:
-            self._keep(data)
-            return b""
-        whole = b"".join(self._parts) + data[:cut]
-        self._parts, self._size = [], 0
-        self._keep(data[cut:])
+        start = max(0, len(held) - 3)  # where a border may begin that ends in the new bytes
+        held += data
+        cut = _last_border(held, start)
+        whole = bytes(held[:cut])
+        del held[:cut]
+        if len(held) > self._max_event_bytes:
+            raise UpstreamError("an event is larger than %d bytes" % self._max_event_bytes, "event_too_large")
         return whole
 
     @property
     def pending(self) -> int:
         """How many bytes of an unfinished event are held."""
-        return self._size
+        return len(self._held)
 
     def finish(self) -> bytes:
         """What came after the last border: an event that the stream's end cut off, or one without its blank line."""
-        rest = b"".join(self._parts)
-        self._parts, self._size = [], 0
+        rest, self._held = bytes(self._held), bytearray()
         return rest
 
-    def _tail(self) -> bytes:
-        tail = b""
-        for part in reversed(self._parts):
-            tail = part[-3:] + tail
-            if len(tail) >= 3:
-                break
-        return tail[-3:]
 
-    def _keep(self, data: bytes) -> None:
-        if data:
-            self._parts.append(data)
-            self._size += len(data)
-            if self._size > self._max_event_bytes:
-                raise UpstreamError("an event is larger than %d bytes" % self._max_event_bytes, "event_too_large")
-
-    @staticmethod
-    def _last_border(data: bytes) -> int:
-        if b"\r" not in data:
-            return data.rfind(b"\n\n") + 2 if b"\n\n" in data else 0
-        end = 0
-        for match in _BLANK_LINE.finditer(data):
-            end = match.end()
-        return end
+def _last_border(data: bytearray, start: int) -> int:
+    """Where the last blank line behind `start` ends, 0 without any."""
+    if data.find(b"\r", start) < 0:
+        return data.rfind(b"\n\n", start) + 2 if data.find(b"\n\n", start) >= 0 else 0
+    return max((match.end() for match in _BLANK_LINE.finditer(data, start)), default=0)
 
 
 def parse_events(raw: bytes) -> List[SseEvent]:
     """The events in `raw`, which must be cut at event borders. Comments, ids and retry fields are dropped."""
-    text = str(raw, "utf-8", "replace")
-    if "\ufeff" in text:  # one byte order mark at the start is no part of the stream (WHATWG)
-        text = text[1:] if text[0] == "\ufeff" else text
-    if "\r" in text:
-        text = text.replace("\r\n", "\n").replace("\r", "\n")
-    events = []
-    name, data = "", None
-    for line in text.split("\n"):
-        if line.startswith("data:"):
-            value = line[6:] if line.startswith("data: ") else line[5:]
-            data = value if data is None else data + "\n" + value
+    text = str(raw, "utf-8", "replace").replace("\r\n", "\n").replace("\r", "\n")
+    events: List[SseEvent] = []
+    name, data = "", []
+    # One byte order mark at the start is no part of the stream (WHATWG); the last event may lack its blank line.
+    for line in (text[text.startswith("\ufeff") :] + "\n\n").split("\n"):
+        field, _, value = line.partition(":")
+        if field == "data":
+            data.append(value[value.startswith(" ") :])
+        elif field == "event":
+            name = value.strip()
         elif not line:
-            if data is not None:
-                events.append(SseEvent(name, data))
-            name, data = "", None
-        elif line.startswith("event:"):
-            name = line[6:].strip()
-    if data is not None:
-        events.append(SseEvent(name, data))
+            if data:
+                events.append(SseEvent(name, "\n".join(data)))
+            name, data = "", []
     return events
 
 
@@ -2015,13 +1995,42 @@ class SseDecoder:
 
     def feed(self, data: bytes) -> List[SseEvent]:
         """Events completed by `data`. UpstreamError for an event above the limit."""
-        whole = self._splitter.feed(data)
-        return parse_events(whole) if whole else []
+        return parse_events(self._splitter.feed(data))
 
     def finish(self) -> List[SseEvent]:
         """Events left at the end of the stream: some upstreams leave out the last blank line."""
-        rest = self._splitter.finish()
-        return parse_events(rest) if rest else []
+        return parse_events(self._splitter.finish())
+
+
+class Stencil(NamedTuple):
+    """What events have in common that differ in one JSON string only, as nearly all of a streamed answer do: the text
+    `before` that string, with its opening quote, and the text `after` it. To look through it costs a fraction of
+    parsing the event."""
+
+    before: str
+    after: str
+
+    def text_in(self, raw: bytes) -> str:
+        """The string, when `raw` is exactly one more such event; "" when it is anything else."""
+        whole = str(raw, "utf-8", "replace")
+        if not whole.startswith(self.before):
+            return ""
+        try:
+            text, end = _scan_string(whole, len(self.before))
+        except ValueError:
+            return ""
+        return text if whole[end:] == self.after else ""
+
+
+_scan_string = json.decoder.scanstring
+
+
+def make_stencil(raw: bytes, text: str) -> Optional[Stencil]:
+    """The stencil of the event `raw`, in which `text` is a JSON string; None where it cannot be told which one."""
+    whole = str(raw, "utf-8", "replace")
+    before, found, after = whole.partition('"%s"' % text)
+    is_sure = found and "\\" not in whole and found not in after  # without escapes every string stands as it is
+    return Stencil(before + '"', after) if is_sure else None
 
 
 def sse_event(data: bytes, name: str = "") -> bytes:
@@ -2720,10 +2729,7 @@ Extra = Optional[Dict[str, Dict[str, Any]]]
 
 class _Words(Value):
     __slots__ = ("text", "extra")
-
-    def __init__(self, text: str, extra: Extra = None) -> None:
-        self.text = text
-        self.extra = extra
+    defaults = (None,)
 
 
 class Text(_Words):
@@ -2759,12 +2765,7 @@ class ToolResult(Value):
     """What a tool answered: `blocks` are Text and Media."""
 
     __slots__ = ("call_id", "blocks", "is_error", "extra")
-
-    def __init__(self, call_id: str, blocks: Sequence[Any] = (), is_error: bool = False, extra: Extra = None) -> None:
-        self.call_id = call_id
-        self.blocks = list(blocks)
-        self.is_error = is_error
-        self.extra = extra
+    defaults: Tuple[Any, ...] = ([], False, None)
 
 
 class Opaque(Value):
@@ -2982,6 +2983,8 @@ class WireFormat(NamedTuple):
     parse_request(body) -> ChatRequest and parse_response(body, context) -> ChatResponse raise RouterError for a
     body that is not of the format. parser(context) has `feed(SseEvent) -> [event]` and `finish() -> [event]`;
     renderer(context) has `render(event) -> bytes`. Both keep the stream invariants stated above whatever comes in.
+    Where the last SseEvent said nothing but more text of the open block, parser.said is that JSON string, else "";
+    after it parser.more(text) stands for feeding an SseEvent that differs from it in that string only.
     parse_error(status, body) reads an error answer (body: parsed JSON, or text); render_error(info, id) writes one
     as a JSON value. error_event(info, id) is the error as SSE bytes. watch: matches raw stream bytes that may hold
     usage, an error or the end, so that a relay looks at nothing else. losses: field -> what becomes of it.
@@ -3026,8 +3029,7 @@ def fold(events: Iterable[Any]) -> Union[ChatResponse, ErrorInfo]:
             blocks.append(event.block)
             deltas = [block_text(event.block)]
         elif isinstance(event, Extended):
-            blocks[-1] = with_text(blocks[-1], block_text(blocks[-1]))
-            _extend(blocks[-1], event)
+            blocks[-1] = _extended(blocks[-1], event)
         elif isinstance(event, Closed) and len(deltas) > 1:
             blocks[-1] = with_text(blocks[-1], "".join(deltas))
         elif isinstance(event, Started):
@@ -3059,16 +3061,14 @@ def block_text(block: Any) -> str:
 
 def with_text(block: Any, text: str) -> Any:
     """The block with another text (block_text)."""
-    copy = type(block)(*block._fields())
-    setattr(copy, "arguments" if isinstance(block, ToolCall) else "text", text)
-    return copy
+    return block._replace(**{"arguments" if isinstance(block, ToolCall) else "text": text})
 
 
-def _extend(block: Any, event: Extended) -> None:
+def _extended(block: Any, event: Extended) -> Any:
     bag = dict(own_extra(block, event.wire))
     for key, value in event.values.items():
         bag[key] = bag[key] + value if isinstance(value, (str, list)) and type(bag.get(key)) is type(value) else value
-    block.extra = {**(block.extra or {}), event.wire: bag}
+    return block._replace(extra={**(block.extra or {}), event.wire: bag})
 
 
 # What a client is spared to send back.
@@ -3167,7 +3167,7 @@ def custom_as_function(tool: Tool) -> Tool:
 
 def custom_call_as_function(call: ToolCall) -> ToolCall:
     """A call of a custom tool (free text) as a call of its one-string function."""
-    return ToolCall(call.id, call.name, json.dumps({"input": call.arguments}), "function", call.extra)
+    return call._replace(arguments=json.dumps({"input": call.arguments}), kind="function")
 
 
 def custom_input(arguments: str) -> str:
@@ -3245,39 +3245,31 @@ def _join_turns(messages: Iterable[Message]) -> List[Message]:
     return merged
 
 
-def _place_results(messages: Iterable[Message]) -> List[Message]:
+def _place_results(messages: List[Message]) -> List[Message]:
     turns: List[Message] = []
     taken: Set[str] = set()
-    waiting: Dict[str, List[Tuple[List[Any], int]]] = {}  # id the client uses -> places its results belong to
+    waiting: Dict[str, List[ToolResult]] = {}  # id the client uses -> results that may still come
     for role, blocks, extra in messages:
-        calls = [block for block in blocks if isinstance(block, ToolCall)]
-        rest: List[Any] = []
+        calls, rest = [], []
         for block in blocks:
-            if isinstance(block, ToolResult):
-                rest += _settle(block, waiting)
-            elif not isinstance(block, ToolCall):
+            if isinstance(block, ToolCall):
+                calls.append(block)
+            elif not isinstance(block, ToolResult):
                 rest.append(block)
-        named, results = [], []
+            elif block.call_id not in waiting:
+                rest += [Text("[result of tool call %s]" % block.call_id), *block.blocks]
+            elif waiting[block.call_id]:
+                place = waiting[block.call_id].pop(0)
+                place.blocks, place.is_error, place.extra = block.blocks, block.is_error, block.extra
+        named = [call._replace(id=unique_id(call.id or "call_%d" % len(taken), taken)) for call in calls]
+        # An error where the format has a flag for it; elsewhere the words are enough.
+        flag = {"anthropic": {"is_error": True}}
+        results = [ToolResult(call.id, [Text(NO_RESULT)], extra=flag) for call in named]
         waiting.update((call.id, []) for call in calls)
-        for index, call in enumerate(calls):
-            call_id = unique_id(call.id or "call_%d" % len(taken), taken)
-            named.append(ToolCall(call_id, call.name, call.arguments, call.kind, call.extra))
-            waiting[call.id].append((results, index))
-            # An error where the format has a flag for it; elsewhere the words are enough.
-            results.append(ToolResult(call_id, [Text(NO_RESULT)], extra={"anthropic": {"is_error": True}}))
-        turns.append(Message(role, rest + named, extra))
-        turns.append(Message("user", results))
+        for call, result in zip(calls, results):
+            waiting[call.id].append(result)
+        turns += [Message(role, rest + named, extra), Message("user", results)]
     return turns
-
-
-def _settle(result: ToolResult, waiting: Dict[str, List[Tuple[List[Any], int]]]) -> List[Any]:
-    """Puts a result at its place, if that is still free; the blocks that stand for it if no call asked for it."""
-    if result.call_id not in waiting:
-        return [Text("[result of tool call %s]" % result.call_id), *result.blocks]
-    if waiting[result.call_id]:
-        results, index = waiting[result.call_id].pop(0)
-        results[index] = ToolResult(results[index].call_id, result.blocks, result.is_error, result.extra)
-    return []
 
 
 # Media.
@@ -3288,9 +3280,8 @@ _DATA_URL = re.compile(r"data:([^;,]*)(?:;[^;,]*)*;base64,", re.IGNORECASE)
 def media_of_url(kind: str, url: str, name: str = "", extra: Extra = None) -> Media:
     """The Media that a URL stands for; a data URL (RFC 2397) is taken apart."""
     match = _DATA_URL.match(url)
-    if match:
-        return Media(kind, match.group(1).lower(), url[match.end() :], name=name, extra=extra)
-    return Media(kind, url=url, name=name, extra=extra)
+    data = (match.group(1).lower(), url[match.end() :], "") if match else ("", "", url)
+    return Media(kind, *data, name, extra)
 
 
 def url_of_media(media: Media, default_type: str = "application/octet-stream") -> str:
@@ -3945,10 +3936,7 @@ def parse_chat_response(body: Dict[str, Any], context: Context) -> ChatResponse:
 
 
 def _first_count(*values: Any) -> int:
-    for value in values:
-        if value and as_int(value):
-            return as_int(value)
-    return 0
+    return next(filter(None, map(as_int, values)), 0)
 
 
 def _chat_usage(usage: Dict[str, Any]) -> Usage:
@@ -4008,9 +3996,10 @@ def _shown_finish(reason: str, has_calls: bool, has_refusal: bool) -> str:
 
 # ---- streams: Chat Completions -> neutral
 
-_decode_chunk = _JSON_DECODER.decode
 _THINK_OPEN, _THINK_CLOSE = "<think>", "</think>"  # around the reasoning that a server left in the content (trap 48)
 _DETAIL_KEYS = ("text", "summary", "data", "signature")
+# Field of a delta -> the block that its text adds to.
+_CHAT_FLOWS = {"content": Text, "reasoning_content": Thinking, "reasoning": Thinking, "refusal": Refusal}
 _MAX_HELD = 4096  # characters of white space in front of a text; more of it counts as text
 
 
@@ -4048,7 +4037,7 @@ class _Slot:
         if not self.is_open or not self.pieces or not self.pieces[-1].rstrip().endswith("}"):
             return False
         try:
-            return self.block.kind == "function" and type(_decode_chunk("".join(self.pieces))) is dict
+            return self.block.kind == "function" and type(_JSON_DECODER.decode("".join(self.pieces))) is dict
         except (ValueError, RecursionError):
             return False
 
@@ -4059,12 +4048,13 @@ class ChatStreamParser:
     Every block is a slot, in the order in which they began. The first unfinished one streams; those behind it are held
     and follow whole (trap 33). Finished is told at `[DONE]` or at the end of the bytes, so that usage sent last is in
     it. done: a finish_reason or `[DONE]` was seen. usage: the last counts told, or None. skipped: events and parts that
-    could not be read.
+    could not be read. said: see WireFormat.
     """
 
     def __init__(self, context: Context) -> None:
         self.done = self._is_started = self._is_ended = False
         self.skipped = 0
+        self.said = ""
         self.usage: Optional[Usage] = None
         self._context = context
         self._out: List[Any] = []
@@ -4081,20 +4071,20 @@ class ChatStreamParser:
 
     def feed(self, event: SseEvent) -> List[Any]:
         """The neutral events that `event` completes."""
-        data, is_error = event.data, event.name == "error"
-        if data.strip() == "[DONE]":
+        self.said = ""
+        if event.data.strip() == "[DONE]":
             self.done = True
             return self.end()
         try:
-            chunk = _decode_chunk(data)
+            chunk = _JSON_DECODER.decode(event.data)
         except (ValueError, RecursionError):
             chunk = None
-        if is_error and type(chunk) is not dict:
-            chunk = {}
-        if type(chunk) is not dict:
-            self.skipped += bool(data.strip())
-            return []
-        return self.read({"error": chunk or data} if is_error and not chunk.get("error") else chunk)
+        if event.name == "error" and not as_dict(chunk).get("error"):
+            chunk = {"error": as_dict(chunk) or event.data}
+        if type(chunk) is dict:
+            return self.read(chunk)
+        self.skipped += bool(event.data.strip())
+        return []
 
     def finish(self) -> List[Any]:
         """The end of the bytes: without a finish_reason or `[DONE]` the answer was cut off (trap 14)."""
@@ -4105,31 +4095,41 @@ class ChatStreamParser:
 
     def read(self, chunk: Dict[str, Any], field: str = "delta") -> List[Any]:
         """The neutral events of one chunk, or of a whole answer, whose text is in the `field` message (or in both)."""
-        if chunk.get("usage"):
-            self._count(chunk["usage"])
-        choices = chunk.get("choices")
-        if self._is_ended or chunk.get("error") or not choices or type(choices) is not list:
+        for usage in (chunk.get("usage"), as_dict(chunk.get("x_groq")).get("usage")):
+            self._count(usage)
+        choices = as_list(chunk.get("choices"))
+        if self._is_ended or chunk.get("error") or not choices:
             return [] if self._is_ended else self._read_without_choice(chunk)
-        choice = choices[0]
-        if type(choice) is not dict or choice.get("index"):  # only the first of n answers is read
-            choice = next((item for item in choices if type(item) is dict and not item.get("index")), None)
-            if choice is None:
-                return []
-        if not self._is_started:
-            self._start(chunk)
-        delta = choice.get(field)
+        # Only the first of n answers is read.
+        choice = next((item for item in choices if type(item) is dict and not item.get("index")), None)
+        if choice is None:
+            return []
+        self._start(chunk)
+        delta, flowing = choice.get(field), self._flowing
         if type(delta) is not dict:
             delta = as_dict(choice.get("message" if field == "delta" else "delta"))
-        is_last = choice.get("finish_reason") or choice.get("usage") or choice.get("error")
-        if len(delta) == 1 and self._flowing is Text and not is_last and not self._tag:
-            text = delta.get("content")  # nearly every chunk of an answer
-            if text and type(text) is str:
-                return [Delta(text)]
         self._read_delta(delta)
-        if is_last:
+        if choice.get("finish_reason") or choice.get("usage") or choice.get("error"):
             self._read_end_of_choice(choice)
-            self._count(as_dict(chunk.get("x_groq")).get("usage"))
+        elif flowing and flowing is self._flowing and not chunk.get("usage"):
+            self.said = self._only_text(delta)
         return self._take()
+
+    def more(self, text: str) -> List[Any]:
+        """See WireFormat."""
+        if self._flowing is not ToolCall:
+            return [Delta(text)]
+        self._add_arguments(self._slots[-1], text)
+        return self._take()
+
+    def _only_text(self, delta: Dict[str, Any]) -> str:
+        """The one string in a delta that adds to the block that flows and says nothing else."""
+        parts = [(key, value) for key, value in delta.items() if value and key != "role"]
+        key, value = parts[0] if len(parts) == 1 else ("", None)
+        if key == "tool_calls" and self._flowing is ToolCall and len(value) == 1:
+            inner = as_dict(as_dict(value[0]).get(self._slots[-1].block.kind))
+            return "" if inner.get("name") else as_text(inner.get("arguments") or inner.get("input"))
+        return as_text(value) if _CHAT_FLOWS.get(key) is self._flowing and not (self._tag and key == "content") else ""
 
     def end(self) -> List[Any]:
         """The end of the answer: whatever is held, closed blocks, and Finished once."""
@@ -4162,7 +4162,6 @@ class ChatStreamParser:
         is_named = "error" in (chunk.get("object"), chunk.get("type")) or as_text(chunk.get("message"))
         if chunk.get("error") or (is_bare and (is_named or as_text(chunk.get("detail")))):
             self._fail(read_error(200, chunk))
-        self._count(as_dict(chunk.get("x_groq")).get("usage"))
         return self._take()
 
     def _read_end_of_choice(self, choice: Dict[str, Any]) -> None:
@@ -4259,12 +4258,9 @@ class ChatStreamParser:
             self._out.append(Extended(_CHAT, {"reasoning_details": details}))
         elif details:
             self._details += details
-        if get("content"):
-            self._read_content(get("content"))
-        if get("refusal"):
-            self._add_text(Refusal, get("refusal"))
-        if get("audio"):
-            self._add_text(Text, as_dict(get("audio")).get("transcript"))
+        self._read_content(get("content"))
+        self._add_text(Refusal, get("refusal"))
+        self._add_text(Text, as_dict(get("audio")).get("transcript"))
         for image in as_list(get("images")):  # as some routers put them beside the content
             self._add_slot(Opaque(_CHAT, as_dict(image)))
             self._advance()
@@ -4274,12 +4270,10 @@ class ChatStreamParser:
             self._read_calls(get("tool_calls") or [{"index": "function_call", "function": get("function_call")}])
 
     def _read_content(self, value: Any) -> None:
-        if type(value) is str:
-            if self._tag:
-                self._read_tagged(value)
-            else:
-                self._add_text(Text, value)
+        if type(value) is str and self._tag and value:
+            self._read_tagged(value)
             return
+        self._add_text(Text, value)
         for part in map(as_dict, as_list(value)):  # Mistral sends thinking as parts
             fields = {"reasoning_content": _thinking_text(part), "content": as_text(part.get("text"))}
             self._read_delta({**fields, "refusal": part.get("refusal")})
@@ -4331,12 +4325,15 @@ class ChatStreamParser:
                 if not call.name:  # in every chunk, at some servers: the first counts (trap 39)
                     call.name, call.kind = name, kind
                 call.extra = rest_of({**own_extra(call, _CHAT), **entry}, _CHAT_CALL_KEYS, _CHAT)
-            slot.add_arguments(text)
-            if slot.is_open and slot is self._slots[-1]:
-                self._out.extend(map(Delta, slot.waiting))
-                slot.waiting.clear()
-            else:
-                self._advance()
+            self._add_arguments(slot, text)
+
+    def _add_arguments(self, slot: _Slot, text: str) -> None:
+        slot.add_arguments(text)
+        if slot.is_open and slot is self._slots[-1]:
+            self._out.extend(map(Delta, slot.waiting))
+            slot.waiting.clear()
+        else:
+            self._advance()
 
     def _find_call(self, entry: Dict[str, Any], name: str, text: str, touched: List[_Slot]) -> _Slot:
         """The call that an entry continues, or a new one: `index` and `id` may be missing, or the same for all."""
@@ -4993,12 +4990,13 @@ class AnthropicStreamParser:
     """RawMessageStreamEvents to neutral stream events. Unknown events and deltas are skipped.
 
     done: message_stop was seen. usage: the counts so far, or None. skipped: events that could not be read.
-    The blocks of the API never overlap; what comes for a block that is not open is skipped.
+    said: see WireFormat. The blocks of the API never overlap; what comes for a block that is not open is skipped.
     """
 
     def __init__(self, context: Context) -> None:
         self.done = False
         self.skipped = 0
+        self.said = ""
         self._context = context
         self._is_ended = False
         self._is_started = False
@@ -5018,6 +5016,7 @@ class AnthropicStreamParser:
 
     def feed(self, event: SseEvent) -> List[Any]:
         """The neutral events that `event` completes."""
+        self.said = ""
         if self._is_ended:
             return []
         try:
@@ -5081,6 +5080,11 @@ class AnthropicStreamParser:
             return []
         if self._held:  # text in the start event precedes this, a tool's `input` there was only a placeholder
             text, self._held = text if block_type is ToolCall else self._held + text, ""
+        self.said = text
+        return [Delta(text)]
+
+    def more(self, text: str) -> List[Any]:
+        """See WireFormat."""
         return [Delta(text)]
 
     def _other_delta(self, delta: Dict[str, Any], text: str, block_type: Any, index: Any) -> List[Any]:
@@ -5931,6 +5935,8 @@ class ResponsesParser:
     done: a terminator was seen. usage: of the terminator. skipped: events that made no sense (trap 13).
     """
 
+    said = ""  # its events are numbered, so no two are alike
+
     def __init__(self, context: Context) -> None:
         self.done = False
         self.usage: Optional[Usage] = None
@@ -6455,8 +6461,8 @@ def translate_response(body: Dict[str, Any], source: str, target: str, context: 
 
 def fold_stream(source: str, raw: bytes, context: Context) -> Union[ChatResponse, ErrorInfo]:
     """A complete event stream of the format `source` as one answer, or the error that it ended with (trap 11)."""
-    decoder, parser = SseDecoder(), WIRE_FORMATS[source].parser(context)
-    events = [event for sse in decoder.feed(raw) + decoder.finish() for event in parser.feed(sse)]
+    parser = WIRE_FORMATS[source].parser(context)
+    events = [event for sse in parse_events(raw) for event in parser.feed(sse)]
     answer = fold(events + parser.finish())
     return answer if isinstance(answer, ErrorInfo) else restore_tools(answer, context.request)
 
@@ -6483,30 +6489,30 @@ def short_tool_name(name: str) -> str:
 
 def shorten_tools(request: ChatRequest) -> ChatRequest:
     """The request with short_tool_name applied to tools, tool_choice and the calls in the history."""
-    calls = [block for message in request.messages for block in message.blocks if isinstance(block, ToolCall)]
-    named = [tool.name for tool in request.tools if tool.kind != "server"] + [call.name for call in calls]
-    if all(map(_TOOL_NAME.fullmatch, named)):
-        return request
-    choice = request.tool_choice
-    return request._replace(
-        tools=[t if t.kind == "server" else t._replace(name=short_tool_name(t.name)) for t in request.tools],
-        tool_choice=choice and choice._replace(name=short_tool_name(choice.name)),
-        messages=_map_calls(
-            request.messages, lambda c: ToolCall(c.id, short_tool_name(c.name), c.arguments, c.kind, c.extra)
-        ),
-    )
 
+    def renamed(value: Any) -> Any:
+        return value._replace(name=short_tool_name(value.name))
 
-def _map_calls(messages: List[Message], change: Callable[[ToolCall], ToolCall]) -> List[Message]:
-    changed = ([change(b) if isinstance(b, ToolCall) else b for b in message.blocks] for message in messages)
-    return [message._replace(blocks=blocks) for message, blocks in zip(messages, changed)]
+    choice = request.tool_choice and renamed(request.tool_choice)
+    return _map_tools(request, ("function", "custom"), renamed, renamed)._replace(tool_choice=choice)
 
 
 def _without_customs(request: ChatRequest) -> ChatRequest:
     """Free-text tools as functions, since few servers of the other formats know them (trap 60)."""
+    return _map_tools(request, ("custom",), custom_as_function, custom_call_as_function)
+
+
+def _map_tools(
+    request: ChatRequest, kinds: Tuple[str, ...], tool: Callable[[Tool], Tool], call: Callable[[ToolCall], ToolCall]
+) -> ChatRequest:
+    """The request with all tools of these kinds, and the calls of such in the history, changed."""
+
+    def changed(block: Any) -> Any:
+        return call(block) if isinstance(block, ToolCall) and block.kind in kinds else block
+
     return request._replace(
-        tools=[custom_as_function(tool) if tool.kind == "custom" else tool for tool in request.tools],
-        messages=_map_calls(request.messages, lambda c: custom_call_as_function(c) if c.kind == "custom" else c),
+        tools=[tool(one) if one.kind in kinds else one for one in request.tools],
+        messages=[turn._replace(blocks=list(map(changed, turn.blocks))) for turn in request.messages],
     )
 
 
@@ -6525,11 +6531,9 @@ class ToolRestorer:
             self._held.append(event.text)
             return ()
         if kind is Opened and isinstance(event.block, ToolCall):
-            call = event.block
-            name = self._names.get(call.name, call.name)
-            self._held = [] if name in self._customs and call.kind != "custom" else None
-            kind = call.kind if self._held is None else "custom"
-            return (Opened(ToolCall(call.id, name, call.arguments, kind, call.extra)),)
+            name, kind = self._names.get(event.block.name, event.block.name), event.block.kind
+            self._held = [] if name in self._customs and kind != "custom" else None
+            return (Opened(event.block._replace(name=name, kind=kind if self._held is None else "custom")),)
         if kind is Closed and self._held is not None:
             text, self._held = custom_input("".join(self._held)), None
             return (Delta(text), event) if text else (event,)
@@ -6554,6 +6558,8 @@ def restore_tools(response: ChatResponse, request: ChatRequest) -> ChatResponse:
 
 # ---- streams
 
+_STENCIL_TRIES = 4  # in a row: where something else differs in every event, a stencil never fits
+
 
 class StreamTranslator:
     """An answer's bytes from the format `source` to `target`: `feed(bytes) -> bytes`, `finish() -> bytes`.
@@ -6570,14 +6576,18 @@ class StreamTranslator:
     ) -> None:
         self.content = False
         self.failed: Optional[ErrorInfo] = None
+        self._context = context
+        self._target = WIRE_FORMATS[target]
         self._secrets = secrets
         self._splitter = EventSplitter(limit)
         self._parser = WIRE_FORMATS[source].parser(context)
-        self._renderer = WIRE_FORMATS[target].renderer(context)
+        self._renderer = self._target.renderer(context)
         self._render = self._renderer.render
         self._restorer = tool_restorer(context.request)
         self._finished: Optional[Finished] = None
         self._has_opaque = False
+        self._stencil: Optional[Stencil] = None
+        self._tries = _STENCIL_TRIES
         self.recorder: Optional[ReasoningRecorder] = None
 
     @property
@@ -6606,6 +6616,11 @@ class StreamTranslator:
         """The target's bytes for what `data` completes."""
         if self.failed is not None:
             return b""
+        if self._stencil is not None and not self._splitter.pending:
+            text = self._stencil.text_in(data)
+            if text:  # nearly every chunk of an answer
+                self._tries = _STENCIL_TRIES
+                return self._write(self._parser.more(text))
         if self._splitter.pending or not data.endswith(b"\n\n"):
             try:
                 data = self._splitter.feed(data)
@@ -6621,9 +6636,12 @@ class StreamTranslator:
 
     def _take(self, whole: bytes) -> bytes:
         events, parse = parse_events(whole), self._parser.feed
-        if len(events) == 1:
-            return self._write(parse(events[0]))
-        return b"".join([self._write(parse(event)) for event in events])
+        out = b"".join([self._write(parse(event)) for event in events])
+        self._stencil = None
+        if len(events) == 1 and self._parser.said and self._tries:
+            self._tries -= 1
+            self._stencil = make_stencil(whole, self._parser.said)
+        return out
 
     def _write(self, events: Sequence[Any]) -> bytes:
         if self.recorder is not None:
@@ -6667,17 +6685,10 @@ class StreamRelay(StreamTranslator):
     connection cut off is not passed on. Where the format shows the model in its first event, that is renamed.
     """
 
-    def __init__(
-        self, source: str, context: Context, limit: int = MAX_EVENT_BYTES, secrets: Sequence[str] = ()
-    ) -> None:
-        super().__init__(source, source, context, limit, secrets)
-        self._context = context
-        self._error_event = WIRE_FORMATS[source].error_event
-        self._watch_json = WIRE_FORMATS[source].watch.search
-        self._mark = _MODEL_EVENTS.get(source, b"") if context.request.model else b""
+    _is_named = False  # whether the event that names the model went by
 
     def _watch(self, raw: bytes) -> Any:
-        return self._watch_json(raw) or b"[DONE]" in raw or _ERROR_EVENT.search(raw)
+        return self._target.watch.search(raw) or b"[DONE]" in raw or _ERROR_EVENT.search(raw)
 
     def _take(self, whole: bytes) -> bytes:
         sees_all = self.recorder is not None
@@ -6691,8 +6702,9 @@ class StreamRelay(StreamTranslator):
                     self._look(events)
                     if self.recorder is not None:
                         self.recorder.see(events)
-                if self._mark and self._mark in raw:
-                    raw, self._mark = rename_model(raw, self._context.request.model), b""
+                mark, model = _MODEL_EVENTS.get(self._target.name), self._context.request.model
+                if mark and mark in raw and model and not self._is_named:
+                    raw, self._is_named = rename_model(raw, model), True
             passed.append(raw)
             if self.failed is not None:
                 return self._hide(b"".join(passed))
@@ -6708,7 +6720,7 @@ class StreamRelay(StreamTranslator):
 
     def _fail(self, error: ErrorInfo) -> bytes:
         self.failed = error
-        return self._error_event(error, self._context.id)
+        return self._target.error_event(error, self._context.id)
 
 
 _ERROR_EVENT = re.compile(rb"event:\s*error")
@@ -6718,9 +6730,8 @@ def make_processor(
     source: str, target: str, context: Context, limit: int = MAX_EVENT_BYTES, secrets: Sequence[str] = ()
 ) -> StreamTranslator:
     """What stands between an upstream that speaks `source` and a client that speaks `target`."""
-    if source == target:
-        return StreamRelay(source, context, limit, secrets)
-    return StreamTranslator(source, target, context, limit, secrets)
+    kind = StreamRelay if source == target else StreamTranslator
+    return kind(source, target, context, limit, secrets)
 
 
 def _split_events(whole: bytes) -> Iterator[bytes]:
@@ -6957,13 +6968,12 @@ _PLAIN = Compat("", ())
 
 def find_compat(name: str, host: str, port: int = 0) -> Compat:
     """The row for a provider: by its `compat`, else by the host of its URL; an empty row for what nobody knows."""
-    if name in _COMPATS_BY_NAME:
-        return _COMPATS_BY_NAME[name]
-    places = ("." + host, ":%d" % port)
-    for row in COMPATS:
-        if any(place.endswith(known if known[0] == ":" else "." + known) for known in row.hosts for place in places):
-            return row
-    return _PLAIN
+    known = _COMPATS_BY_NAME.get(name)
+    return known or next((row for row in COMPATS if any(_is_at(end, host, port) for end in row.hosts)), _PLAIN)
+
+
+def _is_at(known: str, host: str, port: int) -> bool:
+    return known == ":%d" % port or ("." + host).endswith("." + known)
 
 
 def apply_fixes(body: Dict[str, Any], fixes: Iterable[str]) -> Dict[str, Any]:
@@ -7018,8 +7028,7 @@ def keep_cache_marks(request: ChatRequest) -> ChatRequest:
         mark = own_extra(value, "anthropic").get("cache_control") if isinstance(value, (Text, Tool)) else None
         if not mark:
             return value
-        extra = {**value.extra, "openai": {**own_extra(value, "openai"), "cache_control": mark}}
-        return value._replace(extra=extra) if isinstance(value, Tool) else Text(value.text, extra)
+        return value._replace(extra={**value.extra, "openai": {**own_extra(value, "openai"), "cache_control": mark}})
 
     return request._replace(
         system=list(map(marked, request.system)),
@@ -7044,13 +7053,11 @@ def bare_cache_marks(value: Any) -> Any:
 def learn_fix(body: Dict[str, Any], words: Sequence[str], known: Iterable[str]) -> str:
     """The fix that a 400's words ask for, "" when it names nothing that the router added or that was not tried yet."""
     text = "\n".join(words).lower()
+    untried = [name for name, fix in FIXES.items() if name not in known and fix.needs in body]
     instead = _STATES_INSTEAD.search(text)
-    if instead and instead.group(1) not in known and FIXES[instead.group(1)].needs in body:
+    if instead and instead.group(1) in untried:
         return instead.group(1)
-    for name, fix in FIXES.items():
-        if name not in known and fix.needs in body and fix.refused.search(text):
-            return name
-    return ""
+    return next((name for name in untried if FIXES[name].refused.search(text)), "")
 
 
 # ==============================================================================

@@ -1618,7 +1618,7 @@ def test_an_error_is_written_with_a_type(info, kind):
     ],
 )
 def test_a_relay_looks_only_at_what_matters(raw, is_seen):
-    assert bool(router.StreamRelay("openai", make_context())._watch(raw)) is is_seen
+    assert bool(router.StreamRelay("openai", "openai", make_context())._watch(raw)) is is_seen
 
 
 @pytest.mark.parametrize("end", [b"data:[DONE]\n\n", b"event: error\ndata: x\n\n", b'event:error\r\ndata: "x"\r\n\r\n'])

@@ -71,3 +71,37 @@ def test_what_is_written_reads_back():
         ("name", text.decode()),
         ("", text.decode()),
     ]
+
+
+@pytest.mark.parametrize(
+    "event, text",
+    [
+        ('{"id":"a","text":"%s"}', r"a \"quote\"\n\u20ac"),
+        ('{"id":"%s","text":"b"}', "東"),
+        ('{"text":"%s","note":"ö"}', "with blanks"),
+    ],
+)
+def test_a_stencil_finds_the_text_in_which_an_event_differs(event, text):
+    stencil = R.make_stencil(("data: " + event % "first" + "\n\n").encode(), "first")
+    assert stencil.text_in(("data: " + event % text + "\n\n").encode()) == R.load_json('"%s"' % text)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        'data: {"a":"x","b":2}\n\n', 'data: {"a":"x","b":1}\n', 'data: {"a":"x","b":1}\n\ndata: {"a":"y","b":1}\n\n',
+        'data: {"a":"x\n\n', 'data: {"a":"x"y","b":1}\n\n', 'data: {"a":"x\ny","b":1}\n\n', 'data: {"a":x","b":1}\n\n',
+        'data: {"a":"x","a":"y","b":1}\n\n', 'data: {"a":"\\x","b":1}\n\n', "", ": ping\n\n",
+    ],
+)  # fmt: skip
+def test_a_stencil_takes_nothing_but_an_event_of_its_shape(other):
+    stencil = R.make_stencil(b'data: {"a":"first","b":1}\n\n', "first")
+    assert stencil.text_in(b'data: {"a":"x","b":1}\n\n') == "x"
+    assert stencil.text_in(other.encode()) == ""
+
+
+@pytest.mark.parametrize(
+    "event, text", [('{"a":"x","b":"x"}', "x"), ('{"a":"x"}', "y"), (r'{"a":"\u0078","b":"x"}', "x")]
+)
+def test_no_stencil_is_made_where_it_is_not_clear_which_text_is_meant(event, text):
+    assert R.make_stencil(event.encode(), text) is None
