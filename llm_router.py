@@ -7068,11 +7068,10 @@ _PATH = re.compile(r"(?:/(?:route|router))?(?:/(anthropic|openai))?(?:/v1)?(?:/(
 
 
 class Endpoint(NamedTuple):
-    """What a path means. operation: chat, count_tokens, embeddings, models, model, root, health, ready, metrics or
-    control.
+    """What a path means. operation: chat, count_tokens, embeddings, models, model, root, health, ready or metrics.
 
     methods: what the path answers to. wire: the format the path fixes, "" when the request decides.
-    argument: the rest of the path, percent-decoded (a model id, a control verb). is_open: reading it needs no key.
+    argument: the rest of the path, percent-decoded (a model id). is_open: reading it needs no key.
     """
 
     operation: str
@@ -7084,9 +7083,11 @@ class Endpoint(NamedTuple):
 
 _READ = ("GET", "HEAD")
 _METHODS = frozenset("GET HEAD POST PUT DELETE CONNECT OPTIONS TRACE PATCH".split())
+_CONTROL = "/_router/"  # what a host answers itself
 
-# tail -> endpoint; a tail that no row names is unknown. "" stands for a bare prefix.
-_ENDPOINTS: Dict[str, Endpoint] = {
+# The part of a path that decides -> its endpoint: behind the prefixes, where "" stands for nothing, or all of it. One
+# that no row names is unknown.
+_TAILS: Dict[str, Endpoint] = {
     "messages": Endpoint("chat", wire="anthropic"),
     "messages/count_tokens": Endpoint("count_tokens", wire="anthropic"),
     "chat/completions": Endpoint("chat", wire="openai"),
@@ -7095,31 +7096,30 @@ _ENDPOINTS: Dict[str, Endpoint] = {
     "models": Endpoint("models", _READ),
     "": Endpoint("chat"),
 }
-_ROOT_ENDPOINTS: Dict[str, Endpoint] = {
-    "": Endpoint("root", _READ + ("POST",), is_open=True),
-    "*": Endpoint("root", _READ + ("POST",), is_open=True),  # only OPTIONS may ask it (RFC 9112 3.2.4)
+_PATHS: Dict[str, Endpoint] = {
+    "": Endpoint("root", (*_READ, "POST"), is_open=True),
+    "*": Endpoint("root", (*_READ, "POST"), is_open=True),  # only OPTIONS may ask it (RFC 9112 3.2.4)
     "/health": Endpoint("health", _READ, is_open=True),
     "/ready": Endpoint("ready", _READ, is_open=True),
     "/metrics": Endpoint("metrics", _READ),
 }
-_CONTROL = "/_router/"
 
 
 def find_endpoint(path: str) -> Endpoint:
     """The endpoint of a request path (no query). RouterError 404 for a path that means nothing."""
     bare = path[:-1] if path.endswith("/") else path
-    if bare in _ROOT_ENDPOINTS:
-        return _ROOT_ENDPOINTS[bare]
-    if path.startswith(_CONTROL):
-        return Endpoint("control", ("GET", "POST"), argument=path[len(_CONTROL) :])
     match = _PATH.fullmatch(bare)
-    prefix, tail = (match.group(1) or "", match.group(2) or "") if match else ("", path)
-    endpoint = _ENDPOINTS.get(tail)
-    if endpoint is None and tail.startswith("models/"):
-        endpoint = Endpoint("model", _READ, argument=unquote(tail[len("models/") :]))
+    endpoint = _PATHS.get(bare)
+    if endpoint is None and match is not None:
+        prefix, tail = match.group(1) or "", match.group(2) or ""
+        endpoint = _TAILS.get(tail)
+        if tail.startswith("models/"):
+            endpoint = Endpoint("model", _READ, argument=unquote(tail[len("models/") :]))
+        if endpoint is not None and not endpoint.wire:
+            endpoint = endpoint._replace(wire=prefix)
     if endpoint is None:
         raise RouterError("unknown path %s" % one_line(path, 100), 404, "unknown_path")
-    return endpoint if endpoint.wire else endpoint._replace(wire=prefix)
+    return endpoint
 
 
 def check_method(endpoint: Endpoint, method: str) -> Endpoint:
@@ -7129,9 +7129,7 @@ def check_method(endpoint: Endpoint, method: str) -> Endpoint:
         raise RouterError("the method %s is not known here" % one_line(method, 40), 501, "unknown_method")
     if method not in endpoint.methods:
         raise RouterError("this path answers to %s only" % ", ".join(endpoint.methods), 405, "method_not_allowed")
-    if endpoint.operation == "root" and method == "POST":
-        return _ENDPOINTS[""]
-    return endpoint
+    return _TAILS[""] if (endpoint.operation, method) == ("root", "POST") else endpoint
 
 
 class Access(NamedTuple):
@@ -7173,23 +7171,17 @@ def offered_keys(headers: Headers) -> List[bytes]:
     return keys
 
 
-def has_valid_key(access: Access, headers: Headers) -> bool:
-    """Whether any offered key is right. Every pair is compared in constant time, with no early exit."""
-    found = 0
-    for offered in offered_keys(headers):
+def find_caller(access: Access, headers: Headers) -> Optional[str]:
+    """Whose key is shown: "" for the master key, a client's name for its own, None when none is right. Every pair is
+    compared in constant time, with no early exit."""
+    found: Dict[bool, Optional[str]] = {}
+    for offered in offered_keys(headers) if access.keys or access.clients else ():
         for key in access.keys:
-            found |= hmac.compare_digest(offered, key)
-    return bool(find_client(access, headers)) or bool(found)
-
-
-def find_client(access: Access, headers: Headers) -> str:
-    """The name of the client whose own key is shown, "" when none is. Compared like the others, with no early exit."""
-    found = ""
-    for offered in offered_keys(headers) if access.clients else ():
-        shown = hashlib.sha256(offered).hexdigest()
+            found.setdefault(hmac.compare_digest(offered, key), "")
+        shown = hashlib.sha256(offered).hexdigest() if access.clients else ""
         for digest, name in access.clients:
-            found = name if hmac.compare_digest(shown, digest) else found
-    return found
+            found[hmac.compare_digest(shown, digest)] = name
+    return found.get(True)
 
 
 class Strikes:
@@ -7213,41 +7205,42 @@ class Strikes:
         return min(self.FIRST_WAIT_S * 2 ** (over - 1), self.MAX_WAIT_S) if over > 0 else 0.0
 
 
-def check_access(access: Access, endpoint: Endpoint, method: str, headers: Headers) -> bool:
-    """Whether the request showed a valid key (or none is required). RouterError 401 or 403 when it may not pass.
+def check_access(access: Access, endpoint: Endpoint, method: str, headers: Headers) -> Optional[str]:
+    """The caller as find_caller names it, "" for whom nobody asked for a key; None: without one, and then only what is
+    open may be told. RouterError 401 or 403 when the request may not pass.
 
     The Host rule keeps out DNS rebinding (CVE-2024-28224), the Origin rule any web page the user happens to
     have open (claude-code-router GHSA-8hmm-4crw-vm2c): both come before anything is read or sent.
     """
-    authorized = has_valid_key(access, headers) if access.required else True
-    host = header(headers, "host")
-    if not access.required and not _is_own_host(access, host):
-        raise RouterError(
-            "the Host %s is not this server; add it to allowedHosts if it is" % one_line(host, 80),
-            403,
-            "host_not_allowed",
-        )
-    origin = header(headers, "origin")
-    trusted = authorized and access.required
-    if origin and not trusted and not _origin_may_pass(access, origin, host):
-        raise RouterError(
-            "requests from the web origin %s are refused; add it to corsOrigins to allow them" % one_line(origin, 80),
-            403,
-            "origin_not_allowed",
-        )
-    if not origin and not trusted and method == "POST" and header(headers, "sec-fetch-site") == "cross-site":
-        raise RouterError("cross-site requests from a browser are refused; see corsOrigins", 403, "origin_not_allowed")
+    told = {name: value for name, value in reversed(headers) if name in _TELLING_HEADERS}
+    host, origin = told.get("host", ""), told.get("origin", "")
+    caller = find_caller(access, headers)
+    if not access.required:
+        caller = caller or ""
+        if not _is_own_host(access, host):
+            words = "the Host %s is not this server; add it to allowedHosts if it is" % one_line(host, 80)
+            raise RouterError(words, 403, "host_not_allowed")
+    if caller is None or not access.required:
+        if origin and not _origin_may_pass(access, origin, host):
+            words = "requests from the web origin %s are refused; add it to corsOrigins to allow them"
+            raise RouterError(words % one_line(origin, 80), 403, "origin_not_allowed")
+        if not origin and method == "POST" and told.get("sec-fetch-site") == "cross-site":
+            words = "cross-site requests from a browser are refused; see corsOrigins"
+            raise RouterError(words, 403, "origin_not_allowed")
     is_open = endpoint.is_open and method in _READ or method == "OPTIONS"  # a browser's preflight carries no key
-    if not authorized and not is_open:
+    if caller is None and not is_open:
         raise RouterError("missing or wrong API key", 401, "invalid_api_key")
-    return authorized
+    return caller
+
+
+_TELLING_HEADERS = frozenset(("host", "origin", "sec-fetch-site"))
 
 
 def _is_own_host(access: Access, host: str) -> bool:
     if not host or _LOCAL_HOST.fullmatch(host):
         return True
-    name = re.sub(r":\d*$", "", host).lower()
-    return any(name == allowed.lower() or host.lower() == allowed.lower() for allowed in access.hosts)
+    names = host.lower(), re.sub(r":\d*$", "", host).lower()
+    return any(allowed.lower() in names for allowed in access.hosts)
 
 
 def _origin_may_pass(access: Access, origin: str, host: str) -> bool:
@@ -7257,19 +7250,17 @@ def _origin_may_pass(access: Access, origin: str, host: str) -> bool:
 
 def cors_headers(access: Access, headers: Headers) -> Headers:
     """The CORS answer headers: only for an origin that is listed, never a wildcard."""
-    origin = header(headers, "origin")
+    origin = header(headers, "origin") if access.origins else ""
     if not origin or origin not in access.origins:
         return []
-    asked = header(headers, "access-control-request-headers")
+    asked = header(headers, "access-control-request-headers", "authorization, content-type, x-api-key")
+    told = "x-llm-router-request-id, x-llm-router-model, x-llm-router-attempts, retry-after"
     return [
         ("access-control-allow-origin", origin),
         ("vary", "origin"),
         ("access-control-allow-methods", "GET, HEAD, POST, OPTIONS"),
-        ("access-control-allow-headers", asked if asked else "authorization, content-type, x-api-key"),
-        (
-            "access-control-expose-headers",
-            "x-llm-router-request-id, x-llm-router-model, x-llm-router-attempts, retry-after",
-        ),
+        ("access-control-allow-headers", asked),
+        ("access-control-expose-headers", told),
         ("access-control-max-age", "600"),
     ]
 
@@ -7385,7 +7376,7 @@ def read_inbound(endpoint: Endpoint, headers: Headers, data: bytes) -> Inbound:
     stream = body.value.get("stream")
     if stream is not None and not isinstance(stream, bool):
         raise RouterError("stream: must be true or false", 400, "invalid_type")
-    return Inbound(endpoint.operation, wire, asked or "", bool(stream), headers, body)
+    return Inbound(endpoint.operation, wire, asked or "", bool(stream) and endpoint.operation == "chat", headers, body)
 
 
 def ends_with_tool_result(body: Dict[str, Any], wire: str) -> bool:
@@ -7407,9 +7398,7 @@ def endpoint_of(path: str) -> Optional[Endpoint]:
 
 def wire_of_client(endpoint: Optional[Endpoint], headers: Headers) -> str:
     """The format an error before parsing is written in: what the path fixes, else what the headers show."""
-    if endpoint is not None and endpoint.wire:
-        return endpoint.wire
-    return detect_wire(headers, {})
+    return (endpoint.wire if endpoint is not None else "") or detect_wire(headers, {})
 
 
 class TokenRow(NamedTuple):
@@ -7567,6 +7556,11 @@ class Candidate(NamedTuple):
     model: Model
     model_id: str
 
+    @property
+    def formats(self) -> Tuple[str, ...]:
+        """The wire formats it speaks."""
+        return self.model.formats or self.provider.formats
+
 
 class Plan(NamedTuple):
     """Who may serve a request, the origin first."""
@@ -7706,28 +7700,22 @@ class UpstreamKey(NamedTuple):
 class Target(NamedTuple):
     """Where requests of one provider in one wire format go, and what every one of them carries.
 
-    path: with the base URL's own query. headers: everything fixed by the configuration; None for one that it removes,
-    whoever else would add it. compat: what this upstream is known to refuse.
+    key: which connections can carry them. path: with the base URL's own query. headers: everything fixed by the
+    configuration; None for one that it removes, whoever else would add it. compat: what this upstream is known to
+    refuse. secrets: what nobody but it may see.
     """
 
-    scheme: str
-    host: str
-    port: int
+    key: UpstreamKey
     path: str
-    headers: Tuple[Tuple[str, Optional[str]], ...]
+    headers: Mapping[str, Optional[str]]
     compat: Compat = _PLAIN
-    proxy: str = ""
-    ca_bundle: str = ""
-
-    @property
-    def key(self) -> UpstreamKey:
-        """Which connections can carry its requests."""
-        return UpstreamKey(self.scheme, self.host, self.port, self.proxy, self.ca_bundle)
+    secrets: Tuple[str, ...] = ()
 
     @property
     def origin(self) -> str:
         """scheme://host:port, the only place the provider's key is ever sent to."""
-        return "%s://%s:%d" % (self.scheme, "[%s]" % self.host if ":" in self.host else self.host, self.port)
+        scheme, host, port = self.key[:3]
+        return "%s://%s:%d" % (scheme, "[%s]" % host if ":" in host else host, port)
 
 
 class Outbound(NamedTuple):
@@ -7783,35 +7771,28 @@ def make_target(provider: Provider, wire: str) -> Target:
         parts, port = urlsplit(""), 0
     if not parts.hostname or not port:
         raise RouterError("provider %s has no usable base URL for %s" % (provider.id, wire), 502, "configuration_error")
-    path = upstream_path(parts.path, WIRE_FORMATS[wire].path)
     return Target(
-        parts.scheme,
-        parts.hostname,
-        port,
-        path + ("?" + parts.query if parts.query else ""),
+        UpstreamKey(parts.scheme, parts.hostname, port, provider.proxy, provider.ca_bundle),
+        upstream_path(parts.path, WIRE_FORMATS[wire].path) + ("?" + parts.query if parts.query else ""),
         _fixed_headers(provider, wire, parts.netloc),
         find_compat(as_text(provider.compat), parts.hostname, port),
-        provider.proxy,
-        provider.ca_bundle,
+        secrets_of(provider),
     )
 
 
-def _fixed_headers(provider: Provider, wire: str, netloc: str) -> Tuple[Tuple[str, Optional[str]], ...]:
-    headers: Dict[str, Optional[str]] = {
+def _fixed_headers(provider: Provider, wire: str, netloc: str) -> Dict[str, Optional[str]]:
+    name, value = auth_header(provider, wire)
+    told = {
         "host": netloc.rpartition("@")[2],
         "user-agent": "llm-router/" + __version__,
         "accept-encoding": "identity",
         "content-type": "application/json",
+        name: value,
+        "anthropic-version": provider.anthropic_version if wire == "anthropic" else "",
+        "anthropic-beta": ",".join(provider.anthropic_beta) if wire == "anthropic" else "",
     }
-    name, value = auth_header(provider, wire)
-    if name:
-        headers[name] = value
-    if wire == "anthropic" and provider.anthropic_version:
-        headers["anthropic-version"] = provider.anthropic_version
-    if wire == "anthropic" and provider.anthropic_beta:
-        headers["anthropic-beta"] = ",".join(provider.anthropic_beta)
-    headers.update((key.lower(), value) for key, value in provider.headers.items())
-    return tuple(headers.items())
+    own = {key.lower(): value for key, value in provider.headers.items()}
+    return {**{name: value for name, value in told.items() if value}, **own}
 
 
 def auth_header(provider: Provider, wire: str) -> Tuple[str, str]:
@@ -7828,29 +7809,26 @@ def auth_header(provider: Provider, wire: str) -> Tuple[str, str]:
 
 def choose_wire(candidate: Candidate, client_wire: str) -> str:
     """The format to speak with a candidate: the client's own when it is spoken there, else the provider's preferred."""
-    formats = candidate.model.formats or candidate.provider.formats
-    if client_wire in formats:
-        return client_wire
-    preferred = candidate.provider.preferred
-    return preferred if preferred in formats else formats[0]
+    wanted = (client_wire, candidate.provider.preferred)
+    return next((wire for wire in wanted if wire in candidate.formats), candidate.formats[0])
 
 
 def merge_headers(target: Target, client_headers: Headers, client_wire: str, wire: str, stream: bool) -> Headers:
     """The headers of one upstream request: the target's, and of the client's only what its format allows through."""
     headers = dict(target.headers)
     headers.setdefault("accept", "text/event-stream" if stream else "application/json")
-    if client_wire == wire:
-        for name in _FORWARDED[wire]:
-            value = header(client_headers, name)
-            if name == "anthropic-beta" and target.compat.betas is not None:
-                value = ",".join(beta for beta in value.split(",") if target.compat.betas.match(beta.strip()))
-            if value and name == "anthropic-beta" and headers.get(name):
-                headers[name] = merge_list(headers[name] or "", value)
-            elif value:
-                headers.setdefault(name, value)
+    forwarded, betas = _FORWARDED[wire] if client_wire == wire else (), target.compat.betas
+    for name, value in client_headers:
+        if name not in forwarded or not value:
+            continue
+        if name == "anthropic-beta":
+            taken = [beta for beta in value.split(",") if betas is None or betas.match(beta.strip())]
+            value = merge_list(headers.get(name) or "", ",".join(taken))
+        if value and (name not in headers or name == "anthropic-beta" and headers[name]):
+            headers[name] = value
     if wire == "anthropic":
         headers.setdefault("anthropic-version", ANTHROPIC_VERSION)
-    return [(name, value) for name, value in headers.items() if value is not None]
+    return [pair for pair in headers.items() if pair[1] is not None]
 
 
 def merge_list(first: str, second: str) -> str:
@@ -7897,6 +7875,7 @@ class Requests:
         self._targets = targets
         self._lessons = lessons
         self._neutral: Optional[ChatRequest] = None
+        self._conversation = ""
         self.home = ""  # the provider that has what a request refers to
 
     @property
@@ -7908,12 +7887,14 @@ class Requests:
 
     def issuer(self, provider: str) -> str:
         """The provider in this conversation, which its first words of the user tell from others: call ids may recur."""
-        try:
-            texts = [join_text(message.blocks) for message in self.neutral.messages if message.role == "user"]
-        except RouterError:
-            texts = []  # what cannot be read here is passed through all the same
-        first = next(filter(None, texts), "")
-        return "%s %s" % (provider, hashlib.sha256(first.encode("utf-8", "surrogatepass")).hexdigest())
+        if not self._conversation:
+            try:
+                texts = (join_text(message.blocks) for message in self.neutral.messages if message.role == "user")
+                first = next(filter(None, texts), "")
+            except RouterError:
+                first = ""  # what cannot be read here is passed through all the same
+            self._conversation = hashlib.sha256(first.encode("utf-8", "surrogatepass")).hexdigest()
+        return "%s %s" % (provider, self._conversation)
 
     def make(self, candidate: Candidate) -> Outbound:
         """The request for one candidate."""
@@ -8396,7 +8377,8 @@ HEALTHY = Health()
 
 
 class HealthChange(NamedTuple):
-    """One change to the book. What is None stays; a cooldown never shortens an older one.
+    """One change to the book: after the key the fields of Health, of which None stays; a cooldown never shortens an
+    older one.
 
     frees: the request whose half-open slot is free again, if it still has it. clear: all good again, unless it failed
     after the moment `at`: an answer to a call that was made before a failure says nothing about the time after it.
@@ -8449,18 +8431,11 @@ def changed_health(health: Health, change: HealthChange) -> Health:
     """`health` after `change`. The later of two cooldowns stands (trap 147)."""
     if change.clear:
         return health if health.failed_at > change.at else HEALTHY
-    until = (
-        health.cooldown_until if change.cooldown_until is None else max(health.cooldown_until, change.cooldown_until)
-    )
-    probe = "" if change.frees and change.frees == health.probe else health.probe
-    return Health(
-        until,
-        health.circuit_until if change.circuit_until is None else change.circuit_until,
-        health.failures if change.failures is None else change.failures,
-        health.reason if change.reason is None else change.reason,
-        probe if change.probe is None else change.probe,
-        max(health.failed_at, change.at),
-    )
+    told = {name: new for name, new in zip(Health._fields, change[1:6]) if new is not None}
+    if change.frees and change.frees == health.probe:
+        told.setdefault("probe", "")
+    told["cooldown_until"] = max(health.cooldown_until, change.cooldown_until or 0.0)
+    return health._replace(failed_at=max(health.failed_at, change.at), **told)
 
 
 class HealthAfter:
@@ -8496,18 +8471,11 @@ class Try(Value):
 
     __slots__ = ("candidate", "delay_ms")
 
-    def __init__(self, candidate: Candidate, delay_ms: int = 0) -> None:
-        self.candidate = candidate
-        self.delay_ms = delay_ms
-
 
 class Deliver(Value):
     """Action: the answer that `outcome` brought is the client's answer."""
 
     __slots__ = ("outcome",)
-
-    def __init__(self, outcome: Outcome) -> None:
-        self.outcome = outcome
 
 
 class GiveUp(Value):
@@ -8515,21 +8483,22 @@ class GiveUp(Value):
     recovery, None: never soon."""
 
     __slots__ = ("outcome", "retry_after")
-
-    def __init__(self, outcome: Outcome, retry_after: Optional[float] = None) -> None:
-        self.outcome = outcome
-        self.retry_after = retry_after
+    defaults = (None,)
 
 
 class Run(NamedTuple):
-    """How far one request has come. remaining: candidates not tried yet, in the plan's order; tries: attempts at
-    `current` so far, of `allowed`; first: the origin's last outcome; last: the last outcome of all; blamed:
-    providers whose key or account failed; counted: refs whose circuit was counted; probes: refs whose half-open slot
-    this request holds; waited_ms: spent waiting for a cooling candidate; fenced: a policy block keeps it inside one
-    provider."""
+    """How far one request has come, under these settings.
+
+    remaining: candidates not tried yet, in the plan's order; tries: attempts at `current` so far, of `allowed`;
+    accepts_empty: an empty answer is as good as any; first: the origin's last outcome; last: the last outcome of all;
+    blamed: providers whose key or account failed; counted: refs whose circuit was counted; probes: refs whose
+    half-open slot this request holds; waited_ms: spent waiting for a cooling candidate; fenced: a policy block keeps
+    it inside one provider.
+    """
 
     id: str
     plan: Plan
+    settings: Settings
     remaining: Tuple[Candidate, ...]
     accepts_empty: bool = False
     current: Optional[Candidate] = None
@@ -8551,28 +8520,26 @@ class Rule(NamedTuple):
     """A row of RULES: what an outcome of a kind leads to.
 
     retries: the origin may be tried again. falls_back: "all", "provider" (only inside the same provider) or "no".
-    cooldown: the setting that names its length, "" for none; told: a Retry-After counts instead. scope: model or
-    provider. blames: other providers go first from here on. counts: it counts for the circuit. comes_back: waiting
-    helps.
+    cooldown: the setting that names its length, "" for what says nothing of health. comes_back: waiting helps, and a
+    Retry-After counts instead. blames: it is the provider's as a whole, other providers go first from here on. counts:
+    it counts for the circuit.
     """
 
     retries: bool = False
     falls_back: str = "all"
     cooldown: str = ""
-    told: bool = False
-    scope: str = "model"
+    comes_back: bool = False
     blames: bool = False
     counts: bool = False
-    comes_back: bool = False
 
 
 RULES: Dict[str, Rule] = {
-    RATE_LIMITED: Rule(cooldown="origin_rate_limit_cooldown_ms", told=True, comes_back=True),
-    TEMPORARY: Rule(True, cooldown="origin_fallback_cooldown_ms", told=True, counts=True, comes_back=True),
-    TIMEOUT: Rule(cooldown="origin_fallback_cooldown_ms", told=True, counts=True, comes_back=True),
+    RATE_LIMITED: Rule(cooldown="origin_rate_limit_cooldown_ms", comes_back=True),
+    TEMPORARY: Rule(True, cooldown="origin_fallback_cooldown_ms", comes_back=True, counts=True),
+    TIMEOUT: Rule(cooldown="origin_fallback_cooldown_ms", comes_back=True, counts=True),
     EMPTY: Rule(),
-    BILLING: Rule(cooldown="origin_billing_cooldown_ms", scope="provider", blames=True),
-    AUTH: Rule(cooldown="origin_auth_cooldown_ms", scope="provider", blames=True),
+    BILLING: Rule(cooldown="origin_billing_cooldown_ms", blames=True),
+    AUTH: Rule(cooldown="origin_auth_cooldown_ms", blames=True),
     FORBIDDEN: Rule(cooldown="origin_auth_cooldown_ms"),
     NOT_FOUND: Rule(cooldown="origin_fallback_cooldown_ms"),
     POLICY: Rule(falls_back="provider"),
@@ -8604,149 +8571,137 @@ def is_half_open(candidate: Candidate, book: Any, now: float) -> bool:
     return book.read(candidate.ref).circuit_until > 0 and ready_at(candidate, book) <= now
 
 
-def rank(candidates: Sequence[Candidate], run: Run, book: Any, now: float) -> List[Candidate]:
-    """Candidates in the order they are tried: ready ones as planned, then the rest, soonest back first.
+def begin(id: str, plan: Plan, settings: Settings, book: Any, now: float) -> Step:
+    """The first step of a request. id: the request's, unique."""
+    return _next_candidate(Run(id, plan, settings, plan.candidates), book, now)
+
+
+def follow(run: Run, outcome: Outcome, book: Any, now: float, jitter: float) -> Step:
+    """The step after an attempt that brought no answer for the client. jitter: 0 to 1.
+
+    The changes that this outcome makes count for the order of what comes next.
+    """
+    candidate, rule = run.current, rule_for(outcome.kind, run.settings)
+    first = outcome if candidate is run.plan.candidates[0] else run.first
+    run = run._replace(last=outcome, first=first, tries=run.tries + 1)
+    if outcome.kind == EMPTY and run.accepts_empty:
+        return _end(run, Deliver(outcome))
+    delay_ms = backoff_ms(run.tries, run.settings, jitter)
+    if rule.retries and run.tries < run.allowed and (outcome.retry_after or 0) * 1000 <= delay_ms:
+        return run, Try(candidate, delay_ms), []
+    changes = _changes(run, outcome.kind, outcome.retry_after, book, now)
+    run = run._replace(
+        remaining=_still_to_ask(run, outcome.kind, rule),
+        blamed=run.blamed + (candidate.provider.id,) if rule.blames else run.blamed,
+        counted=run.counted + (candidate.ref,) if rule.counts else run.counted,
+        probes=tuple(ref for ref in run.probes if ref != candidate.ref),
+        fenced=run.fenced or rule.falls_back == "provider",
+    )
+    run, action, more = _next_candidate(run, HealthAfter(book, changes), now)
+    return run, action, changes + more
+
+
+def _still_to_ask(run: Run, kind: str, rule: Rule) -> Tuple[Candidate, ...]:
+    """Who may be asked after `current`. When the origin refuses the request itself, nobody; or larger ones, when it is
+    just too long and they may try."""
+    current = run.current
+    if rule.falls_back == "provider":
+        return tuple(c for c in run.remaining if c.provider.id == current.provider.id)
+    if rule.falls_back == "all" or current is not run.plan.candidates[0]:
+        return run.remaining
+    if kind != OVERFLOW or not run.settings.context_fallback:
+        return ()
+    limit = current.model.context_window or 0
+    return tuple(c for c in run.remaining if (c.model.context_window or 0) > limit)
+
+
+def _changes(run: Run, kind: str, retry_after: Optional[float], book: Any, now: float) -> List[HealthChange]:
+    """What leaving `current` after an outcome writes into the book."""
+    ref, settings, rule = run.current.ref, run.settings, rule_for(kind, run.settings)
+    changes = [HealthChange(ref, frees=run.id)] if ref in run.probes else []
+    seconds = getattr(settings, rule.cooldown) / 1000.0 if rule.cooldown else 0.0
+    if rule.comes_back and retry_after is not None:
+        seconds = retry_after
+    elif rule.counts and len(run.plan.candidates) == 1:
+        seconds = 0.0  # "once the router had to fall back": an only candidate is left in its place
+    if seconds > 0:
+        key = provider_key(run.current) if rule.blames else ref
+        changes.append(HealthChange(key, cooldown_until=now + seconds, reason=kind, at=now))
+    threshold, open_s = settings.fallback_circuit_failures, settings.fallback_circuit_cooldown_ms / 1000.0
+    if rule.counts and threshold > 0 and open_s > 0 and ref not in run.counted:
+        failures = book.read(ref).failures + 1
+        opens = now + open_s if failures >= threshold else None
+        changes.append(HealthChange(ref, failures=failures, circuit_until=opens, reason=kind, at=now))
+    return changes
+
+
+def _first_of(run: Run, book: Any, now: float) -> Candidate:
+    """Who is tried next of those that remain: the first that is ready, else who is back soonest.
 
     None is ever left out: when everything cools, somebody still answers (traps 151, 166). A half-open one keeps its
     place for the request that probes it and goes behind the ready ones for others.
     """
 
-    def key(candidate: Candidate) -> Tuple[int, float]:
+    def rank(candidate: Candidate) -> Tuple[int, float]:
         until = ready_at(candidate, book)
         if candidate.provider.id in run.blamed:
-            return (3, until)
+            return 3, until
         if until > now:
-            return (2, until)
-        probe = book.read(candidate.ref).probe
-        return (1, 0.0) if is_half_open(candidate, book, now) and probe not in ("", run.id) else (0, 0.0)
+            return 2, until
+        probed = book.read(candidate.ref).probe not in ("", run.id)
+        return int(probed and is_half_open(candidate, book, now)), 0.0
 
-    return sorted(candidates, key=key)
-
-
-def begin(id: str, plan: Plan, accepts_empty: bool, settings: Settings, book: Any, now: float) -> Step:
-    """The first step of a request. id: the request's, unique. accepts_empty: an empty answer is as good as any."""
-    run = Run(id, plan, plan.candidates, accepts_empty)
-    return _next_candidate(run, settings, book, now)
+    return min(run.remaining, key=rank)
 
 
-def follow(run: Run, outcome: Outcome, settings: Settings, book: Any, now: float, jitter: float) -> Step:
-    """The step after an attempt that brought no answer for the client. jitter: 0 to 1.
-
-    The changes that this outcome makes count for the order of what comes next.
-    """
-    candidate, rule = run.current or run.plan.candidates[0], rule_for(outcome.kind, settings)
-    is_origin = candidate is run.plan.candidates[0]
-    run = run._replace(last=outcome, first=outcome if is_origin else run.first, tries=run.tries + 1)
-    if outcome.kind == EMPTY and run.accepts_empty:
-        return _end(run, Deliver(outcome), [])
-    delay_ms = backoff_ms(run.tries, settings, jitter)
-    if rule.retries and run.tries < run.allowed and (outcome.retry_after or 0) * 1000 <= delay_ms:
-        return run, Try(candidate, delay_ms), []
-    if rule.falls_back == "no" and is_origin:
-        return _after_refusal(run, candidate, outcome, settings, book, now)
-    run = _narrowed(run, candidate, rule)
-    changes = _changes(run, candidate, outcome, rule, settings, book, now)
-    counted = run.counted + ((candidate.ref,) if rule.counts else ())
-    run = run._replace(counted=counted, probes=tuple(ref for ref in run.probes if ref != candidate.ref))
-    run, action, more = _next_candidate(run, settings, HealthAfter(book, changes), now)
-    return run, action, changes + more
-
-
-def _after_refusal(run: Run, candidate: Candidate, outcome: Outcome, settings: Settings, book: Any, now: float) -> Step:
-    """The origin refuses the request itself: that is the answer, unless it is just too long and larger ones may try."""
-    if outcome.kind != OVERFLOW or not settings.context_fallback:
-        return _end(run, Deliver(outcome), [])
-    limit = candidate.model.context_window or 0
-    larger = tuple(c for c in run.remaining if (c.model.context_window or 0) > limit)
-    if not larger:
-        return _end(run, Deliver(outcome), [])
-    return _next_candidate(run._replace(remaining=larger), settings, book, now)
-
-
-def _narrowed(run: Run, candidate: Candidate, rule: Rule) -> Run:
-    if rule.falls_back == "provider":
-        same = tuple(c for c in run.remaining if c.provider.id == candidate.provider.id)
-        run = run._replace(remaining=same, fenced=True)
-    if rule.blames:
-        run = run._replace(blamed=run.blamed + (candidate.provider.id,))
-    return run
-
-
-def _changes(
-    run: Run, candidate: Candidate, outcome: Outcome, rule: Rule, settings: Settings, book: Any, now: float
-) -> List[HealthChange]:
-    """What leaving `candidate` after `outcome` writes into the book."""
-    key = candidate.ref if rule.scope == "model" else provider_key(candidate)
-    changes = [HealthChange(candidate.ref, frees=run.id)] if candidate.ref in run.probes else []
-    seconds = _cooldown_s(run, outcome, rule, settings)
-    if seconds > 0:
-        changes.append(HealthChange(key, cooldown_until=now + seconds, reason=outcome.kind, at=now))
-    threshold, open_s = settings.fallback_circuit_failures, settings.fallback_circuit_cooldown_ms / 1000.0
-    if rule.counts and threshold > 0 and open_s > 0 and candidate.ref not in run.counted:
-        failures = book.read(candidate.ref).failures + 1
-        opens = now + open_s if failures >= threshold else None
-        changes.append(HealthChange(candidate.ref, failures=failures, circuit_until=opens, reason=outcome.kind, at=now))
-    return changes
-
-
-def _cooldown_s(run: Run, outcome: Outcome, rule: Rule, settings: Settings) -> float:
-    if rule.told and outcome.retry_after is not None:
-        return outcome.retry_after
-    if not rule.cooldown:
-        return 0.0
-    had_to_fall_back = len(run.plan.candidates) > 1
-    if rule.counts and not had_to_fall_back:
-        return 0.0  # "once the router had to fall back": an only candidate is left in its place
-    return getattr(settings, rule.cooldown) / 1000.0
-
-
-def _next_candidate(run: Run, settings: Settings, book: Any, now: float) -> Step:
+def _next_candidate(run: Run, book: Any, now: float) -> Step:
     if not run.remaining:
-        return _exhausted(run, settings, book, now)
-    candidate, others = run.remaining[0], run.remaining[1:]
+        return _exhausted(run, book, now)
+    candidate = run.remaining[0]
+    if run.blamed or ready_at(candidate, book):  # else nothing was ever held against it, whatever the others are like
+        candidate = _first_of(run, book, now)
     ready = ready_at(candidate, book)
-    if ready or run.blamed:  # else nothing was ever held against it: it goes first, whatever the others are like
-        candidate = rank(run.remaining, run, book, now)[0]
-        ready, others = ready_at(candidate, book), tuple(c for c in run.remaining if c is not candidate)
     half_open = ready > 0 and is_half_open(candidate, book, now)
-    is_origin = candidate is run.plan.candidates[0]
-    allowed = settings.origin_retry_attempts if is_origin and ready <= now and not half_open else 1
-    delay_ms = _wait_ms(ready, run, settings, now) if ready else 0
-    probes, changes = run.probes, []
+    is_steady = candidate is run.plan.candidates[0] and ready <= now and not half_open
+    delay_ms = _wait_ms(ready, run, now)
+    changes = []
     if half_open and not book.read(candidate.ref).probe:
-        probes, changes = probes + (candidate.ref,), [HealthChange(candidate.ref, probe=run.id)]
-    waited_ms = run.waited_ms + delay_ms
+        changes.append(HealthChange(candidate.ref, probe=run.id))
     run = run._replace(
-        current=candidate, tries=0, allowed=allowed, remaining=others, probes=probes, waited_ms=waited_ms
+        current=candidate,
+        tries=0,
+        allowed=run.settings.origin_retry_attempts if is_steady else 1,
+        remaining=tuple(c for c in run.remaining if c is not candidate),
+        probes=run.probes + tuple(change.key for change in changes),
+        waited_ms=run.waited_ms + delay_ms,
     )
     return run, Try(candidate, delay_ms), changes
 
 
-def _wait_ms(ready: float, run: Run, settings: Settings, now: float) -> int:
+def _wait_ms(ready: float, run: Run, now: float) -> int:
     """How long to wait for a candidate that cools, when that is short enough to be worth it."""
     wait_ms = math.ceil((ready - now) * 1000)
-    return wait_ms if 0 < wait_ms <= settings.retry_after_wait_ms - run.waited_ms else 0
+    return wait_ms if 0 < wait_ms <= run.settings.retry_after_wait_ms - run.waited_ms else 0
 
 
-def _exhausted(run: Run, settings: Settings, book: Any, now: float) -> Step:
+def _exhausted(run: Run, book: Any, now: float) -> Step:
     outcome = run.first or run.last
-    if outcome is None:
-        return _end(run, GiveUp(failed_attempt(TEMPORARY, "none", "no candidate is left")), [])
-    back = [c for c in run.plan.candidates if ready_at(c, book) > now]
-    soonest = min(back, key=lambda c: ready_at(c, book)) if back else None
-    may_wait = RULES[outcome.kind].comes_back and not run.fenced and not run.waited_ms
-    if soonest is not None and may_wait and len(back) == len(run.plan.candidates):
-        if _wait_ms(ready_at(soonest, book), run, settings, now):
-            return _next_candidate(run._replace(remaining=(soonest,)), settings, book, now)
-    if outcome.kind in (EMPTY, POLICY, INVALID, OVERFLOW):
-        return _end(run, Deliver(outcome), [])
-    if not RULES[outcome.kind].comes_back:
-        return _end(run, GiveUp(outcome), [])
-    return _end(run, GiveUp(outcome, max(1.0, ready_at(soonest, book) - now) if soonest else 1.0), [])
+    rule, retry_after = RULES[outcome.kind], None
+    if not rule.cooldown:
+        return _end(run, Deliver(outcome))
+    if rule.comes_back:
+        cooling = [candidate for candidate in run.plan.candidates if ready_at(candidate, book) > now]
+        soonest = min(cooling, key=lambda candidate: ready_at(candidate, book), default=None)
+        back_at = now if soonest is None else ready_at(soonest, book)
+        may_wait = len(cooling) == len(run.plan.candidates) and not run.fenced and not run.waited_ms
+        if may_wait and _wait_ms(back_at, run, now):
+            return _next_candidate(run._replace(remaining=(soonest,)), book, now)
+        retry_after = max(1.0, back_at - now)
+    return _end(run, GiveUp(outcome, retry_after))
 
 
-def _end(run: Run, action: Any, changes: List[HealthChange]) -> Step:
-    return run._replace(probes=()), action, changes + release(run)
+def _end(run: Run, action: Any) -> Step:
+    return run._replace(probes=()), action, release(run)
 
 
 def release(run: Run) -> List[HealthChange]:
@@ -8757,28 +8712,22 @@ def release(run: Run) -> List[HealthChange]:
 def proceed(run: Run, asked_at: float, book: Any) -> List[HealthChange]:
     """The changes once `current` streams content: its circuit closes. What counts toward opening it stays until the
     answer is complete, or an upstream that breaks off every stream would look well at each start."""
-    if run.current is None or book.read(run.current.ref).failed_at > asked_at:
-        return release(run)
-    return release(run) + [HealthChange(run.current.ref, circuit_until=0.0)]
+    health = book.read(run.current.ref)
+    closes = health.circuit_until and health.failed_at <= asked_at
+    return release(run) + ([HealthChange(run.current.ref, circuit_until=0.0)] if closes else [])
 
 
 def succeed(run: Run, asked_at: float) -> List[HealthChange]:
     """The changes after `current` answered a call made at `asked_at` in full: nothing is held against it or its
     provider."""
-    if run.current is None:
-        return []
-    cleared = [HealthChange(key, clear=True, at=asked_at) for key in (run.current.ref, provider_key(run.current))]
-    return release(run) + cleared
+    keys = (run.current.ref, provider_key(run.current))
+    return release(run) + [HealthChange(key, clear=True, at=asked_at) for key in keys]
 
 
-def fail_late(run: Run, kind: str, settings: Settings, book: Any, now: float) -> List[HealthChange]:
+def fail_late(run: Run, kind: str, book: Any, now: float) -> List[HealthChange]:
     """The changes after `current` failed when content had reached the client already: it cools and is counted, as if
     it had failed before, though nothing can be tried in its place any more."""
-    if run.current is None:
-        return []
-    outcome = failed_attempt(kind, "late", "")
-    changes = _changes(run, run.current, outcome, rule_for(kind, settings), settings, book, now)
-    return changes + release(run)
+    return _changes(run, kind, None, book, now) + release(run)
 
 
 def backoff_ms(retry: int, settings: Settings, jitter: float) -> int:
@@ -10031,58 +9980,56 @@ class Call(NamedTuple):
 
 
 class Trail:
-    """What became of one request: filled in on the way, complete when it is recorded."""
+    """What became of one request: filled in on the way, complete when it is recorded.
 
-    __slots__ = (
-        "id", "began", "began_wall", "wire", "operation", "asked", "stream", "attempts", "model", "status", "outcome",
-        "usage", "first_content_ms", "total_ms", "message", "client", "passed_over",
-    )  # fmt: skip
+    client: the name of its key, see clientKeys. passed_over: why the origin was not the first to be asked.
+    """
+
+    operation = wire = asked = model = outcome = message = client = passed_over = ""
+    stream = False
+    status = total_ms = 0
+    usage: Optional[Usage] = None
+    first_content_ms: Optional[int] = None
 
     def __init__(self, id: str, began: float, began_wall: float) -> None:
-        self.id = id
-        self.began = began
-        self.began_wall = began_wall
-        self.wire = ""
-        self.operation = ""
-        self.asked = ""
-        self.stream = False
+        self.id, self.began, self.began_wall = id, began, began_wall
         self.attempts: List[Attempt] = []
-        self.model = ""
-        self.status = 0
-        self.outcome = ""
-        self.usage: Optional[Usage] = None
-        self.first_content_ms: Optional[int] = None
-        self.total_ms = 0
-        self.message = ""
-        self.client = ""  # the name of its key, see clientKeys
-        self.passed_over = ""  # why the origin was not the first to be asked
 
     @property
     def path(self) -> str:
         """The attempts in a line: `a/m1=429, b/m2=ok`."""
-        return ", ".join("%s=%s" % (attempt.ref, attempt.label) for attempt in self.attempts)
+        return ", ".join(["%s=%s" % (attempt.ref, attempt.label) for attempt in self.attempts])
+
+    def amend(self, **fields: str) -> None:
+        """Write into the last attempt what was not known when it ended."""
+        self.attempts[-1] = self.attempts[-1]._replace(**fields)
 
 
-class Answer:
+class Answer(NamedTuple):
     """An upstream's answer that the client may have. ref: who gave it. Whole: `body` is all of it in the client's
     format. Streamed: `body` is what was held back, `processor` and `reply` give the rest; no reply: there is no more
     to come."""
 
-    __slots__ = ("ref", "headers", "body", "usage", "processor", "reply", "idle_ms")
+    ref: str
+    headers: Headers
+    body: bytes
+    usage: Optional[Usage] = None
+    processor: Any = None
+    reply: Any = None
+
+
+class RefusedError(RouterError):
+    """An error as the client gets it. info: as its format shows it; headers beside it; body: the upstream's own bytes,
+    None when `info` is to be rendered."""
 
     def __init__(
-        self, ref: str, headers: Headers, body: bytes, usage: Optional[Usage] = None, processor: Any = None
+        self, message: str, status: int, code: str, info: ErrorInfo, headers: Headers, body: Optional[bytes] = None
     ) -> None:
-        self.ref = ref
-        self.headers = headers
-        self.body = body
-        self.usage = usage
-        self.processor = processor
-        self.reply: Any = None
-        self.idle_ms = 0
+        super().__init__(message, status, code)
+        self.info, self.headers, self.body = info, headers, body
 
 
-_JSON_TYPE = ("content-type", "application/json")
+_JSON_HEADERS: Headers = [("content-type", "application/json")]
 _STREAM_HEADERS: Headers = [
     ("content-type", "text/event-stream; charset=utf-8"),
     ("cache-control", "no-cache"),
@@ -10090,24 +10037,38 @@ _STREAM_HEADERS: Headers = [
 ]
 _PINGS = {"anthropic": sse_event(b'{"type": "ping"}', "ping")}
 
-# What a client of the upstream's own format gets to see of its headers; all others stay here.
-_RETURNED_HEADERS = re.compile(r"(?:x-)?request-id|retry-after(?:-ms)?|x-ratelimit-.*|anthropic-ratelimit-.*")
+_NOT_SOON: Headers = [("x-should-retry", "false")]
+
+# What a client of the upstream's own format gets to see of its headers, by their beginnings; all others stay here.
+_RETURNED_HEADERS = ("request-id", "x-request-id", "retry-after", "x-ratelimit-", "anthropic-ratelimit-")
+
+# What RFC 9110 wants said with a refusal: 15.5.2, 15.5.16.
+_REFUSAL_HEADERS: Dict[int, Headers] = {
+    401: [("www-authenticate", "Bearer")],
+    415: [("accept-encoding", "gzip, deflate")],
+}
 
 # What `relay` says when the host passed the rest of a stream on without showing it to the processor.
 UNWATCHED = "unwatched"
 
-_NEVER_SOON = (AUTH, BILLING, FORBIDDEN, NOT_FOUND, POLICY)
+ENDPOINT_HELP = {
+    "anthropic": "/v1/messages",
+    "openai": "/v1/chat/completions",
+    "responses": "/v1/responses",
+    "unified": "/route",
+    "models": "/v1/models",
+    "count_tokens": "/v1/messages/count_tokens",
+    "embeddings": "/v1/embeddings",
+    "health": "/health",
+    "ready": "/ready",
+}
 
 
 class Gateway:
     """Answers calls with one configuration; a reload makes a new gateway around the same health book."""
 
     def __init__(self, routes: Routes, settings: Settings, access: Access, host: Any, book: Any) -> None:
-        self.routes = routes
-        self.settings = settings
-        self.access = access
-        self.host = host
-        self.book = book
+        self.routes, self.settings, self.access, self.host, self.book = routes, settings, access, host, book
         self.targets: Dict[Tuple[str, str], Target] = {}
         self.lessons: Dict[str, Tuple[str, ...]] = {}
         self.items = ItemMemory()
@@ -10123,177 +10084,161 @@ class Gateway:
 
     async def handle(self, call: Call, client: Any) -> None:
         """Answer one call. Every error becomes one in the client's own format, one of the router's own a 500."""
-        endpoint: Optional[Endpoint] = None
         trail = Trail(self.host.new_id(), self.host.now(), self.host.wall())
+        endpoint: Optional[Endpoint] = None
+        cors = cors_headers(self.access, call.headers)
         try:
             endpoint = find_endpoint(call.path)
-            authorized = check_access(self.access, endpoint, call.method, call.headers)
+            caller = check_access(self.access, endpoint, call.method, call.headers)
+            trail.client = caller or ""
             if call.method == "OPTIONS":
-                await client.respond(
-                    204,
-                    [("allow", ", ".join(endpoint.methods + ("OPTIONS",)))] + cors_headers(self.access, call.headers),
-                    b"",
-                )
+                await client.respond(204, [_allowed(endpoint.methods + ("OPTIONS",)), *cors], b"")
                 return
             endpoint = check_method(endpoint, call.method)
-            trail.client = find_client(self.access, call.headers)
-            if call.method == "POST" and endpoint.operation != "control":
-                await self._post(endpoint, call, client, trail)
+            if call.method == "POST":
+                await self._post(endpoint, call, client, trail, cors)
             else:
-                await self._get(endpoint, call, client, authorized)
-        except Exception as error:
+                await client.respond(*self._get(endpoint, call, caller is not None, cors))
+        except BaseException as error:
+            end = _refusal_of(error, endpoint)
+            trail.wire = trail.wire or wire_of_client(endpoint, call.headers)
+            trail.status, trail.outcome, trail.message = end.status, end.code, end.message
+            is_gone = not isinstance(error, Exception)
+            if trail.operation or not is_gone:
+                self._record(trail)
+            if is_gone:
+                raise
             if not isinstance(error, RouterError):
                 self.host.failed(error)
-            wire = trail.wire or wire_of_client(endpoint, call.headers)
-            await self._refuse(_end_of(error), endpoint, wire, trail, client)
+            await self._refuse(end, client, trail, cors)
 
-    async def _refuse(
-        self, error: RouterError, endpoint: Optional[Endpoint], wire: str, trail: Trail, client: Any
-    ) -> None:
-        if not trail.operation:  # its path, key, method or body was refused before anybody was asked
-            trail.wire, trail.status, trail.outcome, trail.message = wire, error.status, error.code, error.message
-            trail.total_ms = int((self.host.now() - trail.began) * 1000)
-            self.host.record(trail)
+    def _record(self, trail: Trail) -> None:
+        trail.total_ms = int((self.host.now() - trail.began) * 1000)
+        self.host.record(trail)
+
+    async def _refuse(self, error: RefusedError, client: Any, trail: Trail, cors: Headers) -> None:
+        """An error as the client's format has it; inside the stream when a keep-alive opened it already."""
+        wire = WIRE_FORMATS[trail.wire]
         if client.is_open:
-            client.write(WIRE_FORMATS[wire].error_event(_error_info(error), trail.id))
+            client.write(wire.error_event(error.info, trail.id))
             client.cut()
             return
-        headers = [("x-llm-router-request-id", trail.id), _JSON_TYPE]
-        if error.status == 405 and endpoint is not None:
-            headers.append(("allow", ", ".join(endpoint.methods)))
-        headers.extend(_REFUSAL_HEADERS.get(error.status, ()))
-        await client.respond(
-            error.status, headers, dump_json(WIRE_FORMATS[wire].render_error(_error_info(error), trail.id))
-        )
+        body = dump_json(wire.render_error(error.info, trail.id)) if error.body is None else error.body
+        await client.respond(error.status, _JSON_HEADERS + own_headers(trail) + cors + error.headers, body)
 
-    async def _get(self, endpoint: Endpoint, call: Call, client: Any, authorized: bool) -> None:
+    def _get(self, endpoint: Endpoint, call: Call, authorized: bool, cors: Headers) -> Tuple[int, Headers, bytes]:
         if endpoint.operation == "metrics":
-            await client.respond(200, [("content-type", "text/plain; version=0.0.4")], self.host.metrics().encode())
-            return
+            return 200, [("content-type", "text/plain; version=0.0.4")], self.host.metrics().encode()
         status, body = self._read(endpoint, call, authorized)
-        await client.respond(status, [_JSON_TYPE] + cors_headers(self.access, call.headers), dump_json(body))
+        return status, _JSON_HEADERS + cors, dump_json(body)
 
     def _read(self, endpoint: Endpoint, call: Call, authorized: bool) -> Tuple[int, Dict[str, Any]]:
         anthropic = endpoint.wire == "anthropic" or bool(header(call.headers, "anthropic-version"))
         if endpoint.operation == "models":
             query = dict(parse_qsl(call.query))
-            limit = int(query["limit"]) if query.get("limit", "").isdigit() and len(query["limit"]) < 6 else 0
+            limit = int(query["limit"]) if re.fullmatch("[0-9]{1,5}", query.get("limit", "")) else 0
             after = query.get("after_id") or query.get("after") or ""
             return 200, list_models(self.routes, anthropic, after, limit, query.get("before_id") or "")
         if endpoint.operation == "model":
             return 200, find_model_entry(self.routes, endpoint.argument, anthropic)
         if endpoint.operation == "health":
-            return 200, dict({"status": "ok"}, **(self.info if authorized else {}))
+            return 200, {"status": "ok", **(self.info if authorized else {})}
         if endpoint.operation == "ready":
             return (503, {"status": "draining"}) if self.draining else (200, {"status": "ready"})
-        if endpoint.operation == "root":
-            return 200, {"name": "llm-router", "version": __version__, "endpoints": ENDPOINT_HELP} if authorized else {
-                "name": "llm-router"
-            }
-        raise RouterError("unknown path", 404, "unknown_path")
+        more = {"version": __version__, "endpoints": ENDPOINT_HELP} if authorized else {}
+        return 200, {"name": "llm-router", **more}
 
-    async def _post(self, endpoint: Endpoint, call: Call, client: Any, trail: Trail) -> None:
+    async def _post(self, endpoint: Endpoint, call: Call, client: Any, trail: Trail, cors: Headers) -> None:
         inbound = read_inbound(endpoint, call.headers, await call.read_body())
         resolved = self.items.resolve(inbound.body.value) if inbound.wire == "responses" else None
         if resolved is not None:
             inbound = inbound._replace(body=JsonObject(resolved, "", {}))
-        trail.wire, trail.asked = inbound.wire, inbound.asked
-        trail.operation, trail.stream = inbound.operation, inbound.stream
-        exchange = Exchange(self, inbound, client, trail, cors_headers(self.access, call.headers))
-        try:
-            await exchange.run()
-        except BaseException as error:
-            end = _end_of(error)
-            trail.status, trail.outcome, trail.message = end.status, end.code, end.message
-            raise
-        finally:
-            trail.total_ms = int((self.host.now() - trail.began) * 1000)
-            self.host.record(trail)
+        trail.operation, trail.wire, trail.asked, trail.stream = inbound[:4]
+        await Exchange(self, inbound, client, trail, cors).run()
+        self._record(trail)
 
 
-ENDPOINT_HELP = {
-    "anthropic": "/v1/messages",
-    "openai": "/v1/chat/completions",
-    "responses": "/v1/responses",
-    "unified": "/route",
-    "models": "/v1/models",
-    "count_tokens": "/v1/messages/count_tokens",
-    "embeddings": "/v1/embeddings",
-    "health": "/health",
-    "ready": "/ready",
-}
+def _allowed(methods: Sequence[str]) -> Tuple[str, str]:
+    return "allow", ", ".join(methods)
 
 
-# What RFC 9110 wants said with a refusal: 15.5.2, 15.5.16.
-_REFUSAL_HEADERS: Dict[int, Headers] = {
-    401: [("www-authenticate", "Bearer")],
-    415: [("accept-encoding", "gzip, deflate")],
-}
-
-
-def _end_of(error: BaseException) -> RouterError:
+def _refusal_of(error: BaseException, endpoint: Optional[Endpoint]) -> RefusedError:
     """What an exception that ended a request means: a task that is cancelled has lost its client, the rest is our own
     fault."""
-    if isinstance(error, RouterError):
+    if isinstance(error, RefusedError):
         return error
-    if isinstance(error, Exception):
-        return RouterError("the router failed within: %s" % type(error).__name__, 500, "internal_error")
-    return RouterError("the client has left", 499, "client_gone")
+    if not isinstance(error, Exception):
+        error = RouterError("the client has left", 499, "client_gone")
+    elif not isinstance(error, RouterError):
+        error = RouterError("the router failed within: %s" % type(error).__name__, 500, "internal_error")
+    headers = list(_REFUSAL_HEADERS.get(error.status, ()))
+    if endpoint is not None and error.status == 405:
+        headers.append(_allowed(endpoint.methods))
+    return RefusedError(error.message, error.status, error.code, _error_info(error), headers)
 
 
 def _error_info(error: RouterError) -> ErrorInfo:
     return ErrorInfo(error.status, error.message, code=error.code)
 
 
+def own_headers(trail: Trail) -> Headers:
+    """What the router tells of a request beside its answer."""
+    told = (("x-llm-router-attempts", trail.path), ("x-llm-router-model", trail.model))
+    shown = [(name, text.encode("ascii", "backslashreplace").decode()[:2000]) for name, text in told if text]
+    return [("x-llm-router-request-id", trail.id), *shown]
+
+
+def returned_headers(headers: Iterable[Tuple[str, str]]) -> Headers:
+    """The upstream's headers that its own clients may see."""
+    return [pair for pair in headers if pair[0].startswith(_RETURNED_HEADERS)]
+
+
 class Exchange:
-    """One POST: drives the fallback engine, judges what comes back, delivers one answer."""
+    """One POST: drives the fallback engine, judges what comes back, delivers one answer.
+
+    Of the attempt that is under way: _candidate, _outbound, _asked_at, _until (when its time is up) and _passes
+    (whether its upstream speaks the client's format).
+    """
 
     def __init__(self, gateway: Gateway, inbound: Inbound, client: Any, trail: Trail, cors: Headers) -> None:
-        self._gateway = gateway
-        self._host = gateway.host
-        self._settings = gateway.settings
-        self._inbound = inbound
-        self._client = client
-        self._trail = trail
-        self._cors = cors
+        self._gateway, self._inbound, self._client, self._trail, self._cors = gateway, inbound, client, trail, cors
+        self._host, self._settings, self._book = gateway.host, gateway.settings, gateway.book
         self._wire = WIRE_FORMATS[inbound.wire]
         self._requests = Requests(inbound, gateway.settings, gateway.targets, gateway.lessons, gateway.reasoning)
-        self._candidate: Optional[Candidate] = None
         self._empty: Optional[Answer] = None
-        self._asked_at = 0.0
-        self._deadline = math.inf
-        self._until = math.inf
+        self._deadline = self._until = math.inf
 
     async def run(self) -> None:
-        """Find the candidates and serve the request by its operation."""
-        plan = self._gateway.routes.find_plan(self._inbound.asked)
-        home = self._requests.home = plan.candidates[0].provider.id
-        if self._inbound.operation == "count_tokens":
-            await self._count_tokens(plan)
+        """Find the candidates and serve the request by its operation. RefusedError when nobody has an answer."""
+        inbound, client, trail = self._inbound, self._client, self._trail
+        plan = self._gateway.routes.find_plan(inbound.asked)
+        origin = plan.candidates[0]
+        home = self._requests.home = origin.provider.id
+        if inbound.operation == "count_tokens":
+            await self._count_tokens(origin)
             return
-        if self._inbound.operation == "embeddings":
-            plan = plan._replace(candidates=plan.candidates[:1])
-            _require_format(plan.candidates[0], "openai")
-        if self._inbound.wire == "responses" and needs_server_state(self._inbound.body.value):
+        if inbound.operation == "embeddings":
+            if "openai" not in origin.formats:
+                words = "%s does not speak the openai format, which this endpoint needs" % origin.ref
+                raise RouterError(words, 400, "unsupported_format")
+            plan = plan._replace(candidates=(origin,))
+        elif inbound.wire == "responses" and needs_server_state(inbound.body.value):
             # What a provider keeps, no other one has (trap 63).
             plan = plan._replace(candidates=tuple(c for c in plan.candidates if c.provider.id == home))
-        total_ms = self._settings.total_timeout_ms
-        self._deadline = self._host.now() + total_ms / 1000 if total_ms else math.inf
-        if self._inbound.stream:
-            head = _STREAM_HEADERS + [("x-llm-router-request-id", self._trail.id)] + self._cors
-            self._client.keep_alive(self._trail.began, self._settings.keepalive_ms, head)
-            self._client.farewell = self._farewell
+        if self._settings.total_timeout_ms:
+            self._deadline = self._host.now() + self._settings.total_timeout_ms / 1000
+        if inbound.stream:
+            head = [*_STREAM_HEADERS, ("x-llm-router-request-id", trail.id), *self._cors]
+            client.keep_alive(trail.began, self._settings.keepalive_ms, head)
+            stopping = ErrorInfo(503, "the router is stopping", code="stopping")
+            client.farewell = lambda: self._wire.error_event(stopping, trail.id)
         await self._serve(plan)
 
-    def _farewell(self) -> bytes:
-        return self._wire.error_event(ErrorInfo(503, "the router is stopping", code="stopping"), self._trail.id)
-
     async def _serve(self, plan: Plan) -> None:
-        book, settings, host = self._gateway.book, self._settings, self._host
-        accepts_empty = ends_with_tool_result(self._inbound.body.value, self._inbound.wire)
-        run, action, changes = begin(self._trail.id, plan, accepts_empty, settings, book, host.now())
-        if isinstance(action, Try) and action.candidate is not plan.candidates[0]:
-            self._trail.passed_over = _why_not_first(plan.candidates[0], book)
+        book, settings, host, trail = self._book, self._settings, self._host, self._trail
+        run, action, changes = begin(trail.id, plan, settings, book, host.now())
+        if action.candidate is not plan.candidates[0]:
+            trail.passed_over = _why_not_first(plan.candidates[0], book)
         try:
             while True:
                 book.apply(changes)
@@ -10304,68 +10249,62 @@ class Exchange:
                     await host.sleep(min(action.delay_ms / 1000, max(0.0, self._deadline - host.now())))
                 result = await self._attempt(action, bool(run.remaining))
                 if isinstance(result, Answer):
-                    streams = result.processor is not None
-                    book.apply(proceed(run, self._asked_at, book) if streams else succeed(run, self._asked_at))
+                    is_whole = result.processor is None
+                    book.apply(succeed(run, self._asked_at) if is_whole else proceed(run, self._asked_at, book))
                     await self._deliver(result, run)
                     return
-                run, action, changes = follow(run, result, settings, book, host.now(), host.jitter())
-                self._decide(action)
+                if result.kind == EMPTY and ends_with_tool_result(self._inbound.body.value, self._inbound.wire):
+                    run = run._replace(accepts_empty=True)
+                run, action, changes = follow(run, result, book, host.now(), host.jitter())
+                trail.amend(decision=_decision(action, self._candidate))
         finally:
             book.apply(release(run))
 
-    def _decide(self, action: Any) -> None:
-        """Write what follows the last attempt into the trail."""
-        if isinstance(action, Try):
-            same = action.candidate is self._candidate
-            decision = "retry in %d ms" % action.delay_ms if same else "fall back to %s" % action.candidate.ref
-        else:
-            decision = "return it" if isinstance(action, Deliver) else "give up"
-        self._trail.attempts[-1] = self._trail.attempts[-1]._replace(decision=decision)
-
     async def _attempt(self, action: Try, has_more: bool) -> Union[Outcome, Answer]:
-        """An attempt at a candidate; once more at once when its 400 names a field that the router itself had added, or
-        reasoning that another one issued."""
-        candidate = self._candidate = action.candidate
-        outbound = self._requests.make(candidate)
-        result = await self._call(outbound, action, has_more)
-        if not isinstance(result, Outcome) or result.kind != INVALID:
-            return result
-        words = error_words(parse_body(result.body or b""))
-        repaired = repair_history(load_json(outbound.body), outbound.wire, words)
-        if repaired is not None:
-            decision = "again, without reasoning that is not its own"
-            self._trail.attempts[-1] = self._trail.attempts[-1]._replace(decision=decision)
-            return await self._call(outbound._replace(body=dump_json(repaired)), Try(candidate), has_more)
-        if outbound.wire != self._inbound.wire:
-            known = self._gateway.lessons.get(candidate.ref, ())
-            fix = learn_fix(load_json(outbound.body), words, known)
-            if fix:
-                self._gateway.learn(candidate.ref, known + (fix,))
-                self._trail.attempts[-1] = self._trail.attempts[-1]._replace(decision="learned, again: " + fix)
-                return await self._call(self._requests.make(candidate), Try(candidate), has_more)
-        return result
+        """An attempt at a candidate; once more at once when its 400 names what can be mended."""
+        self._candidate = action.candidate
+        result = await self._call(self._requests.make(action.candidate), action.delay_ms, has_more)
+        mended = self._mended(result) if isinstance(result, Outcome) and result.kind == INVALID else None
+        return result if mended is None else await self._call(mended, 0, has_more)
 
-    async def _call(self, outbound: Outbound, action: Try, has_more: bool) -> Union[Outcome, Answer]:
+    def _mended(self, outcome: Outcome) -> Optional[Outbound]:
+        """The request without the field that its 400 names and the router itself had added, or without reasoning that
+        another provider issued; None when it is neither."""
+        sent, ref = self._outbound, self._candidate.ref
+        body, words = load_json(sent.body), error_words(parse_body(outcome.body or b""))
+        repaired = repair_history(body, sent.wire, words)
+        if repaired is not None:
+            self._trail.amend(decision="again, without reasoning that is not its own")
+            return sent._replace(body=dump_json(repaired))
+        known = self._gateway.lessons.get(ref, ())
+        fix = "" if self._passes else learn_fix(body, words, known)
+        if not fix:
+            return None
+        self._gateway.learn(ref, known + (fix,))
+        self._trail.amend(decision="learned, again: " + fix)
+        return self._requests.make(self._candidate)
+
+    async def _call(self, outbound: Outbound, delay_ms: int, has_more: bool) -> Union[Outcome, Answer]:
         """One call: an Answer the client may have, or what came instead."""
-        candidate = action.candidate
-        self._asked_at = self._host.now()
-        own_ms = candidate.provider.timeouts.total_ms
+        provider = self._candidate.provider
+        self._outbound, self._asked_at = outbound, self._host.now()
+        self._passes = outbound.wire == self._inbound.wire
+        own_ms = provider.timeouts.total_ms
         self._until = self._deadline if own_ms is None else self._asked_at + own_ms / 1000 if own_ms else math.inf
         reply = None
-        result: Union[Outcome, Answer, None] = None
+        result: Any = None
         try:
             reply = await self._host.send(self._within_deadline(outbound))
-            result = await self._judge(outbound, reply, has_more)
+            result = await self._judge(reply, has_more)
         except UpstreamError as error:
             result = failed_attempt(TIMEOUT if error.is_timeout else TEMPORARY, error.label, error.message)
         finally:
-            keeps = isinstance(result, Answer) and result.reply is not None
-            if reply is not None and not keeps:
+            if reply is not None and getattr(result, "reply", None) is None:
                 reply.close()
             if isinstance(result, Outcome):
-                result = _redacted(result, candidate.provider)
-            self._note(outbound, action, result)
-        return result  # type: ignore[return-value]
+                result = _redacted(result, provider)
+            self._note(delay_ms, result)
+        return result
 
     def _within_deadline(self, outbound: Outbound) -> Outbound:
         if self._until == math.inf:
@@ -10374,144 +10313,116 @@ class Exchange:
         if left_ms <= 0:
             raise UpstreamError("the request's total time is used up", "timeout", True)
         own = outbound.timeouts
-        limits = own._replace(
-            connect_ms=_sooner(own.connect_ms, left_ms), first_byte_ms=_sooner(own.first_byte_ms, left_ms)
-        )
-        return outbound._replace(timeouts=limits)
+        connect_ms, first_byte_ms = _sooner(own.connect_ms, left_ms), _sooner(own.first_byte_ms, left_ms)
+        return outbound._replace(timeouts=own._replace(connect_ms=connect_ms, first_byte_ms=first_byte_ms))
 
-    def _note(self, outbound: Outbound, action: Try, result: Union[Outcome, Answer, None]) -> None:
+    def _note(self, delay_ms: int, result: Union[Outcome, Answer, None]) -> None:
         took_ms = int((self._host.now() - self._asked_at) * 1000)
-        label, kind, message = "ok", OK, ""
-        if result is None:
-            label, kind = "client_gone", "client_gone"
-        elif isinstance(result, Outcome):
+        label, kind, message = ("ok", OK, "") if result is not None else ("client_gone", "client_gone", "")
+        if isinstance(result, Outcome):
             label, kind, message = result.label, result.kind, one_line(result.error.message)
-        attempt = Attempt(action.candidate.ref, outbound.wire, label, kind, action.delay_ms, took_ms, "", message)
-        self._trail.attempts.append(attempt)
+        ref, wire = self._candidate.ref, self._outbound.wire
+        self._trail.attempts.append(Attempt(ref, wire, label, kind, delay_ms, took_ms, "", message))
 
-    async def _judge(self, outbound: Outbound, reply: Any, has_more: bool) -> Union[Outcome, Answer]:
-        """What an upstream's answer is, read as far as that takes."""
+    # --- what an upstream's answer is, read as far as that takes ---
+
+    async def _judge(self, reply: Any, has_more: bool) -> Union[Outcome, Answer]:
         if not 200 <= reply.status < 300:
             body = await self._read_error(reply)
-            return judge_error(outbound.wire, reply.status, reply.headers, body, self._host.wall())
-        is_stream = "event-stream" in header(reply.headers, "content-type").lower()
-        if is_stream and self._inbound.stream:
-            return await self._judge_stream(outbound, reply, has_more)
-        body = await self._read_whole(reply, outbound)
-        if self._inbound.operation != "chat":
-            return self._judge_plain(outbound, reply, body)
-        return self._judge_whole(outbound, reply, body)
+            return judge_error(self._outbound.wire, reply.status, reply.headers, body, self._host.wall())
+        if self._inbound.stream and "event-stream" in header(reply.headers, "content-type").lower():
+            return await self._judge_stream(reply, has_more)
+        return self._judge_whole(reply, await self._read_whole(reply))
 
     async def _read_error(self, reply: Any) -> bytes:
-        parts: List[bytes] = []
+        """As much of an error as arrives: it says enough."""
+        body = data = b""
         try:
-            while sum(map(len, parts)) < 1_000_000:
+            while len(body) < 1_000_000:
                 data = await reply.read(5.0)
                 if not data:
                     break
-                parts.append(data)
+                body += data
         except UpstreamError:
-            pass  # what arrived of an error says enough
-        return b"".join(parts)
+            pass
+        return body
 
-    async def _read_whole(self, reply: Any, outbound: Outbound) -> bytes:
+    async def _read_whole(self, reply: Any) -> bytes:
         parts: List[bytes] = []
-        size = 0
-        while True:
-            data = await reply.read(self._time_left(outbound.timeouts.idle_ms))
+        size, idle_ms = 0, self._outbound.timeouts.idle_ms
+        while size <= self._settings.max_answer_bytes:
+            data = await reply.read(self._time_left(idle_ms))
             if not data:
                 return b"".join(parts)
             parts.append(data)
             size += len(data)
-            if size > self._settings.max_answer_bytes:
-                raise UpstreamError("the answer is larger than max_answer_bytes", "too_large")
+        raise UpstreamError("the answer is larger than max_answer_bytes", "too_large")
 
     def _time_left(self, limit_ms: int, until: float = math.inf) -> Optional[float]:
         """Seconds to wait at most: a limit (0: none), a moment, and the deadline of the attempt; None for no end."""
-        left = min(min(until, self._until) - self._host.now(), limit_ms / 1000 if limit_ms else math.inf)
+        end = min(until, self._until)
+        left = min(end - self._host.now() if end < math.inf else end, limit_ms / 1000 if limit_ms else math.inf)
         return None if left == math.inf else max(left, 0.0)
 
-    def _judge_plain(self, outbound: Outbound, reply: Any, body: bytes) -> Union[Outcome, Answer]:
-        """An answer that is no chat (embeddings): any JSON object that is not an error."""
+    def _judge_whole(self, reply: Any, body: bytes) -> Union[Outcome, Answer]:
+        source, is_chat = WIRE_FORMATS[self._outbound.wire], self._inbound.operation == "chat"
         parsed = _read_json(body)
-        if not parsed or _is_error_body(parsed):
-            return self._bad_body(outbound, reply, parsed, body)
-        usage = WIRE_FORMATS[outbound.wire].read_usage(as_dict(parsed.get("usage")))
-        return Answer(self._ref, self._returned(reply, outbound), body, usage)
-
-    def _judge_whole(self, outbound: Outbound, reply: Any, body: bytes) -> Union[Outcome, Answer]:
-        parsed = _read_json(body)
-        recorder = self._recorder(outbound)
-        if recorder is None and self._passes(outbound) and is_plain_answer(parsed, body, outbound.wire):
+        if _is_error_body(parsed):
+            return self._judge_told(source.parse_error(502, parsed), reply)
+        if not parsed and not (is_chat and body.lstrip().startswith((b"data: ", b"data:{", b"event:"))):
+            text = one_line(str(parse_body(body)) if body else "an empty body", 120)
+            return failed_attempt(TEMPORARY, "unparsable", "the answer is not what was asked for: " + text)
+        passes = self._passes and not self._inbound.stream
+        if passes and (not is_chat or not self._records and is_plain_answer(parsed, body, source.name)):
             usage = parsed.get("usage")
-            counted = WIRE_FORMATS[outbound.wire].read_usage(usage) if isinstance(usage, dict) else None
-            return Answer(self._ref, self._returned(reply, outbound), self._named(outbound, body), counted)
+            return self._answer(reply, self._named(body), source.read_usage(usage) if isinstance(usage, dict) else None)
         context = self._context()
-        if not parsed and body.lstrip()[:6] in (b"data: ", b"data:{", b"event:"):
-            folded = fold_stream(outbound.wire, body, context)
-            if isinstance(folded, ErrorInfo):
-                return self._from_error_info(folded, outbound, reply)
-            response, body = folded, b""
-        elif not parsed or _is_error_body(parsed):
-            return self._bad_body(outbound, reply, parsed, body)
-        else:
-            try:
-                response = parse_answer(parsed, outbound.wire, context)
-            except RouterError as error:
-                return failed_attempt(TEMPORARY, "unparsable", error.message)
-        if recorder is not None:
-            recorder.see(unfold(response))
-        answer = self._whole_answer(outbound, reply, response, body, context)
-        if not is_empty(response):
-            return answer
+        try:
+            response = parse_answer(parsed, source.name, context) if parsed else fold_stream(source.name, body, context)
+        except RouterError as error:
+            return failed_attempt(TEMPORARY, "unparsable", error.message)
+        if isinstance(response, ErrorInfo):
+            return self._judge_told(response, reply)
+        if self._records and any(map(is_reasoning, response.blocks)):
+            self._recorder().see(unfold(response))
+        body = self._named(body) if passes and parsed else self._rendered(response, context)
+        answer = self._answer(reply, body, response.usage)
+        return self._judge_empty(answer, reply) if is_empty(response) else answer
+
+    def _rendered(self, response: ChatResponse, context: Context) -> bytes:
+        """A whole answer as the router writes it in the client's format."""
+        if self._inbound.stream and not self._remembers:
+            return render_stream(self._wire.name, response, context)
+        whole = self._wire.render_response(response, context)
+        if self._remembers:
+            self._gateway.items.keep(whole["output"])
+        return render_stream(self._wire.name, response, context) if self._inbound.stream else dump_json(whole)
+
+    def _named(self, body: bytes) -> bytes:
+        """A whole body with the model that was asked for, where the format's clients take it for that (trap 44)."""
+        return rename_model(body, self._inbound.asked or "smart") if self._wire.name == "anthropic" else body
+
+    def _judge_told(self, info: ErrorInfo, reply: Any) -> Outcome:
+        """The outcome of an error inside a 200."""
+        if info.code == "truncated":
+            return failed_attempt(TEMPORARY, "truncated", info.message)
+        return judge_in_band(info, reply.headers, self._outbound.wire, self._host.wall())
+
+    def _judge_empty(self, answer: Answer, reply: Any) -> Outcome:
         self._empty = self._empty or answer
         return Outcome(EMPTY, reply.status, "empty", ErrorInfo(502, "the answer was complete but empty"))
 
-    def _whole_answer(
-        self, outbound: Outbound, reply: Any, response: ChatResponse, body: bytes, context: Context
-    ) -> Answer:
-        """A whole answer in the client's format: its own bytes where that is the upstream's, too."""
-        headers = self._returned(reply, outbound)
-        if self._remembers:
-            self._gateway.items.keep(self._wire.render_response(response, context)["output"])
-        if self._inbound.stream:
-            return Answer(self._ref, headers, render_stream(self._inbound.wire, response, context), response.usage)
-        if not self._passes(outbound) or not body:
-            body = dump_json(self._wire.render_response(response, context))
-        return Answer(self._ref, headers, self._named(outbound, body), response.usage)
-
-    def _passes(self, outbound: Outbound) -> bool:
-        """Whether a whole answer goes to the client as it comes."""
-        return outbound.wire == self._inbound.wire and not self._inbound.stream
-
-    def _named(self, outbound: Outbound, body: bytes) -> bytes:
-        """A whole body with the model that was asked for, where the format's clients take it for that (trap 44)."""
-        return rename_model(body, self._asked()) if outbound.wire == self._inbound.wire == "anthropic" else body
-
-    def _bad_body(self, outbound: Outbound, reply: Any, parsed: Dict[str, Any], body: bytes) -> Outcome:
-        if parsed:
-            return self._from_error_info(WIRE_FORMATS[outbound.wire].parse_error(502, parsed), outbound, reply)
-        text = str(parse_body(body)) if body else "an empty body"
-        return failed_attempt(TEMPORARY, "unparsable", "the answer is not what was asked for: %s" % one_line(text, 120))
-
-    def _from_error_info(self, info: ErrorInfo, outbound: Outbound, reply: Any) -> Outcome:
-        if info.code == "truncated":
-            return failed_attempt(TEMPORARY, "truncated", info.message)
-        return judge_in_band(info, reply.headers, outbound.wire, self._host.wall())
-
-    async def _judge_stream(self, outbound: Outbound, reply: Any, has_more: bool) -> Union[Outcome, Answer]:
+    async def _judge_stream(self, reply: Any, has_more: bool) -> Union[Outcome, Answer]:
         """Hold a stream back until its first content: until then it can still turn out to be no answer (trap 130)."""
-        secrets = secrets_of(self._candidate.provider) if self._candidate is not None else ()
-        processor = make_processor(
-            outbound.wire, self._inbound.wire, self._context(), self._settings.max_event_bytes, secrets
-        )
-        processor.recorder = self._recorder(outbound)
-        timeouts = outbound.timeouts
+        source, timeouts, limits = self._outbound.wire, self._outbound.timeouts, self._settings
+        secrets = self._outbound.target.secrets
+        processor = make_processor(source, self._wire.name, self._context(), limits.max_event_bytes, secrets)
+        processor.recorder = self._recorder() if self._records else None
         content_ms = timeouts.first_content_ms if has_more else 0  # the last one gets all the time there is (trap 158)
         content_until = self._asked_at + content_ms / 1000 if content_ms else math.inf
-        held: List[bytes] = []
-        ended = False
-        while not processor.content and not ended and sum(map(len, held)) <= self._settings.max_hold_bytes:
+        held = b""
+        is_over = False
+        while not processor.content and not is_over and len(held) <= limits.max_hold_bytes:
             wait_s = self._time_left(1000 if processor.done else timeouts.idle_ms, content_until)
             try:
                 data = await reply.read(wait_s)
@@ -10519,206 +10430,154 @@ class Exchange:
                 if not processor.done:
                     raise
                 data = b""  # the answer had ended, whatever became of the connection
-            ended = not data
-            held.append(processor.feed(data) if data else processor.finish())
-            if processor.failed is not None and not processor.content:
-                return self._from_error_info(processor.failed, outbound, reply)
-            if not ended and not processor.content and self._host.now() >= content_until:
+            is_over = not data
+            held += processor.feed(data) if data else processor.finish()
+            if processor.content:
+                break
+            if processor.failed is not None:
+                return self._judge_told(processor.failed, reply)
+            if not is_over and self._host.now() >= content_until:
                 raise UpstreamError("no content within %d ms" % content_ms, "timeout", True)
-        answer = Answer(self._ref, self._returned(reply, outbound), b"".join(held), processor.usage, processor)
-        if ended and processor.is_empty:
-            self._empty = self._empty or answer
-            return Outcome(EMPTY, reply.status, "empty", ErrorInfo(502, "the stream was complete but empty"))
-        if not ended:
-            answer.reply, answer.idle_ms = reply, timeouts.idle_ms
-        return answer
+        answer = self._answer(reply, held, processor.usage)
+        answer = answer._replace(processor=processor, reply=None if is_over else reply)
+        return self._judge_empty(answer, reply) if is_over and processor.is_empty else answer
 
-    def _recorder(self, outbound: Outbound) -> Optional[ReasoningRecorder]:
-        """Who remembers an answer's reasoning: of translated ones, and where the upstream wants it back."""
-        wanted = outbound.wire != self._inbound.wire or outbound.target.compat.replays_reasoning
-        if not wanted or self._candidate is None:
-            return None
+    @property
+    def _records(self) -> bool:
+        """Whether an answer's reasoning is remembered: where it is translated, and where the upstream wants it back."""
+        return not self._passes or self._outbound.target.compat.replays_reasoning
+
+    def _recorder(self) -> ReasoningRecorder:
         return ReasoningRecorder(self._gateway.reasoning, self._requests.issuer(self._candidate.provider.id))
-
-    def _context(self) -> Context:
-        request = self._requests.neutral if self._needs_request else _BARE_REQUEST
-        return Context(request._replace(model=self._asked()), self._trail.id, int(self._host.wall()))
-
-    @property
-    def _ref(self) -> str:
-        return self._candidate.ref if self._candidate is not None else ""
-
-    @property
-    def _needs_request(self) -> bool:
-        candidate = self._candidate
-        return candidate is not None and choose_wire(candidate, self._inbound.wire) != self._inbound.wire
 
     @property
     def _remembers(self) -> bool:
         """Whether the client may refer to what it gets: it is the router's own writing, and to be stored."""
         inbound = self._inbound
-        return inbound.wire == "responses" and inbound.body.value.get("store") is not False and self._needs_request
+        return inbound.wire == "responses" and not self._passes and inbound.body.value.get("store") is not False
 
-    def _asked(self) -> str:
-        return self._inbound.asked or "smart"
+    def _context(self) -> Context:
+        request = _BARE_REQUEST if self._passes else self._requests.neutral
+        model = self._inbound.asked or "smart"
+        return Context(request._replace(model=model), self._trail.id, int(self._host.wall()))
 
-    def _returned(self, reply: Any, outbound: Outbound) -> Headers:
-        """The upstream's headers that its own clients may see."""
-        if outbound.wire != self._inbound.wire:
-            return []
-        return [(name, value) for name, value in reply.headers if _RETURNED_HEADERS.fullmatch(name.lower())]
+    def _answer(self, reply: Any, body: bytes, usage: Optional[Usage]) -> Answer:
+        headers = returned_headers(reply.headers) if self._passes else []
+        return Answer(self._candidate.ref, headers, body, usage)
 
-    def _own_headers(self) -> Headers:
-        trail = self._trail
-        told = [("x-llm-router-attempts", trail.path), ("x-llm-router-model", trail.model)]
-        shown = [(name, text.encode("ascii", "backslashreplace").decode()[:2000]) for name, text in told if text]
-        return [("x-llm-router-request-id", trail.id)] + shown + self._cors
+    # --- what the client gets ---
 
     async def _deliver(self, answer: Answer, run: Optional[Run]) -> None:
-        trail, client = self._trail, self._client
+        trail, client, processor = self._trail, self._client, answer.processor
         trail.model, trail.status, trail.outcome, trail.usage = answer.ref, 200, OK, answer.usage
         trail.first_content_ms = int((self._host.now() - trail.began) * 1000)
+        headers = own_headers(trail) + self._cors + answer.headers
         if not self._inbound.stream:
-            await client.respond(200, _JSON_HEADERS + self._own_headers() + answer.headers, answer.body)
+            await client.respond(200, _JSON_HEADERS + headers, answer.body)
             return
         try:
-            client.begin(
-                _STREAM_HEADERS + self._own_headers() + answer.headers, _PINGS.get(self._inbound.wire, sse_comment())
-            )
+            client.begin(_STREAM_HEADERS + headers, _PINGS.get(self._wire.name, sse_comment()))
             client.write(answer.body)
-            if answer.processor is None:
+            if processor is None:
                 await client.finish()
             else:
                 await self._relay(answer, run)
         finally:
             if answer.reply is not None:
                 answer.reply.close()
-            if answer.processor is not None:
-                trail.usage = answer.processor.usage or trail.usage
-                self._gateway.items.keep(answer.processor.items if self._remembers else ())
+            if processor is not None:
+                trail.usage = processor.usage or trail.usage
+                self._gateway.items.keep(processor.items if self._remembers else ())
 
     async def _relay(self, answer: Answer, run: Optional[Run]) -> None:
         """The rest of a stream, and an honest end: after content a failure is told in the stream, then the connection
         is cut without the last chunk, so that no client takes half an answer for a whole one (traps 14, 134)."""
-        client, processor = self._client, answer.processor
+        client, processor, trail, book = self._client, answer.processor, self._trail, self._book
         broken = "end"
         if answer.reply is not None and processor.failed is None:
-            broken = await client.relay(answer.reply, processor, answer.idle_ms, self._time_left(0))
+            idle_ms = self._outbound.timeouts.idle_ms
+            broken = await client.relay(answer.reply, processor, idle_ms, self._time_left(0))
         failure = processor.failed
-        if broken == UNWATCHED:
-            pass
-        elif broken == "end" or processor.done or failure is not None:
+        if broken == "end" or processor.done or failure is not None:
             client.write(processor.finish())
             failure = processor.failed
-        else:
+        elif broken != UNWATCHED:
             status = 504 if broken == "timeout" else 502
             failure = ErrorInfo(status, "the upstream's answer broke off: " + broken, code="upstream_" + broken)
-            client.write(self._wire.error_event(failure, self._trail.id))
+            client.write(self._wire.error_event(failure, trail.id))
         if failure is None:
-            if run is not None:
-                self._gateway.book.apply(succeed(run, self._asked_at))
+            book.apply(succeed(run, self._asked_at) if run is not None else ())
             await client.finish()
             return
-        self._note_late(failure, TIMEOUT if broken == "timeout" else TEMPORARY, run)
+        kind = TIMEOUT if broken == "timeout" else TEMPORARY
+        trail.outcome, trail.message = kind, one_line(failure.message)
+        trail.amend(kind=kind, decision="too late to fall back", message=trail.message)
+        book.apply(fail_late(run, kind, book, self._host.now()) if run is not None else ())
         client.cut()
 
-    def _note_late(self, failure: ErrorInfo, kind: str, run: Optional[Run]) -> None:
-        trail = self._trail
-        trail.outcome, trail.message = kind, one_line(failure.message)
-        trail.attempts[-1] = trail.attempts[-1]._replace(
-            kind=kind, decision="too late to fall back", message=trail.message
-        )
-        if run is not None:
-            self._gateway.book.apply(fail_late(run, kind, self._settings, self._gateway.book, self._host.now()))
-
-    async def _conclude(self, action: Any) -> None:
-        """Nobody answered, or what came is the answer: an error unchanged, an empty answer, or the router's own
-        words."""
-        outcome = action.outcome
-        if isinstance(action, Deliver) and outcome.kind == EMPTY and self._empty is not None:
+    async def _conclude(self, action: Union[Deliver, GiveUp]) -> None:
+        """Nobody answered, or what came is the answer: an empty answer, an error unchanged, or the router's own words.
+        The errors are raised as RefusedError."""
+        outcome, body = action.outcome, None
+        if isinstance(action, GiveUp):
+            status = give_up_status(outcome, self._wire.name)
+            info = outcome.error._replace(status=status, message=give_up_message(outcome, self._trail), type="")
+            soon = action.retry_after
+            headers = _NOT_SOON if soon is None else [("retry-after", str(math.ceil(soon)))]
+        elif outcome.kind == EMPTY and self._empty is not None:
             await self._deliver(self._empty, None)
             return
-        trail = self._trail
-        trail.outcome, trail.message = outcome.kind, one_line(outcome.error.message)
-        if isinstance(action, Deliver):
-            await self._return_error(outcome)
-            return
-        status = give_up_status(outcome, self._inbound.wire)
-        info = outcome.error._replace(status=status, message=give_up_message(outcome, trail), type="")
-        await self._send_error(info, give_up_headers(outcome, action.retry_after), None)
+        else:
+            info = outcome.error._replace(status=outcome.status or 502)
+            body = outcome.body if outcome.wire == self._wire.name else None
+            headers = returned_headers(outcome.headers if body is not None else ())
+            headers += _NOT_SOON if outcome.kind == POLICY else []
+        raise RefusedError(one_line(outcome.error.message), info.status, outcome.kind, info, headers, body)
 
-    async def _return_error(self, outcome: Outcome) -> None:
-        same = outcome.wire == self._inbound.wire and outcome.body is not None
-        headers = [(n, v) for n, v in outcome.headers if same and _RETURNED_HEADERS.fullmatch(n.lower())]
-        if outcome.kind == POLICY:
-            headers.append(("x-should-retry", "false"))
-        await self._send_error(
-            outcome.error._replace(status=outcome.status or 502), headers, outcome.body if same else None
-        )
-
-    async def _send_error(self, info: ErrorInfo, headers: Headers, body: Optional[bytes]) -> None:
-        """An error as the client's format has it; inside the stream when a keep-alive opened it already."""
-        self._trail.status = info.status
-        if self._client.is_open:
-            self._client.write(self._wire.error_event(info, self._trail.id))
-            self._client.cut()
-            return
-        if body is None:
-            body = dump_json(self._wire.render_error(info, self._trail.id))
-        await self._client.respond(info.status, _JSON_HEADERS + self._own_headers() + headers, body)
-
-    async def _count_tokens(self, plan: Plan) -> None:
+    async def _count_tokens(self, candidate: Candidate) -> None:
         """Ask a candidate that can count, else estimate. Never an error, never a word in the health book (trap 118)."""
-        candidate = plan.candidates[0]
-        formats = candidate.model.formats or candidate.provider.formats
-        count: Optional[int] = None
-        if "anthropic" in formats:
-            count = await self._ask_count(candidate)
-        trail = self._trail
+        speaks_it = "anthropic" in candidate.formats
+        count = await self._ask_count(candidate) if speaks_it else None
+        trail, body = self._trail, self._inbound.body.value
         trail.status, trail.outcome = 200, OK
-        if count is None:
-            wire = "anthropic" if "anthropic" in formats else ""
-            count = estimate_tokens(self._inbound.body.value, candidate.model_id, wire)
-        await self._client.respond(200, _JSON_HEADERS + self._own_headers(), dump_json({"input_tokens": count}))
+        if type(count) is not int:
+            count = estimate_tokens(body, candidate.model_id, "anthropic" if speaks_it else "")
+        headers = _JSON_HEADERS + own_headers(trail) + self._cors
+        await self._client.respond(200, headers, dump_json({"input_tokens": count}))
 
-    async def _ask_count(self, candidate: Candidate) -> Optional[int]:
-        limit_ms = self._settings.count_tokens_timeout_ms
+    async def _ask_count(self, candidate: Candidate) -> Any:
+        limit_ms, reply = self._settings.count_tokens_timeout_ms, None
         self._until = self._host.now() + limit_ms / 1000
-        outbound = self._requests.make(candidate)
         timeouts = Timeouts(limit_ms, limit_ms, 0, limit_ms, limit_ms)
-        reply = None
+        self._outbound = self._requests.make(candidate)._replace(timeouts=timeouts)
         try:
-            reply = await self._host.send(outbound._replace(timeouts=timeouts))
-            parsed = _read_json(await self._read_whole(reply, outbound)) if reply.status == 200 else {}
+            reply = await self._host.send(self._outbound)
+            return _read_json(await self._read_whole(reply)).get("input_tokens") if reply.status == 200 else None
         except UpstreamError:
             return None
         finally:
             if reply is not None:
                 reply.close()
-        count = parsed.get("input_tokens")
-        return count if isinstance(count, int) and not isinstance(count, bool) else None
+
+
+_BARE_REQUEST = ChatRequest("", [])
+
+
+def _decision(action: Any, candidate: Candidate) -> str:
+    """What follows an attempt at `candidate`, in words."""
+    if isinstance(action, Try):
+        same = action.candidate is candidate
+        return "retry in %d ms" % action.delay_ms if same else "fall back to %s" % action.candidate.ref
+    return "return it" if isinstance(action, Deliver) else "give up"
 
 
 def _why_not_first(origin: Candidate, book: Any) -> str:
-    reasons = [book.read(key).reason for key in (origin.ref, origin.provider.id + "/")]
-    return "%s, which cools after: %s" % (origin.ref, next(filter(None, reasons), "failures").replace("_", " "))
+    reason = book.read(origin.ref).reason or book.read(provider_key(origin)).reason or "failures"
+    return "%s, which cools after: %s" % (origin.ref, reason.replace("_", " "))
 
 
 def _sooner(limit_ms: int, left_ms: int) -> int:
     return min(limit_ms, left_ms) if limit_ms else left_ms
-
-
-_JSON_HEADERS: Headers = [_JSON_TYPE]
-_BARE_REQUEST = ChatRequest("", [])
-
-
-def _require_format(candidate: Candidate, wire: str) -> None:
-    if wire not in (candidate.model.formats or candidate.provider.formats):
-        raise RouterError(
-            "%s does not speak the %s format, which this endpoint needs" % (candidate.ref, wire),
-            400,
-            "unsupported_format",
-        )
 
 
 def _read_json(body: bytes) -> Dict[str, Any]:
@@ -10730,20 +10589,10 @@ def _read_json(body: bytes) -> Dict[str, Any]:
 
 def _is_error_body(body: Dict[str, Any]) -> bool:
     """Whether a 200's body is an error all the same: an error without any answer beside it."""
-    has_answer = any(body.get(key) for key in ("choices", "content", "output", "data"))
-    told = (
-        body.get("error")
-        or body.get("type") == "error"
-        or body.get("object") == "error"
-        or body.get("status") == "failed"
-    )
-    return (
-        bool(told)
-        and not has_answer
-        or "choices" not in body
-        and not has_answer
-        and ("detail" in body or "errors" in body)
-    )
+    if any(body.get(key) for key in ("choices", "content", "output", "data")):
+        return False
+    told = body.get("error") or "error" in (body.get("type"), body.get("object")) or body.get("status") == "failed"
+    return bool(told) or "choices" not in body and ("detail" in body or "errors" in body)
 
 
 def is_empty(response: ChatResponse) -> bool:
@@ -10778,14 +10627,6 @@ def give_up_message(outcome: Outcome, trail: Trail) -> str:
     if outcome.kind == AUTH:
         text = "the provider refused the API key that is configured for it: " + text
     return "%s (attempts: %s)" % (one_line(text, 500), trail.path)
-
-
-def give_up_headers(outcome: Outcome, retry_after: Optional[float]) -> Headers:
-    """When a client should come back: Retry-After when somebody recovers, x-should-retry: false when nobody will
-    soon."""
-    if outcome.kind in _NEVER_SOON or retry_after is None:
-        return [("x-should-retry", "false")]
-    return [("retry-after", str(math.ceil(retry_after)))]
 
 
 # ==============================================================================
@@ -13509,7 +13350,7 @@ class WorkerHost:
             answer = await js.fetch(outbound.target.origin + outbound.path, options)
         except JsException as error:
             limit.check("an answer")
-            words = outbound.target.host, one_line(str(error), 160)
+            words = outbound.target.key.host, one_line(str(error), 160)
             raise UpstreamError("cannot reach %s: %s" % words, "connect_failed") from None
         except BaseException:
             limit.control.abort()
@@ -14065,7 +13906,7 @@ class Router:
             await self.gateway.handle(call, sink)
             return
         status, body = 401, {"error": "the control channel needs its token"}
-        if has_valid_key(Access(True, (self.token.encode(),)), call.headers):
+        if find_caller(Access(True, (self.token.encode(),)), call.headers) is not None:
             status, body = self._control(call.method, call.path[len(_CONTROL) :])
         headers = _JSON_HEADERS + _REFUSAL_HEADERS.get(status, [])
         await sink.respond(status, headers, dump_json(dict(body, instance=self.id) if status != 401 else body))

@@ -37,7 +37,8 @@ class Request:
 
     def __init__(self, book, its_plan, settings=SETTINGS, now=NOW, accepts_empty=False, id=None):
         self.book, self.settings, self.now = book, settings, now
-        self.take(R.begin(id or "r%d" % next(self.ids), its_plan, accepts_empty, settings, book, now))
+        self.take(R.begin(id or "r%d" % next(self.ids), its_plan, settings, book, now))
+        self.run = self.run._replace(accepts_empty=accepts_empty)
 
     def take(self, step):
         self.run, self.action, changes = step
@@ -46,7 +47,7 @@ class Request:
     def fail(self, kind, retry_after=None, jitter=0.0, after=0.0):
         result = kind if isinstance(kind, R.Outcome) else outcome(kind, retry_after)
         self.now += after
-        self.take(R.follow(self.run, result, self.settings, self.book, self.now, jitter))
+        self.take(R.follow(self.run, result, self.book, self.now, jitter))
         return self.action
 
     def succeed(self, asked_at=None):
@@ -120,7 +121,8 @@ class Teller:
             return
         self.told.add(beginning)
         id = "r%d" % number
-        step = R.begin(id, self.plan, self.accepts_empty, self.settings, book, now)
+        run, action, changes = R.begin(id, self.plan, self.settings, book, now)
+        step = run._replace(accepts_empty=self.accepts_empty), action, changes
         self.go_on(book, step, now, depth, number, (), None)
 
     def go_on(self, book, step, now, depth, number, tried, last):
@@ -146,7 +148,7 @@ class Teller:
                 self.request(after, now + 1, depth - 1, number + 1)
                 continue
             result = outcome(kind, retry_after)
-            follow = R.follow(run, result, self.settings, book, now, 0.5)
+            follow = R.follow(run, result, book, now, 0.5)
             self.go_on(book, follow, now, depth - 1, number, (*tried, (action.candidate, kind)), result)
 
     def check(self, before, book, run, action, now, tried, last):
@@ -789,7 +791,7 @@ def test_a_failure_after_content_cools_and_counts_like_one_before():
     book = R.HealthBook()
     request = Request(book, plan("a/1", "b/1"))
     request.succeed()
-    book.apply(R.fail_late(request.run, R.TEMPORARY, SETTINGS, book, NOW + 3))
+    book.apply(R.fail_late(request.run, R.TEMPORARY, book, NOW + 3))
     assert (book.read("a/1").cooldown_until, book.read("a/1").failures) == (NOW + 48, 1)
     assert book.read("a/1").probe == ""
 
@@ -818,10 +820,10 @@ def test_decisions_do_not_change_the_book_or_the_run_they_were_given():
     book = R.HealthBook()
     break_circuit(book)
     entries = dict(book._entries)
-    run, _, _ = R.begin("x", plan("a/1", "b/1"), False, SETTINGS, book, NOW + 60)
+    run, _, _ = R.begin("x", plan("a/1", "b/1"), SETTINGS, book, NOW + 60)
     before = repr(run)
     for kind in R.RULES:
-        R.follow(run, outcome(kind), SETTINGS, book, NOW + 61, 0.5)
+        R.follow(run, outcome(kind), book, NOW + 61, 0.5)
     assert (book._entries, repr(run)) == (entries, before)
 
 
@@ -844,7 +846,6 @@ def test_every_kind_of_outcome_has_a_rule_whose_settings_exist():
         for its in (SETTINGS, settings(allow_policy_fallback=True)):
             rule = R.rule_for(kind, its)
             assert not rule.cooldown or hasattr(SETTINGS, rule.cooldown)
-            assert rule.scope in ("model", "provider")
             assert rule.falls_back in ("all", "provider", "no")
 
 
@@ -855,12 +856,12 @@ def test_an_upstream_that_breaks_off_every_stream_opens_its_circuit():
     provider = R.Provider(id="a", models=(R.Model(id="m"),))
     plan = R.Plan("a/m", (R.Candidate("a/m", provider, provider.models[0], "m"),))
     for at in (1.0, 2.0):
-        run, _, changes = R.begin("r%d" % at, plan, False, settings, book, at)
+        run, _, changes = R.begin("r%d" % at, plan, settings, book, at)
         book.apply(changes)
         book.apply(R.proceed(run, at, book))
         assert R.ready_at(plan.candidates[0], book) <= at
-        book.apply(R.fail_late(run, R.TEMPORARY, settings, book, at + 0.5))
+        book.apply(R.fail_late(run, R.TEMPORARY, book, at + 0.5))
     assert book.read("a/m").circuit_until == 2.5 + settings.fallback_circuit_cooldown_ms / 1000
-    run, _, _ = R.begin("r3", plan, False, settings, book, 100.0)
+    run, _, _ = R.begin("r3", plan, settings, book, 100.0)
     book.apply(R.proceed(run, 100.0, book) + R.succeed(run, 100.0))
     assert book.read("a/m") == R.HEALTHY

@@ -223,7 +223,7 @@ def test_configured_headers_replace_and_a_null_removes_whoever_would_add_it():
 
 def test_merging_leaves_the_target_as_it_was():
     target = R.make_target(provider(anthropic_beta=("a",)), "anthropic")
-    before = tuple(target.headers)
+    before = dict(target.headers)
     R.merge_headers(target, CLIENT, "anthropic", "anthropic", True)
     assert target.headers == before
 
