@@ -15969,13 +15969,13 @@ def _run_prompts(menu: Menu, effects: Effects) -> int:
 # 37 COMMANDS - flags, help and what each command does [host]
 # ==============================================================================
 
-Values = Dict[str, Any]  # of the flags that were given: {"log_format": "json"}
 Environ = Mapping[str, str]
 
 
 class Flag(NamedTuple):
-    """One flag. kind: text | bool | list (comma separated) | secret ("-" reads it from stdin) | json (an object) | word
-    (a text that may also stand without its flag). aliases: other names that mean the same."""
+    """One flag. kind: text | bool | list (comma separated) | secret ("-" reads it from stdin) | json (an object) |
+    port | seconds | word (a text that may also stand without its flag); "a|b": one of these words. aliases: other names
+    that mean the same."""
 
     name: str
     kind: str
@@ -15983,34 +15983,93 @@ class Flag(NamedTuple):
     aliases: Tuple[str, ...] = ()
 
 
-class Operation(NamedTuple):
-    """One `config --operation=`. flags: names in CONFIG_FLAGS; required: those that must be given. sample: what follows
-    --operation=NAME in its example. change: what it does to the file, or run: what else it does."""
+class Given:
+    """What a command is run with: the flags that were given, {"log_format": "json"}, and the environment. Every flag is
+    an attribute as well, None when it was not given."""
 
-    name: str
-    help: str
-    flags: Tuple[str, ...]
-    required: Tuple[str, ...]
-    sample: str
-    change: Optional[Callable[[Values], Callable[[Dict[str, Any]], Edit]]] = None
-    run: Optional[Callable[[Values, Environ], int]] = None
+    def __init__(self, environ: Environ, flags: Dict[str, Any]) -> None:
+        self.environ = environ
+        self.flags = flags
+
+    def __getattr__(self, name: str) -> Any:
+        return self.flags.get(name)
 
     @property
-    def example(self) -> str:
-        """A command line that works."""
-        return ("llm-router config --operation=%s %s" % (self.name, self.sample)).strip()
+    def path(self) -> str:
+        """The configuration file."""
+        return config_path(self.config or "")
+
+    @property
+    def settings(self) -> Settings:
+        """The settings by flags, variables and defaults."""
+        return self.read_settings()[0]
+
+    def read_settings(self) -> Tuple[Settings, List[str]]:
+        """The settings, and what to warn about."""
+        flags = {row.name: show_setting(self.flags[row.name]) for row in SETTINGS if row.name in self.flags}
+        return read_settings(flags, self.environ)
+
+    def load(self, presets: bool = False) -> Loaded:
+        """The configuration in use; with `presets` made from well-known key variables when there is none at all.
+        ConfigError when there is none."""
+        loaded = load_config(self.config or "", self.environ)
+        if loaded.document is not None:
+            return loaded
+        made = preset_document(self.environ) if presets and not self.config else None
+        if made is None:
+            raise ConfigError("no configuration: %s does not exist; %s" % (one_line(loaded.path), _WAYS_ON))
+        names = ", ".join(provider["apiKeyEnv"] for provider in made["providers"])
+        return Loaded(made, "the key variables %s (there is no %s)" % (names, one_line(loaded.path)), "")
+
+    def hiding_variable(self) -> str:
+        """The variable that goes before the file, "" for none."""
+        return "" if self.config else find_config_variable(self.environ)[0]
+
+    def find_instance(self) -> Instance:
+        """The running instance that is meant; errors as in `find_instance`."""
+        return find_instance(state_path(), self.path if self.config else "", self.port or 0)
+
+    def tell(self, record: Any, lines: Iterable[str], code: int = 0) -> int:
+        """What there is to say, as JSON or in lines of text; the exit code."""
+        print(json.dumps(record, indent=2) if self.json else "\n".join(lines))
+        return code
+
+    def edit(self, change: Callable[[Dict[str, Any]], Edit], lines: Sequence[str] = (), **told: Any) -> int:
+        """Apply an edit to the file and tell what was done; a key that was made is shown here and nowhere else. lines,
+        told: what else to tell, as text and as JSON."""
+        edit = edit_config_file(self.path, change)
+        done = [*map(one_line, (*edit.notes, "saved to " + self.path))]
+        done += [_KEY_ONCE % (name[:-3], told[name]) for name in ("masterKey", "clientKey") if name in told]
+        self.tell(dict({"path": self.path, "changes": list(edit.notes)}, **told), _spaced(lines, done))
+        hiding = self.hiding_variable()
+        _warn([_HIDES % hiding] if hiding else [])
+        _warn_of(find_problems(edit.document))
+        return 0
 
 
 class Command(NamedTuple):
-    """One command. run(values, environ) -> exit code. passes_on: its first word that is no flag and all that follows
-    are another program's, values["tail"]."""
+    """A command, or an operation of `config`. run: does it; the exit code. needs: the flags that must be given, a|b for
+    either of two. passes_on: its first word that is no flag and all that follows are another program's, `tail`. before:
+    what its name follows on a command line."""
 
     name: str
-    run: Callable[[Values, Environ], int]
+    run: Callable[[Given], int]
     help: str
     flags: Tuple[Flag, ...]
     example: str
+    needs: str = ""
     passes_on: bool = False
+    before: str = ""
+
+    @property
+    def words(self) -> str:
+        """How it is written behind the program's name."""
+        return self.before + self.name
+
+    @property
+    def title(self) -> str:
+        """How a command line with it begins."""
+        return ("llm-router " + self.words).strip()
 
 
 _CONFIG = Flag("config", "text", "the configuration file, default " + CONFIG_PATH)
@@ -16023,12 +16082,17 @@ _COMMON = (
 )
 
 
+_FIELD_FLAG_KINDS = {
+    **dict.fromkeys(("urls", "object", "{", *FIELDS), "json"),
+    **dict.fromkeys(("betas", "models", "["), "list"),
+    "secret": "secret",
+    "flag": "bool",
+}
+
+
 def _field_flag(field: Field) -> Flag:
     """The flag that sets a field of a provider."""
-    kinds = {"secret": "secret", "flag": "bool", "betas": "list", "models": "list", "urls": "json"}
-    kind = kinds.get(field.kind, "text")
-    kind = {"[": "list", "{": "json"}.get(field.kind[0], kind)
-    kind = "json" if field.kind in FIELDS or field.kind == "object" else kind
+    kind = _FIELD_FLAG_KINDS.get(field.kind) or _FIELD_FLAG_KINDS.get(field.kind[0], "text")
     name, *others = (_snake(name).replace("_", "-") for name in (field.key, *field.aliases))
     return Flag(name, kind, field.help + ("; - reads it from stdin" if kind == "secret" else ""), tuple(others))
 
@@ -16062,9 +16126,14 @@ CONFIG_FLAGS: Tuple[Flag, ...] = (
     Flag("client-key", "secret", "the client's key; - reads it from stdin; without it one is made and printed once"),
     _PROMPTS,
 )
-_OPERATION_FLAGS = ("operation", "config", "json", "debug", "version", "help")  # every operation takes these
 
-_GRACE = Flag("grace", "text", "seconds that open streams may go on after stop, default 30")
+
+def _setting_flag(row: Setting) -> Flag:
+    kind = "port" if row.name == "port" else "bool" if row.type is bool else "|".join(row.choices) or "text"
+    return Flag(row.flag[2:], kind, row.help)
+
+
+_GRACE = Flag("grace", "seconds", "seconds that open streams may go on after stop, default 30")
 START_FLAGS: Tuple[Flag, ...] = (
     _CONFIG,
     _GRACE,
@@ -16072,9 +16141,11 @@ START_FLAGS: Tuple[Flag, ...] = (
     Flag("require-auth", "bool", "answer only requests that show the master key"),
     Flag("allow-unauthenticated", "bool", "allow an address that others can reach without auth"),
     Flag("detach", "bool", "serve in the background; the log goes to --log-file, default " + LOG_PATH),
-) + tuple(Flag(row.flag[2:], "bool" if row.type is bool else "text", row.help) for row in SETTINGS)
-
-_RUNNING_FLAGS = (_CONFIG, Flag("port", "text", "the port of the instance, when several run"))
+    *map(_setting_flag, SETTINGS),
+)
+_RUNNING_FLAGS = (_CONFIG, Flag("port", "port", "the port of the instance, when several run"))
+_BY = Flag("by", "|".join(LEDGER_GROUPS), ", ".join(LEDGER_GROUPS) + "; default model")
+_SHELL = Flag("shell", "|".join(_SHELLS), "bash, zsh, fish or powershell")
 _ID = Flag("id", "word", "the request's id, from the header x-llm-router-request-id; default: last")
 
 
@@ -16083,37 +16154,38 @@ _ID = Flag("id", "word", "the request's id, from the header x-llm-router-request
 
 def run_command(argv: Sequence[str], environ: Environ) -> int:
     """Parse a command line and do what it says; the exit code. RouterError for what cannot be done."""
-    at = next((i for i, word in enumerate(argv) if not word.startswith("-") or word == "--config"), None)
-    named = at is not None and argv[at] != "--config"
-    command = _find_named(argv[at] if named else "", COMMANDS, "command", "llm-router --help lists them")
-    rest = [word for i, word in enumerate(argv) if not named or i != at]
-    known = command.flags + _COMMON
-    rest, tail = _split_tail(rest, known) if command.passes_on else (rest, [])
-    values = parse_flags(rest, known, _command_words(command.name))
-    if values.pop("version", False):
+    words = list(argv)
+    name = next((word for word in words if not word.startswith("-") or word == "--config"), "--config")
+    if name != "--config":
+        words.remove(name)
+    command = _find_named(name if name != "--config" else "", COMMANDS, "command", "llm-router --help lists them")
+    given = Given(environ, parse_flags(words, command))
+    if given.version:
         print("llm-router " + __version__)
         return 0
-    if values.pop("help", False):
-        print(_help_text(command, values))
+    if given.operation:
+        command = _find_named(given.operation, OPERATIONS, "operation", "llm-router config --help lists them")
+    if given.help:
+        print(_help_text(command))
         return 0
-    return command.run(dict(values, tail=tail) if command.passes_on else values, environ)
+    _check_flags(command, given.flags)
+    return command.run(given)
 
 
-def _split_tail(words: Sequence[str], flags: Sequence[Flag]) -> Tuple[List[str], List[str]]:
-    """Our own flags, and from the first other word on what another program shall get; `--` may stand between."""
-    kinds = {"--" + name: flag.kind for flag in flags for name in (flag.name, *flag.aliases)}
-    at = 0
-    while at < len(words) and words[at].startswith("-") and words[at] != "--":
-        kind, value = kinds.get(words[at], "bool"), words[at + 1].lower() if at + 1 < len(words) else ""
-        at += 2 if kind != "bool" or value in _BOOLS else 1
-    return list(words[:at]), list(words[at:])
+def _check_flags(command: Command, given: Mapping[str, Any]) -> None:
+    """UsageError for a flag that an operation does not take, or that is needed and not there."""
+    known = ["tail", *(flag.name for flag in command.flags + _COMMON)]
+    strange = [name.replace("_", "-") for name in given if name.replace("_", "-") not in known]
+    if strange:
+        raise UsageError("%s does not take --%s" % (command.words, strange[0]))
+    needed = [word.split("|") for word in command.needs.split()]
+    missing = [names for names in needed if sum(bool(given.get(name.replace("-", "_"))) for name in names) != 1]
+    if missing:
+        words = [("either --%s or --%s" if names[1:] else "--%s") % tuple(names) for names in missing]
+        raise UsageError("%s: give %s; example: %s" % (command.words, " and ".join(words), command.example))
 
 
-def _command_words(name: str) -> str:
-    return ("llm-router " + name).strip()
-
-
-def _find_named(name: str, rows: Sequence[Any], what: str, hint: str) -> Any:
+def _find_named(name: str, rows: Sequence[Command], what: str, hint: str) -> Command:
     found = next((row for row in rows if row.name == name), None)
     if found is None:
         near = nearest(name.lower(), [row.name for row in rows if row.name])
@@ -16122,81 +16194,89 @@ def _find_named(name: str, rows: Sequence[Any], what: str, hint: str) -> Any:
     return found
 
 
-def parse_flags(argv: Sequence[str], flags: Sequence[Flag], words: str) -> Values:
-    """The values of the flags that `argv` gives, {"log_format": "json"}: booleans, lists and objects already as such.
+def parse_flags(argv: Sequence[str], command: Command) -> Dict[str, Any]:
+    """The values of the flags that `argv` gives, {"log_format": "json"}: booleans, lists and objects already as such;
+    "tail": what is another program's. UsageError for anything that is no flag of the command or has an unusable value.
 
-    words: the command, for errors. UsageError for anything that is not one of `flags` or has an unusable value.
+    A value may begin with one dash (keys do); a boolean flag takes the next word only when that is a boolean.
     """
-    import argparse
-
-    class Parser(argparse.ArgumentParser):
-        def error(self, message: str) -> Any:
-            raise UsageError("%s: %s; %s --help shows its flags" % (words, message, words))
-
+    flags = command.flags + _COMMON
     known = {"--" + name: flag for flag in flags for name in (flag.name, *flag.aliases)}
-    known.update({"-h": known["--help"]} if "--help" in known else {})
-    parser = Parser(prog=words, add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    for word, flag in known.items():
-        parser.add_argument(word, dest=flag.name.replace("-", "_"), metavar=word)
-    for flag in flags:
-        if flag.kind == "word":
-            parser.add_argument(flag.name, nargs="?")
-    found, unknown = parser.parse_known_args(_join_values(argv, known))
-    if unknown:
-        raise UsageError(_unknown_word(unknown[0].partition("=")[0], known, words))
-    kinds = {flag.name.replace("-", "_"): flag for flag in flags}
-    return {name: _read_flag_value(kinds[name], text) for name, text in vars(found).items()}
-
-
-def _join_values(argv: Sequence[str], known: Mapping[str, Flag]) -> List[str]:
-    """`--flag value` as `--flag=value`: a value may begin with a dash (keys do), which argparse takes for a flag, and a
-    boolean flag takes the next word only when that is a boolean."""
-    joined: List[str] = []
+    known["-h"] = known["--help"]
+    bare = [flag for flag in flags if flag.kind == "word"]
+    given: Dict[str, Any] = {}
     waiting = list(argv)
     while waiting:
-        word = waiting.pop(0)
-        flag, following = known.get(word), waiting[0] if waiting else "--"
-        if flag is not None and flag.kind == "bool":
-            word += "=" + (waiting.pop(0) if following.lower() in _BOOLS else "true")
-        elif flag is not None and not following.startswith("--"):
-            word += "=" + waiting.pop(0)
-        joined.append(word)
-    return joined
+        word, equals, text = waiting[0].partition("=")
+        flag = known.get(word)
+        if flag is None and command.passes_on and (word == "--" or not word.startswith("-")):
+            return dict(given, tail=waiting)
+        if flag is None and bare and not word.startswith("-"):
+            flag, equals, text = bare.pop(), "=", waiting[0]
+        if flag is None:
+            raise UsageError(_unknown_word(word, known, command.title))
+        del waiting[0]
+        following = waiting[0] if waiting else "--"
+        if not equals and flag.kind == "bool":
+            text = waiting.pop(0) if following.lower() in _BOOLS else "true"
+        elif not equals:
+            if following.startswith("--"):
+                raise UsageError("%s needs a value; %s --help shows more" % (word, command.title))
+            text = waiting.pop(0)
+        given[flag.name.replace("-", "_")] = _read_flag_value(flag, text)
+    return dict(given, tail=[]) if command.passes_on else given
 
 
-def _unknown_word(word: str, known: Iterable[str], words: str) -> str:
+def _unknown_word(word: str, known: Iterable[str], title: str) -> str:
     near = nearest(word.lower(), known) if word.startswith("--") else []
-    hint = "did you mean %s?" % near[0] if near else words + " --help shows its flags"
+    hint = "did you mean %s?" % near[0] if near else title + " --help shows its flags"
     return "%s %s; %s" % ("unknown flag" if word.startswith("-") else "unexpected", one_line(word, 60), hint)
 
 
 def _read_flag_value(flag: Flag, text: str) -> Any:
     try:
-        if flag.kind == "bool":
-            return parse_bool(text)
-        if flag.kind == "list":
-            return [entry.strip() for entry in text.split(",") if entry.strip()]
-        if flag.kind == "json":
-            return _json_object(text)
-        return _read_secret(flag) if flag.kind == "secret" and text == "-" else text
+        if "|" in flag.kind:
+            return _read_choice(text, flag.kind.split("|"))
+        return _read_secret(flag.name) if flag.kind == "secret" and text == "-" else _READERS.get(flag.kind, str)(text)
     except RouterError as error:
         raise UsageError("--%s: %s" % (flag.name, error.message)) from None
 
 
-def _json_object(text: str) -> Dict[str, Any]:
+def _read_choice(text: str, choices: Sequence[str]) -> str:
+    if text.strip().lower() not in choices:
+        raise UsageError("%s is none of %s" % (one_line(text, 40) or "an empty value", ", ".join(choices)))
+    return text.strip().lower()
+
+
+def _read_object(text: str) -> Dict[str, Any]:
     value = load_json(text, "value")
     if not isinstance(value, dict):
         raise UsageError("write a JSON object")
     return value
 
 
-def _read_secret(flag: Flag) -> str:
+def _read_number(text: str, most: int) -> int:
+    if not re.fullmatch("[0-9]{1,6}", text) or int(text) > most:
+        raise UsageError("%s is no number from 0 to %d" % (one_line(text, 40) or "an empty value", most))
+    return int(text)
+
+
+_READERS: Dict[str, Callable[[str], Any]] = {
+    "bool": parse_bool,
+    "list": lambda text: [entry.strip() for entry in text.split(",") if entry.strip()],
+    "json": _read_object,
+    "port": lambda text: _read_number(text, 65535),
+    "seconds": lambda text: _read_number(text, 999_999),
+}
+
+
+def _read_secret(name: str) -> str:
     """The next line of stdin; not shown while it is typed."""
     import getpass
     import sys
 
     if sys.stdin is not None and sys.stdin.isatty():
-        text = getpass.getpass("%s (not shown): " % flag.name)
+        text = getpass.getpass("%s (not shown): " % name)
     else:
         text = sys.stdin.readline() if sys.stdin is not None else ""
     if not text.strip():
@@ -16204,39 +16284,23 @@ def _read_secret(flag: Flag) -> str:
     return text.strip()
 
 
-def _grace_of(values: Values) -> int:
-    text = values.get("grace", "30")
-    if not re.fullmatch("[0-9]{1,6}", text):
-        raise UsageError("--grace: %s is no number of seconds" % (one_line(text, 40) or "an empty value"))
-    return int(text)
+def make_key() -> str:
+    """A new key for clients to show."""
+    import secrets
 
-
-def _port_of(values: Values) -> int:
-    """The flag --port, 0 when it was not given."""
-    text = values.get("port", "0")
-    if not re.fullmatch(r"[0-9]{1,5}", text) or int(text) > 65535:
-        raise UsageError("--port: %s is no port; use 0 to 65535" % (one_line(text, 40) or "an empty value"))
-    return int(text)
+    return "lr-" + secrets.token_urlsafe(32)
 
 
 # ----- help and output -----
 
 
-def _help_text(command: Command, values: Values) -> str:
-    title, flags, example, lines = _command_words(command.name), command.flags, command.example, [""]
-    help = command.help
-    if command.name == "":
-        lines += ["commands:"] + _two_columns((row.name, row.help) for row in COMMANDS if row.name) + [""]
-    elif command.name == "config" and values.get("operation"):
-        row = _find_operation(values["operation"])
-        title, help, example = "llm-router config --operation=" + row.name, row.help, row.example
-        flags = tuple(flag for flag in flags if flag.name in row.flags + _OPERATION_FLAGS)
-    elif command.name == "config":
-        lines += ["operations:"] + _two_columns((row.name, row.help) for row in OPERATIONS) + [""]
-    lines += ["flags:"] + _two_columns((_flag_words(flag), flag.help) for flag in flags + _COMMON)
-    return "\n".join(
-        ["%s - %s" % (title, help)] + lines + ["", "example:", *("  " + line for line in example.split("\n"))]
-    )
+def _help_text(command: Command) -> str:
+    what, rows = {"": ("commands", COMMANDS), "config": ("operations", OPERATIONS)}.get(command.name, ("", ()))
+    listed = [what + ":", *_two_columns((row.name, row.help) for row in rows if row.name)] if rows else []
+    flags = _two_columns((_flag_words(flag), flag.help) for flag in command.flags + _COMMON)
+    example = ["  " + line for line in command.example.split("\n")]
+    head = "%s - %s" % (command.title, command.help)
+    return "\n".join(_spaced([head], listed, ["flags:", *flags], ["example:", *example]))
 
 
 def _flag_words(flag: Flag) -> str:
@@ -16250,9 +16314,14 @@ def _two_columns(rows: Iterable[Tuple[str, str]]) -> List[str]:
     return ["  %-*s  %s" % (width, left, right) for left, right in rows]
 
 
-def _print_json(value: Any) -> int:
-    print(json.dumps(value, indent=2))
-    return 0
+def _spaced(*groups: Sequence[str]) -> List[str]:
+    """Groups of lines with an empty line between them; a group that is empty leaves no gap."""
+    return [line for group in groups if group for line in ("", *group)][1:]
+
+
+def _labelled(**texts: str) -> List[str]:
+    """A line for each text that is not empty, behind its label."""
+    return ["%-14s %s" % (label.replace("_", " "), text) for label, text in texts.items() if text]
 
 
 def _warn(lines: Iterable[str]) -> None:
@@ -16262,7 +16331,15 @@ def _warn(lines: Iterable[str]) -> None:
         print(line if line.startswith("error: ") else "warning: " + line, file=sys.stderr)
 
 
-_COLORS = {"error": "31", "open": "31", "warning": "33", "cooling": "33", "half-open": "33", "ok": "32"}
+def _warn_of(problems: Iterable[Problem]) -> None:
+    _warn(("error: " if problem.level == "error" else "") + show_problem(problem) for problem in problems)
+
+
+_COLORS = {
+    "31": ("error", "problem", "open"),
+    "32": ("ok",),
+    "33": ("warning", "cooling", "half-open"),
+}
 
 
 def _colored(text: str, word: str) -> str:
@@ -16271,20 +16348,40 @@ def _colored(text: str, word: str) -> str:
     import sys
 
     plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not sys.stdout.isatty()
-    return text if plain or word not in _COLORS else "\033[%sm%s\033[0m" % (_COLORS[word], text)
+    color = next((color for color, words in _COLORS.items() if word in words), "")
+    return text if plain or not color else "\033[%sm%s\033[0m" % (color, text)
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int] = ()) -> str:
-    """Rows of text as aligned columns, for people. numbers: the columns that are aligned to the right."""
-    cells = [list(head)] + [[one_line(cell, 120) for cell in row] for row in rows]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
-    lines = [
-        "  ".join(
-            cell.rjust(widths[i]) if i in numbers else cell.ljust(widths[i]) for i, cell in enumerate(row)
-        ).rstrip()
-        for row in cells
-    ]
-    return "\n".join(lines)
+def _table(rows: Iterable[Sequence[str]], numbers: Sequence[int] = ()) -> List[str]:
+    """Rows of text as lines of aligned columns. numbers: the columns that are aligned to the right."""
+    cells = [[one_line(cell, 120) for cell in row] for row in rows]
+    signs = ["" if i in numbers else "-" for i in range(len(cells[0]))]
+    layout = "  ".join("%%%s%ds" % (sign, max(map(len, column))) for sign, column in zip(signs, zip(*cells)))
+    return [(layout % tuple(row)).rstrip() for row in cells]
+
+
+_Spans = List[Tuple[str, float]]
+
+
+def _with_bars(lines: Sequence[str], bars: Sequence[_Spans], whole: float, width: int) -> List[str]:
+    """Lines, each with its bar behind it where `width` has room for them. A bar is spans one after another: a sign, and
+    a part of `whole`. Signs: "#" solid, "=" light, "." dotted, " " nothing; blocks where the terminal has them."""
+    import sys
+
+    indent = max(map(len, lines))
+    room = min(30, width - indent - 2)
+    if room < 5:
+        return list(lines)
+    blocks = sys.stdout.isatty() and (sys.stdout.encoding or "").lower().startswith("utf")
+    drawn = []
+    for line, spans in zip(lines, bars):
+        bar, done = "", 0.0
+        for sign, part in spans:
+            done += part
+            bar += sign * max(round(min(done / whole, 1.0) * room) - len(bar), sign == "#" and part > 0)
+        bar = bar[:room].translate({35: "█", 61: "▒", 46: "·"} if blocks else {})
+        drawn.append(("%-*s  %s" % (indent, line, bar)).rstrip())
+    return drawn
 
 
 def _columns() -> int:
@@ -16292,19 +16389,6 @@ def _columns() -> int:
     import shutil
 
     return shutil.get_terminal_size((80, 24)).columns
-
-
-def _bar(spans: Sequence[Tuple[str, float]], width: int) -> str:
-    """Spans one after another, each a sign and its share of the whole, as a bar of at most `width` characters. Signs:
-    "#" solid, "=" light, "." dotted, " " nothing; drawn as blocks where the terminal has them."""
-    import sys
-
-    drawn, done = "", 0.0
-    for sign, share in spans:
-        done += share
-        drawn += sign * max(round(min(done, 1.0) * width) - len(drawn), sign == "#" and share > 0)
-    blocks = sys.stdout.isatty() and (sys.stdout.encoding or "").lower().startswith("utf")
-    return drawn[:width].translate({35: "█", 61: "▒", 46: "·"} if blocks else {})
 
 
 def show_duration(ms: float) -> str:
@@ -16319,232 +16403,165 @@ _WAYS_ON = (
     "add a provider: llm-router config --operation=upsert-provider --help; "
     "or set a key variable such as OPENAI_API_KEY; or try llm-router demo"
 )
-
+_HIDES = "%s is set and goes before this file"
+_KEY_ONCE = "%s key (shown only now): %s"
 
 # ----- config -----
 
 
-def run_config(values: Values, environ: Environ) -> int:
-    """`config`: the menu, or one operation without any prompt."""
-    if "operation" not in values:
-        if set(values) <= {"config", "json", "debug", "prompts"}:
-            return run_menu_command(values, environ)
+def run_config(given: Given) -> int:
+    """`config` without an operation: the menu."""
+    if not set(given.flags) <= {"config", "json", "debug", "prompts"}:
         raise UsageError("config: give --operation=, one of " + ", ".join(row.name for row in OPERATIONS))
-    operation = _find_operation(values["operation"])
-    words = "config --operation=" + operation.name
-    for name in values:
-        if name.replace("_", "-") not in operation.flags + _OPERATION_FLAGS:
-            raise UsageError("%s does not take --%s" % (words, name.replace("_", "-")))
-    missing = ["--" + flag for flag in operation.required if not values.get(flag.replace("-", "_"))]
-    if missing:
-        raise UsageError("%s needs %s; example: %s" % (words, " and ".join(missing), operation.example))
-    if operation.run is not None:
-        return operation.run(values, environ)
-    del values["operation"]
-    return _edit(values, environ, operation.change(values))
+    return run_menu_command(given)
 
 
-def _find_operation(name: str) -> Operation:
-    return _find_named(name, OPERATIONS, "operation", "llm-router config --help lists them")
+def _edits(change: Callable[[Given, Dict[str, Any]], Edit]) -> Callable[[Given], int]:
+    """The operation that applies an edit."""
+    return lambda given: given.edit(lambda document: change(given, document))
 
 
-def _edit(values: Values, environ: Environ, change: Callable[[Dict[str, Any]], Edit], **told: Any) -> int:
-    """Apply an edit to the file and tell what was done; a key that was made is shown here and nowhere else.
-
-    told: what else to tell as JSON.
-    """
-    path = config_path(values.get("config", ""))
-    edit = edit_config_file(path, change)
-    told.update({"masterKey": edit.document["masterKey"]} if values.get("generate") else {})
-    if values.get("json"):
-        _print_json(dict({"path": path, "changes": list(edit.notes)}, **told))
-    else:
-        print("\n".join(map(one_line, edit.notes + ("saved to " + path,))))
-        for name in ("masterKey", "clientKey"):
-            if name in told:
-                print("%s key (shown only now): %s" % (name[:-3], told[name]))
-    _warn("%s is set and goes before this file" % name for name in _hiding_variables(values, environ))
-    _warn_of(find_problems(edit.document))
-    return 0
-
-
-def _hiding_variables(values: Values, environ: Environ) -> List[str]:
-    """The variable that goes before the file, if there is one."""
-    return [] if values.get("config") else list(filter(None, find_config_variable(environ)[:1]))
-
-
-def _warn_of(problems: Iterable[Problem]) -> None:
-    _warn(("error: " if problem.level == "error" else "") + show_problem(problem) for problem in problems)
-
-
-def run_upsert(values: Values, environ: Environ) -> int:
+def run_upsert(given: Given) -> int:
     """`--operation=upsert-provider`: store it; what is not said of it is asked of it first, unless --skip-probe."""
-    fields = {name: values[name] for name in ProviderChange._fields if name in values}
-    urls = {wire: values[wire + "_base_url"] for wire in WIRES if values.get(wire + "_base_url")}
-    parts = (("base_url_by_format", urls), ("auth", {"type": values["auth_type"]} if values.get("auth_type") else {}))
-    fields.update({name: dict(fields.get(name) or {}, **part) for name, part in parts if part})
-    change = ProviderChange(values["provider_id"], **fields)
+    change = _provider_change(given)
     told: Dict[str, Any] = {}
-    if not values.get("skip_probe"):
-        path = config_path(values.get("config", ""))
-        data = read_bytes(path)[0]
-        document = NEW_DOCUMENT if data is None else parse_config_text(data, one_line(path))
-        provider, raw = _find_entry(upsert_provider(document, change).document, change.id, environ)
-        plan = plan_probe(provider, raw)
-        report = _ask_provider(plan, environ)
+    lines: List[str] = []
+    if not given.skip_probe:
+        document = upsert_provider(load_config(given.path, {}).document or NEW_DOCUMENT, change).document
+        plan = _plan_of(document, change.id, given.environ)
+        report = _ask_provider(plan, given)
         learned = learned_fields(plan, report)
         change = change._replace(**{_snake(key): value for key, value in learned.items()})
-        told.update(probe=_probe_facts(report), learned=learned)
-        if report.rows and not values.get("json"):
-            print(_table(*probe_table(report)) + "\n")
-            word = "assumed" if report.is_tentative else "learned"
-            print("".join("%s %s: %s\n" % (word, key, json.dumps(value)) for key, value in learned.items()), end="")
+        told = {"probe": _probe_facts(report), "learned": learned}
+        word = "assumed" if report.is_tentative else "learned"
+        lines = _spaced(_probe_lines(report), ["%s %s: %s" % (word, key, json.dumps(learned[key])) for key in learned])
         _warn(_probe_warnings(report))
-    return _edit(values, environ, lambda document: upsert_provider(document, change), **told)
+    return given.edit(lambda document: upsert_provider(document, change), lines, **told)
 
 
-def _remove_models(values: Values) -> Callable[[Dict[str, Any]], Edit]:
-    def change(document: Dict[str, Any]) -> Edit:
-        edit = Edit(document)
-        for model in values["model"]:
-            further = remove_model(edit.document, values["provider_id"], model)
-            edit = Edit(further.document, edit.notes + further.notes)
-        return edit
-
-    return change
+def _provider_change(given: Given) -> ProviderChange:  # type: ignore[valid-type]
+    fields = {name: given.flags[name] for name in ProviderChange._fields if name in given.flags}
+    urls = {wire: given.flags[wire + "_base_url"] for wire in WIRES if given.flags.get(wire + "_base_url")}
+    auth = {"type": given.auth_type} if given.auth_type else {}
+    for name, part in (("base_url_by_format", urls), ("auth", auth)):
+        fields.update({name: {**(fields.get(name) or {}), **part}} if part else {})
+    return ProviderChange(given.provider_id, **fields)
 
 
-def _need_one(values: Values, first: str, second: str) -> None:
-    """Exactly one of two flags must be given."""
-    if bool(values.get(first.replace("-", "_"))) == bool(values.get(second.replace("-", "_"))):
-        raise UsageError("give either --%s or --%s" % (first, second))
+def _remove_models(given: Given, document: Dict[str, Any]) -> Edit:
+    edit = Edit(document)
+    for model in given.model:
+        further = remove_model(edit.document, given.provider_id, model)
+        edit = Edit(further.document, edit.notes + further.notes)
+    return edit
 
 
-def _set_fallbacks(values: Values) -> Callable[[Dict[str, Any]], Edit]:
-    _need_one(values, "fallback-models", "clear-fallbacks")
-    model, fallbacks = _single(values["model"]), values.get("fallback_models") or []
-    return lambda document: set_model_fallbacks(document, values["provider_id"], model, fallbacks)
-
-
-def _set_alias(values: Values) -> Callable[[Dict[str, Any]], Edit]:
-    _need_one(values, "model", "clear-alias")
-    refs = [_ref_of(values, model) for model in values.get("model") or []]
-    return lambda document: set_model_alias(document, values["alias"], refs)
-
-
-def _set_default(values: Values) -> Callable[[Dict[str, Any]], Edit]:
-    ref = _ref_of(values, values.get("default_model") or _single(values.get("model") or []))
-    return lambda document: set_default_model(document, ref)
-
-
-def _ref_of(values: Values, model: str) -> str:
-    prefix = values["provider_id"] + "/" if values.get("provider_id") else ""
+def _ref_of(given: Given, model: str) -> str:
+    prefix = given.provider_id + "/" if given.provider_id else ""
     return model if model.startswith(prefix) else prefix + model
 
 
-def _single(models: Sequence[str]) -> str:
-    if len(models) != 1:
+def _single(models: Optional[Sequence[str]]) -> str:
+    if not models or len(models) != 1:
         raise UsageError("--model: give one model")
     return models[0]
 
 
-def _set_master_key(values: Values) -> Callable[[Dict[str, Any]], Edit]:
-    import secrets
-
-    _need_one(values, "master-key", "generate")
-    key = values.get("master_key") or "lr-" + secrets.token_urlsafe(32)
-    return lambda document: set_master_key(document, key)
+def _set_fallbacks(given: Given, document: Dict[str, Any]) -> Edit:
+    return set_model_fallbacks(document, given.provider_id, _single(given.model), given.fallback_models or [])
 
 
-def run_add_client_key(values: Values, environ: Environ) -> int:
+def _set_alias(given: Given, document: Dict[str, Any]) -> Edit:
+    return set_model_alias(document, given.alias, [_ref_of(given, model) for model in given.model or []])
+
+
+def _set_default(given: Given, document: Dict[str, Any]) -> Edit:
+    return set_default_model(document, _ref_of(given, given.default_model or _single(given.model)))
+
+
+def run_set_master_key(given: Given) -> int:
+    """`--operation=set-master-key`: store the key, or one that is made here and shown once."""
+    key = given.master_key or make_key()
+    return given.edit(lambda document: set_master_key(document, key), **{"masterKey": key} if given.generate else {})
+
+
+def run_add_client_key(given: Given) -> int:
     """`--operation=add-client-key`: store the hash of a client's key; a key made here is shown once."""
-    import secrets
-
-    given = values.get("client_key", "")
-    key = given or "lr-" + secrets.token_urlsafe(32)
-    made = {} if given else {"clientKey": key}
-    return _edit(values, environ, lambda document: add_client_key(document, values["name"], key), **made)
+    key = given.client_key or make_key()
+    told = {} if given.client_key else {"clientKey": key}
+    return given.edit(lambda document: add_client_key(document, given.name, key), **told)
 
 
-def run_list(values: Values, environ: Environ) -> int:
+def run_list(given: Given) -> int:
     """`--operation=list`, and the program without a command: the configuration with its keys masked."""
-    loaded = load_config(values.get("config", ""), environ)
+    loaded = load_config(given.config or "", given.environ)
     _warn(loaded.warnings)
-    if values.get("json"):
-        return _print_json(dict(mask_document(loaded.document or {}), source=loaded.source))
-    print("llm-router %s" % __version__)
+    lines = ["llm-router " + __version__]
     if loaded.document is None:
-        print("no configuration: %s does not exist\n%s" % (one_line(loaded.path), _WAYS_ON))
-        return 0
-    config, problems = scan_config(loaded.document, environ)
-    print(_summary(config, loaded.source))
-    errors = sum(problem.level == "error" for problem in problems)
-    if errors:
-        print("\nproblems that must be solved: %d; llm-router config --operation=validate shows them" % errors)
-    return 0
+        lines += ["no configuration: %s does not exist" % one_line(loaded.path), _WAYS_ON]
+    else:
+        config, problems = scan_config(loaded.document, given.environ)
+        lines += _summary(config, loaded.source)
+        errors = sum(problem.level == "error" for problem in problems)
+        hint = "problems that must be solved: %d; llm-router config --operation=validate shows them" % errors
+        lines += ["", hint] if errors else []
+    lines += [] if given.operation else ["", "llm-router --help lists the commands"]
+    return given.tell(dict(mask_document(loaded.document or {}), source=loaded.source), lines)
 
 
-def _summary(config: Config, source: str) -> str:
+def _summary(config: Config, source: str) -> List[str]:
     aliases = ["%s -> %s" % (name, ", ".join(refs)) for name, refs in config.aliases.items()]
-    names = ("configuration", "master key", "default model", "aliases")
-    facts = zip(names, (source, mask(config.master_key), config.default_model, "; ".join(aliases)))
-    lines = ["%-14s %s" % (name, one_line(text) or "none") for name, text in facts]
-    if not config.providers:
-        return "\n".join(lines + ["", "no providers"])
-    providers, models = [], []
+    facts = {"configuration": source, "master_key": mask(config.master_key), "default_model": config.default_model}
+    facts["aliases"] = "; ".join(aliases)
+    lines = _labelled(**{label: one_line(text) or "none" for label, text in facts.items()})
+    providers, models = [("PROVIDER", "FORMATS", "URL", "KEY")], [("MODEL", "ALIASES", "FALLBACKS")]
     for p in config.providers:
         urls = dict.fromkeys(mask_url(p.base_urls[wire]) for wire in p.formats if wire in p.base_urls)
-        name = p.id + ("" if p.enabled else " (off)")
-        providers.append((name, ",".join(p.formats), ", ".join(urls) or "none", mask(p.api_key) or "none"))
+        off = "" if p.enabled else " (off)"
+        providers.append((p.id + off, ",".join(p.formats), ", ".join(urls) or "none", mask(p.api_key) or "none"))
         for m in p.models:
-            name = "%s/%s%s" % (p.id, m.id, "" if p.enabled and m.enabled else " (off)")
+            name = "%s/%s%s" % (p.id, m.id, off if m.enabled else " (off)")
             models.append((name, ", ".join(m.aliases), ", ".join(m.fallback_models)))
-    lines += ["", _table(("PROVIDER", "FORMATS", "URL", "KEY"), providers)]
-    return "\n".join(lines + ["", _table(("MODEL", "ALIASES", "FALLBACKS"), models)])
+    tables = [_table(providers), _table(models)] if config.providers else [["no providers"]]
+    return _spaced(lines, *tables)
 
 
-def _find_entry(document: Dict[str, Any], wanted: str, environ: Environ) -> Tuple[Provider, Dict[str, Any]]:
-    """A provider of a document as a value and as it is written there. UsageError when there is none."""
+def _plan_of(document: Dict[str, Any], wanted: str, environ: Environ, models: Sequence[str] = ()) -> ProbePlan:
+    """What to ask a provider of a document. UsageError when there is none of that id, or none that can be asked."""
     raws = [raw for _, raw in provider_entries("", get_field(document, "config", "providers"))]
     raw = _find_provider(raws, wanted)
-    found = scan_config(dict(document, providers=[raw]), environ)[0].providers
-    return found[0], raw
+    config, problems = scan_config(dict(document, providers=[raw]), environ)
+    if not config.providers:
+        raise UsageError(show_problem(problems[0]))
+    return plan_probe(config.providers[0], raw, models)
 
 
-def run_discover(values: Values, environ: Environ) -> int:
+def run_discover(given: Given) -> int:
     """`--operation=discover-models`: what a configured provider lists; nothing is stored."""
-    document = _load_some(values, environ).document
-    provider, raw = _find_entry(document, values["provider_id"], environ)
-    models = ask_models(plan_probe(provider, raw), read_settings({}, environ)[0], environ)
-    if values.get("json"):
-        return _print_json({"provider": provider.id, "models": models})
-    print("\n".join(map(one_line, models)) or "it lists no models")
-    return 0
+    plan = _plan_of(given.load().document, given.provider_id, given.environ)
+    models = ask_models(plan, given.settings, given.environ)
+    return given.tell({"provider": plan.provider.id, "models": models}, map(one_line, models or ["it lists no models"]))
 
 
-def run_test_provider(values: Values, environ: Environ) -> int:
+def run_test_provider(given: Given) -> int:
     """`--operation=test-provider`: ask a configured provider; 1 when one of the models answers in no format."""
-    document = _load_some(values, environ).document
-    provider, raw = _find_entry(document, values["provider_id"], environ)
-    plan = plan_probe(provider, raw, values.get("models", ()))
-    wires = tuple(wire for wire in WIRES if wire in map(_wire_of, values.get("formats", ())))
-    if len(wires) < len(values.get("formats", ())):
+    plan = _plan_of(given.load().document, given.provider_id, given.environ, given.models or ())
+    wanted = [_wire_of(name) for name in given.formats or ()]
+    if not set(wanted) <= set(WIRES):
         raise UsageError("--formats: use " + ", ".join(WIRES))
-    plan = plan._replace(wires=wires or plan.wires)
-    report = _ask_provider(plan, environ)
-    if values.get("json"):
-        _print_json(_probe_facts(report))
-    else:
-        print(_table(*probe_table(report)) if report.rows else "no model could be asked: name some with --models")
-        _warn(_probe_warnings(report))
+    plan = plan._replace(wires=tuple(wire for wire in WIRES if wire in wanted) or plan.wires)
+    report = _ask_provider(plan, given)
+    lines = _probe_lines(report) or ["no model could be asked: name some with --models"]
+    given.tell(_probe_facts(report), lines)
+    _warn([] if given.json else _probe_warnings(report))
     return int(report.is_tentative or bool(report.unconfirmed))
 
 
-def _ask_provider(plan: ProbePlan, environ: Environ) -> ProbeReport:
+def _ask_provider(plan: ProbePlan, given: Given) -> ProbeReport:
     """Probe, with progress where somebody watches; Ctrl-C ends it at once."""
     import sys
 
-    run = ProbeRun(plan, read_settings({}, environ)[0], environ)
+    run = ProbeRun(plan, given.settings, given.environ)
     shows = sys.stderr is not None and sys.stderr.isatty()
     try:
         while not run.wait(0.1):
@@ -16558,40 +16575,51 @@ def _ask_provider(plan: ProbePlan, environ: Environ) -> ProbeReport:
     return run.report
 
 
+def _probe_lines(report: ProbeReport) -> List[str]:
+    """A report as a table; nothing when nothing was asked."""
+    head, rows = probe_table(report)
+    return _table([head, *rows]) if rows else []
+
+
 def _probe_facts(report: ProbeReport) -> Dict[str, Any]:
     """A report for --json."""
-    rows = [dict(row._asdict(), auth=row.auth.type) for row in report.rows]
-    facts = {"ok": not report.is_tentative and not report.unconfirmed, "tentative": report.is_tentative}
-    lists = {"formats": report.formats, "unconfirmed": report.unconfirmed, "listed": report.listed, "results": rows}
-    return dict(facts, **lists, listing=report.listing_note)
+    return {
+        "ok": not report.is_tentative and not report.unconfirmed,
+        "tentative": report.is_tentative,
+        "formats": report.formats,
+        "unconfirmed": report.unconfirmed,
+        "listed": report.listed,
+        "results": [dict(row._asdict(), auth=row.auth.type) for row in report.rows],
+        "listing": report.listing_note,
+    }
 
 
 def _probe_warnings(report: ProbeReport) -> List[str]:
     """What somebody who configures a provider should know of it."""
     found = ["its models cannot be listed: " + report.listing_note] if report.listing_note else []
     for model in report.unconfirmed:
-        why = next((row for row in report.rows if row.model == model and row.state == "tentative"), None)
-        why = why or next(row for row in report.rows if row.model == model)
+        rows = [row for row in report.rows if row.model == model]
+        why = min(rows, key=lambda row: row.state != "tentative")
         found.append("%s is not confirmed: %s" % (one_line(model, 80), why.note or why.label))
     return found
 
 
-def run_startup(values: Values, environ: Environ) -> int:
+def run_startup(given: Given) -> int:
     """`--operation=startup-install`, `-status`, `-uninstall`: start with the machine."""
     import os
     import sys
 
-    verb, config = values["operation"], config_path(values.get("config", ""))
-    if verb == "startup-install":
-        _warn_of_lost_keys(read_start_options({"config": config}, environ))  # one that cannot start helps nobody
-    argv = [sys.executable, os.path.realpath(__file__), "start", "--config=" + config]
+    verb, home = given.operation.partition("-")[2], os.path.expanduser("~")
+    if verb == "install":  # a service that cannot start helps nobody
+        _warn_of_lost_keys(read_start_options(Given(given.environ, {"config": given.path})))
+    argv = [sys.executable, os.path.realpath(__file__), "start", "--config=" + given.path]
     log = os.path.expanduser(LOG_PATH)
-    service = make_service(sys.platform, os.path.expanduser("~"), argv, service_variables(environ), log)
-    if verb == "startup-status":
+    service = make_service(sys.platform, home, argv, service_variables(given.environ), log)
+    if verb == "status":
         state = service_state(service)
-        return _print_json({"state": state, "path": service.path}) if values.get("json") else print(state) or 0
-    left = install_service(service) if verb == "startup-install" else remove_service(service)
-    done = "installed" if verb == "startup-install" else "removed"
+        return given.tell({"state": state, "path": service.path}, [state])
+    left = install_service(service) if verb == "install" else remove_service(service)
+    done = "installed" if verb == "install" else "removed"
     print("%s %s" % (done, one_line(service.path) or "the task " + SERVICE_NAME))
     if left:
         print("now run: " + " && ".join(left))
@@ -16606,157 +16634,134 @@ def _warn_of_lost_keys(options: StartOptions) -> None:
     _warn("a service does not have the variable with the key of %s; %s" % (id, cure % id) for id in lost)
 
 
-def run_validate(values: Values, environ: Environ) -> int:
+def run_validate(given: Given) -> int:
     """`--operation=validate`: every problem with place, path and cure; exit code 2 when one is an error."""
     try:
-        loaded = _load_some(values, environ)
+        loaded = given.load()
         source, problems = loaded.source, [Problem("", *note.rsplit(": ", 1), "warning") for note in loaded.warnings]
-        problems += locate_problems(scan_config(loaded.document, environ)[1], loaded.text)
+        problems += locate_problems(scan_config(loaded.document, given.environ)[1], loaded.text)
     except ConfigError as error:
-        if not values.get("json"):
+        if not given.json:
             raise
-        source = (_hiding_variables(values, environ) or [config_path(values.get("config", ""))])[0]
+        source = given.hiding_variable() or given.path
         problems = list(error.problems) or [Problem("", error.message, "")]
-    ok = all(problem.level != "error" for problem in problems)
-    if values.get("json"):
-        _print_json({"ok": ok, "source": source, "problems": [problem._asdict() for problem in problems]})
-        return 0 if ok else 2
-    for problem in problems:
-        place = "%s:%d:%d: " % (one_line(source), problem.line, problem.column) if problem.line else ""
-        print("%s%s: %s" % (place, _colored(problem.level, problem.level), show_problem(problem)))
-    print("%s: %s" % (one_line(source), "ok" if ok else "cannot be used"))
-    return 0 if ok else 2
+    is_usable = all(problem.level != "error" for problem in problems)
+    lines = []
+    for one in problems:
+        place = "%s:%d:%d: " % (one_line(source), one.line, one.column) if one.line else ""
+        lines.append("%s%s: %s" % (place, _colored(one.level, one.level), show_problem(one)))
+    lines.append("%s: %s" % (one_line(source), "ok" if is_usable else "cannot be used"))
+    record = {"ok": is_usable, "source": source, "problems": [problem._asdict() for problem in problems]}
+    return given.tell(record, lines, 0 if is_usable else 2)
 
 
-def _load_some(values: Values, environ: Environ) -> Loaded:
-    """The configuration in use. ConfigError when there is none."""
-    loaded = load_config(values.get("config", ""), environ)
-    if loaded.document is None:
-        raise ConfigError("there is no configuration: %s does not exist" % one_line(loaded.path))
-    return loaded
-
-
-def run_schema(values: Values, environ: Environ) -> int:
+def run_schema(given: Given) -> int:
     """`--operation=schema`: the JSON Schema of the configuration file."""
-    return _print_json(config_schema())
-
-
-def run_export(values: Values, environ: Environ) -> int:
-    """`--operation=export`: the configuration in use as JSON: masked, or complete into a private file or when asked."""
-    import os
-
-    document = _load_some(values, environ).document
-    if not values.get("out"):
-        return _print_json(document if values.get("show_secrets") else mask_document(document))
-    target = os.path.realpath(os.path.expanduser(values["out"]))
-    write_private(target, dump_json(document) + b"\n")
-    print("saved to " + one_line(target))
+    print(json.dumps(config_schema(), indent=2))
     return 0
 
 
+def run_export(given: Given) -> int:
+    """`--operation=export`: the configuration in use as JSON: masked, or complete into a private file or when asked."""
+    import os
+
+    document = given.load().document
+    if given.out:
+        target = os.path.realpath(os.path.expanduser(given.out))
+        write_private(target, dump_json(document) + b"\n")
+        print("saved to " + one_line(target))
+    else:
+        print(json.dumps(document if given.show_secrets else mask_document(document), indent=2))
+    return 0
+
+
+def _operation(
+    name: str, run: Callable[[Given], int], help: str, sample: str = "", needs: str = "", takes: str = ""
+) -> Command:
+    """A row of OPERATIONS. sample: what follows its name in the example; takes: flags beside those it needs."""
+    names = re.findall("[a-z-]+", "operation config json %s %s" % (needs, takes))
+    flags = tuple(flag for flag in CONFIG_FLAGS if flag.name in names)
+    example = "llm-router config --operation=%s %s" % (name, sample)
+    return Command(name, run, help, flags, example.strip(), needs, before="config --operation=")
+
+
 # fmt: off
-OPERATIONS: Tuple[Operation, ...] = (
-    Operation("upsert-provider", "add a provider, or change what is given of one",
-              tuple(flag.name for flag in _PROVIDER_FLAGS), ("provider-id",),
-              "--provider-id=openrouter --base-url=https://openrouter.ai/api/v1 --api-key=- --models=gpt-4o"
-              " --format=openai --skip-probe=true", None, run_upsert),
-    Operation("remove-provider", "remove a provider and all references to it", ("provider-id",), ("provider-id",),
-              "--provider-id=openrouter",
-              lambda values: lambda document: remove_provider(document, values["provider_id"])),
-    Operation("remove-model", "remove a model and all references to it", ("provider-id", "model"),
-              ("provider-id", "model"),
-              "--provider-id=openrouter --model=gpt-4o", _remove_models),
-    Operation("set-model-fallbacks", "set what to try when a model fails",
-              ("provider-id", "model", "fallback-models", "clear-fallbacks"), ("provider-id", "model"),
-              "--provider-id=openrouter --model=gpt-4o --fallback-models=anthropic/claude-3-7-sonnet", _set_fallbacks),
-    Operation("set-model-alias", "give models a further name", ("alias", "provider-id", "model", "clear-alias"),
-              ("alias",),
-              "--alias=fast --model=openrouter/gpt-4o", _set_alias),
-    Operation("set-default-model", "set the model for `smart` and for requests that name none",
-              ("default-model", "provider-id", "model"), (), "--default-model=openrouter/gpt-4o", _set_default),
-    Operation("set-master-key", "set the key that clients show", ("master-key", "generate"), (), "--generate",
-              _set_master_key),
-    Operation("add-client-key", "let a client in by its own key, kept as a hash", ("name", "client-key"), ("name",),
-              "--name=laptop", None, run_add_client_key),
-    Operation("remove-client-key", "let a client in no longer", ("name",), ("name",), "--name=laptop",
-              lambda values: lambda document: remove_client_key(document, values["name"])),
-    Operation("list", "show the configuration, keys masked", (), (), "--json", None, run_list),
-    Operation("discover-models", "ask a provider which models it lists", ("provider-id",), ("provider-id",),
-              "--provider-id=openrouter", None, run_discover),
-    Operation("test-provider", "ask a provider in every format: what works, with which key style",
-              ("provider-id", "models", "formats"), ("provider-id",), "--provider-id=openrouter", None,
-              run_test_provider),
-    Operation("startup-install", "start with the machine: launchd, systemd or a Windows task", (), (), "",
-              None, run_startup),
-    Operation("startup-status", "show whether it starts with the machine", (), (), "", None, run_startup),
-    Operation("startup-uninstall", "start with the machine no longer", (), (), "", None, run_startup),
-    Operation("validate", "show every problem with its place and cure", (), (), "--json", None, run_validate),
-    Operation("schema", "print the JSON Schema of the file, for editors and CI", (), (), "", None, run_schema),
-    Operation("export", "print the configuration in use, keys masked; --out writes all of it", ("out", "show-secrets"),
-              (), "--out=router.json", None, run_export),
+OPERATIONS: Tuple[Command, ...] = (
+    _operation("upsert-provider", run_upsert, "add a provider, or change what is given of one",
+               "--provider-id=openrouter --base-url=https://openrouter.ai/api/v1 --api-key=- --models=gpt-4o"
+               " --format=openai --skip-probe=true", "provider-id", " ".join(flag.name for flag in _PROVIDER_FLAGS)),
+    _operation("remove-provider", _edits(lambda given, document: remove_provider(document, given.provider_id)),
+               "remove a provider and all references to it", "--provider-id=openrouter", "provider-id"),
+    _operation("remove-model", _edits(_remove_models), "remove a model and all references to it",
+               "--provider-id=openrouter --model=gpt-4o", "provider-id model"),
+    _operation("set-model-fallbacks", _edits(_set_fallbacks), "set what to try when a model fails",
+               "--provider-id=openrouter --model=gpt-4o --fallback-models=anthropic/claude-3-7-sonnet",
+               "provider-id model fallback-models|clear-fallbacks"),
+    _operation("set-model-alias", _edits(_set_alias), "give models a further name",
+               "--alias=fast --model=openrouter/gpt-4o", "alias model|clear-alias", "provider-id"),
+    _operation("set-default-model", _edits(_set_default), "set the model for `smart` and for requests that name none",
+               "--default-model=openrouter/gpt-4o", takes="default-model provider-id model"),
+    _operation("set-master-key", run_set_master_key, "set the key that clients show", "--generate",
+               "master-key|generate"),
+    _operation("add-client-key", run_add_client_key, "let a client in by its own key, kept as a hash",
+               "--name=laptop", "name", "client-key"),
+    _operation("remove-client-key", _edits(lambda given, document: remove_client_key(document, given.name)),
+               "let a client in no longer", "--name=laptop", "name"),
+    _operation("list", run_list, "show the configuration, keys masked", "--json"),
+    _operation("discover-models", run_discover, "ask a provider which models it lists", "--provider-id=openrouter",
+               "provider-id"),
+    _operation("test-provider", run_test_provider, "ask a provider in every format: what works, with which key style",
+               "--provider-id=openrouter", "provider-id", "models formats"),
+    _operation("startup-install", run_startup, "start with the machine: launchd, systemd or a Windows task"),
+    _operation("startup-status", run_startup, "show whether it starts with the machine"),
+    _operation("startup-uninstall", run_startup, "start with the machine no longer"),
+    _operation("validate", run_validate, "show every problem with its place and cure", "--json"),
+    _operation("schema", run_schema, "print the JSON Schema of the file, for editors and CI"),
+    _operation("export", run_export, "print the configuration in use, keys masked; --out writes all of it",
+               "--out=router.json", takes="out show-secrets"),
 )
 # fmt: on
-
 
 # ----- start, settings, demo -----
 
 
-def run_summary(values: Values, environ: Environ) -> int:
-    """No command: the masked summary; makes nothing."""
-    code = run_list(values, environ)
-    if not values.get("json"):
-        print("\nllm-router --help lists the commands")
-    return code
-
-
-def run_settings(values: Values, environ: Environ) -> int:
+def run_settings(given: Given) -> int:
     """`settings`: every setting with its variable, flag, default and present value."""
-    settings, warnings = read_settings({}, environ)
+    settings, warnings = given.read_settings()
     _warn(warnings)
     rows = settings_table(settings)
-    if values.get("json"):
-        return _print_json(rows)
     cells = [(row["variable"], show_setting(row["default"]), show_setting(row["value"]), row["help"]) for row in rows]
-    print(_table(("VARIABLE", "DEFAULT", "VALUE", "MEANING"), cells))
-    print("\neach is also a flag of start: LLM_ROUTER_TRAIL_SIZE is --trail-size; flag, then variable, then default")
-    return 0
+    hint = "each is also a flag of start: LLM_ROUTER_TRAIL_SIZE is --trail-size; flag, then variable, then default"
+    return given.tell(rows, _spaced(_table([("VARIABLE", "DEFAULT", "VALUE", "MEANING"), *cells]), [hint]))
 
 
-def run_start(values: Values, environ: Environ) -> int:
+def run_start(given: Given) -> int:
     """`start`: serve in the foreground until told to stop, or in the background."""
-    detached = values.pop("detach", False)
-    options = read_start_options(values, environ)  # what is wrong is better said here than in a log
-    return _detach(values, options) if detached else run_server(options)
-
-
-def _detach(values: Values, options: StartOptions) -> int:
+    options = read_start_options(given)  # what is wrong is better said here than in a log
+    if not given.detach:
+        return run_server(options)
     import os
 
     path = os.path.expanduser(options.settings.log_file or LOG_PATH)
-    values = dict(values, log_file=path)
-    flags = ["--%s=%s" % (name.replace("_", "-"), show_setting(value)) for name, value in values.items()]
-    pid, address = start_detached(flags, path)
+    flags = dict(given.flags, log_file=path, detach=False)
+    words = ["--%s=%s" % (name.replace("_", "-"), show_setting(value)) for name, value in flags.items()]
+    pid, address = start_detached(words, path)
     print("listening on %s\n  pid                 %d\n  log                 %s" % (address, pid, one_line(path)))
     print("  stop it with        llm-router stop --port=" + address.rpartition(":")[2])
     return 0
 
 
-def read_start_options(values: Values, environ: Environ) -> StartOptions:
+def read_start_options(given: Given) -> StartOptions:
     """The options of a server, after every check that needs no socket; warnings go to stderr. UsageError otherwise."""
-    _port_of(values)
-    flags = {row.name: show_setting(values[row.name]) for row in SETTINGS if row.name in values}
-    settings, warnings = read_settings(flags, environ)
-    wrong = [row for row in SETTINGS if row.choices and flags.get(row.name, row.default).lower() not in row.choices]
-    if wrong:
-        raise UsageError("%s: use %s" % (wrong[0].flag, " or ".join(wrong[0].choices)))
+    settings, warnings = given.read_settings()
     settings = settings._replace(host=settings.host.strip("[]"))
-    if "grace" in values:
-        settings = settings._replace(drain_grace_ms=_grace_of(values) * 1000)
-    loaded = _load_or_make(values.get("config", ""), environ)
-    config = read_config(loaded.document, environ)
+    if given.grace is not None:
+        settings = settings._replace(drain_grace_ms=given.grace * 1000)
+    loaded = given.load(presets=True)
+    config = read_config(loaded.document, given.environ)
     if not any(provider.enabled for provider in config.providers):
         raise UsageError("%s has no enabled provider; %s" % (one_line(loaded.source), _WAYS_ON))
-    auth, open_to_all = values.get("require_auth", False), values.get("allow_unauthenticated", False)
+    auth, open_to_all = bool(given.require_auth), bool(given.allow_unauthenticated)
     if auth and not config.master_key and not config.client_keys:
         cure = "config --operation=set-master-key --generate, or LLM_ROUTER_MASTER_KEY"
         raise UsageError("--require-auth needs a master key: " + cure)
@@ -16766,82 +16771,62 @@ def read_start_options(values: Values, environ: Environ) -> StartOptions:
     _warn(warnings + list(loaded.warnings))
     _warn_of(find_problems(loaded.document))
     found = (loaded.path, loaded.source, loaded.document, config, settings)
-    how = (auth, open_to_all, values.get("watch_config", True), environ, values.get("debug", False))
+    how = (auth, open_to_all, given.watch_config is not False, given.environ, bool(given.debug))
     return StartOptions(settings.host, settings.port, *found, *how)
 
 
-def _load_or_make(given: str, environ: Environ) -> Loaded:
-    """The configuration, made from well-known key variables when there is none at all."""
-    loaded = load_config(given, environ)
-    document = preset_document(environ) if loaded.document is None and not given else loaded.document
-    if document is None:
-        raise UsageError("no configuration: %s does not exist; %s" % (one_line(loaded.path), _WAYS_ON))
-    if loaded.document is not None:
-        return loaded
-    names = ", ".join(provider["apiKeyEnv"] for provider in document["providers"])
-    return Loaded(document, "the key variables %s (there is no %s)" % (names, one_line(loaded.path)), "")
-
-
-def run_demo_command(values: Values, environ: Environ) -> int:
+def run_demo_command(given: Given) -> int:
     """`demo`: the router in front of built-in fake providers."""
-    return run_demo(values.get("once", False), _port_of(values))
+    return run_demo(bool(given.once), given.port or 0)
 
 
 # ----- the menu -----
 
 
-def run_menu_command(values: Values, environ: Environ) -> int:
+def run_menu_command(given: Given) -> int:
     """No command, and `config` without an operation: the menu on a terminal, elsewhere the masked summary."""
     import sys
 
-    plain = values.get("prompts", False)
-    streams = (sys.stdin, sys.stdout)
-    if values.get("json") or not plain and not all(one is not None and one.isatty() for one in streams):
-        return run_summary(values, environ)
-    path = config_path(values.get("config", ""))
-    data, mode = read_bytes(path)
-    document = NEW_DOCUMENT if data is None else parse_config_text(data, one_line(path))
-    settings, _ = read_settings({}, environ)
-    effects = menu_effects(path, environ)
-    menu = make_menu(document, Facts(path, frozenset(environ), settings_table(settings), frozenset(effects)))
-    hiding = _hiding_variables(values, environ)
-    if hiding:
-        menu = menu._replace(note="%s is set and goes before this file" % hiding[0], is_error=True)
-    elif mode:
-        menu = menu._replace(note="others can read the file (mode %04o); saving repairs that" % mode, is_error=True)
-    return run_menu(menu, effects, plain)
+    is_terminal = all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout))
+    if given.json or not given.prompts and not is_terminal:
+        return run_list(given)
+    loaded = load_config(given.path, {})
+    document = NEW_DOCUMENT if loaded.document is None else loaded.document
+    effects = menu_effects(given.path, given.environ)
+    facts = Facts(given.path, frozenset(given.environ), settings_table(given.settings), frozenset(effects))
+    menu, hiding = make_menu(document, facts), given.hiding_variable()
+    note = _HIDES % hiding if hiding else "".join(loaded.warnings)
+    return run_menu(menu._replace(note=note, is_error=True) if note else menu, effects, bool(given.prompts))
 
 
 def menu_effects(path: str, environ: Environ) -> Effects:
     """What the menu can have done, by the name of its Effect."""
-    import secrets
-
+    given = Given(environ, {"config": path})
     return {
-        "key": lambda job: "lr-" + secrets.token_urlsafe(32),
+        "key": lambda job: make_key(),
         "save": lambda job, base, document: _save_menu(path, base, document),
-        "models": lambda job, document: ask_models(_plan_of(document, environ), read_settings({}, environ)[0], environ),
-        "test": lambda job, document: _test_in_menu(job, _plan_of(document, environ), environ),
-        "startup": lambda job, verb: _printed(run_startup, {"operation": verb, "config": path}, environ),
-        "deploy": lambda job: _deploy_in_menu(path, environ),
+        "models": lambda job, document: ask_models(_only_plan(document, environ), given.settings, environ),
+        "test": lambda job, document: _test_in_menu(job, _only_plan(document, environ), given),
+        "startup": lambda job, verb: _printed(run_startup, Given(environ, {"operation": verb, "config": path})),
+        "deploy": lambda job: _deploy_in_menu(given),
     }
 
 
-def _plan_of(document: Dict[str, Any], environ: Environ) -> ProbePlan:
+def _only_plan(document: Dict[str, Any], environ: Environ) -> ProbePlan:
     """What to ask the only provider of a document."""
     config, problems = scan_config(document, environ)
     errors = [problem for problem in problems if problem.level == "error"]
     if errors or not config.providers:
         raise UsageError(show_problem(errors[0]) if errors else "there is no provider")
-    return plan_probe(config.providers[0], look_at(document, ("providers", 0))[0])
+    return _plan_of(document, config.providers[0].id, environ)
 
 
-def _test_in_menu(job: Job, plan: ProbePlan, environ: Environ) -> Tuple[Any, ...]:
+def _test_in_menu(job: Job, plan: ProbePlan, given: Given) -> Tuple[Any, ...]:
     """Probe: rows of probe_table, what was learned, and what else there is to say."""
-    run = ProbeRun(plan, read_settings({}, environ)[0], environ)
+    run = ProbeRun(plan, given.settings, given.environ)
     try:
         while not run.wait(0.1) and not job.is_cancelled:
-            lines = ["%s  %s  %s" % (row.model, row.wire, row.state) for row in run.report.rows]
-            job.tell("\n".join(lines))
+            job.tell("\n".join("%s  %s  %s" % (row.model, row.wire, row.state) for row in run.report.rows))
     finally:
         run.cancel()
     report = run.report
@@ -16849,13 +16834,13 @@ def _test_in_menu(job: Job, plan: ProbePlan, environ: Environ) -> Tuple[Any, ...
     return probe_table(report)[1], learned_fields(plan, report), "\n".join(listed + _probe_warnings(report))
 
 
-def _deploy_in_menu(path: str, environ: Environ) -> Dict[str, Any]:
+def _deploy_in_menu(given: Given) -> Dict[str, Any]:
     """Deploy, asking what there is to ask; what the file holds then, since a new key may have been stored."""
     try:
-        run_deploy({"config": path}, environ)
+        run_deploy(given)
     except RouterError as error:
         print("llm-router: " + error.message)
-    return parse_config_text(read_bytes(path)[0] or "{}", one_line(path))
+    return load_config(given.path, {}).document or {}
 
 
 def _save_menu(path: str, base: Dict[str, Any], document: Dict[str, Any]) -> Tuple[str, Any]:
@@ -16877,48 +16862,48 @@ def _save_menu(path: str, base: Dict[str, Any], document: Dict[str, Any]) -> Tup
         raise
 
 
-def _printed(run: Callable[[Values, Environ], int], values: Values, environ: Environ) -> str:
+def _printed(run: Callable[[Given], int], given: Given) -> str:
     """What a command prints, its warnings included: they must not run over the screen."""
     import contextlib
     import io
 
     text = io.StringIO()
     with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
-        run(values, environ)
+        run(given)
     return text.getvalue().rstrip()
 
 
 # ----- the running instance -----
 
 
-def _find_running(values: Values) -> Instance:
-
-    config = config_path(values["config"]) if values.get("config") else ""
-    return find_instance(state_path(), config, _port_of(values))
-
-
-def run_status(values: Values, environ: Environ) -> int:
+def run_status(given: Given) -> int:
     """`status`: what runs, with which configuration, and how every candidate is."""
-    status = ask_instance(_find_running(values), "status")
-    if values.get("json"):
-        return _print_json(status)
-    host = "[%s]" % status["host"] if ":" in status["host"] else status["host"]
+    status = ask_instance(given.find_instance(), "status")
+    where = _url(status["host"], status["port"])
     up = show_duration(status["uptime_s"] * 1000)
-    print("llm-router %s on http://%s:%d, pid %d, up %s" % (status["version"], host, status["port"], status["pid"], up))
-    print("configuration  %s (%s)" % (one_line(status["config"]["source"]), one_line(status["config"]["state"])))
-    print("authorization  " + ("clients must show a key" if status["require_auth"] else "none"))
-    print("connections    %d\n" % status["connections"])
-    rows = []
+    facts = _labelled(
+        configuration="%s (%s)" % (one_line(status["config"]["source"]), one_line(status["config"]["state"])),
+        authorization="clients must show a key" if status["require_auth"] else "none",
+        connections=str(status["connections"]),
+    )
+    rows = [("MODEL", "STATE", "BACK IN", "OK", "FAILED", "REASON", "LAST ERROR")]
     for one in status["candidates"]:
         name = one["model"] + (" (default)" if one["model"] == status["default_model"] else "")
         back = show_duration(one["left_s"] * 1000) if one["left_s"] else ""
-        reason = one["reason"].replace("_", " ")
-        rows.append((name, one["state"], back, str(one["ok"]), str(one["failed"]), reason, _last_error(one)))
-    head = ("MODEL", "STATE", "BACK IN", "OK", "FAILED", "REASON", "LAST ERROR")
-    head_line, *lines = _table(head, rows, (2, 3, 4)).split("\n")
-    print("\n".join([head_line] + [_colored(line, row[1]) for line, row in zip(lines, rows)]))
-    print("\nOK and FAILED count attempts of the requests that llm-router explain still knows")
-    return 0
+        counts = (str(one["ok"]), str(one["failed"]))
+        rows.append((name, one["state"], back, *counts, _plain(one["reason"]), _last_error(one)))
+    table = [_colored(line, row[1]) for line, row in zip(_table(rows, (2, 3, 4)), rows)]
+    head = "llm-router %s on %s, pid %d, up %s" % (status["version"], where, status["pid"], up)
+    note = "OK and FAILED count attempts of the requests that llm-router explain still knows"
+    return given.tell(status, _spaced([head, *facts], table, [note]))
+
+
+def _url(host: str, port: int) -> str:
+    return "http://%s:%d" % ("[%s]" % host if ":" in host else host, port)
+
+
+def _plain(word: str) -> str:
+    return word.replace("_", " ")
 
 
 def _last_error(candidate: Dict[str, Any]) -> str:
@@ -16931,17 +16916,17 @@ def _last_error(candidate: Dict[str, Any]) -> str:
     return "%s, %s ago, %s: %s" % (error["label"] or error["kind"], ago, error["id"], one_line(error["message"], 80))
 
 
-def run_stop(values: Values, environ: Environ) -> int:
+def run_stop(given: Given) -> int:
     """`stop`: end the running instance and wait until it is gone; nothing running is fine."""
     import time
 
-    grace = _grace_of(values)
+    grace = 30 if given.grace is None else given.grace
     try:
-        instance = _find_running(values)
+        instance = given.find_instance()
     except UsageError:
         raise
     except RouterError as error:
-        return _tell(values, {"stopped": False}, error.message)
+        return given.tell({"stopped": False}, [error.message])
     ask_instance(instance, "stop/%d" % grace, "POST")
     until = time.monotonic() + grace + 5
     while time.monotonic() < until:
@@ -16950,58 +16935,45 @@ def run_stop(values: Values, environ: Environ) -> int:
             ask_instance(instance, "status")
         except RouterError:
             done = {"stopped": True, "pid": instance.pid, "port": instance.port}
-            return _tell(values, done, "stopped (pid %(pid)d, port %(port)d)" % done)
+            return given.tell(done, ["stopped (pid %(pid)d, port %(port)d)" % done])
     raise RouterError("pid %d still runs" % instance.pid, 500, "still_running")
 
 
-def run_reload(values: Values, environ: Environ) -> int:
+def run_reload(given: Given) -> int:
     """`reload`: apply the edited configuration without losing a request."""
-    instance = _find_running(values)
+    instance = given.find_instance()
     try:
         changes = ask_instance(instance, "reload", "POST")["changes"]
     except RouterError as error:
         stays = "not reloaded, the last good configuration stays: " if error.code == "control_error" else ""
         raise RouterError(stays + error.message, error.status, error.code) from None
     words = "changed providers: " + ", ".join(changes) if changes else "every provider is as it was"
-    return _tell(values, {"reloaded": True, "changed": changes}, "reloaded, " + words)
+    return given.tell({"reloaded": True, "changed": changes}, ["reloaded, " + words])
 
 
-def _tell(values: Values, record: Dict[str, Any], words: str) -> int:
-    """What was done, as JSON or in words."""
-    return _print_json(record) if values.get("json") else print(words) or 0
-
-
-def run_doctor(values: Values, environ: Environ) -> int:
+def run_doctor(given: Given) -> int:
     """`doctor`: one line for each thing that was looked at, with its cure; 1 when there is a problem."""
-    port = _port_of(values) or read_settings({}, environ)[0].port
-    findings = examine(values.get("config", ""), port, environ, values.get("offline", False))
+    findings = examine(given.config or "", given.settings.port, given.environ, bool(given.offline))
     bad = any(finding.level == "problem" for finding in findings)
-    if values.get("json"):
-        _print_json({"ok": not bad, "findings": [finding._asdict() for finding in findings]})
-        return int(bad)
-    for finding in findings:
-        level = _colored("%-8s" % finding.level, {"problem": "error"}.get(finding.level, finding.level))
-        cure = "; " + one_line(finding.cure, 200) if finding.cure else ""
-        print("%s %s: %s%s" % (level, finding.about, one_line(finding.text, 300), cure))
-    return int(bad)
+    lines = []
+    for one in findings:
+        cure = "; " + one_line(one.cure, 200) if one.cure else ""
+        level = _colored("%-8s" % one.level, one.level)
+        lines.append("%s %s: %s%s" % (level, one.about, one_line(one.text, 300), cure))
+    return given.tell({"ok": not bad, "findings": [finding._asdict() for finding in findings]}, lines, int(bad))
 
 
-def run_update(values: Values, environ: Environ) -> int:
+def run_update(given: Given) -> int:
     """`update`: this file replaced by a newer release; running instances of it follow after they have drained."""
-    source = values.get("from") or environ.get("LLM_ROUTER_UPDATE_URL", "").strip()
+    source = given.flags.get("from") or given.environ.get("LLM_ROUTER_UPDATE_URL", "").strip()
     if not source:
         raise UsageError("update: give --from=URL or FILE, or set LLM_ROUTER_UPDATE_URL")
     update = update_file(__file__, source)
     told = _restart_instances() if update.changed else []
-    if values.get("json"):
-        return _print_json(dict(update._asdict(), restarted=told))
-    if not update.changed:
-        print("%s is already the version there" % update.before)
-        return 0
-    print("updated %s to %s; the file before is kept as .bak" % (update.before, update.after))
-    for pid in told:
-        print("pid %d continues with it once its open requests have ended" % pid)
-    return 0
+    lines = ["updated %s to %s; the file before is kept as .bak" % (update.before, update.after)]
+    lines += ["pid %d continues with it once its open requests have ended" % pid for pid in told]
+    lines = lines if update.changed else ["%s is already the version there" % update.before]
+    return given.tell(dict(update._asdict(), restarted=told), lines)
 
 
 def _restart_instances() -> List[int]:
@@ -17012,8 +16984,7 @@ def _restart_instances() -> List[int]:
     told = []
     for instance in read_instances(state_path()):
         try:
-            status = ask_instance(instance, "status")
-            if status.get("file") != os.path.realpath(__file__):
+            if ask_instance(instance, "status").get("file") != os.path.realpath(__file__):
                 continue
             if sys.platform == "win32":  # exec makes a new process there, and the old console is lost
                 _warn(["pid %d still runs the version before: stop and start it" % instance.pid])
@@ -17025,19 +16996,16 @@ def _restart_instances() -> List[int]:
     return told
 
 
-def run_explain(values: Values, environ: Environ) -> int:
+def run_explain(given: Given) -> int:
     """`explain ID`: what became of a request and why."""
-    id, path = values.get("id") or "last", ledger_path(read_settings({}, environ)[0])
+    id = given.id or "last"
     try:
-        trail = ask_instance(_find_running(values), "trail/" + id)["trail"]
+        trail = ask_instance(given.find_instance(), "trail/" + id)["trail"]
     except RouterError as error:
-        trail = None if isinstance(error, UsageError) else find_in_ledger(path, id)
+        trail = None if isinstance(error, UsageError) else find_in_ledger(ledger_path(given.settings), id)
         if trail is None:
             raise
-    if values.get("json"):
-        return _print_json(trail)
-    print(_explanation(trail))
-    return 0
+    return given.tell(trail, _explanation(trail))
 
 
 # What decides how an outcome is dealt with: shown by `explain`.
@@ -17056,85 +17024,86 @@ _WHAT_DECIDES = {
 }
 
 
-def _explanation(trail: Dict[str, Any]) -> str:
+def _explanation(trail: Dict[str, Any]) -> List[str]:
     """A request's story: what was asked, who was tried and why the next one, what the client got, what decides that."""
-    asked = one_line(trail["asked"]) or "the default model"
     kind = "%s %s%s" % (trail["format"], trail["operation"], ", streamed" if trail["stream"] else "")
-    lines = ["%s  %s" % (trail["id"], trail["time"].replace("T", " ")), "asked for      %s (%s)" % (asked, kind)]
-    lines += ["client         " + one_line(trail["client"])] if trail["client"] else []
-    lines += ["passed over    " + one_line(trail["passed_over"])] if trail.get("passed_over") else []
-    path = one_line(trail.get("path", ""), 2000)  # all that the ledger knows of the attempts
-    lines += ["", *_attempt_lines(trail)] if trail["attempts"] else ["attempts       " + path] if path else []
     first = ", first content after " + show_duration(trail["first_content_ms"]) if trail["first_content_ms"] else ""
-    lines += ["", "answered by    %s" % (trail["model"] or "nobody")] if trail["outcome"] == OK else [""]
-    lines += ["outcome        %s, status %d" % (trail["outcome"].replace("_", " "), trail["status"])]
-    lines += ["time           %s%s" % (show_duration(trail["total_ms"]), first)]
-    counts = ["%d %s" % (count, name.replace("_", " ")) for name, count in (trail["usage"] or {}).items() if count]
-    lines += ["tokens         " + ", ".join(counts)] if counts else []
-    lines += ["cost           " + _dollars(trail["cost"])] if trail.get("cost") is not None else []
-    lines += ["error          " + one_line(trail["message"], 500)] if trail["message"] else []
-    kinds = [kind for kind in _WHAT_DECIDES if kind in [attempt["kind"] for attempt in trail["attempts"]]]
-    lines += ["", "what decides"] if kinds else []
-    return "\n".join(lines + ["  %-13s%s" % (kind.replace("_", " "), _WHAT_DECIDES[kind]) for kind in kinds])
+    counts = ["%d %s" % (count, _plain(name)) for name, count in (trail["usage"] or {}).items() if count]
+    kinds = [attempt["kind"] for attempt in trail["attempts"]]
+    asked = _labelled(
+        asked_for="%s (%s)" % (one_line(trail["asked"]) or "the default model", kind),
+        client=one_line(trail["client"]),
+        passed_over=one_line(trail.get("passed_over", "")),
+    )
+    path = one_line(trail.get("path", ""), 2000)  # all that the ledger knows of the attempts
+    came = _labelled(
+        answered_by=(trail["model"] or "nobody") if trail["outcome"] == OK else "",
+        outcome="%s, status %d" % (_plain(trail["outcome"]), trail["status"]),
+        time=show_duration(trail["total_ms"]) + first,
+        tokens=", ".join(counts),
+        cost="" if trail.get("cost") is None else _dollars(trail["cost"]),
+        error=one_line(trail["message"], 500),
+    )
+    return _spaced(
+        ["%s  %s" % (trail["id"], trail["time"].replace("T", " ")), *asked],
+        _attempt_lines(trail) if kinds else _labelled(attempts=path),
+        came,
+        ["what decides"] * any(kind in kinds for kind in _WHAT_DECIDES)
+        + ["  %-13s%s" % (_plain(kind), words) for kind, words in _WHAT_DECIDES.items() if kind in kinds],
+    )
 
 
 def _attempt_lines(trail: Dict[str, Any]) -> List[str]:
     """Each attempt with its place in the request's time: dotted a wait, solid the attempt, light the rest of an answer
     that streams."""
-    attempts, whole = trail["attempts"], max(trail["total_ms"], 1)
-    width = max([len(attempt["ref"]) for attempt in attempts] + [0])
-    rows, bars, began = [], [], 0
-    for number, attempt in enumerate(attempts, 1):
-        said = attempt["kind"].replace("_", " ")
-        said = said if attempt["label"] in ("", attempt["kind"]) else "%s: %s" % (attempt["label"], said)
-        times = "waited %s, " % show_duration(attempt["wait_ms"]) if attempt["wait_ms"] else ""
-        times += "took " + show_duration(attempt["took_ms"])
-        rows.append("%3d. %-*s  %-9s  %s (%s)" % (number, width, attempt["ref"], attempt["wire"], said, times))
-        ended = began + attempt["wait_ms"] + attempt["took_ms"]
-        spans = [(" ", began), (".", attempt["wait_ms"]), ("#", attempt["took_ms"])]
-        bars.append(spans + ([("=", whole - ended)] if number == len(attempts) and trail["stream"] else []))
-        began = ended
-    indent = max([len(row) for row in rows] + [0])
-    room, lines = min(30, _columns() - indent - 2), []
-    for row, spans, attempt in zip(rows, bars, attempts):
-        bar = _bar([(sign, ms / whole) for sign, ms in spans], room) if room >= 8 and whole >= 10 else ""
-        lines.append(_colored(("%-*s  %s" % (indent, row, bar)).rstrip(), "ok" if attempt["kind"] == OK else "warning"))
-        lines += ["       " + one_line(attempt["message"], 200)] if attempt["message"] else []
-        lines += ["       -> " + one_line(attempt["decision"], 200)] if attempt["decision"] else []
-    return lines
+    attempts, whole, began = trail["attempts"], max(trail["total_ms"], 1), 0
+    rows, bars = [], []
+    for number, one in enumerate(attempts, 1):
+        wait_ms, took_ms, kind = one["wait_ms"], one["took_ms"], _plain(one["kind"])
+        said = kind if one["label"] in ("", one["kind"]) else "%s: %s" % (one["label"], kind)
+        times = "waited %s, " % show_duration(wait_ms) if wait_ms else ""
+        said += " (%stook %s)" % (times, show_duration(took_ms))
+        rows.append(("%3d. %s" % (number, one["ref"]), one["wire"], said))
+        bars.append([(" ", began), (".", wait_ms), ("#", took_ms)])
+        began += wait_ms + took_ms
+    bars[-1] += [("=", whole - began)] if trail["stream"] else []
+    lines = _table(rows)
+    lines = _with_bars(lines, bars, whole, _columns()) if whole >= 10 else lines
+    told = []
+    for line, one in zip(lines, attempts):
+        further = [one_line(one["message"], 200), "-> " + one_line(one["decision"], 200) if one["decision"] else ""]
+        told += [_colored(line, "ok" if one["kind"] == OK else "warning")]
+        told += ["       " + text for text in further if text]
+    return told
 
 
 # ----- usage -----
 
 
-def run_usage(values: Values, environ: Environ) -> int:
+def run_usage(given: Given) -> int:
     """`usage`: the ledger summed up, as a table with bars, JSON or CSV."""
     import csv
     import sys
     import time
 
-    by = values.get("by", "model").lower()
-    if by not in LEDGER_GROUPS:
-        raise UsageError("--by: %s is none of %s" % (one_line(by, 40), ", ".join(LEDGER_GROUPS)))
-    path = ledger_path(read_settings({name: values[name] for name in ("usage_db",) if name in values}, environ)[0])
-    since = _parse_since("0d" if values.get("today") else values.get("since", "30d"))
+    path, by = ledger_path(given.settings), given.by or "model"
+    since = _parse_since("0d" if given.today else given.flags.get("since", "30d"))
     rows = sum_ledger(path, by, since) if path else []
-    if values.get("json"):
-        told = {"since": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(since)), "by": by, "file": path}
-        return _print_json(dict(told, rows=rows[:-1], total=rows[-1] if rows else None))
-    if values.get("csv"):
+    if given.csv and not given.json:
         writer = csv.writer(sys.stdout, lineterminator="\n")
         writer.writerows([list(rows[0])] + [list(row.values()) for row in rows[:-1]] if rows else [])
         return 0
-    if not path:
+    if not path and not given.json:
         raise UsageError("the usage ledger is off: LLM_ROUTER_USAGE_DB or --usage-db names its file")
     day = time.strftime("%Y-%m-%d", time.localtime(since))
-    if not rows:
-        print("%s holds no request since %s" % (one_line(path), day))
-        print("every request through a running router is entered: llm-router start, or llm-router run claude")
-        return 0
-    print("since %s, by %s, from %s\n\n%s" % (day, by, one_line(path), _usage_table(rows, by, _columns())))
-    return 0
+    if rows:
+        head = "since %s, by %s, from %s" % (day, by, one_line(path))
+        lines = _spaced([head], _usage_table(rows, by, _columns()))
+    else:
+        hint = "every request through a running router is entered: llm-router start, or llm-router run claude"
+        lines = ["%s holds no request since %s" % (one_line(path), day), hint]
+    told = {"since": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(since)), "by": by, "file": path}
+    return given.tell(dict(told, rows=rows[:-1], total=rows[-1] if rows else None), lines)
 
 
 def _parse_since(text: str) -> float:
@@ -17151,41 +17120,35 @@ def _parse_since(text: str) -> float:
         raise UsageError("--since: %s is neither 7d, 12h nor a date like 2026-01-31" % one_line(text, 40)) from None
 
 
-def _usage_table(rows: Sequence[Dict[str, Any]], by: str, width: int) -> str:
+def _usage_table(rows: Sequence[Dict[str, Any]], by: str, width: int) -> List[str]:
     """The sums as a table, a bar for each row's share of what the rows are compared by, and what is not known."""
     total = rows[-1]
-    measure = _all_tokens if not total["cost"] else lambda row: row["cost"] or 0
+    shares = [(row["cost"] or 0) if total["cost"] else _all_tokens(row) for row in rows[:-1]]
     head = (by.upper(), "REQUESTS", "FAILED", "INPUT", "CACHED", "OUTPUT", "COST")
-    cells = [_usage_cells(row) for row in rows]
-    narrow = max(12, width - 60)
-    cells = [(name if len(name) <= narrow else name[: narrow - 3] + "...", *rest) for name, *rest in cells]
-    lines = _table(head, cells, range(1, len(head))).split("\n")
-    most, room = max(map(measure, rows[:-1])) or 1, min(30, width - max(map(len, lines)) - 2)
-    shown = [lines[0]]
-    for line, row in zip(lines[1:-1], rows):
-        shown.append((line + "  " + _bar([("#", measure(row) / most)], room) if room >= 5 else line).rstrip())
+    lines = _table([head, *(_usage_cells(row, max(12, width - 60)) for row in rows)], range(1, len(head)))
+    bars = [[], *([("#", share)] for share in shares), []]
     notes = [
         (total["unknown_cost"], "without a known cost (+): their models have no complete `cost` in the configuration"),
         (total["estimated"], "not answered to the end (~): the tokens are those told until then"),
         (total["untold"], "whose tokens the provider did not tell"),
     ]
     said = ["%d request%s %s" % (count, "s" * (count != 1), words) for count, words in notes if count]
-    return "\n".join([*shown, lines[-1]] + ([""] + said if said else []))
+    return _spaced(_with_bars(lines, bars, max(shares) or 1, width), said)
 
 
 def _all_tokens(row: Dict[str, Any]) -> int:
     return sum(row[name] or 0 for name in ("input", "cache_read", "cache_write", "output"))
 
 
-def _usage_cells(row: Dict[str, Any]) -> Tuple[str, ...]:
+def _usage_cells(row: Dict[str, Any], widest: int) -> Tuple[str, ...]:
     prompt = _all_tokens(row) - (row["output"] or 0)
     tokens = ("-", "-", "-")
     if row["input"] is not None:
         cached = "%d%%" % (100 * row["cache_read"] / prompt) if prompt else "-"
         tokens = (_short(prompt), cached, _short(row["output"]) + "~" * bool(row["estimated"]))
-    cost = "-" if row["cost"] is None else _dollars(row["cost"])
-    cost += "+" * bool(row["unknown_cost"] and row["cost"] is not None)
+    cost = "-" if row["cost"] is None else _dollars(row["cost"]) + "+" * bool(row["unknown_cost"])
     name = "total" if row["group"] is None else one_line(row["group"], 200)
+    name = name if len(name) <= widest else name[: widest - 3] + "..."
     return (name, str(row["requests"]), str(row["failed"] or ""), *tokens, cost)
 
 
@@ -17209,24 +17172,21 @@ _AGENT_FLAGS = (
 )
 
 
-def run_agent(values: Values, environ: Environ) -> int:
+def run_agent(given: Given) -> int:
     """`run TOOL [args...]`, `run -- COMMAND`: a program against the running router, or one of its own."""
-    tail = values["tail"]
-    plain = tail[:1] == ["--"]
-    words = tail[1:] if plain else tail
-    agent = ANY_AGENT if plain else find_agent(words[0] if words else "")
-    if not words or agent is None:
+    name, *argv = given.tail or [""]
+    agent = ANY_AGENT if name == "--" and argv else find_agent(name)
+    if agent is None:
         names = ", ".join(row.name for row in AGENTS)
-        raise UsageError("run: name one of %s, or -- and any command; %s" % (names, "run claude, run -- python app.py"))
-    argv = words[0 if plain else 1 :]
+        raise UsageError("run: name one of %s, or -- and any command; run claude, run -- python app.py" % names)
     try:
-        instance = _find_running(values)
-        _, base, config = _reach_running(instance, environ)
+        instance = given.find_instance()
+        _, base, config = _reach_running(instance, given.environ)
     except RouterError as error:
         if error.code != "not_running":
             raise
-        return _run_with_router(agent, argv, values, environ)
-    return _run_as_guest(agent, argv, instance, agent_facts(base, "", config, values), environ)
+        return _run_with_router(agent, argv, given)
+    return _run_as_guest(agent, argv, instance, agent_facts(base, "", config, given.flags), given.environ)
 
 
 def _run_as_guest(
@@ -17253,52 +17213,48 @@ def _reach_running(instance: Instance, environ: Environ) -> Tuple[Dict[str, Any]
     """The status of a running instance, its URL and its configuration, as far as this shell can read it."""
     status = ask_instance(instance, "status")
     try:
-        config = read_config(_load_or_make(instance.config, environ).document, environ)
+        config = read_config(Given(environ, {"config": instance.config}).load(presets=True).document, environ)
     except RouterError:  # made of key variables that this shell does not have, or broken since
         config = Config(default_model=status["default_model"])
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(instance.host, instance.host)
-    return status, "http://%s:%d" % ("[%s]" % host if ":" in host else host, instance.port), config
+    return status, _url(host, instance.port), config
 
 
-def _run_with_router(agent: Agent, argv: Sequence[str], values: Values, environ: Environ) -> int:
+def _run_with_router(agent: Agent, argv: Sequence[str], given: Given) -> int:
     """A router on a free port for as long as the program runs; with --keep it stays."""
     import os
     import signal
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends it as Ctrl-C does: the router must not stay behind
 
-    given = {name: values[name] for name in ("config", "port") if name in values}
-    options = read_start_options(dict({"port": "0"}, **given), environ)
-    flags = ["--port=%d" % options.port] + (["--config=" + values["config"]] if values.get("config") else [])
-    pid, base = start_detached(flags, os.path.expanduser(LOG_PATH))
+    flags = {"port": 0, **{name: given.flags[name] for name in ("config", "port") if name in given.flags}}
+    options = read_start_options(Given(given.environ, flags))
+    pid, base = start_detached(["--%s=%s" % entry for entry in flags.items()], os.path.expanduser(LOG_PATH))
     instance = find_instance(state_path(), "", int(base.rpartition(":")[2]))
     try:
-        return _run_as_guest(agent, argv, instance, agent_facts(base, "", options.config, values), environ)
+        facts = agent_facts(base, "", options.config, given.flags)
+        return _run_as_guest(agent, argv, instance, facts, given.environ)
     finally:
-        if values.get("keep"):
+        if given.keep:
             _warn(["the router stays: pid %d, %s; llm-router stop ends it" % (pid, base)])
         else:
             ask_instance(instance, "stop/2", "POST")
 
 
-def run_env(values: Values, environ: Environ) -> int:
+def run_env(given: Given) -> int:
     """`env [TOOL]`: the variables that point a program at the running router, for a shell to read."""
-    name = values.get("tool") or "any"
+    name = given.tool or "any"
     agent = ANY_AGENT if name == "any" else find_agent(name)
     if agent is None:
         raise UsageError("env: %s is none of %s" % (one_line(name, 40), ", ".join(row.name for row in AGENTS)))
     if not any("%(base)s" in text for _, text in agent.variables):
         raise UsageError("variables do not point %s anywhere: use llm-router run %s" % (name, name))
-    status, base, config = _reach_running(_find_running(values), environ)
+    status, base, config = _reach_running(given.find_instance(), given.environ)
     if status["require_auth"] and not config.master_key:
         raise UsageError("the running router wants a key: set LLM_ROUTER_MASTER_KEY to one")
     key = config.master_key if status["require_auth"] else ""
-    variables = fill_templates(agent, agent_facts(base, key, config, values))[0]
-    if values.get("json"):
-        return _print_json(variables)
-    shell = values.get("shell") or _default_shell(environ)
-    print("\n".join(shell_lines(variables, shell)))
-    return 0
+    variables = fill_templates(agent, agent_facts(base, key, config, given.flags))[0]
+    return given.tell(variables, shell_lines(variables, given.shell or _default_shell(given.environ)))
 
 
 def _default_shell(environ: Environ) -> str:
@@ -17321,83 +17277,79 @@ _SITE_FLAGS = (
 )
 
 
-def run_deploy(values: Values, environ: Environ) -> int:
+def run_deploy(given: Given) -> int:
     """`deploy`: this very file and the configuration to Cloudflare, or into files."""
-    site = _read_site(values, environ)
-    if values.get("export_dir") and not values.get("export_only"):
-        return _export_project(values, site)
-    loaded = load_config(values.get("config", ""), environ)
-    if loaded.document is None:
-        raise UsageError("no configuration: %s does not exist; %s" % (one_line(loaded.path), _WAYS_ON))
-    payload = make_payload(loaded.document, environ)
-    if _needs_new_key(values, payload, not read_config(loaded.document, environ).client_keys):
-        payload = make_payload(_store_new_key(loaded, environ), environ)
+    site = _read_site(given)
+    if given.export_dir and not given.export_only:
+        return _export_project(given, site)
+    loaded = given.load()
+    payload = make_payload(loaded.document, given.environ)
+    if _needs_new_key(given, payload, not read_config(loaded.document, given.environ).client_keys):
+        payload = make_payload(_store_new_key(loaded, given.environ), given.environ)
     _warn("the variable %s is not set here: set it as a secret of the Worker" % name for name in payload.missing)
-    if values.get("export_only"):
-        return _export_config(values, payload)
-    wrangler = _find_wrangler(values)
-    if values.get("dry_run"):
+    if given.export_only:
+        return _export_config(given, payload, site)
+    wrangler = _find_wrangler(given)
+    if given.dry_run:
         make = wrangler_steps if wrangler else api_steps
-        return _show_steps(values, make(site, payload.secrets), environ, payload.secrets.values())
-    if not site.domain and not site.route and _is_guided(values):
+        return _show_steps(given, make(site, payload.secrets), payload.secrets.values())
+    if not site.domain and not site.route and _is_guided(given):
         site = check_site(site._replace(domain=input("a domain of yours for it (empty: one of workers.dev): ").strip()))
-    host, site = _reach_cloudflare(values, environ, site, wrangler)
+    host, site = _reach_cloudflare(given, site, wrangler)
     url, present = host.deploy(site, payload.secrets)
-    kept = "LLM_ROUTER_MASTER_KEY" in present
-    if kept:
+    key = mask(payload.master_key) or "their own"
+    if "LLM_ROUTER_MASTER_KEY" in present:
         _warn(["the Worker keeps the key that worker-key gave it, whatever masterKey the configuration has"])
-    means = "wrangler" if wrangler else "api"
-    done = {"worker": site.name, "url": url, "secrets": list(payload.secrets), "with": means}
-    lines = ["deployed %s, secrets: %s" % (site.name, ", ".join(payload.secrets))]
-    lines += ["  Anthropic clients   ANTHROPIC_BASE_URL=" + url, "  OpenAI clients      OPENAI_BASE_URL=%s/v1" % url]
-    lines += ["  their key           " + ("that of worker-key" if kept else mask(payload.master_key) or "their own")]
-    return _tell(values, done, "\n".join(lines))
+        key = "that of worker-key"
+    names, means = list(payload.secrets), "wrangler" if wrangler else "api"
+    lines = [
+        "deployed %s, secrets: %s" % (site.name, ", ".join(names)),
+        "  Anthropic clients   ANTHROPIC_BASE_URL=" + url,
+        "  OpenAI clients      OPENAI_BASE_URL=%s/v1" % url,
+        "  their key           " + key,
+    ]
+    return given.tell({"worker": site.name, "url": url, "secrets": names, "with": means}, lines)
 
 
-def run_worker_key(values: Values, environ: Environ) -> int:
+def run_worker_key(given: Given) -> int:
     """`worker-key`: a new master key for the Worker; the one before is refused from then on."""
-    import secrets
-
-    _need_one(values, "master-key", "generate")
-    site = _read_site(values, environ)
-    key = values.get("master_key", "").strip() or "lr-" + secrets.token_urlsafe(32)
-    weakness = "" if values.get("allow_weak_master_key") else key_weakness(key)
+    site = _read_site(given)
+    key = (given.master_key or "").strip() or make_key()
+    weakness = "" if given.allow_weak_master_key else key_weakness(key)
     if weakness:
         raise UsageError(_WEAK % weakness + "; --generate makes a strong one")
-    wrangler = _find_wrangler(values)
-    if values.get("dry_run"):
-        return _show_steps(values, [key_step(site, key, bool(wrangler))], environ, [key])
-    host, site = _reach_cloudflare(values, environ, site, wrangler)
+    wrangler = _find_wrangler(given)
+    if given.dry_run:
+        return _show_steps(given, [key_step(site, key, bool(wrangler))], [key])
+    host, site = _reach_cloudflare(given, site, wrangler)
     host.set_key(site, key)
-    made = {"masterKey": key} if values.get("generate") else {}
-    words = "the Worker %s has a new master key; the one before is refused" % site.name
-    shown = "\nmaster key (shown only now): " + key if made else ""
-    return _tell(values, dict({"worker": site.name}, **made), words + shown)
+    made = {"masterKey": key} if given.generate else {}
+    lines = ["the Worker %s has a new master key; the one before is refused" % site.name]
+    return given.tell({"worker": site.name, **made}, lines + [_KEY_ONCE % ("master", key)] * len(made))
 
 
 _WEAK = "the master key is too weak for an address that everybody can reach: %s"
 
 
-def _read_site(values: Values, environ: Environ) -> Site:
-    name = values.get("name") or WORKER_NAME
-    name += "-" + values["env"] if values.get("env") else ""
-    account = values.get("account_id") or environ.get("CLOUDFLARE_ACCOUNT_ID", "").strip()
-    return check_site(Site(name, account, values.get("domain", ""), values.get("route", "")))
+def _read_site(given: Given) -> Site:
+    name = "-".join(filter(None, (given.name or WORKER_NAME, given.env)))
+    account = given.account_id or given.environ.get("CLOUDFLARE_ACCOUNT_ID", "").strip()
+    return check_site(Site(name, account, given.domain or "", given.route or ""))
 
 
-def _is_guided(values: Values) -> bool:
+def _is_guided(given: Given) -> bool:
     """Whether a person sits there who can be asked."""
     import sys
 
-    return bool(not values.get("json") and sys.stdin and sys.stdin.isatty() and sys.stdout.isatty())
+    return bool(not given.json and sys.stdin and sys.stdin.isatty() and sys.stdout.isatty())
 
 
-def _needs_new_key(values: Values, payload: Payload, needs_key: bool) -> bool:
+def _needs_new_key(given: Given, payload: Payload, needs_key: bool) -> bool:
     """Whether the user wants a new master key in place of a weak or missing one. UsageError when he cannot be asked."""
     weakness = key_weakness(payload.master_key) if payload.master_key else "there is none" if needs_key else ""
-    if not weakness or payload.master_key and values.get("allow_weak_master_key"):
+    if not weakness or payload.master_key and given.allow_weak_master_key:
         return False
-    if not _is_guided(values):
+    if not _is_guided(given):
         cures = "config --operation=set-master-key --generate makes a strong one"
         cures += ", --allow-weak-master-key=true takes it as it is" if payload.master_key else ""
         raise UsageError("%s; %s" % (_WEAK % weakness, cures))
@@ -17409,47 +17361,43 @@ def _needs_new_key(values: Values, payload: Payload, needs_key: bool) -> bool:
 
 def _store_new_key(loaded: Loaded, environ: Environ) -> Dict[str, Any]:
     """The configuration with a new master key, which is shown once."""
-    import secrets
-
     if not loaded.path or environ.get("LLM_ROUTER_MASTER_KEY", "").strip():
         raise UsageError("the key, or all of the configuration, comes from a variable: set a strong key there")
-    key = "lr-" + secrets.token_urlsafe(32)
+    key = make_key()
     edit = edit_config_file(loaded.path, lambda document: set_master_key(document, key))
-    print("master key (shown only now): " + key)
+    print(_KEY_ONCE % ("master", key))
     return edit.document
 
 
-def _export_project(values: Values, site: Site) -> int:
-    paths = write_project(values["export_dir"], site)
-    words = "wrote %s\nthere: wrangler deploy, then wrangler secret put %s < FILE, made by deploy --export-only=true"
-    return _tell(values, {"files": paths}, words % (", ".join(map(one_line, paths)), CONFIG_VARIABLES[0]))
+def _export_project(given: Given, site: Site) -> int:
+    paths = write_project(given.export_dir, site)
+    hint = "there: wrangler deploy, then wrangler secret put %s < FILE, made by deploy --export-only=true"
+    return given.tell({"files": paths}, ["wrote " + ", ".join(map(one_line, paths)), hint % CONFIG_VARIABLES[0]])
 
 
-def _export_config(values: Values, payload: Payload) -> int:
+def _export_config(given: Given, payload: Payload, site: Site) -> int:
     """`--export-only`: the configuration's secret as a file for wrangler; several as one for its `secret bulk`."""
     import os
     import shlex
 
-    path = os.path.abspath(os.path.expanduser(values.get("out") or ".llm-router.worker.json"))
-    parts = {name: text for name, text in payload.secrets.items() if name.startswith(CONFIG_VARIABLES[0])}
-    one = len(parts) == 1
-    write_private(path, (parts[CONFIG_VARIABLES[0]] if one else json.dumps(payload.secrets)).encode("utf-8"))
-    if values.get("export_dir"):
-        write_project(values["export_dir"], _read_site(values, {}))
-    call = ("wrangler secret put %s < %s" % (CONFIG_VARIABLES[0], shlex.quote(path))) if one else (
-        "wrangler secret bulk " + shlex.quote(path)
-    )  # fmt: skip
-    further = [name for name in payload.secrets if name not in parts] if one else []
-    words = ["wrote %s (0600)" % one_line(path), "now run: " + call]
-    words += ["and for every key: wrangler secret put " + name for name in further]
-    return _tell(values, {"path": path, "command": call, "further": further}, "\n".join(words))
+    path = os.path.abspath(os.path.expanduser(given.out or ".llm-router.worker.json"))
+    name, *others = payload.secrets
+    fits = not any(other.startswith(name) for other in others)
+    write_private(path, (payload.secrets[name] if fits else json.dumps(payload.secrets)).encode("utf-8"))
+    if given.export_dir:
+        write_project(given.export_dir, site)
+    call = ("wrangler secret put %s < " % name if fits else "wrangler secret bulk ") + shlex.quote(path)
+    further = others if fits else []
+    lines = ["wrote %s (0600)" % one_line(path), "now run: " + call]
+    lines += ["and for every key: wrangler secret put " + other for other in further]
+    return given.tell({"path": path, "command": call, "further": further}, lines)
 
 
-def _find_wrangler(values: Values) -> str:
+def _find_wrangler(given: Given) -> str:
     """The path of wrangler, "" when the API shall be called directly."""
     import shutil
 
-    wanted = values.get("use_wrangler", "auto").strip().lower()
+    wanted = (given.use_wrangler or "auto").strip().lower()
     if wanted != "auto" and not parse_bool(wanted):
         return ""
     found = shutil.which("wrangler")
@@ -17458,41 +17406,40 @@ def _find_wrangler(values: Values) -> str:
     return found or ""
 
 
-def _show_steps(values: Values, steps: Sequence[CloudStep], environ: Environ, secrets: Iterable[str]) -> int:
-    shown = [show_step(step, api_url(environ), list(secrets)) for step in steps]
-    if values.get("json"):
-        return _print_json({"steps": shown})
+def _show_steps(given: Given, steps: Sequence[CloudStep], secrets: Iterable[str]) -> int:
+    shown = [show_step(step, api_url(given.environ), secrets) for step in steps]
+    lines = []
     for step in shown:
-        print("%s    # %s" % (step["call"], step["for"]))
+        lines.append("%s    # %s" % (step["call"], step["for"]))
         for part in step["sends"]:
             content = part.get("content", "sha256 " + part.get("sha256", ""))
             text = content.rstrip() if isinstance(content, str) else json.dumps(content, indent=2)
-            print("  %s (%s, %d bytes)" % (part["name"] or "body", part["type"], part["bytes"]))
-            print("    " + text.replace("\n", "\n    "))
-    return 0
+            lines.append("  %s (%s, %d bytes)" % (part["name"] or "body", part["type"], part["bytes"]))
+            lines += ["    " + line for line in text.split("\n")]
+    return given.tell({"steps": shown}, lines)
 
 
-def _reach_cloudflare(values: Values, environ: Environ, site: Site, wrangler: str) -> Tuple[Any, Site]:
+def _reach_cloudflare(given: Given, site: Site, wrangler: str) -> Tuple[Any, Site]:
     """Who takes the steps, and the site with its account. UsageError without token or with several accounts."""
     if wrangler:
-        return Wrangler(wrangler, environ, site.account), site
-    token = environ.get("CLOUDFLARE_API_TOKEN", "").strip()
-    if not token and not _is_guided(values):
-        make = (
-            "make a token from the template Edit Cloudflare Workers at https://dash.cloudflare.com/profile/api-tokens"
-        )
-        raise UsageError("CLOUDFLARE_API_TOKEN is not set: %s; or install wrangler" % make)
-    api = Cloudflare(environ, token or _read_secret(Flag("Cloudflare's API token", "secret", "")))
-    return api, site if site.account else site._replace(account=_choose_account(values, api.accounts()))
+        return Wrangler(wrangler, given.environ, site.account), site
+    token = given.environ.get("CLOUDFLARE_API_TOKEN", "").strip()
+    if not token and not _is_guided(given):
+        raise UsageError("CLOUDFLARE_API_TOKEN is not set: %s; or install wrangler" % _MAKE_ONE)
+    api = Cloudflare(given.environ, token or _read_secret("Cloudflare's API token"))
+    return api, site if site.account else site._replace(account=_choose_account(given, api.accounts()))
 
 
-def _choose_account(values: Values, accounts: Sequence[Tuple[str, str]]) -> str:
+_MAKE_ONE = "make one from the template Edit Cloudflare Workers at https://dash.cloudflare.com/profile/api-tokens"
+
+
+def _choose_account(given: Given, accounts: Sequence[Tuple[str, str]]) -> str:
     if not accounts:
         raise UsageError("the token sees no account: give --account-id or CLOUDFLARE_ACCOUNT_ID")
     if len(accounts) == 1:
         return accounts[0][0]
     rows = ["%s (%s)" % (id, one_line(name, 60)) for id, name in accounts]
-    if not _is_guided(values):
+    if not _is_guided(given):
         raise UsageError("the token sees several accounts: give --account-id, one of " + ", ".join(rows))
     print("\n".join("%d  %s" % (number, row) for number, row in enumerate(rows, 1)))
     text = input("which account? ").strip()
@@ -17516,14 +17463,14 @@ COMMANDS: Tuple[Command, ...] = (
             "llm-router explain last\nllm-router explain req_0123456789abcdef01234567 --json"),
     Command("usage", run_usage, "show what requests used and cost, from the usage ledger", (
             Flag("since", "text", "7d, 12h or a date like 2026-01-31, default 30d"),
-            Flag("today", "bool", "since midnight"), Flag("by", "text", ", ".join(LEDGER_GROUPS) + "; default model"),
+            Flag("today", "bool", "since midnight"), _BY,
             _AS_JSON, Flag("csv", "bool", "answer as CSV"), Flag("usage-db", "text", "the ledger's file")),
             "llm-router usage --since=7d --by=provider\nllm-router usage --today --json"),
     Command("reload", run_reload, "apply the edited configuration; open streams go on", (*_RUNNING_FLAGS, _AS_JSON),
             "llm-router reload"),
     Command("stop", run_stop, "end the running instance", (*_RUNNING_FLAGS, _GRACE, _AS_JSON),
             "llm-router stop --grace=5"),
-    Command("doctor", run_doctor, "look for what is wrong and say the cure", (_CONFIG, Flag("port", "text",
+    Command("doctor", run_doctor, "look for what is wrong and say the cure", (_CONFIG, Flag("port", "port",
             "the port the router is to use"), Flag("offline", "bool", "ask no provider"), _AS_JSON),
             "llm-router doctor --offline"),
     Command("update", run_update, "replace this file by a newer release",
@@ -17532,10 +17479,10 @@ COMMANDS: Tuple[Command, ...] = (
     Command("run", run_agent, "run claude, codex, opencode, aider, qwen or -- any command against the router",
             (*_AGENT_FLAGS, Flag("keep", "bool", "leave a router that was started for it running"), *_RUNNING_FLAGS),
             "llm-router run claude\nllm-router run --model=openrouter/gpt-4o --haiku=groq/small claude -p 'say hi'\n"
-            "llm-router run -- python app.py", True),
+            "llm-router run -- python app.py", passes_on=True),
     Command("env", run_env, "print the variables that point a program at the running router",
             (Flag("tool", "word", "claude, aider, qwen or any (the default)"),
-             Flag("shell", "text", "bash, zsh, fish or powershell"), *_AGENT_FLAGS, *_RUNNING_FLAGS, _AS_JSON),
+             _SHELL, *_AGENT_FLAGS, *_RUNNING_FLAGS, _AS_JSON),
             "llm-router env --shell=bash"),
     Command("deploy", run_deploy, "put this file and the configuration onto Cloudflare as a Worker",
             (_CONFIG, *_SITE_FLAGS, Flag("domain", "text", "a host name of its own, in a zone of the account"),
@@ -17546,10 +17493,11 @@ COMMANDS: Tuple[Command, ...] = (
             "llm-router deploy --dry-run"),
     Command("worker-key", run_worker_key, "give the Worker a new master key; the one before is refused",
             (*_SITE_FLAGS, Flag("master-key", "secret", "the new key; - reads it from stdin"),
-             Flag("generate", "bool", "make a new key and print it once")), "llm-router worker-key --generate"),
+             Flag("generate", "bool", "make a new key and print it once")),
+            "llm-router worker-key --generate", "master-key|generate"),
     Command("settings", run_settings, "show every setting", (_AS_JSON,), "llm-router settings --json"),
     Command("demo", run_demo_command, "try it without key, configuration or network", (Flag("once", "bool",
-            "exit after the demonstration"), Flag("port", "text", "port to listen on, default any")),
+            "exit after the demonstration"), Flag("port", "port", "port to listen on, default any")),
             "llm-router demo --once"),
 )
 # fmt: on

@@ -557,7 +557,7 @@ def test_the_table_keeps_within_the_terminal_and_long_names_are_cut(width):
     row = dict.fromkeys(["failed", "cache_write", "reasoning", "unknown_cost", "untold", "estimated", "cost"], 0)
     row = dict(row, requests=12, input=100_000, cache_read=50_000, output=2_000, cost=0.5)
     rows = [dict(row, group="provider/" + "long-name-" * 9), dict(row, group="b/m", cost=0.1), dict(row, group=None)]
-    lines = r._usage_table(rows, "model", width).splitlines()
+    lines = r._usage_table(rows, "model", width)
     assert max(map(len, lines)) <= max(width, 72)
     assert ("#" in lines[1]) == (width == 200) or width == 40
     if width == 200:

@@ -204,12 +204,12 @@ def test_a_test_asks_the_provider_with_what_is_not_saved_yet(make_upstream):
 
 
 def test_what_a_command_prints_and_warns_of_never_runs_over_the_screen(capfd):
-    def command(values, environ):
-        print("done", values["x"])
+    def command(given):
+        print("done", given.x)
         print("warning: odd", file=sys.stderr)
         return 0
 
-    assert r._printed(command, {"x": 1}, {}) == "done 1\nwarning: odd"
+    assert r._printed(command, r.Given({}, {"x": 1})) == "done 1\nwarning: odd"
     assert capfd.readouterr() == ("", "")
 
 
