@@ -11228,6 +11228,7 @@ def _lock_descriptor(descriptor: int) -> bool:
 
 _READ_BYTES = 65_536  # from 128 KB on malloc maps fresh pages for every read, which costs 15 us however little comes
 _PAUSE_BYTES = 1 << 20
+_ABORT_AGAIN_S = 0.05
 _LINGER_S = 2.0
 
 
@@ -11247,17 +11248,16 @@ class Dial:
 
     def run(self) -> None:
         """Connect; sets `sock` (non-blocking) or `error`. Runs in a worker thread."""
-        import socket
-
         try:
             self._connect()
             self.sock.setblocking(False)
         except Exception as error:  # whatever a resolver, proxy or TLS stack raises is the dial's outcome
-            self._close()
-            self.error = _dial_error(error, self.key, socket.gaierror)
+            self.close()
+            self.error = _dial_error(error, self.key)
 
     def abort(self) -> None:
-        """Stop connecting: wakes the thread by shutting the half-made socket down."""
+        """Stop connecting: wakes the thread by shutting the half-made socket down. There may be none yet, but a moment
+        later: to be called again until the thread is done."""
         import socket
 
         self.is_aborted = True
@@ -11266,7 +11266,13 @@ class Dial:
             if sock is not None:
                 sock.shutdown(socket.SHUT_RDWR)
         except OSError:
-            pass  # not connected yet, or closed already
+            pass  # not connecting yet, or closed already
+
+    def close(self) -> None:
+        """Nobody wants the socket."""
+        if self.sock is not None:
+            self.sock.close()
+            self.sock = None
 
     def _connect(self) -> None:
         import http.client
@@ -11302,35 +11308,29 @@ class Dial:
                 return self.sock
             except OSError as error:
                 failure = error
-                self._close()
+                self.close()
         raise failure or OSError("the name has no address")
 
     def _check(self) -> None:
         if self.is_aborted:
             raise OSError("the request was cancelled")
 
-    def _close(self) -> None:
-        if self.sock is not None:
-            self.sock.close()
-            self.sock = None
 
-
-def _dial_error(error: Exception, key: UpstreamKey, dns_error: Any) -> RouterError:
+def _dial_error(error: Exception, key: UpstreamKey) -> RouterError:
     import errno
+    import socket
     import ssl
 
     if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):  # our own plight, which says nothing of them
         return RouterError("the router has no file descriptor left for a connection", 503, "overloaded")
     labels = (
-        (dns_error, "dns"),
+        (socket.gaierror, "dns"),
         (ConnectionRefusedError, "refused"),
-        (TimeoutError, "connect_timeout"),
+        ((TimeoutError, socket.timeout), "connect_timeout"),  # one class since Python 3.10
         (ssl.SSLError, "tls"),
         (ConnectionError, "reset"),
     )
     label = next((label for kind, label in labels if isinstance(error, kind)), "connect_failed")
-    if type(error).__name__ == "timeout":  # socket.timeout is a class of its own before Python 3.10
-        label = "connect_timeout"
     reason = one_line(str(error) or label, 160)
     return UpstreamError("cannot connect to %s:%d: %s" % (key.host, key.port, reason), label)
 
@@ -11406,26 +11406,23 @@ class Dialer:
         self._on_done = on_done
         self._threads = 0
         self._busy = 0
-        self._active: Dict[UpstreamKey, int] = {}
-        self._queued: Dict[UpstreamKey, List[Dial]] = {}
+        self._lines: Dict[UpstreamKey, List[Dial]] = {}  # an upstream's dials; beyond the limit they wait
 
     def submit(self, dial: Dial) -> None:
         """Have a dial made; its `on_done` runs in the loop."""
-        if self._active.get(dial.key, 0) >= self._max_per_upstream:
-            self._queued.setdefault(dial.key, []).append(dial)
-            return
-        self._active[dial.key] = self._active.get(dial.key, 0) + 1
-        self._busy += 1
-        if self._busy > self._threads and self._threads < self._max_threads:
-            self._start_thread()
-        self._jobs.put(dial)
+        line = self._lines.setdefault(dial.key, [])
+        line.append(dial)
+        if len(line) <= self._max_per_upstream:
+            self._start(dial)
 
     def cancel(self, dial: Dial) -> None:
         """Nobody waits for this dial any more."""
-        queued = self._queued.get(dial.key, [])
-        if dial in queued:
-            queued.remove(dial)
-        dial.abort()
+        line = self._lines.get(dial.key, [])
+        if dial in line[self._max_per_upstream :]:
+            line.remove(dial)
+        elif dial in line:
+            dial.abort()
+            self._loop.call_later(_ABORT_AGAIN_S, self.cancel, dial)
 
     def close(self) -> None:
         """Let every thread end once its dial is over."""
@@ -11433,11 +11430,14 @@ class Dialer:
             self._jobs.put(None)
         self._threads = 0
 
-    def _start_thread(self) -> None:
+    def _start(self, dial: Dial) -> None:
         import threading
 
-        self._threads += 1
-        threading.Thread(target=self._work, name="llm-router-dial-%d" % self._threads, daemon=True).start()
+        self._busy += 1
+        if self._threads < min(self._busy, self._max_threads):
+            self._threads += 1
+            threading.Thread(target=self._work, name="llm-router-dial-%d" % self._threads, daemon=True).start()
+        self._jobs.put(dial)
 
     def _work(self) -> None:
         for dial in iter(self._jobs.get, None):
@@ -11445,21 +11445,17 @@ class Dialer:
             try:
                 self._loop.call_soon_threadsafe(self._finished, dial)
             except RuntimeError:  # the loop is closed: nobody is left to tell
-                dial._close()
+                dial.close()
                 return
 
     def _finished(self, dial: Dial) -> None:
         self._busy -= 1
-        left = self._active[dial.key] - 1
-        if left:
-            self._active[dial.key] = left
-        else:
-            del self._active[dial.key]
-        queued = self._queued.get(dial.key)
-        if queued:
-            self.submit(queued.pop(0))
-        elif queued is not None:
-            del self._queued[dial.key]
+        line = self._lines[dial.key]
+        line.remove(dial)
+        if len(line) >= self._max_per_upstream:
+            self._start(line[self._max_per_upstream - 1])
+        elif not line:
+            del self._lines[dial.key]
         self._on_done(dial)
 
 

@@ -1,5 +1,6 @@
 """Connections to providers: their pool, odd but valid answers, proxies, dialling, and what is left when clients leave."""
 
+import asyncio
 import contextlib
 import gzip
 import json
@@ -9,6 +10,7 @@ import struct
 import threading
 import time
 import zlib
+from types import SimpleNamespace
 
 import pytest
 
@@ -498,6 +500,35 @@ def test_clients_that_leave_while_their_upstream_is_dialled_free_everything_at_o
         until(lambda: sockets_of(running.process.pid) == before)  # long before the dials would end by themselves
         line = running.wait_log("client_gone", 2)
         assert " 499 client_gone [fake/fake-model=client_gone" in line
+
+
+@needs_proc
+def test_a_dial_that_is_called_off_just_before_it_connects_ends_at_once(monkeypatch):
+    """A socket that is not there yet cannot be shut down: without a second try its thread was lost for 60 s."""
+    connecting = threading.Event()
+    check = r.Dial._check
+
+    def late(self):
+        check(self)
+        connecting.set()
+        time.sleep(0.1)
+
+    async def call_off(port):
+        loop, done = asyncio.get_running_loop(), asyncio.Event()
+        dialer = r.Dialer(loop, 1, 1, lambda dial: done.set())
+        target = SimpleNamespace(key=r.UpstreamKey("http", "127.0.0.1", port, "", ""))
+        dial = r.Dial(target, 60, None, r.Network({}))
+        dialer.submit(dial)
+        await loop.run_in_executor(None, connecting.wait, 10)
+        dialer.cancel(dial)
+        await asyncio.wait_for(done.wait(), 10)
+        dialer.close()
+        return dial
+
+    with fake.blackhole() as port:
+        monkeypatch.setattr(r.Dial, "_check", late)
+        dial = asyncio.run(call_off(port))
+    assert dial.is_aborted
 
 
 def raw_request(running, body, path=PATHS["openai"]):
