@@ -11475,7 +11475,6 @@ class Connection:
         self.is_closed = False
         self._loop = loop
         self._sock = dial.sock
-        self._fd = dial.sock.fileno()
         self._on_free = on_free
         self._reply: Optional[Reply] = None
         self._is_tls = isinstance(dial.sock, ssl.SSLSocket)
@@ -11500,32 +11499,31 @@ class Connection:
         except self._not_yet:
             return not self.is_closed
         except OSError:
-            return False
+            pass
         return False
 
     def pause(self) -> None:
         """Stop reading: the kernel's buffer fills and the upstream waits."""
         if self._reads:
             self._reads = False
-            self._loop.remove_reader(self._fd)
+            self._loop.remove_reader(self._sock)
 
     def resume(self) -> None:
         """Read again; TLS may hold decrypted bytes that no readiness event will announce."""
         if self._reads or self.is_closed:
             return
         self._reads = True
-        self._loop.add_reader(self._fd, self._on_readable)
+        self._loop.add_reader(self._sock, self._on_readable)
         if self._is_tls and self._sock.pending():
             self._loop.call_soon(self._on_readable)
 
     def close(self) -> None:
         """Remove both watchers, then close: in any other order the number may be reused and never served."""
-        if self.is_closed:
-            return
-        self.is_closed = True
-        self._loop.remove_reader(self._fd)
-        self._loop.remove_writer(self._fd)
-        self._sock.close()
+        if not self.is_closed:
+            self.is_closed = True
+            self.pause()
+            self._loop.remove_writer(self._sock)
+            self._sock.close()
 
     def free(self) -> None:
         """The exchange ended exactly: the connection may serve another."""
@@ -11539,17 +11537,15 @@ class Connection:
                 self.unsent = self.unsent[self._sock.send(self.unsent) :]
         except self._not_yet:
             self._writes = True
-            self._loop.add_writer(self._fd, self._send)
+            self._loop.add_writer(self._sock, self._send)
             return
         except OSError as error:
-            if self._reply is not None:
-                told = one_line(str(error), 80)
-                self._reply.fail(UpstreamError("the connection broke while sending: " + told, "reset"))
+            self._ended(UpstreamError("the connection broke while sending: " + one_line(str(error), 80), "reset"))
             return
         self.unsent = None
         if self._writes:
             self._writes = False
-            self._loop.remove_writer(self._fd)
+            self._loop.remove_writer(self._sock)
 
     def _on_readable(self) -> None:
         """Read what is there and hand it over; again while TLS holds more."""
@@ -11559,77 +11555,33 @@ class Connection:
             except self._not_yet:
                 return
             except OSError as error:
-                self._ended(UpstreamError("the connection broke: %s" % one_line(str(error), 80), "reset"))
+                self._ended(UpstreamError("the connection broke: " + one_line(str(error), 80), "reset"))
                 return
-            if not data:
+            if not data or self._reply is None:  # its end, or bytes that nobody asked for
                 self._ended(None)
-                return
-            if self._reply is None:  # unasked for bytes on an idle connection
-                self.close()
                 return
             self._reply.feed(data)
             if not self._is_tls or self.is_closed or not self._sock.pending():
                 return
 
     def _ended(self, error: Optional[UpstreamError]) -> None:
-        reply = self._reply
-        if reply is None:
+        self.pause()
+        if self._reply is None:
             self.close()
         else:
-            self.pause()
-            reply.end(error)
-
-
-class Deadlines:
-    """Callbacks by moment, nearly all of which are called off again. One timer serves them all, since a timer of the
-    loop's own for each read would cost more than the read."""
-
-    def __init__(self, loop: Any) -> None:
-        self._loop = loop
-        self._moments: Dict[Callable[[], None], float] = {}
-        self._timer: Any = None
-        self._next = math.inf
-
-    def set(self, callback: Callable[[], None], moment: float) -> None:
-        """Call `callback` at `moment` of the loop's clock, unless it is called off."""
-        self._moments[callback] = moment
-        if moment < self._next:
-            self.close()
-            self._next, self._timer = moment, self._loop.call_at(moment, self._ring)
-
-    def call_off(self, callback: Callable[[], None]) -> None:
-        """Forget a callback."""
-        self._moments.pop(callback, None)
-
-    def close(self) -> None:
-        """Ring no more."""
-        if self._timer is not None:
-            self._timer.cancel()
-        self._next = math.inf
-
-    def _ring(self) -> None:
-        now, self._next = self._loop.time(), math.inf
-        due = [callback for callback, moment in self._moments.items() if moment <= now]
-        for callback in due:
-            self._moments.pop(callback, None)
-            callback()
-        if self._moments and self._next == math.inf:
-            self._next = min(self._moments.values())
-            self._timer = self._loop.call_at(self._next, self._ring)
+            self._reply.end(error)
 
 
 class Reply:
     """An upstream's answer as it arrives: the head first, then the body, pulled with `read` or pushed with `pipe`."""
 
-    def __init__(self, loop: Any, connection: Connection, max_body_bytes: int, deadlines: Deadlines) -> None:
+    def __init__(self, loop: Any, connection: Connection, max_body_bytes: int) -> None:
         self._loop = loop
         self._connection = connection
-        self._deadlines = deadlines
-        self._late = ("", 0.0)
         self._parser = ResponseParser()
         self._max_body_bytes = max_body_bytes
         self._inflater: Any = None
-        self._first = True
+        self._is_plain = False  # what the body is shows in its first two bytes
         self._held = b""
         self._parts: List[bytes] = []
         self._buffered = 0
@@ -11658,35 +11610,28 @@ class Reply:
     async def wait_for_head(self, timeout_s: Optional[float]) -> None:
         """Wait for the final head. UpstreamError when it does not come, or not in time."""
         while self._parser.head is None:
-            if self._error is not None:
-                raise self._error
             await self._wait(timeout_s, "the first byte of an answer")
 
     async def read(self, timeout_s: Optional[float]) -> bytes:
         """The body bytes there are, waiting for some; b"" at the exact end. UpstreamError when it breaks off or
         stalls."""
         while not self._parts:
-            if self._error is not None:
-                raise self._error
-            if self._is_over:
+            if self._is_over and self._error is None:
                 return b""
             await self._wait(timeout_s, "more of the answer")
-        data = b"".join(self._parts)
-        self._parts, self._buffered = [], 0
-        if not self._is_over and self._error is None:
-            self._connection.resume()
+        data = self._take()
+        self.resume()
         return data
 
     def pipe(self, on_data: Callable[[bytes], None], on_end: Callable[[str], None]) -> None:
         """Push from now on: `on_data` gets body bytes as they come, `on_end` "end" or the label of what broke it."""
-        parts, self._parts, self._buffered = self._parts, [], 0
         self._on_data, self._on_end = on_data, on_end
-        if parts:
-            on_data(b"".join(parts))
-        if self._is_over or self._error is not None:
+        if self._parts:
+            on_data(self._take())
+        if self._is_over:
             self._tell_end()
         elif self._on_data is not None:
-            self._connection.resume()
+            self.resume()
 
     def pause(self) -> None:
         """Stop reading from the upstream until `resume`."""
@@ -11694,16 +11639,14 @@ class Reply:
 
     def resume(self) -> None:
         """Go on reading."""
-        if not self._is_over and self._error is None:
+        if not self._is_over:
             self._connection.resume()
 
     def close(self) -> None:
         """The answer is not wanted any further. A connection whose answer was not read to its end is cut, which is what
         stops the upstream from working on."""
         self._on_data = self._on_end = None
-        if not self._is_over:
-            self._is_over = True
-            self._connection.close()
+        self.end(UpstreamError("nobody wants the rest of the answer", "closed"))
 
     def feed(self, data: bytes) -> None:
         """Bytes from the connection."""
@@ -11712,10 +11655,10 @@ class Reply:
         self.last_byte_at = self._loop.time()
         try:
             body = self._parser.feed(data)
-            if body and (self._first or self._inflater is not None):
-                body = self._inflate(body)
+            if body:
+                body = body if self._is_plain else self._inflate(body)
         except RouterError as error:
-            self.fail(UpstreamError(error.message, "bad_response"))
+            self.end(UpstreamError(error.message, "bad_response"))
             return
         if body:
             if self._on_data is not None:
@@ -11723,36 +11666,37 @@ class Reply:
             else:
                 self._keep(body)
         if self._parser.decoder.complete:
-            self._finish()
-        if self._waiter is not None:
+            self.end(None)
+        elif self._waiter is not None:
             self._wake()
 
     def end(self, error: Optional[UpstreamError]) -> None:
-        """The connection has ended, with an error or by the peer's FIN."""
+        """The exchange is over: by an error, by the peer's FIN or at the answer's exact end, after which the connection
+        may serve another; a broken one is never used again."""
         if self._is_over:
             return
-        if error is None:
-            try:
-                self._parser.finish()
-            except RouterError as broken:
-                label = "truncated" if self._parser.head is not None else "reset"
-                error = UpstreamError(broken.message, label)
-        if error is not None:
-            self.fail(error)
-            return
-        self._connection.close()
-        self._finish()
-        self._wake()
-
-    def fail(self, error: UpstreamError) -> None:
-        """The exchange is broken; the connection is never used again."""
-        if self._is_over:
-            return
-        self._error = error
-        self._is_over = True
-        self._connection.close()
+        try:
+            if error is None:
+                self._finish()
+        except RouterError as broken:
+            error = UpstreamError(broken.message, "truncated" if self._parser.head is not None else "reset")
+        self._is_over, self._error = True, error
+        connection = self._connection
+        if error is None and self._parser.reusable and connection.unsent is None:
+            connection.free()
+        else:
+            connection.close()
         self._tell_end()
         self._wake()
+
+    def _finish(self) -> None:
+        self._parser.finish()
+        if self._inflater is not None:
+            self._inflater.finish()
+
+    def _take(self) -> bytes:
+        data, self._parts, self._buffered = b"".join(self._parts), [], 0
+        return data
 
     def _keep(self, body: bytes) -> None:
         self._parts.append(body)
@@ -11763,36 +11707,18 @@ class Reply:
     def _inflate(self, body: bytes) -> bytes:
         """Some upstreams compress although they were asked not to, a few without saying so or say so without doing it
         (trap 18)."""
-        if self._first:
+        if self._inflater is None:
             body, self._held = self._held + body, b""
             if len(body) < 2 and not self._parser.complete:
                 self._held = body  # too little to tell
                 return b""
-            self._first = False
-            encoding = header(self.headers, "content-encoding").strip().lower()
-            if looks_gzipped(body):
-                self._inflater = Inflater("gzip", self._max_body_bytes)
-            elif encoding == "deflate":
-                self._inflater = Inflater(encoding, self._max_body_bytes)
-        return self._inflater.feed(body) if self._inflater is not None else body
-
-    def _finish(self) -> None:
-        if self._is_over:
-            return
-        try:
-            if self._inflater is not None:
-                self._inflater.finish()
-        except RouterError as error:
-            self.fail(UpstreamError(error.message, "truncated"))
-            return
-        self._is_over = True
-        connection = self._connection
-        if not connection.is_closed:
-            if self._parser.reusable and connection.unsent is None:
-                connection.free()
-            else:
-                connection.close()
-        self._tell_end()
+            encoding = "gzip" if looks_gzipped(body) else header(self.headers, "content-encoding").strip().lower()
+            if encoding != "deflate" and not looks_gzipped(body):
+                self._is_plain = True
+                return body
+            self._inflater = Inflater(encoding, self._max_body_bytes)
+        plain: bytes = self._inflater.feed(body)
+        return plain
 
     def _tell_end(self) -> None:
         on_end, self._on_data, self._on_end = self._on_end, None, None
@@ -11804,20 +11730,20 @@ class Reply:
             self._waiter.set_result(None)
 
     async def _wait(self, timeout_s: Optional[float], what: str) -> None:
+        """Wait for a change. UpstreamError when that is an error, or none comes in time."""
+        if self._error is not None:
+            raise self._error
+        timer = None if timeout_s is None else self._loop.call_later(timeout_s, self._time_out, timeout_s, what)
         self._waiter = self._loop.create_future()
-        if timeout_s is not None:
-            self._late = (what, timeout_s)
-            self._deadlines.set(self._time_out, self._loop.time() + timeout_s)
         try:
             await self._waiter
         finally:
             self._waiter = None
-            if timeout_s is not None:
-                self._deadlines.call_off(self._time_out)
+            if timer is not None:
+                timer.cancel()
 
-    def _time_out(self) -> None:
-        what, timeout_s = self._late
-        self.fail(UpstreamError("no sign of %s within %g s" % (what, round(timeout_s, 3)), "timeout", True))
+    def _time_out(self, timeout_s: float, what: str) -> None:
+        self.end(UpstreamError("no sign of %s within %g s" % (what, round(timeout_s, 3)), "timeout", True))
 
 
 class Upstreams:
@@ -11830,14 +11756,13 @@ class Upstreams:
         self._dialer = Dialer(loop, settings.dial_threads, settings.dial_threads_per_upstream, self._dialled)
         self._idle: Dict[UpstreamKey, List[Connection]] = {}
         self._waiting: Dict[UpstreamKey, OrderedDict[Any, None]] = {}
-        self._deadlines = Deadlines(loop)
         self._sweeper: Any = None
 
     async def send(self, outbound: Outbound) -> Reply:
         """Send one request and wait for the head of its answer. UpstreamError when there is none."""
         while True:
             connection = self._take_idle(outbound.target) or await self._connect(outbound)
-            reply = Reply(self._loop, connection, self._settings.max_answer_bytes, self._deadlines)
+            reply = Reply(self._loop, connection, self._settings.max_answer_bytes)
             path, headers = connection.prefix + outbound.path, outbound.headers + connection.proxy_headers
             connection.start(render_upstream_request(outbound.method, path, headers, outbound.body), reply)
             try:
@@ -11852,14 +11777,8 @@ class Upstreams:
 
     def close(self) -> None:
         """Drop every kept connection and let the threads end."""
-        for connections in self._idle.values():
-            for connection in connections:
-                connection.close()
-        self._idle.clear()
-        self._deadlines.close()
+        self._sweep(math.inf)
         self._dialer.close()
-        if self._sweeper is not None:
-            self._sweeper.cancel()
 
     def _take_idle(self, target: Target) -> Optional[Connection]:
         connections = self._idle.get(target.key)
@@ -11923,11 +11842,17 @@ class Upstreams:
         if len(idle) > self._settings.pool_size:
             idle.pop(0).close()
         if self._sweeper is None:
-            self._sweeper = self._loop.call_later(self._settings.pool_idle_ms / 2000, self._sweep)
+            self._sweeper = self._loop.call_later(self._settings.pool_idle_ms / 2000, self._tick)
 
-    def _sweep(self) -> None:
-        """Close connections that were idle for too long, sooner than upstreams do, and forget dead ones."""
-        oldest = self._loop.time() - self._settings.pool_idle_ms / 1000
+    def _tick(self) -> None:
+        """Close connections that were idle for too long, sooner than upstreams do."""
+        self._sweeper = None
+        self._sweep(self._loop.time() - self._settings.pool_idle_ms / 1000)
+        if self._idle:
+            self._sweeper = self._loop.call_later(self._settings.pool_idle_ms / 2000, self._tick)
+
+    def _sweep(self, oldest: float) -> None:
+        """Close connections that are idle since before `oldest`, and forget dead ones."""
         for key, connections in list(self._idle.items()):
             for connection in connections:
                 if connection.idle_since < oldest:
@@ -11935,8 +11860,6 @@ class Upstreams:
             self._idle[key] = [connection for connection in connections if not connection.is_closed]
             if not self._idle[key]:
                 del self._idle[key]
-        more = bool(self._idle)
-        self._sweeper = self._loop.call_later(self._settings.pool_idle_ms / 2000, self._sweep) if more else None
 
 
 def _seconds(milliseconds: int) -> Optional[float]:
