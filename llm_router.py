@@ -4545,12 +4545,12 @@ ANTHROPIC_LOSSES = {
 
 # ---- requests: Anthropic -> neutral
 
-_ANTHROPIC_KINDS: Tuple[Tuple[Tuple[type, ...], str], ...] = (
-    ((str,), "model"), ((list,), "messages tools stop_sequences"), ((str, list), "system"),
-    ((dict,), "tool_choice thinking output_config output_format metadata thread"), ((int,), "max_tokens top_k"),
-    ((int, float), "temperature top_p"), ((bool,), "stream"),
-)  # fmt: skip
-_ANTHROPIC_KNOWN = " ".join(names for _, names in _ANTHROPIC_KINDS).split()
+_ANTHROPIC_FIELDS: Dict[Tuple[type, ...], str] = {
+    (str,): "model", (list,): "messages tools stop_sequences", (str, list): "system", (int,): "max_tokens top_k",
+    (dict,): "tool_choice thinking output_config output_format metadata thread", (int, float): "temperature top_p",
+    (bool,): "stream",
+}  # fmt: skip
+_ANTHROPIC_KINDS = {name: kinds for kinds, names in _ANTHROPIC_FIELDS.items() for name in names.split()}
 
 
 def parse_anthropic_request(body: Dict[str, Any]) -> ChatRequest:
@@ -4558,32 +4558,37 @@ def parse_anthropic_request(body: Dict[str, Any]) -> ChatRequest:
 
     RouterError 400 with the path of the value in Anthropic's way of writing it ("messages.3.content.0: ...").
     """
-    for kinds, names in _ANTHROPIC_KINDS:
-        for name in names.split():
-            check_field(body.get(name), kinds, name, need=False)
-    if body.get("messages") is None:
+    said = {name: check_field(body.get(name), kinds, name, need=False) for name, kinds in _ANTHROPIC_KINDS.items()}
+    if said["messages"] is None:
         raise field_error("messages", "Field required")
-    refuse_thread(body.get("thread"))
-    choice, config = body.get("tool_choice") or {}, body.get("output_config") or {}
+    refuse_thread(said["thread"])
+    choice, config = said["tool_choice"] or {}, said["output_config"] or {}
     mode = choice.get("type") if choice.get("type") in ("auto", "any", "none", "tool") else ""
-    schema = as_dict(config.get("format") or body.get("output_format")).get("schema")
-    further = {key: value for key, value in config.items() if key not in ("effort", "format")}
-    rest = {**body, "output_config": further}
+    schema = as_dict(config.get("format") or said["output_format"]).get("schema")
+    rest = {**body, **dict.fromkeys(_ANTHROPIC_KINDS), "output_config": _without(config, "effort", "format")}
     return ChatRequest(
-        model=body.get("model") or "",
-        messages=[_anthropic_message(item, "messages.%d" % index) for index, item in enumerate(body["messages"])],
-        system=_anthropic_blocks(body.get("system"), "system"),
-        tools=[_anthropic_tool(item, "tools.%d" % index) for index, item in enumerate(body.get("tools") or [])],
-        tool_choice=ToolChoice(mode, as_text(choice.get("name")) if mode == "tool" else "") if mode else None,
+        said["model"] or "",
+        _numbered(_anthropic_message, said["messages"], "messages"),
+        _anthropic_blocks(said["system"], "system"),
+        _numbered(_anthropic_tool, said["tools"], "tools"),
+        ToolChoice(mode, as_text(choice.get("name")) if mode == "tool" else "") if mode else None,
         parallel_tools=False if choice.get("disable_parallel_tool_use") is True else None,
-        **{name: body.get(name) for name in ("max_tokens", "temperature", "top_p", "top_k")},
-        stop=[text for text in body.get("stop_sequences") or [] if isinstance(text, str)],
-        stream=bool(body.get("stream")),
+        **{name: said[name] for name in ("max_tokens", "temperature", "top_p", "top_k")},
+        stop=list(filter(as_text, said["stop_sequences"] or [])),
+        stream=bool(said["stream"]),
         output=JsonOutput(schema) if isinstance(schema, dict) else None,
-        reasoning=_anthropic_reasoning(body.get("thinking"), as_text(config.get("effort"))),
-        user=as_text(as_dict(body.get("metadata")).get("user_id")),
-        fields=rest_of(rest, set(_ANTHROPIC_KNOWN) - {"output_config"}, _ANTHROPIC),
+        reasoning=_anthropic_reasoning(said["thinking"] or {}, as_text(config.get("effort"))),
+        user=as_text((said["metadata"] or {}).get("user_id")),
+        fields=rest_of(rest, (), _ANTHROPIC),
     )
+
+
+def _without(item: Mapping[str, Any], *keys: str) -> Dict[str, Any]:
+    return {key: value for key, value in item.items() if key not in keys}
+
+
+def _numbered(read: Callable[[Any, str], Any], items: Optional[List[Any]], path: str) -> List[Any]:
+    return [read(item, "%s.%d" % (path, index)) for index, item in enumerate(items or [])]
 
 
 def refuse_thread(thread: Optional[Dict[str, Any]]) -> None:
@@ -4597,16 +4602,13 @@ def refuse_thread(thread: Optional[Dict[str, Any]]) -> None:
         raise RouterError(words, 400, code)
 
 
-def _anthropic_reasoning(thinking: Optional[Dict[str, Any]], effort: str) -> Optional[Reasoning]:
+def _anthropic_reasoning(thinking: Dict[str, Any], effort: str) -> Optional[Reasoning]:
     """`thinking` and `output_config.effort`. Thinking switched off wins over an effort (trap 88)."""
-    if not thinking and not effort:
-        return None
-    extra = {_ANTHROPIC: {key: value for key, value in (("thinking", thinking), ("effort", effort)) if value}}
-    kind = as_dict(thinking).get("type")
+    kind, budget = thinking.get("type"), as_int(thinking.get("budget_tokens"))
+    extra = rest_of({"thinking": thinking, "effort": effort or None}, (), _ANTHROPIC)
     if kind == "disabled":
         return Reasoning("none", extra=extra)
-    budget = as_int(as_dict(thinking).get("budget_tokens"))
-    return Reasoning(effort, budget, kind in ("adaptive", "between_tools"), extra)
+    return Reasoning(effort, budget, kind in ("adaptive", "between_tools"), extra) if extra else None
 
 
 def _anthropic_tool(item: Any, path: str) -> Tool:
@@ -4617,9 +4619,12 @@ def _anthropic_tool(item: Any, path: str) -> Tool:
     if not name:
         raise field_error(path + ".name", "Field required")
     schema = check_field(item.get("input_schema"), (dict,), path + ".input_schema", need=False)
-    strict = item["strict"] if isinstance(item.get("strict"), bool) else None
     extra = rest_of(item, ("type", "name", "description", "input_schema", "strict"), _ANTHROPIC)
-    return Tool(name, as_text(item.get("description")), schema, strict=strict, extra=extra)
+    return Tool(name, as_text(item.get("description")), schema, "function", _as_flag(item.get("strict")), extra)
+
+
+def _as_flag(value: Any) -> Optional[bool]:
+    return value if isinstance(value, bool) else None
 
 
 _ANTHROPIC_ROLES = {"user": "user", "assistant": "assistant", "system": "system", "developer": "system"}
@@ -4637,74 +4642,98 @@ def _anthropic_message(item: Any, path: str) -> Message:
 def _anthropic_blocks(content: Any, path: str) -> List[Any]:
     if isinstance(content, str):
         return [Text(content)] if content else []
-    return [_anthropic_block(item, "%s.%d" % (path, index)) for index, item in enumerate(content or [])]
+    return _numbered(_anthropic_block, content, path)
 
 
-# The strings without which a block of a request is refused.
-_ANTHROPIC_STRINGS = {"text": "text", "thinking": "thinking", "tool_use": "id name", "tool_result": "tool_use_id"}
+class AnthropicBlock(NamedTuple):
+    """One row of ANTHROPIC_BLOCKS: a block type, what it is in the neutral form, and how streams tell its text.
+
+    fields: name -> attribute of the neutral block. default: what stands for fields that only this format has.
+    delta, piece: type of the deltas that add to the block's text, and their field with it.
+    """
+
+    kind: str
+    block: type
+    fields: Dict[str, str]
+    default: Dict[str, Any]
+    delta: str
+    piece: str
+
+
+# The block types that an answer can hold and other formats know, too (anthropic.types.RawContentBlockDelta).
+ANTHROPIC_BLOCKS = (
+    AnthropicBlock("text", Text, {"text": "text"}, {}, "text_delta", "text"),
+    AnthropicBlock("thinking", Thinking, {"thinking": "text"}, {"signature": ""}, "thinking_delta", "thinking"),
+    AnthropicBlock("tool_use", ToolCall, {"id": "id", "name": "name", "input": "arguments"}, {}, "input_json_delta",
+                   "partial_json"),
+)  # fmt: skip
+_ANTHROPIC_BY_KIND = {row.kind: row for row in ANTHROPIC_BLOCKS}
+_ANTHROPIC_BY_BLOCK = {Refusal: ANTHROPIC_BLOCKS[0], **{row.block: row for row in ANTHROPIC_BLOCKS}}
+
+
+def _anthropic_part(item: Dict[str, Any]) -> Any:
+    """A block that an answer can hold."""
+    row = _ANTHROPIC_BY_KIND.get(as_text(item.get("type")))
+    if row is None:
+        return Opaque(_ANTHROPIC, item)
+    said = {**item, "input": arguments_text(item.get("input") or {})}
+    values = {attribute: as_text(said.get(name)) for name, attribute in row.fields.items()}
+    return row.block(**values, extra=rest_of(item, ("type", *row.fields), _ANTHROPIC))
 
 
 def _anthropic_block(item: Any, path: str) -> Any:
     """One content block of a request as a neutral value."""
     kind = check_field(check_field(item, (dict,), path).get("type"), (str,), path + ".type")
-    for key in _ANTHROPIC_STRINGS.get(kind, "").split():
-        check_field(item.get(key), (str,), "%s.%s" % (path, key))
-    if kind in ("image", "document"):
-        return _anthropic_media(item, path + ".source")
-    if kind == "search_result":
-        words = (as_text(item.get("title")), as_text(item.get("source")), readable(item.get("content")))
-        return _anthropic_shown(item, "\n".join(words))
-    if kind == "tool_use":
-        check_field(item.get("input"), (dict,), path + ".input", need=False)
-    if kind == "tool_result":
-        return _anthropic_result(item, path + ".content")
+    if kind in _ANTHROPIC_READERS:
+        return _ANTHROPIC_READERS[kind](item, path)
     if kind in ("server_tool_use", "mcp_tool_use") or kind.endswith("_tool_result"):
         return _anthropic_shown(item, "[%s] %s" % (kind, readable(item)))
-    return _anthropic_part(item, "")
+    for name in _ANTHROPIC_BY_KIND[kind].fields if kind in _ANTHROPIC_BY_KIND else ():
+        is_object = name == "input"
+        check_field(item.get(name), (dict if is_object else str,), "%s.%s" % (path, name), need=not is_object)
+    return _anthropic_part(item)
 
 
-def _anthropic_shown(item: Dict[str, Any], text: str) -> Text:
+def _anthropic_shown(item: Dict[str, Any], *words: str) -> Text:
     """A block that others see as text (trap 107), and this format as it came."""
-    return Text(text, {_ANTHROPIC: {"block": item}})
+    return Text("\n".join(filter(None, words)), {_ANTHROPIC: {"block": item}})
+
+
+# Type of a source -> its field with the data. A file id means nothing elsewhere, a text source is text to others.
+_ANTHROPIC_SOURCES = {"base64": "data", "url": "url", "text": "data", "content": "content"}
 
 
 def _anthropic_media(item: Dict[str, Any], path: str) -> Any:
-    """ImageBlockParam, DocumentBlockParam: a file id means nothing elsewhere, a text source is text to others."""
+    """ImageBlockParam, DocumentBlockParam."""
     kind, source, title = item["type"], as_dict(item.get("source")), as_text(item.get("title"))
-    form, default = source.get("type"), "application/pdf" if kind == "document" else ""
-    extra = rest_of(item, ("type", "source", "title"), _ANTHROPIC)
-    if form == "base64":
-        data = check_field(source.get("data"), (str,), path + ".data")
-        return Media(kind, as_text(source.get("media_type")) or default, data, "", title, extra)
-    if form == "url":
-        return Media(kind, default, "", check_field(source.get("url"), (str,), path + ".url"), title, extra)
+    form = as_text(source.get("type"))
+    field = _ANTHROPIC_SOURCES.get(form, "")
+    value = source.get(field)
     if form in ("text", "content"):
-        content = source.get("data") if form == "text" else source.get("content")
-        words = (title, as_text(item.get("context")), content if isinstance(content, str) else readable(content))
-        return _anthropic_shown(item, "\n".join(filter(None, words)))
-    return Opaque(_ANTHROPIC, item)
+        words = value if isinstance(value, str) else readable(value)
+        return _anthropic_shown(item, title, as_text(item.get("context")), words)
+    if not field:
+        return Opaque(_ANTHROPIC, item)
+    data = {field: check_field(value, (str,), "%s.source.%s" % (path, field))}
+    media_type = as_text(source.get("media_type")) or ("application/pdf" if kind == "document" else "")
+    return Media(kind, media_type, **data, name=title, extra=rest_of(item, ("type", "source", "title"), _ANTHROPIC))
 
 
 def _anthropic_result(item: Dict[str, Any], path: str) -> ToolResult:
-    blocks = _anthropic_blocks(check_field(item.get("content"), (str, list), path, need=False), path)
+    call_id = check_field(item.get("tool_use_id"), (str,), path + ".tool_use_id")
+    content = check_field(item.get("content"), (str, list), path + ".content", need=False)
+    blocks = _anthropic_blocks(content, path + ".content")
     blocks = [_anthropic_shown(b.value, dump_json(b.value).decode()) if isinstance(b, Opaque) else b for b in blocks]
     extra = rest_of(item, ("type", "tool_use_id", "content", "is_error"), _ANTHROPIC)
-    return ToolResult(item["tool_use_id"], blocks, item.get("is_error") is True, extra)
+    return ToolResult(call_id, blocks, item.get("is_error") is True, extra)
 
 
-def _anthropic_part(item: Dict[str, Any], call_id: str) -> Any:
-    """A block that an answer can hold. call_id: for a call without one."""
-    kind = item.get("type")
-    if kind == "text":
-        return Text(as_text(item.get("text")), rest_of(item, ("type", "text"), _ANTHROPIC))
-    if kind == "thinking":
-        extra = {key: value for key, value in item.items() if key not in ("type", "thinking")}
-        return Thinking(as_text(item.get("thinking")), {_ANTHROPIC: extra} if extra else None)
-    if kind == "tool_use":
-        extra = rest_of(item, ("type", "id", "name", "input"), _ANTHROPIC)
-        arguments = arguments_text(item.get("input") or {})
-        return ToolCall(as_text(item.get("id")) or call_id, as_text(item.get("name")), arguments, extra=extra)
-    return Opaque(_ANTHROPIC, item)
+_ANTHROPIC_READERS: Dict[str, Callable[[Dict[str, Any], str], Any]] = {
+    "image": _anthropic_media, "document": _anthropic_media, "tool_result": _anthropic_result,
+    "search_result": lambda item, path: _anthropic_shown(
+        item, as_text(item.get("title")), as_text(item.get("source")), readable(item.get("content"))
+    ),
+}  # fmt: skip
 
 
 # ---- requests: neutral -> Anthropic
@@ -4717,27 +4746,28 @@ def render_anthropic_request(request: ChatRequest) -> Dict[str, Any]:
     """
     row = next(row for row in ANTHROPIC_MODELS if re.search(row.pattern, request.model))
     own, output = (request.fields or {}).get(_ANTHROPIC) or {}, request.output
-    lead = next((i for i, message in enumerate(request.messages) if message.role != "system"), len(request.messages))
-    system = [*request.system, *(block for message in request.messages[:lead] for block in message.blocks)]
+    system, messages = list(request.system), list(request.messages)
+    while messages and messages[0].role == "system":
+        system += messages.pop(0).blocks
     if output is not None and output.schema is None:
         system.append(Text("Answer with one valid JSON object and nothing else."))
-    turns = _anthropic_turns(request.messages[lead:], row.prefill)
+    turns = _anthropic_turns(messages, row.prefill)
     tools = [tool for tool in map(_write_anthropic_tool, request.tools) if tool]
     choice = _write_anthropic_choice(request, [tool.get("name") for tool in tools]) if tools else {}
     max_tokens = row.max_tokens if request.max_tokens is None else request.max_tokens
     thinking, effort = _write_anthropic_reasoning(request.reasoning, row, max_tokens, choice, turns)
-    config = {**as_dict(own.get("output_config")), **({"effort": effort} if effort else {})}
-    if output is not None and output.schema is not None:
-        config["format"] = {"type": "json_schema", "schema": output.schema}
-    samples = row.sampling and as_dict(thinking).get("type") in (None, "disabled")  # trap 72
-    has_temperature = samples and request.temperature is not None
+    schema = output.schema if output is not None else None
+    config = _told({"effort": effort or None, "format": schema and {"type": "json_schema", "schema": schema}})
+    samples: Dict[str, Any] = {}
+    if row.sampling and as_dict(thinking).get("type") in (None, "disabled"):  # trap 72
+        samples = {"top_p": request.top_p, "top_k": request.top_k}
+        if request.temperature is not None:
+            samples.update(temperature=min(request.temperature, 1.0), top_p=None)
     body = {
         "model": request.model, "messages": turns, **own,
         "system": _anthropic_content([part for part in _anthropic_parts(system) if part.get("type") == "text"]),
         "tools": tools, "tool_choice": choice, "max_tokens": max_tokens, "thinking": thinking,
-        "output_config": config, "temperature": min(request.temperature, 1.0) if has_temperature else None,
-        "top_p": request.top_p if samples and not has_temperature else None,
-        "top_k": request.top_k if samples else None,
+        "output_config": {**as_dict(own.get("output_config")), **config}, **samples,
         "stop_sequences": [text for text in request.stop if text.strip()],
         "metadata": {"user_id": request.user} if request.user else None, "stream": request.stream or None,
     }  # fmt: skip
@@ -4759,10 +4789,9 @@ def _write_anthropic_tool(tool: Tool) -> Dict[str, Any]:
     bag = own_extra(tool, _ANTHROPIC)
     if tool.kind == "server":
         return bag
-    about = {"description": tool.description} if tool.description else {}
-    strict = {"strict": True} if tool.strict else {}
+    about = _told({"description": tool.description or None, "strict": tool.strict or None})
     schema = {"type": "object", "properties": {}, **(tool.schema or {})}
-    return {"name": tool.name, "input_schema": schema, **about, **strict, **bag}
+    return {"name": tool.name, "input_schema": schema, **about, **bag}
 
 
 def _write_anthropic_reasoning(
@@ -4776,10 +4805,9 @@ def _write_anthropic_reasoning(
     own = own_extra(reasoning, _ANTHROPIC) if reasoning else {}
     if reasoning is None or own:
         return own.get("thinking"), own.get("effort", "")
-    effort = "" if reasoning.effort == "none" else nearest_effort(reasoning, row.efforts)
-    room = max_tokens * 3 // 4
-    if reasoning.effort == "none" and row.thinking:
-        return {"type": "disabled"}, effort
+    if reasoning.effort == "none":
+        return {"type": "disabled"} if row.thinking else None, ""
+    effort, room = nearest_effort(reasoning, row.efforts), max_tokens * 3 // 4
     if not row.thinking or choice.get("type") in ("any", "tool"):
         return None, effort
     if row.thinking == "adaptive":
@@ -4802,28 +4830,27 @@ def _anthropic_turns(messages: List[Message], prefill: bool) -> List[Dict[str, A
 
     A conversation that ends with the assistant: a prefill without white space behind it, or one more user turn.
     """
-    filler = {"role": "user", "content": [{"type": "text", "text": "(continue)"}]}
-    turns: List[Dict[str, Any]] = []
+    turns: List[Tuple[str, List[Dict[str, Any]]]] = []
     for message in messages:
         role, parts = "assistant" if message.role == "assistant" else "user", _anthropic_parts(message.blocks)
-        if parts and turns and turns[-1]["role"] == role:
-            turns[-1]["content"] += parts
+        if parts and turns and turns[-1][0] == role:
+            turns[-1][1].extend(parts)
         elif parts:
-            turns.append({"role": role, "content": parts})
-    if not turns or turns[0]["role"] != "user":
+            turns.append((role, parts))
+    filler = ("user", [{"type": "text", "text": "(continue)"}])
+    if not turns or turns[0][0] != "user":
         turns.insert(0, filler)
-    last = turns[-1]["content"][-1]
-    if turns[-1]["role"] == "assistant" and not (prefill and last.get("type") == "text"):
+    role, parts = turns[-1]
+    if role == "assistant" and prefill and parts[-1].get("type") == "text":
+        parts[-1]["text"] = parts[-1]["text"].rstrip()
+    elif role == "assistant":
         turns.append(filler)
-    elif turns[-1]["role"] == "assistant":
-        last["text"] = last["text"].rstrip()
-    return [{**turn, "content": _anthropic_content(turn["content"])} for turn in turns]
+    return [{"role": role, "content": _anthropic_content(parts)} for role, parts in turns]
 
 
 def _anthropic_content(parts: List[Dict[str, Any]]) -> Any:
     """`parts`, or a string where that says it all."""
-    is_plain = len(parts) == 1 and parts[0].get("type") == "text" and len(parts[0]) == 2
-    return parts[0]["text"] if is_plain else parts
+    return parts[0]["text"] if [list(part) for part in parts] == [["type", "text"]] else parts
 
 
 def _anthropic_parts(blocks: Iterable[Any], is_answer: bool = False) -> List[Dict[str, Any]]:
@@ -4834,37 +4861,34 @@ def _anthropic_parts(blocks: Iterable[Any], is_answer: bool = False) -> List[Dic
     """
     parts = []
     for block in blocks:
-        bag = {} if isinstance(block, Opaque) else own_extra(block, _ANTHROPIC)
-        if isinstance(block, (Text, Refusal)):
-            if "block" in bag:
-                parts.append(bag["block"])
-            elif block.text if is_answer else block.text.strip():
-                parts.append({"type": "text", "text": block.text, **bag})
-        elif isinstance(block, Thinking):
-            if bag.get("signature") or (is_answer and block.text):
-                parts.append({"type": "thinking", "thinking": block.text, "signature": "", **bag})
-        elif isinstance(block, ToolCall):
-            item = {"type": "tool_use", "id": _legal_id(block.id), "name": block.name}
-            parts.append({**item, "input": arguments_object(block.arguments), **bag})
-        elif isinstance(block, ToolResult):
-            parts.append({**_write_anthropic_result(block), **bag})
-        elif isinstance(block, Media):
-            parts.append(_write_anthropic_media(block, bag))
-        elif block.wire == _ANTHROPIC:
-            parts.append(block.value)
+        if isinstance(block, Opaque):
+            parts += [block.value] if block.wire == _ANTHROPIC else []
+            continue
+        bag, text = own_extra(block, _ANTHROPIC), getattr(block, "text", "-")
+        has_words = text if is_answer else text.strip() and not isinstance(block, Thinking)
+        if "block" in bag:
+            parts.append(bag["block"])
+        elif has_words or (isinstance(block, Thinking) and bag.get("signature")):
+            parts.append(_write_anthropic_block(block, bag))
     return parts
+
+
+def _write_anthropic_block(block: Any, bag: Dict[str, Any]) -> Dict[str, Any]:
+    if isinstance(block, Media):
+        return _write_anthropic_media(block, bag)
+    if isinstance(block, ToolResult):
+        content = _anthropic_content(_anthropic_parts(block.blocks))
+        said = _told({"content": content or None, "is_error": block.is_error or None})
+        return {"type": "tool_result", "tool_use_id": _legal_id(block.call_id), **said, **bag}
+    row = _ANTHROPIC_BY_BLOCK[type(block)]
+    item = {"type": row.kind, **{name: getattr(block, attribute) for name, attribute in row.fields.items()}}
+    if isinstance(block, ToolCall):
+        item.update(id=_legal_id(block.id), input=arguments_object(block.arguments))
+    return {**item, **row.default, **bag}
 
 
 def _legal_id(call_id: str) -> str:
     return re.sub(r"[^a-zA-Z0-9_-]", "_", call_id) or "toolu"
-
-
-def _write_anthropic_result(block: ToolResult) -> Dict[str, Any]:
-    content = _anthropic_parts(block.blocks)
-    item: Dict[str, Any] = {"type": "tool_result", "tool_use_id": _legal_id(block.call_id)}
-    if content:
-        item["content"] = _anthropic_content(content)
-    return {**item, "is_error": True} if block.is_error else item
 
 
 _ANTHROPIC_MEDIA = {"image": ("image/jpeg", "image/png", "image/gif", "image/webp"), "document": ("application/pdf",)}
@@ -4897,16 +4921,12 @@ def drop_thinking(body: Dict[str, Any], keeps_signed: bool = True) -> Optional[D
     for message in as_list(body.get("messages")):
         parts = list(map(as_dict, as_list(as_dict(message).get("content"))))
         kept = [part for part in parts if part.get("type") not in kinds or (keeps_signed and part.get("signature"))]
-        if len(kept) == len(parts):
-            messages.append(message)
-        elif kept:
-            messages.append({**message, "content": kept})
-    is_budgeted = as_dict(body.get("thinking")).get("type") == "enabled"
-    if not (is_budgeted and _lacks_thinking(messages)):
-        return {**body, "messages": messages} if messages != as_list(body.get("messages")) else None
-    # To clear old thinking is an error without thinking.
-    rest = {key: value for key, value in body.items() if key not in ("thinking", "context_management")}
-    return {**rest, "messages": messages}
+        if kept or not parts:
+            messages.append({**message, "content": kept} if len(kept) < len(parts) else message)
+    if as_dict(body.get("thinking")).get("type") == "enabled" and _lacks_thinking(messages):
+        # To clear old thinking is an error without thinking.
+        return {**_without(body, "thinking", "context_management"), "messages": messages}
+    return {**body, "messages": messages} if messages != as_list(body.get("messages")) else None
 
 
 # ---- answers
@@ -4932,58 +4952,55 @@ def _anthropic_usage(usage: Dict[str, Any]) -> Usage:
 
 
 def _anthropic_answer_extra(answer: Dict[str, Any], usage: Dict[str, Any]) -> Extra:
-    bag = {key: answer[key] for key in _ANTHROPIC_ANSWER_KEYS if answer.get(key) is not None}
-    known = (*_ANTHROPIC_COUNTS, "output_tokens_details")
-    further = {key: value for key, value in usage.items() if key not in known and value is not None}
-    if further:
-        bag["usage"] = further
-    reason = answer.get("stop_reason")
-    if isinstance(reason, str) and reason not in STOP_REASONS:
-        bag["stop_reason"] = reason
-    return {_ANTHROPIC: bag} if bag else None
+    """What an answer says besides text, calls and counts, and its stop_reason, if others do not know that."""
+    reason = as_text(answer.get("stop_reason"))
+    further = rest_of(usage, (*_ANTHROPIC_COUNTS, "output_tokens_details"), _ANTHROPIC) or {}
+    odd = {"usage": further.get(_ANTHROPIC), "stop_reason": None if reason in STOP_REASONS else reason or None}
+    return rest_of({**{key: answer.get(key) for key in _ANTHROPIC_ANSWER_KEYS}, **odd}, (), _ANTHROPIC)
 
 
 def render_anthropic_response(response: ChatResponse, context: Context) -> Dict[str, Any]:
     """A ChatResponse as a Message, under the model name that the client asked for (trap 44)."""
     content = _anthropic_parts(response.blocks, is_answer=True)
-    bag = dict(own_extra(response, _ANTHROPIC))
-    has_calls = any(item.get("type") == "tool_use" for item in content)
-    reason = bag.pop("stop_reason", None) or _shown_stop(response.stop_reason, has_calls)
-    usage = _write_anthropic_usage(response.usage, bag.pop("usage", None))
-    message = _anthropic_shell(response.id, response.model, usage, context)
-    said = {"content": content, "stop_reason": reason, "stop_sequence": response.stop_sequence or None}
-    return {**message, **said, **bag}
+    end, usage, bag = _anthropic_end(response, any(item.get("type") == "tool_use" for item in content))
+    return {**_anthropic_shell(response, usage, context), "content": content, **end, **bag}
 
 
-def _anthropic_shell(upstream_id: str, model: str, usage: Dict[str, Any], context: Context) -> Dict[str, Any]:
+def _anthropic_shell(start: Union[ChatResponse, Started], usage: Dict[str, Any], context: Context) -> Dict[str, Any]:
     """A Message as it begins."""
-    answer_id = upstream_id if upstream_id.startswith("msg_") else "msg_" + context.id
-    shell = {"id": answer_id, "type": "message", "role": "assistant", "model": context.request.model or model}
+    answer_id = start.id if start.id.startswith("msg_") else "msg_" + context.id
+    shell = {"id": answer_id, "type": "message", "role": "assistant", "model": context.request.model or start.model}
     return {**shell, "content": [], "stop_reason": None, "stop_sequence": None, "usage": usage}
 
 
-def _shown_stop(reason: str, has_calls: bool) -> str:
-    """`tool_use` exactly when a tool block was sent, or agents stop or loop (traps 30, 31)."""
-    if has_calls:
-        return "tool_use" if reason == "end_turn" else reason
-    return "end_turn" if reason == "tool_use" else reason
+def _anthropic_end(
+    end: Union[ChatResponse, Finished], has_calls: bool, usage: Optional[Usage] = None
+) -> Tuple[Dict[str, Any], ...]:
+    """(how it stopped, its usage or else `usage`, the rest of the bag).
+
+    `tool_use` is told exactly when a tool block was sent, or agents stop or loop (traps 30, 31).
+    """
+    bag, reason = dict(own_extra(end, _ANTHROPIC)), end.stop_reason
+    if reason in ("end_turn", "tool_use"):
+        reason = "tool_use" if has_calls else "end_turn"
+    counts = _write_anthropic_usage(end.usage or usage, bag.pop("usage", {}))
+    return {"stop_reason": bag.pop("stop_reason", reason), "stop_sequence": end.stop_sequence or None}, counts, bag
 
 
-def _write_anthropic_usage(usage: Optional[Usage], further: Optional[Dict[str, Any]] = None) -> Dict[str, Any]:
+def _write_anthropic_usage(usage: Optional[Usage], further: Mapping[str, Any] = {}) -> Dict[str, Any]:
     """Always an object with integers: SDKs and Claude Code add them up unseen (trap 43)."""
     usage = usage or Usage()
-    counts: Dict[str, Any] = {**(further or {}), **dict(zip(_ANTHROPIC_COUNTS, usage))}
-    return {**counts, "output_tokens_details": {"thinking_tokens": usage.reasoning}} if usage.reasoning else counts
+    details = {"output_tokens_details": {"thinking_tokens": usage.reasoning}} if usage.reasoning else {}
+    return {**further, **dict(zip(_ANTHROPIC_COUNTS, usage)), **details}
 
 
 # ---- streams: Anthropic -> neutral
 
-# Delta type -> the field with its text, and the block it belongs to (anthropic.types.RawContentBlockDelta).
-_ANTHROPIC_DELTAS: Dict[Any, Tuple[str, type]] = {
-    "text_delta": ("text", Text),
-    "thinking_delta": ("thinking", Thinking),
-    "input_json_delta": ("partial_json", ToolCall),
-}
+_ANTHROPIC_DELTAS: Dict[Any, Tuple[str, Any]] = {row.delta: (row.piece, row.block) for row in ANTHROPIC_BLOCKS}
+# Type of a delta that adds no text -> its field, the key of the block's bag that it adds to, and the block.
+_ANTHROPIC_PROOFS: Dict[Any, Tuple[str, str, Any]] = {
+    "signature_delta": ("signature", "signature", Thinking), "citations_delta": ("citation", "citations", Text),
+}  # fmt: skip
 
 
 class AnthropicStreamParser:
@@ -4994,18 +5011,14 @@ class AnthropicStreamParser:
     """
 
     def __init__(self, context: Context) -> None:
-        self.done = False
+        self.done = self._is_ended = self._is_started = False
         self.skipped = 0
         self.said = ""
         self._context = context
-        self._is_ended = False
-        self._is_started = False
         self._block: Any = None  # the open block; of one that only this format knows, its own object
         self._index: Any = None
-        self._held = ""  # text that came in the start event
-        self._pieces: List[str] = []
-        self._blocks = 0
-        self._has_calls = False
+        self._pieces: List[str] = []  # a call's arguments in its start event; the input of a block of this format only
+        self._kinds: List[type] = []  # of the blocks so far
         self._counts: Dict[str, Any] = {}
         self._answer: Dict[str, Any] = {}
 
@@ -5039,15 +5052,23 @@ class AnthropicStreamParser:
     def read(self, message: Dict[str, Any]) -> List[Any]:
         """The events of a whole Message."""
         events = self._start({"message": message})
-        for item in message["content"]:
-            if isinstance(item, dict) and item:
-                events += self._open({"content_block": item}) + self._close_block()
-        return events + self._message_delta({"delta": message}) + self._stop({})
+        for item in filter(as_dict, message["content"]):
+            events += self._open({"content_block": item})
+        return events + self._stop({})
+
+    def _note(self, *parts: Dict[str, Any]) -> List[Any]:
+        """What is said of the answer. Later counts win, except that a zero never hides a number: some upstreams repeat
+        the fields empty."""
+        for part in parts:
+            self._answer.update(_told(part))
+            for key, value in as_dict(part.get("usage")).items():
+                if value or self._counts.get(key) is None:
+                    self._counts[key] = value
+        return []
 
     def _start(self, data: Dict[str, Any]) -> List[Any]:
         message = as_dict(data.get("message"))
-        self._count(message.get("usage"))
-        self._answer.update((key, message[key]) for key in _ANTHROPIC_ANSWER_KEYS if message.get(key) is not None)
+        self._note(message)
         if self._is_started:
             return []
         self._is_started = True
@@ -5055,31 +5076,34 @@ class AnthropicStreamParser:
         return [Started(answer_id, as_text(message.get("model")), self.usage, self._context.created)]
 
     def _make_way(self) -> List[Any]:
-        return ([] if self._is_started else self._start({})) + self._close_block()
+        return ([] if self._is_started else self._start({})) + self._close()
 
     def _open(self, data: Dict[str, Any]) -> List[Any]:
         item = data["content_block"]
-        block = _anthropic_part(item, "toolu_%s_%d" % (self._context.id, self._blocks))
-        events = self._make_way()
-        self._blocks += 1
+        block, events = _anthropic_part(item), self._make_way()
         self._index = data.get("index")
         if isinstance(block, Opaque):
-            self._block, self._pieces = dict(item), []
-            return events
-        self._has_calls = self._has_calls or isinstance(block, ToolCall)
-        self._block, self._held = block, block_text(block)
-        return events + [Opened(with_text(block, ""))]
+            self._block = dict(item)
+        else:
+            text, self._block = block_text(block), with_text(block, "")
+            events.append(Opened(self._block))
+            if isinstance(block, ToolCall):
+                self._block.id = block.id or "toolu_%s_%d" % (self._context.id, len(self._kinds))
+                self._pieces = [text]
+            elif text:
+                events.append(Delta(text))
+        self._kinds.append(type(block))
+        return events
 
     def _delta(self, delta: Dict[str, Any], index: Any) -> List[Any]:
-        kind = delta["type"]
-        field, block_type = _ANTHROPIC_DELTAS.get(kind, ("", None))
+        field, block_type = _ANTHROPIC_DELTAS.get(delta["type"], ("", None))
         text = delta.get(field)
         if type(self._block) is not block_type or index != self._index:
-            return self._other_delta(delta, text if isinstance(text, str) else "", block_type, index)
+            return self._other_delta(delta, as_text(text), block_type, index)
         if not text or type(text) is not str:
             return []
-        if self._held:  # text in the start event precedes this, a tool's `input` there was only a placeholder
-            text, self._held = text if block_type is ToolCall else self._held + text, ""
+        if self._pieces:  # a placeholder for these
+            self._pieces = []
         self.said = text
         return [Delta(text)]
 
@@ -5089,79 +5113,57 @@ class AnthropicStreamParser:
 
     def _other_delta(self, delta: Dict[str, Any], text: str, block_type: Any, index: Any) -> List[Any]:
         """A delta of an Opaque block, one that adds no text, or one without its start, which opens what it says."""
-        block, kind, values = self._block, delta["type"], {}
-        if isinstance(block, dict) and index == self._index:
-            return self._add_to_opaque(delta)
-        if text and block_type in (Text, Thinking) and (block is None or index == self._index):
+        is_open = index == self._index and self._block is not None
+        if is_open and isinstance(self._block, dict):
+            return self._add_to_opaque(_told(delta))
+        field, key, owner = _ANTHROPIC_PROOFS.get(delta["type"], ("", "", None))
+        if is_open and type(self._block) is owner and delta.get(field):
+            return [Extended(_ANTHROPIC, {key: delta[field] if field == key else [delta[field]]})]
+        if text and block_type in (Text, Thinking) and (is_open or self._block is None):
             events = self._make_way()
             self._block, self._index = block_type(""), index
             return events + [Opened(self._block), Delta(text)]
-        if index == self._index and kind == "signature_delta" and isinstance(block, Thinking):
-            values = {"signature": delta.get("signature")}
-        elif index == self._index and kind == "citations_delta" and isinstance(block, Text):
-            values = {"citations": [delta.get("citation")]}
-        if not any(values.values()):
-            self.skipped += 1
-            return []
-        return self._release() + [Extended(_ANTHROPIC, values)]
+        self.skipped += 1
+        return []
 
     def _add_to_opaque(self, delta: Dict[str, Any]) -> List[Any]:
         """`input` comes as JSON text; other deltas name the block's own fields (compaction_delta: content)."""
-        if delta["type"] == "input_json_delta":
+        if delta.pop("type") == "input_json_delta":
             self._pieces.append(as_text(delta.get("partial_json")))
             return []
         for key, value in delta.items():
-            if key != "type" and value is not None:
-                old = self._block.get(key)
-                self._block[key] = old + value if isinstance(old, str) and isinstance(value, str) else value
+            old = self._block.get(key)
+            self._block[key] = old + value if isinstance(old, str) and isinstance(value, str) else value
         return []
 
-    def _release(self) -> List[Any]:
-        held, self._held = self._held, ""
-        return [Delta(held)] if held else []
-
-    def _close(self, data: Dict[str, Any]) -> List[Any]:
-        return self._close_block() if data.get("index", self._index) == self._index else []
-
-    def _close_block(self) -> List[Any]:
-        block, self._block = self._block, None
-        if block is None:
+    def _close(self, data: Mapping[str, Any] = {}) -> List[Any]:
+        block, text = self._block, "".join(self._pieces)
+        if block is None or data.get("index", self._index) != self._index:
             return []
+        self._block, self._pieces = None, []
         if not isinstance(block, dict):
-            return self._release() + [Closed()]
-        if self._pieces:
-            block["input"] = arguments_object("".join(self._pieces))
+            return ([Delta(text)] if text else []) + [Closed()]
+        if text:
+            block["input"] = arguments_object(text)
         return [Opened(Opaque(_ANTHROPIC, block)), Closed()]
-
-    def _count(self, usage: Any) -> None:
-        """Later counts win, except that a zero never hides a number: some upstreams repeat the fields empty."""
-        for key, value in as_dict(usage).items():
-            if value or self._counts.get(key) is None:
-                self._counts[key] = value
-
-    def _message_delta(self, data: Dict[str, Any]) -> List[Any]:
-        self._count(data.get("usage"))
-        for part in (data, as_dict(data.get("delta"))):
-            self._answer.update((key, value) for key, value in part.items() if value is not None)
-        return []
 
     def _stop(self, data: Dict[str, Any]) -> List[Any]:
         events = self._make_way()
         self.done = self._is_ended = True
         reason = self._answer.get("stop_reason")
         if reason not in STOP_REASONS:
-            reason = "tool_use" if self._has_calls else "end_turn"
+            reason = "tool_use" if ToolCall in self._kinds else "end_turn"
         extra = _anthropic_answer_extra(self._answer, self._counts)
         return events + [Finished(reason, as_text(self._answer.get("stop_sequence")), self.usage, extra)]
 
     def _fail(self, error: ErrorInfo) -> List[Any]:
         self._is_ended = True
-        return self._close_block() + [Failed(error)]
+        return self._close() + [Failed(error)]
 
     _HANDLERS: Dict[Any, Callable[..., List[Any]]] = {
         "message_start": _start, "content_block_start": _open, "content_block_stop": _close,
-        "message_delta": _message_delta, "message_stop": _stop, "ping": lambda self, data: [Ping()],
-        "error": lambda self, data: self._fail(read_error(200, data, 500)),
+        "message_delta": lambda self, data: self._note(data, as_dict(data.get("delta"))), "message_stop": _stop,
+        "ping": lambda self, data: [Ping()], "error": lambda self, data: self._fail(read_error(200, data, 500)),
     }  # fmt: skip
 
 
@@ -5204,8 +5206,8 @@ class AnthropicStreamRenderer:
         if self._state != "before":
             return b""
         self._state, self._usage = "inside", event.usage
-        usage = _write_anthropic_usage(event.usage)
-        return _anthropic_event("message_start", message=_anthropic_shell(event.id, event.model, usage, self._context))
+        shell = _anthropic_shell(event, _write_anthropic_usage(event.usage), self._context)
+        return _anthropic_event("message_start", message=shell)
 
     def _make_way(self) -> bytes:
         return self._start(Started("", "")) + self._close()
@@ -5215,99 +5217,85 @@ class AnthropicStreamRenderer:
         self._block, self._pieces = block, []
         if isinstance(block, ToolCall):
             call_id = unique_id(block.id or "toolu_%s_%d" % (self._context.id, self._index), self._ids)
-            self._pieces += [block.arguments] if block.arguments else []
+            self._pieces += filter(None, [block.arguments])
             item = {"type": "tool_use", "id": call_id, "name": block.name, "input": {}, **own_extra(block, _ANTHROPIC)}
             return out + self._show(item)
-        if isinstance(block, Opaque):
-            return out + (self._show_opaque(block.value) if block.wire == _ANTHROPIC else b"")
-        return out + (self._first_delta(block.text) if block.text else b"")
-
-    def _show_opaque(self, item: Dict[str, Any]) -> bytes:
-        """A block of this format that a stream shows whole; `input` goes in a delta, where the SDKs look for it."""
-        if not isinstance(item.get("input"), dict):
-            return self._show(item)
-        return self._show({**item, "input": {}}) + self._arguments_delta(item["input"])
+        if not isinstance(block, Opaque):
+            return out + (self._first_delta(block.text) if block.text else b"")
+        if block.wire != _ANTHROPIC:
+            return out
+        given = block.value.get("input")
+        if not isinstance(given, dict):
+            return out + self._show(block.value)
+        # The SDKs look for the input in a delta.
+        out += self._show({**block.value, "input": {}})
+        return out + self._delta("input_json_delta", partial_json=arguments_text(given))
 
     def _show(self, item: Dict[str, Any]) -> bytes:
         self._is_shown = True
         return _anthropic_event("content_block_start", index=self._index, content_block=item)
 
-    def _set_prefix(self, delta: str, field: str) -> None:
-        event = 'event: content_block_delta\ndata: {"type":"content_block_delta","index":%d,"delta":{"type":"%s","%s":'
-        self._prefix = event % (self._index, delta, field)
+    def _show_text(self) -> bytes:
+        """The start of a text or reasoning block, if it was not told yet."""
+        return b"" if self._is_shown else self._show(_write_anthropic_block(type(self._block)(""), {}))
 
     def _first_delta(self, text: str) -> bytes:
         """The slow path: opens a text or reasoning block, or looks at the first character of a tool's arguments."""
-        if isinstance(self._block, ToolCall):
-            if self._pieces or not text.lstrip().startswith("{"):
-                self._pieces.append(text)
-                return b""
-            self._set_prefix("input_json_delta", "partial_json")
-            return self.render(Delta(text))
-        if not isinstance(self._block, (Text, Refusal, Thinking)) or self._state != "inside":
+        row = _ANTHROPIC_BY_BLOCK.get(type(self._block))
+        is_odd = row is None or (row.block is ToolCall and not text.lstrip().startswith("{"))
+        if is_odd or self._pieces:
+            self._pieces.append(text)
             return b""
-        return self._show_text(self._block) + self.render(Delta(text))
+        out = self._show_text()
+        event = 'event: content_block_delta\ndata: {"type":"content_block_delta","index":%d,"delta":{"type":"%s","%s":'
+        self._prefix = event % (self._index, row.delta, row.piece)
+        return out + self.render(Delta(text))
 
-    def _show_text(self, block: Any) -> bytes:
-        if isinstance(block, Thinking):
-            self._set_prefix("thinking_delta", "thinking")
-            return self._show({"type": "thinking", "thinking": "", "signature": ""})
-        self._set_prefix("text_delta", "text")
-        return self._show({"type": "text", "text": "", **own_extra(block, _ANTHROPIC)})
-
-    def _delta_event(self, kind: str, **fields: Any) -> bytes:
+    def _delta(self, kind: str, **fields: Any) -> bytes:
         return _anthropic_event("content_block_delta", index=self._index, delta={"type": kind, **fields})
 
-    def _arguments_delta(self, arguments: Dict[str, Any]) -> bytes:
-        return self._delta_event("input_json_delta", partial_json=arguments_text(arguments))
-
-    def _extend(self, event: Extended) -> bytes:
-        if event.wire != _ANTHROPIC or not isinstance(self._block, (Text, Thinking)):
-            return b""
-        out = b"" if self._is_shown else self._show_text(self._block)
-        if isinstance(self._block, Thinking) and event.values.get("signature"):
-            return out + self._delta_event("signature_delta", signature=event.values["signature"])
-        citations = as_list(event.values.get("citations"))
-        return out + b"".join(self._delta_event("citations_delta", citation=citation) for citation in citations)
-
-    def _close(self, event: Optional[Closed] = None) -> bytes:
-        block, self._block, self._prefix = self._block, None, ""
-        signature = own_extra(block, _ANTHROPIC).get("signature") if isinstance(block, Thinking) else ""
-        out = self._show_text(block) if signature and not self._is_shown else b""
-        if not self._is_shown:
-            return b""
-        if isinstance(block, ToolCall) and self._pieces:
-            out += self._arguments_delta(arguments_object("".join(self._pieces)))
-        if signature:
-            out += self._delta_event("signature_delta", signature=signature)
-        self._is_shown, self._prefix = False, ""
-        out += _anthropic_event("content_block_stop", index=self._index)
-        self._index += 1
+    def _prove(self, bag: Dict[str, Any]) -> bytes:
+        """Deltas for what a block has besides its text."""
+        out = b""
+        for kind, (field, key, owner) in _ANTHROPIC_PROOFS.items():
+            values = bag.get(key) or [] if type(self._block) is owner else []
+            for value in values if isinstance(values, list) else [values]:
+                out += self._show_text() + self._delta(kind, **{field: value})
         return out
 
+    def _close(self, event: Optional[Closed] = None) -> bytes:
+        block, out = self._block, b""
+        if isinstance(block, Thinking) or (isinstance(block, Text) and self._is_shown):
+            out = self._prove(own_extra(block, _ANTHROPIC))
+        elif isinstance(block, ToolCall) and self._pieces:
+            arguments = arguments_object("".join(self._pieces))
+            out = self._delta("input_json_delta", partial_json=arguments_text(arguments))
+        self._block, self._prefix = None, ""
+        if not self._is_shown:
+            return b""
+        self._is_shown = False
+        self._index += 1
+        return out + _anthropic_event("content_block_stop", index=self._index - 1)
+
     def _finish(self, event: Finished) -> bytes:
-        out, bag = self._make_way(), dict(own_extra(event, _ANTHROPIC))
+        out = self._make_way()
         self._state = "after"
-        fields = {"usage": _write_anthropic_usage(event.usage or self._usage, bag.pop("usage", None))}
-        if "context_management" in bag:
-            fields["context_management"] = bag.pop("context_management")
-        bag.pop("diagnostics", None)
-        reason = bag.pop("stop_reason", None) or _shown_stop(event.stop_reason, bool(self._ids))
-        delta = {"stop_reason": reason, "stop_sequence": event.stop_sequence or None, **bag}
-        return out + _anthropic_event("message_delta", delta=delta, **fields) + _anthropic_event("message_stop")
+        delta, usage, bag = _anthropic_end(event, bool(self._ids), self._usage)
+        delta.update(_without(bag, "context_management", "diagnostics"))
+        rest = _told({"context_management": bag.get("context_management")})
+        out += _anthropic_event("message_delta", delta=delta, usage=usage, **rest)
+        return out + _anthropic_event("message_stop")
 
     def _fail(self, event: Failed) -> bytes:
         out = self._close()
         self._state = "after"
         return out + anthropic_error_event(event.error, self._context.id)
 
-    def _ping(self, event: Ping) -> bytes:
-        """Only between message_start and the end (trap 45)."""
-        return _anthropic_event("ping") if self._state == "inside" else b""
-
     _HANDLERS: Dict[type, Callable[..., bytes]] = {
-        Started: _start, Opened: _open, Extended: _extend, Closed: _close, Finished: _finish, Failed: _fail,
-        Ping: _ping,
+        Started: _start, Opened: _open, Closed: _close, Finished: _finish, Failed: _fail,
+        Extended: lambda self, event: self._prove(event.values) if event.wire == _ANTHROPIC else b"",
+        # Only between message_start and the end (trap 45).
+        Ping: lambda self, event: _anthropic_event("ping") if self._state == "inside" else b"",
     }  # fmt: skip
 
 
