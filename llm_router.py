@@ -5378,23 +5378,28 @@ _RESPONSES_PARTS = {
     "function_call": _ResponsesPart("function_call", "fc", "function_call_arguments", "arguments"),
     "custom_tool_call": _ResponsesPart("custom_tool_call", "ctc", "custom_tool_call_input", "input"),
 }  # fmt: skip
-# What is told as which kind of part; a Thinking's bag and a ToolCall's kind may say another.
-_RESPONSES_KINDS = {Text: "output_text", Refusal: "refusal", Thinking: "summary_text", ToolCall: "function_call"}
+# What is told as which kind of part: blocks by type, calls by kind; a Thinking's bag may say another.
+_RESPONSES_KINDS: Dict[Any, str] = {
+    Text: "output_text", Refusal: "refusal", Thinking: "summary_text", "function": "function_call",
+    "custom": "custom_tool_call",
+}  # fmt: skip
 
 _RESPONSES_CALLS = {"function_call": "function", "custom_tool_call": "custom"}  # item types -> kind of the ToolCall
 _RESPONSES_RESULTS = ("function_call_output", "custom_tool_call_output")
 # Items that a client adds, besides those whose type ends in _output; all others were made by the model.
 _RESPONSES_CLIENT_ITEMS = ("mcp_approval_response", "compaction_trigger", "configuration_update")
 
-# Request fields that have an attribute of the neutral request of their own, and those that are told in it otherwise.
-_RESPONSES_FIELDS = (
-    ("parallel_tool_calls", "parallel_tools", (bool,)), ("max_output_tokens", "max_tokens", (int,)),
-    ("temperature", "temperature", (int, float)), ("top_p", "top_p", (int, float)),
-)  # fmt: skip
-_RESPONSES_TOLD = {
-    *"model input instructions tools tool_choice text reasoning stream user".split(),
-    *(row[0] for row in _RESPONSES_FIELDS),
-}
+# Request fields that have an attribute of the neutral request of their own, the types of those that are checked, and
+# those that are told in the neutral request in any way.
+_RESPONSES_FIELDS = {
+    "parallel_tool_calls": "parallel_tools", "max_output_tokens": "max_tokens", "temperature": "temperature",
+    "top_p": "top_p",
+}  # fmt: skip
+_RESPONSES_CHECKED: Dict[str, Tuple[type, ...]] = {
+    "parallel_tool_calls": (bool,), "max_output_tokens": (int,), "temperature": (int, float), "top_p": (int, float),
+    "instructions": (str,), "text": (dict,), "reasoning": (dict,), "input": (str, list),
+}  # fmt: skip
+_RESPONSES_TOLD = (*_RESPONSES_CHECKED, *"model tools tool_choice stream user".split())
 
 # Fields that Chat Completions has under the same name and with the same meaning.
 _RESPONSES_SHARED = (
@@ -5405,6 +5410,10 @@ _RESPONSES_CHOICES = {"auto": "auto", "none": "none", "required": "any"}
 _RESPONSES_MIN_TOKENS = 16
 _RESPONSES_MAX_USER = 64
 
+# Types of parts that are text -> the block, and the field with its text.
+_RESPONSES_WORDS: Dict[str, Tuple[Any, str]] = {
+    **dict.fromkeys(("input_text", "output_text", "text"), (Text, "text")), "refusal": (Refusal, "refusal"),
+}  # fmt: skip
 _RESPONSES_FILES = {
     "txt": "text/plain", "md": "text/markdown", "csv": "text/csv", "html": "text/html", "json": "application/json",
 }  # fmt: skip
@@ -5465,12 +5474,12 @@ class ItemMemory(BoundedMap):
 
     def resolve(self, body: Dict[str, Any]) -> Optional[Dict[str, Any]]:
         """The request with what is remembered in place of references to it; None when it has no such reference."""
-        source = [as_dict(item) for item in as_list(body.get("input"))]
-        referred = [item.get("id") if _responses_type(item) == "item_reference" else None for item in source]
-        found = [self.get(id) if isinstance(id, str) else None for id in referred]
-        if not any(found):
-            return None
-        return dict(body, input=[load_json(data) if data else item for data, item in zip(found, body["input"])])
+        source, found = as_list(body.get("input")), {}
+        for index, item in enumerate(map(as_dict, source)):
+            data = self.get(as_text(item.get("id"))) if _responses_type(item) == "item_reference" else None
+            if data:
+                found[index] = load_json(data)
+        return {**body, "input": [found.get(index, item) for index, item in enumerate(source)]} if found else None
 
 
 def parse_responses_request(body: Dict[str, Any]) -> ChatRequest:
@@ -5481,29 +5490,24 @@ def parse_responses_request(body: Dict[str, Any]) -> ChatRequest:
     missing = needs_server_state(body)
     if missing:
         raise RouterError(missing, 400, "unsupported_parameter")
-    simple = {name: check_field(body.get(field), kinds, field, False) for field, name, kinds in _RESPONSES_FIELDS}
-    instructions = check_field(body.get("instructions"), (str,), "instructions", False)
-    text = check_field(body.get("text"), (dict,), "text", False) or {}
-    reasoning = check_field(body.get("reasoning"), (dict,), "reasoning", False)
-    if reasoning is not None:
-        reasoning = Reasoning(as_text(reasoning.get("effort")), extra=rest_of(reasoning, ("effort",), _RESPONSES))
-    source = check_field(body.get("input"), (str, list), "input", False) or []
+    said = {field: check_field(body.get(field), kinds, field, False) for field, kinds in _RESPONSES_CHECKED.items()}
+    text, reasoning, source = said["text"] or {}, said["reasoning"], said["input"] or []
     source = [{"role": "user", "content": source}] if isinstance(source, str) else source
     items = [check_field(item, (dict,), "input[%d]" % index) for index, item in enumerate(source)]
     added = [tool for item in items if item.get("type") == "additional_tools" for tool in as_list(item.get("tools"))]
     tools = _responses_tools(as_list(body.get("tools")) + added)
-    choice, tools, fields = _responses_choice(body.get("tool_choice"), tools)
-    system, messages = _responses_turns(items, _responses_flat_names(tools))
-    fields.update((key, value) for key, value in body.items() if key not in _RESPONSES_TOLD)
-    more_text = {key: value for key, value in text.items() if key != "format"}
-    fields.update({"text": more_text} if more_text else {})
+    choice, tools, kept = _responses_choice(body.get("tool_choice"), tools)
+    turns = _responses_turns(items, _responses_flat_names(tools))
+    fields = {**kept, **_without(body, *_RESPONSES_TOLD), "text": _without(text, "format")}
     return ChatRequest(
-        model=as_text(body.get("model")), messages=messages,
-        system=([Text(instructions)] if instructions else []) + system, tools=tools, tool_choice=choice,
+        as_text(body.get("model")), turns[1:],
+        [*([Text(said["instructions"])] if said["instructions"] else []), *turns[0].blocks], tools, choice,
         stream=body.get("stream") is True,
-        output=_read_output(as_dict(text.get("format")), text.get("format"), "text.format"), reasoning=reasoning,
+        output=_read_output(as_dict(text.get("format")), text.get("format"), "text.format"),
+        reasoning=Reasoning(as_text(reasoning.get("effort")), extra=rest_of(reasoning, ("effort",), _RESPONSES))
+        if reasoning is not None else None,
         user=as_text(body.get("user")) or as_text(body.get("safety_identifier")),
-        fields={_RESPONSES: fields} if fields else None, **simple,
+        fields=rest_of(fields, (), _RESPONSES), **{name: said[field] for field, name in _RESPONSES_FIELDS.items()},
     )  # fmt: skip
 
 
@@ -5512,16 +5516,16 @@ def _responses_type(item: Dict[str, Any]) -> str:
     return as_text(item.get("type")) or ("message" if "role" in item else "item_reference" if "id" in item else "")
 
 
-def _responses_turns(items: List[Dict[str, Any]], names: Dict[Tuple[str, str], str]) -> Tuple[List[Any], List[Message]]:
-    """(system blocks, messages): instructions in front are no turn; items of one role in a row are one."""
-    messages = [Message("system", [])]
+def _responses_turns(items: List[Dict[str, Any]], names: Dict[Tuple[str, str], str]) -> List[Message]:
+    """The conversation behind a turn of the instructions in front; items of one role in a row are one turn."""
+    turns = [Message("system", [])]
     for index, item in enumerate(items):
         role, blocks = _responses_turn(item, "input[%d]" % index, names)
-        if messages[-1].role == role:
-            messages[-1].blocks.extend(blocks)
+        if turns[-1].role == role:
+            turns[-1].blocks.extend(blocks)
         elif blocks:
-            messages.append(Message(role, blocks))
-    return messages[0].blocks, messages[1:]
+            turns.append(Message(role, blocks))
+    return turns
 
 
 def _responses_turn(item: Dict[str, Any], where: str, names: Dict[Tuple[str, str], str]) -> Tuple[str, List[Any]]:
@@ -5529,9 +5533,9 @@ def _responses_turn(item: Dict[str, Any], where: str, names: Dict[Tuple[str, str
     if kind == "message":
         if role not in ("user", "assistant", "system", "developer"):
             raise field_error(where + ".role", "expected user, assistant, system or developer")
-        is_system = role in ("system", "developer")
-        bag = {**_responses_kept(item, "phase"), **({"role": role} if is_system else {})}
-        return "system" if is_system else role, _responses_parts(item.get("content"), where + ".content", bag)
+        own = ("phase", "role") if role in ("system", "developer") else ("phase",)
+        blocks = _responses_parts(item.get("content"), where + ".content", _responses_kept(item, *own))
+        return "system" if role == "developer" else role, blocks
     if kind in _RESPONSES_RESULTS:
         call_id = as_text(item.get("call_id")) or as_text(item.get("id"))
         return "user", [ToolResult(call_id, _responses_parts(item.get("output"), where + ".output"))]
@@ -5553,22 +5557,23 @@ def _responses_parts(content: Any, where: str, bag: Mapping[str, Any] = {}) -> L
 def _responses_part(part: Dict[str, Any]) -> Any:
     """One content part as a block, None when it is empty (trap 82) or unknown; files that are stored stay Opaque."""
     kind = as_text(part.get("type"))
-    if kind in ("input_text", "output_text", "text", "refusal"):
-        field = "refusal" if kind == "refusal" else "text"
-        text, extra = as_text(part.get(field)), rest_of(part, ("type", field), _RESPONSES)
-        return (Refusal if kind == "refusal" else Text)(text, extra) if text else None
+    if kind in _RESPONSES_WORDS:
+        block, field = _RESPONSES_WORDS[kind]
+        text = as_text(part.get(field))
+        return block(text, rest_of(part, ("type", field), _RESPONSES)) if text else None
     if kind == "input_audio":
         audio = as_dict(part.get("input_audio"))
-        return Media("audio", "audio/" + (as_text(audio.get("format")) or "wav"), data=as_text(audio.get("data")))
+        return Media("audio", "audio/" + (as_text(audio.get("format")) or "wav"), as_text(audio.get("data")))
     if kind in ("input_image", "image_url", "input_file"):
-        image, name, data = part.get("image_url"), as_text(part.get("filename")), as_text(part.get("file_data"))
-        url = as_text(image) or as_text(as_dict(image).get("url")) or as_text(part.get("file_url"))
-        extra = rest_of(part, ("type", "image_url", "file_data", "file_url", "filename"), _RESPONSES)
-        guess = _RESPONSES_FILES.get(name.rsplit(".", 1)[-1].lower(), "application/pdf")
-        if data and not data.startswith("data:"):  # bare base64
-            return Media("document", guess, data, name=name, extra=extra)
-        if url or data:
-            return media_of_url("document" if kind == "input_file" else "image", url or data, name, extra)
+        name, image = as_text(part.get("filename")), part.get("image_url")
+        values = (image, as_dict(image).get("url"), part.get("file_url"), part.get("file_data"))
+        url = next(filter(as_text, values), "")
+        if url and url is part.get("file_data") and not url.startswith("data:"):  # bare base64
+            guess = _RESPONSES_FILES.get(name.rsplit(".", 1)[-1].lower(), "application/pdf")
+            url = "data:%s;base64,%s" % (guess, url)
+        if url:
+            extra = rest_of(part, ("type", "image_url", "file_data", "file_url", "filename"), _RESPONSES)
+            return media_of_url("document" if kind == "input_file" else "image", url, name, extra)
     return Opaque(_RESPONSES, part) if kind.startswith("input_") else None
 
 
@@ -5584,7 +5589,7 @@ def _responses_with(block: Any, bag: Mapping[str, Any]) -> Any:
 
 
 def _responses_blocks(
-    item: Dict[str, Any], names: Dict[Tuple[str, str], str], call_id: str = "", **bag: Any
+    item: Dict[str, Any], names: Dict[Tuple[str, str], str], call_id: str = "", bag: Mapping[str, Any] = {}
 ) -> List[Any]:
     """The blocks of an item the model made. call_id: for a call without one; bag: what else their own bags keep."""
     kind = as_text(item.get("type"))
@@ -5602,12 +5607,14 @@ def _responses_blocks(
 
 def _responses_thinking(item: Dict[str, Any], bag: Mapping[str, Any]) -> Thinking:
     """A reasoning item: its summary, else the reasoning itself (open models), and what proves and continues it."""
-    part, texts = "summary_text", []
-    for kind in ("reasoning_text", "summary_text"):
-        found = [as_text(as_dict(value).get("text")) for value in as_list(item.get(_RESPONSES_PARTS[kind].holder))]
-        part, texts = (kind, found) if any(found) else (part, texts)
-    kept = {**_responses_kept(item, "encrypted_content"), **({"part": part} if part == "reasoning_text" else {})}
-    return _responses_with(Thinking("\n\n".join(filter(None, texts))), {**kept, **bag})
+    kept, text = _responses_kept(item, "encrypted_content"), ""
+    for kind in ("summary_text", "reasoning_text"):
+        parts = map(as_dict, as_list(item.get(_RESPONSES_PARTS[kind].holder)))
+        text = text or "\n\n".join(filter(None, [as_text(part.get("text")) for part in parts]))
+        if text:
+            break
+    own = {"part": kind} if text and kind == "reasoning_text" else {}
+    return _responses_with(Thinking(text), {**kept, **own, **bag})
 
 
 def _responses_tools(tools: List[Any]) -> List[Tool]:
@@ -5632,37 +5639,40 @@ def _responses_tool(tool: Dict[str, Any]) -> Tool:
     if kind not in ("function", "custom"):
         return Tool(as_text(tool.get("name")) or kind, kind="server", extra={_RESPONSES: tool})
     tool = {**tool, **as_dict(tool.get(kind))}
-    schema, strict = tool.get("parameters"), tool.get("strict")
+    schema = as_dict(tool.get("parameters")) if kind == "function" else None
+    told = ("type", "name", "description", "parameters", "strict", "namespace", "about", kind)
     return Tool(
-        as_text(tool.get("name")), as_text(tool.get("description")),
-        schema if kind == "function" and isinstance(schema, dict) else None, kind,
-        strict if isinstance(strict, bool) else None,
-        rest_of(tool, ("type", "name", "description", "parameters", "strict", "namespace", "about", kind), _RESPONSES),
+        as_text(tool.get("name")), as_text(tool.get("description")), schema, kind, _as_flag(tool.get("strict")),
+        rest_of(tool, told, _RESPONSES),
     )  # fmt: skip
+
+
+def _responses_bags(tools: Iterable[Tool]) -> Dict[str, Dict[str, Any]]:
+    """What this format keeps of each tool that a client runs, by name."""
+    return {tool.name: own_extra(tool, _RESPONSES) for tool in tools if tool.kind != "server"}
 
 
 def _responses_flat_names(tools: Iterable[Tool]) -> Dict[Tuple[str, str], str]:
     """(namespace, name) -> flat name of each tool that came in a namespace."""
-    bags = [(own_extra(tool, _RESPONSES), tool.name) for tool in tools if tool.kind != "server"]
-    return {(bag["namespace"], bag["name"]): flat for bag, flat in bags if "namespace" in bag}
+    bags = _responses_bags(tools).items()
+    return {(bag["namespace"], bag["name"]): flat for flat, bag in bags if "namespace" in bag}
 
 
 def _responses_choice(choice: Any, tools: List[Tool]) -> Tuple[Optional[ToolChoice], List[Tool], Dict[str, Any]]:
     """(neutral choice, tools it leaves, fields to keep): allowed_tools hides the others (SDK: ToolChoiceAllowed)."""
-    if isinstance(choice, str):
+    if as_text(choice):
         return (ToolChoice(_RESPONSES_CHOICES[choice]) if choice in _RESPONSES_CHOICES else None), tools, {}
     choice, flat = as_dict(choice), _responses_flat_names(tools)
-
-    def named(value: Dict[str, Any]) -> str:
-        name = as_text(value.get("name"))
-        return flat.get((as_text(value.get("namespace")), name), name)
-
-    if choice.get("type") in ("function", "custom"):
-        return ToolChoice("tool", named({**choice, **as_dict(choice.get(choice["type"]))})), tools, {}
-    if choice.get("type") != "allowed_tools":
-        return None, tools, {"tool_choice": choice} if choice else {}
-    allowed = [as_dict(tool) for tool in as_list(choice.get("tools"))]
-    names, kinds = set(map(named, allowed)), {as_text(tool.get("type")) for tool in allowed}
+    kind, listed = as_text(choice.get("type")), as_list(choice.get("tools"))
+    is_call = kind in ("function", "custom")
+    said = [{**tool, **as_dict(tool.get(kind))} for tool in map(as_dict, [choice] if is_call else listed)]
+    names = [as_text(tool.get("name")) for tool in said]
+    names = [flat.get((as_text(tool.get("namespace")), name), name) for tool, name in zip(said, names)]
+    if is_call:
+        return ToolChoice("tool", names[0]), tools, {}
+    if kind != "allowed_tools":
+        return None, tools, {"tool_choice": choice}
+    kinds = [tool.get("type") for tool in said]
     kept = [t for t in tools if t.name in names or t.kind == "server" and own_extra(t, _RESPONSES).get("type") in kinds]
     return ToolChoice("any" if choice.get("mode") == "required" else "auto"), kept, {"tool_choice": choice}
 
@@ -5677,40 +5687,31 @@ def render_responses_request(request: ChatRequest) -> Dict[str, Any]:
     Dropped, as the API has no place for them: stop, top_k, thinking of other providers (trap 84), foreign Opaque
     blocks; an error result says so in its text.
     """
-    own = dict(as_dict((request.fields or {}).get(_RESPONSES)))
-    chat = as_dict((request.fields or {}).get("openai"))
+    bags = request.fields or {}
+    own, chat = dict(as_dict(bags.get(_RESPONSES))), as_dict(bags.get("openai"))
     images = [block for block in request.system if isinstance(block, Media)]
-    messages = ([Message("system", images)] if images else []) + list(request.messages)
     text = {**as_dict(own.pop("text", None)), **_responses_kept(chat, "verbosity"), **_responses_format(request.output)}
-    user = request.user if len(request.user) <= _RESPONSES_MAX_USER and "safety_identifier" not in own else ""
-    limit = request.max_tokens and max(_RESPONSES_MIN_TOKENS, request.max_tokens)
-    tools = {tool.name: own_extra(tool, _RESPONSES) for tool in request.tools if tool.kind != "server"}
-    body: Dict[str, Any] = {
-        "model": request.model,
-        "input": _responses_render_turns(messages, tools),
+    has_user = 0 < len(request.user) <= _RESPONSES_MAX_USER and "safety_identifier" not in own
+    same = {field: getattr(request, name) for field, name in _RESPONSES_FIELDS.items()}
+    body = {
+        **same, "model": request.model,
+        "input": _responses_items([Message("system", images), *request.messages], _responses_bags(request.tools)),
         "instructions": join_text(request.system, "\n\n") or None,
         "tools": _responses_render_tools(request.tools) or None,
         "tool_choice": _responses_render_choice(request),
-        "text": text or None,
+        "parallel_tool_calls": request.parallel_tools if request.tools else None,
+        "max_output_tokens": request.max_tokens and max(_RESPONSES_MIN_TOKENS, request.max_tokens),
+        "text": text or None, "user": request.user if has_user else None, "stream": request.stream or None,
         "reasoning": _responses_render_reasoning(request.reasoning, request.model),
-        "user": user or None,
-        "stream": request.stream or None,
-        **{
-            field: getattr(request, name)
-            for field, name, _ in _RESPONSES_FIELDS
-            if request.tools or field != "parallel_tool_calls"
-        },
-        "max_output_tokens": limit,
-    }
-    body = {key: value for key, value in body.items() if value is not None}
-    body.update({"store": False, **{key: chat[key] for key in _RESPONSES_SHARED if key in chat}, **own})
+    }  # fmt: skip
+    body = {**_told(body), "store": False, **{key: chat[key] for key in _RESPONSES_SHARED if key in chat}, **own}
     if request.reasoning and request.reasoning.effort != "none":
         include = [value for value in as_list(body.get("include")) if value != "reasoning.encrypted_content"]
         body["include"] = [*include, "reasoning.encrypted_content"]
     return body
 
 
-def _responses_render_turns(messages: Iterable[Message], tools: Dict[str, Dict[str, Any]]) -> List[Dict[str, Any]]:
+def _responses_items(messages: Iterable[Message], tools: Dict[str, Dict[str, Any]]) -> List[Dict[str, Any]]:
     """The items of a conversation: parts in a row are one message, everything else is an item of its own.
 
     A plain text goes as a string, the shape every server takes (SDK: EasyInputMessage).
@@ -5753,16 +5754,20 @@ def _responses_render_item(block: Any, tools: Dict[str, Dict[str, Any]], customs
         return {"type": "reasoning", "summary": [], **holder, **proof} if proof or "part" in bag else None
     item = block.value if isinstance(block, Opaque) and block.wire == _RESPONSES else {}
     if item.get("type") == "reasoning":
-        item = {key: value for key, value in item.items() if key != "id"} if item.get("encrypted_content") else {}
+        item = _without(item, "id") if item.get("encrypted_content") else {}
     return item or None
+
+
+def _responses_kind(block: Any) -> str:
+    """The kind of part as which a block is told."""
+    return _RESPONSES_KINDS[block.kind if isinstance(block, ToolCall) else type(block)]
 
 
 def _responses_call(call: ToolCall, tools: Dict[str, Dict[str, Any]], arguments: str) -> Dict[str, Any]:
     """The item of a call; one of a tool from a namespace names both. tools: the bags of the tools by name."""
-    kind = "custom_tool_call" if call.kind == "custom" else "function_call"
-    item = {"type": kind, "call_id": call.id, "name": call.name, _RESPONSES_PARTS[kind].field: arguments}
-    bag = {**own_extra(call, _RESPONSES), **tools.get(call.name, {})}
-    return {**item, **_responses_kept(bag, "namespace", "name")}
+    row = _RESPONSES_PARTS[_responses_kind(call)]
+    item = {"type": row.item, "call_id": call.id, "name": call.name, row.field: arguments}
+    return {**item, **_responses_kept({**own_extra(call, _RESPONSES), **tools.get(call.name, {})}, "namespace", "name")}
 
 
 def _responses_render_output(result: ToolResult) -> Any:
@@ -5771,7 +5776,7 @@ def _responses_render_output(result: ToolResult) -> Any:
         text = "Error: " + text
     rest = [_responses_render_part(block, "user") for block in result.blocks if not isinstance(block, (Text, Refusal))]
     parts = [{"type": "input_text", "text": text}] if text else []
-    return parts + [part for part in rest if part] if any(rest) else text
+    return parts + list(filter(None, rest)) if any(rest) else text
 
 
 def _responses_render_part(block: Any, role: str) -> Optional[Dict[str, Any]]:
@@ -5779,12 +5784,12 @@ def _responses_render_part(block: Any, role: str) -> Optional[Dict[str, Any]]:
     if isinstance(block, Opaque):
         is_part = block.wire == _RESPONSES and as_text(block.value.get("type")).startswith("input_")
         return block.value if is_part else None
-    bag = {key: value for key, value in own_extra(block, _RESPONSES).items() if key not in ("role", "phase", "id")}
-    if isinstance(block, Refusal) and role == "assistant":
+    bag, is_answer = _without(own_extra(block, _RESPONSES), "role", "phase", "id"), role == "assistant"
+    if isinstance(block, Refusal) and is_answer:
         return {"type": "refusal", "refusal": block.text}
     if isinstance(block, (Text, Refusal)):
-        more = {"annotations": [], **bag} if role == "assistant" else bag
-        return {"type": "output_text" if role == "assistant" else "input_text", "text": block.text, **more}
+        kind = {"type": "output_text", "text": block.text, "annotations": []}
+        return {**(kind if is_answer else {"type": "input_text", "text": block.text}), **bag}
     if not isinstance(block, Media):
         return None
     if block.kind == "audio":
@@ -5801,40 +5806,38 @@ def _responses_render_tools(tools: Iterable[Tool]) -> List[Dict[str, Any]]:
     result: List[Dict[str, Any]] = []
     spaces: Dict[str, List[Any]] = {}
     for tool in tools:
-        bag = dict(own_extra(tool, _RESPONSES))
+        bag = own_extra(tool, _RESPONSES)
         if tool.kind == "server":
-            result += [bag] if bag else []
+            result += filter(None, [bag])
             continue
-        space, name, about = bag.pop("namespace", None), bag.pop("name", tool.name), bag.pop("about", "")
+        space = bag.get("namespace")
         if space is not None and space not in spaces:
             spaces[space] = []
+            about = bag.get("about", "")
             result.append({"type": "namespace", "name": space, "description": about, "tools": spaces[space]})
-        spaces.get(space, result).append(_responses_render_tool(tool, name, bag))
+        spaces.get(space, result).append(_responses_render_tool(tool, bag))
     return result
 
 
-def _responses_render_tool(tool: Tool, name: str, bag: Dict[str, Any]) -> Dict[str, Any]:
-    entry: Dict[str, Any] = {"type": tool.kind, "name": name}
-    if tool.description:
-        entry["description"] = tool.description
+def _responses_render_tool(tool: Tool, bag: Dict[str, Any]) -> Dict[str, Any]:
+    form: Dict[str, Any] = {"format": None}
+    syntax, definition = tool_grammar(tool) if tool.kind == "custom" else ("", "")
+    if definition:
+        form = {"format": {"type": "grammar", "syntax": syntax or "lark", "definition": definition}}
     if tool.kind != "custom":
         # Left out, OpenAI tries strict mode; other formats are not strict unless they say so.
-        schema = tool.schema or {"type": "object", "properties": {}}
-        return {**entry, "parameters": schema, "strict": bool(tool.strict), **bag}
-    syntax, definition = tool_grammar(tool)
-    if definition:
-        entry["format"] = {"type": "grammar", "syntax": syntax or "lark", "definition": definition}
-    return {**entry, **bag}
+        form = {"parameters": tool.schema or {"type": "object", "properties": {}}, "strict": bool(tool.strict)}
+    entry = {"type": tool.kind, "name": tool.name, "description": tool.description or None, **form}
+    return {**_told(entry), **_without(bag, "namespace", "about")}
 
 
 def _responses_render_choice(request: ChatRequest) -> Any:
     choice = request.tool_choice
     if choice is None or choice.mode != "tool":
         return choice and ("required" if choice.mode == "any" else choice.mode)
-    tool = next((t for t in request.tools if t.name == choice.name and t.kind != "server"), Tool(choice.name))
-    bag = own_extra(tool, _RESPONSES)
-    space = {"namespace": bag["namespace"]} if "namespace" in bag else {}
-    return {"type": tool.kind, "name": bag.get("name", choice.name), **space}
+    kinds = {tool.name: tool.kind for tool in request.tools if tool.kind != "server"}
+    named = _responses_kept(_responses_bags(request.tools).get(choice.name, {}), "namespace", "name")
+    return {"type": kinds.get(choice.name, "function"), "name": choice.name, **named}
 
 
 def _responses_format(output: Optional[JsonOutput]) -> Dict[str, Any]:
@@ -5846,13 +5849,9 @@ def _responses_render_reasoning(reasoning: Optional[Reasoning], model: str) -> O
     """`reasoning`: a budget becomes an effort; a client that asked for thinking as such is to see a summary of it."""
     if reasoning is None:
         return None
-    value = dict(own_extra(reasoning, _RESPONSES))
     effort = _openai_effort(reasoning, model)
-    if effort:
-        value["effort"] = effort
-    if (reasoning.budget or reasoning.adaptive) and effort != "none":
-        value.setdefault("summary", "auto")
-    return value
+    asks = (reasoning.budget or reasoning.adaptive) and effort != "none"
+    return _told({"summary": "auto" if asks else None, **own_extra(reasoning, _RESPONSES), "effort": effort or None})
 
 
 # --- Answers, reading -------------------------------------------------------------------------------------
@@ -5864,8 +5863,8 @@ _RESPONSES_TEXTS = {
     for end in ("delta", "done")
 }
 
-_RESPONSES_ENDS = {"response." + end for end in ("completed", "incomplete", "failed", "cancelled", "done")}
-_RESPONSES_QUIET = ("response.created", "response.content_part.added")
+# The status that the last event of a stream tells; others are the end of a completed answer.
+_RESPONSES_ENDS = {"response." + end: end for end in ("completed", "incomplete", "failed", "cancelled", "done")}
 _RESPONSES_REASONS = {"content_filter": "refusal", "max_messages": "pause_turn", "steered": "pause_turn"}
 
 
@@ -5898,19 +5897,17 @@ def parse_responses_response(body: Dict[str, Any], context: Context) -> ChatResp
 class _ResponsesItem:
     """An output item on its way. block: its open block; pieces: what is known of that block's text.
 
-    part: kind and number of the newest part, whose text begins at pieces[mark]; parts below `floor` are complete.
+    part: kind and number of the newest part, whose text begins at pieces[mark]; parts below it are complete.
     sent: blocks closed so far. waiting: events held back while a block of another item is open.
     """
 
-    __slots__ = ("block", "ended", "floor", "index", "item", "mark", "part", "pieces", "sent", "waiting")
+    __slots__ = ("block", "ended", "index", "item", "mark", "part", "pieces", "sent", "waiting")
 
     def __init__(self, index: int, item: Dict[str, Any]) -> None:
         self.index, self.item = index, item
-        self.block: Any = None
-        self.part = ("", 0)
+        self.block, self.part, self.ended = None, ("", 0), False
+        self.mark = self.sent = 0
         self.pieces: List[str] = []
-        self.mark = self.floor = self.sent = 0
-        self.ended = False
         self.waiting: List[Any] = []
 
 
@@ -5926,12 +5923,11 @@ class ResponsesParser:
     said = ""  # its events are numbered, so no two are alike
 
     def __init__(self, context: Context) -> None:
-        self.done = False
+        self.done = self._started = False
         self.usage: Optional[Usage] = None
         self.skipped = 0
         self._context = context
         self._names = _responses_flat_names(context.request.tools)
-        self._started = False
         self._items: Dict[int, _ResponsesItem] = OrderedDict()
         self._active: Optional[_ResponsesItem] = None
         self._kinds: Set[type] = set()
@@ -5959,50 +5955,47 @@ class ResponsesParser:
             return [Ping()] if kind and self._started else []
         response = as_dict(value.get("response"))
         start = [] if self._started else [self._start(response)]
-        if kind in _RESPONSES_TEXTS:
-            self._text(value, *_RESPONSES_TEXTS[kind])
-        elif kind == "response.output_item.added":
-            self._added(self._item(value), as_dict(value.get("item")))
-        elif kind == "response.output_item.done":
-            self._end(self._item(value), as_dict(value.get("item")))
-        elif kind == "response.content_part.done":
-            self._part_done(value)
-        elif kind in _RESPONSES_ENDS:
-            return start + self._terminate(kind[9:], response)
-        elif kind not in _RESPONSES_QUIET:
+        if kind in _RESPONSES_ENDS:
+            return start + self._terminate(_RESPONSES_ENDS[kind], response)
+        handler = self._HANDLERS.get(kind)
+        if handler is None:
             return start or [Ping()]
+        handler(self, value)
         return start + self._flush()
 
     def finish(self) -> List[Any]:
         """The end of the bytes: a stream without its terminator was cut off (trap 62)."""
-        if self.done:
-            return []
-        return self._fail(ErrorInfo(502, "the upstream's stream ended too early", code="truncated"))
+        error = ErrorInfo(502, "the upstream's stream ended too early", code="truncated")
+        return [] if self.done else self._fail(error)
 
     def _start(self, response: Dict[str, Any]) -> Started:
         self._started = True
         model = as_text(response.get("model")) or self._context.request.model
         return Started(as_text(response.get("id")), model, None, as_int(response.get("created_at")))
 
-    def _text(self, value: Dict[str, Any], kind: str, item: str, index: str, field: str) -> None:
-        text = as_text(value.get(field))
-        if text:
-            state = self._item(value, item)
-            if self._reach(state, kind, as_int(value.get(index))):
-                self._add(state, text, field != "delta")
+    # -- what one event says of its item
 
     def _item(self, value: Dict[str, Any], kind: str = "") -> _ResponsesItem:
         """The item an event belongs to; one that was never announced is made up, of type `kind`."""
         index = value.get("output_index")
         if not isinstance(index, int):
             name = value.get("item_id") or as_dict(value.get("item")).get("id")
-            newest = len(self._items) - 1 if kind and self._items else len(self._items)
+            newest = len(self._items) - bool(kind and self._items)
             index = next((i for i, state in self._items.items() if name and state.item.get("id") == name), newest)
         if index not in self._items:
             self._items[index] = _ResponsesItem(index, as_dict(value.get("item")) or {"type": kind})
         return self._items[index]
 
-    def _added(self, state: _ResponsesItem, item: Dict[str, Any]) -> None:
+    def _text(self, value: Dict[str, Any]) -> None:
+        kind, item, index, field = _RESPONSES_TEXTS[value["type"]]
+        text = as_text(value.get(field))
+        if text:
+            state = self._item(value, item)
+            if self._reach(state, kind, as_int(value.get(index))):
+                self._add(state, text, field != "delta")
+
+    def _item_added(self, value: Dict[str, Any]) -> None:
+        state, item = self._item(value), as_dict(value.get("item"))
         state.item = item or state.item
         kind = as_text(state.item.get("type"))
         if kind in _RESPONSES_CALLS and self._reach(state, kind, 0) and state.block is None:
@@ -6015,18 +6008,28 @@ class ResponsesParser:
         if kind and self._reach(state, kind, as_int(value.get("content_index"))):
             self._settle(state, block)
 
+    _HANDLERS: Dict[str, Callable[..., None]] = {
+        **dict.fromkeys(_RESPONSES_TEXTS, _text),
+        **dict.fromkeys(("response.created", "response.content_part.added"), lambda self, value: None),
+        "response.output_item.added": _item_added,
+        "response.content_part.done": _part_done,
+        "response.output_item.done": lambda self, value: self._end(self._item(value), as_dict(value.get("item"))),
+    }
+
+    # -- the blocks of an item
+
     def _reach(self, state: _ResponsesItem, kind: str, index: int) -> bool:
         """Goes on to a part of an item; False for a part that is complete, or says the same as another (trap 32)."""
-        if state.ended or index < state.floor:
+        if state.ended or index < state.part[1]:
             return False
         if (kind, index) != state.part:
-            if isinstance(state.block, Thinking):
-                if kind != state.part[0]:
-                    return False
+            if not isinstance(state.block, Thinking):
+                self._close(state)
+            elif kind == state.part[0]:
                 self._add(state, "\n\n")
             else:
-                self._close(state)
-            state.part, state.mark, state.floor = (kind, index), len(state.pieces), index
+                return False
+            state.part, state.mark = (kind, index), len(state.pieces)
         return True
 
     def _add(self, state: _ResponsesItem, text: str, is_whole: bool = False) -> None:
@@ -6043,46 +6046,46 @@ class ResponsesParser:
 
     def _open(self, state: _ResponsesItem, block: Any = None) -> None:
         """Opens a block, of the newest part when none is given. A call without a name cannot be opened yet."""
-        if block is None:
-            kind, row = state.part[0], _RESPONSES_PARTS[state.part[0]]
-            text = [{"type": kind, row.field: "?"}] if row.holder else ""
-            item = {**state.item, "type": row.item, "summary": [], row.holder or row.field: text}
-            item["encrypted_content"] = None  # the proof of reasoning is final at its end only
-            block = next(iter(self._blocks(state, item)), None)
+        block = self._blank(state) if block is None else block
         if block is not None:
             self._kinds.add(type(block))
             state.block = with_text(block, "") if block_text(block) else block
-            state.waiting += [Opened(state.block)] + ([Delta("".join(state.pieces))] if state.pieces else [])
+            state.waiting += [Opened(state.block), *map(Delta, filter(None, ["".join(state.pieces)]))]
+
+    def _blank(self, state: _ResponsesItem) -> Any:
+        """The block of the newest part as it begins; the proof of reasoning is final at its end only."""
+        row = _RESPONSES_PARTS[state.part[0]]
+        told = {row.holder: [{"type": state.part[0], row.field: "?"}]} if row.holder else {row.field: ""}
+        item = {**state.item, "type": row.item, "summary": [], "encrypted_content": None, **told}
+        return next(iter(self._blocks(state, item)), None)
 
     def _close(self, state: _ResponsesItem, bag: Mapping[str, Any] = {}) -> None:
         """Closes the open block, if there is one. bag: what its own bag must hold in the end."""
-        if state.block is None:
-            return
-        known = {} if isinstance(state.block, Opaque) else own_extra(state.block, _RESPONSES)
-        more = {key: value for key, value in bag.items() if key not in known}
-        state.waiting += ([Extended(_RESPONSES, more)] if more else []) + [Closed()]
-        state.block, state.pieces, state.mark, state.floor = None, [], 0, state.part[1] + 1
-        state.sent += 1
+        if state.block is not None:
+            known = () if isinstance(state.block, Opaque) else own_extra(state.block, _RESPONSES)
+            more = _without(bag, *known)
+            state.waiting += [Extended(_RESPONSES, more), Closed()] if more else [Closed()]
+            state.block, state.pieces, state.mark, state.part = None, [], 0, ("", state.part[1] + 1)
+            state.sent += 1
 
     def _blocks(self, state: _ResponsesItem, item: Dict[str, Any]) -> List[Any]:
         """The blocks of an item; they keep its id, unless the router made it, and its phase."""
-        bag, tail = _responses_kept(item, "id", "phase"), "_%s_%d" % (self._context.id, state.index)
-        if bag.get("id", "").endswith(tail):
-            del bag["id"]
+        tail = "_%s_%d" % (self._context.id, state.index)
+        is_ours = as_text(item.get("id")).endswith(tail)
+        bag = _responses_kept(item, *(("phase",) if is_ours else ("id", "phase")))
         if isinstance(state.block, Thinking):
             return [_responses_thinking(item, bag)]
-        return _responses_blocks(item, self._names, "call" + tail, **bag)
+        return _responses_blocks(item, self._names, "call" + tail, bag)
 
     def _end(self, state: _ResponsesItem, item: Dict[str, Any]) -> None:
         """The item is complete and reads `item`, or as far as it came when that is empty."""
-        if state.ended:
-            return
-        item = item or state.item
-        state.item = {**item, "id": state.item.get("id") or item.get("id")}
-        for block in self._blocks(state, {**item, "id": state.item["id"]})[state.sent :]:
-            self._settle(state, block)
-        self._close(state)
-        state.ended = True
+        if not state.ended:
+            item = item or state.item
+            state.item = {**item, "id": state.item.get("id") or item.get("id")}
+            for block in self._blocks(state, state.item)[state.sent :]:
+                self._settle(state, block)
+            self._close(state)
+            state.ended = True
 
     def _settle(self, state: _ResponsesItem, block: Any) -> None:
         """Closes the open block, which reads `block` in the end."""
@@ -6107,12 +6110,14 @@ class ResponsesParser:
             if self._active is not None:
                 return events
 
+    # -- the end
+
     def _terminate(self, status: str, response: Dict[str, Any]) -> List[Any]:
         self.usage = parse_responses_usage(response.get("usage"))
         status = response["status"] if response.get("status") in ("failed", "cancelled", "incomplete") else status
         if status in ("failed", "cancelled"):
             return self._fail(_responses_error(as_dict(response.get("error")), status))
-        self._catch_up(as_list(response.get("output")))
+        self._catch_up(list(map(as_dict, as_list(response.get("output")))))
         stop = "tool_use" if ToolCall in self._kinds else "refusal" if Refusal in self._kinds else "end_turn"
         if status == "incomplete":
             reason = as_text(as_dict(response.get("incomplete_details")).get("reason"))
@@ -6120,18 +6125,15 @@ class ResponsesParser:
         self.done = True
         return [*self._flush(), Finished(stop, "", self.usage)]
 
-    def _catch_up(self, output: List[Any]) -> None:
+    def _catch_up(self, output: List[Dict[str, Any]]) -> None:
         """What the snapshot has and no event brought: everything, the ends of items, or calls nobody announced."""
         seen = [self._items[index] for index in sorted(self._items)]
-        for state, item in zip(seen, output if len(output) == len(seen) else [None] * len(seen)):
-            self._end(state, as_dict(item))
-        known = {as_text(state.item.get("call_id")) for state in seen}
-        for item in map(as_dict, output):
-            is_new = as_text(item.get("type")) in _RESPONSES_CALLS and as_text(item.get("call_id")) not in known
-            if not seen or (is_new and len(output) > len(seen)):
-                place = max(self._items, default=-1) + 1
-                self._items[place] = _ResponsesItem(place, item)
-                self._end(self._items[place], item)
+        for state, item in zip(seen, output if len(output) == len(seen) else [{}] * len(seen)):
+            self._end(state, item)
+        known = [state.item.get("call_id") for state in seen]
+        for item in output if len(output) > len(seen) else ():
+            if not seen or (as_text(item.get("type")) in _RESPONSES_CALLS and item.get("call_id") not in known):
+                self._end(self._item({"output_index": max(self._items, default=-1) + 1, "item": item}), item)
 
     def _fail(self, info: ErrorInfo) -> List[Any]:
         start = [] if self._started else [self._start({})]
@@ -6168,11 +6170,11 @@ def render_responses_response(response: ChatResponse, context: Context) -> Dict[
 # What an answer repeats of its request, where that says nothing. The SDK's Response demands tools, tool_choice and
 # parallel_tool_calls.
 _RESPONSES_ECHO: Dict[str, Any] = {
-    "background": False, "parallel_tool_calls": True, "store": False, "truncation": "disabled", "top_logprobs": 0,
+    "background": False, "parallel_tool_calls": True, "truncation": "disabled", "top_logprobs": 0,
     "metadata": {}, "reasoning": {"effort": None, "summary": None}, "text": {"format": {"type": "text"}},
-    "service_tier": "default", "tool_choice": "auto", "tools": [], "instructions": None, "max_output_tokens": None,
-    "max_tool_calls": None, "previous_response_id": None, "prompt_cache_key": None, "safety_identifier": None,
-    "temperature": None, "top_p": None, "user": None,
+    "service_tier": "default", "tool_choice": "auto", "tools": [],
+    **dict.fromkeys("instructions max_output_tokens max_tool_calls previous_response_id prompt_cache_key"
+                    " safety_identifier temperature top_p user".split()),
 }  # fmt: skip
 
 
@@ -6192,15 +6194,14 @@ def _responses_snapshot(request: ChatRequest, id: str, created: int, model: str)
 class ResponsesRenderer:
     """Neutral events as a Responses stream with its whole life cycle (trap 58), numbered from 0.
 
-    The end of an item is only told once the next event is known: after a failure a tool call that was cut off must
+    The end of an item is only told once the next one begins: after a failure a tool call that was cut off must
     not look complete, since clients run a call as soon as its item is done (trap 62). Texts in a row are parts of
     one message. snapshot: the answer as it stands, as the SDK's Response.
     """
 
     def __init__(self, context: Context) -> None:
         self._context = context
-        tools = [tool for tool in context.request.tools if tool.kind != "server"]
-        self._tools = {tool.name: own_extra(tool, _RESPONSES) for tool in tools}
+        self._tools = _responses_bags(context.request.tools)
         self.snapshot: Dict[str, Any] = {}
         self._sequence = 0
         self._items: List[Dict[str, Any]] = []
@@ -6216,7 +6217,8 @@ class ResponsesRenderer:
     def render(self, event: Any) -> bytes:
         """The bytes for one neutral event, b"" when there is nothing to send."""
         if type(event) is not Delta:
-            return _RESPONSES_RENDERERS[type(event)](self, event)
+            handler = self._HANDLERS.get(type(event))
+            return handler(self, event) if handler else b""
         if not self._kind:
             return self._begin() + self.render(event) if self._block is not None else b""
         self._pieces.append(event.text)
@@ -6230,41 +6232,37 @@ class ResponsesRenderer:
         return sse_event(dump_json({"type": kind, "sequence_number": number, **values}), kind)
 
     def _tell(self, kind: str, **values: Any) -> bytes:
-        """An event about the open part."""
+        """An event about the open item, or its open part."""
         where = {"item_id": self._item.get("id"), "output_index": len(self._items), **self._place}
         return self._event("response." + kind, **where, **values)
 
-    def _start(self, event: Any) -> bytes:
+    def _start(self, event: Started) -> bytes:
+        if self.snapshot:
+            return b""
         request, created = self._context.request, event.created or self._context.created
         name = event.id or "resp_" + self._context.id
         self.snapshot = _responses_snapshot(request, name, created, request.model or event.model)
         kinds = ("response.created", "response.in_progress")
         return b"".join([self._event(kind, response=self.snapshot) for kind in kinds])
 
-    def _opened(self, event: Any) -> bytes:
+    def _open(self, event: Opened) -> bytes:
         block = event.block
-        joins = isinstance(block, (Text, Refusal)) and self._item.get("type") == "message"
-        out = b"" if joins else self._end_item()
         self._block, self._kind, self._pieces, self._bag = block, "", [], {}
         if isinstance(block, Opaque):  # an item as it came; those of other formats are nothing a client knows
             self._block = None
-            return out + (self._add_item(block.value) if block.wire == _RESPONSES else b"")
+            return self._next_item(block.value) if block.wire == _RESPONSES else b""
         self._bag = dict(own_extra(block, _RESPONSES))
-        given = block_text(block)
-        if isinstance(block, ToolCall):
-            out += self._begin()
+        out, given = self._begin() if isinstance(block, ToolCall) else b"", block_text(block)
         return out + (self.render(Delta(given)) if given else b"")
 
     def _begin(self) -> bytes:
         """The open block has something to show: its item, unless it joins the message before it, and its part."""
-        block = self._block
-        kind = "custom_tool_call" if getattr(block, "kind", "") == "custom" else _RESPONSES_KINDS[type(block)]
-        self._kind = kind = self._bag.get("part") or kind if isinstance(block, Thinking) else kind
-        row, out = _RESPONSES_PARTS[kind], b""
-        item, name = self._item, self._bag.get("id")
-        joins = row.item == "message" == item.get("type") and item.get("phase") == self._bag.get("phase")
-        if not joins or name not in (None, item["id"]):
-            out = self._end_item() + self._add_item(self._new_item(row))
+        block, bag, item = self._block, self._bag, self._item
+        self._kind = bag.get("part") if isinstance(block, Thinking) and "part" in bag else _responses_kind(block)
+        row, out = _RESPONSES_PARTS[self._kind], b""
+        joins = row.item == "message" == item.get("type") and item.get("phase") == bag.get("phase")
+        if not joins or bag.get("id", item["id"]) != item["id"]:
+            out = self._next_item(self._new_item(row))
         self._place = {row.index: len(self._item[row.holder])} if row.index else {}
         if row.frame:
             out += self._tell(row.frame + ".added", part=self._part(""))
@@ -6275,7 +6273,7 @@ class ResponsesRenderer:
         return out
 
     def _new_item(self, row: _ResponsesPart) -> Dict[str, Any]:
-        tail, bag = "_%s_%d" % (self._context.id, len(self._items)), self._bag
+        tail, bag = "_%s_%d" % (self._context.id, len(self._items) + bool(self._item)), self._bag
         item: Dict[str, Any] = {"id": bag.get("id") or row.prefix + tail, "type": row.item, "status": "in_progress"}
         if row.item == "message":
             return {**item, "role": "assistant", "content": [], **_responses_kept(bag, "phase")}
@@ -6284,9 +6282,10 @@ class ResponsesRenderer:
         call = _responses_call(self._block, self._tools, "")
         return {**item, **call, "call_id": call["call_id"] or "call" + tail}
 
-    def _add_item(self, item: Dict[str, Any]) -> bytes:
+    def _next_item(self, item: Dict[str, Any]) -> bytes:
+        out = self._end_item()
         self._item, self._place = item, {}
-        return self._event("response.output_item.added", output_index=len(self._items), item=item)
+        return out + self._event("response.output_item.added", output_index=len(self._items), item=item)
 
     def _part(self, text: str) -> Dict[str, Any]:
         part = {"type": self._kind, _RESPONSES_PARTS[self._kind].field: text}
@@ -6294,20 +6293,23 @@ class ResponsesRenderer:
             part.update((key, as_list(self._bag.get(key))) for key in ("annotations", "logprobs"))
         return part
 
-    def _extended(self, event: Any) -> bytes:
+    def _extend(self, event: Extended) -> bytes:
         if event.wire == _RESPONSES:
             self._bag.update(event.values)
         return b""
 
-    def _closed(self, event: Any) -> bytes:
-        out, proof = b"", _responses_kept(self._bag, "encrypted_content")
+    def _close(self, event: Closed) -> bytes:
+        out, proof, text = b"", _responses_kept(self._bag, "encrypted_content"), "".join(self._pieces)
         if isinstance(self._block, Thinking):
             if proof and not self._kind:
-                out = self._add_item(self._new_item(_RESPONSES_PARTS["summary_text"]))
+                out = self._next_item(self._new_item(_RESPONSES_PARTS["summary_text"]))
             self._item.update(proof)
-        if not self._kind or isinstance(self._block, ToolCall):
+        if not self._kind:
             return out
-        row, text = _RESPONSES_PARTS[self._kind], "".join(self._pieces)
+        row = _RESPONSES_PARTS[self._kind]
+        if not row.frame:  # the end of a call is told with that of its item
+            self._item[row.field] = text or ("{}" if self._kind == "function_call" else "")
+            return out
         part = self._part(text)
         for number, annotation in enumerate(part.get("annotations", ())):
             out += self._tell("output_text.annotation.added", annotation_index=number, annotation=annotation)
@@ -6321,41 +6323,40 @@ class ResponsesRenderer:
         item, out = self._item, b""
         if not item:
             return out
-        if isinstance(self._block, ToolCall):
-            row = _RESPONSES_PARTS[self._kind]
-            item[row.field] = "".join(self._pieces) or ("" if self._kind == "custom_tool_call" else "{}")
-            named = {"name": item["name"]} if self._kind == "function_call" else {}
-            out = self._tell(row.stem + ".done", **{row.field: item[row.field]}, **named)
-        if self._block is not None:
+        row = _RESPONSES_PARTS.get(as_text(item.get("type")))
+        if item.get("status") == "in_progress":
             item["status"] = status
+            if row is not None:
+                named = {"name": item["name"]} if row.item == "function_call" else {}
+                out = self._tell(row.stem + ".done", **{row.field: item[row.field]}, **named)
         out += self._event("response.output_item.done", output_index=len(self._items), item=item)
         self._items.append(item)
         self._item = {}
         return out
 
-    def _finished(self, event: Any) -> bytes:
+    def _finish(self, event: Finished) -> bytes:
         reason = _RESPONSES_INCOMPLETE.get(event.stop_reason)
         if event.stop_reason == "refusal" and self._refused:
             reason = None
-        out = b"" if self.snapshot else self._start(Started("", ""))
-        out += self._end_item("incomplete" if reason == "max_output_tokens" else "completed")
         status = "incomplete" if reason else "completed"
+        out = self._start(Started("", ""))
+        out += self._end_item("incomplete" if reason == "max_output_tokens" else "completed")
         done = None if reason else max(self.snapshot["created_at"], self._context.created)
-        told = {"status": status, "completed_at": done, "incomplete_details": {"reason": reason} if reason else None}
-        self.snapshot.update(told, output=self._items, usage=render_responses_usage(event.usage))
-        return out + self._event("response." + status, response=self.snapshot)
+        told = {"status": status, "completed_at": done, "incomplete_details": reason and {"reason": reason}}
+        return out + self._conclude(status, told, usage=render_responses_usage(event.usage))
 
-    def _failed(self, event: Any) -> bytes:
-        out = b"" if self.snapshot else self._start(Started("", ""))
-        self.snapshot.update(status="failed", error=_responses_failure(event.error), output=self._items)
-        return out + self._event("response.failed", response=self.snapshot)
+    def _fail(self, event: Failed) -> bytes:
+        out = self._start(Started("", ""))
+        return out + self._conclude("failed", {"status": "failed", "error": _responses_failure(event.error)})
 
+    def _conclude(self, status: str, told: Dict[str, Any], **more: Any) -> bytes:
+        self.snapshot.update(told, output=self._items, **more)
+        return self._event("response." + status, response=self.snapshot)
 
-_RESPONSES_RENDERERS: Dict[type, Callable[[ResponsesRenderer, Any], bytes]] = {
-    Started: ResponsesRenderer._start, Opened: ResponsesRenderer._opened, Extended: ResponsesRenderer._extended,
-    Closed: ResponsesRenderer._closed, Finished: ResponsesRenderer._finished, Failed: ResponsesRenderer._failed,
-    Ping: lambda renderer, event: b"",
-}  # fmt: skip
+    _HANDLERS: Dict[type, Callable[..., bytes]] = {
+        Started: _start, Opened: _open, Closed: _close, Finished: _finish, Failed: _fail,
+        Extended: _extend,
+    }  # fmt: skip
 
 
 # --- Errors -----------------------------------------------------------------------------------------------
