@@ -4545,12 +4545,12 @@ ANTHROPIC_LOSSES = {
 
 # ---- requests: Anthropic -> neutral
 
-_ANTHROPIC_FIELDS: Dict[Tuple[type, ...], str] = {
+_ANTHROPIC_TYPES: Dict[Tuple[type, ...], str] = {
     (str,): "model", (list,): "messages tools stop_sequences", (str, list): "system", (int,): "max_tokens top_k",
     (dict,): "tool_choice thinking output_config output_format metadata thread", (int, float): "temperature top_p",
     (bool,): "stream",
 }  # fmt: skip
-_ANTHROPIC_KINDS = {name: kinds for kinds, names in _ANTHROPIC_FIELDS.items() for name in names.split()}
+_ANTHROPIC_KINDS = {name: kinds for kinds, names in _ANTHROPIC_TYPES.items() for name in names.split()}
 
 
 def parse_anthropic_request(body: Dict[str, Any]) -> ChatRequest:
