@@ -154,6 +154,7 @@ class UpstreamError(RouterError):
 # ==============================================================================
 
 Headers = List[Tuple[str, str]]
+Json = Dict[str, Any]  # a JSON object
 
 
 class Value:
@@ -2724,7 +2725,7 @@ def _read_answer_head(text: str) -> ResponseHead:
 # not N x N. `extra` is a bag keyed by wire format name ({"anthropic": {"signature": "..."}}): what
 # only that format knows about the value. A renderer writes its own bag back and no other.
 
-Extra = Optional[Dict[str, Dict[str, Any]]]
+Extra = Optional[Dict[str, Json]]
 
 
 class _Words(Value):
@@ -2787,7 +2788,7 @@ class Tool(NamedTuple):
 
     name: str
     description: str = ""
-    schema: Optional[Dict[str, Any]] = None
+    schema: Optional[Json] = None
     kind: str = "function"
     strict: Optional[bool] = None
     extra: Extra = None
@@ -2803,7 +2804,7 @@ class ToolChoice(NamedTuple):
 class JsonOutput(NamedTuple):
     """The answer must be JSON; with `schema`, JSON of that schema (`None`: any object)."""
 
-    schema: Optional[Dict[str, Any]] = None
+    schema: Optional[Json] = None
     name: str = ""
     strict: Optional[bool] = None
     description: str = ""
@@ -2837,8 +2838,9 @@ def nearest_effort(reasoning: Reasoning, known: Sequence[str]) -> str:
         wanted = next((name for name in order[2:] if reasoning.budget <= EFFORT_BUDGETS[name]), "max")
     if wanted in known or not wanted or not known:
         return wanted if known else ""
-    lower = order[1 : order.index(wanted) + 1] if wanted in order else []
-    return next((name for name in reversed(lower) if name in known), next((n for n in known if n != "none"), ""))
+    lower = order[order.index(wanted) : 0 : -1] if wanted in order else []
+    lowest = next((name for name in known if name != "none"), "")
+    return next((name for name in lower if name in known), lowest)
 
 
 class ChatRequest(NamedTuple):
@@ -2993,19 +2995,19 @@ class WireFormat(NamedTuple):
 
     name: str
     path: str
-    parse_request: Callable[[Dict[str, Any]], ChatRequest]
-    render_request: Callable[[ChatRequest], Dict[str, Any]]
-    parse_response: Callable[[Dict[str, Any], Context], ChatResponse]
-    render_response: Callable[[ChatResponse, Context], Dict[str, Any]]
+    parse_request: Callable[[Json], ChatRequest]
+    render_request: Callable[[ChatRequest], Json]
+    parse_response: Callable[[Json, Context], ChatResponse]
+    render_response: Callable[[ChatResponse, Context], Json]
     parser: Callable[[Context], Any]
     renderer: Callable[[Context], Any]
     parse_error: Callable[[int, Any], ErrorInfo]
-    render_error: Callable[[ErrorInfo, str], Dict[str, Any]]
+    render_error: Callable[[ErrorInfo, str], Json]
     error_event: Callable[[ErrorInfo, str], bytes]
     watch: Pattern[bytes]
     losses: Dict[str, str]
     answer: str
-    read_usage: Callable[[Dict[str, Any]], Optional[Usage]]
+    read_usage: Callable[[Json], Optional[Usage]]
 
 
 def join_text(blocks: Iterable[Any], separator: str = "") -> str:
@@ -3013,7 +3015,7 @@ def join_text(blocks: Iterable[Any], separator: str = "") -> str:
     return separator.join(block.text for block in blocks if isinstance(block, (Text, Refusal)))
 
 
-def own_extra(value: Any, wire: str) -> Dict[str, Any]:
+def own_extra(value: Any, wire: str) -> Json:
     """The bag that the format `wire` keeps on `value`, empty when it has none."""
     extra = value.extra
     return (extra.get(wire) or {}) if extra else {}
@@ -3194,7 +3196,7 @@ def arguments_text(value: Any) -> str:
     return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
 
 
-def arguments_object(arguments: str) -> Dict[str, Any]:
+def arguments_object(arguments: str) -> Json:
     """Arguments as an object (trap 42): nothing and null are {}, an object in a string (encoded twice) is unwrapped,
     anything else is kept under RAW_ARGUMENTS."""
     if not arguments.strip():
@@ -3346,7 +3348,7 @@ def check_field(value: Any, kinds: Tuple[type, ...], path: str, need: bool = Tru
     raise field_error(path, "expected %s" % " or ".join(_KINDS[kind] for kind in kinds))
 
 
-def rest_of(item: Dict[str, Any], known: Iterable[str], wire: str) -> Extra:
+def rest_of(item: Json, known: Iterable[str], wire: str) -> Extra:
     """A bag with what `item` says besides the `known` keys; None when that is nothing."""
     rest = {key: value for key, value in item.items() if key not in known and value not in (None, [], {})}
     return {wire: rest} if rest else None
@@ -3394,7 +3396,7 @@ def read_error(status: int, body: Any, unknown: int = 502) -> ErrorInfo:
     return ErrorInfo(status, message, "" if kind == "error" else kind, code, as_text(error.get("param")))
 
 
-def _innermost_error(value: Any, depth: int) -> Dict[str, Any]:
+def _innermost_error(value: Any, depth: int) -> Json:
     """The fields of the object that tells the error, its words under `message`, "" when there are none."""
     if isinstance(value, list):
         value = value[0] if value else None
@@ -3465,7 +3467,7 @@ _CHAT_FIELDS: Dict[Tuple[type, ...], str] = {
 _CHAT_KINDS = {key: kinds for kinds, keys in _CHAT_FIELDS.items() for key in keys.split()}
 
 
-def parse_chat_request(body: Dict[str, Any]) -> ChatRequest:
+def parse_chat_request(body: Json) -> ChatRequest:
     """The body of POST /v1/chat/completions (SDK: CompletionCreateParams) as a ChatRequest.
 
     Bodies mixed with the other formats' shapes, as some editors send them, are read by shape (trap 66): content blocks
@@ -3473,35 +3475,38 @@ def parse_chat_request(body: Dict[str, Any]) -> ChatRequest:
     """
     check_field(body, (dict,), "body")
     said = {key: check_field(body.get(key), kinds, key, False) for key, kinds in _CHAT_KINDS.items()}
-    same = {key: said[key] for key in ("temperature", "top_p", "top_k", "stream", "user") if said[key] is not None}
     system, messages = _chat_turns(said)
     choice, allowed = _chat_tool_choice(said["tool_choice"] or said["function_call"])
-    named = [(key, n, item) for key in ("tools", "functions") for n, item in enumerate(said[key] or [])]
-    tools = [_chat_tool(item, "%s[%d]" % (key, n)) for key, n, item in named]
+    tools = [
+        _chat_tool(item, "%s[%d]" % (key, index))
+        for key in ("tools", "functions")
+        for index, item in enumerate(said[key] or [])
+    ]
     stop, limit, form = said["stop"] or [], said["max_completion_tokens"], said["response_format"] or {}
     return ChatRequest(
         said["model"] or "", messages, system, [tool for tool in tools if allowed is None or tool.name in allowed],
-        choice, parallel_tools=said["parallel_tool_calls"], max_tokens=said["max_tokens"] if limit is None else limit,
+        choice, said["parallel_tool_calls"], said["max_tokens"] if limit is None else limit,
+        said["temperature"], said["top_p"], said["top_k"],
         stop=[stop] if isinstance(stop, str) else [text for text in stop if isinstance(text, str)],
-        include_usage=(said["stream_options"] or {}).get("include_usage") is True,
+        stream=bool(said["stream"]), include_usage=(said["stream_options"] or {}).get("include_usage") is True,
         output=_read_output(form, form.get("json_schema"), "response_format.json_schema"),
         reasoning=_chat_reasoning(said["reasoning_effort"] or "", said["reasoning"] or {}, said["thinking"] or {}),
-        fields=_chat_rest(body, _CHAT_KINDS), **same,
+        user=said["user"] or "", fields=_chat_rest(body, _CHAT_KINDS),
     )  # fmt: skip
 
 
-def _text_at(item: Dict[str, Any], key: str, path: str) -> str:
+def _text_at(item: Json, key: str, path: str) -> str:
     return check_field(item.get(key), (str,), "%s.%s" % (path, key))
 
 
-def _chat_rest(item: Dict[str, Any], known: Iterable[str]) -> Extra:
+def _chat_rest(item: Json, known: Iterable[str]) -> Extra:
     """What `item` says besides the `known` keys. `cache_control`, which some providers take, has Anthropic's shape."""
     cache = {"cache_control": as_dict(item.get("cache_control"))}
     bags = rest_of(cache, (), "anthropic"), rest_of(item, (*known, *cache), _CHAT)
     return {wire: bag for found in bags for wire, bag in (found or {}).items()} or None
 
 
-def _chat_turns(said: Dict[str, Any]) -> Tuple[List[Any], List[Message]]:
+def _chat_turns(said: Json) -> Tuple[List[Any], List[Message]]:
     """(instructions in front, turns). Tool messages and the user's words after them become one user turn."""
     name = "messages" if said["messages"] is not None or not said["input"] else "input"
     if not said[name]:
@@ -3582,7 +3587,7 @@ def _chat_parts(content: Any, path: str) -> List[Any]:
     return blocks
 
 
-def _thinking_text(item: Dict[str, Any]) -> str:
+def _thinking_text(item: Json) -> str:
     """`thinking` is a string in the Messages API, and a list of text parts at Mistral."""
     value = item.get("thinking")
     return as_text(value) or "".join(as_text(as_dict(part).get("text")) for part in as_list(value))
@@ -3594,7 +3599,7 @@ _AUDIO = ("audio", "input_audio", "data")
 _CHAT_MEDIA = {"image_url": _IMAGE, "input_image": _IMAGE, "input_audio": _AUDIO, "file": _FILE, "input_file": _FILE}
 
 
-def _read_chat_media(item: Dict[str, Any], path: str) -> Any:
+def _read_chat_media(item: Json, path: str) -> Any:
     """In the Responses API the URL, or the part itself, stands for the object. A file's id means nothing elsewhere."""
     kind, key, field = _CHAT_MEDIA[item["type"]]
     value = item.get(key)
@@ -3609,7 +3614,7 @@ def _read_chat_media(item: Dict[str, Any], path: str) -> Any:
     return media_of_url(kind, url, as_text(inner.get("filename")), rest)
 
 
-def _read_source(item: Dict[str, Any], path: str) -> Any:
+def _read_source(item: Json, path: str) -> Any:
     """An `image` or `document` block of the Messages API."""
     source = check_field(item.get("source"), (dict,), path + ".source")
     form = as_text(source.get("type"))
@@ -3621,12 +3626,12 @@ def _read_source(item: Dict[str, Any], path: str) -> Any:
     return Text(value) if form == "text" else Media(item["type"], **{field: value}, **rest)
 
 
-def _read_tool_result(item: Dict[str, Any], path: str) -> ToolResult:
+def _read_tool_result(item: Json, path: str) -> ToolResult:
     blocks = _chat_parts(item.get("content"), path + ".content")
     return ToolResult(_text_at(item, "tool_use_id", path), blocks, item.get("is_error") is True)
 
 
-_CHAT_READERS: Dict[str, Callable[[Dict[str, Any], str], Any]] = {
+_CHAT_READERS: Dict[str, Callable[[Json, str], Any]] = {
     **dict.fromkeys(
         ("text", "input_text", "output_text"),
         lambda item, path: Text(_text_at(item, "text", path), _chat_rest(item, ("type", "text"))),
@@ -3685,11 +3690,11 @@ def _chat_tool_choice(value: Any) -> Tuple[Optional[ToolChoice], Optional[Set[st
     return (ToolChoice("tool", _chosen_name(item)) if _chosen_name(item) else None), None
 
 
-def _chosen_name(item: Dict[str, Any]) -> str:
+def _chosen_name(item: Json) -> str:
     return as_text((as_dict(item.get("function")) or as_dict(item.get("custom")) or item).get("name"))
 
 
-def _read_output(form: Dict[str, Any], inner: Any, at: str) -> Optional[JsonOutput]:
+def _read_output(form: Json, inner: Any, at: str) -> Optional[JsonOutput]:
     """SDK: ResponseFormatJSONSchema, ResponseFormatTextConfig, ResponseFormatJSONObject. inner: what has the schema."""
     if form.get("type") != "json_schema":
         return JsonOutput() if form.get("type") == "json_object" else None
@@ -3699,7 +3704,7 @@ def _read_output(form: Dict[str, Any], inner: Any, at: str) -> Optional[JsonOutp
     return JsonOutput(schema, as_text(inner.get("name")), strict, as_text(inner.get("description")))
 
 
-def _chat_reasoning(effort: str, own: Dict[str, Any], thinking: Dict[str, Any]) -> Optional[Reasoning]:
+def _chat_reasoning(effort: str, own: Json, thinking: Json) -> Optional[Reasoning]:
     """`reasoning_effort`, or OpenRouter's `reasoning`, or `thinking` in the shape of the Messages API."""
     if thinking.get("type") == "disabled" or own.get("enabled") is False:
         return Reasoning("none")
@@ -3735,7 +3740,7 @@ _CHAT_SHARED = {
 }
 
 
-def render_chat_request(request: ChatRequest) -> Dict[str, Any]:
+def render_chat_request(request: ChatRequest) -> Json:
     """The request as a body of POST /v1/chat/completions, in OpenAI's own words, with `max_tokens` for the limit.
 
     Its messages must be tidy (tidy_messages): each turn of calls is followed by all their results.
@@ -3753,11 +3758,11 @@ def render_chat_request(request: ChatRequest) -> Dict[str, Any]:
     return {**_chat_shared_fields(request.fields or {}), **_told(fields)}
 
 
-def _told(fields: Dict[str, Any]) -> Dict[str, Any]:
+def _told(fields: Json) -> Json:
     return {key: value for key, value in fields.items() if value is not None}
 
 
-def _chat_shared_fields(fields: Dict[str, Dict[str, Any]]) -> Dict[str, Any]:
+def _chat_shared_fields(fields: Dict[str, Json]) -> Json:
     found = {"verbosity": as_dict((fields.get("responses") or {}).get("text")).get("verbosity")}
     for wire, keys in _CHAT_SHARED.items():
         bag = fields.get(wire) or {}
@@ -3773,14 +3778,14 @@ def _write_chat_effort(reasoning: Reasoning, model: str) -> Optional[str]:
     return None if is_switch else _openai_effort(reasoning, model) or None
 
 
-def _write_chat_output(output: JsonOutput) -> Dict[str, Any]:
+def _write_chat_output(output: JsonOutput) -> Json:
     if output.schema is None:
         return {"type": "json_object"}
     inner = {"name": output.name or "answer", "schema": output.schema, "strict": output.strict}
     return {"type": "json_schema", "json_schema": _told({**inner, "description": output.description or None})}
 
 
-def _write_chat_tools(request: ChatRequest) -> Dict[str, Any]:
+def _write_chat_tools(request: ChatRequest) -> Json:
     """tools, tool_choice and parallel_tool_calls; the latter two are errors without the first (traps 96, 97)."""
     tools = [item for item in map(_write_chat_tool, request.tools) if item]
     choice = request.tool_choice
@@ -3791,9 +3796,9 @@ def _write_chat_tools(request: ChatRequest) -> Dict[str, Any]:
     return {"tools": tools, "tool_choice": value, "parallel_tool_calls": request.parallel_tools} if tools else {}
 
 
-def _write_chat_tool(tool: Tool) -> Dict[str, Any]:
+def _write_chat_tool(tool: Tool) -> Json:
     own = own_extra(tool, _CHAT)
-    inner: Dict[str, Any] = {"name": tool.name, "description": tool.description or None}
+    inner: Json = {"name": tool.name, "description": tool.description or None}
     if tool.kind == "server":
         return own
     if tool.kind == "custom":
@@ -3809,13 +3814,13 @@ def _write_chat_tool(tool: Tool) -> Dict[str, Any]:
     return {**own, "type": "function", "function": _told({**inner, "parameters": schema, "strict": tool.strict})}
 
 
-def _write_chat_turn(message: Message) -> List[Dict[str, Any]]:
+def _write_chat_turn(message: Message) -> List[Json]:
     """A turn's tool messages (trap 77), then one message with the rest, and with what those cannot hold (trap 104).
 
     Text alone is a string, which every server takes. Foreign thinking is for turns with calls (traps 84, 87).
     """
-    items: List[Dict[str, Any]] = []
-    parts: List[Dict[str, Any]] = []
+    items: List[Json] = []
+    parts: List[Json] = []
     for block in message.blocks:
         if message.role == "user" and not isinstance(block, ToolResult):
             parts += _write_chat_part(block)
@@ -3831,7 +3836,7 @@ def _write_chat_turn(message: Message) -> List[Dict[str, Any]]:
         words = [{"type": "text", "text": _plain_text(block), **_cache_mark(block)} for block in message.blocks]
         parts = [part for part in words if part["text"]]
     is_text = all(len(part) == 2 and part.get("type") == "text" for part in parts)
-    fields: Dict[str, Any] = {"content": _joined(parts, "\n\n") if is_text else parts}
+    fields: Json = {"content": _joined(parts, "\n\n") if is_text else parts}
     if message.role == "assistant":
         has_calls = any(isinstance(block, ToolCall) for block in message.blocks)
         kept = [b for b in message.blocks if has_calls or not isinstance(b, Thinking) or own_extra(b, _CHAT)]
@@ -3841,7 +3846,7 @@ def _write_chat_turn(message: Message) -> List[Dict[str, Any]]:
     return items
 
 
-def _joined(parts: List[Dict[str, Any]], separator: str) -> str:
+def _joined(parts: List[Json], separator: str) -> str:
     return separator.join(part["text"] for part in parts if part.get("type") == "text")
 
 
@@ -3853,9 +3858,9 @@ def _plain_text(block: Any) -> str:
 _CHAT_TEXT_FIELDS: Dict[type, str] = {Text: "content", Refusal: "refusal", Thinking: "reasoning_content"}
 
 
-def _answer_fields(blocks: List[Any], call_id: str) -> Dict[str, Any]:
+def _answer_fields(blocks: List[Any], call_id: str) -> Json:
     """What an assistant says, as fields of its message. call_id: the beginning of ids for calls without one."""
-    fields: Dict[str, Any] = {}
+    fields: Json = {}
     for block in blocks:
         bag = {} if isinstance(block, Opaque) else own_extra(block, _CHAT)
         text = _plain_text(block)
@@ -3872,12 +3877,12 @@ def _answer_fields(blocks: List[Any], call_id: str) -> Dict[str, Any]:
     return fields
 
 
-def _write_chat_call(call: ToolCall, call_id: str) -> Dict[str, Any]:
+def _write_chat_call(call: ToolCall, call_id: str) -> Json:
     inner = {"input": call.arguments} if call.kind == "custom" else {"arguments": call.arguments or "{}"}
     return {**own_extra(call, _CHAT), "id": call_id, "type": call.kind, call.kind: {"name": call.name, **inner}}
 
 
-def _write_chat_part(block: Any) -> List[Dict[str, Any]]:
+def _write_chat_part(block: Any) -> List[Json]:
     """A block as a part; a sound or PDF needs its data, a text document becomes its text (trap 105)."""
     kind = block.kind if isinstance(block, Media) else type(block)
     if kind in (Thinking, Opaque):
@@ -3897,7 +3902,7 @@ def _write_chat_part(block: Any) -> List[Dict[str, Any]]:
     return [{"type": "text", "text": text, **_cache_mark(block)}] if text else []
 
 
-def _cache_mark(value: Any) -> Dict[str, Any]:
+def _cache_mark(value: Any) -> Json:
     """`cache_control`, where COMPATIBILITY put it: a text that bears it stays a part."""
     return _told({"cache_control": own_extra(value, _CHAT).get("cache_control")}) if isinstance(value, Text) else {}
 
@@ -3921,7 +3926,7 @@ _CHAT_FINISHES = {"max_tokens": "length", "model_context_window_exceeded": "leng
 _CHAT_ANSWER_KEYS = ("service_tier", "system_fingerprint", "provider", "citations", "search_results")
 
 
-def parse_chat_response(body: Dict[str, Any], context: Context) -> ChatResponse:
+def parse_chat_response(body: Json, context: Context) -> ChatResponse:
     """A whole answer (SDK: ChatCompletion): its message is read like the only delta of a stream.
 
     RouterError for an error in place of an answer (its status, else 502) and for what has no choice (502).
@@ -3939,7 +3944,7 @@ def _first_count(*values: Any) -> int:
     return next(filter(None, map(as_int, values)), 0)
 
 
-def _chat_usage(usage: Dict[str, Any]) -> Usage:
+def _chat_usage(usage: Json) -> Usage:
     """SDK: CompletionUsage, and where others put the cached tokens (trap 113).
 
     Together, Hugging Face: cached_tokens; DeepSeek: prompt_cache_hit_tokens; Mistral: num_cached_tokens. xAI counts
@@ -3957,7 +3962,7 @@ def _chat_usage(usage: Dict[str, Any]) -> Usage:
     return Usage(prompt - cached - written, output, cached, written, thought)
 
 
-def _write_chat_usage(usage: Usage) -> Dict[str, Any]:
+def _write_chat_usage(usage: Usage) -> Json:
     """SDK: CompletionUsage; prompt_tokens include the cached ones (trap 113)."""
     prompt = usage.input + usage.cache_read + usage.cache_write
     read = {"cached_tokens": usage.cache_read, "cache_write_tokens": usage.cache_write or None}
@@ -3966,7 +3971,7 @@ def _write_chat_usage(usage: Usage) -> Dict[str, Any]:
     return {**counts, "prompt_tokens_details": _told(read), **thought}
 
 
-def render_chat_response(response: ChatResponse, context: Context) -> Dict[str, Any]:
+def render_chat_response(response: ChatResponse, context: Context) -> Json:
     """SDK: ChatCompletion. `model` is what the client asked for (trap 44); `usage` is left out when nobody told it."""
     bag, fields = own_extra(response, _CHAT), _answer_fields(response.blocks, "call_" + context.id)
     content = None if "tool_calls" in fields or "refusal" in fields else ""
@@ -3981,7 +3986,7 @@ def render_chat_response(response: ChatResponse, context: Context) -> Dict[str, 
     return {**_told(answer), **{key: bag[key] for key in _CHAT_ANSWER_KEYS if key in bag}}
 
 
-def _chat_head(start: Union[ChatResponse, Started], context: Context, kind: str) -> Dict[str, Any]:
+def _chat_head(start: Union[ChatResponse, Started], context: Context, kind: str) -> Json:
     answer_id = start.id if start.id.startswith("chatcmpl-") else "chatcmpl-" + context.id
     created = context.created or start.created
     return {"id": answer_id, "object": kind, "created": created, "model": context.request.model}
@@ -4067,7 +4072,7 @@ class ChatStreamParser:
         self._details: List[Any] = []  # reasoning details that came amid another block
         self._tag, self._held = _THINK_OPEN, ""  # looked for next, " " behind both; text that may be its beginning
         self._reason = self._stop_sequence = ""
-        self._extra: Dict[str, Any] = {}
+        self._extra: Json = {}
 
     def feed(self, event: SseEvent) -> List[Any]:
         """The neutral events that `event` completes."""
@@ -4093,7 +4098,7 @@ class ChatStreamParser:
             self._fail(ErrorInfo(502, message, "server_error", "truncated"))
         return self.end()
 
-    def read(self, chunk: Dict[str, Any], field: str = "delta") -> List[Any]:
+    def read(self, chunk: Json, field: str = "delta") -> List[Any]:
         """The neutral events of one chunk, or of a whole answer, whose text is in the `field` message (or in both)."""
         for usage in (chunk.get("usage"), as_dict(chunk.get("x_groq")).get("usage")):
             self._count(usage)
@@ -4122,7 +4127,7 @@ class ChatStreamParser:
         self._add_arguments(self._slots[-1], text)
         return self._take()
 
-    def _only_text(self, delta: Dict[str, Any]) -> str:
+    def _only_text(self, delta: Json) -> str:
         """The one string in a delta that adds to the block that flows and says nothing else."""
         parts = [(key, value) for key, value in delta.items() if value and key != "role"]
         key, value = parts[0] if len(parts) == 1 else ("", None)
@@ -4148,7 +4153,7 @@ class ChatStreamParser:
         out, self._out = self._out, []
         return out
 
-    def _start(self, chunk: Dict[str, Any]) -> None:
+    def _start(self, chunk: Json) -> None:
         if not self._is_started:
             self._is_started = True
             self._extra.update((key, chunk[key]) for key in _CHAT_ANSWER_KEYS if chunk.get(key) is not None)
@@ -4156,7 +4161,7 @@ class ChatStreamParser:
             created = as_int(chunk.get("created")) or self._context.created
             self._out.append(Started(answer_id, as_text(chunk.get("model")), self.usage, created))
 
-    def _read_without_choice(self, chunk: Dict[str, Any]) -> List[Any]:
+    def _read_without_choice(self, chunk: Json) -> List[Any]:
         """An error, with or without its envelope, usage alone (trap 15), or Azure's prompt_filter_results (trap 16)."""
         is_bare = "choices" not in chunk and not chunk.get("usage")
         is_named = "error" in (chunk.get("object"), chunk.get("type")) or as_text(chunk.get("message"))
@@ -4164,7 +4169,7 @@ class ChatStreamParser:
             self._fail(read_error(200, chunk))
         return self._take()
 
-    def _read_end_of_choice(self, choice: Dict[str, Any]) -> None:
+    def _read_end_of_choice(self, choice: Json) -> None:
         """What rides with the last delta, read after it (trap 25); the first of two reasons counts (trap 50)."""
         self._count(choice.get("usage"))
         reason = as_text(choice.get("finish_reason")).lower()
@@ -4243,7 +4248,7 @@ class ChatStreamParser:
         slot.waiting.append(text)
         self._advance()
 
-    def _read_delta(self, delta: Dict[str, Any]) -> None:
+    def _read_delta(self, delta: Json) -> None:
         """A delta's or message's parts. Reasoning that comes under several names is read once."""
         get = delta.get
         thought, told = get("reasoning_content") or get("reasoning"), as_list(get("reasoning_details"))
@@ -4335,7 +4340,7 @@ class ChatStreamParser:
         else:
             self._advance()
 
-    def _find_call(self, entry: Dict[str, Any], name: str, text: str, touched: List[_Slot]) -> _Slot:
+    def _find_call(self, entry: Json, name: str, text: str, touched: List[_Slot]) -> _Slot:
         """The call that an entry continues, or a new one: `index` and `id` may be missing, or the same for all."""
         call_id, key = as_text(entry.get("id")), entry.get("index")
         keys = [("index", key)] if type(key) in (int, str) else []
@@ -4375,7 +4380,7 @@ class ChatStreamRenderer:
 
     def __init__(self, context: Context) -> None:
         self._context = context
-        self._head: Dict[str, Any] = {}  # of every chunk, once there was one
+        self._head: Json = {}  # of every chunk, once there was one
         self._is_ended = self._lacks_arguments = self._has_refusal = False
         self._calls = 0
         self._prefix = self._suffix = ""  # around the text of a delta; "" when the open block shows none
@@ -4394,7 +4399,7 @@ class ChatStreamRenderer:
         self._head = _chat_head(event, self._context, "chat.completion.chunk")
         return self._chunk({"role": "assistant", "content": ""})
 
-    def _chunk(self, delta: Dict[str, Any], reason: Optional[str] = None) -> bytes:
+    def _chunk(self, delta: Json, reason: Optional[str] = None) -> bytes:
         """With include_usage every chunk but the last says that it has none (SDK: ChatCompletionChunk.usage)."""
         chunk = {**self._head, "choices": [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}]}
         return sse_event(dump_json({**chunk, "usage": None} if self._context.request.include_usage else chunk))
@@ -4402,7 +4407,7 @@ class ChatStreamRenderer:
     def _open(self, event: Opened) -> bytes:
         out, block = self._start(Started("", "")), event.block
         shown = _answer_fields([block], "call_%s_%d" % (self._context.id, self._calls))
-        hole: Optional[Dict[str, Any]] = None
+        hole: Optional[Json] = None
         if isinstance(block, ToolCall):
             field = "input" if block.kind == "custom" else "arguments"
             shown["tool_calls"][0]["index"] = self._calls
@@ -4448,7 +4453,7 @@ class ChatStreamRenderer:
 _CHAT_ERROR_TYPES = {401: "authentication", 403: "permission", 429: "rate_limit"}
 
 
-def render_chat_error(info: ErrorInfo, request_id: str) -> Dict[str, Any]:
+def render_chat_error(info: ErrorInfo, request_id: str) -> Json:
     """SDK: ErrorObject (openai.types.shared); the type follows from the status when nobody named one."""
     kind = _CHAT_ERROR_TYPES.get(info.status, "server" if info.status >= 500 else "invalid_request") + "_error"
     rest = {"param": info.param or None, "code": info.code or None}
@@ -6403,8 +6408,8 @@ WIRE_FORMATS: Dict[str, WireFormat] = {wire.name: wire for wire in (OPENAI_CHAT,
 
 
 def translate_request(
-    body: Dict[str, Any], source: str, target: str, model: str = ""
-) -> Tuple[ChatRequest, Dict[str, Any]]:
+    body: Json, source: str, target: str, model: str = ""
+) -> Tuple[ChatRequest, Json]:
     """A request body of the format `source` as a neutral request and as a body of `target`.
 
     model: the upstream's model id for the body; "" keeps the client's. The neutral request keeps the client's names
@@ -6414,13 +6419,13 @@ def translate_request(
     return request, render_request(request._replace(model=model or request.model), target)
 
 
-def render_request(request: ChatRequest, target: str) -> Dict[str, Any]:
+def render_request(request: ChatRequest, target: str) -> Json:
     """A neutral request as a body of the format `target`: tidy, and with tools that every provider takes."""
     request = shorten_tools(request._replace(messages=tidy_messages(request.messages)))
     return WIRE_FORMATS[target].render_request(request if target == "responses" else _without_customs(request))
 
 
-def parse_answer(body: Dict[str, Any], source: str, context: Context) -> ChatResponse:
+def parse_answer(body: Json, source: str, context: Context) -> ChatResponse:
     """A whole answer of the format `source`, with the client's own tool names. RouterError 502 when it is none."""
     return restore_tools(WIRE_FORMATS[source].parse_response(body, context), context.request)
 
@@ -6429,7 +6434,7 @@ _SAID = frozenset(("content", "text", "refusal", "reasoning_content", "reasoning
 _ODD_ENDS = re.compile(rb'"(?:error|abort|network_error|insufficient_system_resource)"')
 
 
-def is_plain_answer(body: Dict[str, Any], raw: bytes, source: str) -> bool:
+def is_plain_answer(body: Json, raw: bytes, source: str) -> bool:
     """Whether a whole answer surely says something and no error, seen without parsing it; False is no verdict."""
     pending = [] if _ODD_ENDS.search(raw) else [body.get(WIRE_FORMATS[source].answer)]
     while pending:
@@ -6443,7 +6448,7 @@ def is_plain_answer(body: Dict[str, Any], raw: bytes, source: str) -> bool:
     return False
 
 
-def translate_response(body: Dict[str, Any], source: str, target: str, context: Context) -> Dict[str, Any]:
+def translate_response(body: Json, source: str, target: str, context: Context) -> Json:
     """A whole answer of the format `source` as one of `target`. RouterError 502 when it is not of its format."""
     return WIRE_FORMATS[target].render_response(parse_answer(body, source, context), context)
 
@@ -6573,7 +6578,7 @@ class StreamTranslator:
         self._renderer = self._target.renderer(context)
         self._render = self._renderer.render
         self._restorer = tool_restorer(context.request)
-        self._finished: Optional[Finished] = None
+        self._stop_reason = ""
         self._has_opaque = False
         self._stencil: Optional[Stencil] = None
         self._tries = _STENCIL_TRIES
@@ -6590,16 +6595,15 @@ class StreamTranslator:
         return self._parser.usage
 
     @property
-    def items(self) -> Sequence[Dict[str, Any]]:
+    def items(self) -> Sequence[Json]:
         """The items of a complete answer to a Responses client."""
         return as_list(getattr(self._renderer, "snapshot", {}).get("output")) if self.done else ()
 
     @property
     def is_empty(self) -> bool:
         """A complete answer with a normal stop that says nothing at all (trap 138)."""
-        if self.content or self._has_opaque or self._finished is None:
-            return False
-        return self._finished.stop_reason in ("end_turn", "stop_sequence", "tool_use")
+        says_something = self.content or self._has_opaque
+        return not says_something and self._stop_reason in ("end_turn", "stop_sequence", "tool_use")
 
     def feed(self, data: bytes) -> bytes:
         """The target's bytes for what `data` completes."""
@@ -6654,7 +6658,7 @@ class StreamTranslator:
                 self.content = self.content or bool(isinstance(event.block, ToolCall) and event.block.name)
                 self._has_opaque = self._has_opaque or isinstance(event.block, Opaque)
             elif kind is Finished:
-                self._finished = event
+                self._stop_reason = event.stop_reason
             elif kind is Failed:
                 self.failed = event.error._replace(message=mask_in(event.error.message, self._secrets))
 
@@ -6803,35 +6807,35 @@ class Fix(NamedTuple):
     """A change to a translated body. apply(body) changes it in place. refused: matches the 400 that asks for this
     change; needs: a field that must stand in the body for it to make sense."""
 
-    apply: Callable[[Dict[str, Any]], None]
+    apply: Callable[[Json], None]
     needs: str
     refused: Pattern[str]
 
 
-def _rename(old: str, new: str) -> Callable[[Dict[str, Any]], None]:
-    def apply(body: Dict[str, Any]) -> None:
+def _rename(old: str, new: str) -> Callable[[Json], None]:
+    def apply(body: Json) -> None:
         if old in body:
             body.setdefault(new, body.pop(old))
 
     return apply
 
 
-def _drop(*names: str) -> Callable[[Dict[str, Any]], None]:
-    def apply(body: Dict[str, Any]) -> None:
+def _drop(*names: str) -> Callable[[Json], None]:
+    def apply(body: Json) -> None:
         for name in names:
             body.pop(name, None)
 
     return apply
 
 
-def _drop_reasoning(body: Dict[str, Any]) -> None:
+def _drop_reasoning(body: Json) -> None:
     """`reasoning_content` in the history is what DeepSeek and Moonshot ask for and what others refuse (traps 84,
     87)."""
     for message in as_list(body.get("messages")):
         as_dict(message).pop("reasoning_content", None)
 
 
-def _drop_sampling(body: Dict[str, Any]) -> None:
+def _drop_sampling(body: Json) -> None:
     """OpenAI's reasoning models refuse what steers sampling, unless they are told not to reason (trap 72)."""
     efforts = body.get("reasoning_effort"), as_dict(body.get("reasoning")).get("effort")
     if _OPENAI_REASONING.search(as_text(body.get("model"))) and "none" not in efforts:
@@ -6841,7 +6845,7 @@ def _drop_sampling(body: Dict[str, Any]) -> None:
 _OPENAI_REASONING = re.compile(r"(?:^|/)(?:o\d|gpt-(?:[5-9])(?!.*chat))")
 
 
-def _think_only_if_replayed(body: Dict[str, Any]) -> None:
+def _think_only_if_replayed(body: Json) -> None:
     """Thinking is off for this request when a turn with calls lacks its reasoning: another provider made it, or nobody
     remembers (api-docs.deepseek.com, Thinking mode; platform.moonshot.ai, Thinking models)."""
     turns = [turn for turn in map(as_dict, as_list(body.get("messages"))) if turn.get("tool_calls")]
@@ -6870,17 +6874,17 @@ def plain_schema(schema: Any) -> Any:
     return {key: plain_schema(one) for key, one in words.items()}
 
 
-def _tools_of(body: Dict[str, Any]) -> List[Dict[str, Any]]:
+def _tools_of(body: Json) -> List[Json]:
     tools = [as_dict(tool) for tool in as_list(body.get("tools"))]
     return tools + [as_dict(tool.get("function")) for tool in tools]
 
 
-def _drop_strict(body: Dict[str, Any]) -> None:
+def _drop_strict(body: Json) -> None:
     for tool in _tools_of(body):
         tool.pop("strict", None)
 
 
-def _plain_schemas(body: Dict[str, Any]) -> None:
+def _plain_schemas(body: Json) -> None:
     for tool in _tools_of(body):
         tool.update((key, plain_schema(tool[key])) for key in ("input_schema", "parameters") if key in tool)
 
@@ -6965,14 +6969,14 @@ def _is_at(known: str, host: str, port: int) -> bool:
     return known == ":%d" % port or ("." + host).endswith("." + known)
 
 
-def apply_fixes(body: Dict[str, Any], fixes: Iterable[str]) -> Dict[str, Any]:
+def apply_fixes(body: Json, fixes: Iterable[str]) -> Json:
     """A translated body as the upstream wants it. `body` is changed in place."""
     for name in fixes:
         FIXES[name].apply(body)
     return body
 
 
-def replay_reasoning(body: Dict[str, Any], issuer: str, memory: BoundedMap) -> Optional[Dict[str, Any]]:
+def replay_reasoning(body: Json, issuer: str, memory: BoundedMap) -> Optional[Json]:
     """A Chat body whose turns with calls bear the reasoning that `issuer` had shown; None when nothing is to be added
     (trap 87)."""
     messages = []
@@ -6985,7 +6989,7 @@ def replay_reasoning(body: Dict[str, Any], issuer: str, memory: BoundedMap) -> O
     return {**body, "messages": messages} if messages != as_list(body.get("messages")) else None
 
 
-def drop_encrypted(body: Dict[str, Any]) -> Optional[Dict[str, Any]]:
+def drop_encrypted(body: Json) -> Optional[Json]:
     """A Responses body without the encrypted items in it, which only their issuer can read; None if it has none."""
     items = as_list(body.get("input"))
     kept = [item for item in items if "encrypted_content" not in as_dict(item)]
@@ -7004,7 +7008,7 @@ REPAIRS = {
 }
 
 
-def repair_history(body: Dict[str, Any], wire: str, words: Sequence[str]) -> Optional[Dict[str, Any]]:
+def repair_history(body: Json, wire: str, words: Sequence[str]) -> Optional[Json]:
     """The body without the foreign reasoning that a 400 of the format `wire` complains of; None if that is not it."""
     refused, apply = REPAIRS.get(wire, (_NEVER, drop_encrypted))
     return apply(body) if refused.search("\n".join(words).lower()) else None
@@ -7039,7 +7043,7 @@ def bare_cache_marks(value: Any) -> Any:
     return bare if isinstance(value, dict) else value
 
 
-def learn_fix(body: Dict[str, Any], words: Sequence[str], known: Iterable[str]) -> str:
+def learn_fix(body: Json, words: Sequence[str], known: Iterable[str]) -> str:
     """The fix that a 400's words ask for, "" when it names nothing that the router added or that was not tried yet."""
     text = "\n".join(words).lower()
     untried = [name for name, fix in FIXES.items() if name not in known and fix.needs in body]
