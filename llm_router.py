@@ -4131,8 +4131,9 @@ class ChatStreamParser:
         """The one string in a delta that adds to the block that flows and says nothing else."""
         parts = [(key, value) for key, value in delta.items() if value and key != "role"]
         key, value = parts[0] if len(parts) == 1 else ("", None)
-        if key == "tool_calls" and self._flowing is ToolCall and len(value) == 1:
-            inner = as_dict(as_dict(value[0]).get(self._slots[-1].block.kind))
+        calls = as_list(value) if key == "tool_calls" and self._flowing is ToolCall else []
+        if len(calls) == 1:
+            inner = as_dict(as_dict(calls[0]).get(self._slots[-1].block.kind))
             return "" if inner.get("name") else as_text(inner.get("arguments") or inner.get("input"))
         return as_text(value) if _CHAT_FLOWS.get(key) is self._flowing and not (self._tag and key == "content") else ""
 

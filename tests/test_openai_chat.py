@@ -1924,3 +1924,17 @@ def test_deeply_wrapped_errors_end():
     for _ in range(30):
         body = {"error": {"message": json.dumps(body)}} if len(json.dumps(body)) < 100000 else {"error": [body]}
     assert OPENAI_CHAT.parse_error(500, body).message
+
+
+@pytest.mark.parametrize("odd", [True, 7, "x", {"a": 1}, [7], [None, None], [[]]])
+def test_odd_tool_calls_in_the_middle_of_a_call_are_passed_over(odd):
+    def chunk(calls, **more):
+        return {"choices": [dict({"index": 0, "delta": {"tool_calls": calls}}, **more)]}
+
+    def part(text, **more):
+        return [dict({"index": 0, "function": dict({"arguments": text}, **more)}, id="c", type="function")]
+
+    chunks = [chunk(part('{"a":', name="f")), chunk(part("1")), chunk(odd), chunk(part("}"))]
+    raw = b"".join(b"data: %s\n\n" % json.dumps(row).encode() for row in [*chunks, chunk([], finish_reason="tool_calls")])
+    folded = router.fold_stream("openai", raw, Context(ChatRequest("m", []), "r", 1))
+    assert [(block.name, json.loads(block.arguments)) for block in folded.blocks] == [("f", {"a": 1})]
