@@ -218,14 +218,15 @@ class Caller:
 class RunningRouter(Caller):
     """`llm-router start` as a process. `process`, `home`, `config_path`, and everything a Caller does.
 
-    script: start the file itself, as `llm_router.py start`.
+    script: start the file itself, as `llm_router.py start`. before: called in the child before it runs. program: other
+    words for Python that start the program.
     """
 
-    def __init__(self, config, flags, home, env=None, timeout=20.0, before=None, script=False):
+    def __init__(self, config, flags, home, env=None, timeout=20.0, before=None, script=False, program=()):
         self.home = Path(home)
         self.home.mkdir(parents=True, exist_ok=True)
         self.config_path = self.home / "config.json"
-        program = [str(PROGRAM)] if script else ["-c", CONSOLE_SCRIPT, str(ROOT)]
+        program = program or ([str(PROGRAM)] if script else ["-c", CONSOLE_SCRIPT, str(ROOT)])
         command = [sys.executable, *program, "start", "--port=0"]
         if config is not None:
             self.write_config(config)

@@ -4,7 +4,9 @@ every output is searched (hardening 2.12 to 2.16, 2.39 and the secrets of issue 
 import contextlib
 import io
 import os
+import re
 import stat
+import subprocess
 import sys
 
 import pytest
@@ -12,7 +14,7 @@ import pytest
 import fake_upstream as fake
 import llm_router
 from exchanges import PATHS, WIRES, ask
-from running_router import PROGRAM, RunningRouter, config_of, provider
+from running_router import PROGRAM, RunningRouter, clean_environment, config_of, provider
 
 SECRETS = {
     "masterKey": "MARK-master-key-Aa1!-0001",
@@ -90,6 +92,8 @@ def outputs(tmp_path_factory):
             if os.path.exists("/proc/self/cmdline"):
                 with open("/proc/%d/cmdline" % running.process.pid, "rb") as file:
                     found["arguments"] = file.read().decode()
+            if os.name == "posix":
+                agents_told(running, home, environment, found)
             everything_said(running, home, environment, found)
         finally:
             running.stop()
@@ -127,6 +131,39 @@ COMMANDS = [
     "config --operation=list --json", "config --operation=validate", "config --operation=validate --json",
     "config --operation=export", "config --operation=set-default-model --model=dead/m", "reload", "stop --debug --grace=1",
 ]  # fmt: skip
+
+
+# A program in place of an agent: it tells all that it was given, its environment, arguments and files.
+NOSY = """#!/bin/sh
+env
+echo ARGUMENTS
+tr '\\0' '\\n' </proc/$$/cmdline 2>/dev/null || echo "$@"
+echo FILES
+[ -z "$OPENCODE_CONFIG" ] || { ls -l "$OPENCODE_CONFIG"; cat "$OPENCODE_CONFIG"; }
+"""
+AGENT_COMMANDS = ["run claude", "run codex", "run opencode -p x", "run -- nosy", "env", "env claude", "env --json --shell=fish"]
+
+
+def agents_told(running, home, environment, found):
+    """What programs under `run` get, and what `env` prints; `env` is for a shell that calls with the master key."""
+    folder = home / "bin"
+    folder.mkdir()
+    for name in ("claude", "codex", "opencode", "nosy"):
+        (folder / name).write_text(NOSY)
+        (folder / name).chmod(0o755)
+    env = clean_environment(home, MARKED_KEY=environment["MARKED_KEY"], SHELL="/bin/bash")
+    env["PATH"] = "%s%s%s" % (folder, os.pathsep, env["PATH"])
+    own = "\n".join("%s=%s" % entry for entry in env.items())
+    for command in AGENT_COMMANDS:
+        verb, *words = command.split()
+        line = [sys.executable, str(PROGRAM), verb, "--config=%s" % running.config_path, *words]
+        done = subprocess.run(line, env=env, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        said = done.stdout + done.stderr
+        assert running.url in said, said
+        for line in own.split("\n"):  # what the user has set for all of his programs
+            said = said.replace(line + "\n", "")
+        found["agent " + command] = said.replace(SECRETS["masterKey"], "") if verb == "env" else said
 
 
 def everything_said(running, home, environment, found):
@@ -174,3 +211,12 @@ def test_what_upstreams_echoed_came_out_masked(outputs):
     answers = "".join(text for where, text in outputs.items() if where.startswith("answer"))
     for name in ("apiKey", "apiKeyEnv", "header", "query"):
         assert llm_router.mask(SECRETS[name]) in answers, name
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a script stands in for the agents")
+def test_a_program_under_run_gets_a_key_of_its_own_and_no_other(outputs):
+    for command in ("run claude", "run codex", "run opencode -p x", "run -- nosy"):
+        told = re.split("ARGUMENTS\n|FILES\n", outputs["agent " + command])
+        keys = [re.findall(r"\brun-[A-Za-z0-9_-]{20}", part) for part in told]
+        assert bool(keys[0]) == ("opencode" not in command) and not keys[1] and bool(keys[2]) == ("opencode" in command)
+    assert outputs["agent run opencode -p x"].count("-rw------- ") == 1
