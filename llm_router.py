@@ -13676,6 +13676,7 @@ RUNTIME_PATH = "~/.llm-router.runtime.json"
 _CONTROL_TIMEOUT_S = 5.0
 _MOST_GUESTS = 1000
 _WATCH_S = 0.5
+_ENROLL_AGAIN_S = 5.0
 
 
 def state_path() -> str:
@@ -13794,6 +13795,7 @@ class Router:
         self.grace_s = options.settings.drain_grace_ms / 1000
         self.restarts = False
         self.config_state = "ok"
+        self._state_trouble = ""
         self.guests: Dict[str, str] = {}
         self.items = ItemMemory()
         self.reasoning = BoundedMap()
@@ -13929,24 +13931,29 @@ class Router:
         self.log.note("configuration reloaded" + (": %s changed" % ", ".join(notes) if notes else ""))
         return notes
 
-    def enroll(self, port: int) -> None:
-        """Enter this instance into the state file, so that `stop`, `reload`, `status` and `explain` find it."""
+    def enroll(self, port: int) -> bool:
+        """Enter this instance into the state file, so that `stop`, `reload`, `status` and `explain` find it; whether
+        that file could be written."""
         import os
 
         options = self.options
         entry = Instance(self.id, os.getpid(), options.host, port, options.config_path, self.token, self.started)
-        self._change_state(lambda known: known + [entry])
+        return self._change_state(lambda known: known + [entry])
 
     def leave(self) -> None:
         """Take this instance out of the state file."""
         self._change_state(lambda known: [instance for instance in known if instance.id != self.id])
 
-    def _change_state(self, change: Callable[[List[Instance]], List[Instance]]) -> None:
-
+    def _change_state(self, change: Callable[[List[Instance]], List[Instance]]) -> bool:
+        trouble = ""
         try:
             change_instances(state_path(), change)
         except RouterError as error:
-            self.log.note("stop, reload and status will not find this instance: " + error.message, "warning")
+            trouble = error.message
+        if trouble and trouble != self._state_trouble:
+            self.log.note("stop, reload and status will not find this instance: " + trouble, "warning")
+        self._state_trouble = trouble
+        return not trouble
 
 
 def show_health(ref: str, book: Any, now: float) -> Dict[str, Any]:
@@ -14026,14 +14033,14 @@ async def _serve(options: StartOptions) -> Tuple[int, int]:
         port = await _listen(router.server, options)
         _on_signals(loop, router)
         _reload_on_sighup(loop, router)
-        router.enroll(port)
+        tasks = [] if router.enroll(port) else [asyncio.ensure_future(_enroll_later(router, port))]
         _announce(options, port)  # last: whoever reads it may stop, reload and ask for the status at once
         _import_ahead()
-        watcher = asyncio.ensure_future(_watch_config(router)) if options.watch_config and options.config_path else None
+        tasks += [asyncio.ensure_future(_watch_config(router))] if options.watch_config and options.config_path else []
         _spare_collector()
         await router.stopping.wait()
-        if watcher is not None:
-            watcher.cancel()
+        for task in tasks:
+            task.cancel()
         log.note("stopping: open requests have %g s to finish" % router.grace_s)
         clean = await router.server.drain(router.grace_s)
         router.leave()
@@ -14089,6 +14096,16 @@ def _spare_collector() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(5_000, 1, 1)
+
+
+async def _enroll_later(router: Router, port: int) -> None:
+    """Try again, aside, until the state file can be written: a disk that is full may get room."""
+    import asyncio
+
+    is_known = False
+    while not is_known:
+        await asyncio.sleep(_ENROLL_AGAIN_S)
+        is_known = await asyncio.get_running_loop().run_in_executor(None, router.enroll, port)
 
 
 async def _watch_config(router: Router) -> None:

@@ -162,3 +162,48 @@ def test_connections_that_are_idle_or_slow_or_come_and_go_delay_nobody_and_cost_
                 client.sendall(HEALTH)
                 assert client.recv(1000).startswith(b"HTTP/1.1 200 ")
     assert "Traceback" not in "\n".join(running.log())
+
+
+@contextlib.contextmanager
+def full_disk(kind, folder):
+    """(home, before): a home directory on which nothing more can be written, and what the child does first."""
+    import resource
+
+    if kind == "a limit for every file":
+        yield folder, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (16, resource.RLIM_INFINITY))
+        return
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k,mode=700", "tmpfs", str(folder)], capture_output=True)
+    if made.returncode:
+        pytest.skip("no file system may be mounted here")
+    try:
+        with contextlib.suppress(OSError), open(str(folder / "filler"), "wb", 0) as file:
+            while file.write(b"x" * 4096):
+                pass
+        yield folder, None
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@posix
+@pytest.mark.parametrize("kind", ["a limit for every file", "a file system without room"])
+def test_a_full_disk_takes_the_state_file_and_the_ledger_but_no_request(kind, tmp_path, upstream):
+    """Hardening, proxies 31: it says so, leaves no half file, serves, ends cleanly, and recovers with the room."""
+    home = tmp_path / "full"
+    home.mkdir()
+    with full_disk(kind, home) as (home, before):
+        running = RunningRouter(config_of(provider(upstream)), (), tmp_path / "here", {"HOME": str(home)}, before=before)
+        try:
+            said = running.wait_log("will not find this instance")
+            assert ("File too large" if before else "No space left") in said and str(home) in said
+            for _ in range(3):
+                assert running.post(PATHS["openai"], ask("openai", "fake-model")).status == 200
+            running.wait_log("the usage ledger is not written")
+            state = home / ".llm-router.runtime.json"
+            assert not state.exists() and not list(home.glob(".llm-router.runtime.json*"))
+            if not before:
+                (home / "filler").unlink()
+                assert until(state.exists, timeout=20.0) and str(running.process.pid) in state.read_text()
+                assert until(lambda: any("ledger is written again" in line for line in running.log()), timeout=20.0)
+        finally:
+            assert running.stop() == 0
+        assert "Traceback" not in "\n".join(running.log()) and not list(home.glob("*.tmp"))

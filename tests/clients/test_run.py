@@ -16,7 +16,7 @@ import pytest
 
 import llm_router
 from fake_upstream import FakeUpstream, final_text, json_answer, tool_results, tool_round_trip
-from real_clients import HERE, MODEL, missing, native
+from real_clients import HERE, MODEL, WIRES, missing, native
 from running_router import clean_environment, config_of, provider
 
 PROGRAM = str(Path(llm_router.__file__))
@@ -135,11 +135,9 @@ OTHERS = {
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs timeout(1)")
-@pytest.mark.parametrize(
-    ("tool", "wire"),
-    [("opencode", "anthropic"), ("opencode", "responses"), ("qwen", "anthropic"), ("llm", "anthropic"), ("llm", "responses")],
-)  # fmt: skip
-def test_other_agents_run_against_another_format_after_a_fallback(run_agent, project, upstreams, tool, wire):
+@pytest.mark.parametrize("wire", WIRES)
+@pytest.mark.parametrize("tool", sorted(OTHERS))
+def test_other_agents_run_over_each_upstream_format_after_a_fallback(run_agent, project, upstreams, tool, wire):
     find, call, words, env, told = OTHERS[tool]
     home, folder = project
     program = find()
