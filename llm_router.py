@@ -540,9 +540,9 @@ class Problem(NamedTuple):
 
 
 class Field(NamedTuple):
-    """One key of the file. kind: what it holds, a row of _FIELD_KINDS or a reader of _Scan; [kind]: one or a list of
-    them, {kind:kind}: an object. aliases: other spellings that older files use, beside the dashed and snake-case
-    twins."""
+    """One key of the file. kind: what it holds, a row of _FIELD_KINDS or FIELDS, or url, proxy or providers; [kind]: a
+    list of them, or one text in place of it; {kind:kind}: an object. aliases: other spellings that older files use,
+    beside the dashed and snake-case twins."""
 
     key: str
     kind: str
@@ -555,9 +555,9 @@ FIELDS: Dict[str, Tuple[Field, ...]] = {
         Field("$schema", "text", "where editors find the schema of this file, see config --operation=schema"),
         Field("version", "whole", "version of the file's shape, 1"),
         Field("masterKey", "secret", "the key that clients show to the router"),
-        Field("clientKeys", "client_keys", "further keys, each with the name of its client and the key's SHA-256"),
+        Field("clientKeys", "[client_key]", "further keys, each with the name of its client and the key's SHA-256"),
         Field("defaultModel", "default", "the model for `smart` and for requests that name none"),
-        Field("modelAliases", "{alias:targets}", "name, or pattern with *, to a model ref or an ordered list of them"),
+        Field("modelAliases", "{alias:[target]}", "name, or pattern with *, to a model ref or an ordered list of them"),
         Field("corsOrigins", "[origin]", "browser origins that may use the router"),
         Field("allowedHosts", "[name]", "further Host names that are answered while auth is off"),
         Field("providers", "providers", "the accounts requests may go to"),
@@ -568,7 +568,12 @@ FIELDS: Dict[str, Tuple[Field, ...]] = {
         Field("name", "text", "name for people"),
         Field("enabled", "flag", "false keeps the entry and does not use it"),
         Field("baseUrl", "url", "where the provider's API is", ("endpoint",)),
-        Field("baseUrlByFormat", "urls", "a base URL of its own per wire format", ("endpointByFormat", "endpoints")),
+        Field(
+            "baseUrlByFormat",
+            "{wire:url}",
+            "a base URL of its own per wire format",
+            ("endpointByFormat", "endpoints"),
+        ),
         Field("apiKey", "secret", "the key the router shows to the provider", ("credential",)),
         Field("apiKeyEnv", "variable", "environment variable that holds the key; wins when it is set"),
         Field("formats", "[wire]", "wire formats the provider speaks: openai, anthropic, responses"),
@@ -577,12 +582,12 @@ FIELDS: Dict[str, Tuple[Field, ...]] = {
         Field("authByFormat", "{wire:auth}", "how the key is shown per wire format, where they differ"),
         Field("headers", "{header_name:header}", "headers for every request; null removes one"),
         Field("anthropicVersion", "header", "the anthropic-version header"),
-        Field("anthropicBeta", "betas", "anthropic-beta features to ask for"),
+        Field("anthropicBeta", "[beta]", "anthropic-beta features to ask for"),
         Field("compat", "any", "what the provider needs or refuses beside the format"),
         Field("timeouts", "timeouts", "limits of its own in milliseconds"),
         Field("proxy", "proxy", "its own HTTP proxy, http://HOST:PORT, or none for a direct connection"),
         Field("caBundle", "text", "file of certificates (PEM) to trust for it"),
-        Field("models", "models", "its models; * passes any id through"),
+        Field("models", "[model]", "its models; * passes any id through"),
         Field("metadata", "object", "anything; kept, not used"),
     ),
     "model": (
@@ -620,6 +625,15 @@ FIELDS: Dict[str, Tuple[Field, ...]] = {
 }
 
 
+# Fields that an object cannot do without; an id of a provider may stand outside of it.
+_REQUIRED = {"provider": ("models",), "model": ("id",), "client_key": ("name", "sha256")}
+# Lists that may not be empty: what is wrong with one, and the cure.
+_NOT_EMPTY = {
+    "model": ("has no models", "add at least one; * passes any id through"),
+    "target": ("leads to no model", "write provider/model, or remove the alias"),
+}
+
+
 def _snake(name: str) -> str:
     return re.sub("[A-Z]", lambda match: "_" + match.group().lower(), name)
 
@@ -651,7 +665,15 @@ def get_field(raw: Dict[str, Any], kind: str, key: str) -> Any:
 _MAX_DEPTH = 60  # far below the recursion limit, so that no walk of a document needs to fear it
 _SECRET_VALUE = re.compile(r'("[^"]*(?:key|secret|token|auth|credential|password)[^"]*"\s*:\s*")([^"]*)', re.IGNORECASE)
 _LONG_TOKEN = re.compile(r"()([A-Za-z0-9_+/=-]{24,}|\bsk-[A-Za-z0-9_-]+)")
-_JSON_TYPES = ((bool, "a boolean"), (dict, "an object"), (list, "a list"), (str, "text"), ((int, float), "a number"))
+_TYPE_NAMES = {
+    bool: "a boolean",
+    dict: "an object",
+    list: "a list",
+    str: "text",
+    int: "a whole number",
+    float: "a number",
+    type(None): "null",
+}
 
 
 def parse_config_text(text: Union[str, bytes], source: str) -> Dict[str, Any]:
@@ -660,22 +682,19 @@ def parse_config_text(text: Union[str, bytes], source: str) -> Dict[str, Any]:
     ConfigError names `source`, line and column and shows the place, keys hidden; its problem has the same apart.
     """
     try:
-        text = text if isinstance(text, str) else bytes(text).decode("utf-8")
-        text = text[1:] if text[:1] == "\ufeff" else text
-        document = _decode_loosely(text)
+        text = (text if isinstance(text, str) else str(text, "utf-8")).removeprefix("\ufeff")
+        document = _JSON_DECODER.decode(_plain_json(text))
         depth = _depth(document)
     except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        column = error.start - error.object.rfind(b"\n", 0, error.start)
-        problem = Problem("", "not UTF-8 text", "save the file as UTF-8", "error", line, column)
-        raise ConfigError("%s:%d:%d: %s; %s" % (source, line, column, *problem[1:3]), [problem]) from None
+        before = len(error.object[: error.start].decode("utf-8"))
+        message = "not UTF-8 text (save the file as UTF-8)"
+        raise _syntax_error(source, error.object.decode("utf-8", "replace"), before, message) from None
     except json.JSONDecodeError as error:
-        problem = Problem("", error.msg, "correct the JSON there" + _hint(error), "error", error.lineno, error.colno)
-        raise ConfigError(_syntax_message(source, error), [problem]) from None
+        raise _syntax_error(source, str(text), error.pos, error.msg + _hint(str(text), error.pos)) from None
     except (ValueError, RecursionError) as error:
         raise ConfigError("%s is not usable JSON: %s" % (source, one_line(str(error), 120))) from None
     if not isinstance(document, dict):
-        raise ConfigError("%s must hold a JSON object, it holds %s" % (source, _json_type(document)))
+        raise ConfigError("%s must hold a JSON object, it holds %s" % (source, _TYPE_NAMES[type(document)]))
     if depth > _MAX_DEPTH:
         raise ConfigError("%s is nested deeper than %d levels" % (source, _MAX_DEPTH))
     return document
@@ -697,14 +716,35 @@ def _plain_json(text: str) -> str:
     return text
 
 
-def _decode_loosely(text: str) -> Any:
-    try:
-        return _JSON_DECODER.decode(text)
-    except json.JSONDecodeError:
-        try:
-            return _JSON_DECODER.decode(_plain_json(text))
-        except json.JSONDecodeError as error:
-            raise json.JSONDecodeError(error.msg, text, error.pos) from None
+def _position(text: str, at: int) -> Tuple[int, int]:
+    """The line and column of the character `at`, both from 1."""
+    return text.count("\n", 0, at) + 1, at - text.rfind("\n", 0, at)
+
+
+def _syntax_error(source: str, text: str, at: int, message: str) -> ConfigError:
+    line, column = _position(text, at)
+    shown = _hide_secrets(text.split("\n")[line - 1])
+    start = max(0, column - 71)
+    shown = "".join(c if c.isprintable() else " " for c in shown[start : start + 100])
+    place = "%s:%d:%d: %s" % (source, line, column, message)
+    return ConfigError(
+        "%s\n  %s\n  %s^" % (place, shown, " " * (column - 1 - start)),
+        [Problem("", message, "correct the text there", "error", line, column)],
+    )
+
+
+def _hint(text: str, at: int) -> str:
+    """What may be meant by a usual mistake."""
+    if text[at : at + 1] == "#":
+        return " (comments are written // so)"
+    return " (a comma too many)" if "," in (text[at : at + 1], text[:at].rstrip()[-1:]) else ""
+
+
+def _hide_secrets(line: str) -> str:
+    """`line` with what may be a key as asterisks of the same length, so that a caret still points right."""
+    for pattern in (_SECRET_VALUE, _LONG_TOKEN):
+        line = pattern.sub(lambda match: match.group(1) + "*" * len(match.group(2)), line)
+    return line
 
 
 _JSON_PIECE = re.compile(r'"(?:[^"\\]|\\.)*"|[][{}]|[^][{}:,\s"]+')  # all but colons and commas
@@ -720,7 +760,7 @@ def locate_problems(problems: Iterable[Problem], text: str) -> List[Problem]:
         path = problem.path
         while path not in places:
             path = path[: max(0, path.rfind("."), path.rfind("["))]
-        line, column = text.count("\n", 0, places[path]) + 1, places[path] - text.rfind("\n", 0, places[path])
+        line, column = _position(text, places[path])
         located.append(problem._replace(line=line, column=column))
     return located
 
@@ -750,33 +790,6 @@ def _find_places(text: str) -> Tuple[Dict[str, int], List[str]]:
 def _depth(value: Any) -> int:
     entries = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return 1 + max(map(_depth, entries), default=0)
-
-
-def _json_type(value: Any) -> str:
-    return next((name for type_, name in _JSON_TYPES if isinstance(value, type_)), "null")
-
-
-def _syntax_message(source: str, error: json.JSONDecodeError) -> str:
-    shown = _hide_secrets("".join(error.doc.splitlines()[error.lineno - 1 : error.lineno]))
-    at = min(error.colno - 1, len(shown))
-    start = max(0, at - 70)
-    shown = "".join(c if c.isprintable() else " " for c in shown[start : start + 100])
-    place = "%s:%d:%d: %s%s" % (source, error.lineno, error.colno, error.msg, _hint(error))
-    return "%s\n  %s\n  %s^" % (place, shown, " " * (at - start))
-
-
-def _hint(error: json.JSONDecodeError) -> str:
-    """What may be meant by a usual mistake."""
-    if error.doc[error.pos :][:1] == "#":
-        return " (comments are written // so)"
-    return " (a comma too many)" if "," in (error.doc[error.pos :][:1], error.doc[: error.pos].rstrip()[-1:]) else ""
-
-
-def _hide_secrets(line: str) -> str:
-    """`line` with what may be a key as asterisks of the same length, so that a caret still points right."""
-    for pattern in (_SECRET_VALUE, _LONG_TOKEN):
-        line = pattern.sub(lambda match: match.group(1) + "*" * len(match.group(2)), line)
-    return line
 
 
 # ----- a configuration in environment variables -----
@@ -845,12 +858,15 @@ def show_problem(problem: Problem) -> str:
     return "%s: %s; %s" % (problem.path or "configuration", problem.message, problem.cure)
 
 
-_HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110, 5.6.2
+# RFC 9110, 5.6.2, without the headers of framing and connections
+_HEADER_NAME = re.compile(
+    "(?!(?:content-length|transfer-encoding|connection|keep-alive|upgrade|te|trailer)$)[!#$%&'*+.^_`|~0-9A-Za-z-]+",
+    re.IGNORECASE | re.ASCII,
+)
 _HEADER_VALUE = re.compile(r"[\t -~\u0080-\u00ff]*")  # RFC 9110, 5.5; no CR, LF or NUL
 _ORIGIN = re.compile(r"[^/]+://[^/?#*\s]+")
 _SECRET = re.compile(r"[ -~]*")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_FRAMING_HEADERS = ("content-length", "transfer-encoding", "connection", "keep-alive", "upgrade", "te", "trailer")
 _URL_CHARACTERS = re.compile(r"[!#-;=?-\[\]_a-z~]*")  # RFC 3986: printable ASCII without " < > \ ^ ` { | }
 _AUTHORITY = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::[0-9]{1,5})?")
 _LOOPBACK = re.compile(r"localhost|.+\.localhost|127(?:\.[0-9]{1,3}){3}|::1", re.IGNORECASE)
@@ -885,61 +901,85 @@ def _wire_of(text: str) -> str:
     return _WIRE_ALIASES.get(text.strip().lower(), text.strip().lower())
 
 
-_TYPE_WORDS = {str: "text", int: "a whole number", bool: "true or false", dict: "an object", list: "a list"}
-_REFERENCES = (
-    "default",
-    "fallback",
-    "target",
-)  # names of models that must exist: a client's, a model or alias, a model
-_NAME = (str, str.strip, bool, "is empty", "remove it or write a name")
+def _flag_of(value: Any) -> Any:
+    """A boolean that is written as text; anything else as it is."""
+    return _BOOLS.get(value.strip().lower(), value) if isinstance(value, str) else value
 
-# Simple kinds: the JSON type, how a text is tidied, what the value must then be, what is wrong otherwise, the cure.
+
+class FieldKind(NamedTuple):
+    """What a plain value must be. type: its JSON type. tidy: how a text is tidied before. is_good: what it must then
+    be; message, cure: what is said when it is not. A rule that is a method of a pattern or of a tuple of words is the
+    rule of the schema, too."""
+
+    type: type
+    tidy: Callable[[str], Any] = str
+    is_good: Callable[[Any], Any] = lambda value: True
+    message: str = ""
+    cure: str = ""
+
+
+# Names of models that must exist: any that a client may use, a model or alias, a model.
+_REFERENCES = ("default", "fallback", "target")
+_NAME = FieldKind(str, str.strip, re.compile(r"\s*\S[\s\S]*").fullmatch, "is empty", "remove it or write a name")
+
 # fmt: off
-_FIELD_KINDS: Dict[str, Tuple[type, Callable[[str], Any], Callable[[Any], Any], str, str]] = {
-    "any": (object, str, lambda value: True, "", ""),
-    "object": (dict, str, lambda value: True, "", ""),
-    "flag": (bool, lambda text: _BOOLS.get(text.strip().lower(), text), lambda value: True, "", ""),
-    "whole": (int, str, lambda value: type(value) is int and 0 <= value <= 2**53,
-              "must be a whole number of at least 0", "write a number without quotes or fraction"),
-    "text": (str, str.strip, lambda text: True, "", ""),
-    "default": (str, str.strip, lambda text: True, "", ""),
+_FIELD_KINDS: Dict[str, FieldKind] = {
+    "any": FieldKind(object),
+    "object": FieldKind(dict),
+    "flag": FieldKind(bool, _flag_of),
+    "whole": FieldKind(int, str, range(2**53 + 1).__contains__,
+        "must be a whole number of at least 0", "write a number without quotes or fraction"),
+    "text": FieldKind(str, str.strip),
+    "default": FieldKind(str, str.strip),
     "name": _NAME,
     "fallback": _NAME,
     "target": _NAME,
-    "alias": (str, str, lambda text: text.strip() not in ("", "smart"), "cannot be an alias",
-              "choose another name; for smart set defaultModel"),
-    "secret": (str, str.strip, _SECRET.fullmatch, "has a character that no key has",
-               "copy the key again, without line breaks"),
-    "sha256": (str, lambda text: text.strip().lower(), re.compile("[0-9a-f]{64}").fullmatch, "is not a SHA-256",
-               "make the entry with config --operation=add-client-key"),
-    "variable": (str, str.strip, _VARIABLE.fullmatch, "is not the name of an environment variable",
-                 "write a name like OPENAI_API_KEY; the key itself goes into apiKey"),
-    "provider_id": (str, str, re.compile(r"[A-Za-z][A-Za-z0-9_-]*").fullmatch, "is not a provider id",
-                    "use a letter, then letters, digits, - and _"),
-    "model_id": (str, str, lambda text: text and text == text.strip() and text.isprintable(), "is not a model id",
-                 "write the provider's own name of the model, without spaces around it"),
-    "wire": (str, _wire_of, WIRES.__contains__, "is not a wire format", "use " + ", ".join(WIRES)),
-    "auth_type": (str, lambda text: text.strip().lower(), AUTH_TYPES.__contains__, "is not an auth type",
-                  "use " + ", ".join(AUTH_TYPES)),
-    "header_name": (str, str, lambda text: _HEADER_NAME.fullmatch(text) and text.lower() not in _FRAMING_HEADERS,
-                    "is not a header that can be set", "use letters, digits and -; framing is the router's own"),
-    "header": (str, str.strip, _HEADER_VALUE.fullmatch, "is not a header value", "remove line breaks and controls"),
-    "prefix": (str, str, _HEADER_VALUE.fullmatch, "is not a header value", "remove line breaks and controls"),
-    "origin": (str, lambda text: text.strip().rstrip("/").lower(), _ORIGIN.fullmatch, "is not an origin",
-               "write scheme://host:port; a wildcard would let any web page spend your money"),
+    "alias": FieldKind(str, str, re.compile(r"(?!\s*(?:smart)?\s*$)[\s\S]*").fullmatch,
+        "cannot be an alias", "choose another name; for smart set defaultModel"),
+    "secret": FieldKind(str, str.strip, _SECRET.fullmatch,
+        "has a character that no key has", "copy the key again, without line breaks"),
+    "sha256": FieldKind(str, lambda text: text.strip().lower(), re.compile("[0-9a-f]{64}").fullmatch,
+        "is not a SHA-256", "make the entry with config --operation=add-client-key"),
+    "variable": FieldKind(str, str.strip, _VARIABLE.fullmatch,
+        "is not the name of an environment variable",
+        "write a name like OPENAI_API_KEY; the key itself goes into apiKey"),
+    "provider_id": FieldKind(str, str, re.compile(r"[A-Za-z][A-Za-z0-9_-]*").fullmatch,
+        "is not a provider id", "use a letter, then letters, digits, - and _"),
+    "model_id": FieldKind(str, str, lambda text: text and text == text.strip() and text.isprintable(),
+        "is not a model id", "write the provider's own name of the model, without spaces around it"),
+    "wire": FieldKind(str, _wire_of, WIRES.__contains__,
+        "is not a wire format", "use " + ", ".join(WIRES)),
+    "auth_type": FieldKind(str, lambda text: text.strip().lower(), AUTH_TYPES.__contains__,
+        "is not an auth type", "use " + ", ".join(AUTH_TYPES)),
+    "header_name": FieldKind(str, str, _HEADER_NAME.fullmatch,
+        "is not a header that can be set", "use letters, digits and -; framing is the router's own"),
+    "header": FieldKind(str, str.strip, _HEADER_VALUE.fullmatch,
+        "is not a header value", "remove line breaks and controls"),
+    "prefix": FieldKind(str, str, _HEADER_VALUE.fullmatch,
+        "is not a header value", "remove line breaks and controls"),
+    "beta": FieldKind(str, str.strip, re.compile(r"[\t -~\u0080-\u00ff]*[!-~][\t -~\u0080-\u00ff]*").fullmatch,
+        "is not a feature's name", "write it without line breaks, or remove it"),
+    "origin": FieldKind(str, lambda text: text.strip().rstrip("/").lower(), _ORIGIN.fullmatch,
+        "is not an origin", "write scheme://host:port; a wildcard would let any web page spend your money"),
 }
 # fmt: on
 
+_VERDICTS = {  # of ModelIndex.judge: what is said of the name, and the cure
+    "unknown": ("names the model %s, which is not configured", "write provider/model, both as they are configured"),
+    "ambiguous": ("names the model %s, which several providers have", "write one of "),
+    "disabled": ("names the model %s, which is disabled", "enable it or name another"),
+}
+
 
 class _Scan:
-    """A pass over a document. Its readers, `_read_KIND(path, value)`, return None for what cannot be used, and note
-    it."""
+    """A pass over a document, which makes its values and notes what is wrong: a reader returns None for what cannot be
+    used."""
 
     def __init__(self, environ: Mapping[str, str]) -> None:
         self.problems: List[Problem] = []
         self._environ = environ
-        self._references: List[Tuple[str, str, str, bool]] = []  # path, name, kind, lenient
-        self._lenient = False  # inside a disabled entry, where errors do no harm
+        self._level = "error"  # of an error where the pass is: inside a disabled entry it does no harm
+        self._references: List[Tuple[str, str, str, str]] = []  # path, name, kind, level
 
     def scan(self, document: Dict[str, Any]) -> Config:
         """The Config of a whole document."""
@@ -948,29 +988,31 @@ class _Scan:
             self._warn("providers", "no provider is configured", "add one with config --operation=upsert-provider")
         if values.get("version", 1) > 1:
             self._warn("version", "is of a newer version", "check the other warnings: unknown keys have no effect")
-        values["master_key"] = self._read_variable_value("LLM_ROUTER_MASTER_KEY") or values.get("master_key", "")
-        values["aliases"] = values.get("model_aliases", {})
-        values["allowed_hosts"] = tuple(map(str.lower, values.get("allowed_hosts", ())))
-        config = Config(**{name: value for name, value in values.items() if name in Config._fields})
+        config = _made(Config, values)._replace(
+            master_key=self._read_variable_value("LLM_ROUTER_MASTER_KEY") or values.get("master_key", ""),
+            aliases=values.get("model_aliases", {}),
+            allowed_hosts=tuple(map(str.lower, values.get("allowed_hosts", ()))),
+        )
         self._check_references(ModelIndex(config.providers, config.aliases))
         return config
 
     def _error(self, path: str, message: str, cure: str) -> None:
-        self.problems.append(Problem(path, message, cure, "warning" if self._lenient else "error"))
+        self.problems.append(Problem(path, message, cure, self._level))
 
     def _warn(self, path: str, message: str, cure: str) -> None:
         self.problems.append(Problem(path, message, cure, "warning"))
 
-    def _is(self, path: str, value: Any, type_: type, words: str = "") -> bool:
+    def _is(self, path: str, value: Any, type_: type) -> bool:
         """Whether `value` is of the JSON type, noted when it is not."""
-        if not isinstance(value, type_):
-            words = words or _TYPE_WORDS[type_]
-            self._error(path, "must be %s, is %s" % (words, _json_type(value)), "write %s" % words)
-        return isinstance(value, type_)
+        is_good = type_ in (object, type(value))
+        if not is_good:
+            words = _TYPE_NAMES[type_]
+            self._error(path, "must be %s, is %s" % (words, _TYPE_NAMES[type(value)]), "write " + words)
+        return is_good
 
     def _read(self, kind: str, path: str, value: Any) -> Any:
         if kind[0] == "[":
-            return tuple(entry for _, entry in self._read_each(kind[1:-1], path, value))
+            return tuple(entry for _, entry in self._read_list(kind[1:-1], path, value))
         if kind[0] == "{":
             return self._read_map(*kind[1:-1].split(":"), path, value)
         if kind not in _FIELD_KINDS:
@@ -982,23 +1024,27 @@ class _Scan:
         if not is_good(value):
             return self._error(path, message, cure)
         if kind in _REFERENCES:
-            self._references.append((path, value, kind, self._lenient))
+            self._references.append((path, value, kind, self._level))
         return value
 
-    def _read_each(self, kind: str, path: str, value: Any) -> List[Tuple[str, Any]]:
+    def _read_list(self, kind: str, path: str, value: Any) -> List[Tuple[str, Any]]:
         """What can be used of a list, or of one text in place of a list, each with its path."""
         entries = [(path, value)] if isinstance(value, str) else []
-        if not entries and self._is(path, value, list):
+        if isinstance(value, str) and kind == "beta":  # as the header has them
+            entries = [(path, entry) for entry in value.split(",")]
+        elif not entries and self._is(path, value, list):
             entries = [("%s[%d]" % (path, i), entry) for i, entry in enumerate(value)]
+            if not entries and kind in _NOT_EMPTY:
+                self._error(path, *_NOT_EMPTY[kind])
         read = [(where, self._read(kind, where, entry)) for where, entry in entries]
-        return [(where, entry) for where, entry in read if entry is not None]
+        found = [(where, entry) for where, entry in read if entry is not None]
+        if kind in _REQUIRED:
+            self._check_ids(kind, found)
+        return found
 
-    def _items(self, path: str, value: Any) -> List[Tuple[str, str, Any]]:
-        """The path, name and value of each member of an object."""
-        good = self._is(path, value, dict)
-        return [(_join(path, name), name, entry) for name, entry in value.items()] if good else []
-
-    def _read_map(self, name_kind: str, kind: str, path: str, value: Any) -> Dict[str, Any]:
+    def _read_map(self, name_kind: str, kind: str, path: str, value: Any) -> Any:
+        if kind == "url" and not isinstance(value, dict):  # one for every format, as older files have it
+            return {"": self._read_url(path, value)}
         found = {}
         for where, name, entry in self._items(path, value):
             good = self._read(name_kind, where, name)
@@ -1007,17 +1053,26 @@ class _Scan:
                 found[good] = read
         return found
 
+    def _items(self, path: str, value: Any) -> List[Tuple[str, str, Any]]:
+        """The path, name and value of each member of an object."""
+        good = self._is(path, value, dict)
+        return [(_join(path, name), name, entry) for name, entry in value.items()] if good else []
+
     def _read_fields(self, kind: str, path: str, raw: Any) -> Dict[str, Any]:
         """The fields of an object by their attributes' names (`base_url`); unknown keys become warnings."""
         values = {}
         for where, name, value in self._items(path, raw):
             field = _FIELD_OF[kind].get(name)
+            first = find_key(raw, kind, field.key) if field else None
             if field is None:
                 self._note_unknown_key(where, name, kind)
-            elif value is not None and find_key(raw, kind, field.key) != name:
-                self._warn(where, "says again what %s says" % find_key(raw, kind, field.key), "remove one of them")
+            elif value is not None and first != name:
+                self._warn(where, "says again what %s says" % first, "remove one of them")
             elif value is not None:
                 values[_snake(field.key)] = self._read(field.kind, where, value)
+        for name in _REQUIRED.get(kind, ()):
+            if isinstance(raw, dict) and find_key(raw, kind, name) is None:
+                self._error(_join(path, name), "is missing", "add it: " + _FIELD_OF[kind][name].help)
         return {name: value for name, value in values.items() if value is not None}
 
     def _note_unknown_key(self, path: str, name: str, kind: str) -> None:
@@ -1026,9 +1081,25 @@ class _Scan:
         near = nearest(name, SPELLINGS[kind])
         self._warn(path, "is not a known key", "did you mean %s?" % near[0] if near else "remove it: it has no effect")
 
-    def _read_betas(self, path: str, value: Any) -> Any:
-        parts = self._read("[name]", path, value.split(",") if isinstance(value, str) else value)
-        return tuple(part for part in parts if self._read("header", path, part) is not None)
+    def _check_ids(self, kind: str, found: Sequence[Tuple[str, Any]]) -> None:
+        """No two entries may have the same id, the first of their fields; those of models count case."""
+        same: Dict[str, str] = {}
+        alike: Dict[str, str] = {}
+        owners = {entry[0]: entry for _, entry in found}
+        for path, entry in found:
+            first = same.setdefault(entry[0] if kind == "model" else entry[0].lower(), path)
+            twin = alike.setdefault(entry[0].lower(), entry[0])
+            if first != path:
+                words = kind.replace("_", " "), one_line(entry[0], 80), first
+                self._error(path, "the %s id %s is already used at %s" % words, "rename or remove one of them")
+            elif twin != entry[0]:
+                self._warn(path, "differs from %s only in case" % one_line(twin, 80), "remove one of them")
+            for alias in getattr(entry, "aliases", ()):
+                if owners.setdefault(alias, entry) is not entry:
+                    words = one_line(alias, 80), one_line(owners[alias][0], 80)
+                    self._warn(path, "its alias %s also means %s" % words, "rename one of them")
+
+    # ----- kinds with rules of their own -----
 
     def _read_url(self, path: str, value: Any) -> Any:
         if isinstance(value, list) and value:
@@ -1043,13 +1114,6 @@ class _Scan:
             self._warn(path, "sends keys and prompts unencrypted", "use https:// unless you trust the network")
         return url
 
-    def _read_urls(self, path: str, value: Any) -> Dict[str, str]:
-        """URLs by format; one for all of them, as older files have it, stands under ""."""
-        if isinstance(value, dict):
-            return self._read_map("wire", "url", path, value)
-        url = self._read_url(path, value)
-        return {"": url} if url else {}
-
     def _read_proxy(self, path: str, value: Any) -> Any:
         url = self._read("text", path, value)
         bare = re.sub("//[^/@]*@", "//", url or "")  # a proxy may have a login, where a base URL may not
@@ -1057,29 +1121,69 @@ class _Scan:
             return url
         return self._error(path, "is not the URL of an HTTP proxy", "write http://HOST:PORT, or none")
 
-    def _read_targets(self, path: str, value: Any) -> Any:
-        refs = self._read("[target]", path, value)
-        return refs or self._error(path, "leads to no model", "write provider/model, or remove the alias")
+    def _read_timeouts(self, path: str, value: Any) -> Timeouts:
+        return Timeouts(**self._read_fields("timeouts", path, value))
 
-    def _read_auth(self, path: str, value: Any) -> Any:
+    def _read_auth(self, path: str, value: Any) -> Auth:
         auth = Auth(**self._read_fields("auth", path, value))
         if auth.type == "header" and not auth.header_name:
             self._error(path, "has the type header and no header", "add headerName")
         return auth
 
-    def _read_client_keys(self, path: str, value: Any) -> Tuple[ClientKey, ...]:
-        found = self._read_each("client_key", path, value)
-        self._check_ids("client key", [(where, key.name) for where, key in found], str.lower)
-        return tuple(key for _, key in found)
-
     def _read_client_key(self, path: str, value: Any) -> Optional[ClientKey]:
         key = ClientKey(**self._read_fields("client_key", path, value))
-        if all(key):
-            return key
-        return self._error(path, "needs a name and a sha256", "make it with config --operation=add-client-key")
+        return key if all(key) else None
 
-    def _read_timeouts(self, path: str, value: Any) -> Timeouts:
-        return Timeouts(**self._read_fields("timeouts", path, value))
+    def _read_model(self, path: str, raw: Any) -> Optional[Model]:
+        raw, level = {"id": raw} if isinstance(raw, str) else raw, self._level
+        self._level = "warning" if _is_off(raw, "model") else level
+        values = self._read_fields("model", path, raw)
+        self._level = level
+        return Model(**values) if "id" in values else None
+
+    def _read_providers(self, path: str, value: Any) -> Tuple[Provider, ...]:
+        found = []
+        for where, raw in provider_entries(path, value):
+            self._level = "warning" if _is_off(raw, "provider") else "error"
+            found.append((where, self._read_provider(where, raw)))
+            self._level = "error"
+        self._check_ids("provider", [(where, provider) for where, provider in found if provider.id])
+        return tuple(provider for _, provider in found)
+
+    def _read_provider(self, path: str, raw: Any) -> Provider:
+        values = self._read_fields("provider", path, raw)
+        if not as_dict(raw).get("id"):
+            self._error(path, "the provider has no id", 'add "id"')
+        key = self._read_variable_value(values.get("api_key_env", ""), _join(path, "apiKeyEnv"))
+        provider = _made(Provider, dict({"id": ""}, **values))
+        formats, preferred = _formats_of(values)
+        provider = provider._replace(
+            name=provider.name or provider.id,
+            api_key=key or provider.api_key,
+            formats=formats,
+            preferred=preferred,
+            base_urls=_base_urls_of(values),
+            auths=_auths_of(values),
+        )
+        self._check_provider(path, raw, provider, values)
+        return provider
+
+    def _check_provider(self, path: str, raw: Any, provider: Provider, values: Dict[str, Any]) -> None:
+        missing = [wire for wire in provider.formats if wire not in provider.base_urls]
+        if missing and get_field(as_dict(raw), "provider", "baseUrl") is None:  # one that is bad has been noted
+            message = "there is no base URL for the format %s" % missing[0]
+            self._error(_join(path, "baseUrl"), message, "add baseUrl, or baseUrlByFormat.%s" % missing[0])
+        hosts = [urlsplit(url).hostname or "" for url in provider.base_urls.values()]
+        has_key = provider.api_key or "api_key_env" in values or provider.headers
+        wants_key = any(provider.auths[wire].type != "none" for wire in provider.formats)
+        if wants_key and not has_key and not all(map(is_loopback, hosts)):
+            self._warn(path, "the provider has no key", 'add apiKey or apiKeyEnv, or auth {"type": "none"}')
+        if values.get("format", provider.preferred) not in provider.formats:
+            self._warn(path, "its preferred format %s is not one of its formats" % values["format"], "add it there")
+        for model in provider.models:
+            if model.formats and not set(model.formats) & set(provider.formats):
+                message = "the model %s has no format that its provider speaks"
+                self._warn(path, message % one_line(model.id, 80), "correct formats")
 
     def _read_variable_value(self, name: str, path: str = "") -> str:
         """The key that an environment variable holds, "" when it holds none."""
@@ -1090,110 +1194,27 @@ class _Scan:
         self._error(path or name, message, "set it again")
         return ""
 
-    # ----- providers and models -----
-
-    def _read_providers(self, path: str, value: Any) -> Tuple[Provider, ...]:
-        read = [(where, self._read_provider(where, raw)) for where, raw in provider_entries(path, value)]
-        found = [(where, provider) for where, provider in read if provider is not None]
-        self._check_ids("provider", [(where, provider.id) for where, provider in found if provider.id], str.lower)
-        return tuple(provider for _, provider in found)
-
-    def _read_provider(self, path: str, raw: Any) -> Optional[Provider]:
-        if not self._is(path, raw, dict, "an object" if path.endswith("]") else "a list of objects"):
-            return None
-        self._lenient = _is_off(raw, "provider")
-        values = self._read_fields("provider", path, raw)
-        if find_key(raw, "provider", "id") is None:
-            self._error(path, "the provider has no id", 'add "id"')
-        if not values.get("models"):
-            where = _join(path, find_key(raw, "provider", "models") or "models")
-            self._error(where, "has no models", "add at least one; * passes any id through")
-        key = self._read_variable_value(values.get("api_key_env", ""), _join(path, "apiKeyEnv"))
-        values["api_key"] = key or values.get("api_key", "")
-        values["id"] = values.get("id", "")
-        values["name"] = values.get("name") or values["id"]
-        values["formats"], values["preferred"] = _formats_of(values)
-        values["base_urls"] = self._base_urls_of(path, raw, values)
-        values["auths"] = _auths_of(values)
-        provider = Provider(**{name: value for name, value in values.items() if name in Provider._fields})
-        self._check_provider(path, provider, values)
-        self._lenient = False
-        return provider
-
-    def _base_urls_of(self, path: str, raw: Any, values: Dict[str, Any]) -> Dict[str, str]:
-        own = values.get("base_url_by_format", {})
-        base = values.get("base_url") or own.get("")
-        urls = {wire: own.get(wire) or base or (own.get("openai") if wire == "responses" else None) for wire in WIRES}
-        missing = [wire for wire in values["formats"] if not urls[wire]]
-        if missing and find_key(raw, "provider", "baseUrl") is None:  # one that is there and bad has been noted
-            message = "there is no base URL for the format %s" % missing[0]
-            self._error(_join(path, "baseUrl"), message, "add baseUrl, or baseUrlByFormat.%s" % missing[0])
-        return {wire: url for wire, url in urls.items() if url}
-
-    def _check_provider(self, path: str, provider: Provider, values: Dict[str, Any]) -> None:
-        hosts = [urlsplit(url).hostname or "" for url in provider.base_urls.values()]
-        has_key = provider.api_key or "api_key_env" in values or provider.headers
-        wants_key = any(provider.auths[wire].type != "none" for wire in provider.formats)
-        if wants_key and not has_key and not all(map(is_loopback, hosts)):
-            self._warn(path, "the provider has no key", 'add apiKey or apiKeyEnv, or auth {"type": "none"}')
-        if values.get("format", provider.preferred) not in provider.formats:
-            self._warn(path, "its preferred format %s is not one of its formats" % values["format"], "add it there")
-        for model in provider.models:
-            if model.formats and not set(model.formats) & set(provider.formats):
-                message = "the model %s has no format that its provider speaks" % one_line(model.id, 80)
-                self._warn(path, message, "correct formats")
-
-    def _read_models(self, path: str, value: Any) -> Tuple[Model, ...]:
-        found = self._read_each("model", path, value)
-        self._check_ids("model", [(where, model.id) for where, model in found], str)
-        owners, folded = {model.id: model for _, model in found}, {}
-        for where, model in found:
-            twin = folded.setdefault(model.id.lower(), model.id)
-            if twin != model.id:
-                self._warn(where, "differs from %s only in case" % one_line(twin, 80), "remove one of them")
-            for alias in model.aliases:
-                if owners.setdefault(alias, model) is not model:
-                    message = "its alias %s also means %s" % (one_line(alias, 80), owners[alias].id)
-                    self._warn(where, message, "rename one of them")
-        return tuple(model for _, model in found)
-
-    def _read_model(self, path: str, raw: Any) -> Optional[Model]:
-        raw = {"id": raw} if isinstance(raw, str) else raw
-        if not self._is(path, raw, dict, "text or an object"):
-            return None
-        before, self._lenient = self._lenient, self._lenient or _is_off(raw, "model")
-        values = self._read_fields("model", path, raw)
-        if find_key(raw, "model", "id") is None:
-            self._error(path, "the model has no id", 'add "id"')
-        self._lenient = before
-        return Model(**values) if "id" in values else None
-
-    def _check_ids(self, what: str, ids: Sequence[Tuple[str, str]], fold_case: Callable[[str], str]) -> None:
-        seen: Dict[str, str] = {}
-        for path, id_ in ids:
-            first = seen.setdefault(fold_case(id_), path)
-            if first != path:
-                message = "the %s id %s is already used at %s" % (what, one_line(id_, 80), first)
-                self._error(path, message, "rename or remove one of them")
-
     def _check_references(self, index: ModelIndex) -> None:
         guesses_left = 20  # comparing a name with thousands of others is slow; nobody reads more guesses
-        for path, name, kind, lenient in self._references:
-            self._lenient = lenient
+        for path, name, kind, level in self._references:
             name = bare_name(name) if kind == "default" else name
             verdict = index.judge(name, kind != "target", kind == "default") if name else ""
-            shown = one_line(name, 80)
-            if verdict == "unknown":
+            if not verdict:
+                continue
+            message, cure = _VERDICTS[verdict]
+            if verdict == "unknown" and guesses_left:
                 guesses_left -= 1
-                near = nearest(name, index.names) if guesses_left >= 0 else []
-                cure = "did you mean %s?" % near[0] if near else "write provider/model, both as they are configured"
-                self._error(path, "names the model %s, which is not configured" % shown, cure)
+                near = nearest(name, index.names)
+                cure = "did you mean %s?" % near[0] if near else cure
             elif verdict == "ambiguous":
-                refs = ", ".join("%s/%s" % (provider.id, model.id) for provider, model in index.find(name))
-                self._error(path, "names the model %s, which several providers have" % shown, "write one of " + refs)
-            elif verdict == "disabled":
-                self._warn(path, "names the model %s, which is disabled" % shown, "enable it or name another")
-        self._lenient = False
+                cure += ", ".join("%s/%s" % (provider.id, model.id) for provider, model in index.find(name))
+            level = "warning" if verdict == "disabled" else level
+            self.problems.append(Problem(path, message % one_line(name, 80), cure, level))
+
+
+def _made(type_: Any, values: Mapping[str, Any]) -> Any:
+    """A value of those of the values that it holds."""
+    return type_(**{name: value for name, value in values.items() if name in type_._fields})
 
 
 def _join(path: str, key: str) -> str:
@@ -1208,34 +1229,36 @@ def provider_entries(path: str, value: Any) -> List[Tuple[str, Any]]:
     where each gets its id when it has none of its own."""
     if isinstance(value, list):
         return [("%s[%d]" % (path, i), raw) for i, raw in enumerate(value)]
-    if not isinstance(value, dict) or not all(isinstance(raw, dict) for raw in value.values()):
+    if not isinstance(value, dict) or value.get("id") or not all(isinstance(raw, dict) for raw in value.values()):
         return [(path, value)]
-    if get_field(value, "provider", "id") is not None:
-        return [(path, value)]
-    named = [(key, raw if get_field(raw, "provider", "id") else dict(raw, id=key)) for key, raw in value.items()]
-    return [(_join(path, key), raw) for key, raw in named]
+    return [(_join(path, key), raw if raw.get("id") else dict(raw, id=key)) for key, raw in value.items()]
 
 
-def _is_off(raw: Dict[str, Any], kind: str) -> bool:
-    enabled = get_field(raw, kind, "enabled")
-    return enabled is False or isinstance(enabled, str) and _BOOLS.get(enabled.strip().lower()) is False
+def _is_off(raw: Any, kind: str) -> bool:
+    return _flag_of(get_field(as_dict(raw), kind, "enabled")) is False
 
 
 def _formats_of(values: Dict[str, Any]) -> Tuple[Tuple[str, ...], str]:
     """The wire formats of a provider and the preferred one, with the defaults for what is unsaid."""
-    preferred, formats = values.get("format"), tuple(dict.fromkeys(values.get("formats", ())))
-    if not formats:
-        formats = tuple(wire for wire in WIRES if wire in values.get("base_url_by_format", {}))
-        formats = (preferred,) + formats if preferred and preferred not in formats else formats
-    if not formats:
-        base = values.get("base_url") or values.get("base_url_by_format", {}).get("", "")
-        formats = (_FORMAT_OF_HOST.get(urlsplit(base).hostname or "", "openai"),)
+    preferred, urls = values.get("format"), values.get("base_url_by_format", {})
+    formats = values.get("formats") or [wire for wire in WIRES if wire in urls or wire == preferred]
+    host = urlsplit(values.get("base_url") or urls.get("") or "").hostname
+    formats = tuple(dict.fromkeys(formats)) or (_FORMAT_OF_HOST.get(host or "", "openai"),)
     return formats, preferred if preferred in formats else formats[0]
 
 
+def _base_urls_of(values: Dict[str, Any]) -> Dict[str, str]:
+    own = values.get("base_url_by_format", {})
+    base = values.get("base_url") or own.get("")
+    urls = {wire: own.get(wire) or base for wire in WIRES}
+    urls["responses"] = urls["responses"] or urls["openai"]
+    return {wire: url for wire, url in urls.items() if url}
+
+
 def _auths_of(values: Dict[str, Any]) -> Dict[str, Auth]:
-    own, common = values.get("auth_by_format", {}), values.get("auth")
-    return {wire: own.get(wire) or common or Auth("x-api-key" if wire == "anthropic" else "bearer") for wire in WIRES}
+    common = values.get("auth")
+    auths = {wire: common or Auth("x-api-key" if wire == "anthropic" else "bearer") for wire in WIRES}
+    return dict(auths, **values.get("auth_by_format", {}))
 
 
 # ----- the same table as a JSON Schema -----
@@ -1248,9 +1271,6 @@ def config_schema() -> Dict[str, Any]:
     """
     schema = {"$schema": "http://json-schema.org/draft-07/schema#", "title": "llm-router configuration"}
     named = {kind: _object_schema(kind) for kind in FIELDS if kind != "config"}
-    named["provider"]["required"] = ["models"]
-    named["model"]["required"] = ["id"]
-    named["client_key"]["required"] = ["name", "sha256"]
     return dict(schema, **_object_schema("config"), definitions=named)
 
 
@@ -1260,25 +1280,25 @@ def _object_schema(kind: str) -> Dict[str, Any]:
         schema = _kind_schema(field.kind)
         properties.update((name, schema) for name in _spellings(field))
         properties[field.key] = dict({"allOf": [schema]} if "$ref" in schema else schema, description=field.help)
-    return {"type": "object", "properties": properties}
+    return {"type": "object", "properties": properties, "required": list(_REQUIRED.get(kind, ()))}
 
 
 def _kind_schema(kind: str) -> Dict[str, Any]:
-    """The schema of a row of _FIELD_KINDS, a list or map of them, or what a reader of _Scan reads."""
+    if kind in _OWN_SCHEMAS:
+        return _OWN_SCHEMAS[kind]
     if kind in FIELDS:
         return {"$ref": "#/definitions/" + kind}
-    if kind in _READER_SCHEMAS:
-        return _READER_SCHEMAS[kind]
     if kind[0] == "[":
         one = _kind_schema(kind[1:-1])
-        return {"anyOf": [{"type": "array", "items": one}] + [one] * (one.get("type") == "string")}
+        alone = {"model": [_TEXT_SCHEMA], "client_key": []}.get(kind[1:-1], [one])
+        return {"anyOf": [{"type": "array", "items": one, "minItems": int(kind[1:-1] in _NOT_EMPTY)}, *alone]}
     if kind[0] == "{":
         name, value = map(_kind_schema, kind[1:-1].split(":"))
         value = {"anyOf": [value, {"type": "null"}]} if kind.endswith(":header}") else value
-        return {"type": "object", "propertyNames": name, "additionalProperties": value}
-    type_, _, is_good, _, _ = _FIELD_KINDS[kind]
-    schema: Dict[str, Any] = {"type": _SCHEMA_TYPES[type_]} if type_ in _SCHEMA_TYPES else {}
-    rule = getattr(is_good, "__self__", None)  # the pattern or the words that the value is looked up in
+        schema = {"type": "object", "propertyNames": name, "additionalProperties": value}
+        return {"anyOf": [schema, value]} if kind.endswith(":url}") else schema
+    rule = getattr(_FIELD_KINDS[kind].is_good, "__self__", None)
+    schema = {"type": _SCHEMA_TYPES[_FIELD_KINDS[kind].type]}
     if isinstance(rule, re.Pattern):
         schema["pattern"] = "^(?:%s)$" % rule.pattern
     elif isinstance(rule, tuple):
@@ -1286,27 +1306,19 @@ def _kind_schema(kind: str) -> Dict[str, Any]:
     return dict(schema, minimum=0) if kind == "whole" else schema
 
 
-# fmt: off
 _SCHEMA_TYPES = {str: "string", int: "integer", bool: "boolean", dict: "object"}
 _TEXT_SCHEMA = {"type": "string"}
 _URL_SCHEMA = {"type": "string", "pattern": "^[Hh][Tt][Tt][Pp][Ss]?://[^/?#@]+([/?][^#]*)?$"}
-_URLS_SCHEMA = {"anyOf": [_URL_SCHEMA, {"type": "array", "items": _URL_SCHEMA, "minItems": 1}]}
-_NAMED_PROVIDER = {"allOf": [{"$ref": "#/definitions/provider"}, {"required": ["id"]}]}
-_READER_SCHEMAS: Dict[str, Dict[str, Any]] = {
-    "header_name": {"type": "string", "pattern": "^(?:%s)$" % _HEADER_NAME.pattern},
-    "url": _URLS_SCHEMA,
-    "urls": {"anyOf": [_URLS_SCHEMA, {"type": "object", "propertyNames": {"enum": [*WIRES, *_WIRE_ALIASES]},
-                                      "additionalProperties": _URL_SCHEMA}]},
+_PROVIDER_SCHEMA = {"$ref": "#/definitions/provider"}
+_NAMED_PROVIDER = {"allOf": [_PROVIDER_SCHEMA, {"required": ["id"]}]}
+_MAP_OF_PROVIDERS = {"type": "object", "additionalProperties": _PROVIDER_SCHEMA}
+_OWN_SCHEMAS: Dict[str, Dict[str, Any]] = {
+    "any": {},
+    "url": {"anyOf": [_URL_SCHEMA, {"type": "array", "items": _URL_SCHEMA, "minItems": 1}]},
     "proxy": {"type": "string", "pattern": "^(?:none|http://.+)?$"},
-    "targets": {"anyOf": [_TEXT_SCHEMA, {"type": "array", "items": _TEXT_SCHEMA, "minItems": 1}]},
-    "betas": {"anyOf": [_TEXT_SCHEMA, {"type": "array", "items": _TEXT_SCHEMA}]},
-    "client_keys": {"type": "array", "items": {"$ref": "#/definitions/client_key"}},
-    "models": {"anyOf": [_TEXT_SCHEMA, {"type": "array", "minItems": 1, "items": {
-        "anyOf": [_TEXT_SCHEMA, {"$ref": "#/definitions/model"}]}}]},
-    "providers": {"anyOf": [{"type": "array", "items": _NAMED_PROVIDER}, _NAMED_PROVIDER,
-                            {"type": "object", "additionalProperties": {"$ref": "#/definitions/provider"}}]},
+    "model": {"anyOf": [_TEXT_SCHEMA, {"$ref": "#/definitions/model"}]},
+    "providers": {"anyOf": [{"type": "array", "items": _NAMED_PROVIDER}, _NAMED_PROVIDER, _MAP_OF_PROVIDERS]},
 }
-# fmt: on
 
 
 # ----- what names mean -----
@@ -1431,17 +1443,13 @@ def preset_urls(row: Preset) -> Dict[str, str]:
 
 def preset_document(environ: Mapping[str, str]) -> Optional[Dict[str, Any]]:
     """A configuration of every well-known provider whose key variable is set; None when none is."""
-    found = [(row, [name for name in row.variables if environ.get(name, "").strip()]) for row in PRESETS]
-    rows = [(row, names[0]) for row, names in found if names]
-    if not rows:
-        return None
-    providers = [_preset_provider(row, name) for row, name in rows]
-    return {"version": 1, "defaultModel": "%s/%s" % (rows[0][0].id, rows[0][0].model), "providers": providers}
-
-
-def _preset_provider(row: Preset, variable: str) -> Dict[str, Any]:
-    urls = preset_urls(row)
-    return {"id": row.id, "name": row.name, "baseUrlByFormat": urls, "apiKeyEnv": variable, "models": ["*"]}
+    found = {row: name for row in PRESETS for name in reversed(row.variables) if environ.get(name, "").strip()}
+    providers = [
+        {"id": row.id, "name": row.name, "baseUrlByFormat": preset_urls(row), "apiKeyEnv": name, "models": ["*"]}
+        for row, name in found.items()
+    ]
+    defaults = ["%s/%s" % (row.id, row.model) for row in found]
+    return {"version": 1, "defaultModel": defaults[0], "providers": providers} if found else None
 
 
 # ==============================================================================
@@ -9361,7 +9369,7 @@ def read_typed(kind: str, text: str) -> Any:
     text = text.strip()
     if text and (kind in ("object", "any") or kind[0] == "{"):
         return load_json(text, "value")
-    if kind[0] == "[" or kind == "betas":
+    if kind[0] == "[":
         return [part.strip() for part in text.split(",") if part.strip()] or None
     return int(text) if kind == "whole" and re.fullmatch("[0-9]{1,15}", text) else text or None
 
@@ -9411,14 +9419,14 @@ def _open_form(menu: Menu, field: Field, value: Any) -> Menu:
 _EDITORS: Dict[str, Callable[[Menu, Field, Any], Menu]] = {
     "flag": lambda menu, field, value: _switch(menu, menu.front.place),
     "secret": _edit_secret,
-    "models": _edit_models,
+    "[model]": _edit_models,
     "wire": _edit_choice(WIRES),
     "auth_type": _edit_choice(AUTH_TYPES),
     "[wire]": _edit_wires,
     "[fallback]": lambda menu, field, value: _edit_fallbacks(menu, menu.front.place),
     "auth": _open_form,
     "timeouts": _open_form,
-    "urls": _open_form,
+    "{wire:url}": _open_form,
     "{header_name:header}": lambda menu, field, value: _go("headers", field.key)(menu),
 }
 
@@ -16013,8 +16021,8 @@ _COMMON = (
 
 
 _FIELD_FLAG_KINDS = {
-    **dict.fromkeys(("urls", "object", "{", *FIELDS), "json"),
-    **dict.fromkeys(("betas", "models", "["), "list"),
+    **dict.fromkeys(("object", "{", *FIELDS), "json"),
+    "[": "list",
     "secret": "secret",
     "flag": "bool",
 }

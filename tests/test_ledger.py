@@ -277,6 +277,7 @@ def test_a_file_that_cannot_be_used_is_left_alone_and_named_once(ledger, tmp_pat
         assert until(lambda: not one._trails)
     one.close()
     assert len(one.noted) == 1 and one.noted[0][0] == "warning" and str(path) in one.noted[0][1]
+    assert ("another program" in one.noted[0][1]) == (trouble in ("foreign", "of the same words"))
     assert not (tmp_path / "u.db.corrupt").exists()
     assert trouble == "no room" or before == (path.read_bytes() if path.is_file() else b"")
 
