@@ -14395,9 +14395,14 @@ def fetch(request: Any, max_bytes: int, redirects: Any) -> Tuple[int, Any, bytes
         raise RouterError("cannot ask %s: its URL or a header has a character that HTTP forbids" % shown, 400) from None
 
 
-def _check_release_url(url: str) -> None:
+def _is_safe_url(url: str) -> bool:
+    """https, or http that stays on this machine."""
     parts = urlsplit(url)
-    if parts.scheme != "https" and not (parts.scheme == "http" and is_loopback(parts.hostname or "")):
+    return parts.scheme == "https" or parts.scheme == "http" and is_loopback(parts.hostname or "")
+
+
+def _check_release_url(url: str) -> None:
+    if not _is_safe_url(url):
         raise RouterError("a release comes over https only, not from %s" % one_line(mask_url(url), 160))
 
 
@@ -14645,6 +14650,21 @@ class Site(NamedTuple):
     domain: str = ""
     route: str = ""
 
+    @property
+    def account_path(self) -> str:
+        """Its account in Cloudflare's API."""
+        return "/accounts/" + (self.account or "<account>")
+
+    @property
+    def path(self) -> str:
+        """The Worker in Cloudflare's API."""
+        return "%s/workers/scripts/%s" % (self.account_path, self.name)
+
+    @property
+    def address(self) -> str:
+        """Where clients find it, without https://; "" for the account's own name on workers.dev."""
+        return self.domain or self.route.rstrip("*/")
+
 
 _SITE_SHAPES = (
     ("name", r"[a-z0-9][a-z0-9_-]{0,62}"),
@@ -14720,23 +14740,6 @@ def config_secrets(text: str) -> Dict[str, str]:
     return {name: packed[at : at + _SECRET_BYTES] for name, at in zip(names, starts)}
 
 
-class _Asked:
-    """An environment that remembers which of its variables were read: the Worker needs the same as secrets."""
-
-    def __init__(self, environ: Mapping[str, str]) -> None:
-        self._environ = environ
-        self.found: Dict[str, str] = {}
-        self.missing: List[str] = []
-
-    def get(self, name: str, default: str = "") -> str:
-        value = self._environ.get(name, default)
-        if value.strip():
-            self.found[name] = value.strip()
-        elif name and name not in self.missing:
-            self.missing.append(name)
-        return value
-
-
 class Payload(NamedTuple):
     """What the Worker gets to know. secrets: by name, the configuration's first. missing: variables that it names and
     that are not set here."""
@@ -14748,12 +14751,13 @@ class Payload(NamedTuple):
 
 def make_payload(document: Dict[str, Any], environ: Mapping[str, str]) -> Payload:
     """The secrets for a configuration. ConfigError when it cannot be used, UsageError when it is too large."""
-    asked = _Asked(environ)
-    config = read_config(document, asked)  # type: ignore[arg-type]
-    keys = {name: key for name, key in asked.found.items() if name != "LLM_ROUTER_MASTER_KEY"}
-    secrets = dict(config_secrets(minify_document(document, config.master_key)), **keys)
-    missing = tuple(name for name in asked.missing if name != "LLM_ROUTER_MASTER_KEY")
-    return Payload(config.master_key, secrets, missing)
+    config = read_config(document, environ)
+    entries = [raw for _, raw in provider_entries("", get_field(document, "config", "providers"))]
+    names = list(filter(None, (as_text(get_field(as_dict(raw), "provider", "apiKeyEnv")).strip() for raw in entries)))
+    keys = {name: environ.get(name, "").strip() for name in names}
+    secrets = config_secrets(minify_document(document, config.master_key))
+    secrets.update({name: key for name, key in keys.items() if key})
+    return Payload(config.master_key, secrets, tuple(name for name in keys if not keys[name]))
 
 
 def project_files(site: Site) -> Dict[str, bytes]:
@@ -14797,20 +14801,16 @@ def api_steps(site: Site, secrets: Mapping[str, str], zone: str = "<zone>") -> L
     bindings = [{"type": "secret_text", "name": name, "text": text} for name, text in secrets.items()]
     keeps = ["plain_text", "json", "secret_text"]
     metadata = dict(_COMPATIBILITY, main_module="entry.py", bindings=bindings, keep_bindings=keeps)
-    parts = [Part(_json_bytes(metadata), "metadata")]
-    parts += [Part(files[name], name, "text/x-python") for name in ("entry.py", "llm_router.py")]
-    script = "/accounts/%s/workers/scripts/%s" % (site.account or "<account>", site.name)
-    on = Part(_json_bytes({"enabled": True}))
-    place = CloudStep("an address on workers.dev", ("POST", script + "/subdomain"), (on,))
+    code = [Part(files[name], name, "text/x-python") for name in ("entry.py", "llm_router.py")]
+    place = CloudStep("an address on workers.dev", ("POST", site.path + "/subdomain"), (_json_part({"enabled": True}),))
     if site.domain:
         # domains: developers.cloudflare.com/api/resources/workers/subresources/domains
         body = {"environment": "production", "hostname": site.domain, "service": site.name, "zone_id": zone}
-        path = "/accounts/%s/workers/domains" % (site.account or "<account>")
-        place = CloudStep("the domain", ("PUT", path), (Part(_json_bytes(body)),))
+        place = CloudStep("the domain", ("PUT", site.account_path + "/workers/domains"), (_json_part(body),))
     elif site.route:
         body = {"pattern": site.route, "script": site.name}
-        place = CloudStep("the route", ("POST", "/zones/%s/workers/routes" % zone), (Part(_json_bytes(body)),))
-    return [CloudStep("code and secrets", ("PUT", script), tuple(parts)), place]
+        place = CloudStep("the route", ("POST", "/zones/%s/workers/routes" % zone), (_json_part(body),))
+    return [CloudStep("code and secrets", ("PUT", site.path), (_json_part(metadata, "metadata"), *code)), place]
 
 
 def wrangler_steps(site: Site, secrets: Mapping[str, str]) -> List[CloudStep]:
@@ -14818,7 +14818,7 @@ def wrangler_steps(site: Site, secrets: Mapping[str, str]) -> List[CloudStep]:
     files = tuple(Part(data, name, "text/plain") for name, data in project_files(site).items())
     return [
         CloudStep("code", ("wrangler", "deploy"), files),
-        CloudStep("secrets", ("wrangler", "secret", "bulk", "--name", site.name), (Part(_json_bytes(secrets)),)),
+        CloudStep("secrets", ("wrangler", "secret", "bulk", "--name", site.name), (_json_part(secrets),)),
     ]
 
 
@@ -14829,12 +14829,12 @@ def key_step(site: Site, key: str, wrangler: bool) -> CloudStep:
     if wrangler:
         words = ("wrangler", "secret", "put", name, "--name", site.name)
         return CloudStep("the key", words, (Part(key.encode(), "", "text/plain"),))
-    path = "/accounts/%s/workers/scripts/%s/secrets" % (site.account or "<account>", site.name)
-    return CloudStep("the key", ("PUT", path), (Part(_json_bytes({"name": name, "text": key, "type": "secret_text"})),))
+    secret = _json_part({"name": name, "text": key, "type": "secret_text"})
+    return CloudStep("the key", ("PUT", site.path + "/secrets"), (secret,))
 
 
-def _json_bytes(value: Any) -> bytes:
-    return json.dumps(value).encode()
+def _json_part(value: Any, name: str = "") -> Part:
+    return Part(json.dumps(value).encode(), name)
 
 
 def show_step(step: CloudStep, base: str, secrets: Iterable[str]) -> Dict[str, Any]:
@@ -14934,7 +14934,7 @@ class Cloudflare:
     def secret_names(self, site: Site) -> List[str]:
         """The names of the secrets that a Worker has; none when there is no such Worker."""
         try:
-            found = self.call("GET", "/accounts/%s/workers/scripts/%s/secrets" % (site.account, site.name))
+            found = self.call("GET", site.path + "/secrets")
         except CloudflareError as error:
             if error.status == 404:
                 return []
@@ -14948,12 +14948,12 @@ class Cloudflare:
         self.call(*upload.words, upload.parts)
         present = self.secret_names(site)
         for name in _stale_secrets(present, secrets):
-            self.call("DELETE", "/accounts/%s/workers/scripts/%s/secrets/%s" % (site.account, site.name, name))
+            self.call("DELETE", "%s/secrets/%s" % (site.path, name))
         if not site.route or not self._has_route(place, site):
             self.call(*place.words, place.parts)
         if host:
-            return "https://" + (site.domain or site.route.rstrip("*/")), present
-        own = as_dict(self.call("GET", "/accounts/%s/workers/subdomain" % site.account)).get("subdomain")
+            return "https://" + site.address, present
+        own = as_dict(self.call("GET", site.account_path + "/workers/subdomain")).get("subdomain")
         return "https://%s.%s.workers.dev" % (site.name, _path_word(own)), present
 
     def set_key(self, site: Site, key: str) -> None:
@@ -14986,8 +14986,7 @@ def _path_word(value: Any) -> str:
 def api_url(environ: Mapping[str, str]) -> str:
     """Where Cloudflare's API is. UsageError for one that would get the token without TLS."""
     base = environ.get("CLOUDFLARE_API_BASE_URL", "").strip().rstrip("/") or _API_URL
-    parts = urlsplit(base)
-    if parts.scheme != "https" and not (parts.scheme == "http" and is_loopback(parts.hostname or "")):
+    if not _is_safe_url(base):
         raise UsageError("CLOUDFLARE_API_BASE_URL: %s is not https" % one_line(mask_url(base), 160))
     return base
 
@@ -15006,15 +15005,19 @@ class Wrangler:
         if account:
             self._environ["CLOUDFLARE_ACCOUNT_ID"] = account
 
-    def call(self, step: CloudStep, folder: str) -> str:
-        """What a call printed. CloudflareError with its last words when it failed."""
+    def call(self, step: CloudStep, site: Site) -> str:
+        """What a call printed; it is made in a folder with the project, which is gone afterwards. CloudflareError with
+        its last words when it failed."""
         import subprocess
+        import tempfile
 
         data = b"".join(part.data for part in step.parts if not part.name)
         line = [self._program, *step.words[1:]]
-        how: Dict[str, Any] = {"capture_output": True, "cwd": folder, "env": self._environ, "timeout": _WRANGLER_S}
+        how: Dict[str, Any] = {"capture_output": True, "env": self._environ, "timeout": _WRANGLER_S}
         try:
-            done = subprocess.run(line, input=data, check=False, **how)  # noqa: S603  found on the PATH
+            with tempfile.TemporaryDirectory(prefix="llm-router-") as folder:
+                write_project(folder, site)
+                done = subprocess.run(line, input=data, check=False, cwd=folder, **how)  # noqa: S603  on the PATH
         except (OSError, subprocess.TimeoutExpired) as error:
             raise CloudflareError("cannot run %s: %s" % (one_line(self._program), error)) from None
         said = re.sub("\033\\[[0-9;]*m", "", (done.stdout + done.stderr).decode("utf-8", "replace"))
@@ -15024,33 +15027,24 @@ class Wrangler:
             raise CloudflareError("%s failed (code %d): %s" % words)
         return said
 
-    def secret_names(self, site: Site, folder: str) -> List[str]:
+    def secret_names(self, site: Site) -> List[str]:
         """The names of the secrets that a Worker has. CloudflareError when there is no such Worker."""
-        listed = self.call(CloudStep("", ("wrangler", "secret", "list", "--name", site.name)), folder)
+        listed = self.call(CloudStep("", ("wrangler", "secret", "list", "--name", site.name)), site)
         return re.findall(r'"name":\s*"(\w+)"', listed)
 
     def deploy(self, site: Site, secrets: Mapping[str, str]) -> Tuple[str, List[str]]:
-        """Take the steps of a deployment in a folder that is gone afterwards; the Worker's URL, "" when not told, and
-        the names of its secrets."""
-        import tempfile
-
-        with tempfile.TemporaryDirectory(prefix="llm-router-") as folder:
-            write_project(folder, site)
-            said = [self.call(step, folder) for step in wrangler_steps(site, secrets)]
-            present = self.secret_names(site, folder)
-            for name in _stale_secrets(present, secrets):
-                self.call(CloudStep("", ("wrangler", "secret", "delete", name, "--name", site.name)), folder)
+        """Take the steps of a deployment; the Worker's URL, "" when not told, and the names of its secrets."""
+        said = [self.call(step, site) for step in wrangler_steps(site, secrets)]
+        present = self.secret_names(site)
+        for name in _stale_secrets(present, secrets):
+            self.call(CloudStep("", ("wrangler", "secret", "delete", name, "--name", site.name)), site)
         found = re.search(r"https://[\w.-]+\.workers\.dev", said[0])
-        host = site.domain or site.route.rstrip("*/")
-        return "https://" + host if host else found.group(0) if found else "", present
+        return "https://" + site.address if site.address else found.group(0) if found else "", present
 
     def set_key(self, site: Site, key: str) -> None:
         """The step of `worker-key`; wrangler would make a Worker that does not exist, and say so to nobody."""
-        import tempfile
-
-        with tempfile.TemporaryDirectory(prefix="llm-router-") as folder:
-            self.secret_names(site, folder)
-            self.call(key_step(site, key, True), folder)
+        self.secret_names(site)
+        self.call(key_step(site, key, True), site)
 
 
 # ==============================================================================
