@@ -15344,9 +15344,10 @@ class Finding(NamedTuple):
 def examine(given: str, port: int, environ: Mapping[str, str], offline: bool) -> List[Finding]:
     """Everything that is looked at, in order. given: --config; port: where the router is to listen."""
     findings, config = _examine_config(given, environ)
-    running = [instance for instance in read_instances(state_path()) if _answers(instance)]
-    findings += _examine_running(running, port) + _examine_network(environ)
-    findings += _examine_clients(environ, {instance.port for instance in running} | {port})
+    running = running_instances()
+    ports = {instance.port for instance, _ in running}
+    findings += [*_examine_running(running), *([] if port in ports else [_examine_port(port)])]
+    findings += [*_examine_network(environ), *_examine_clients(environ, ports | {port})]
     if config is not None and not offline:
         findings += _examine_providers([provider for provider in config.providers if provider.enabled], environ)
     return findings
@@ -15370,68 +15371,69 @@ def _examine_config(given: str, environ: Mapping[str, str]) -> Tuple[List[Findin
     return found, config
 
 
-def _answers(instance: Instance) -> bool:
-    try:
-        return bool(ask_instance(instance, "status"))
-    except RouterError:
-        return False
-
-
-def _examine_running(running: Sequence[Instance], port: int) -> List[Finding]:
+def running_instances() -> List[Tuple[Instance, Dict[str, Any]]]:
+    """Every instance that answers, and its status."""
     found = []
-    for instance in running:
-        status = ask_instance(instance, "status")
-        where, state = "port %d, pid %d" % (instance.port, instance.pid), status["config"]["state"]
-        found.append(Finding("ok", "running", "%s, version %s" % (where, status["version"])))
-        if state != "ok":
-            found.append(Finding("problem", "running", "its newest configuration: " + state, "correct the file"))
-        if status["version"] != __version__:
-            cure = "llm-router stop, then start"
-            found.append(Finding("warning", "running", "%s is not this version, %s" % (where, __version__), cure))
-    if not any(instance.port == port for instance in running):
-        holder = find_listener(port)
-        words = "%d is used by pid %d (%s)" % (port, *holder) if holder else "%d is free, as far as can be seen" % port
-        found.append(Finding("problem" if holder else "ok", "port", words, "start --port=0" if holder else ""))
+    for instance in read_instances(state_path()):
+        try:
+            found.append((instance, ask_instance(instance, "status")))
+        except RouterError:  # it does not run any more
+            continue
     return found
 
 
-def _examine_network(environ: Mapping[str, str]) -> List[Finding]:
+def _examine_running(running: Iterable[Tuple[Instance, Dict[str, Any]]]) -> Iterator[Finding]:
+    for instance, status in running:
+        where, state = "port %d, pid %d" % (instance.port, instance.pid), status["config"]["state"]
+        yield Finding("ok", "running", "%s, version %s" % (where, status["version"]))
+        if state != "ok":
+            yield Finding("problem", "running", "its newest configuration: " + state, "correct the file")
+        if status["version"] != __version__:
+            text = "%s is not this version, %s" % (where, __version__)
+            yield Finding("warning", "running", text, "llm-router stop, then start")
+
+
+def _examine_port(port: int) -> Finding:
+    holder = find_listener(port)
+    if holder is None:
+        return Finding("ok", "port", "%d is free, as far as can be seen" % port)
+    return Finding("problem", "port", "%d is used by pid %d (%s)" % (port, *holder), "start --port=0")
+
+
+def _examine_network(environ: Mapping[str, str]) -> Iterator[Finding]:
     import os
 
-    names = [name for name in ("HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY", "NO_PROXY") if _either_case(environ, name)]
-    found = [Finding("ok", "proxy", "%s=%s" % (name, mask_url(_either_case(environ, name)))) for name in names]
-    for name in ("HTTPS_PROXY", "ALL_PROXY"):
-        scheme = _either_case(environ, name).partition("://")
-        if scheme[1] and scheme[0].lower() != "http":
-            found.append(Finding("problem", "proxy", name + " is none that speaks HTTP", "name an http:// proxy"))
+    for name in ("HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY", "NO_PROXY"):
+        url = _either_case(environ, name)
+        if url:
+            yield Finding("ok", "proxy", "%s=%s" % (name, mask_url(url)))
+        if name in ("HTTPS_PROXY", "ALL_PROXY") and re.match("(?!http://).*://", url, re.IGNORECASE):
+            yield Finding("problem", "proxy", name + " is none that speaks HTTP", "name an http:// proxy")
     for name in ("SSL_CERT_FILE", "LLM_ROUTER_CA_BUNDLE"):
         bundle = environ.get(name, "")
         if bundle and not os.path.isfile(os.path.expanduser(bundle)):
-            text = "%s names no file: %s" % (name, bundle)
-            found.append(Finding("problem", "certificates", text, "correct or unset it"))
-    return found
+            yield Finding("problem", "certificates", "%s names no file: %s" % (name, bundle), "correct or unset it")
 
 
 def _either_case(environ: Mapping[str, str], name: str) -> str:
     return environ.get(name.lower(), "") or environ.get(name, "")
 
 
-def _examine_clients(environ: Mapping[str, str], ports: Set[int]) -> List[Finding]:
+def _examine_clients(environ: Mapping[str, str], ports: Set[int]) -> Iterator[Finding]:
     """Variables that lead clients somewhere."""
-    found = []
     for name in ("ANTHROPIC_BASE_URL", "OPENAI_BASE_URL", "OPENAI_API_BASE"):
         url = environ.get(name, "")
-        if not url:
-            continue
         try:
             parts = urlsplit(url)
             here = is_loopback(parts.hostname or "") and parts.port in ports
         except ValueError:
             here = False
-        cure = "" if here else 'eval "$(llm-router env)" points it at the running router'
-        text = "%s=%s %s" % (name, mask_url(url), "is the router" if here else "is not this router")
-        found.append(Finding("ok" if here else "warning", "clients", text, cure))
-    return found
+        text = "%s=%s is " % (name, mask_url(url))
+        if here:
+            yield Finding("ok", "clients", text + "the router")
+        elif url:
+            cure = 'eval "$(llm-router env)" points it at the running router'
+            yield Finding("warning", "clients", text + "not this router", cure)
 
 
 def _examine_providers(providers: Sequence[Provider], environ: Mapping[str, str]) -> List[Finding]:
@@ -16914,16 +16916,16 @@ def _restart_instances() -> List[int]:
     import sys
 
     told = []
-    for instance in read_instances(state_path()):
+    for instance, status in running_instances():
+        if status.get("file") != os.path.realpath(__file__):
+            continue
+        if sys.platform == "win32":  # exec makes a new process there, and the old console is lost
+            _warn(["pid %d still runs the version before: stop and start it" % instance.pid])
+            continue
         try:
-            if ask_instance(instance, "status").get("file") != os.path.realpath(__file__):
-                continue
-            if sys.platform == "win32":  # exec makes a new process there, and the old console is lost
-                _warn(["pid %d still runs the version before: stop and start it" % instance.pid])
-                continue
             ask_instance(instance, "restart", "POST")
             told.append(instance.pid)
-        except RouterError:  # it does not run any more
+        except RouterError:  # it has just ended
             continue
     return told
 
