@@ -8140,27 +8140,23 @@ _TELLING_KEYS = (
 
 def error_words(body: Any, depth: int = 12) -> List[str]:
     """The telling strings of an error body, JSON inside strings unwrapped (trap 124), outermost first."""
-    words: List[str] = []
-    _collect_words(body, depth, words)
-    return words[:40]
+    return [word for word, _ in zip(_telling(body, depth), range(40))]
 
 
-def _collect_words(value: Any, depth: int, words: List[str]) -> None:
-    if depth == 0 or len(words) >= 40:
-        return
+def _telling(value: Any, depth: int) -> Iterator[str]:
+    parts: Iterable[Any] = ()
     if isinstance(value, dict):
-        for key in _TELLING_KEYS:
-            if key in value:
-                _collect_words(value[key], depth - 1, words)
+        parts = (value[key] for key in _TELLING_KEYS if key in value)
     elif isinstance(value, list):
-        for item in value[:8]:
-            _collect_words(item, depth - 1, words)
+        parts = value[:8]
     elif isinstance(value, str):
         before, inner, after = _split_json(value)
-        words.append((before + after)[:2000])
-        _collect_words(inner, depth - 1, words)
-    elif isinstance(value, int) and not isinstance(value, bool):
-        words.append(str(value)[:20])
+        yield (before + after)[:2000]
+        parts = (inner,)
+    elif type(value) is int:
+        yield str(value)[:20]
+    for part in parts if depth > 1 else ():
+        yield from _telling(part, depth - 1)
 
 
 def _split_json(text: str) -> Tuple[str, Any, str]:
@@ -8195,13 +8191,13 @@ def judge_error(wire: str, status: int, headers: Headers, body: bytes, now: floa
 def judge_in_band(info: ErrorInfo, headers: Headers, wire: str, now: float) -> Outcome:
     """The outcome of an error that came inside a 200: a first event, or a body that is an error."""
     words = [word for word in (info.type, info.code, info.message) if word]
-    named = next((_IN_BAND_STATUSES[word] for word in (info.code, info.type) if word in _IN_BAND_STATUSES), 0)
-    told = int(info.code) if re.fullmatch(r"[45][0-9][0-9]", info.code) else 0
-    status = named or told
+    status = _IN_BAND_STATUSES.get(info.code) or _IN_BAND_STATUSES.get(info.type, 0)
+    if not status and re.fullmatch(r"[45][0-9][0-9]", info.code):
+        status = int(info.code)
     kind = kind_of(status, words) if status else TEMPORARY
-    kind = kind if kind in _IN_BAND_KINDS else TEMPORARY
-    label = "200:%s" % one_line(info.code or info.type or "error", 40).replace(" ", "_").replace(",", "_")
+    label = "200:" + re.sub("[ ,]", "_", one_line(info.code or info.type or "error", 40))
     wait = read_retry_after([], words, None, now)
+    kind = kind if kind in _IN_BAND_KINDS else TEMPORARY
     return Outcome(kind, status or 502, label, info, wait, tuple(headers), None, wire)
 
 
@@ -8218,9 +8214,8 @@ def parse_body(body: bytes) -> Any:
         text = body[:20_000].decode("utf-8", "replace")
     if "<html" in text[:2000].lower() or text[:9].lower() == "<!doctype":
         title = re.search(r"<title[^<>]*>([^<]*)", text, re.IGNORECASE)
-        return "HTML page: %s" % one_line(
-            " ".join((title.group(1) if title else re.sub(r"<[^<>]*>", " ", text)).split()), 120
-        )
+        words = title.group(1) if title else re.sub(r"<[^<>]*>", " ", text)
+        return "HTML page: %s" % one_line(" ".join(words.split()), 120)
     return text
 
 
@@ -8239,7 +8234,7 @@ _TRY_AGAIN = re.compile(
 _RESET_AT = re.compile(
     r"reset[^\n]{0,30}?(?:at|on)\s+(\d{4}-\d\d-\d\d[t ]\d\d:\d\d(?::\d\d)?(?:\.\d+)?(?:z|[+-]\d\d:?\d\d)?)"
 )
-_BODY_DELAYS = ("retryDelay", "retry_after", "retry_after_seconds", "retryAfter", "retry_after_s")
+_DELAYS = ("retry-after", "retrydelay", "retry_after", "retry_after_seconds", "retryafter", "retry_after_s")
 
 
 def read_retry_after(headers: Headers, words: Sequence[str], body: Any, now: float) -> Optional[float]:
@@ -8247,67 +8242,54 @@ def read_retry_after(headers: Headers, words: Sequence[str], body: Any, now: flo
 
     Headers first: retry-after-ms (OpenAI, Azure; 0 with a retry-after beside it means the latter), Retry-After
     (seconds, fractions or an HTTP date, RFC 9110 10.2.3), then the reset of an exhausted x-ratelimit or
-    anthropic-ratelimit window; then retryDelay and its likes and "try again in 9m38s" in the body.
+    anthropic-ratelimit window; then the same in the body's members, where they have further names and OpenRouter nests
+    the provider's headers; then "try again in 9m38s" in its words.
     """
-    seconds = _from_retry_headers(headers, now)
+    seconds = _from_members(headers, now)
     if seconds is None:
-        seconds = _from_reset_headers(headers, now)
-    if seconds is None:
-        seconds = _from_body(body, now)
+        seconds = _from_members(_members(body, 10), now)
     if seconds is None:
         seconds = _from_words(words, now)
     return None if seconds is None else min(max(seconds, 0.0), MAX_RETRY_AFTER_S)
 
 
-def _from_retry_headers(headers: Headers, now: float) -> Optional[float]:
-    milliseconds = _number(header(headers, "retry-after-ms"))
-    told = header(headers, "retry-after").strip()
-    seconds = _number(told)
-    if seconds is None and told:
-        seconds = _seconds_until(told, now)
+def _members(value: Any, depth: int) -> Iterator[Tuple[str, str]]:
+    """Names and values of all that a body says, JSON inside strings included."""
+    if isinstance(value, str):
+        value = _split_json(value)[1]
+    named = dict(enumerate(value[:8])) if isinstance(value, list) else as_dict(value)
+    for name, part in named.items() if depth else ():
+        if isinstance(part, (str, int, float)):
+            yield str(name).lower(), str(part)
+        yield from _members(part, depth - 1)
+
+
+def _from_members(members: Iterable[Tuple[str, str]], now: float) -> Optional[float]:
+    told: Dict[str, str] = {}
+    for name, value in members:
+        told.setdefault(name, value)
+    waits = (_read_wait(told[name], now) for name in _DELAYS if name in told)
+    seconds = next((wait for wait in waits if wait is not None), None)
+    milliseconds = _number(told.get("retry-after-ms", ""))
     if milliseconds is not None and (milliseconds > 0 or seconds is None):
         return milliseconds / 1000.0
+    if seconds is None:
+        resets = [name for name in told if "ratelimit" in name and "reset" in name]
+        spent = [name for name in resets if _number(told.get(name.replace("reset", "remaining")) or "0") == 0]
+        waits = (_read_wait(told[name], now) for name in spent)
+        seconds = max((wait for wait in waits if wait is not None), default=None)
     return seconds
 
 
-def _from_reset_headers(headers: Headers, now: float) -> Optional[float]:
-    waits = []
-    for name, value in headers:
-        if "ratelimit" in name and "reset" in name:
-            remaining = header(headers, name.replace("reset", "remaining"))
-            if not remaining or _number(remaining) == 0:
-                waits.append(_read_reset(value, now))
-    known = [wait for wait in waits if wait is not None]
-    return max(known) if known else None
-
-
-def _read_reset(value: str, now: float) -> Optional[float]:
-    number = _number(value)
+def _read_wait(text: str, now: float) -> Optional[float]:
+    """Seconds from a number of them, a duration, or a moment: a date or Unix time, in milliseconds too (OpenRouter)."""
+    number = _number(text)
     if number is None:
-        return read_duration(value) if read_duration(value) is not None else _seconds_until(value, now)
-    if number > 1e11:  # Unix milliseconds (OpenRouter)
-        return number / 1000.0 - now
-    return number - now if number > 1e9 else number
-
-
-def _from_body(body: Any, now: float, depth: int = 10) -> Optional[float]:
-    found: Optional[float] = None
-    if isinstance(body, dict) and depth:
-        for key in _BODY_DELAYS:
-            told = body.get(key)
-            if found is None and isinstance(told, (str, int, float)):
-                found = _number(str(told)) if _number(str(told)) is not None else read_duration(str(told))
-        headers = as_dict(body.get("headers"))  # OpenRouter nests the provider's headers in metadata
-        if found is None and headers:
-            found = _from_reset_headers([(str(k).lower(), str(v)) for k, v in headers.items()], now)
-        for value in body.values() if found is None else ():
-            found = _from_body(value, now, depth - 1) if found is None else found
-    elif isinstance(body, list) and depth:
-        for value in body[:8]:
-            found = _from_body(value, now, depth - 1) if found is None else found
-    elif isinstance(body, str) and depth:
-        found = _from_body(_split_json(body)[1], now, depth - 1)
-    return found
+        seconds = read_duration(text)
+        return _seconds_until(text, now) if seconds is None else seconds
+    if number > 1e9:
+        return (number / 1000.0 if number > 1e11 else number) - now
+    return number
 
 
 def _from_words(words: Sequence[str], now: float) -> Optional[float]:
@@ -8326,11 +8308,8 @@ def _from_words(words: Sequence[str], now: float) -> Optional[float]:
 def read_duration(text: str) -> Optional[float]:
     """Seconds from `9m38.016s`, `17.5s`, `6ms`, `2 hours`; None when there is no unit."""
     parts = _DURATION.findall(text.lower())
-    if not parts:
-        return None
-    return sum(
-        float(number) * (0.001 if unit[:2] == "ms" or unit[:3] == "mil" else _UNIT_S[unit[0]]) for number, unit in parts
-    )
+    units = (1e-3 if unit.startswith(("ms", "mil")) else _UNIT_S[unit[0]] for _, unit in parts)
+    return sum(float(number) * unit_s for (number, _), unit_s in zip(parts, units)) if parts else None
 
 
 def _number(text: str) -> Optional[float]:
@@ -8341,14 +8320,17 @@ def _seconds_until(text: str, now: float) -> Optional[float]:
     from datetime import datetime, timezone
     from email.utils import parsedate_to_datetime  # late: only dates need it
 
-    iso = re.sub(r"(?:z|Z)$", "+00:00", text.strip().replace(" ", "T", 1) if re.match(r"\d{4}-", text.strip()) else "")
+    text = text.strip()
     try:
-        moment = datetime.fromisoformat(re.sub(r"\.\d+", "", iso).upper()) if iso else parsedate_to_datetime(text)
+        if re.match(r"\d{4}-", text):
+            iso = re.sub(r"\.\d+", "", text.upper().replace(" ", "T", 1))
+            moment = datetime.fromisoformat(iso.replace("Z", "+00:00"))
+        else:
+            moment = parsedate_to_datetime(text)
     except (TypeError, ValueError, IndexError, OverflowError):
         return None
-    if moment.tzinfo is None:
-        moment = moment.replace(tzinfo=timezone.utc)
-    return moment.timestamp() - now
+    zone = moment.tzinfo or timezone.utc
+    return moment.replace(tzinfo=zone).timestamp() - now
 
 
 # ==============================================================================
@@ -12582,27 +12564,18 @@ class Server:
 # ==============================================================================
 
 
+_RECORDED = (
+    "id", "operation", "client", "wire", "asked", "stream", "model", "status", "outcome", "passed_over", "attempts",
+    "usage", "first_content_ms", "total_ms", "message",
+)  # fmt: skip
+
+
 def log_record(trail: Trail) -> Dict[str, Any]:
-    """A request's trail as a JSON value: what the JSON log, and later `explain`, show."""
-    usage = trail.usage
-    return {
-        "time": _iso_time(trail.began_wall),
-        "id": trail.id,
-        "operation": trail.operation,
-        "client": trail.client,
-        "format": trail.wire,
-        "asked": trail.asked,
-        "stream": trail.stream,
-        "model": trail.model,
-        "status": trail.status,
-        "outcome": trail.outcome,
-        "passed_over": trail.passed_over,
-        "attempts": [attempt._asdict() for attempt in trail.attempts],
-        "usage": usage._asdict() if usage is not None else None,
-        "first_content_ms": trail.first_content_ms,
-        "total_ms": trail.total_ms,
-        "message": trail.message,
-    }
+    """A request's trail as a JSON value: what the JSON log and `explain` show."""
+    record = {"format" if name == "wire" else name: getattr(trail, name) for name in _RECORDED}
+    record["attempts"] = [attempt._asdict() for attempt in trail.attempts]
+    record["usage"] = trail.usage and trail.usage._asdict()
+    return {"time": _iso_time(trail.began_wall), **record}
 
 
 def log_level_of(trail: Trail) -> str:
@@ -12617,43 +12590,34 @@ def wanted_levels(least: str) -> Tuple[str, ...]:
 
 def log_line(trail: Trail) -> str:
     """A request's trail as one line of text."""
-    usage = trail.usage
-    tokens = "%d>%d" % (usage.input + usage.cache_read + usage.cache_write, usage.output) if usage is not None else "-"
-    first = "%dms" % trail.first_content_ms if trail.first_content_ms is not None else "-"
-    parts = [
+    usage, first_ms = trail.usage, trail.first_content_ms
+    line = "%s %s %s%s %s %d %s [%s] tokens=%s first=%s total=%dms" % (
         _iso_time(trail.began_wall),
         trail.id,
-        trail.wire + ("~" if trail.stream else ""),
+        trail.wire,
+        "~" if trail.stream else "",
         one_line(trail.asked or ("smart" if trail.operation else "-"), 120),
-        str(trail.status),
+        trail.status,
         trail.outcome,
-        "[%s]" % "; ".join(map(_attempt_words, trail.attempts)),
-        "tokens=%s" % tokens,
-        "first=%s" % first,
-        "total=%dms" % trail.total_ms,
-    ]
-    if trail.client:
-        parts.append("client=" + one_line(trail.client, 60))
-    if trail.outcome != OK and trail.message:
-        parts.append("- " + one_line(trail.message, 200))
-    return " ".join(parts)
+        "; ".join(map(_attempt_words, trail.attempts)),
+        "%d>%d" % (usage.input + usage.cache_read + usage.cache_write, usage.output) if usage is not None else "-",
+        "%dms" % first_ms if first_ms is not None else "-",
+        trail.total_ms,
+    )
+    line += " client=" + one_line(trail.client, 60) if trail.client else ""
+    return line + (" - " + one_line(trail.message, 200) if trail.outcome != OK and trail.message else "")
 
 
 def _attempt_words(attempt: Attempt) -> str:
     wait = " after %dms" % attempt.wait_ms if attempt.wait_ms else ""
-    return "%s=%s%s %dms%s" % (
-        attempt.ref,
-        attempt.label,
-        wait,
-        attempt.took_ms,
-        " -> " + attempt.decision if attempt.decision else "",
-    )
+    then = " -> " + attempt.decision if attempt.decision else ""
+    return "%s=%s%s %dms%s" % (attempt.ref, attempt.label, wait, attempt.took_ms, then)
 
 
 def _iso_time(wall: float) -> str:
     import time
 
-    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(wall)) + ".%03dZ" % int(wall % 1 * 1000)
+    return "%d-%02d-%02dT%02d:%02d:%02d.%03dZ" % (*time.gmtime(wall)[:6], wall % 1 * 1000)
 
 
 class TrailRing:
@@ -12671,28 +12635,26 @@ class TrailRing:
 
     def find(self, id: str) -> Optional[Dict[str, Any]]:
         """The trail of a request as a JSON value; `last` means the newest. None when it is not remembered."""
-        if id == "last" and self._trails:
-            id = next(reversed(self._trails))
-        trail = self._trails.get(id)
+        trail = self._trails.get(next(reversed(self._trails), "") if id == "last" else id)
         return None if trail is None else log_record(trail)
 
     def tally(self) -> Dict[str, Dict[str, Any]]:
         """ref -> {"ok", "failed", "last_error"}: the attempts of the remembered requests, counted."""
         found: Dict[str, Dict[str, Any]] = {}
-        for trail in self._trails.values():
-            for attempt in trail.attempts:
-                counts = found.setdefault(attempt.ref, {"ok": 0, "failed": 0, "last_error": None})
-                if attempt.kind == OK:
-                    counts["ok"] += 1
-                elif attempt.kind != "client_gone":
-                    words = {"label": attempt.label, "kind": attempt.kind, "message": attempt.message}
-                    counts["failed"] += 1
-                    counts["last_error"] = dict(words, id=trail.id, time=trail.began_wall)
+        attempts = ((trail, attempt) for trail in self._trails.values() for attempt in trail.attempts)
+        for trail, (ref, _, label, kind, _, _, _, message) in attempts:
+            counts = found.setdefault(ref, {"ok": 0, "failed": 0, "last_error": None})
+            if kind == OK:
+                counts["ok"] += 1
+            elif kind != "client_gone":
+                words = {"label": label, "kind": kind, "message": message, "id": trail.id, "time": trail.began_wall}
+                counts.update(failed=counts["failed"] + 1, last_error=words)
         return found
 
 
 _TOKEN_KEYS = tuple(("llm_router_tokens_total", "kind", kind) for kind in Usage._fields)
 _BUCKETS_S = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+_BOUNDS = (*["%g" % bound for bound in _BUCKETS_S], "+Inf")
 
 
 class Metrics:
@@ -12702,52 +12664,52 @@ class Metrics:
     """
 
     def __init__(self) -> None:
-        self._counts: Dict[Tuple[str, ...], int] = {}
-        self._times: Dict[Tuple[str, str], List[float]] = {}
+        self._counts: Dict[Tuple[str, ...], int] = {}  # (name, label, its value, ...)
+        self._times: Dict[Tuple[str, str], List[float]] = {}  # (name, format): the sum, then each bucket's count
 
     def count(self, trail: Trail, known: Any) -> None:
         """Count a request that has ended. known: the refs that are configured."""
-        wire, add = trail.wire or "none", self._add
-        operation, status = trail.operation or "refused", str(trail.status)
-        add(("llm_router_requests_total", "format", wire, "operation", operation, "status", status))
+        counts, wire, operation = self._counts, trail.wire or "none", trail.operation or "refused"
+        keys = [("llm_router_requests_total", "format", wire, "operation", operation, "status", str(trail.status))]
         for attempt in trail.attempts:
             model = attempt.ref if attempt.ref in known else attempt.ref.partition("/")[0] + "/*"
-            add(("llm_router_attempts_total", "model", model, "outcome", attempt.kind))
-        self._observe("llm_router_request_seconds", wire, trail.total_ms / 1000)
-        if trail.first_content_ms is not None:
-            self._observe("llm_router_first_content_seconds", wire, trail.first_content_ms / 1000)
+            keys.append(("llm_router_attempts_total", "model", model, "outcome", attempt.kind))
+        for key in keys:
+            counts[key] = counts.get(key, 0) + 1
         for key, tokens in zip(_TOKEN_KEYS, trail.usage or ()):
-            add(key, tokens)
+            counts[key] = counts.get(key, 0) + tokens
+        self._observe("llm_router_request_seconds", wire, trail.total_ms)
+        if trail.first_content_ms is not None:
+            self._observe("llm_router_first_content_seconds", wire, trail.first_content_ms)
+
+    def _observe(self, name: str, wire: str, took_ms: int) -> None:
+        times = self._times.get((name, wire))
+        if times is None:
+            times = self._times[name, wire] = [0.0] * (1 + len(_BOUNDS))
+        times[0] += took_ms / 1000
+        times[1 + bisect_left(_BUCKETS_S, took_ms / 1000)] += 1
 
     def render(self, gauges: Dict[str, Dict[str, float]]) -> str:
         """All metrics as text. gauges: name -> model ("" for none) -> present value."""
-        rows = [(key[0], "counter", key[0], key[1:], float(value)) for key, value in self._counts.items()]
-        for (name, wire), times in self._times.items():
-            counts = [sum(times[1 : at + 2]) for at in range(len(_BUCKETS_S) + 1)]
-            for bound, total in zip(["%g" % bound for bound in _BUCKETS_S] + ["+Inf"], counts):
-                rows.append((name, "histogram", name + "_bucket", ("format", wire, "le", bound), total))
-            rows.append((name, "histogram", name + "_sum", ("format", wire), times[0]))
-            rows.append((name, "histogram", name + "_count", ("format", wire), counts[-1]))
-        for name, values in gauges.items():
-            rows += [(name, "gauge", name, ("model", model) if model else (), value) for model, value in values.items()]
-        lines, family = [], ""
-        for name, kind, sample, labels, value in sorted(rows, key=lambda row: row[0]):
-            if name != family:
-                lines.append("# TYPE %s %s" % (name, kind))
-                family = name
+        families: Dict[str, List[str]] = {}
+
+        def tell(kind: str, name: str, labels: Sequence[str], value: float, suffix: str = "") -> None:
             shown = ",".join('%s="%s"' % (key, _label(text)) for key, text in zip(labels[::2], labels[1::2]))
-            lines.append("%s%s %.12g" % (sample, "{%s}" % shown if shown else "", value))
-        return "\n".join(lines) + "\n"
+            family = families.setdefault(name, ["# TYPE %s %s\n" % (name, kind)])
+            family.append("%s%s%s %.12g\n" % (name, suffix, "{%s}" % shown if shown else "", value))
 
-    def _add(self, key: Tuple[str, ...], amount: int = 1) -> None:
-        self._counts[key] = self._counts.get(key, 0) + amount
-
-    def _observe(self, name: str, wire: str, seconds: float) -> None:
-        times = self._times.get((name, wire))
-        if times is None:  # the sum, then each bucket's count
-            times = self._times[name, wire] = [0.0] * (len(_BUCKETS_S) + 2)
-        times[0] += seconds
-        times[1 + bisect_left(_BUCKETS_S, seconds)] += 1
+        for (counter, *pairs), value in self._counts.items():
+            tell("counter", counter, pairs, value)
+        for (name, wire), (seconds, *counts) in self._times.items():
+            labels = ("format", wire)
+            for at, bound in enumerate(_BOUNDS, 1):
+                tell("histogram", name, (*labels, "le", bound), sum(counts[:at]), "_bucket")
+            tell("histogram", name, labels, seconds, "_sum")
+            tell("histogram", name, labels, sum(counts), "_count")
+        for name, values in gauges.items():
+            for model, present in values.items():
+                tell("gauge", name, ("model", model) if model else (), present)
+        return "".join(line for name in sorted(families) for line in families[name])
 
 
 def _label(text: str) -> str:
