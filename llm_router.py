@@ -7268,60 +7268,52 @@ def cors_headers(access: Access, headers: Headers) -> Headers:
 
 
 class JsonObject(NamedTuple):
-    """A JSON object from outside with the place of every top-level value in its text: `text[start:end]`."""
+    """A JSON object from outside. spans: the place of every top-level value in its text, `text[start:end]`, where the
+    text is known."""
 
     value: Dict[str, Any]
-    text: str
-    spans: Dict[str, Tuple[int, int]]
+    spans: Mapping[str, Tuple[int, int]] = {}
+    text: str = ""
 
 
-_KEY = re.compile(r'[ \t\n\r]*("[^"\\\x00-\x1f]*(?:\\.[^"\\\x00-\x1f]*)*")[ \t\n\r]*:[ \t\n\r]*')
-_AFTER_VALUE = re.compile(r"[ \t\n\r]*([,}])")
+# Up to a member's value, whose key is the group; behind the last one.
+_MEMBER = r'[ \t\n\r]*%s[ \t\n\r]*"([^"\\\x00-\x1f]*(?:\\.[^"\\\x00-\x1f]*)*)"[ \t\n\r]*:[ \t\n\r]*'
+_FIRST_MEMBER, _NEXT_MEMBER = re.compile(_MEMBER % "{"), re.compile(_MEMBER % ",")
+_OBJECT_END = re.compile(r"[ \t\n\r]*}[ \t\n\r]*")
 _JSON_SCAN = _JSON_DECODER.scan_once  # type: ignore[attr-defined]
 
 
 def read_json_object(data: bytes) -> JsonObject:
     """Parse a request body. RouterError 400 when it is not a JSON object.
 
-    Costs what json.loads costs: the values are parsed by the same C scanner, only the outermost level is walked
+    Costs little more than json.loads: the values are parsed by the same C scanner, only the outermost level is walked
     here, which proves where each top-level value stands, so that `model` can be replaced without dumping the rest.
     """
     try:
         text = _decoded(data)
-        value, spans = _scan_object(text)
+        return JsonObject(*_scan_object(text), text)
     except (ValueError, RecursionError, StopIteration):
         value = load_json(data, "request body")
-        if not isinstance(value, dict):
-            raise RouterError("the request body is not a JSON object", 400, "invalid_json") from None
-        return JsonObject(value, "", {})
-    return JsonObject(value, text, spans)
+    if not isinstance(value, dict):
+        raise RouterError("the request body is not a JSON object", 400, "invalid_json")
+    return JsonObject(value)
 
 
 def _scan_object(text: str) -> Tuple[Dict[str, Any], Dict[str, Tuple[int, int]]]:
     value: Dict[str, Any] = {}
     spans: Dict[str, Tuple[int, int]] = {}
-    blank, mark = " \t\n\r", ","
-    at = len(text) - len(text.lstrip(blank)) + 1
-    if not text.startswith("{", at - 1):
-        raise ValueError("not an object")
-    while mark == ",":
-        found = _KEY.match(text, at)
-        if found is None:
-            if not value and text[at:].strip(blank) == "}":
-                return value, spans
-            raise ValueError("a key is missing")
-        key, start = found.group(1), found.end()
-        key = _JSON_SCAN(key, 0)[0] if "\\" in key else key[1:-1]
+    end, member = 0, _FIRST_MEMBER.match(text)
+    while member is not None:
+        key, start = member.group(1), member.end()
+        if "\\" in key:
+            key = _JSON_SCAN('"%s"' % key, 0)[0]
         if key in value:
             raise ValueError("a key stands twice")
         value[key], end = _JSON_SCAN(text, start)
-        spans[key] = (start, end)
-        after = _AFTER_VALUE.match(text, end)
-        if after is None:
-            raise ValueError("the object is not closed")
-        mark, at = after.group(1), after.end()
-    if at != len(text) and text[at:].strip(blank):
-        raise ValueError("text after the object")
+        spans[key] = start, end
+        member = _NEXT_MEMBER.match(text, end)
+    if not value or _OBJECT_END.fullmatch(text, end) is None:
+        raise ValueError("not an object, or an empty one")
     return value, spans
 
 
@@ -7368,17 +7360,18 @@ class Inbound(NamedTuple):
     body: JsonObject
 
 
+_TYPED_FIELDS = (("model", str, "must be a string"), ("stream", bool, "must be true or false"))
+
+
 def read_inbound(endpoint: Endpoint, headers: Headers, data: bytes) -> Inbound:
     """A POST's meaning. RouterError 400 for a body that is no JSON object or whose model or stream has a wrong type."""
     body = read_json_object(data)
+    for field, kind, words in _TYPED_FIELDS:
+        if not isinstance(body.value.get(field), (kind, type(None))):
+            raise RouterError("%s: %s" % (field, words), 400, "invalid_type")
     wire = endpoint.wire or detect_wire(headers, body.value)
-    asked = body.value.get("model")
-    if asked is not None and not isinstance(asked, str):
-        raise RouterError("model: must be a string", 400, "invalid_type")
-    stream = body.value.get("stream")
-    if stream is not None and not isinstance(stream, bool):
-        raise RouterError("stream: must be true or false", 400, "invalid_type")
-    return Inbound(endpoint.operation, wire, asked or "", bool(stream) and endpoint.operation == "chat", headers, body)
+    streams = bool(body.value.get("stream")) and endpoint.operation == "chat"
+    return Inbound(endpoint.operation, wire, body.value.get("model") or "", streams, headers, body)
 
 
 def ends_with_tool_result(body: Dict[str, Any], wire: str) -> bool:
@@ -7477,17 +7470,17 @@ def estimate_tokens(body: Dict[str, Any], model: str = "", wire: str = "") -> in
     row = next(row for row in _TOKEN_ROWS if re.search(row.models, name))
     row = _CLAUDE_ROW if wire == "anthropic" and not row.models else row
     tools = as_list(body.get("tools")) or as_list(body.get("functions"))
-    shapes = [as_dict(body.get(field)) for field in ("output_format", "output_config", "response_format", "text")]
-    shapes = [s.get("schema") or s.get("json_schema") or as_dict(s.get("format")).get("schema") for s in shapes]
-    shapes = [shape for shape in shapes if shape]
+    forms = [as_dict(body.get(field)) for field in ("output_format", "output_config", "response_format", "text")]
+    schemas = [f.get("schema") or f.get("json_schema") or as_dict(f.get("format")).get("schema") for f in forms]
+    schemas = list(filter(None, schemas))
     texts = [body.get(field) for field in ("messages", "input", "system", "instructions")]
     messages = isinstance(texts[1], str) + bool(texts[2]) + bool(texts[3])
     choice = body.get("tool_choice")
     forced = (as_dict(choice).get("type") or choice) in ("any", "required", "tool", "function")
     thinks = as_dict(body.get("thinking")).get("type") in ("enabled", "adaptive") or body.get("reasoning")
-    tokens = row.once + row.message * messages + row.shape * bool(shapes) + row.thinking * bool(thinks)
+    tokens = row.once + row.message * messages + row.shape * bool(schemas) + row.thinking * bool(thinks)
     tokens += (row.tools + row.forced * forced if tools else 0) + sum(map(_provider_tool_tokens, tools))
-    return math.ceil(tokens + _count_content(texts, row) + row.schema * _count_schema(tools + shapes))
+    return math.ceil(tokens + _count_content(texts, row) + row.schema * _count_schema(tools + schemas))
 
 
 def _provider_tool_tokens(tool: Any) -> int:
@@ -7811,8 +7804,8 @@ def auth_header(provider: Provider, wire: str) -> Tuple[str, str]:
 
 def choose_wire(candidate: Candidate, client_wire: str) -> str:
     """The format to speak with a candidate: the client's own when it is spoken there, else the provider's preferred."""
-    wanted = (client_wire, candidate.provider.preferred)
-    return next((wire for wire in wanted if wire in candidate.formats), candidate.formats[0])
+    formats, preferred = candidate.formats, candidate.provider.preferred
+    return client_wire if client_wire in formats else preferred if preferred in formats else formats[0]
 
 
 def merge_headers(target: Target, client_headers: Headers, client_wire: str, wire: str, stream: bool) -> Headers:
@@ -7841,19 +7834,15 @@ def merge_list(first: str, second: str) -> str:
 
 def resolve_timeouts(provider: Provider, settings: Settings, stream: bool) -> Timeouts:
     """A provider's timeouts in milliseconds, the settings' where it has none of its own; 0 means off."""
-    own = provider.timeouts
-    first_byte = settings.first_byte_timeout_ms if stream else settings.whole_first_byte_timeout_ms
-    return Timeouts(
-        _first_set(own.connect_ms, settings.connect_timeout_ms),
-        _first_set(own.first_byte_ms, first_byte),
-        _first_set(own.first_content_ms, settings.first_content_timeout_ms),
-        _first_set(own.idle_ms, settings.idle_timeout_ms),
-        _first_set(own.total_ms, settings.total_timeout_ms),
+    first_byte_ms = settings.first_byte_timeout_ms if stream else settings.whole_first_byte_timeout_ms
+    defaults = (
+        settings.connect_timeout_ms,
+        first_byte_ms,
+        settings.first_content_timeout_ms,
+        settings.idle_timeout_ms,
+        settings.total_timeout_ms,
     )
-
-
-def _first_set(own: Optional[int], default: int) -> int:
-    return default if own is None else own
+    return Timeouts(*[ours if own is None else own for own, ours in zip(provider.timeouts, defaults)])
 
 
 class Requests:
@@ -7871,11 +7860,8 @@ class Requests:
         lessons: Mapping[str, Tuple[str, ...]],
         reasoning: Optional[BoundedMap] = None,
     ) -> None:
+        self._inbound, self._settings, self._targets, self._lessons = inbound, settings, targets, lessons
         self._reasoning = reasoning or BoundedMap()
-        self._inbound = inbound
-        self._settings = settings
-        self._targets = targets
-        self._lessons = lessons
         self._neutral: Optional[ChatRequest] = None
         self._conversation = ""
         self.home = ""  # the provider that has what a request refers to
@@ -7901,16 +7887,18 @@ class Requests:
     def make(self, candidate: Candidate) -> Outbound:
         """The request for one candidate."""
         inbound, provider = self._inbound, candidate.provider
-        chat = inbound.operation == "chat"
-        wire = choose_wire(candidate, inbound.wire) if chat else inbound.wire
-        target = self._target(provider, wire)
-        path = target.path if chat else _operation_path(target.path, WIRE_FORMATS[wire].path, inbound.operation)
-        if wire == inbound.wire:
-            if provider.id != self.home and as_dict(inbound.body.value.get("thread")).get("type") == "continue":
-                refuse_thread(inbound.body.value["thread"])
-            body = replace_field(self._passed(provider.id, wire, target.compat), "model", candidate.model_id)
-        else:
+        is_chat, thread = inbound.operation == "chat", inbound.body.value.get("thread")
+        wire = choose_wire(candidate, inbound.wire) if is_chat else inbound.wire
+        target = self._targets.get((provider.id, wire))
+        if target is None:
+            target = self._targets[provider.id, wire] = make_target(provider, wire)
+        path = target.path if is_chat else _operation_path(target.path, WIRE_FORMATS[wire].path, inbound.operation)
+        if wire != inbound.wire:
             body = dump_json(self._translated(candidate, wire, target.compat))
+        else:
+            if provider.id != self.home and as_dict(thread).get("type") == "continue":
+                refuse_thread(thread)
+            body = replace_field(self._passed(provider.id, wire, target.compat), "model", candidate.model_id)
         headers = merge_headers(target, inbound.headers, inbound.wire, wire, inbound.stream)
         timeouts = resolve_timeouts(provider, self._settings, inbound.stream)
         return Outbound(target, path, headers, body, wire, inbound.stream, timeouts)
@@ -7924,20 +7912,13 @@ class Requests:
             changed = bare_cache_marks(changed or value)
         if wire == "openai" and compat.replays_reasoning:
             changed = replay_reasoning(value, self.issuer(provider), self._reasoning)
-        return self._inbound.body if changed is None else JsonObject(changed, "", {})
+        return self._inbound.body if changed is None else JsonObject(changed)
 
     def _translated(self, candidate: Candidate, wire: str, compat: Compat) -> Dict[str, Any]:
         messages = restore_reasoning(self.neutral.messages, self._reasoning, self.issuer(candidate.provider.id))
         request = self.neutral._replace(model=candidate.model_id, messages=messages)
         body = render_request(keep_cache_marks(request) if compat.caches and wire == "openai" else request, wire)
         return apply_fixes(body, compat.fixes + self._lessons.get(candidate.ref, ()))
-
-    def _target(self, provider: Provider, wire: str) -> Target:
-        key = (provider.id, wire)
-        target = self._targets.get(key)
-        if target is None:
-            target = self._targets[key] = make_target(provider, wire)
-        return target
 
 
 def _operation_path(path: str, own: str, operation: str) -> str:
@@ -8641,10 +8622,11 @@ def _first_of(run: Run, book: Any, now: float) -> Candidate:
 def _next_candidate(run: Run, book: Any, now: float) -> Step:
     if not run.remaining:
         return _exhausted(run, book, now)
-    candidate = run.remaining[0]
-    if run.blamed or ready_at(candidate, book):  # else nothing was ever held against it, whatever the others are like
-        candidate = _first_of(run, book, now)
+    candidate, others = run.remaining[0], run.remaining[1:]
     ready = ready_at(candidate, book)
+    if ready or run.blamed:  # else nothing was ever held against it: it goes first, whatever the others are like
+        candidate = _first_of(run, book, now)
+        ready, others = ready_at(candidate, book), tuple(c for c in run.remaining if c is not candidate)
     half_open = ready > 0 and is_half_open(candidate, book, now)
     is_steady = candidate is run.plan.candidates[0] and ready <= now and not half_open
     delay_ms = _wait_ms(ready, run, now)
@@ -8655,7 +8637,7 @@ def _next_candidate(run: Run, book: Any, now: float) -> Step:
         current=candidate,
         tries=0,
         allowed=run.settings.origin_retry_attempts if is_steady else 1,
-        remaining=tuple(c for c in run.remaining if c is not candidate),
+        remaining=others,
         probes=run.probes + tuple(change.key for change in changes),
         waited_ms=run.waited_ms + delay_ms,
     )
@@ -10136,7 +10118,7 @@ class Gateway:
         inbound = read_inbound(endpoint, call.headers, await call.read_body())
         resolved = self.items.resolve(inbound.body.value) if inbound.wire == "responses" else None
         if resolved is not None:
-            inbound = inbound._replace(body=JsonObject(resolved, "", {}))
+            inbound = inbound._replace(body=JsonObject(resolved))
         trail.operation, trail.wire, trail.asked, trail.stream = inbound[:4]
         await Exchange(self, inbound, client, trail, cors).run()
         self._record(trail)
@@ -10167,9 +10149,11 @@ def _error_info(error: RouterError) -> ErrorInfo:
 
 def own_headers(trail: Trail) -> Headers:
     """What the router tells of a request beside its answer."""
-    told = (("x-llm-router-attempts", trail.path), ("x-llm-router-model", trail.model))
-    shown = [(name, text.encode("ascii", "backslashreplace").decode()[:2000]) for name, text in told if text]
-    return [("x-llm-router-request-id", trail.id), *shown]
+    headers = [("x-llm-router-request-id", trail.id)]
+    for name, text in (("x-llm-router-attempts", trail.path), ("x-llm-router-model", trail.model)):
+        if text:
+            headers.append((name, text.encode("ascii", "backslashreplace").decode()[:2000]))
+    return headers
 
 
 def returned_headers(headers: Iterable[Tuple[str, str]]) -> Headers:

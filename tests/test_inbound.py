@@ -408,7 +408,7 @@ def test_a_body_reads_as_json_loads_reads_it_and_every_span_is_exact(seed):
         body = R.read_json_object(rng.choice([b"", b"", b"\xef\xbb\xbf"]) + data)
         assert body.value == json.loads(data)
         assert list(body.value) == list(json.loads(data))
-        assert body.text == data.decode()
+        assert body.text == (data.decode() if value else "")  # in an empty one there is nothing to keep
         assert set(body.spans) == set(body.value)
         for name, (start, end) in body.spans.items():
             assert json.loads(body.text[start:end]) == body.value[name]
