@@ -7594,27 +7594,29 @@ class Routes:
         if len(name) > _MAX_NAME or not name.isprintable():  # it would end up in headers, logs and the health book
             raise _not_found("the model's name is too long or holds control characters")
         for known in dict.fromkeys((name, bare_name(name))):
-            plan = self._find(asked, known)
-            if plan is not None:
-                return plan
+            targets = self._find_targets(known)
+            if targets is not None:
+                return Plan(asked, self._resolve(asked, targets))
         near = nearest(name, self.names(), 3)
         hint = "near it: %s" % ", ".join(near) if near else "GET /v1/models lists what there is"
         raise _not_found("the model %s is not configured; %s" % (one_line(name, 80), hint))
 
-    def _find(self, asked: str, name: str) -> Optional[Plan]:
+    def _find_targets(self, name: str) -> Optional[Sequence[str]]:
         targets = self.config.aliases.get(name) if "*" not in name else None
         if targets is None:
-            single = self.find_candidate(name)
-            if single is not None:
-                return Plan(asked, self._with_fallbacks(single))
-            targets = self._index.find_pattern(name)
-        return None if targets is None else self._alias_plan(asked, targets)
+            targets = (name,) if self.find_candidate(name) is not None else self._index.find_pattern(name)
+        return targets
 
-    def _alias_plan(self, asked: str, targets: Sequence[str]) -> Plan:
+    def _resolve(self, asked: str, targets: Sequence[str]) -> Tuple[Candidate, ...]:
+        """The candidates that targets mean, each once; a single one brings its own fallbacks."""
         found = self._find_all(targets)
         if not found:
             raise _not_found("the alias %s leads to no enabled model" % one_line(asked, 80))
-        return Plan(asked, self._with_fallbacks(found[0]) if len(targets) == 1 else found)
+        origin, others = found[0], found[1:]
+        if len(targets) == 1:
+            refs = (self.config.aliases.get(ref, (ref,)) for ref in origin.model.fallback_models)
+            others = self._find_all(target for targets in refs for target in targets)
+        return (origin, *[candidate for candidate in others if candidate.ref != origin.ref])
 
     def find_candidate(self, name: str) -> Optional[Candidate]:
         """The model that `name` (`provider/model`, or a bare id or alias) means; None when there is none. RouterError
@@ -7628,10 +7630,6 @@ class Routes:
     def _find_all(self, refs: Iterable[str]) -> Tuple[Candidate, ...]:
         found = [candidate for candidate in map(self.find_candidate, refs) if candidate is not None]
         return tuple({candidate.ref: candidate for candidate in found}.values())
-
-    def _with_fallbacks(self, origin: Candidate) -> Tuple[Candidate, ...]:
-        refs = (target for ref in origin.model.fallback_models for target in self.config.aliases.get(ref, (ref,)))
-        return (origin,) + tuple(candidate for candidate in self._find_all(refs) if candidate.ref != origin.ref)
 
     def names(self) -> List[str]:
         """Every name a client may list: `smart`, aliases, then each enabled `provider/model`."""
@@ -8377,8 +8375,6 @@ class HealthBook:
     def apply(self, changes: Iterable[HealthChange]) -> None:
         """Carry out changes, in order."""
         for change in changes:
-            if change.clear and change.key not in self._entries:
-                continue  # a success where nothing was wrong: nearly every request
             changed = changed_health(self.read(change.key), change)
             if changed == HEALTHY:
                 self._entries.pop(change.key, None)
@@ -8683,10 +8679,10 @@ def proceed(run: Run, asked_at: float, book: Any) -> List[HealthChange]:
     return release(run) + ([HealthChange(run.current.ref, circuit_until=0.0)] if closes else [])
 
 
-def succeed(run: Run, asked_at: float) -> List[HealthChange]:
+def succeed(run: Run, asked_at: float, book: Any) -> List[HealthChange]:
     """The changes after `current` answered a call made at `asked_at` in full: nothing is held against it or its
     provider."""
-    keys = (run.current.ref, provider_key(run.current))
+    keys = [key for key in (run.current.ref, provider_key(run.current)) if book.read(key) is not HEALTHY]
     return release(run) + [HealthChange(key, clear=True, at=asked_at) for key in keys]
 
 
@@ -10218,7 +10214,7 @@ class Exchange:
                 result = await self._attempt(action, bool(run.remaining))
                 if isinstance(result, Answer):
                     is_whole = result.processor is None
-                    book.apply(succeed(run, self._asked_at) if is_whole else proceed(run, self._asked_at, book))
+                    book.apply((succeed if is_whole else proceed)(run, self._asked_at, book))
                     await self._deliver(result, run)
                     return
                 if result.kind == EMPTY and ends_with_tool_result(self._inbound.body.value, self._inbound.wire):
@@ -10474,7 +10470,7 @@ class Exchange:
             failure = ErrorInfo(status, "the upstream's answer broke off: " + broken, code="upstream_" + broken)
             client.write(self._wire.error_event(failure, trail.id))
         if failure is None:
-            book.apply(succeed(run, self._asked_at) if run is not None else ())
+            book.apply(succeed(run, self._asked_at, book) if run is not None else ())
             await client.finish()
             return
         kind = TIMEOUT if broken == "timeout" else TEMPORARY

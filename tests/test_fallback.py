@@ -51,7 +51,7 @@ class Request:
         return self.action
 
     def succeed(self, asked_at=None):
-        self.book.apply(R.succeed(self.run, self.now if asked_at is None else asked_at))
+        self.book.apply(R.succeed(self.run, self.now if asked_at is None else asked_at, self.book))
         self.book.apply(R.release(self.run))
 
     def leave(self):
@@ -142,7 +142,7 @@ class Teller:
         for kind, retry_after in self.story:
             if kind == R.OK:
                 after = _copy(book)
-                after.apply(R.succeed(run, now))
+                after.apply(R.succeed(run, now, after))
                 self.check_end(after, run)
                 assert after.read(action.candidate.ref) == R.HEALTHY
                 self.request(after, now + 1, depth - 1, number + 1)
@@ -863,5 +863,5 @@ def test_an_upstream_that_breaks_off_every_stream_opens_its_circuit():
         book.apply(R.fail_late(run, R.TEMPORARY, book, at + 0.5))
     assert book.read("a/m").circuit_until == 2.5 + settings.fallback_circuit_cooldown_ms / 1000
     run, _, _ = R.begin("r3", plan, settings, book, 100.0)
-    book.apply(R.proceed(run, 100.0, book) + R.succeed(run, 100.0))
+    book.apply(R.proceed(run, 100.0, book) + R.succeed(run, 100.0, book))
     assert book.read("a/m") == R.HEALTHY
