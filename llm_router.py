@@ -10128,7 +10128,7 @@ def _refusal_of(error: BaseException, endpoint: Optional[Endpoint]) -> RefusedEr
     """What an exception that ended a request means: a task that is cancelled has lost its client, the rest is our own
     fault."""
     if isinstance(error, RefusedError):
-        return error
+        return error.with_traceback(None)  # whose frames hold the request: a cycle, which the collector is slow to see
     if not isinstance(error, Exception):
         error = RouterError("the client has left", 499, "client_gone")
     elif not isinstance(error, RouterError):
