@@ -10194,8 +10194,8 @@ class Exchange:
         if inbound.stream:
             head = [*_STREAM_HEADERS, ("x-llm-router-request-id", trail.id), *self._cors]
             client.keep_alive(trail.began, self._settings.keepalive_ms, head)
-            stopping = ErrorInfo(503, "the router is stopping", code="stopping")
-            client.farewell = lambda: self._wire.error_event(stopping, trail.id)
+            wire, stopping = self._wire, ErrorInfo(503, "the router is stopping", code="stopping")
+            client.farewell = lambda: wire.error_event(stopping, trail.id)  # not `self`: it holds the body and `client`
         await self._serve(plan)
 
     async def _serve(self, plan: Plan) -> None:
@@ -11695,8 +11695,8 @@ class Reply:
 
     async def _wait(self, timeout_s: Optional[float], what: str) -> None:
         """Wait for a change. UpstreamError when that is an error, or none comes in time."""
-        if self._error is not None:
-            raise self._error
+        if self._error is not None:  # a fresh one: the one that is kept would keep the frames, and they the request
+            raise UpstreamError(self._error.message, self._error.label, self._error.is_timeout)
         timer = None if timeout_s is None else self._loop.call_later(timeout_s, self._time_out, timeout_s, what)
         self._waiter = self._loop.create_future()
         try:
