@@ -3136,12 +3136,17 @@ class ReasoningRecorder:
                 self._events.append(event)
 
 
+def recall(memory: BoundedMap, issuer: str, call_ids: Iterable[Any]) -> List[Any]:
+    """The reasoning blocks that `issuer` had put before these calls, as far as they are remembered."""
+    return [block for call_id in call_ids for block in memory.get((issuer, call_id)) or ()]
+
+
 def restore_reasoning(messages: List[Message], memory: BoundedMap, issuer: str) -> List[Message]:
     """A conversation for `issuer`: turns with calls that it made begin with what it thought then."""
     restored = []
     for message in messages:
         calls = [block for block in message.blocks if isinstance(block, ToolCall)]
-        thoughts = [block for call in calls for block in memory.get((issuer, call.id)) or ()]
+        thoughts = recall(memory, issuer, [call.id for call in calls])
         rest = [block for block in message.blocks if not is_reasoning(block)]
         restored.append(message._replace(blocks=thoughts + rest) if thoughts else message)
     return restored
@@ -3665,13 +3670,15 @@ def _chat_tool(value: Any, path: str) -> Tool:
     item = check_field(value, (dict,), path)
     kind = item.get("type")
     is_custom = kind == "custom" and "input_schema" not in item
-    nested = item.get("custom" if is_custom else "function")
-    if kind not in (None, "function", "custom") and not isinstance(nested, dict):
+    field = "custom" if is_custom else "function"
+    inner = item.get(field)
+    if isinstance(inner, dict):
+        path = "%s.%s" % (path, field)
+    elif kind in (None, "function", "custom"):
+        inner = item
+    else:
         wire = "anthropic" if _DATED_TYPE.match(as_text(kind)) else _CHAT
         return Tool(as_text(item.get("name")) or as_text(kind), kind="server", extra={wire: item})
-    if isinstance(nested, dict):
-        path += ".custom" if is_custom else ".function"
-    inner = nested if isinstance(nested, dict) else item
     name, description = _text_at(inner, "name", path), as_text(inner.get("description"))
     if is_custom:
         form = rest_of({"format": as_dict(inner.get("format"))}, (), _CHAT)
@@ -3828,30 +3835,36 @@ def _write_chat_turn(message: Message) -> List[Json]:
     Text alone is a string, which every server takes. Foreign thinking is for turns with calls (traps 84, 87).
     """
     items: List[Json] = []
-    parts: List[Json] = []
-    for block in message.blocks:
-        if message.role == "user" and not isinstance(block, ToolResult):
-            parts += _write_chat_part(block)
-        elif isinstance(block, ToolResult):
-            inner = [part for child in block.blocks for part in _write_chat_part(child)]
-            text, rest = _joined(inner, "\n"), [part for part in inner if part.get("type") != "text"]
-            if rest:
-                parts += [{"type": "text", "text": "[from the result of tool call %s]" % block.call_id}, *rest]
-            text = text or ("(see the next message)" if rest else "")
-            text = "Error: " + text if block.is_error and not text.lower().startswith("error") else text
-            items.append({"role": "tool", "tool_call_id": block.call_id, "content": text})
-    if message.role == "system":
-        words = [{"type": "text", "text": _plain_text(block), **_cache_mark(block)} for block in message.blocks]
-        parts = [part for part in words if part["text"]]
-    is_text = all(len(part) == 2 and part.get("type") == "text" for part in parts)
-    fields: Json = {"content": _joined(parts, "\n\n") if is_text else parts}
     if message.role == "assistant":
         has_calls = any(isinstance(block, ToolCall) for block in message.blocks)
         kept = [b for b in message.blocks if has_calls or not isinstance(b, Thinking) or own_extra(b, _CHAT)]
-        fields = {"content": None, **_answer_fields(kept, "call")}  # null only beside others (trap 83)
+        fields: Json = {"content": None, **_answer_fields(kept, "call")}  # null only beside others (trap 83)
+    else:
+        parts: List[Json] = []
+        for block in message.blocks:
+            if isinstance(block, ToolResult):
+                item, rest = _write_chat_result(block)
+                items.append(item)
+                parts += rest
+            else:
+                parts += _write_chat_part(block) if message.role == "user" else _text_part(block, _plain_text(block))
+        is_text = all(len(part) == 2 and part.get("type") == "text" for part in parts)
+        fields = {"content": _joined(parts, "\n\n") if is_text else parts}
     if fields.get("content") or fields.get("tool_calls") or fields.get("refusal"):
         items.append({"role": message.role, **fields, **_told({"name": own_extra(message, _CHAT).get("name")})})
     return items
+
+
+def _write_chat_result(result: ToolResult) -> Tuple[Json, List[Json]]:
+    """The tool message, and the parts that it cannot hold."""
+    inner = [part for block in result.blocks for part in _write_chat_part(block)]
+    text, rest = _joined(inner, "\n"), [part for part in inner if part.get("type") != "text"]
+    if rest:
+        rest.insert(0, {"type": "text", "text": "[from the result of tool call %s]" % result.call_id})
+        text = text or "(see the next message)"
+    if result.is_error and not text.lower().startswith("error"):
+        text = "Error: " + text
+    return {"role": "tool", "tool_call_id": result.call_id, "content": text}, rest
 
 
 def _joined(parts: List[Json], separator: str) -> str:
@@ -3907,12 +3920,13 @@ def _write_chat_part(block: Any) -> List[Json]:
         return [{"type": "file", "file": file}]
     words = text_of_media(block) if kind == "document" else None
     text = _plain_text(block) if words is None else "\n".join(filter(None, (block.name, words))) or "(empty document)"
-    return [{"type": "text", "text": text, **_cache_mark(block)}] if text else []
+    return _text_part(block, text)
 
 
-def _cache_mark(value: Any) -> Json:
-    """`cache_control`, where COMPATIBILITY put it: a text that bears it stays a part."""
-    return _told({"cache_control": own_extra(value, _CHAT).get("cache_control")}) if isinstance(value, Text) else {}
+def _text_part(block: Any, text: str) -> List[Json]:
+    """`cache_control` stands where COMPATIBILITY put it: a text that bears it stays a part."""
+    mark = own_extra(block, _CHAT).get("cache_control") if isinstance(block, Text) else None
+    return [_told({"type": "text", "text": text, "cache_control": mark})] if text else []
 
 
 # ---- whole answers
@@ -6992,8 +7006,8 @@ def replay_reasoning(body: Json, issuer: str, memory: BoundedMap) -> Optional[Js
     for message in as_list(body.get("messages")):
         calls = as_list(as_dict(message).get("tool_calls"))
         is_bare = calls and not message.get("reasoning_content")
-        known = [memory.get((issuer, as_dict(call).get("id"))) for call in calls] if is_bare else []
-        text = "".join(block_text(block) for blocks in known for block in blocks or ())
+        blocks = recall(memory, issuer, [as_dict(call).get("id") for call in calls]) if is_bare else []
+        text = "".join(map(block_text, blocks))
         messages.append({**message, "reasoning_content": text} if text else message)
     return {**body, "messages": messages} if messages != as_list(body.get("messages")) else None
 
