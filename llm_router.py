@@ -16226,9 +16226,9 @@ def _warn_of(problems: Iterable[Problem]) -> None:
 
 
 _COLORS = {
-    "31": ("error", "problem", "open"),
-    "32": ("ok",),
-    "33": ("warning", "cooling", "half-open"),
+    "ok": "32",
+    **dict.fromkeys(("error", "problem", "open"), "31"),
+    **dict.fromkeys(("warning", "cooling", "half-open"), "33"),
 }
 
 
@@ -16238,8 +16238,7 @@ def _colored(text: str, word: str) -> str:
     import sys
 
     plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not sys.stdout.isatty()
-    color = next((color for color, words in _COLORS.items() if word in words), "")
-    return text if plain or not color else "\033[%sm%s\033[0m" % (color, text)
+    return text if plain or word not in _COLORS else "\033[%sm%s\033[0m" % (_COLORS[word], text)
 
 
 def _table(rows: Iterable[Sequence[str]], numbers: Sequence[int] = ()) -> List[str]:
@@ -16451,17 +16450,29 @@ def _ask_provider(plan: ProbePlan, given: Given) -> ProbeReport:
     """Probe, with progress where somebody watches; Ctrl-C ends it at once."""
     import sys
 
-    run = ProbeRun(plan, given.settings, given.environ)
-    shows = sys.stderr is not None and sys.stderr.isatty()
+    def show(report: ProbeReport) -> bool:
+        asked = sum(row.state not in ("waiting", "asking") for row in report.rows)
+        say("\rasking %s: %d of %d" % (plan.provider.id, asked, len(report.rows)))
+        return False
+
+    def say(text: str) -> None:
+        if sys.stderr is not None and sys.stderr.isatty():
+            print(text, end="", file=sys.stderr, flush=True)
+
     try:
-        while not run.wait(0.1):
-            rows = run.report.rows
-            left = sum(row.state in ("waiting", "asking") for row in rows)
-            text = "\rasking %s: %d of %d" % (plan.provider.id, len(rows) - left, len(rows))
-            print(text if shows else "", end="", file=sys.stderr, flush=True)
+        return _watch_probe(plan, given, show)
+    finally:
+        say("\r\033[K")
+
+
+def _watch_probe(plan: ProbePlan, given: Given, show: Callable[[ProbeReport], bool]) -> ProbeReport:
+    """Probe; `show` is told ten times a second what is known by then, and ends it by returning True."""
+    run = ProbeRun(plan, given.settings, given.environ)
+    try:
+        while not run.wait(0.1) and not show(run.report):
+            pass
     finally:
         run.cancel()
-        print("\r\033[K" if shows else "", end="", file=sys.stderr, flush=True)
     return run.report
 
 
@@ -16713,13 +16724,12 @@ def _only_plan(document: Dict[str, Any], environ: Environ) -> ProbePlan:
 
 def _test_in_menu(job: Job, plan: ProbePlan, given: Given) -> Tuple[Any, ...]:
     """Probe: rows of probe_table, what was learned, and what else there is to say."""
-    run = ProbeRun(plan, given.settings, given.environ)
-    try:
-        while not run.wait(0.1) and not job.is_cancelled:
-            job.tell("\n".join("%s  %s  %s" % (row.model, row.wire, row.state) for row in run.report.rows))
-    finally:
-        run.cancel()
-    report = run.report
+
+    def show(report: ProbeReport) -> bool:
+        job.tell("\n".join("%s  %s  %s" % (row.model, row.wire, row.state) for row in report.rows))
+        return bool(job.is_cancelled)
+
+    report = _watch_probe(plan, given, show)
     listed = ["it lists %d models" % len(report.listed)] if report.listed is not None else []
     return probe_table(report)[1], learned_fields(plan, report), "\n".join(listed + _probe_warnings(report))
 
@@ -17133,17 +17143,16 @@ def _run_with_router(agent: Agent, argv: Sequence[str], given: Given) -> int:
 
 def run_env(given: Given) -> int:
     """`env [TOOL]`: the variables that point a program at the running router, for a shell to read."""
-    name = given.tool or "any"
-    agent = ANY_AGENT if name == "any" else find_agent(name)
-    if agent is None:
-        raise UsageError("env: %s is none of %s" % (one_line(name, 40), ", ".join(row.name for row in AGENTS)))
-    if not any("%(base)s" in text for _, text in agent.variables):
-        raise UsageError("variables do not point %s anywhere: use llm-router run %s" % (name, name))
+    name = one_line(given.tool or "any", 40)
+    led = {row.name: row for row in (*AGENTS, ANY_AGENT) if any("%(base)s" in text for _, text in row.variables)}
+    if name not in led:
+        words = name, ", ".join(led), name
+        raise UsageError("env: variables do not lead %s anywhere, only %s; try llm-router run %s" % words)
     status, base, config = _reach_running(given.find_instance(), given.environ)
     if status["require_auth"] and not config.master_key:
         raise UsageError("the running router wants a key: set LLM_ROUTER_MASTER_KEY to one")
     key = config.master_key if status["require_auth"] else ""
-    variables = fill_templates(agent, agent_facts(base, key, config, given.flags))[0]
+    variables = fill_templates(led[name], agent_facts(base, key, config, given.flags))[0]
     return given.tell(variables, shell_lines(variables, given.shell or _default_shell(given.environ)))
 
 
@@ -17156,15 +17165,18 @@ def _default_shell(environ: Environ) -> str:
 
 # ----- Cloudflare -----
 
+# fmt: off
 _SITE_FLAGS = (
     Flag("name", "text", "the Worker's name, default " + WORKER_NAME),
     Flag("env", "text", "a Worker beside it, whose name ends in -ENV"),
     Flag("account-id", "text", "the account, default CLOUDFLARE_ACCOUNT_ID or the only one there is"),
-    Flag("use-wrangler", "text", "auto (the default: when it is installed), true, or false to call the API directly"),
+    Flag("use-wrangler", "|".join(("auto", *_BOOLS)),
+         "auto (the default: when it is installed), true, or false to call the API directly"),
     Flag("allow-weak-master-key", "bool", "take the master key as it is"),
     Flag("dry-run", "bool", "show what would be sent, secrets masked, and send nothing"),
     _AS_JSON,
 )
+# fmt: on
 
 
 def run_deploy(given: Given) -> int:
@@ -17172,10 +17184,7 @@ def run_deploy(given: Given) -> int:
     site = _read_site(given)
     if given.export_dir and not given.export_only:
         return _export_project(given, site)
-    loaded = given.load()
-    payload = make_payload(loaded.document, given.environ)
-    if _needs_new_key(given, payload, not read_config(loaded.document, given.environ).client_keys):
-        payload = make_payload(_store_new_key(loaded, given.environ), given.environ)
+    payload = _strong_payload(given)
     _warn("the variable %s is not set here: set it as a secret of the Worker" % name for name in payload.missing)
     if given.export_only:
         return _export_config(given, payload, site)
@@ -17234,29 +17243,34 @@ def _is_guided(given: Given) -> bool:
     return bool(not given.json and sys.stdin and sys.stdin.isatty() and sys.stdout.isatty())
 
 
-def _needs_new_key(given: Given, payload: Payload, needs_key: bool) -> bool:
-    """Whether the user wants a new master key in place of a weak or missing one. UsageError when he cannot be asked."""
-    weakness = key_weakness(payload.master_key) if payload.master_key else "there is none" if needs_key else ""
-    if not weakness or payload.master_key and given.allow_weak_master_key:
-        return False
+def _ask_user(given: Given, question: str, otherwise: str) -> str:
+    """What somebody at a terminal answers. UsageError with what to do `otherwise`."""
     if not _is_guided(given):
-        cures = "config --operation=set-master-key --generate makes a strong one"
-        cures += ", --allow-weak-master-key=true takes it as it is" if payload.master_key else ""
-        raise UsageError("%s; %s" % (_WEAK % weakness, cures))
-    print(_WEAK % weakness)
-    if input("make a new one and store it in the configuration? [Y/n] ").strip().lower() not in ("", "y", "yes"):
+        raise UsageError(otherwise)
+    return input(question).strip()
+
+
+def _strong_payload(given: Given) -> Payload:
+    """What the Worker gets to know, with a new master key in place of a weak or missing one, if the user wants that.
+    UsageError when he does not, or cannot be asked."""
+    loaded = given.load()
+    payload, config = make_payload(loaded.document, given.environ), read_config(loaded.document, given.environ)
+    weakness = "" if config.client_keys else "there is none"
+    if payload.master_key:
+        weakness = "" if given.allow_weak_master_key else key_weakness(payload.master_key)
+    if not weakness:
+        return payload
+    cures = "config --operation=set-master-key --generate makes a strong one"
+    cures += ", --allow-weak-master-key=true takes it as it is" if payload.master_key else ""
+    question = _WEAK % weakness + "\nmake a new one and store it in the configuration? [Y/n] "
+    if _ask_user(given, question, "%s; %s" % (_WEAK % weakness, cures)).lower() not in ("", "y", "yes"):
         raise UsageError("nothing was deployed")
-    return True
-
-
-def _store_new_key(loaded: Loaded, environ: Environ) -> Dict[str, Any]:
-    """The configuration with a new master key, which is shown once."""
-    if not loaded.path or environ.get("LLM_ROUTER_MASTER_KEY", "").strip():
+    if not loaded.path or given.environ.get("LLM_ROUTER_MASTER_KEY", "").strip():
         raise UsageError("the key, or all of the configuration, comes from a variable: set a strong key there")
     key = make_key()
     edit = edit_config_file(loaded.path, lambda document: set_master_key(document, key))
     print(_KEY_ONCE % ("master", key))
-    return edit.document
+    return make_payload(edit.document, given.environ)
 
 
 def _export_project(given: Given, site: Site) -> int:
@@ -17287,13 +17301,11 @@ def _find_wrangler(given: Given) -> str:
     """The path of wrangler, "" when the API shall be called directly."""
     import shutil
 
-    wanted = (given.use_wrangler or "auto").strip().lower()
-    if wanted != "auto" and not parse_bool(wanted):
-        return ""
-    found = shutil.which("wrangler")
-    if not found and wanted != "auto":
+    wanted = _BOOLS.get(given.use_wrangler)  # None: when it is there
+    found = "" if wanted is False else shutil.which("wrangler") or ""
+    if wanted and not found:
         raise UsageError("wrangler is not installed: npm install -g wrangler, or --use-wrangler=false")
-    return found or ""
+    return found
 
 
 def _show_steps(given: Given, steps: Sequence[CloudStep], secrets: Iterable[str]) -> int:
@@ -17328,14 +17340,13 @@ def _choose_account(given: Given, accounts: Sequence[Tuple[str, str]]) -> str:
         raise UsageError("the token sees no account: give --account-id or CLOUDFLARE_ACCOUNT_ID")
     if len(accounts) == 1:
         return accounts[0][0]
-    rows = ["%s (%s)" % (id, one_line(name, 60)) for id, name in accounts]
-    if not _is_guided(given):
-        raise UsageError("the token sees several accounts: give --account-id, one of " + ", ".join(rows))
-    print("\n".join("%d  %s" % (number, row) for number, row in enumerate(rows, 1)))
-    text = input("which account? ").strip()
-    if not text.isdigit() or not 0 < int(text) <= len(accounts):
+    rows = {str(at): "%s (%s)" % (id, one_line(name, 60)) for at, (id, name) in enumerate(accounts, 1)}
+    question = "".join("%s  %s\n" % row for row in rows.items()) + "which account? "
+    several = "the token sees several accounts: give --account-id, one of " + ", ".join(rows.values())
+    chosen = _ask_user(given, question, several)
+    if chosen not in rows:
         raise UsageError("no such account")
-    return accounts[int(text) - 1][0]
+    return accounts[int(chosen) - 1][0]
 
 
 # fmt: off
