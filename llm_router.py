@@ -259,7 +259,7 @@ def dump_json(value: Any) -> bytes:
 _JSON_ENCODER = json.JSONEncoder(separators=(",", ":"))
 
 
-def as_dict(value: Any) -> Dict[str, Any]:
+def as_dict(value: Any) -> Json:
     """`value` when it is a JSON object, else an empty one: foreign answers are read without trust."""
     return value if isinstance(value, dict) else {}
 
@@ -412,18 +412,19 @@ def read_settings(flags: Mapping[str, str], environ: Mapping[str, str]) -> Tuple
 def _read_setting(row: Setting, text: str) -> Tuple[Any, str]:
     """The value to use, and what is wrong with the one that was given ("" when nothing is)."""
     shown = one_line(text, 40) or "an empty value"
-    if row.choices and text.lower() not in row.choices:
-        return row.default, "%s is none of %s" % (shown, ", ".join(row.choices))
-    if row.type is str:
-        return (text.lower() if row.choices else text, "") if text else (row.default, shown)
-    if row.type is bool:
-        return _BOOLS.get(text.lower(), row.default), "" if text.lower() in _BOOLS else shown + " is not true or false"
-    if not _WHOLE_NUMBER.fullmatch(text):
-        return row.default, shown + " is not a whole number"
-    number = min(max(int(text), row.low), row.high)
-    if number == int(text):
-        return number, ""
-    return number if row.clamp else row.default, "%d is outside %d to %d" % (int(text), row.low, row.high)
+    if row.type is int:
+        if not _WHOLE_NUMBER.fullmatch(text):
+            return row.default, shown + " is not a whole number"
+        number = min(max(int(text), row.low), row.high)
+        if number == int(text):
+            return number, ""
+        return number if row.clamp else row.default, "%d is outside %d to %d" % (int(text), row.low, row.high)
+    words = _BOOLS if row.type is bool else {word: word for word in row.choices}
+    if not words:
+        return (text, "") if text else (row.default, shown)
+    if text.lower() in words:
+        return words[text.lower()], ""
+    return row.default, "%s is none of %s" % (shown, ", ".join(words))
 
 
 def show_setting(value: Any) -> str:
@@ -431,7 +432,7 @@ def show_setting(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def settings_table(settings: Settings) -> List[Dict[str, Any]]:
+def settings_table(settings: Settings) -> List[Json]:
     """The settings as rows for people and for --json: variable, flag, default, value, help."""
     names = ("variable", "flag", "default", "help")
     return [dict({name: getattr(row, name) for name in names}, value=getattr(settings, row.name)) for row in SETTINGS]
@@ -479,8 +480,8 @@ class Model(NamedTuple):
     enabled: bool = True
     context_window: Optional[int] = None
     max_output_tokens: Optional[int] = None
-    cost: Optional[Dict[str, Any]] = None
-    metadata: Optional[Dict[str, Any]] = None
+    cost: Optional[Json] = None
+    metadata: Optional[Json] = None
     fallback_models: Tuple[str, ...] = ()
 
 
@@ -649,13 +650,13 @@ SPELLINGS = {kind: {field.key: _spellings(field) for field in fields} for kind, 
 _FIELD_OF = {kind: {s: f for f in fields for s in _spellings(f)} for kind, fields in FIELDS.items()}
 
 
-def find_key(raw: Dict[str, Any], kind: str, key: str) -> Optional[str]:
+def find_key(raw: Json, kind: str, key: str) -> Optional[str]:
     """The spelling under which the object `raw` (a "config", "provider", ...) holds the field `key`, None when it has
     none. A null counts as absent."""
     return next((name for name in SPELLINGS[kind][key] if raw.get(name) is not None), None)
 
 
-def get_field(raw: Dict[str, Any], kind: str, key: str) -> Any:
+def get_field(raw: Json, kind: str, key: str) -> Any:
     """The value of a field in a raw object, whatever its spelling; None when it has none."""
     return raw.get(find_key(raw, kind, key) or key)
 
@@ -672,11 +673,10 @@ _TYPE_NAMES = {
     str: "text",
     int: "a whole number",
     float: "a number",
-    type(None): "null",
 }
 
 
-def parse_config_text(text: Union[str, bytes], source: str) -> Dict[str, Any]:
+def parse_config_text(text: Union[str, bytes], source: str) -> Json:
     """The JSON object in `text`, which may hold // and /* comments and a comma before a closing bracket (trap 181).
 
     ConfigError names `source`, line and column and shows the place, keys hidden; its problem has the same apart.
@@ -694,7 +694,7 @@ def parse_config_text(text: Union[str, bytes], source: str) -> Dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ConfigError("%s is not usable JSON: %s" % (source, one_line(str(error), 120))) from None
     if not isinstance(document, dict):
-        raise ConfigError("%s must hold a JSON object, it holds %s" % (source, _TYPE_NAMES[type(document)]))
+        raise ConfigError("%s must hold a JSON object, it holds %s" % (source, _TYPE_NAMES.get(type(document), "null")))
     if depth > _MAX_DEPTH:
         raise ConfigError("%s is nested deeper than %d levels" % (source, _MAX_DEPTH))
     return document
@@ -832,12 +832,12 @@ def unpack_config(text: str) -> str:
 # ----- one pass over a document makes the values and finds the problems -----
 
 
-def find_problems(document: Dict[str, Any]) -> List[Problem]:
+def find_problems(document: Json) -> List[Problem]:
     """Everything wrong in a configuration as it was read from its file, each with path and cure."""
     return scan_config(document, {})[1]
 
 
-def read_config(document: Dict[str, Any], environ: Mapping[str, str]) -> Config:
+def read_config(document: Json, environ: Mapping[str, str]) -> Config:
     """The configuration as values, keys from the environment filled in. ConfigError when a problem is an error."""
     config, problems = scan_config(document, environ)
     errors = [problem for problem in problems if problem.level == "error"]
@@ -847,7 +847,7 @@ def read_config(document: Dict[str, Any], environ: Mapping[str, str]) -> Config:
     return config
 
 
-def scan_config(document: Dict[str, Any], environ: Mapping[str, str]) -> Tuple[Config, List[Problem]]:
+def scan_config(document: Json, environ: Mapping[str, str]) -> Tuple[Config, List[Problem]]:
     """What can be read of a configuration, however broken, and everything wrong in it."""
     scan = _Scan(environ)
     return scan.scan(document), scan.problems
@@ -981,7 +981,7 @@ class _Scan:
         self._level = "error"  # of an error where the pass is: inside a disabled entry it does no harm
         self._references: List[Tuple[str, str, str, str]] = []  # path, name, kind, level
 
-    def scan(self, document: Dict[str, Any]) -> Config:
+    def scan(self, document: Json) -> Config:
         """The Config of a whole document."""
         values = self._read_fields("config", "", document)
         if not values.get("providers"):
@@ -1007,7 +1007,7 @@ class _Scan:
         is_good = type_ in (object, type(value))
         if not is_good:
             words = _TYPE_NAMES[type_]
-            self._error(path, "must be %s, is %s" % (words, _TYPE_NAMES[type(value)]), "write " + words)
+            self._error(path, "must be %s, is %s" % (words, _TYPE_NAMES.get(type(value), "null")), "write " + words)
         return is_good
 
     def _read(self, kind: str, path: str, value: Any) -> Any:
@@ -1029,12 +1029,12 @@ class _Scan:
 
     def _read_list(self, kind: str, path: str, value: Any) -> List[Tuple[str, Any]]:
         """What can be used of a list, or of one text in place of a list, each with its path."""
-        entries = [(path, value)] if isinstance(value, str) else []
-        if isinstance(value, str) and kind == "beta":  # as the header has them
-            entries = [(path, entry) for entry in value.split(",")]
-        elif not entries and self._is(path, value, list):
-            entries = [("%s[%d]" % (path, i), entry) for i, entry in enumerate(value)]
-            if not entries and kind in _NOT_EMPTY:
+        if isinstance(value, str):
+            entries = [(path, entry) for entry in (value.split(",") if kind == "beta" else (value,))]
+        else:
+            is_list = self._is(path, value, list)
+            entries = [("%s[%d]" % (path, i), entry) for i, entry in enumerate(value if is_list else ())]
+            if is_list and not entries and kind in _NOT_EMPTY:
                 self._error(path, *_NOT_EMPTY[kind])
         read = [(where, self._read(kind, where, entry)) for where, entry in entries]
         found = [(where, entry) for where, entry in read if entry is not None]
@@ -1058,7 +1058,7 @@ class _Scan:
         good = self._is(path, value, dict)
         return [(_join(path, name), name, entry) for name, entry in value.items()] if good else []
 
-    def _read_fields(self, kind: str, path: str, raw: Any) -> Dict[str, Any]:
+    def _read_fields(self, kind: str, path: str, raw: Any) -> Json:
         """The fields of an object by their attributes' names (`base_url`); unknown keys become warnings."""
         values = {}
         for where, name, value in self._items(path, raw):
@@ -1168,7 +1168,7 @@ class _Scan:
         self._check_provider(path, raw, provider, values)
         return provider
 
-    def _check_provider(self, path: str, raw: Any, provider: Provider, values: Dict[str, Any]) -> None:
+    def _check_provider(self, path: str, raw: Any, provider: Provider, values: Json) -> None:
         missing = [wire for wire in provider.formats if wire not in provider.base_urls]
         if missing and get_field(as_dict(raw), "provider", "baseUrl") is None:  # one that is bad has been noted
             message = "there is no base URL for the format %s" % missing[0]
@@ -1238,7 +1238,7 @@ def _is_off(raw: Any, kind: str) -> bool:
     return _flag_of(get_field(as_dict(raw), kind, "enabled")) is False
 
 
-def _formats_of(values: Dict[str, Any]) -> Tuple[Tuple[str, ...], str]:
+def _formats_of(values: Json) -> Tuple[Tuple[str, ...], str]:
     """The wire formats of a provider and the preferred one, with the defaults for what is unsaid."""
     preferred, urls = values.get("format"), values.get("base_url_by_format", {})
     formats = values.get("formats") or [wire for wire in WIRES if wire in urls or wire == preferred]
@@ -1247,7 +1247,7 @@ def _formats_of(values: Dict[str, Any]) -> Tuple[Tuple[str, ...], str]:
     return formats, preferred if preferred in formats else formats[0]
 
 
-def _base_urls_of(values: Dict[str, Any]) -> Dict[str, str]:
+def _base_urls_of(values: Json) -> Dict[str, str]:
     own = values.get("base_url_by_format", {})
     base = values.get("base_url") or own.get("")
     urls = {wire: own.get(wire) or base for wire in WIRES}
@@ -1255,7 +1255,7 @@ def _base_urls_of(values: Dict[str, Any]) -> Dict[str, str]:
     return {wire: url for wire, url in urls.items() if url}
 
 
-def _auths_of(values: Dict[str, Any]) -> Dict[str, Auth]:
+def _auths_of(values: Json) -> Dict[str, Auth]:
     common = values.get("auth")
     auths = {wire: common or Auth("x-api-key" if wire == "anthropic" else "bearer") for wire in WIRES}
     return dict(auths, **values.get("auth_by_format", {}))
@@ -1264,7 +1264,7 @@ def _auths_of(values: Dict[str, Any]) -> Dict[str, Auth]:
 # ----- the same table as a JSON Schema -----
 
 
-def config_schema() -> Dict[str, Any]:
+def config_schema() -> Json:
     """The shape of the configuration file as a JSON Schema (draft 7, which editors know), made of FIELDS.
 
     What it accepts has no problem of shape; the router itself also takes odd spellings of a value (" True ").
@@ -1274,8 +1274,8 @@ def config_schema() -> Dict[str, Any]:
     return dict(schema, **_object_schema("config"), definitions=named)
 
 
-def _object_schema(kind: str) -> Dict[str, Any]:
-    properties: Dict[str, Any] = {}
+def _object_schema(kind: str) -> Json:
+    properties: Json = {}
     for field in FIELDS[kind]:
         schema = _kind_schema(field.kind)
         properties.update((name, schema) for name in _spellings(field))
@@ -1283,7 +1283,7 @@ def _object_schema(kind: str) -> Dict[str, Any]:
     return {"type": "object", "properties": properties, "required": list(_REQUIRED.get(kind, ()))}
 
 
-def _kind_schema(kind: str) -> Dict[str, Any]:
+def _kind_schema(kind: str) -> Json:
     if kind in _OWN_SCHEMAS:
         return _OWN_SCHEMAS[kind]
     if kind in FIELDS:
@@ -1312,7 +1312,7 @@ _URL_SCHEMA = {"type": "string", "pattern": "^[Hh][Tt][Tt][Pp][Ss]?://[^/?#@]+([
 _PROVIDER_SCHEMA = {"$ref": "#/definitions/provider"}
 _NAMED_PROVIDER = {"allOf": [_PROVIDER_SCHEMA, {"required": ["id"]}]}
 _MAP_OF_PROVIDERS = {"type": "object", "additionalProperties": _PROVIDER_SCHEMA}
-_OWN_SCHEMAS: Dict[str, Dict[str, Any]] = {
+_OWN_SCHEMAS: Dict[str, Json] = {
     "any": {},
     "url": {"anyOf": [_URL_SCHEMA, {"type": "array", "items": _URL_SCHEMA, "minItems": 1}]},
     "proxy": {"type": "string", "pattern": "^(?:none|http://.+)?$"},
@@ -1350,9 +1350,9 @@ class ModelIndex:
                 self._models.setdefault((provider.id.lower(), name), (provider, model))
                 if name != "*":
                     self._owners.setdefault(name, {})[ref] = (provider, model)
-        names = sorted((name for name in aliases if "*" in name), key=lambda name: -len(name.replace("*", "")))
-        patterns = [".*".join(map(re.escape, name.split("*"))) for name in names]
-        self._patterns = [(re.compile(p, re.DOTALL), aliases[name]) for p, name in zip(patterns, names)]
+        wild = sorted((name for name in aliases if "*" in name), key=lambda name: name.count("*") - len(name))
+        patterns = (".*".join(map(re.escape, name.split("*"))) for name in wild)
+        self._patterns = [(re.compile(pattern, re.DOTALL), aliases[name]) for pattern, name in zip(patterns, wild)]
 
     def find(self, name: str) -> List[Tuple[Provider, Model]]:
         """The enabled models that `name` (`provider/model`, or a bare id or alias) means: one, none, or those among
@@ -1441,7 +1441,7 @@ def preset_urls(row: Preset) -> Dict[str, str]:
     return {wire: url if "://" in url else "https://" + url for wire, url in found.items()}
 
 
-def preset_document(environ: Mapping[str, str]) -> Optional[Dict[str, Any]]:
+def preset_document(environ: Mapping[str, str]) -> Optional[Json]:
     """A configuration of every well-known provider whose key variable is set; None when none is."""
     found = {row: name for row in PRESETS for name in reversed(row.variables) if environ.get(name, "").strip()}
     providers = [
@@ -1463,11 +1463,11 @@ def preset_document(environ: Mapping[str, str]) -> Optional[Dict[str, Any]]:
 class Edit(NamedTuple):
     """A changed document and what was done, one sentence each, without secrets."""
 
-    document: Dict[str, Any]
+    document: Json
     notes: Tuple[str, ...] = ()
 
 
-NEW_DOCUMENT: Dict[str, Any] = {"version": 1, "providers": []}
+NEW_DOCUMENT: Json = {"version": 1, "providers": []}
 
 
 _CHANGEABLE = [field for field in FIELDS["provider"] if field.key != "id"]
@@ -1478,7 +1478,7 @@ ProviderChange.__doc__ = """What to set of a provider, by the fields of FIELDS; 
 Objects (headers, auth, URLs by format) are merged into what is there; a header's null stays, it removes the header."""
 
 
-def upsert_provider(document: Dict[str, Any], change: ProviderChange) -> Edit:
+def upsert_provider(document: Json, change: ProviderChange) -> Edit:
     """Add the provider or change what is given of it. UsageError when the result would not be usable.
 
     models: the list becomes the given one; models that were there keep their objects, disabled ones stay.
@@ -1486,36 +1486,47 @@ def upsert_provider(document: Dict[str, Any], change: ProviderChange) -> Edit:
     new, providers = _open(document)
     is_new = change.id.lower() not in [_id_of(entry, "provider").lower() for entry in providers]
     provider = _new_provider(change) if is_new else _find_provider(providers, change.id)
-    notes = ["%s provider %s" % ("added" if is_new else "changed", get_field(provider, "provider", "id"))]
+    notes = ["%s provider %s" % ("added" if is_new else "changed", _id_of(provider, "provider"))]
     for field in _CHANGEABLE:
         value = getattr(change, _snake(field.key))
-        if isinstance(value, dict):
+        if field.key == "models":
+            notes += _put_models(provider, value) if value is not None else []
+        elif isinstance(value, dict):
             _merge_into(provider, field.key, value)
-        elif value in ("", []) and field.key != "models":
-            _put(provider, "provider", field.key, value)
-            del provider[field.key]
-        elif value is not None and field.key not in ("models", "format"):
-            _put(provider, "provider", field.key, list(value) if isinstance(value, tuple) else value)
-    _put_format(provider, change)
-    if change.models is not None:
-        notes += _put_models(provider, change.models)
+        elif value is not None:
+            _put(provider, "provider", field.key, None if value in ("", []) else value)
+    _take_in_format(provider, change)
     if is_new:
         providers.append(provider)
-        if len(providers) == 1 and not get_field(new, "config", "defaultModel") and change.models[0] != "*":
-            new["defaultModel"] = "%s/%s" % (change.id, change.models[0])
-            notes.append("default model: " + new["defaultModel"])
+        is_first = len(providers) == 1 and change.models[0] != "*"
+        notes += _default_to(new, "%s/%s" % (change.id, change.models[0]) if is_first else "")
     return _finish(document, new, notes)
 
 
-def remove_provider(document: Dict[str, Any], provider_id: str) -> Edit:
+def add_provider(document: Json, provider: Json, default: str = "") -> Edit:
+    """Add a provider as it would stand in the file; `default` becomes the default model when there is none."""
+    new, providers = _open(document)
+    providers.append(_copy(provider))
+    return _finish(document, new, ["added provider " + _id_of(provider, "provider"), *_default_to(new, default)])
+
+
+def _default_to(document: Json, model: str) -> List[str]:
+    """Make it the default model where there is none, and say so."""
+    if not model or get_field(document, "config", "defaultModel"):
+        return []
+    _put(document, "config", "defaultModel", model)
+    return ["default model: " + model]
+
+
+def remove_provider(document: Json, provider_id: str) -> Edit:
     """Remove a provider and every reference to its models. UsageError when there is none of that id."""
     new, providers = _open(document)
     provider = _find_provider(providers, provider_id)
     providers.remove(provider)
-    return _finish(document, new, ["removed provider %s" % get_field(provider, "provider", "id")], True)
+    return _finish(document, new, ["removed provider " + _id_of(provider, "provider")], True)
 
 
-def remove_model(document: Dict[str, Any], provider_id: str, model: str) -> Edit:
+def remove_model(document: Json, provider_id: str, model: str) -> Edit:
     """Remove a model of a provider and every reference to it. UsageError when it is not there, or is the last one."""
     new, models, found, ref = _open_model(document, provider_id, model)
     if len(models) == 1:
@@ -1524,73 +1535,69 @@ def remove_model(document: Dict[str, Any], provider_id: str, model: str) -> Edit
     return _finish(document, new, ["removed model " + ref], True)
 
 
-def set_model_fallbacks(document: Dict[str, Any], provider_id: str, model: str, fallbacks: Sequence[str]) -> Edit:
+def set_model_fallbacks(document: Json, provider_id: str, model: str, fallbacks: Sequence[str]) -> Edit:
     """Set the ordered fallbacks of a model; an empty list clears them."""
     new, _, found, ref = _open_model(document, provider_id, model)
-    if any(fallback.lower() == ref.lower() for fallback in fallbacks):
+    names = list(dict.fromkeys(fallbacks))
+    if ref.lower() in map(str.lower, names):
         raise UsageError("%s cannot be its own fallback" % ref)
-    _put(found, "model", "fallbackModels", list(dict.fromkeys(fallbacks)))
-    if not fallbacks:
-        del found["fallbackModels"]
-    return _finish(document, new, ["fallbacks of %s: %s" % (ref, ", ".join(dict.fromkeys(fallbacks)) or "none")])
+    _put(found, "model", "fallbackModels", names or None)
+    return _finish(document, new, ["fallbacks of %s: %s" % (ref, ", ".join(names) or "none")])
 
 
-def set_model_alias(document: Dict[str, Any], alias: str, targets: Sequence[str]) -> Edit:
+def set_model_alias(document: Json, alias: str, targets: Sequence[str]) -> Edit:
     """Let `alias` (a name, or a pattern with *) mean the model refs `targets`, in order; none removes the alias."""
-    new = _copy(document)
-    aliases = as_dict(get_field(new, "config", "modelAliases"))
-    _put(new, "config", "modelAliases", aliases)
-    if targets:
-        aliases[alias] = targets[0] if len(targets) == 1 else list(dict.fromkeys(targets))
-        return _finish(document, new, ["alias %s: %s" % (alias, ", ".join(dict.fromkeys(targets)))])
+    new, names = _copy(document), list(dict.fromkeys(targets))
+    aliases, _ = _walk(new, ("modelAliases",))
+    if names:
+        aliases[alias] = names if names[1:] else names[0]
+        return _finish(document, new, ["alias %s: %s" % (alias, ", ".join(names))])
     if alias not in aliases:
         raise UsageError("there is no alias %s%s" % (one_line(alias, 80), _did_you_mean(alias, aliases)))
     del aliases[alias]
-    return _finish(document, new, ["removed alias %s" % alias], True)
+    return _finish(document, new, ["removed alias " + alias], True)
 
 
-def set_default_model(document: Dict[str, Any], model: str) -> Edit:
+def set_default_model(document: Json, model: str) -> Edit:
     """Set the model that `smart` and requests without a model use."""
-    new = _copy(document)
-    _put(new, "config", "defaultModel", model)
-    return _finish(document, new, ["default model: %s" % model])
+    return _set_in_config(document, "defaultModel", model, "default model: " + model)
 
 
-def set_master_key(document: Dict[str, Any], key: str) -> Edit:
+def set_master_key(document: Json, key: str) -> Edit:
     """Set the key that clients must show where auth is required. UsageError when it is empty."""
     if not key.strip():
         raise UsageError("the master key is empty: give one, or use --generate")
-    new = _copy(document)
-    _put(new, "config", "masterKey", key.strip())
-    return _finish(document, new, ["master key set"])
+    return _set_in_config(document, "masterKey", key.strip(), "master key set")
 
 
-def add_client_key(document: Dict[str, Any], name: str, key: str) -> Edit:
+def add_client_key(document: Json, name: str, key: str) -> Edit:
     """Let a further client in by a key of its own, kept as its hash; a client of that name gets the new key."""
     if not name.strip():
         raise UsageError("the client has no name: give --name")
-    new = _copy(document)
     entry = {"name": name.strip(), "sha256": hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()}
-    _put(new, "config", "clientKeys", _client_keys_but(new, name) + [entry])
-    return _finish(document, new, ["client key of %s set" % name.strip()])
+    entries = [*_client_keys_but(document, name), entry]
+    return _set_in_config(document, "clientKeys", entries, "client key of %s set" % name.strip())
 
 
-def remove_client_key(document: Dict[str, Any], name: str) -> Edit:
+def remove_client_key(document: Json, name: str) -> Edit:
     """Let a client in no longer. UsageError when no key has that name."""
-    new = _copy(document)
-    kept = _client_keys_but(new, name)
-    if len(kept) == len(get_field(new, "config", "clientKeys") or ()):
+    kept = _client_keys_but(document, name)
+    if len(kept) == len(get_field(document, "config", "clientKeys") or ()):
         raise UsageError("there is no client key of the name %s" % one_line(name, 60))
-    _put(new, "config", "clientKeys", kept)
-    return _finish(document, new, ["client key of %s removed" % name.strip()])
+    return _set_in_config(document, "clientKeys", kept, "client key of %s removed" % name.strip())
 
 
-def _client_keys_but(document: Dict[str, Any], name: str) -> List[Any]:
+def _client_keys_but(document: Json, name: str) -> List[Any]:
     entries = get_field(document, "config", "clientKeys") or []
     if not isinstance(entries, list):
         raise UsageError("clientKeys must be a list; see config --operation=validate")
-    same = name.strip().lower()
-    return [entry for entry in entries if not isinstance(entry, dict) or str(entry.get("name")).lower() != same]
+    return [entry for entry in entries if str(as_dict(entry).get("name")).lower() != name.strip().lower()]
+
+
+def _set_in_config(document: Json, key: str, value: Any, note: str) -> Edit:
+    new = _copy(document)
+    _put(new, "config", key, value)
+    return _finish(document, new, [note])
 
 
 # ----- masking -----
@@ -1644,7 +1651,7 @@ def _copy(value: Any) -> Any:
     return [_copy(entry) for entry in value] if isinstance(value, list) else value
 
 
-def _open(document: Dict[str, Any]) -> Tuple[Dict[str, Any], List[Any]]:
+def _open(document: Json) -> Tuple[Json, List[Any]]:
     """A copy of the document whose providers are a list; also that list."""
     new = _copy(document)
     value = get_field(new, "config", "providers")
@@ -1654,20 +1661,21 @@ def _open(document: Dict[str, Any]) -> Tuple[Dict[str, Any], List[Any]]:
     return new, value
 
 
-def _put(raw: Dict[str, Any], kind: str, name: str, value: Any) -> None:
-    """Set a field under its canonical spelling, in place of any other; other keys keep their order."""
-    key = _FIELD_OF[kind][name].key
-    for other in SPELLINGS[kind][key]:
-        if other != key:
-            raw.pop(other, None)
-    raw[key] = value
+def _put(raw: Json, kind: str, key: str, value: Any) -> None:
+    """Set a field under its canonical spelling, in place of any other, or remove it where the value is None; other keys
+    keep their order. An object of no kind has fields of any name."""
+    for name in SPELLINGS[kind][key] if kind else (key,):
+        if name != key or value is None:
+            raw.pop(name, None)
+    if value is not None:
+        raw[key] = value
 
 
 def _id_of(entry: Any, kind: str) -> str:
     return entry if isinstance(entry, str) else as_text(get_field(as_dict(entry), kind, "id"))
 
 
-def _find_provider(providers: Sequence[Any], provider_id: str) -> Dict[str, Any]:
+def _find_provider(providers: Sequence[Any], provider_id: str) -> Json:
     """The provider of that id, any case. UsageError when there is none."""
     for entry in providers:
         if isinstance(entry, dict) and _id_of(entry, "provider").lower() == provider_id.lower():
@@ -1676,26 +1684,26 @@ def _find_provider(providers: Sequence[Any], provider_id: str) -> Dict[str, Any]
     raise UsageError("there is no provider %s%s" % (one_line(provider_id, 80), near))
 
 
-def _models_of(provider: Dict[str, Any]) -> List[Any]:
+def _models_of(provider: Json) -> List[Any]:
     value = get_field(provider, "provider", "models")
     return [value] if isinstance(value, str) else as_list(value)
 
 
-def _open_model(document: Dict[str, Any], provider_id: str, model: str) -> Tuple[Dict[str, Any], List[Any], Any, str]:
+def _open_model(document: Json, provider_id: str, model: str) -> Tuple[Json, List[Any], Any, str]:
     """A copy of the document, the models of a provider in it, one of them as an object, and its ref.
 
     `model`: its id or an alias, with or without the provider's id in front. A plain name becomes an object.
     """
     new, providers = _open(document)
     provider = _find_provider(providers, provider_id)
-    models = _models_of(provider)
+    models, names = _models_of(provider), [model]
+    if model.lower().startswith(provider_id.lower() + "/"):
+        names.append(model.partition("/")[2])
     _put(provider, "provider", "models", models)
-    prefix = provider_id.lower() + "/"
-    for name in (model, model[len(prefix) :]) if model.lower().startswith(prefix) else (model,):
-        for i, entry in enumerate(models):
-            if _id_of(entry, "model") == name or name in as_list(get_field(as_dict(entry), "model", "aliases")):
-                models[i] = {"id": entry} if isinstance(entry, str) else entry
-                return new, models, models[i], "%s/%s" % (get_field(provider, "provider", "id"), _id_of(entry, "model"))
+    for name, (i, entry) in ((name, found) for name in names for found in enumerate(models)):
+        if name in (_id_of(entry, "model"), *as_list(get_field(as_dict(entry), "model", "aliases"))):
+            models[i] = as_dict(entry) or {"id": entry}
+            return new, models, models[i], "%s/%s" % (_id_of(provider, "provider"), _id_of(entry, "model"))
     near = _did_you_mean(model, [_id_of(entry, "model") for entry in models])
     raise UsageError("%s has no model %s%s" % (provider_id, one_line(model, 80), near))
 
@@ -1706,47 +1714,45 @@ def _did_you_mean(name: str, known: Iterable[str]) -> str:
     return "; did you mean %s?" % near[0] if near else "; there are " + ", ".join(known[:10]) if known else ""
 
 
-def _new_provider(change: ProviderChange) -> Dict[str, Any]:
-    missing = [] if change.base_url or change.base_url_by_format else ["--base-url=URL"]
-    missing += [] if change.models else ["--models=NAME,... (or --models=* for any)"]
+def _new_provider(change: ProviderChange) -> Json:
+    needed = {
+        "--base-url=URL": change.base_url or change.base_url_by_format,
+        "--models=NAME,... (or --models=* for any)": change.models,
+    }
+    missing = " and ".join(flag for flag, value in needed.items() if not value)
     if missing:
-        shown = one_line(change.id, 80), " and ".join(missing)
+        shown = one_line(change.id, 80), missing
         raise UsageError("there is no provider %s yet; to add it, give %s as well" % shown)
     return {"id": change.id}
 
 
-def _put_format(provider: Dict[str, Any], change: ProviderChange) -> None:
+def _take_in_format(provider: Json, change: ProviderChange) -> None:
     """The preferred format must be among the formats: a single old one gives way to it, several take it in."""
-    if not change.format:
-        return
-    _put(provider, "provider", "format", change.format)
     formats = as_list(get_field(provider, "provider", "formats"))
-    if formats and _wire_of(change.format) not in [_wire_of(entry) for entry in formats if isinstance(entry, str)]:
+    if change.format and formats and _wire_of(change.format) not in map(_wire_of, filter(as_text, formats)):
         kept = [] if len(formats) == 1 and change.formats is None else formats
         _put(provider, "provider", "formats", kept + [change.format])
 
 
-def _merge_into(provider: Dict[str, Any], key: str, entries: Any) -> None:
-    if entries:
-        changed = {name.lower() for name in entries}
-        old = get_field(provider, "provider", key) or {}
-        if not isinstance(old, dict):  # one URL for every format, as older files have it
-            _put(provider, "provider", "baseUrl", old)
-            old = {}
-        kept = {name: value for name, value in old.items() if _wire_of(name) not in changed}
-        _put(provider, "provider", key, dict(kept, **entries))
+def _merge_into(provider: Json, key: str, entries: Json) -> None:
+    changed = {name.lower() for name in entries}
+    old = get_field(provider, "provider", key) or {}
+    if not isinstance(old, dict):  # one URL for every format, as older files have it
+        _put(provider, "provider", "baseUrl", old)
+        old = {}
+    kept = {name: value for name, value in old.items() if _wire_of(name) not in changed}
+    _put(provider, "provider", key, dict(kept, **entries) or None)
 
 
-def _put_models(provider: Dict[str, Any], names: Sequence[str]) -> List[str]:
+def _put_models(provider: Json, names: Sequence[str]) -> List[str]:
     """Make `names` the provider's models; what became of the old ones."""
-    old = _models_of(provider)
+    names, old = list(dict.fromkeys(names)), _models_of(provider)
     by_id = {_id_of(entry, "model"): entry for entry in reversed(old)}
     gone = [entry for entry in old if _id_of(entry, "model") not in names]
-    disabled = [entry for entry in gone if isinstance(entry, dict) and _is_off(entry, "model")]
-    models = [by_id.get(name, {"id": name}) for name in dict.fromkeys(names)]
-    _put(provider, "provider", "models", models + disabled)
+    disabled = [entry for entry in gone if _is_off(entry, "model")]
+    _put(provider, "provider", "models", [by_id.get(name, {"id": name}) for name in names] + disabled)
     dropped = ", ".join(_id_of(entry, "model") for entry in gone if entry not in disabled)
-    return ["models: %s" % ", ".join(dict.fromkeys(names))] + (["no longer listed: " + dropped] if dropped else [])
+    return ["models: " + ", ".join(names)] + (["no longer listed: " + dropped] if dropped else [])
 
 
 # ----- any field, by its place -----
@@ -1757,24 +1763,22 @@ _KIND_AT = {"providers": "provider", "models": "model", "auth": "auth", "timeout
 _GONE = Value()  # in place of what a document does not hold
 
 
-def look_at(document: Dict[str, Any], place: Place) -> Tuple[Any, str]:
+def look_at(document: Json, place: Place) -> Tuple[Any, str]:
     """A copy of what stands at `place` and its kind, a row of FIELDS; an empty object where there is nothing, the kind
     "" for a plain one. UsageError when an entry of a list is not there."""
     return _walk(_open(document)[0], place)
 
 
-def set_field(document: Dict[str, Any], place: Place, key: str, value: Any) -> Edit:
+def set_field(document: Json, place: Place, key: str, value: Any) -> Edit:
     """Set one field of the object at `place`; None removes it. A new id is taken over wherever the old one is named,
     and references to what is no longer there go. UsageError when the value cannot be used."""
     new, _ = _open(document)
     raw, kind = _walk(new, place)
     owner = "/".join(_id_of(_walk(new, place[: i + 1])[0], "model") for i, s in enumerate(place) if isinstance(s, int))
     if kind in ("provider", "model") and key == "id" and value:
-        _rename_references(new, owner, owner[: -len(_id_of(raw, kind)) or None] + value, kind == "model")
-    for name in SPELLINGS[kind][key] if kind else [key]:
-        raw.pop(name, None) if value is None or name != key else None
-    if value is not None:
-        raw[key] = value
+        end = "/" if kind == "provider" else ""
+        _rename_references(new, owner + end, owner[: -len(_id_of(raw, kind)) or None] + value + end)
+    _put(raw, kind, key, value)
     if not raw and place and isinstance(place[-1], str):
         del _walk(new, place[:-1])[0][place[-1]]
     shown = json.dumps(mask_document({key: value})[key], ensure_ascii=False) if value is not None else "removed"
@@ -1782,24 +1786,13 @@ def set_field(document: Dict[str, Any], place: Place, key: str, value: Any) -> E
     return _finish(document, new, ["%s: %s" % (words, shown)], True)
 
 
-def move_entry(document: Dict[str, Any], place: Place, step: int) -> Edit:
+def move_entry(document: Json, place: Place, step: int) -> Edit:
     """Move the provider or model at `place` by `step` in its list; at the list's end it stays."""
     new, _ = _open(document)
     entries, at = _walk(new, place[:-1])[0], int(place[-1])
-    to = max(0, min(len(entries) - 1, at + step))
-    entries.insert(to, entries.pop(at))
-    return _finish(document, new, ["moved %s" % _id_of(entries[to], "model")])
-
-
-def add_provider(document: Dict[str, Any], provider: Dict[str, Any], default: str = "") -> Edit:
-    """Add a provider as it would stand in the file; `default` becomes the default model when there is none."""
-    new, providers = _open(document)
-    providers.append(_copy(provider))
-    notes = ["added provider %s" % _id_of(provider, "provider")]
-    if default and not get_field(new, "config", "defaultModel"):
-        _put(new, "config", "defaultModel", default)
-        notes.append("default model: " + default)
-    return _finish(document, new, notes)
+    entry = entries.pop(at)
+    entries.insert(max(0, at + step), entry)
+    return _finish(document, new, ["moved " + _id_of(entry, "model")])
 
 
 def merge_documents(base: Any, mine: Any, theirs: Any, path: str = "") -> Tuple[Any, List[str]]:
@@ -1823,7 +1816,7 @@ def merge_documents(base: Any, mine: Any, theirs: Any, path: str = "") -> Tuple[
     return (merged if isinstance(mine, dict) else list(merged.values())), clashes
 
 
-def _by_id(value: Any) -> Optional[Dict[str, Any]]:
+def _by_id(value: Any) -> Optional[Json]:
     """An object as it is, a list of entries by their ids; None for anything else."""
     if not isinstance(value, list):
         return value if isinstance(value, dict) else None
@@ -1831,7 +1824,7 @@ def _by_id(value: Any) -> Optional[Dict[str, Any]]:
     return found if len(found) == len(value) and "" not in found else None
 
 
-def _walk(document: Dict[str, Any], place: Place) -> Tuple[Any, str]:
+def _walk(document: Json, place: Place) -> Tuple[Any, str]:
     """What stands at `place` in a document that may be changed, made where it is missing, and its kind."""
     node, kind = document, "config"
     for step in place:
@@ -1848,23 +1841,20 @@ def _walk(document: Dict[str, Any], place: Place) -> Tuple[Any, str]:
     return node, kind
 
 
-def _rename_references(document: Dict[str, Any], old: str, new: str, is_model: bool) -> None:
-    def renamed(ref: Any) -> Any:
-        if not isinstance(ref, str):
-            return ref
-        if is_model:
-            return new if ref == old else ref
-        return new + ref[len(old) :] if ref.lower().startswith(old.lower() + "/") else ref
+def _rename_references(document: Json, old: str, new: str) -> None:
+    """Put `new` in place of `old`: a whole ref, or the id of a provider with its slash, which is found in any case."""
 
-    for holder, key, _, _, _ in _references_in(document):
-        value = holder[key]
-        holder[key] = [renamed(ref) for ref in value] if isinstance(value, list) else renamed(value)
+    def renamed(ref: str, _: bool) -> str:
+        is_meant = ref == old or old[-1:] == "/" and ref.lower().startswith(old.lower())
+        return new + ref[len(old) :] if is_meant else ref
+
+    _map_references(document, renamed)
 
 
 # ----- what an edit would break -----
 
 
-def _finish(old: Dict[str, Any], new: Dict[str, Any], notes: List[str], drops: bool = False) -> Edit:
+def _finish(old: Json, new: Json, notes: List[str], drops: bool = False) -> Edit:
     """The edit, refused with UsageError when it brings in an error that was not there before. drops: references that it
     left dangling go as well."""
     notes += _drop_references(old, new) if drops else []
@@ -1877,30 +1867,45 @@ def _finish(old: Dict[str, Any], new: Dict[str, Any], notes: List[str], drops: b
     return Edit(new, tuple(notes))
 
 
-def _drop_references(old: Dict[str, Any], new: Dict[str, Any]) -> List[str]:
+def _drop_references(old: Json, new: Json) -> List[str]:
     """Remove from `new` every reference that meant a model in `old` and means none any more; says which."""
-    notes, before, found = [], _index_of(old), True
-    while found:  # an alias that goes takes along what led to it
-        after, found = _index_of(new), False
-        for holder, key, aliases, words, emptied in _references_in(new):
-            refs = [holder[key]] if isinstance(holder[key], str) else as_list(holder[key])
-            known = [ref for ref in refs if isinstance(ref, str) and before.judge(ref, aliases) != "unknown"]
-            lost = [ref for ref in known if after.judge(ref, aliases) == "unknown"]
-            if lost:
-                found, holder[key] = True, [ref for ref in refs if ref not in lost]
-                notes.append("%s %s" % (words, ", ".join(lost)))
-            if lost and emptied and not holder[key]:
-                del holder[key]
-                notes.append(emptied)
+    before, notes, more = _index_of(old), [], [""]
+
+    def left(ref: str, aliases: bool) -> Any:
+        is_lost = after.judge(ref, aliases) == "unknown" and before.judge(ref, aliases) != "unknown"
+        return _GONE if is_lost else ref
+
+    while more:  # an alias that goes takes along what led to it
+        after = _index_of(new)
+        more = _map_references(new, left)
+        notes += more
     return notes
 
 
-def _index_of(document: Dict[str, Any]) -> ModelIndex:
+def _map_references(document: Json, change: Callable[[str, bool], Any]) -> List[str]:
+    """Put `change(ref, may_be_an_alias)` in place of each reference, and none in place of one for which that is _GONE;
+    says which those were."""
+    notes = []
+    for holder, key, aliases, words, emptied in _references_in(document):
+        refs = holder[key] if isinstance(holder[key], list) else [holder[key]]
+        changed = [(ref, change(ref, aliases) if isinstance(ref, str) else ref) for ref in refs]
+        left = [new for _, new in changed if new is not _GONE]
+        lost = [old for old, new in changed if new is _GONE]
+        holder[key] = left[0] if left and refs is not holder[key] else left
+        if lost:
+            notes.append("%s %s" % (words, ", ".join(lost)))
+        if lost and emptied and not left:
+            del holder[key]
+            notes.append(emptied)
+    return notes
+
+
+def _index_of(document: Json) -> ModelIndex:
     config = scan_config(document, {})[0]
     return ModelIndex(config.providers, config.aliases)
 
 
-def _references_in(document: Dict[str, Any]) -> List[Tuple[Dict[str, Any], str, bool, str, str]]:
+def _references_in(document: Json) -> List[Tuple[Json, str, bool, str, str]]:
     """Where references stand: the object, its key, whether they may name aliases, what to say of one that is dropped,
     and of a key that goes with its last one."""
     aliases = as_dict(get_field(document, "config", "modelAliases"))
@@ -10944,7 +10949,7 @@ class Loaded(NamedTuple):
     """A configuration as found. document: None when there is none. source: where from, in words. path: its file, ""
     when it came from a variable. warnings: what is wrong with the file itself. text: as it was read."""
 
-    document: Optional[Dict[str, Any]]
+    document: Optional[Json]
     source: str
     path: str
     warnings: Tuple[str, ...] = ()
@@ -11001,7 +11006,7 @@ def read_bytes(path: str) -> Tuple[Optional[bytes], int]:
         raise ConfigError("cannot read %s: %s" % (one_line(path), error.strerror or error)) from None
 
 
-def edit_config_file(path: str, change: Callable[[Dict[str, Any]], Edit]) -> Edit:
+def edit_config_file(path: str, change: Callable[[Json], Edit]) -> Edit:
     """Apply `change` to the configuration file and write it back; the file is made when there is none.
 
     Writers wait for one another, and a write by a program that knows nothing of the lock is noticed: the change is
@@ -11026,7 +11031,7 @@ def edit_config_file(path: str, change: Callable[[Dict[str, Any]], Edit]) -> Edi
     raise FileError("%s keeps being changed by another program; nothing was saved" % one_line(path))
 
 
-def render_document(document: Dict[str, Any]) -> bytes:
+def render_document(document: Json) -> bytes:
     """A document as it is stored: indented JSON, readable text. ConfigError for what JSON cannot say (1e999)."""
     try:
         return (json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8")
@@ -13060,7 +13065,7 @@ _LEDGER_SUMS = {
 }
 
 
-def sum_ledger(path: str, by: str, since: float) -> List[Dict[str, Any]]:
+def sum_ledger(path: str, by: str, since: float) -> List[Json]:
     """The ledger's rows from `since` (Unix seconds) on, summed by a key of LEDGER_GROUPS: {"group", "requests", ...},
     the last one the total with the group None; [] when there is nothing. count_tokens calls are left out. RouterError
     when the file cannot be read."""
@@ -13072,7 +13077,7 @@ def sum_ledger(path: str, by: str, since: float) -> List[Dict[str, Any]]:
     return rows if len(rows) > 1 else []
 
 
-def find_in_ledger(path: str, id: str) -> Optional[Dict[str, Any]]:
+def find_in_ledger(path: str, id: str) -> Optional[Json]:
     """A request's row of the ledger in the shape of `log_record`, with "cost", and with "path" in place of attempts;
     "last" means the newest. None when it is not there."""
     rows = _read_ledger(path, id, "SELECT * FROM requests WHERE ? IN (id, 'last') ORDER BY rowid DESC LIMIT 1")
@@ -13083,7 +13088,7 @@ def find_in_ledger(path: str, id: str) -> Optional[Dict[str, Any]]:
     return dict(row, time=_iso_time(row["time"]), path=row["attempts"], attempts=[], message="")
 
 
-def _read_ledger(path: str, value: Any, *queries: str) -> List[Dict[str, Any]]:
+def _read_ledger(path: str, value: Any, *queries: str) -> List[Json]:
     """The rows that each of the queries finds for `value`, all in one state of the file; none in one that is empty."""
     import contextlib
     import pathlib
