@@ -541,8 +541,8 @@ class Problem(NamedTuple):
 
 
 class Field(NamedTuple):
-    """One key of the file. kind: what it holds, a row of _FIELD_KINDS or FIELDS, or url, proxy or providers; [kind]: a
-    list of them, or one text in place of it; {kind:kind}: an object. aliases: other spellings that older files use,
+    """One key of the file. kind: what it holds, a row of _FIELD_KINDS or FIELDS, or url or providers; [kind]: a list
+    of them, or one text in place of it; {kind:kind}: an object. aliases: other spellings that older files use,
     beside the dashed and snake-case twins."""
 
     key: str
@@ -614,7 +614,7 @@ FIELDS: Dict[str, Tuple[Field, ...]] = {
     ),
     "client_key": (
         Field("name", "name", "the client's name, shown in the log"),
-        Field("sha256", "sha256", "the key's SHA-256 in hexadecimal digits"),
+        Field("sha256", "sha256", "the key's SHA-256 in hexadecimal digits, made by config --operation=add-client-key"),
     ),
     "timeouts": (
         Field("connectMs", "whole", "connecting"),
@@ -906,6 +906,12 @@ def _flag_of(value: Any) -> Any:
     return _BOOLS.get(value.strip().lower(), value) if isinstance(value, str) else value
 
 
+def _is_proxy(url: str) -> bool:
+    """Whether it is an HTTP proxy's URL, which may have a login where a base URL may not, or says there is none."""
+    bare = re.sub("//[^/@]*@", "//", url)
+    return url in ("", "none") or bare.startswith("http://") and not check_url(bare)[0]
+
+
 class FieldKind(NamedTuple):
     """What a plain value must be. type: its JSON type. tidy: how a text is tidied before. is_good: what it must then
     be; message, cure: what is said when it is not. A rule that is a method of a pattern or of a tuple of words is the
@@ -959,6 +965,8 @@ _FIELD_KINDS: Dict[str, FieldKind] = {
         "is not a header value", "remove line breaks and controls"),
     "beta": FieldKind(str, str.strip, re.compile(r"[\t -~\u0080-\u00ff]*[!-~][\t -~\u0080-\u00ff]*").fullmatch,
         "is not a feature's name", "write it without line breaks, or remove it"),
+    "proxy": FieldKind(str, str.strip, _is_proxy,
+        "is not the URL of an HTTP proxy", "write http://HOST:PORT, or none"),
     "origin": FieldKind(str, lambda text: text.strip().rstrip("/").lower(), _ORIGIN.fullmatch,
         "is not an origin", "write scheme://host:port; a wildcard would let any web page spend your money"),
 }
@@ -1114,13 +1122,6 @@ class _Scan:
             self._warn(path, "sends keys and prompts unencrypted", "use https:// unless you trust the network")
         return url
 
-    def _read_proxy(self, path: str, value: Any) -> Any:
-        url = self._read("text", path, value)
-        bare = re.sub("//[^/@]*@", "//", url or "")  # a proxy may have a login, where a base URL may not
-        if url in (None, "", "none") or bare.startswith("http://") and not check_url(bare)[0]:
-            return url
-        return self._error(path, "is not the URL of an HTTP proxy", "write http://HOST:PORT, or none")
-
     def _read_timeouts(self, path: str, value: Any) -> Timeouts:
         return Timeouts(**self._read_fields("timeouts", path, value))
 
@@ -1144,15 +1145,16 @@ class _Scan:
     def _read_providers(self, path: str, value: Any) -> Tuple[Provider, ...]:
         found = []
         for where, raw in provider_entries(path, value):
-            self._level = "warning" if _is_off(raw, "provider") else "error"
-            found.append((where, self._read_provider(where, raw)))
-            self._level = "error"
+            if self._is(where, raw, dict):
+                self._level = "warning" if _is_off(raw, "provider") else "error"
+                found.append((where, self._read_provider(where, raw)))
+                self._level = "error"
         self._check_ids("provider", [(where, provider) for where, provider in found if provider.id])
         return tuple(provider for _, provider in found)
 
-    def _read_provider(self, path: str, raw: Any) -> Provider:
+    def _read_provider(self, path: str, raw: Json) -> Provider:
         values = self._read_fields("provider", path, raw)
-        if not as_dict(raw).get("id"):
+        if raw.get("id") is None:
             self._error(path, "the provider has no id", 'add "id"')
         key = self._read_variable_value(values.get("api_key_env", ""), _join(path, "apiKeyEnv"))
         provider = _made(Provider, dict({"id": ""}, **values))
@@ -1168,9 +1170,9 @@ class _Scan:
         self._check_provider(path, raw, provider, values)
         return provider
 
-    def _check_provider(self, path: str, raw: Any, provider: Provider, values: Json) -> None:
+    def _check_provider(self, path: str, raw: Json, provider: Provider, values: Json) -> None:
         missing = [wire for wire in provider.formats if wire not in provider.base_urls]
-        if missing and get_field(as_dict(raw), "provider", "baseUrl") is None:  # one that is bad has been noted
+        if missing and get_field(raw, "provider", "baseUrl") is None:  # one that is bad has been noted
             message = "there is no base URL for the format %s" % missing[0]
             self._error(_join(path, "baseUrl"), message, "add baseUrl, or baseUrlByFormat.%s" % missing[0])
         hosts = [urlsplit(url).hostname or "" for url in provider.base_urls.values()]
