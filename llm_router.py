@@ -276,9 +276,9 @@ def as_text(value: Any) -> str:
 
 def as_int(value: Any) -> int:
     """`value` when it is a whole number of at least 0, else 0 (booleans are no numbers)."""
-    if type(value) is int:
-        return value if value > 0 else 0
-    return max(0, int(value)) if isinstance(value, float) and math.isfinite(value) else 0
+    if type(value) is float and math.isfinite(value):
+        value = int(value)
+    return value if type(value) is int and value > 0 else 0
 
 
 def nearest(name: str, known: Iterable[str], count: int = 1) -> List[str]:
@@ -735,9 +735,10 @@ def _syntax_error(source: str, text: str, at: int, message: str) -> ConfigError:
 
 def _hint(text: str, at: int) -> str:
     """What may be meant by a usual mistake."""
-    if text[at : at + 1] == "#":
+    there, before = text[at : at + 1], text[:at].rstrip()[-1:]
+    if there == "#":
         return " (comments are written // so)"
-    return " (a comma too many)" if "," in (text[at : at + 1], text[:at].rstrip()[-1:]) else ""
+    return " (a comma too many)" if "," in (there, before) else ""
 
 
 def _hide_secrets(line: str) -> str:
@@ -1115,10 +1116,13 @@ class _Scan:
                 self._warn(path, "holds several URLs, only the first is used", "make one provider of each")
             path, value = path + "[0]", value[0]
         url = self._read("text", path, value)
-        message, cure = check_url(url) if url is not None else ("", "")
+        if url is None:
+            return None
+        message, cure = check_url(url)
         if message:
             return self._error(path, message, cure)
-        if url and urlsplit(url).scheme == "http" and not is_loopback(urlsplit(url).hostname or ""):
+        parts = urlsplit(url)
+        if parts.scheme == "http" and not is_loopback(parts.hostname or ""):
             self._warn(path, "sends keys and prompts unencrypted", "use https:// unless you trust the network")
         return url
 
@@ -1805,7 +1809,7 @@ def merge_documents(base: Any, mine: Any, theirs: Any, path: str = "") -> Tuple[
     if mine == base:
         return theirs, []
     sides = [_by_id(side) for side in (base, mine, theirs)]
-    if not all(side is not None for side in sides[1:]):
+    if None in sides[1:]:
         return (theirs if mine is _GONE else mine), [path]
     old, own, other = (side or {} for side in sides)
     merged, clashes = {}, []
