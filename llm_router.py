@@ -973,6 +973,8 @@ _FIELD_KINDS: Dict[str, FieldKind] = {
 }
 # fmt: on
 
+# Objects that are read by their fields alone.
+_RECORDS: Dict[str, Any] = {"timeouts": Timeouts, "client_key": ClientKey, "model": Model}
 _VERDICTS = {  # of ModelIndex.judge: what is said of the name, and the cure
     "unknown": ("names the model %s, which is not configured", "write provider/model, both as they are configured"),
     "ambiguous": ("names the model %s, which several providers have", "write one of "),
@@ -1021,9 +1023,11 @@ class _Scan:
 
     def _read(self, kind: str, path: str, value: Any) -> Any:
         if kind[0] == "[":
-            return tuple(entry for _, entry in self._read_list(kind[1:-1], path, value))
+            return self._read_list(kind[1:-1], path, value)
         if kind[0] == "{":
             return self._read_map(*kind[1:-1].split(":"), path, value)
+        if kind in _RECORDS:
+            return self._read_record(kind, path, value)
         if kind not in _FIELD_KINDS:
             return getattr(self, "_read_" + kind)(path, value)
         type_, tidy, is_good, message, cure = _FIELD_KINDS[kind]
@@ -1036,8 +1040,8 @@ class _Scan:
             self._references.append((path, value, kind, self._level))
         return value
 
-    def _read_list(self, kind: str, path: str, value: Any) -> List[Tuple[str, Any]]:
-        """What can be used of a list, or of one text in place of a list, each with its path."""
+    def _read_list(self, kind: str, path: str, value: Any) -> Tuple[Any, ...]:
+        """What can be used of a list, or of one text in place of a list."""
         if isinstance(value, str):
             entries = [(path, entry) for entry in (value.split(",") if kind == "beta" else (value,))]
         else:
@@ -1045,11 +1049,23 @@ class _Scan:
             entries = [("%s[%d]" % (path, i), entry) for i, entry in enumerate(value if is_list else ())]
             if is_list and not entries and kind in _NOT_EMPTY:
                 self._error(path, *_NOT_EMPTY[kind])
-        read = [(where, self._read(kind, where, entry)) for where, entry in entries]
-        found = [(where, entry) for where, entry in read if entry is not None]
+        return self._read_entries(kind, entries)
+
+    def _read_entries(self, kind: str, entries: Iterable[Tuple[str, Any]]) -> Tuple[Any, ...]:
+        found, level = [], self._level
+        for path, raw in entries:
+            self._level = "warning" if _is_off(raw) else level
+            found.append((path, self._read(kind, path, raw)))
+            self._level = level
+        found = [(path, entry) for path, entry in found if entry is not None]
         if kind in _REQUIRED:
             self._check_ids(kind, found)
-        return found
+        return tuple(entry for _, entry in found)
+
+    def _read_record(self, kind: str, path: str, raw: Any) -> Any:
+        """A row of _RECORDS, None where it lacks what it must have; a text alone is the id of a model."""
+        values = self._read_fields(kind, path, {"id": raw} if kind == "model" and isinstance(raw, str) else raw)
+        return _RECORDS[kind](**values) if values.keys() >= set(_REQUIRED.get(kind, ())) else None
 
     def _read_map(self, name_kind: str, kind: str, path: str, value: Any) -> Any:
         if kind == "url" and not isinstance(value, dict):  # one for every format, as older files have it
@@ -1096,6 +1112,8 @@ class _Scan:
         alike: Dict[str, str] = {}
         owners = {entry[0]: entry for _, entry in found}
         for path, entry in found:
+            if not entry[0]:
+                continue
             first = same.setdefault(entry[0] if kind == "model" else entry[0].lower(), path)
             twin = alike.setdefault(entry[0].lower(), entry[0])
             if first != path:
@@ -1126,37 +1144,18 @@ class _Scan:
             self._warn(path, "sends keys and prompts unencrypted", "use https:// unless you trust the network")
         return url
 
-    def _read_timeouts(self, path: str, value: Any) -> Timeouts:
-        return Timeouts(**self._read_fields("timeouts", path, value))
-
     def _read_auth(self, path: str, value: Any) -> Auth:
         auth = Auth(**self._read_fields("auth", path, value))
         if auth.type == "header" and not auth.header_name:
             self._error(path, "has the type header and no header", "add headerName")
         return auth
 
-    def _read_client_key(self, path: str, value: Any) -> Optional[ClientKey]:
-        key = ClientKey(**self._read_fields("client_key", path, value))
-        return key if all(key) else None
-
-    def _read_model(self, path: str, raw: Any) -> Optional[Model]:
-        raw, level = {"id": raw} if isinstance(raw, str) else raw, self._level
-        self._level = "warning" if _is_off(raw, "model") else level
-        values = self._read_fields("model", path, raw)
-        self._level = level
-        return Model(**values) if "id" in values else None
-
     def _read_providers(self, path: str, value: Any) -> Tuple[Provider, ...]:
-        found = []
-        for where, raw in provider_entries(path, value):
-            if self._is(where, raw, dict):
-                self._level = "warning" if _is_off(raw, "provider") else "error"
-                found.append((where, self._read_provider(where, raw)))
-                self._level = "error"
-        self._check_ids("provider", [(where, provider) for where, provider in found if provider.id])
-        return tuple(provider for _, provider in found)
+        return self._read_entries("provider", provider_entries(path, value))
 
-    def _read_provider(self, path: str, raw: Json) -> Provider:
+    def _read_provider(self, path: str, raw: Any) -> Optional[Provider]:
+        if not self._is(path, raw, dict):
+            return None
         values = self._read_fields("provider", path, raw)
         if raw.get("id") is None:
             self._error(path, "the provider has no id", 'add "id"')
@@ -1240,7 +1239,8 @@ def provider_entries(path: str, value: Any) -> List[Tuple[str, Any]]:
     return [(_join(path, key), raw if raw.get("id") else dict(raw, id=key)) for key, raw in value.items()]
 
 
-def _is_off(raw: Any, kind: str) -> bool:
+def _is_off(raw: Any, kind: str = "model") -> bool:
+    """Whether an entry, a provider or a model, is disabled."""
     return _flag_of(get_field(as_dict(raw), kind, "enabled")) is False
 
 
