@@ -8811,22 +8811,13 @@ class Menu(NamedTuple):
         return self.document != self.saved
 
 
-class Key(NamedTuple):
-    """A key of a screen: its name, a word for what it does ("" for what goes without saying), and the action on the
-    selected row's item. is_free: it works without a row as well."""
-
-    name: str
-    word: str
-    do: Callable[[Menu, Any], Menu]
-    is_free: bool = False
-
-
 class Screen(NamedTuple):
-    """A kind of screen. kind: list, pick, input, text or busy. rows: made of the menu; a dialog brings its own."""
+    """A kind of screen. rows: made of the menu; a dialog brings its own. keys: "name word" (no word where it goes
+    without saying) to the action on the selected row's item. kind: list, pick, input, text or busy."""
 
     title: str = ""
     rows: Optional[Callable[[Menu], List[Row]]] = None
-    keys: Tuple[Key, ...] = ()
+    keys: Dict[str, Callable[[Menu, Any], Menu]] = {}
     lead: str = ""
     empty: str = ""
     kind: str = "list"
@@ -8866,7 +8857,8 @@ def rows_of(menu: Menu) -> List[Row]:
 def keys_of(menu: Menu) -> List[Tuple[str, str]]:
     """The keys that do something here and a word for each, the most useful first."""
     screen = SCREENS[menu.front.screen]
-    pairs = [("JK" if key.name == "J" else key.name, key.word) for key in screen.keys if key.word and key.name != "K"]
+    pairs = [tuple(key.split(" ", 1)) for key in screen.keys if " " in key and key[0] != "K"]
+    pairs = [("JK" if name == "J" else name, word) for name, word in pairs]
     if screen.kind != "list":
         return pairs
     pairs += [("s", "save"), ("u", "undo")] if menu.is_unsaved else []
@@ -8884,6 +8876,8 @@ def _stands(menu: Menu) -> bool:
 # ----- keys -----
 
 _MOVES = {"up": -1, "k": -1, "down": 1, "j": 1, "pgup": -10, "pgdn": 10, "home": -(1 << 30), "end": 1 << 30}
+_SAME = {"left": "esc", "backspace": "esc", "ctrl-c": "esc"}  # where the screen says nothing else
+_ROW_KEYS = ("enter", "space", "J", "K", "d", "f", "t")  # they do nothing in a list without rows
 
 
 def within(at: int, count: int) -> int:
@@ -8893,20 +8887,19 @@ def within(at: int, count: int) -> int:
 
 def _press(menu: Menu, name: str) -> Menu:
     frame, screen, rows = menu.front, SCREENS[menu.front.screen], rows_of(menu)
-    keys = {key.name: key for key in (_LIST_KEYS if screen.kind == "list" else ()) + screen.keys}
+    is_list, is_typed = screen.kind == "list", screen.kind == "input"
+    keys = {key.partition(" ")[0]: do for key, do in {**(_LIST_KEYS if is_list else {}), **screen.keys}.items()}
     count = frame.lead.count("\n") + 1 if screen.kind == "text" else len(rows)
     at = within(frame.at, count)
-    if screen.kind == "input":
-        if name not in keys:
-            return _type(menu, name)
-    elif name in _MOVES:
+    if is_typed and name not in keys:
+        return _type(menu, name)
+    if name in _MOVES and not is_typed:
         return _swap(menu, at=within(at + _MOVES[name], count))
-    elif name not in keys:
-        name = "esc" if name in ("left", "backspace", "ctrl-c") else name
+    do = keys.get(name) or keys.get(_SAME.get(name, ""))
     item = rows[at].item if rows else None
-    if name not in keys or item is None and not keys[name].is_free:
+    if not do or is_list and item is None and name in _ROW_KEYS:
         return menu
-    return keys[name].do(_swap(menu, at=at) if rows else menu, item)
+    return do(_swap(menu, at=at) if rows else menu, item)
 
 
 def _type(menu: Menu, key: str) -> Menu:
@@ -9016,9 +9009,18 @@ def _stop(menu: Menu, item: Any) -> Menu:
     return _pop(menu)._replace(effect=Effect("cancel"), note="stopped")
 
 
-def _pick_row(menu: Menu, name: str) -> Menu:
+def _pick_rows(menu: Menu) -> List[Row]:
+    """state: the place in the order of what is picked."""
     picked = menu.front.picked
-    return _swap(menu, picked=tuple([p for p in picked if p != name] if name in picked else [*picked, name]))
+    return [
+        row._replace(state=str(picked.index(row.item) + 1) if row.item in picked else "mark") for row in menu.front.rows
+    ]
+
+
+def _pick_row(menu: Menu, name: str) -> Menu:
+    picked = [one for one in menu.front.picked if one != name]
+    is_new = name is not None and name not in menu.front.picked
+    return _swap(menu, picked=(*picked, name) if is_new else tuple(picked))
 
 
 def _pick_sooner(menu: Menu, name: str, step: int = -1) -> Menu:
@@ -9128,9 +9130,9 @@ def _filter(menu: Menu, item: Any) -> Menu:
 
 def _help(menu: Menu, item: Any) -> Menu:
     screen = SCREENS[menu.front.screen]
-    pairs = [(key.name, key.word) for key in screen.keys if key.word and key.name != "enter"]
+    pairs = [key.split(" ", 1) for key in screen.keys if " " in key and key[:5] != "enter"]
     lines = [screen.lead, ""] if screen.lead else []
-    return _show(menu, "Keys", *lines, *("%-8s %s" % pair for pair in (*pairs, *_HELP)))
+    return _show(menu, "Keys", *lines, *("%-8s %s" % tuple(pair) for pair in (*pairs, *_HELP)))
 
 
 _HELP = (
@@ -9217,12 +9219,11 @@ def _start_draft(menu: Menu, chosen: Tuple[Preset, str]) -> Menu:
     preset, variable = chosen
     taken = [_id_of(entry, "provider").lower() for entry in _at(menu, ("providers",))]
     names = [preset.id, *("%s%d" % (preset.id, i) for i in range(2, len(taken) + 3))]
-    raw = {"id": next(name for name in names if name not in taken or not name), "models": ["*"]}
-    more = {"name": preset.name, "baseUrlByFormat": preset_urls(preset), "apiKeyEnv": variable}
-    raw.update({key: value for key, value in more.items() if value})
+    own = preset._replace(id=next(name for name in names if name not in taken or not name))
+    raw = {key: value for key, value in _preset_provider(own, variable).items() if value or key == "id"}
     draft: Dict[str, Any] = {"providers": [raw]}
     if preset.model:
-        draft["defaultModel"] = "%s/%s" % (raw["id"], preset.model)
+        draft["defaultModel"] = "%s/%s" % (own.id, preset.model)
     needs_key = preset.keys and not variable
     fields = _FIELD_ORDER["provider"]
     at = fields.index("apiKey") if needs_key else len(fields) if preset.id else 0
@@ -9609,81 +9610,92 @@ _HOME = (
     ("changes", "Save", "", _review, "shows the changes first"),
 )
 
-_LIST_KEYS = (
-    Key("s", "save", _review, True),
-    Key("u", "undo", _undo, True),
-    Key("/", "filter", _filter, True),
-    Key("?", "help", _help, True),
-    Key("q", "quit", _leave, True),
-    Key("esc", "back", _back, True),
-    Key("right", "", lambda menu, item: _press(menu, "enter"), True),
-    Key("ctrl-c", "", lambda menu, item: (_back if menu.front.rows else _leave)(menu), True),
-)
-_ENTRY_KEYS = (
-    Key("space", "on/off", _switch),
-    Key("K", "move up", lambda menu, place: _move(menu, place, -1)),
-    Key("J", "order", _move),
-)
-_FORM_KEYS = (Key("enter", "edit", _edit_field), Key("d", "clear", _clear_field))
-_CHOOSE = Key("enter", "choose", lambda menu, item: menu.front.then(_pop(menu), item))
+_LIST_KEYS = {  # of every list
+    "s save": _review,
+    "u undo": _undo,
+    "/ filter": _filter,
+    "? help": _help,
+    "q quit": _leave,
+    "esc back": _back,
+    "right": lambda menu, item: _press(menu, "enter"),
+    "ctrl-c": lambda menu, item: (_back if menu.front.rows else _leave)(menu),
+}
+_ENTRY_KEYS = {
+    "space on/off": _switch,
+    "K move up": lambda menu, place: _move(menu, place, -1),
+    "J order": _move,
+}
+_FORM_KEYS = {"enter edit": _edit_field, "d clear": _clear_field}
+_CHOOSE = {"enter choose": lambda menu, item: menu.front.then(_pop(menu), item)}
 
 SCREENS: Dict[str, Screen] = {
-    "home": Screen("llm-router", _home_rows, (Key("enter", "open", _do),), "One address for every provider."),
-    "providers": Screen("Providers", _provider_rows, (
-        Key("enter", "open", lambda menu, place: _push(menu, "provider", _ids(menu, place)[0] or "?", place)),
-        Key("a", "add", lambda menu, item: _push(menu, "presets"), True),
-        Key("t", "test", _test),
-        Key("d", "remove", lambda menu, place: _apply(menu, remove_provider, *_ids(menu, place))),
-        *_ENTRY_KEYS), empty="No providers yet: press a to add one."),
-    "presets": Screen("Add a provider", _preset_rows, (Key("enter", "choose", _start_draft),), "Who is it?"),
-    "provider": Screen("Provider", _form_rows, (
-        _FORM_KEYS[0], Key("t", "test", lambda menu, item: _test(menu, menu.front.place), True), _FORM_KEYS[1])),
+    "home": Screen("llm-router", _home_rows, {"enter open": _do}, "One address for every provider."),
+    "providers": Screen("Providers", _provider_rows, {
+        "enter open": lambda menu, place: _push(menu, "provider", _ids(menu, place)[0] or "?", place),
+        "a add": lambda menu, item: _push(menu, "presets"),
+        "t test": _test,
+        "d remove": lambda menu, place: _apply(menu, remove_provider, *_ids(menu, place)),
+        **_ENTRY_KEYS,
+    }, empty="No providers yet: press a to add one."),
+    "presets": Screen("Add a provider", _preset_rows, {"enter choose": _start_draft}, "Who is it?"),
+    "provider": Screen("Provider", _form_rows, {
+        "enter edit": _edit_field,
+        "t test": lambda menu, item: _test(menu, menu.front.place),
+        "d clear": _clear_field,
+    }),
     "form": Screen("Fields", _form_rows, _FORM_KEYS),
     "access": Screen("Browser access", _form_rows, _FORM_KEYS),
-    "headers": Screen("Headers", _form_rows, (_FORM_KEYS[0], Key("a", "add", _add_header, True), _FORM_KEYS[1]),
-                      empty="No headers yet: press a to add one."),
-    "models": Screen("Models", _model_rows, (
-        Key("enter", "open", lambda menu, place: _push(menu, "form", _ids(menu, place)[1] or "?", place)),
-        Key("a", "add", _add_models, True),
-        Key("f", "fallbacks", _edit_fallbacks),
-        Key("d", "remove", lambda menu, place: _apply(menu, remove_model, *_ids(menu, place))),
-        *_ENTRY_KEYS), empty="No models yet: press a to add some."),
-    "fallbacks": Screen("Fallbacks", _chain_rows, (Key("enter", "open", _edit_fallbacks),),
+    "headers": Screen("Headers", _form_rows, {
+        "enter edit": _edit_field,
+        "a add": _add_header,
+        "d clear": _clear_field,
+    }, empty="No headers yet: press a to add one."),
+    "models": Screen("Models", _model_rows, {
+        "enter open": lambda menu, place: _push(menu, "form", _ids(menu, place)[1] or "?", place),
+        "a add": _add_models,
+        "f fallbacks": _edit_fallbacks,
+        "d remove": lambda menu, place: _apply(menu, remove_model, *_ids(menu, place)),
+        **_ENTRY_KEYS,
+    }, empty="No models yet: press a to add some."),
+    "fallbacks": Screen("Fallbacks", _chain_rows, {"enter open": _edit_fallbacks},
                         "Each model, and what is tried when it fails.", "No models yet: add a provider first."),
-    "aliases": Screen("Aliases", _alias_rows, (
-        Key("enter", "open", _edit_alias),
-        Key("a", "add", _add_alias, True),
-        Key("d", "remove", lambda menu, name: _apply(menu, set_model_alias, name, ())),
-    ), empty="No aliases yet: press a to add one."),
-    "clients": Screen("Client keys", _client_rows, (
-        Key("a", "add", _add_client, True),
-        Key("d", "remove", lambda menu, name: _apply(menu, remove_client_key, name)),
-    ), empty="No keys yet: press a to make one."),
-    "settings": Screen("Settings", _setting_rows, (Key("enter", "open", _show_setting),)),
-    "check": Screen("Check", _check_rows, (Key("enter", "open", _show_check),), empty="Nothing is wrong."),
-    "choose": Screen(keys=(_CHOOSE,)),
-    "leave": Screen(keys=(_CHOOSE, Key("ctrl-c", "", lambda menu, item: _quit(menu, 130)))),
-    "diff": Screen(keys=(_CHOOSE,)),
-    "test": Screen(keys=(Key("enter", "choose", _keep),),
-                   empty="It names no model: give it some, and they are asked."),
-    "pick": Screen(kind="pick", keys=(
-        Key("space", "pick", _pick_row),
-        Key("J", "order", lambda menu, name: _pick_sooner(menu, name, 1)),
-        Key("K", "", _pick_sooner),
-        Key("a", "type", _pick_further, True),
-        Key("/", "filter", _filter, True),
-        Key("enter", "done", lambda menu, item: menu.front.then(_pop(menu), list(menu.front.picked)), True),
-        Key("esc", "back", _pop, True), Key("q", "", _pop, True))),
-    "input": Screen(kind="input", keys=(
-        Key("enter", "accept", lambda menu, item: menu.front.then(_pop(menu), menu.front.typed), True),
-        Key("ctrl-u", "clear", lambda menu, item: _swap(menu, typed="", at=0), True),
-        Key("esc", "back", _pop, True), Key("ctrl-c", "", _pop, True))),
-    "text": Screen(kind="text", keys=(
-        Key("up", "down", _do, True), Key("esc", "back", _pop, True),
-        *(Key(name, "", _pop, True) for name in ("enter", "q", "space")))),
-    "busy": Screen(kind="busy", keys=(
-        Key("esc", "stop", _stop, True), Key("q", "", _stop, True),
-        Key("tick", "", lambda menu, item: _swap(menu, at=menu.front.at + 1), True))),
+    "aliases": Screen("Aliases", _alias_rows, {
+        "enter open": _edit_alias,
+        "a add": _add_alias,
+        "d remove": lambda menu, name: _apply(menu, set_model_alias, name, ()),
+    }, empty="No aliases yet: press a to add one."),
+    "clients": Screen("Client keys", _client_rows, {
+        "a add": _add_client,
+        "d remove": lambda menu, name: _apply(menu, remove_client_key, name),
+    }, empty="No keys yet: press a to make one."),
+    "settings": Screen("Settings", _setting_rows, {"enter open": _show_setting}),
+    "check": Screen("Check", _check_rows, {"enter open": _show_check}, empty="Nothing is wrong."),
+    "choose": Screen(keys=_CHOOSE),
+    "leave": Screen(keys={**_CHOOSE, "ctrl-c": lambda menu, item: _quit(menu, 130)}),
+    "diff": Screen(keys=_CHOOSE),
+    "test": Screen(keys={"enter choose": _keep}, empty="It names no model: give it some, and they are asked."),
+    "pick": Screen("", _pick_rows, {
+        "space pick": _pick_row,
+        "J order": lambda menu, name: _pick_sooner(menu, name, 1),
+        "K": _pick_sooner,
+        "a type": _pick_further,
+        "/ filter": _filter,
+        "enter done": lambda menu, item: menu.front.then(_pop(menu), list(menu.front.picked)),
+        "esc back": _pop,
+        "q": _pop,
+    }, empty="nothing to pick: a types a name", kind="pick"),
+    "input": Screen(keys={
+        "enter accept": lambda menu, item: menu.front.then(_pop(menu), menu.front.typed),
+        "ctrl-u clear": lambda menu, item: _swap(menu, typed="", at=0),
+        "esc back": _pop,
+        "ctrl-c": _pop,
+    }, kind="input"),
+    "text": Screen(keys={"up down": _do, "esc back": _pop, "enter": _pop, "q": _pop, "space": _pop}, kind="text"),
+    "busy": Screen(keys={
+        "esc stop": _stop,
+        "q": _stop,
+        "tick": lambda menu, item: _swap(menu, at=menu.front.at + 1),
+    }, kind="busy"),
 }
 # fmt: on
 
@@ -9694,9 +9706,10 @@ SCREENS: Dict[str, Screen] = {
 
 Line = List[Tuple[str, str]]  # spans: text and style, a row of the host's table of attributes
 
-_MARKS = {"ok": "●", "off": "○", "warning": "▲", "error": "✗", "": " "}
+_MARKS = {"ok": "●", "off": "○", "warning": "▲", "error": "✗", "mark": "·", "": " "}
 _SPINNER = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
 _KEY_NAMES = {"up": "↑↓", "JK": "J K"}
+_DIFF_STYLES = {"+": "ok", "-": "error"}
 TO_ASCII = dict(zip(map(ord, "●○▲✗›↑↓…─•·" + _SPINNER), "*o!x>^v~-*." + "|/-\\" * 3))  # for terminals without UTF-8
 _HELD = 1 << 10  # no terminal is wider; a cell's width is counted, not searched
 
@@ -9711,13 +9724,22 @@ def text_width(text: str) -> int:
     return len(text) + wide - sum(unicodedata.category(c) in ("Mn", "Me") for c in text)
 
 
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else "·" for c in text)
+
+
+def _cut(text: str, width: int) -> str:
+    """As much of the start of `text` as fits."""
+    while text and text_width(text) > width:
+        text = text[:-1]
+    return text
+
+
 def fit(text: str, width: int) -> str:
     """`text` in exactly `width` cells: cut with an ellipsis, or filled up; what cannot be shown is replaced."""
-    text = "".join(c if c.isprintable() else "·" for c in text[:_HELD])
+    text = _printable(text[:_HELD])
     if text_width(text) > width:
-        while text and text_width(text) > width - 1:
-            text = text[:-1]
-        text = (text + "…")[: max(0, width)]
+        text = (_cut(text, width - 1) + "…")[: max(0, width)]
     return text + " " * (width - text_width(text))
 
 
@@ -9731,12 +9753,12 @@ def wrap(text: str, width: int, most: int = 1000) -> List[str]:
                 lines.append(line)
                 line, word = "", word.lstrip()
             while text_width(word) > width > 1:
-                cut = next(i for i in range(len(word), -1, -1) if text_width(word[:i]) <= width)
-                lines, word = [*lines, word[:cut]], word[cut:]
+                lines.append(_cut(word, width))
+                word = word[len(lines[-1]) :]
             line += word
         lines.append(line)
     if len(lines) > most:
-        lines = lines[: most - 1] + [" ".join(lines[most - 1 :])]
+        lines[most - 1 :] = [" ".join(lines[most - 1 :])]
     return lines[:most]
 
 
@@ -9746,92 +9768,96 @@ def line_text(line: Line) -> str:
 
 
 def view(menu: Menu, width: int, height: int) -> List[Line]:
-    """Exactly `height` lines of exactly `width` cells."""
-    roomy = height >= 16
-    frame, rows = menu.front, rows_of(menu)
-    hint = rows[max(0, min(frame.at, len(rows) - 1))].hint if rows and not menu.note else menu.note
-    note = wrap(hint, width - 2, 3 if roomy else 2 if menu.note and height > 5 else 1)
+    """Exactly `height` lines of exactly `width` cells: title, body, and what the selected row and the keys do."""
+    is_roomy = height >= 16
+    rows = rows_of(menu)
+    hint = rows[within(menu.front.at, len(rows))].hint if rows else ""
     style = "error" if menu.is_error else "note" if menu.note else "dim"
-    foot: List[Line] = [[("─" * width, "dim")]] if roomy else []
-    foot += [[(" " + line, style)] for line in note] if height > 3 else []
-    foot += [_keys_line(keys_of(menu), width)]
-    room = max(0, height - 1 - len(foot) - roomy)
-    body = _BODIES[SCREENS[frame.screen].kind](frame, rows, width, room)
-    body = body[:room] + [[]] * (room - len(body))
-    lines = [_title_line(menu, width)] + [[]] * roomy + body + foot
+    most = 3 if is_roomy else 2 if menu.note and height > 5 else 1
+    notes = wrap(menu.note or hint, width - 2, most) if height > 3 else []
+    blank, rule = ([[]], [[("─" * width, "dim")]]) if is_roomy else ([], [])
+    foot = rule + _styled(notes, style, " ") + [_keys_line(keys_of(menu), width)]
+    room = max(0, height - 1 - len(foot) - len(blank))
+    body = _BODIES[SCREENS[menu.front.screen].kind](menu.front, rows, width, room)[:room]
+    lines = [_title_line(menu, width), *blank, *body, *[[]] * (room - len(body)), *foot]
     return [_exactly(line, width) for line in lines][:height]
+
+
+def _styled(lines: Iterable[str], style: str, indent: str = "  ") -> List[Line]:
+    return [[(indent + line, style)] for line in lines]
 
 
 def _exactly(line: Line, width: int) -> Line:
     """Spans cut and filled to the width; the last one's style goes on to the edge when it is a bar's."""
     spans: Line = []
-    left = width
     for text, style in line:
-        text = fit(text, min(text_width(text), left)) if left > 0 else ""
+        text = fit(text, min(text_width(text), width))
         spans += [(text, style)] if text else []
-        left -= text_width(text)
+        width -= text_width(text)
     bar = spans[-1][1] if spans and spans[-1][1] in ("title", "selected") else ""
-    return spans + ([(" " * left, bar)] if left > 0 else [])
+    return spans + ([(" " * width, bar)] if width > 0 else [])
 
 
 def _title_line(menu: Menu, width: int) -> Line:
     crumbs = [frame.title or SCREENS[frame.screen].title for frame in menu.frames]
-    changed = menu.document != menu.saved
-    state = "● unsaved " if changed else "saved "
-    state = state if width > 30 else "● " if changed else ""
+    state, style = ("● unsaved ", "changed") if menu.is_unsaved else ("saved ", "title")
+    state = state if width > 30 else "● " if menu.is_unsaved else ""
     room = width - text_width(state) - 2
-    while len(crumbs) > 1 and text_width(" › ".join(crumbs)) > room:
-        crumbs = crumbs[1:] if crumbs[0] == "…" and len(crumbs) == 2 else ["…"] + crumbs[2 if crumbs[0] == "…" else 1 :]
-    title = " › ".join(crumbs)
-    return [(" " + fit(title, room) + " ", "title"), (state, "title" if not changed else "changed")]
+    paths = [" › ".join(["…"] * (i > 0) + crumbs[i:]) for i in range(len(crumbs))] + crumbs[-1:]
+    path = next((path for path in paths if text_width(path) <= room), paths[-1])
+    return [(" " + fit(path, room) + " ", "title"), (state, style)]
 
 
 def _keys_line(pairs: Sequence[Tuple[str, str]], width: int) -> Line:
     """As many keys as there is room for; the last two always."""
-    shown = [[("  " + _KEY_NAMES.get(name, name), "key"), (" " + word, "dim")] for name, word in pairs]
-    sizes = [sum(text_width(text) for text, _ in spans) for spans in shown]
-    kept = list(range(len(shown)))
-    while len(kept) > 1 and sum(sizes[i] for i in kept) - 1 > width:
+    kept = [(_KEY_NAMES.get(name, name), word) for name, word in pairs]
+    while len(kept) > 1 and text_width("  ".join(map(" ".join, kept))) >= width:
         kept.pop(-3 if len(kept) > 2 else -1)
-    spans = [span for i in kept for span in shown[i]]
-    return [(text[1:] if i == 0 else text, style) for i, (text, style) in enumerate(spans)]
-
-
-def _lead_lines(text: str, width: int, room: int) -> List[Line]:
-    """The words above a list, where there is room for both."""
-    lines = wrap(text, width - 4, max(1, room // 3)) if text and room > 5 else []
-    return [[("  " + line, "lead")] for line in lines] + ([[]] if lines and room > 12 else [])
+    (first, style), *spans = [span for name, word in kept for span in (("  " + name, "key"), (" " + word, "dim"))]
+    return [(first[1:], style), *spans]
 
 
 def _list_body(frame: Frame, rows: Sequence[Row], width: int, room: int) -> List[Line]:
     screen = SCREENS[frame.screen]
-    lines = _diff_body(frame, width, room - len(rows)) if frame.screen == "diff" else []
-    lines = lines or _lead_lines(frame.lead or screen.lead, width, room)
+    lead = frame.lead or screen.lead
+    lines: List[Line] = []
+    if frame.screen == "diff":
+        lines = _diff_lines(lead.split("\n"), max(1, room - len(rows) - 2)) + [[]]
+    elif lead and room > 5:
+        lines = _styled(wrap(lead, width - 4, max(1, room // 3)), "lead") + [[]] * (room > 12)
+    if frame.picked and room > 4:
+        lines += _styled(wrap(" › ".join(frame.picked), width - 4, 2), "ok")
     if frame.filter:
         lines.append([("  only what contains ", "dim"), (frame.filter, "key")])
-    if not rows and screen.empty:
-        return lines + [[("  " + line, "lead")] for line in wrap(screen.empty, width - 4)]
-    marks = [_MARKS[row.state] for row in rows]
-    return lines + _row_lines(rows, marks, frame.at, width, room - len(lines))
+    if not rows:
+        return lines + _styled(wrap(screen.empty, width - 4), "lead")
+    return lines + _row_lines(rows, within(frame.at, len(rows)), width, max(1, room - len(lines)))
 
 
-def _row_lines(rows: Sequence[Row], marks: Sequence[str], at: int, width: int, room: int) -> List[Line]:
+def _diff_lines(lines: List[str], room: int) -> List[Line]:
+    if len(lines) > room:
+        lines = lines[: room - 1] + ["  … and %d lines more" % (len(lines) - room + 1)]
+    return [[(" " + line, _DIFF_STYLES.get(line[:1], "dim"))] for line in lines]
+
+
+def _row_lines(rows: Sequence[Row], at: int, width: int, room: int) -> List[Line]:
     """The part of the rows around the selected one, in aligned columns."""
-    at = max(0, min(at, len(rows) - 1))
     first = max(0, min(at - room // 2, len(rows) - room))
+    last = min(len(rows), first + room) - 1
     widths = _column_widths([row.cells for row in rows], width - 5)
-    lines = []
-    for i in range(first, min(len(rows), first + max(1, room))):
-        sizes = widths if len(rows[i].cells) > 1 else [width - 4]
-        cells = [fit(cell, size) for cell, size in zip(rows[i].cells, sizes)]
-        more = "↑" if i == first > 0 else "↓" if i == first + room - 1 < len(rows) - 1 else " "
-        text, name, rest = "%s%s " % ("›" if i == at else " ", marks[i]), cells[:1], "  ".join(cells[1:])
-        rest = fit("  " + rest if rest else "", max(0, width - 4 - sum(map(text_width, name))))
+    lines: List[Line] = []
+    for i in range(first, last + 1):
+        row = rows[i]
+        sizes = widths if len(row.cells) > 1 else [width - 4]
+        name, *cells = map(fit, row.cells, sizes)
+        rest = fit("".join("  " + cell for cell in cells), max(0, width - 4 - text_width(name)))
+        more = "↑" if i == first > 0 else "↓" if i == last < len(rows) - 1 else " "
+        mark = _MARKS.get(row.state, row.state[-1:]) + " "
         if i == at:
-            lines.append([(text + "".join(name) + rest + more, "selected")])
+            lines.append([("›" + mark + name + rest + more, "selected")])
         else:
-            style = rows[i].state or "mark"
-            lines.append([(text, style), ("".join(name), "name"), (rest, "value"), (more, "dim")])
+            style = "ok" if row.state.isdigit() else row.state or "mark"
+            lines.append([(" " + mark, style), (name, "name"), (rest, "value"), (more, "dim")])
     return lines
 
 
@@ -9845,93 +9871,60 @@ def _column_widths(table: Sequence[Sequence[str]], width: int) -> List[int]:
     return [max(0, min(size, room - sum(sizes[:i]))) for i, size in enumerate(sizes)]
 
 
-def _diff_body(frame: Frame, width: int, room: int) -> List[Line]:
-    styles = {"+": "ok", "-": "error"}
-    lines = frame.lead.split("\n")
-    room = max(1, room - 2)
-    if len(lines) > room:
-        lines = lines[: room - 1] + ["  … and %d lines more" % (len(lines) - room + 1)]
-    return [[(" " + line, styles.get(line[:1], "dim"))] for line in lines] + [[]]
-
-
-def _pick_body(frame: Frame, rows: Sequence[Row], width: int, room: int) -> List[Line]:
-    lines = _lead_lines(frame.lead, width, room)
-    if frame.picked and room > 4:
-        chain = " › ".join(frame.picked)
-        lines += [[("  ", ""), (line, "ok")] for line in wrap(chain, width - 4, 2)]
-    if frame.filter:
-        lines.append([("  only what contains ", "dim"), (frame.filter, "key")])
-    rows = [row._replace(state="ok" if row.item in frame.picked else "") for row in rows]
-    marks = ["%d" % (frame.picked.index(row.item) + 1) if row.item in frame.picked else "·" for row in rows]
-    marks = [mark[-1:] for mark in marks]
-    if not rows:
-        return lines + [[("  nothing to pick: a types a name", "lead")]]
-    return lines + _row_lines(rows, marks, frame.at, width, room - len(lines))
-
-
 def _input_body(frame: Frame, rows: Sequence[Row], width: int, room: int) -> List[Line]:
-    lines: List[Line] = [[("  " + line, "lead")] for line in wrap(frame.lead, width - 4, max(1, room - 2))]
-    at = max(0, min(frame.at, len(frame.typed)))
-    shown = "•" * len(frame.typed) if frame.hidden else frame.typed
-    shown = "".join(c if c.isprintable() else "·" for c in shown) + " "
-    start = 0
-    while start < at and text_width(shown[start : at + 1]) > width - 7:
-        start += 1
-    before, caret, after = shown[start:at], shown[at : at + 1], shown[at + 1 :]
-    lines = lines if room > 1 else []
+    lines = _styled(wrap(frame.lead, width - 4, max(1, room - 2)), "lead") if room > 1 else []
+    shown = _printable("•" * len(frame.typed) if frame.hidden else frame.typed) + " "
+    before, caret, after = shown[: frame.at], shown[frame.at], shown[frame.at + 1 :]
+    while before and text_width(before + caret) > width - 7:
+        before = before[1:]
     return lines + [[]] * (room > 4) + [[("  › ", "key"), (before, "typed"), (caret, "caret"), (after, "typed")]]
 
 
 def _text_body(frame: Frame, rows: Sequence[Row], width: int, room: int) -> List[Line]:
     lines = [part for line in frame.lead.split("\n") for part in wrap(line, width - 4)]
     first = max(0, min(frame.at, len(lines) - room))
-    words = {"+": "ok", "-": "error"}
-    return [[("  " + line, words.get(line[:1], ""))] for line in lines[first : first + room]]
+    return [[("  " + line, _DIFF_STYLES.get(line[:1], ""))] for line in lines[first : first + room]]
 
 
 def _busy_body(frame: Frame, rows: Sequence[Row], width: int, room: int) -> List[Line]:
-    spin = _SPINNER[frame.at % len(_SPINNER)]
-    lines: List[Line] = [[("  %s " % spin, "key"), (frame.title + " …", "")]]
-    return lines + [[("    " + line, "lead")] for line in wrap(frame.lead, width - 6)]
+    spin = [("  %s " % _SPINNER[frame.at % len(_SPINNER)], "key"), (frame.title + " …", "")]
+    return [spin, *_styled(wrap(frame.lead, width - 6), "lead", "    ")]
 
 
-_BODIES = {"list": _list_body, "pick": _pick_body, "input": _input_body, "text": _text_body, "busy": _busy_body}
+_BODIES = {"list": _list_body, "pick": _list_body, "input": _input_body, "text": _text_body, "busy": _busy_body}
 
 
 # ----- the same screens as numbered prompts -----
 
+_HOW = {"list": "number, %s, or empty for back", "pick": "number to pick, %s, or empty when done"}
+
 
 def prompt_text(menu: Menu) -> str:
     """The screen as plain lines, its rows numbered, for where nothing can be drawn."""
-    frame = menu.front
-    kind = SCREENS[frame.screen].kind
-    lines = ["", "== " + (frame.title or SCREENS[frame.screen].title)]
-    lines += [frame.lead or SCREENS[frame.screen].lead] if frame.lead or SCREENS[frame.screen].lead else []
+    frame, screen = menu.front, SCREENS[menu.front.screen]
+    lead = frame.lead or screen.lead
+    lines = ["", "== " + (frame.title or screen.title)] + [lead] * bool(lead)
     for i, row in enumerate(rows_of(menu), 1):
-        picked = "[%d] " % (frame.picked.index(row.item) + 1) if row.item in frame.picked else ""
+        picked = "[%s] " % row.state if row.state.isdigit() else ""
         mark = " (%s)" % row.state if row.state in ("off", "warning", "error") else ""
         lines.append("%3d  %s%s%s" % (i, picked, "  ".join(filter(None, map(one_line, row.cells))), mark))
-    lines += ["%s%s" % ("error: " if menu.is_error else "", menu.note)] if menu.note else []
-    letters = [(name, word) for name, word in keys_of(menu) if len(name) == 1]
-    how = {"list": "number, %s, or empty for back", "pick": "number to pick, %s, or empty when done"}.get(kind, "")
-    return "\n".join(lines + ([how % ", ".join("%s %s" % pair for pair in letters)] if how else []))
+    lines += ["error: " * menu.is_error + menu.note] if menu.note else []
+    letters = ", ".join("%s %s" % (name, word) for name, word in keys_of(menu) if len(name) == 1)
+    return "\n".join(lines + ([_HOW[screen.kind] % letters] if screen.kind in _HOW else []))
 
 
 def answer_keys(menu: Menu, answer: str) -> Tuple[Menu, List[str]]:
     """A line typed at a prompt as the menu and the keys that mean it."""
-    frame = menu.front
-    kind = SCREENS[frame.screen].kind
-    text = answer.strip()
+    kind, text = SCREENS[menu.front.screen].kind, answer.strip()
     if kind == "input":
-        return _swap(menu, typed=answer), ["enter"]
-    if kind in ("list", "pick") and re.fullmatch("[0-9]{1,6}", text):
-        count = len(rows_of(menu))
-        if not 0 < int(text) <= count:
-            return menu._replace(note="there is no number " + text, is_error=True), []
-        return _swap(menu, at=int(text) - 1), ["enter" if kind == "list" else "space"]
-    if kind == "list" and re.fullmatch("[A-Za-z?/] *[0-9]{1,6}", text):  # "d 3": a key, and the row it is for
-        return _swap(menu, at=int(text[1:]) - 1), [text[0]]
-    return menu, [text] if text else ["enter" if kind == "pick" else "esc"]
+        return _swap(menu, typed=answer, at=len(answer)), ["enter"]
+    found = re.fullmatch("(?:([A-Za-z?/]) *)?([0-9]{1,6})", text)  # "d 3": a key, and the row it is for
+    if kind not in _HOW or not found:
+        return menu, [text] if text else ["enter" if kind == "pick" else "esc"]
+    key, number = found.groups()
+    if not 0 < int(number) <= len(rows_of(menu)):
+        return menu._replace(note="there is no number " + number, is_error=True), []
+    return _swap(menu, at=int(number) - 1), [key or ("enter" if kind == "list" else "space")]
 
 
 # ==============================================================================
