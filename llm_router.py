@@ -8950,6 +8950,10 @@ def _ids(menu: Menu, place: Place) -> List[str]:
     return [_id_of(_at(menu, place[:n]), "model") for n in range(2, len(place) + 1, 2)]
 
 
+def _model_ids(raw: Dict[str, Any]) -> List[str]:
+    return [_id_of(entry, "model") for entry in _models_of(raw)]
+
+
 def _apply(menu: Menu, edit: Callable[..., Edit], *args: Any) -> Menu:
     """Change the document that the front screen works on."""
     document, notes = edit(_document(menu), *args)
@@ -9104,23 +9108,23 @@ def _save(menu: Menu, then: Any = None) -> Menu:
 
 def _resolve(menu: Menu, theirs: Dict[str, Any]) -> Menu:
     """Another program wrote the file in the meantime: nothing of either side is lost silently."""
-    merged, clashes = merge_documents(menu.saved, menu.document, theirs)
-    words = "both changed %s: yours is kept, look" % ", ".join(clashes) if clashes else "merged, look and save"
 
-    def take(menu: Menu, chosen: Any) -> Menu:
-        if not chosen:
-            return menu
-        document, note = chosen
+    def take(menu: Menu, document: Dict[str, Any], note: str) -> Menu:
         new = menu._replace(saved=theirs, document=document, past=menu.past + (menu.document,))
         return (_review(new) if new.is_unsaved else new)._replace(note=note)
 
-    back = "reloaded; u brings your changes back"
+    def merge(menu: Menu) -> Menu:
+        document, clashes = merge_documents(menu.saved, menu.document, theirs)
+        words = "both changed %s: yours is kept, look" % ", ".join(clashes) if clashes else "merged, look and save"
+        return take(menu, document, words)
+
+    reload = lambda menu: take(menu, theirs, "reloaded; u brings your changes back")  # noqa: E731
     rows = (
-        Row(("Merge",), (merged, words), "both sides' changes, shown before they are saved"),
-        Row(("Take the file",), (theirs, back), "yours can still be brought back by undo"),
+        Row(("Merge",), merge, "both sides' changes, shown before they are saved"),
+        Row(("Take the file",), reload, "yours can still be brought back by undo"),
         Row(("Back",), "", "nothing is written"),
     )
-    return _choose(menu, "The file was changed meanwhile", rows, "Another program wrote %s." % menu.facts.path, take)
+    return _choose(menu, "The file was changed meanwhile", rows, "Another program wrote %s." % menu.facts.path)
 
 
 def _filter(menu: Menu, item: Any) -> Menu:
@@ -9219,11 +9223,12 @@ def _start_draft(menu: Menu, chosen: Tuple[Preset, str]) -> Menu:
     preset, variable = chosen
     taken = [_id_of(entry, "provider").lower() for entry in _at(menu, ("providers",))]
     names = [preset.id, *("%s%d" % (preset.id, i) for i in range(2, len(taken) + 3))]
-    own = preset._replace(id=next(name for name in names if name not in taken or not name))
-    raw = {key: value for key, value in _preset_provider(own, variable).items() if value or key == "id"}
+    name = next(name for name in names if name not in taken or not name)
+    more = {"name": preset.name, "baseUrlByFormat": preset_urls(preset), "apiKeyEnv": variable, "models": ["*"]}
+    raw = {"id": name, **{key: value for key, value in more.items() if value}}
     draft: Dict[str, Any] = {"providers": [raw]}
     if preset.model:
-        draft["defaultModel"] = "%s/%s" % (own.id, preset.model)
+        draft["defaultModel"] = "%s/%s" % (name, preset.model)
     needs_key = preset.keys and not variable
     fields = _FIELD_ORDER["provider"]
     at = fields.index("apiKey") if needs_key else len(fields) if preset.id else 0
@@ -9233,11 +9238,12 @@ def _start_draft(menu: Menu, chosen: Tuple[Preset, str]) -> Menu:
 
 def _add_draft(menu: Menu) -> Menu:
     raw = _at(menu, menu.front.place)
-    models = [_id_of(entry, "model") for entry in _models_of(raw)]
-    first = "%s/%s" % (_id_of(raw, "provider"), models[0]) if models and models[0] != "*" else ""
+    first = next(iter(_model_ids(raw)), "*")
+    default = as_text(menu.draft.get("defaultModel"))
+    default = default or ("%s/%s" % (_id_of(raw, "provider"), first) if first != "*" else "")
     at = len(look_at(menu.document, ("providers",))[0])
     new = menu._replace(frames=(Frame("home"), Frame("providers", at=at)), draft={})
-    new = _apply(new, add_provider, raw, as_text(menu.draft.get("defaultModel")) or first)
+    new = _apply(new, add_provider, raw, default)
     return new._replace(note=new.note + "; t tests it, s saves")
 
 
@@ -9253,8 +9259,7 @@ def _move(menu: Menu, place: Place, step: int = 1) -> Menu:
 def _alone(menu: Menu, place: Place) -> Dict[str, Any]:
     """A document of one provider alone, so that the host may ask it something before anything is saved."""
     raw = _at(menu, place[:2])
-    models = [_id_of(entry, "model") for entry in _models_of(raw)]
-    return {"providers": [dict(raw, models=models or ["*"], enabled=True)]}
+    return {"providers": [dict(raw, models=_model_ids(raw) or ["*"], enabled=True)]}
 
 
 def _test(menu: Menu, place: Place) -> Menu:
@@ -9329,54 +9334,51 @@ def _edit_field(menu: Menu, item: Tuple[Any, ...]) -> Menu:
     if not item:
         return _add_draft(menu)
     field, value = item
-    return _EDITORS.get(field.kind, _edit_text)(menu, field, value)
+
+    def put(menu: Menu, value: Any) -> Menu:
+        new = _apply(menu, set_field, menu.front.place, field.key, None if value in ("", []) else value)
+        return _swap(new, at=new.front.at + new.front.is_draft)  # a new provider's form goes on to its next field
+
+    return _EDITORS.get(field.kind, _edit_text)(menu, field, value, put)
 
 
 def _clear_field(menu: Menu, item: Tuple[Any, ...]) -> Menu:
     return _apply(menu, set_field, menu.front.place, item[0].key, None) if item else menu
 
 
-def _fill(menu: Menu, field: Field, value: Any) -> Menu:
-    """Set a field of the form in front; a new provider's form goes on to the next one."""
-    new = _apply(menu, set_field, menu.front.place, field.key, value)
-    return _swap(new, at=new.front.at + new.front.is_draft)
-
-
-def _edit_text(menu: Menu, field: Field, value: Any) -> Menu:
+def _edit_text(menu: Menu, field: Field, value: Any, put: Any) -> Menu:
     typed = ", ".join(map(str, value)) if isinstance(value, list) else "" if value is None else value
     typed = typed if isinstance(typed, str) else json.dumps(typed, ensure_ascii=False)
-    then = lambda menu, text: _fill(menu, field, read_typed(field.kind, text))  # noqa: E731
+    then = lambda menu, text: put(menu, read_typed(field.kind, text))  # noqa: E731
     return _ask(menu, field.key, then, field.help, one_line(typed, 4000))
 
 
 def read_typed(kind: str, text: str) -> Any:
-    """What a person typed as the value of a field of that kind; None for nothing. UsageError when it is not JSON where
-    only JSON will do."""
+    """What a person typed as the value of a field of that kind. UsageError when it is not JSON where only JSON will
+    do."""
     text = text.strip()
     if text and (kind in ("object", "any") or kind[0] == "{"):
         return load_json(text, "value")
     if kind[0] == "[":
-        return [part.strip() for part in text.split(",") if part.strip()] or None
-    return int(text) if kind == "whole" and re.fullmatch("[0-9]{1,15}", text) else text or None
+        return list(filter(None, map(str.strip, text.split(","))))
+    return int(text) if kind == "whole" and re.fullmatch("[0-9]{1,15}", text) else text
 
 
-def _edit_secret(menu: Menu, field: Field, value: Any) -> Menu:
+def _edit_secret(menu: Menu, field: Field, value: Any, put: Any) -> Menu:
     now = "Now %s; empty keeps it, - removes it." % mask(str(value)) if value else "Not shown while typed."
-    then = lambda menu, text: _fill(menu, field, None if text.strip() == "-" else text.strip() or value)  # noqa: E731
+    then = lambda menu, text: put(menu, None if text.strip() == "-" else text.strip() or value)  # noqa: E731
     return _ask(menu, field.key, then, "%s. %s" % (field.help, now), hidden=True)
 
 
-def _edit_models(menu: Menu, field: Field, value: Any) -> Menu:
-    if not menu.front.is_draft:
-        return _go("models", field.key)(menu)
-    return _list_models(menu, lambda menu, names: _fill(menu, field, names))
+def _edit_models(menu: Menu, field: Field, value: Any, put: Any) -> Menu:
+    return _list_models(menu, put) if menu.front.is_draft else _go("models", field.key)(menu)
 
 
 def _list_models(menu: Menu, then: Any) -> Menu:
     """Let models be picked from what the provider lists; they are typed where it lists none, or nobody waits for it."""
     document = _alone(menu, menu.front.place)
-    now = [_id_of(entry, "model") for entry in _models_of(_at(menu, menu.front.place[:2]))]
-    typed = lambda menu, text: then(menu, read_typed("[name]", text) or [])  # noqa: E731
+    now = _model_ids(_at(menu, menu.front.place[:2]))
+    typed = lambda menu, text: then(menu, read_typed("[name]", text))  # noqa: E731
     below = _ask(menu, "models", typed, "Models, with commas between; * for any.", ", ".join(now))
 
     def heard(menu: Menu, names: Sequence[str]) -> Menu:
@@ -9388,32 +9390,30 @@ def _list_models(menu: Menu, then: Any) -> Menu:
 
 
 def _edit_choice(names: Sequence[str]) -> Any:
-    return lambda menu, field, value: _choose(
-        menu, field.key, _name_rows(names), field.help, lambda menu, name: _fill(menu, field, name), value
-    )
+    rows = _name_rows(names)
+    return lambda menu, field, value, put: _choose(menu, field.key, rows, field.help, put, value)
 
 
-def _edit_wires(menu: Menu, field: Field, value: Any) -> Menu:
-    then = lambda menu, names: _fill(menu, field, names or None)  # noqa: E731
-    return _pick(menu, field.key, WIRES, as_list(value), then, field.help)
+def _edit_wires(menu: Menu, field: Field, value: Any, put: Any) -> Menu:
+    return _pick(menu, field.key, WIRES, as_list(value), put, field.help)
 
 
-def _open_form(menu: Menu, field: Field, value: Any) -> Menu:
+def _open_form(menu: Menu, field: Field, value: Any, put: Any) -> Menu:
     return _push(menu, "form", field.key, (*menu.front.place, field.key))
 
 
-_EDITORS: Dict[str, Callable[[Menu, Field, Any], Menu]] = {
-    "flag": lambda menu, field, value: _switch(menu, menu.front.place),
+_EDITORS: Dict[str, Callable[[Menu, Field, Any, Any], Menu]] = {  # by a field's kind; all others are typed
+    "flag": lambda menu, field, value, put: _switch(menu, menu.front.place),
     "secret": _edit_secret,
     "[model]": _edit_models,
     "wire": _edit_choice(WIRES),
     "auth_type": _edit_choice(AUTH_TYPES),
     "[wire]": _edit_wires,
-    "[fallback]": lambda menu, field, value: _edit_fallbacks(menu, menu.front.place),
+    "[fallback]": lambda menu, field, value, put: _edit_fallbacks(menu, menu.front.place),
     "auth": _open_form,
     "timeouts": _open_form,
     "{wire:url}": _open_form,
-    "{header_name:header}": lambda menu, field, value: _go("headers", field.key)(menu),
+    "{header_name:header}": lambda menu, field, value, put: _go("headers", field.key)(menu),
 }
 
 
@@ -10677,8 +10677,8 @@ class ProbeReport(NamedTuple):
     @property
     def formats(self) -> Tuple[str, ...]:
         """The formats in which a model answered; when none did, those that an answer has at least not refuted."""
-        found = {row.wire for row in self.rows if row.state == "ok"}
-        found = found or {row.wire for row in self.rows if row.state == "tentative" and row.label[:1] == "4"}
+        likely = {row.wire for row in self.rows if row.state == "tentative" and row.label[:1] == "4"}
+        found = {row.wire for row in self.rows if row.state == "ok"} or likely
         return tuple(wire for wire in WIRES if wire in found)
 
     @property
@@ -10718,65 +10718,61 @@ def learned_fields(plan: ProbePlan, report: ProbeReport) -> Dict[str, Any]:
     return {name: value for name, value in found.items() if value and name in plan.learns}
 
 
+# What the first model's call says of all further ones in its format.
+_ALIKE = {
+    "key": {"state": "no", "about": "key", "note": "the key is refused"},
+    "format": {"state": "no", "about": "format", "note": "the format is not spoken"},
+    "nobody": {"state": "tentative", "note": "not asked, nobody answers"},
+}
+_UNANSWERED = {"asking": "no answer in time", "waiting": "not asked"}
+
+
 class Probe:
     """Asks one provider. `report` is at any time what is known by then; a new value replaces it with every step."""
 
     def __init__(self, plan: ProbePlan, settings: Settings, host: Any) -> None:
         self.report = ProbeReport()
-        self._plan = plan
-        self._settings = settings
-        self._host = host
+        self._plan, self._settings, self._host = plan, settings, host
         self._rows: Dict[Tuple[str, str], ProbeRow] = {}
         self._auths = {wire: list(plan.auths.get(wire) or [plan.provider.auths[wire]]) for wire in plan.wires}
 
     async def run(self) -> None:
         """Ask everything. Whoever cancels this keeps what `report` says, see `end`."""
+        wires, calls = self._plan.wires, self._plan.calls
         await self._host.gather(self._list, [(wire,) for wire in self._listing_wires()])
         listed = sorted(self.report.listed or (), key=lambda name: bool(_NO_CHAT.search(name)))
         models = self._plan.models or listed[:1]
-        pairs = [(model, wire) for model in models for wire in self._plan.wires] if self._plan.calls else []
-        for model, wire in pairs:
-            self._put(ProbeRow(model, wire))
-        first = pairs[: len(self._plan.wires)]
-        await self._host.gather(self._ask, first)
-        rows = [self._rows[pair] for pair in first]
-        refuted = [row.wire for row in rows if row.about == "format"]
-        if len(refuted) == len(rows):  # more likely the model that is not there
-            rows = [row._replace(about="model") for row in rows]
-        skipped = {row.wire: self._reason_to_skip(row) for row in rows}
-        for model, wire in pairs[len(first) :]:
-            if skipped[wire]:
-                self._put(self._rows[model, wire]._replace(**skipped[wire]))
+        pairs = [(model, wire) for model in models for wire in wires] if calls else []
+        self._rows = {pair: ProbeRow(*pair) for pair in pairs}
+        await self._host.gather(self._ask, pairs[: len(wires)])
+        first = [self._rows[pair] for pair in pairs[: len(wires)]]
+        is_absent = all(row.about == "format" for row in first)  # more likely the model that is not there
+        alike = {row.wire: {} if is_absent else _ALIKE.get(self._reason_to_skip(row), {}) for row in first}
+        for pair in pairs[len(wires) :]:
+            self._put(pair, **alike[pair[1]])
         left = [pair for pair in pairs if self._rows[pair].state == "waiting"]
-        await self._host.gather(self._ask, left[: max(0, self._plan.calls - len(first))])
+        await self._host.gather(self._ask, left[: max(0, calls - len(first))])
 
     def end(self) -> None:
         """Nothing more will come: what was not answered stays tentative."""
-        for row in self._rows.values():
-            if row.state in ("waiting", "asking"):
-                note = "no answer in time" if row.state == "asking" else "not asked"
-                self._put(row._replace(state="tentative", note=note))
+        for pair, row in self._rows.items():
+            if row.state in _UNANSWERED:
+                self._put(pair, state="tentative", note=_UNANSWERED[row.state])
         self.report = self.report._replace(is_over=True)
 
-    def _put(self, row: ProbeRow) -> None:
-        self._rows[row.model, row.wire] = row
+    def _put(self, pair: Tuple[str, str], **changes: Any) -> None:
+        self._rows[pair] = self._rows[pair]._replace(**changes)
         self.report = self.report._replace(rows=tuple(self._rows.values()))
 
-    def _reason_to_skip(self, row: ProbeRow) -> Dict[str, Any]:
-        """What the first model's row says of all further ones; empty when they have to be asked."""
-        if row.about in ("key", "format"):
-            why = "the key is refused" if row.about == "key" else "the format is not spoken"
-            return {"state": "no", "about": row.about, "note": why}
-        nobody = row.state == "tentative" and not row.label[:1].isdigit()
-        return {"state": "tentative", "note": "not asked, nobody answers"} if nobody else {}
+    def _reason_to_skip(self, row: ProbeRow) -> str:
+        return "nobody" if row.state == "tentative" and not row.label[:1].isdigit() else row.about
 
     # ----- the list of models -----
 
     def _listing_wires(self) -> List[str]:
         """One format for each place where a list may be."""
-        wires = sorted(self._plan.wires, key=lambda wire: wire != self._plan.provider.preferred)
-        places = {}
-        for wire in wires:
+        places: Dict[Any, str] = {}
+        for wire in sorted(self._plan.wires, key=lambda wire: wire != self._plan.provider.preferred):
             target = make_target(self._plan.provider, wire)
             places.setdefault((target.origin, target.path[: -len(WIRE_FORMATS[wire].path)], wire == "anthropic"), wire)
         return list(places.values())
@@ -10784,40 +10780,39 @@ class Probe:
     async def _list(self, wire: str) -> None:
         """All pages of one list ({"data": [{"id"}]}, platform.claude.com/docs/en/api/models-list and
         developers.openai.com/api/reference); a key that it refuses is shown in the next way."""
-        for auth in list(self._auths[wire]):
-            status, note, body = await self._get_page(wire, auth, "")
+        auths = self._auths[wire]
+        for auth in list(auths):
+            status, note, body = await self._get_page(wire, auth)
             if status not in (401, 403):
-                self._auths[wire].sort(key=lambda other, good=auth: other != good)
+                auths.sort(key=lambda other, good=auth: other != good)
                 break
+        report = self.report
+        if status != 200:
+            if report.listed is None:
+                self.report = report._replace(listing_status=status, listing_note=note)
+            return
         found: Dict[str, None] = {}
-        for _ in range(_PAGES if status == 200 else 0):
+        for _ in range(_PAGES):
             before = len(found)
             entries = map(as_dict, as_list(body.get("data")) or as_list(body.get("models")))
-            found.update((as_text(entry.get("id")), None) for entry in entries if as_text(entry.get("id")))
+            found.update(dict.fromkeys(filter(None, (as_text(entry.get("id")) for entry in entries))))
             if body.get("has_more") is not True or not before < len(found) < _MAX_LISTED:
                 break
-            cursor = as_text(body.get("last_id")) or list(found)[-1]
-            body = (await self._get_page(wire, self._auths[wire][0], cursor))[2]
-        listed = self.report.listed
-        if status == 200:
-            listed = tuple(dict.fromkeys((*(listed or ()), *found)))[:_MAX_LISTED]
-            self.report = self.report._replace(listed=listed, listing_status=200, listing_note="")
-        elif listed is None:
-            self.report = self.report._replace(listing_status=status, listing_note=note)
+            _, _, body = await self._get_page(wire, auths[0], as_text(body.get("last_id")) or list(found)[-1])
+        listed = tuple(dict.fromkeys((*(self.report.listed or ()), *found)))[:_MAX_LISTED]
+        self.report = self.report._replace(listed=listed, listing_status=200, listing_note="")
 
-    async def _get_page(self, wire: str, auth: Auth, cursor: str) -> Tuple[int, str, Dict[str, Any]]:
+    async def _get_page(self, wire: str, auth: Auth, cursor: str = "") -> Tuple[int, str, Dict[str, Any]]:
         """A page's status, what is wrong with it, and its body."""
         target = self._target(wire, auth)
         path, question, query = target.path.partition("?")
         path = _FULL_ENDPOINT.sub("", path) + "/models"
         where = mask_url(target.origin + path + question + query)
-        words = [query] if query else []
-        words += ["limit=1000"] if wire == "anthropic" else []  # unasked it gives 20
+        words = [query, "limit=1000" if wire == "anthropic" else ""]  # unasked it gives 20
         words += [("after_id=" if wire == "anthropic" else "after=") + quote(cursor, "")] if cursor else []
-        path += "?" + "&".join(words) if words else ""
-        outbound = self._outbound(target, wire, b"", "GET")._replace(path=path)
+        words = list(filter(None, words))
         try:
-            status, _, data = await self._exchange(outbound)
+            status, _, data = await self._exchange(target, wire, path + "?" * bool(words) + "&".join(words))
         except RouterError as error:
             return 0, "%s: %s" % (where, error.message), {}
         return status, "%s answers %d" % (where, status), _read_json(data)
@@ -10826,15 +10821,16 @@ class Probe:
 
     async def _ask(self, model: str, wire: str) -> None:
         began, auths, limit, fixes = self._host.now(), list(self._auths[wire]), _TINY, ()
-        self._put(self._rows[model, wire]._replace(state="asking"))
+        self._put((model, wire), state="asking")
         for _ in range(_PROBE_TRIES):
             outcome, body = await self._call(model, wire, auths[0], limit, fixes)
             words = error_words(parse_body(outcome.body)) if outcome.body else [outcome.error.message]
-            row = _probe_row(model, wire, outcome, "\n".join(words).lower())
+            text = "\n".join(words).lower()
+            found = _read_outcome(outcome, text)
             fix = learn_fix(body, words, fixes) if outcome.kind == INVALID else ""
-            if row.about == "key" and len(auths) > 1:
+            if found["about"] == "key" and len(auths) > 1:
                 auths.pop(0)
-            elif outcome.kind == INVALID and limit == _TINY and _WANTS_MORE.search("\n".join(words).lower()):
+            elif outcome.kind == INVALID and limit == _TINY and _WANTS_MORE.search(text):
                 limit = _AMPLE
             elif fix:
                 fixes += (fix,)
@@ -10842,7 +10838,8 @@ class Probe:
                 break
         if outcome.kind == OK:
             self._auths[wire] = auths  # the further models need not try again
-        self._put(row._replace(took_ms=int((self._host.now() - began) * 1000), auth=auths[0]))
+        took_ms = int((self._host.now() - began) * 1000)
+        self._put((model, wire), took_ms=took_ms, auth=auths[0], **found)
 
     async def _call(
         self, model: str, wire: str, auth: Auth, limit: int, fixes: Tuple[str, ...]
@@ -10853,7 +10850,7 @@ class Probe:
             target = self._target(wire, auth)
             request = ChatRequest(model, [Message("user", [Text("Say: ok")])], max_tokens=limit)
             body = apply_fixes(render_request(request, wire), target.compat.fixes + fixes)
-            status, headers, data = await self._exchange(self._outbound(target, wire, dump_json(body), "POST"))
+            status, headers, data = await self._exchange(target, wire, target.path, dump_json(body))
             outcome = _judge_probe(wire, status, headers, data, self._host.wall(), request)
         except UpstreamError as error:
             outcome = failed_attempt(TIMEOUT if error.is_timeout else TEMPORARY, error.label, error.message)
@@ -10864,25 +10861,26 @@ class Probe:
     def _target(self, wire: str, auth: Auth) -> Target:
         return make_target(self._plan.provider._replace(auths={wire: auth}), wire)
 
-    def _outbound(self, target: Target, wire: str, body: bytes, method: str) -> Outbound:
+    async def _exchange(
+        self, target: Target, wire: str, path: str, body: bytes = b""
+    ) -> Tuple[int, Headers, bytes]:
+        """Status, headers and body of the answer to a question, or to GET."""
+        method, most_ms = ("POST", _PROBE_CALL_MS) if body else ("GET", _PROBE_LISTING_MS)
         limits = resolve_timeouts(self._plan.provider, self._settings, False)
-        most_ms = _PROBE_CALL_MS if body else _PROBE_LISTING_MS
         first_byte_ms, idle_ms = (_sooner(ms, most_ms) for ms in (limits.first_byte_ms, limits.idle_ms))
         limits = limits._replace(first_byte_ms=first_byte_ms, idle_ms=idle_ms)
         headers = merge_headers(target, [], wire, wire, False)
-        return Outbound(target, target.path, headers, body, wire, False, limits, method)
-
-    async def _exchange(self, outbound: Outbound) -> Tuple[int, Headers, bytes]:
-        """Status, headers and body of an answer."""
-        reply, parts = await self._host.send(outbound), []
+        reply = await self._host.send(Outbound(target, path, headers, body, wire, False, limits, method))
+        data = part = b""
         try:
-            while sum(map(len, parts)) < _MAX_LISTING_BYTES:
-                parts.append(await reply.read(outbound.timeouts.idle_ms / 1000))
-                if not parts[-1]:
+            while len(data) < _MAX_LISTING_BYTES:
+                part = await reply.read(idle_ms / 1000)
+                if not part:
                     break
+                data += part
         finally:
             reply.close()
-        return reply.status, reply.headers, b"".join(parts)
+        return reply.status, reply.headers, data
 
 
 def _judge_probe(wire: str, status: int, headers: Headers, data: bytes, now: float, request: ChatRequest) -> Outcome:
@@ -10903,16 +10901,17 @@ def _judge_probe(wire: str, status: int, headers: Headers, data: bytes, now: flo
     return Outcome(OK, status, str(status))
 
 
-def _probe_row(model: str, wire: str, outcome: Outcome, words: str) -> ProbeRow:
-    """What an outcome says of a model in a format. A 404 that speaks of the model is the model's, else the format's."""
+def _read_outcome(outcome: Outcome, words: str) -> Dict[str, Any]:
+    """What an outcome says of a model in a format, as fields of its row. A 404 that speaks of the model is the model's,
+    else the format's."""
     of_model, about = outcome.status and re.search(r"\bmodels?\b", words), ""
-    if outcome.kind in (AUTH, FORBIDDEN):
-        about = "model" if of_model and outcome.kind == FORBIDDEN else "key"
-    elif outcome.kind == NOT_FOUND or outcome.status in (405, 501):
+    if outcome.kind == AUTH or outcome.kind == FORBIDDEN and not of_model:
+        about = "key"
+    elif outcome.kind in (FORBIDDEN, NOT_FOUND) or outcome.status in (405, 501):
         about = "model" if of_model else "format"
     state = "ok" if outcome.kind == OK else "no" if about else "tentative"
-    note = "" if outcome.kind == OK else one_line(outcome.error.message, 160)
-    return ProbeRow(model, wire, state, outcome.label, note, 0, outcome.kind, about)
+    note = "" if state == "ok" else one_line(outcome.error.message, 160)
+    return {"state": state, "label": outcome.label, "note": note, "kind": outcome.kind, "about": about}
 
 
 def probe_table(report: ProbeReport) -> Tuple[Tuple[str, ...], List[Tuple[str, ...]]]:
@@ -15603,16 +15602,16 @@ Effects = Mapping[str, Callable[..., Any]]  # by the name of an Effect; the firs
 # style -> colour and attributes of curses
 _STYLES = {
     "title": ("", "A_REVERSE A_BOLD"),
-    "changed": ("yellow", "A_REVERSE A_BOLD"),
-    "selected": ("cyan", "A_REVERSE"),
+    "changed": ("YELLOW", "A_REVERSE A_BOLD"),
+    "selected": ("CYAN", "A_REVERSE"),
     "name": ("", "A_BOLD"),
-    "key": ("cyan", "A_BOLD"),
+    "key": ("CYAN", "A_BOLD"),
     "dim": ("", "A_DIM"),
     "off": ("", "A_DIM"),
-    "ok": ("green", ""),
-    "note": ("green", "A_BOLD"),
-    "warning": ("yellow", "A_BOLD"),
-    "error": ("red", "A_BOLD"),
+    "ok": ("GREEN", ""),
+    "note": ("GREEN", "A_BOLD"),
+    "warning": ("YELLOW", "A_BOLD"),
+    "error": ("RED", "A_BOLD"),
     "typed": ("", "A_UNDERLINE"),
     "caret": ("", "A_REVERSE"),
 }
@@ -15739,13 +15738,13 @@ class _Painter:
             return
         if self._job is not None:
             self._job.is_cancelled = True
-        self._job = None if effect.kind == "cancel" else Job(effect, self._told.put)
-        if self._job is not None and effect.kind in _TALKING:
-            self._talk(self._job)
-        elif self._job is not None and effect.kind in _QUICK:
-            self._job.run(self._effects)
-        elif self._job is not None:
-            threading.Thread(target=self._job.run, args=(self._effects,), daemon=True).start()
+        job = self._job = Job(effect, self._told.put)
+        if effect.kind in _TALKING:
+            self._talk(job)
+        elif effect.kind in _QUICK:
+            job.run(self._effects)
+        elif effect.kind != "cancel":
+            threading.Thread(target=job.run, args=(self._effects,), daemon=True).start()
 
     def _talk(self, job: Job) -> None:
         """Lend the terminal out."""
@@ -15820,18 +15819,16 @@ def _attributes_of(curses: Any) -> Dict[str, int]:
     """What each style is on this terminal; without colour where none is wanted (no-color.org) or possible."""
     import os
 
-    colors = ("red", "green", "yellow", "cyan")
     if curses.has_colors():
         curses.use_default_colors()  # the wrapper has made everything white on black
     has_color = curses.has_colors() and not os.environ.get("NO_COLOR")
-    if has_color:
-        for number, name in enumerate(colors, 1):
-            curses.init_pair(number, getattr(curses, "COLOR_" + name.upper()), -1)
     found = {}
     for style, (color, names) in _STYLES.items():
-        found[style] = curses.color_pair(colors.index(color) + 1) if color and has_color else 0
-        for name in names.split():
-            found[style] |= getattr(curses, name)
+        found[style] = sum(getattr(curses, name) for name in names.split())
+        if color and has_color:
+            number = getattr(curses, "COLOR_" + color)
+            curses.init_pair(number, number, -1)
+            found[style] |= curses.color_pair(number)
     return found
 
 
