@@ -9464,6 +9464,8 @@ def _aliases(menu: Menu) -> Dict[str, List[str]]:
 def _edit_fallbacks(menu: Menu, place: Place) -> Menu:
     ids = _ids(menu, place)
     ref = "/".join(ids)
+    if not ids[-1]:
+        raise UsageError("the model has no id: give it one first")
     others = [name for name in (*_refs(menu), *_aliases(menu)) if name != ref]
     now = [name for name in as_list(get_field(_at(menu, place), "model", "fallbackModels")) if isinstance(name, str)]
     then = lambda menu, names: _apply(menu, set_model_fallbacks, *ids, names)  # noqa: E731
@@ -9909,6 +9911,8 @@ def prompt_text(menu: Menu) -> str:
         mark = " (%s)" % row.state if row.state in ("off", "warning", "error") else ""
         lines.append("%3d  %s%s%s" % (i, picked, "  ".join(filter(None, map(one_line, row.cells))), mark))
     lines += ["error: " * menu.is_error + menu.note] if menu.note else []
+    if screen.kind == "input" and not frame.hidden:
+        lines.append("[%s] empty leaves it, - clears it" % one_line(frame.typed))
     letters = ", ".join("%s %s" % (name, word) for name, word in keys_of(menu) if len(name) == 1)
     return "\n".join(lines + ([_HOW[screen.kind] % letters] if screen.kind in _HOW else []))
 
@@ -9916,8 +9920,11 @@ def prompt_text(menu: Menu) -> str:
 def answer_keys(menu: Menu, answer: str) -> Tuple[Menu, List[str]]:
     """A line typed at a prompt as the menu and the keys that mean it."""
     kind, text = SCREENS[menu.front.screen].kind, answer.strip()
+    if kind == "input" and not (text or menu.front.hidden):
+        return menu, ["esc"]
     if kind == "input":
-        return _swap(menu, typed=answer, at=len(answer)), ["enter"]
+        typed = "" if text == "-" and not menu.front.hidden else answer
+        return _swap(menu, typed=typed, at=len(typed)), ["enter"]
     found = re.fullmatch("(?:([A-Za-z?/]) *)?([0-9]{1,6})", text)  # "d 3": a key, and the row it is for
     if kind not in _HOW or not found:
         return menu, [text] if text else ["enter" if kind == "pick" else "esc"]

@@ -453,6 +453,13 @@ def test_fallbacks_are_picked_and_reordered():
     assert host.document["providers"][0]["models"][0]["fallbackModels"] == ["anthropic/sonnet"]
 
 
+def test_a_model_without_an_id_gets_no_fallbacks_and_ends_nothing():
+    host = Host({"providers": [{"id": "p", "baseUrl": "https://p.example", "models": [7, "m"]}]})
+    host.open("Fallbacks").press("enter")
+    assert host.menu.is_error and "no id" in host.menu.note
+    assert host.menu.front.screen == "fallbacks"
+
+
 def test_aliases_and_the_default_model_are_set_and_removed():
     host = Host().open("Aliases").press("a").type("mini*").select("router/mini").press("space", "enter")
     assert host.document["modelAliases"]["mini*"] == "router/mini"
@@ -599,3 +606,36 @@ def test_the_same_screens_work_as_numbered_prompts():
     assert "no number 99" in r.prompt_text(host.menu)
     answer(host, "d 1")
     assert host.document["providers"] == []
+
+
+def test_an_empty_answer_at_a_prompt_leaves_a_value_and_a_dash_clears_it():
+    host = Host()
+    for line in ("1", "1", "2"):  # Providers, router, name
+        answer(host, line)
+    assert "[Röuter 大] empty leaves it" in r.prompt_text(host.menu)
+    answer(host, "")
+    assert host.document == DOCUMENT and host.menu.front.screen == "provider"
+    answer(answer(host, "1"), "not an id!")
+    assert host.menu.is_error
+    assert answer(host, "").menu.front.screen == "provider"
+    answer(answer(host, "2"), "-")
+    assert "name" not in host.document["providers"][0]
+
+
+def test_a_row_that_is_not_there_is_not_taken_for_the_last_one():
+    host = answer(answer(Host(), "1"), "d 4")
+    assert "no number 4" in host.menu.note
+    assert host.document == DOCUMENT
+
+
+def test_a_list_of_models_that_nobody_waits_for_is_typed():
+    host = Host().open("Providers", "router", "models").press("a", "esc")
+    assert host.effects[-1].kind == "cancel"
+    assert host.menu.front.screen == "input"
+    host.type("gpt-4o, mini")
+    assert len(host.document["providers"][0]["models"]) == 2
+
+
+def test_urls_by_format_have_a_form_with_a_row_for_each_format():
+    host = Host().open("Providers", "router", "baseUrlByFormat", "anthropic").type("https://router.example/anthropic")
+    assert host.document["providers"][0]["baseUrlByFormat"] == {"anthropic": "https://router.example/anthropic"}
