@@ -5385,6 +5385,8 @@ ANTHROPIC_MESSAGES = WireFormat(
 # a message item holds parts, each part is one neutral block. A reasoning item with text is one Thinking
 # block, one without (only encrypted content, or only an id) says nothing to other formats: Opaque.
 # Items of tools that the provider runs itself (web_search_call, mcp_call, ...) are Opaque, too.
+# Requests of this format go to upstreams of this format as they came, so the neutral form keeps of them what other
+# formats can say; of answers it keeps all, since a stream may have to become a whole answer or the reverse.
 
 _RESPONSES = "responses"
 
@@ -5425,11 +5427,8 @@ _RESPONSES_KINDS: Dict[Any, str] = {
 
 _RESPONSES_CALLS = {"function_call": "function", "custom_tool_call": "custom"}  # item types -> kind of the ToolCall
 _RESPONSES_RESULTS = ("function_call_output", "custom_tool_call_output")
-# Items that a client adds, besides those whose type ends in _output; all others were made by the model.
-_RESPONSES_CLIENT_ITEMS = ("mcp_approval_response", "compaction_trigger", "configuration_update")
 
-# Request fields that have an attribute of the neutral request of their own, the types of those that are checked, and
-# those that are told in the neutral request in any way.
+# Request fields that have an attribute of the neutral request of their own, and the types of those that are checked.
 _RESPONSES_FIELDS = {
     "parallel_tool_calls": "parallel_tools", "max_output_tokens": "max_tokens", "temperature": "temperature",
     "top_p": "top_p",
@@ -5438,7 +5437,6 @@ _RESPONSES_CHECKED: Dict[str, Tuple[type, ...]] = {
     "parallel_tool_calls": (bool,), "max_output_tokens": (int,), "temperature": (int, float), "top_p": (int, float),
     "instructions": (str,), "text": (dict,), "reasoning": (dict,), "input": (str, list),
 }  # fmt: skip
-_RESPONSES_TOLD = (*_RESPONSES_CHECKED, *"model tools tool_choice stream user".split())
 
 # Fields that Chat Completions has under the same name and with the same meaning.
 _RESPONSES_SHARED = (
@@ -5535,18 +5533,16 @@ def parse_responses_request(body: Dict[str, Any]) -> ChatRequest:
     items = [check_field(item, (dict,), "input[%d]" % index) for index, item in enumerate(source)]
     added = [tool for item in items if item.get("type") == "additional_tools" for tool in as_list(item.get("tools"))]
     tools = _responses_tools(as_list(body.get("tools")) + added)
-    choice, tools, kept = _responses_choice(body.get("tool_choice"), tools)
+    choice, tools = _responses_choice(body.get("tool_choice"), tools)
     turns = _responses_turns(items, _responses_flat_names(tools))
-    fields = {**kept, **_without(body, *_RESPONSES_TOLD), "text": _without(text, "format")}
     return ChatRequest(
         as_text(body.get("model")), turns[1:],
         [*([Text(said["instructions"])] if said["instructions"] else []), *turns[0].blocks], tools, choice,
         stream=body.get("stream") is True,
         output=_read_output(as_dict(text.get("format")), text.get("format"), "text.format"),
-        reasoning=Reasoning(as_text(reasoning.get("effort")), extra=rest_of(reasoning, ("effort",), _RESPONSES))
-        if reasoning is not None else None,
+        reasoning=Reasoning(as_text(reasoning.get("effort"))) if reasoning is not None else None,
         user=as_text(body.get("user")) or as_text(body.get("safety_identifier")),
-        fields=rest_of(fields, (), _RESPONSES), **{name: said[field] for field, name in _RESPONSES_FIELDS.items()},
+        fields={_RESPONSES: body}, **{name: said[field] for field, name in _RESPONSES_FIELDS.items()},
     )  # fmt: skip
 
 
@@ -5568,21 +5564,17 @@ def _responses_turns(items: List[Dict[str, Any]], names: Dict[Tuple[str, str], s
 
 
 def _responses_turn(item: Dict[str, Any], where: str, names: Dict[Tuple[str, str], str]) -> Tuple[str, List[Any]]:
+    """(role, blocks) of an item, no blocks for what tools of other providers left."""
     kind, role = _responses_type(item), as_text(item.get("role"))
     if kind == "message":
         if role not in ("user", "assistant", "system", "developer"):
             raise field_error(where + ".role", "expected user, assistant, system or developer")
-        own = ("phase", "role") if role in ("system", "developer") else ("phase",)
-        blocks = _responses_parts(item.get("content"), where + ".content", _responses_kept(item, *own))
-        return "system" if role == "developer" else role, blocks
+        return "system" if role == "developer" else role, _responses_parts(item.get("content"), where + ".content")
     if kind in _RESPONSES_RESULTS:
         call_id = as_text(item.get("call_id")) or as_text(item.get("id"))
         return "user", [ToolResult(call_id, _responses_parts(item.get("output"), where + ".output"))]
-    if kind in ("additional_tools", ""):
-        return "user", []
-    if kind.endswith("_output") or kind in _RESPONSES_CLIENT_ITEMS:
-        return "user", [Opaque(_RESPONSES, item)]
-    return "assistant", _responses_blocks(item, names)
+    is_known = kind in _RESPONSES_CALLS or kind == "reasoning"
+    return "assistant", _responses_blocks(item, names) if is_known else []
 
 
 def _responses_parts(content: Any, where: str, bag: Mapping[str, Any] = {}) -> List[Any]:
@@ -5594,7 +5586,7 @@ def _responses_parts(content: Any, where: str, bag: Mapping[str, Any] = {}) -> L
 
 
 def _responses_part(part: Dict[str, Any]) -> Any:
-    """One content part as a block, None when it is empty (trap 82) or unknown; files that are stored stay Opaque."""
+    """One content part as a block, None when it is empty (trap 82) or unknown."""
     kind = as_text(part.get("type"))
     if kind in _RESPONSES_WORDS:
         block, field = _RESPONSES_WORDS[kind]
@@ -5613,7 +5605,7 @@ def _responses_part(part: Dict[str, Any]) -> Any:
         if url:
             extra = rest_of(part, ("type", "image_url", "file_data", "file_url", "filename"), _RESPONSES)
             return media_of_url("document" if kind == "input_file" else "image", url, name, extra)
-    return Opaque(_RESPONSES, part) if kind.startswith("input_") else None
+    return None
 
 
 def _responses_kept(item: Dict[str, Any], *fields: str) -> Dict[str, Any]:
@@ -5657,38 +5649,29 @@ def _responses_thinking(item: Dict[str, Any], bag: Mapping[str, Any]) -> Thinkin
 
 
 def _responses_tools(tools: List[Any]) -> List[Tool]:
-    """`tools`, with the members of a namespace (SDK: NamespaceTool) under flat names, "space__name"."""
+    """The tools that a client runs: functions (flat; Chat's nested shape is taken, too: trap 66), custom tools, and the
+    members of a namespace (SDK: NamespaceTool) under flat names, "space__name"."""
     result: List[Tool] = []
     used = {as_text(as_dict(tool).get("name")) for tool in tools}
     for tool in map(as_dict, tools):
-        if tool.get("type") != "namespace":
-            result.append(_responses_tool(tool))
-            continue
-        space, about = as_text(tool.get("name")), as_text(tool.get("description"))
-        for member in map(_responses_tool, map(as_dict, as_list(tool.get("tools")))):
-            flat = unique_id("%s__%s" % (space, member.name), used)
-            bag = {**own_extra(member, _RESPONSES), "namespace": space, "name": member.name, "about": about}
-            result.append(member._replace(name=flat, extra={_RESPONSES: bag}))
+        kind, space = as_text(tool.get("type")), as_text(tool.get("name"))
+        if kind == "namespace":
+            for member in _responses_tools(as_list(tool.get("tools"))):
+                bag = {**own_extra(member, _RESPONSES), "namespace": space, "name": member.name}
+                flat = unique_id("%s__%s" % (space, member.name), used)
+                result.append(member._replace(name=flat, extra={_RESPONSES: bag}))
+        elif kind in ("function", "custom"):
+            tool = {**tool, **as_dict(tool.get(kind))}
+            words, strict = map(as_text, (tool.get("name"), tool.get("description"))), _as_flag(tool.get("strict"))
+            schema = as_dict(tool.get("parameters")) if kind == "function" else None
+            form = rest_of({"format": tool.get("format")}, (), _RESPONSES)
+            result.append(Tool(*words, schema, kind, strict, form))
     return result
 
 
-def _responses_tool(tool: Dict[str, Any]) -> Tool:
-    """A function (flat; Chat's nested shape is taken, too: trap 66), a custom tool, or one that the provider runs."""
-    kind = as_text(tool.get("type"))
-    if kind not in ("function", "custom"):
-        return Tool(as_text(tool.get("name")) or kind, kind="server", extra={_RESPONSES: tool})
-    tool = {**tool, **as_dict(tool.get(kind))}
-    schema = as_dict(tool.get("parameters")) if kind == "function" else None
-    told = ("type", "name", "description", "parameters", "strict", "namespace", "about", kind)
-    return Tool(
-        as_text(tool.get("name")), as_text(tool.get("description")), schema, kind, _as_flag(tool.get("strict")),
-        rest_of(tool, told, _RESPONSES),
-    )  # fmt: skip
-
-
 def _responses_bags(tools: Iterable[Tool]) -> Dict[str, Dict[str, Any]]:
-    """What this format keeps of each tool that a client runs, by name."""
-    return {tool.name: own_extra(tool, _RESPONSES) for tool in tools if tool.kind != "server"}
+    """What this format keeps of each tool, by name."""
+    return {tool.name: own_extra(tool, _RESPONSES) for tool in tools}
 
 
 def _responses_flat_names(tools: Iterable[Tool]) -> Dict[Tuple[str, str], str]:
@@ -5697,60 +5680,57 @@ def _responses_flat_names(tools: Iterable[Tool]) -> Dict[Tuple[str, str], str]:
     return {(bag["namespace"], bag["name"]): flat for flat, bag in bags if "namespace" in bag}
 
 
-def _responses_choice(choice: Any, tools: List[Tool]) -> Tuple[Optional[ToolChoice], List[Tool], Dict[str, Any]]:
-    """(neutral choice, tools it leaves, fields to keep): allowed_tools hides the others (SDK: ToolChoiceAllowed)."""
-    if as_text(choice):
-        return (ToolChoice(_RESPONSES_CHOICES[choice]) if choice in _RESPONSES_CHOICES else None), tools, {}
-    choice, flat = as_dict(choice), _responses_flat_names(tools)
-    kind, listed = as_text(choice.get("type")), as_list(choice.get("tools"))
+def _responses_choice(choice: Any, tools: List[Tool]) -> Tuple[Optional[ToolChoice], List[Tool]]:
+    """(neutral choice, tools it leaves): allowed_tools hides the others (SDK: ToolChoiceAllowed)."""
+    item, flat = as_dict(choice), _responses_flat_names(tools)
+    kind = as_text(choice) or as_text(item.get("type"))
+    if kind in _RESPONSES_CHOICES:
+        return ToolChoice(_RESPONSES_CHOICES[kind]), tools
     is_call = kind in ("function", "custom")
-    said = [{**tool, **as_dict(tool.get(kind))} for tool in map(as_dict, [choice] if is_call else listed)]
-    names = [as_text(tool.get("name")) for tool in said]
-    names = [flat.get((as_text(tool.get("namespace")), name), name) for tool, name in zip(said, names)]
+    listed = map(as_dict, [item] if is_call else as_list(item.get("tools")))
+    said = [{**tool, **as_dict(tool.get(kind))} for tool in listed]
+    keys = [(as_text(tool.get("namespace")), as_text(tool.get("name"))) for tool in said]
+    names = [flat.get(key, key[1]) for key in keys]
     if is_call:
-        return ToolChoice("tool", names[0]), tools, {}
+        return ToolChoice("tool", names[0]), tools
     if kind != "allowed_tools":
-        return None, tools, {"tool_choice": choice}
-    kinds = [tool.get("type") for tool in said]
-    kept = [t for t in tools if t.name in names or t.kind == "server" and own_extra(t, _RESPONSES).get("type") in kinds]
-    return ToolChoice("any" if choice.get("mode") == "required" else "auto"), kept, {"tool_choice": choice}
+        return None, tools
+    mode = "any" if item.get("mode") == "required" else "auto"
+    return ToolChoice(mode), [tool for tool in tools if tool.name in names]
 
 
 # --- Requests, writing ------------------------------------------------------------------------------------
 
 
 def render_responses_request(request: ChatRequest) -> Dict[str, Any]:
-    """The request as a body of POST /v1/responses. Nothing is stored there: the whole conversation goes along,
-    item ids do not (trap 65).
+    """The request of a client of another format as a body of POST /v1/responses. Nothing is stored there: the whole
+    conversation goes along, item ids do not (trap 65).
 
     Dropped, as the API has no place for them: stop, top_k, thinking of other providers (trap 84), foreign Opaque
     blocks; an error result says so in its text.
     """
-    bags = request.fields or {}
-    own, chat = dict(as_dict(bags.get(_RESPONSES))), as_dict(bags.get("openai"))
+    chat = as_dict((request.fields or {}).get("openai"))
+    tools = [tool for tool in request.tools if tool.kind != "server"]
     images = [block for block in request.system if isinstance(block, Media)]
-    text = {**as_dict(own.pop("text", None)), **_responses_kept(chat, "verbosity"), **_responses_format(request.output)}
-    has_user = 0 < len(request.user) <= _RESPONSES_MAX_USER and "safety_identifier" not in own
-    same = {field: getattr(request, name) for field, name in _RESPONSES_FIELDS.items()}
+    has_user = 0 < len(request.user) <= _RESPONSES_MAX_USER
+    thinks = request.reasoning is not None and request.reasoning.effort != "none"
     body = {
-        **same, "model": request.model,
-        "input": _responses_items([Message("system", images), *request.messages], _responses_bags(request.tools)),
+        **{field: getattr(request, name) for field, name in _RESPONSES_FIELDS.items()},
+        "model": request.model, "input": _responses_items([Message("system", images), *request.messages]),
         "instructions": join_text(request.system, "\n\n") or None,
-        "tools": _responses_render_tools(request.tools) or None,
-        "tool_choice": _responses_render_choice(request),
+        "tools": list(map(_responses_render_tool, tools)) or None,
+        "tool_choice": _responses_render_choice(request.tool_choice, tools),
         "parallel_tool_calls": request.parallel_tools if request.tools else None,
         "max_output_tokens": request.max_tokens and max(_RESPONSES_MIN_TOKENS, request.max_tokens),
-        "text": text or None, "user": request.user if has_user else None, "stream": request.stream or None,
+        "text": {**_responses_kept(chat, "verbosity"), **_responses_format(request.output)} or None,
+        "user": request.user if has_user else None, "stream": request.stream or None,
         "reasoning": _responses_render_reasoning(request.reasoning, request.model),
+        "include": ["reasoning.encrypted_content"] if thinks else None,
     }  # fmt: skip
-    body = {**_told(body), "store": False, **{key: chat[key] for key in _RESPONSES_SHARED if key in chat}, **own}
-    if request.reasoning and request.reasoning.effort != "none":
-        include = [value for value in as_list(body.get("include")) if value != "reasoning.encrypted_content"]
-        body["include"] = [*include, "reasoning.encrypted_content"]
-    return body
+    return {**_told(body), **{key: chat[key] for key in _RESPONSES_SHARED if key in chat}, "store": False}
 
 
-def _responses_items(messages: Iterable[Message], tools: Dict[str, Dict[str, Any]]) -> List[Dict[str, Any]]:
+def _responses_items(messages: Iterable[Message]) -> List[Dict[str, Any]]:
     """The items of a conversation: parts in a row are one message, everything else is an item of its own.
 
     A plain text goes as a string, the shape every server takes (SDK: EasyInputMessage).
@@ -5761,11 +5741,9 @@ def _responses_items(messages: Iterable[Message], tools: Dict[str, Dict[str, Any
         parts: List[Any] = []
         for block in blocks:
             part = _responses_render_part(block, role)
-            item = None if part else _responses_render_item(block, tools, customs)
+            item = None if part else _responses_render_item(block, customs)
             if part and not parts:
-                bag = {} if isinstance(block, Opaque) else own_extra(block, _RESPONSES)
-                said = bag.get("role", role) if role == "system" else role
-                item = {"type": "message", "role": said, **_responses_kept(bag, "phase"), "content": []}
+                item = {"type": "message", "role": role, "content": []}
             if item:
                 items.append(item)
                 parts = item["content"] if part else []
@@ -5778,23 +5756,21 @@ def _responses_items(messages: Iterable[Message], tools: Dict[str, Dict[str, Any
     return items
 
 
-def _responses_render_item(block: Any, tools: Dict[str, Dict[str, Any]], customs: Set[str]) -> Optional[Dict[str, Any]]:
+def _responses_render_item(block: Any, customs: Set[str]) -> Optional[Dict[str, Any]]:
     """The item of one block, None for what the API has no place for: thinking of other providers, foreign blocks."""
     if isinstance(block, ToolCall):
         (customs.add if block.kind == "custom" else customs.discard)(block.id)
-        return _responses_call(block, tools, block.arguments or ("" if block.kind == "custom" else "{}"))
+        return _responses_call(block, {}, block.arguments or ("" if block.kind == "custom" else "{}"))
     if isinstance(block, ToolResult):
         kind = "custom_tool_call_output" if block.call_id in customs else "function_call_output"
         return {"type": kind, "call_id": block.call_id, "output": _responses_render_output(block)}
-    if isinstance(block, Thinking):
-        bag = own_extra(block, _RESPONSES)
-        kind, proof = bag.get("part", "summary_text"), _responses_kept(bag, "encrypted_content")
-        holder = {_RESPONSES_PARTS[kind].holder: [{"type": kind, "text": block.text}]}
-        return {"type": "reasoning", "summary": [], **holder, **proof} if proof or "part" in bag else None
-    item = block.value if isinstance(block, Opaque) and block.wire == _RESPONSES else {}
-    if item.get("type") == "reasoning":
-        item = _without(item, "id") if item.get("encrypted_content") else {}
-    return item or None
+    if isinstance(block, Opaque):
+        is_proof = block.wire == _RESPONSES and block.value.get("encrypted_content")
+        return _without(block.value, "id") if is_proof else None
+    bag = own_extra(block, _RESPONSES)
+    kind, proof = bag.get("part", "summary_text"), _responses_kept(bag, "encrypted_content")
+    holder = {_RESPONSES_PARTS[kind].holder: [{"type": kind, "text": block.text}]}
+    return {"type": "reasoning", "summary": [], **holder, **proof} if proof or "part" in bag else None
 
 
 def _responses_kind(block: Any) -> str:
@@ -5802,11 +5778,11 @@ def _responses_kind(block: Any) -> str:
     return _RESPONSES_KINDS[block.kind if isinstance(block, ToolCall) else type(block)]
 
 
-def _responses_call(call: ToolCall, tools: Dict[str, Dict[str, Any]], arguments: str) -> Dict[str, Any]:
-    """The item of a call; one of a tool from a namespace names both. tools: the bags of the tools by name."""
+def _responses_call(call: ToolCall, bag: Dict[str, Any], arguments: str) -> Dict[str, Any]:
+    """The item of a call; one of a tool from a namespace, which `bag` tells, names both."""
     row = _RESPONSES_PARTS[_responses_kind(call)]
     item = {"type": row.item, "call_id": call.id, "name": call.name, row.field: arguments}
-    return {**item, **_responses_kept({**own_extra(call, _RESPONSES), **tools.get(call.name, {})}, "namespace", "name")}
+    return {**item, **_responses_kept(bag, "namespace", "name")}
 
 
 def _responses_render_output(result: ToolResult) -> Any:
@@ -5820,63 +5796,38 @@ def _responses_render_output(result: ToolResult) -> Any:
 
 def _responses_render_part(block: Any, role: str) -> Optional[Dict[str, Any]]:
     """The content part of one block, None when it is no part but an item."""
-    if isinstance(block, Opaque):
-        is_part = block.wire == _RESPONSES and as_text(block.value.get("type")).startswith("input_")
-        return block.value if is_part else None
-    bag, is_answer = _without(own_extra(block, _RESPONSES), "role", "phase", "id"), role == "assistant"
-    if isinstance(block, Refusal) and is_answer:
+    if isinstance(block, Refusal) and role == "assistant":
         return {"type": "refusal", "refusal": block.text}
     if isinstance(block, (Text, Refusal)):
-        kind = {"type": "output_text", "text": block.text, "annotations": []}
-        return {**(kind if is_answer else {"type": "input_text", "text": block.text}), **bag}
+        more = {"type": "output_text", "annotations": []} if role == "assistant" else {"type": "input_text"}
+        return {"type": "", "text": block.text, **more}
     if not isinstance(block, Media):
         return None
     if block.kind == "audio":
         form = block.media_type.rpartition("/")[2]
         return {"type": "input_audio", "input_audio": {"data": block.data, "format": form}}
     if block.kind == "image":
-        return {"type": "input_image", "image_url": url_of_media(block), "detail": "auto", **bag}
+        return {"type": "input_image", "image_url": url_of_media(block), "detail": "auto"}
     name = {"filename": block.name or "document"} if block.name or not block.url else {}
-    return {"type": "input_file", "file_url" if block.url else "file_data": url_of_media(block), **bag, **name}
+    return {"type": "input_file", "file_url" if block.url else "file_data": url_of_media(block), **name}
 
 
-def _responses_render_tools(tools: Iterable[Tool]) -> List[Dict[str, Any]]:
-    """`tools` of a Responses body; those that came in a namespace go back into it."""
-    result: List[Dict[str, Any]] = []
-    spaces: Dict[str, List[Any]] = {}
-    for tool in tools:
-        bag = own_extra(tool, _RESPONSES)
-        if tool.kind == "server":
-            result += filter(None, [bag])
-            continue
-        space = bag.get("namespace")
-        if space is not None and space not in spaces:
-            spaces[space] = []
-            about = bag.get("about", "")
-            result.append({"type": "namespace", "name": space, "description": about, "tools": spaces[space]})
-        spaces.get(space, result).append(_responses_render_tool(tool, bag))
-    return result
-
-
-def _responses_render_tool(tool: Tool, bag: Dict[str, Any]) -> Dict[str, Any]:
-    form: Dict[str, Any] = {"format": None}
-    syntax, definition = tool_grammar(tool) if tool.kind == "custom" else ("", "")
-    if definition:
-        form = {"format": {"type": "grammar", "syntax": syntax or "lark", "definition": definition}}
+def _responses_render_tool(tool: Tool) -> Dict[str, Any]:
+    syntax, definition = tool_grammar(tool)
+    form: Dict[str, Any] = {}
     if tool.kind != "custom":
         # Left out, OpenAI tries strict mode; other formats are not strict unless they say so.
         form = {"parameters": tool.schema or {"type": "object", "properties": {}}, "strict": bool(tool.strict)}
-    entry = {"type": tool.kind, "name": tool.name, "description": tool.description or None, **form}
-    return {**_told(entry), **_without(bag, "namespace", "about")}
+    elif definition:
+        form = {"format": {"type": "grammar", "syntax": syntax or "lark", "definition": definition}}
+    return {"type": tool.kind, "name": tool.name, **_told({"description": tool.description or None}), **form}
 
 
-def _responses_render_choice(request: ChatRequest) -> Any:
-    choice = request.tool_choice
+def _responses_render_choice(choice: Optional[ToolChoice], tools: List[Tool]) -> Any:
     if choice is None or choice.mode != "tool":
         return choice and ("required" if choice.mode == "any" else choice.mode)
-    kinds = {tool.name: tool.kind for tool in request.tools if tool.kind != "server"}
-    named = _responses_kept(_responses_bags(request.tools).get(choice.name, {}), "namespace", "name")
-    return {"type": kinds.get(choice.name, "function"), "name": choice.name, **named}
+    kinds = {tool.name: tool.kind for tool in tools}
+    return {"type": kinds.get(choice.name, "function"), "name": choice.name}
 
 
 def _responses_format(output: Optional[JsonOutput]) -> Dict[str, Any]:
@@ -5890,7 +5841,7 @@ def _responses_render_reasoning(reasoning: Optional[Reasoning], model: str) -> O
         return None
     effort = _openai_effort(reasoning, model)
     asks = (reasoning.budget or reasoning.adaptive) and effort != "none"
-    return _told({"summary": "auto" if asks else None, **own_extra(reasoning, _RESPONSES), "effort": effort or None})
+    return _told({"summary": "auto" if asks else None, "effort": effort or None})
 
 
 # --- Answers, reading -------------------------------------------------------------------------------------
@@ -6206,7 +6157,7 @@ def render_responses_response(response: ChatResponse, context: Context) -> Dict[
     return renderer.snapshot
 
 
-# What an answer repeats of its request, where that says nothing. The SDK's Response demands tools, tool_choice and
+# What an answer repeats of its request, and what it says where that says nothing. The SDK's Response demands tools, tool_choice and
 # parallel_tool_calls.
 _RESPONSES_ECHO: Dict[str, Any] = {
     "background": False, "parallel_tool_calls": True, "truncation": "disabled", "top_logprobs": 0,
@@ -6219,10 +6170,9 @@ _RESPONSES_ECHO: Dict[str, Any] = {
 
 def _responses_snapshot(request: ChatRequest, id: str, created: int, model: str) -> Dict[str, Any]:
     """A Response (SDK) in progress, which repeats its request."""
-    said = [block for block in request.system if not own_extra(block, _RESPONSES).get("role")]
-    body = render_responses_request(request._replace(messages=[], system=said))
+    said = _told((request.fields or {}).get(_RESPONSES) or {})
     echo = {
-        key: {**value, **as_dict(body.get(key))} if isinstance(value, dict) else body.get(key, value)
+        key: {**value, **as_dict(said.get(key))} if isinstance(value, dict) else said.get(key, value)
         for key, value in _RESPONSES_ECHO.items()
     }
     start = {"id": id, "object": "response", "created_at": created, "status": "in_progress", "model": model}
@@ -6318,7 +6268,7 @@ class ResponsesRenderer:
             return {**item, "role": "assistant", "content": [], **_responses_kept(bag, "phase")}
         if row.item == "reasoning":
             return {**item, "summary": [], row.holder: []}
-        call = _responses_call(self._block, self._tools, "")
+        call = _responses_call(self._block, {**bag, **self._tools.get(self._block.name, {})}, "")
         return {**item, **call, "call_id": call["call_id"] or "call" + tail}
 
     def _next_item(self, item: Dict[str, Any]) -> bytes:
