@@ -5042,22 +5042,55 @@ _ANTHROPIC_PROOFS: Dict[Any, Tuple[str, str, Any]] = {
 }  # fmt: skip
 
 
-class AnthropicStreamParser:
-    """RawMessageStreamEvents to neutral stream events. Unknown events and deltas are skipped.
+class TypedEventParser:
+    """What the parsers of streams share whose events are objects with a `type`: this format's and OPENAI RESPONSES'.
 
-    done: message_stop was seen. usage: the counts so far, or None. skipped: events that could not be read.
-    said: see WireFormat. The blocks of the API never overlap; what comes for a block that is not open is skipped.
+    A subclass has `take(event object, its type) -> [neutral event]` and `_fail(ErrorInfo) -> [neutral event]`.
+    done: the answer is complete. skipped: events that could not be read (trap 13). said: see WireFormat.
     """
+
+    END = ""  # what the last event is called
 
     def __init__(self, context: Context) -> None:
         self.done = self._is_ended = self._is_started = False
         self.skipped = 0
         self.said = ""
         self._context = context
+        self._kinds: List[type] = []  # of the blocks so far
+
+    def feed(self, event: SseEvent) -> List[Any]:
+        """The neutral events that `event` completes. Never raises."""
+        self.said = ""
+        if self._is_ended:
+            return []
+        try:
+            data = _JSON_DECODER.decode(event.data)
+            return self.take(data, data.get("type") or ("error" if data.get("error") else event.name))
+        except (ValueError, RecursionError, TypeError, KeyError, AttributeError):
+            self.skipped += event.data.strip() != "[DONE]"
+            return []
+
+    def finish(self) -> List[Any]:
+        """The end of the bytes: without its last event an answer was cut off, whatever was said before (trap 62)."""
+        if self._is_ended:
+            return []
+        return self._fail(ErrorInfo(502, "the upstream's stream ended before " + self.END, "api_error", "truncated"))
+
+
+class AnthropicStreamParser(TypedEventParser):
+    """RawMessageStreamEvents to neutral stream events. Unknown events and deltas are skipped.
+
+    usage: the counts so far, or None. The blocks of the API never overlap; what comes for a block that is not open is
+    skipped.
+    """
+
+    END = "message_stop"
+
+    def __init__(self, context: Context) -> None:
+        super().__init__(context)
         self._block: Any = None  # the open block; of one that only this format knows, its own object
         self._index: Any = None
         self._pieces: List[str] = []  # a call's arguments in its start event; the input of a block of this format only
-        self._kinds: List[type] = []  # of the blocks so far
         self._counts: Dict[str, Any] = {}
         self._answer: Dict[str, Any] = {}
 
@@ -5066,27 +5099,12 @@ class AnthropicStreamParser:
         """message_start's usage with message_delta's laid over it, field by field (trap 114)."""
         return _anthropic_usage(self._counts) if self._counts else None
 
-    def feed(self, event: SseEvent) -> List[Any]:
-        """The neutral events that `event` completes."""
-        self.said = ""
-        if self._is_ended:
-            return []
-        try:
-            data = _JSON_DECODER.decode(event.data)
-            kind = data.get("type") or ("error" if data.get("error") else None)
-            if kind == "content_block_delta":
-                return self._delta(data["delta"], data.get("index", self._index))
-            handler = self._HANDLERS.get(kind)
-            return handler(self, data) if handler else []
-        except (ValueError, RecursionError, TypeError, KeyError, AttributeError):
-            self.skipped += event.data != "[DONE]"
-            return []
-
-    def finish(self) -> List[Any]:
-        """The end of the bytes: without message_stop the answer was cut off, whatever message_delta said."""
-        if self._is_ended:
-            return []
-        return self._fail(ErrorInfo(502, "the upstream's stream ended before message_stop", "api_error", "truncated"))
+    def take(self, data: Dict[str, Any], kind: Any) -> List[Any]:
+        """The neutral events that an event of a type completes."""
+        if kind == "content_block_delta":
+            return self._delta(data["delta"], data.get("index", self._index))
+        handler = self._HANDLERS.get(kind)
+        return handler(self, data) if handler else []
 
     def read(self, message: Dict[str, Any]) -> List[Any]:
         """The events of a whole Message."""
@@ -5878,7 +5896,7 @@ def parse_responses_response(body: Dict[str, Any], context: Context) -> ChatResp
     if not failed and not isinstance(body.get("output"), list):
         raise RouterError("the upstream's answer has no `output`", 502, "invalid_upstream_answer")
     kind = "response.failed" if failed else "response.completed"
-    answer = fold(ResponsesParser(context).take({"type": kind, "response": body}))
+    answer = fold(ResponsesParser(context).take({"response": body}, kind))
     if isinstance(answer, ErrorInfo):
         raise RouterError(answer.message, answer.status, answer.code or "upstream_error")
     return answer
@@ -5901,65 +5919,43 @@ class _ResponsesItem:
         self.waiting: List[Any] = []
 
 
-class ResponsesParser:
+class ResponsesParser(TypedEventParser):
     """A Responses stream (SDK: ResponseStreamEvent) as neutral events.
 
     Items are told apart by `output_index`, since some upstreams change the item ids in mid-stream; an event without
     it belongs to the item with its `item_id`, else to the newest. Every event that has more than a delta (the done
-    events, the final snapshot) completes what was left out before it (trap 61).
-    done: a terminator was seen. usage: of the terminator. skipped: events that made no sense (trap 13).
+    events, the final snapshot) completes what was left out before it (trap 61). Its events are numbered, so no two are
+    alike, and nothing is ever `said`. usage: of the last event.
     """
 
-    said = ""  # its events are numbered, so no two are alike
+    END = "response.completed"
 
     def __init__(self, context: Context) -> None:
-        self.done = self._started = False
+        super().__init__(context)
         self.usage: Optional[Usage] = None
-        self.skipped = 0
-        self._context = context
         self._names = _responses_flat_names(context.request.tools)
         self._items: Dict[int, _ResponsesItem] = OrderedDict()
         self._active: Optional[_ResponsesItem] = None
-        self._kinds: Set[type] = set()
 
-    def feed(self, event: SseEvent) -> List[Any]:
-        """The neutral events that one SSE event means. Never raises."""
-        if self.done or event.data.strip() == "[DONE]":
-            return []
-        try:
-            value = check_field(load_json(event.data), (dict,), "event")
-        except RouterError:
-            self.skipped += 1
-            return []
-        if not as_text(value.get("type")):
-            value["type"] = "error" if "error" in value else event.name
-        return self.take(value)
-
-    def take(self, value: Dict[str, Any]) -> List[Any]:
-        """Like `feed`, for an event that was parsed already."""
-        kind = as_text(value.get("type"))
+    def take(self, value: Dict[str, Any], kind: str) -> List[Any]:
+        """The neutral events that an event of a type completes."""
         if kind == "error":
             return self._fail(_responses_error(as_dict(value.get("error")) or value))
         if not kind.startswith("response."):
             self.skipped += not kind
-            return [Ping()] if kind and self._started else []
+            return [Ping()] if kind and self._is_started else []
         response = as_dict(value.get("response"))
-        start = [] if self._started else [self._start(response)]
+        start = [] if self._is_started else [self._start(response)]
         if kind in _RESPONSES_ENDS:
             return start + self._terminate(_RESPONSES_ENDS[kind], response)
         handler = self._HANDLERS.get(kind)
         if handler is None:
             return start or [Ping()]
-        handler(self, value)
+        handler(self, value, kind)
         return start + self._flush()
 
-    def finish(self) -> List[Any]:
-        """The end of the bytes: a stream without its terminator was cut off (trap 62)."""
-        error = ErrorInfo(502, "the upstream's stream ended too early", code="truncated")
-        return [] if self.done else self._fail(error)
-
     def _start(self, response: Dict[str, Any]) -> Started:
-        self._started = True
+        self._is_started = True
         model = as_text(response.get("model")) or self._context.request.model
         return Started(as_text(response.get("id")), model, None, as_int(response.get("created_at")))
 
@@ -5976,22 +5972,22 @@ class ResponsesParser:
             self._items[index] = _ResponsesItem(index, as_dict(value.get("item")) or {"type": kind})
         return self._items[index]
 
-    def _text(self, value: Dict[str, Any]) -> None:
-        kind, item, index, field = _RESPONSES_TEXTS[value["type"]]
+    def _text(self, value: Dict[str, Any], event: str) -> None:
+        kind, item, index, field = _RESPONSES_TEXTS[event]
         text = as_text(value.get(field))
         if text:
             state = self._item(value, item)
             if self._reach(state, kind, as_int(value.get(index))):
                 self._add(state, text, field != "delta")
 
-    def _item_added(self, value: Dict[str, Any]) -> None:
+    def _item_added(self, value: Dict[str, Any], event: str) -> None:
         state, item = self._item(value), as_dict(value.get("item"))
         state.item = item or state.item
         kind = as_text(state.item.get("type"))
         if kind in _RESPONSES_CALLS and self._reach(state, kind, 0) and state.block is None:
             self._open(state)
 
-    def _part_done(self, value: Dict[str, Any]) -> None:
+    def _part_done(self, value: Dict[str, Any], event: str) -> None:
         """A content part is complete: message parts end here, with their annotations."""
         block, state = _responses_part(as_dict(value.get("part"))), self._item(value, "message")
         kind = _RESPONSES_KINDS.get(type(block), "")
@@ -6000,10 +5996,10 @@ class ResponsesParser:
 
     _HANDLERS: Dict[str, Callable[..., None]] = {
         **dict.fromkeys(_RESPONSES_TEXTS, _text),
-        **dict.fromkeys(("response.created", "response.content_part.added"), lambda self, value: None),
+        **dict.fromkeys(("response.created", "response.content_part.added"), lambda *event: None),
         "response.output_item.added": _item_added,
         "response.content_part.done": _part_done,
-        "response.output_item.done": lambda self, value: self._end(self._item(value), as_dict(value.get("item"))),
+        "response.output_item.done": lambda self, value, _: self._end(self._item(value), as_dict(value.get("item"))),
     }
 
     # -- the blocks of an item
@@ -6038,7 +6034,7 @@ class ResponsesParser:
         """Opens a block, of the newest part when none is given. A call without a name cannot be opened yet."""
         block = self._blank(state) if block is None else block
         if block is not None:
-            self._kinds.add(type(block))
+            self._kinds.append(type(block))
             state.block = with_text(block, "") if block_text(block) else block
             state.waiting += [Opened(state.block), *map(Delta, filter(None, ["".join(state.pieces)]))]
 
@@ -6112,7 +6108,7 @@ class ResponsesParser:
         if status == "incomplete":
             reason = as_text(as_dict(response.get("incomplete_details")).get("reason"))
             stop = _RESPONSES_REASONS.get(reason, "max_tokens")
-        self.done = True
+        self.done = self._is_ended = True
         return [*self._flush(), Finished(stop, "", self.usage)]
 
     def _catch_up(self, output: List[Dict[str, Any]]) -> None:
@@ -6126,8 +6122,8 @@ class ResponsesParser:
                 self._end(self._item({"output_index": max(self._items, default=-1) + 1, "item": item}), item)
 
     def _fail(self, info: ErrorInfo) -> List[Any]:
-        start = [] if self._started else [self._start({})]
-        self.done = info.code != "truncated"
+        start = [] if self._is_started else [self._start({})]
+        self._is_ended = True
         return [*start, *([Closed()] if self._active is not None else []), Failed(info)]
 
 
@@ -6157,8 +6153,8 @@ def render_responses_response(response: ChatResponse, context: Context) -> Dict[
     return renderer.snapshot
 
 
-# What an answer repeats of its request, and what it says where that says nothing. The SDK's Response demands tools, tool_choice and
-# parallel_tool_calls.
+# What an answer repeats of its request, and what it says where that says nothing. The SDK's Response demands tools,
+# tool_choice and parallel_tool_calls.
 _RESPONSES_ECHO: Dict[str, Any] = {
     "background": False, "parallel_tool_calls": True, "truncation": "disabled", "top_logprobs": 0,
     "metadata": {}, "reasoning": {"effort": None, "summary": None}, "text": {"format": {"type": "text"}},
