@@ -4592,7 +4592,7 @@ _ANTHROPIC_TYPES: Dict[Tuple[type, ...], str] = {
 _ANTHROPIC_KINDS = {name: kinds for kinds, names in _ANTHROPIC_TYPES.items() for name in names.split()}
 
 
-def parse_anthropic_request(body: Dict[str, Any]) -> ChatRequest:
+def parse_anthropic_request(body: Json) -> ChatRequest:
     """The body of POST /v1/messages (MessageCreateParams, beta ones too) as a ChatRequest.
 
     RouterError 400 with the path of the value in Anthropic's way of writing it ("messages.3.content.0: ...").
@@ -4622,7 +4622,7 @@ def parse_anthropic_request(body: Dict[str, Any]) -> ChatRequest:
     )
 
 
-def _without(item: Mapping[str, Any], *keys: str) -> Dict[str, Any]:
+def _without(item: Mapping[str, Any], *keys: str) -> Json:
     return {key: value for key, value in item.items() if key not in keys}
 
 
@@ -4630,7 +4630,7 @@ def _numbered(read: Callable[[Any, str], Any], items: Optional[List[Any]], path:
     return [read(item, "%s.%d" % (path, index)) for index, item in enumerate(items or [])]
 
 
-def refuse_thread(thread: Optional[Dict[str, Any]]) -> None:
+def refuse_thread(thread: Optional[Json]) -> None:
     """Threads keep the conversation at Anthropic; the SDKs' tool runners fall back to the whole history on these codes.
 
     anthropic.types.ThreadUnsupportedRequestErrorDetails, ThreadNotFoundErrorDetails.
@@ -4641,7 +4641,7 @@ def refuse_thread(thread: Optional[Dict[str, Any]]) -> None:
         raise RouterError(words, 400, code)
 
 
-def _anthropic_reasoning(thinking: Dict[str, Any], effort: str) -> Optional[Reasoning]:
+def _anthropic_reasoning(thinking: Json, effort: str) -> Optional[Reasoning]:
     """`thinking` and `output_config.effort`. Thinking switched off wins over an effort (trap 88)."""
     kind, budget = thinking.get("type"), as_int(thinking.get("budget_tokens"))
     extra = rest_of({"thinking": thinking, "effort": effort or None}, (), _ANTHROPIC)
@@ -4694,7 +4694,7 @@ class AnthropicBlock(NamedTuple):
     kind: str
     block: type
     fields: Dict[str, str]
-    default: Dict[str, Any]
+    default: Json
     delta: str
     piece: str
 
@@ -4710,7 +4710,7 @@ _ANTHROPIC_BY_KIND = {row.kind: row for row in ANTHROPIC_BLOCKS}
 _ANTHROPIC_BY_BLOCK = {Refusal: ANTHROPIC_BLOCKS[0], **{row.block: row for row in ANTHROPIC_BLOCKS}}
 
 
-def _anthropic_part(item: Dict[str, Any]) -> Any:
+def _anthropic_part(item: Json) -> Any:
     """A block that an answer can hold."""
     row = _ANTHROPIC_BY_KIND.get(as_text(item.get("type")))
     if row is None:
@@ -4733,7 +4733,7 @@ def _anthropic_block(item: Any, path: str) -> Any:
     return _anthropic_part(item)
 
 
-def _anthropic_shown(item: Dict[str, Any], *words: str) -> Text:
+def _anthropic_shown(item: Json, *words: str) -> Text:
     """A block that others see as text (trap 107), and this format as it came."""
     return Text("\n".join(filter(None, words)), {_ANTHROPIC: {"block": item}})
 
@@ -4742,7 +4742,7 @@ def _anthropic_shown(item: Dict[str, Any], *words: str) -> Text:
 _ANTHROPIC_SOURCES = {"base64": "data", "url": "url", "text": "data", "content": "content"}
 
 
-def _anthropic_media(item: Dict[str, Any], path: str) -> Any:
+def _anthropic_media(item: Json, path: str) -> Any:
     """ImageBlockParam, DocumentBlockParam."""
     kind, source, title = item["type"], as_dict(item.get("source")), as_text(item.get("title"))
     form = as_text(source.get("type"))
@@ -4758,7 +4758,7 @@ def _anthropic_media(item: Dict[str, Any], path: str) -> Any:
     return Media(kind, media_type, **data, name=title, extra=rest_of(item, ("type", "source", "title"), _ANTHROPIC))
 
 
-def _anthropic_result(item: Dict[str, Any], path: str) -> ToolResult:
+def _anthropic_result(item: Json, path: str) -> ToolResult:
     call_id = check_field(item.get("tool_use_id"), (str,), path + ".tool_use_id")
     content = check_field(item.get("content"), (str, list), path + ".content", need=False)
     blocks = _anthropic_blocks(content, path + ".content")
@@ -4767,7 +4767,7 @@ def _anthropic_result(item: Dict[str, Any], path: str) -> ToolResult:
     return ToolResult(call_id, blocks, item.get("is_error") is True, extra)
 
 
-_ANTHROPIC_READERS: Dict[str, Callable[[Dict[str, Any], str], Any]] = {
+_ANTHROPIC_READERS: Dict[str, Callable[[Json, str], Any]] = {
     "image": _anthropic_media, "document": _anthropic_media, "tool_result": _anthropic_result,
     "search_result": lambda item, path: _anthropic_shown(
         item, as_text(item.get("title")), as_text(item.get("source")), readable(item.get("content"))
@@ -4778,7 +4778,7 @@ _ANTHROPIC_READERS: Dict[str, Callable[[Dict[str, Any], str], Any]] = {
 # ---- requests: neutral -> Anthropic
 
 
-def render_anthropic_request(request: ChatRequest) -> Dict[str, Any]:
+def render_anthropic_request(request: ChatRequest) -> Json:
     """A ChatRequest as the body of POST /v1/messages; `request.model` decides the row of ANTHROPIC_MODELS.
 
     The conversation must be tidy (tidy_messages): calls answered in the turn that follows them.
@@ -4797,7 +4797,7 @@ def render_anthropic_request(request: ChatRequest) -> Dict[str, Any]:
     thinking, effort = _write_anthropic_reasoning(request.reasoning, row, max_tokens, choice, turns)
     schema = output.schema if output is not None else None
     config = _told({"effort": effort or None, "format": schema and {"type": "json_schema", "schema": schema}})
-    samples: Dict[str, Any] = {}
+    samples: Json = {}
     if row.sampling and as_dict(thinking).get("type") in (None, "disabled"):  # trap 72
         samples = {"top_p": request.top_p, "top_k": request.top_k}
         if request.temperature is not None:
@@ -4813,7 +4813,7 @@ def render_anthropic_request(request: ChatRequest) -> Dict[str, Any]:
     return {key: value for key, value in body.items() if value not in (None, [], {})}
 
 
-def _write_anthropic_choice(request: ChatRequest, names: List[Any]) -> Dict[str, Any]:
+def _write_anthropic_choice(request: ChatRequest, names: List[Any]) -> Json:
     """Traps 96 and 97. A forced tool that had to be left out cannot be forced."""
     mode, name = request.tool_choice or ("", "")
     choice = {"type": mode, "name": name} if mode == "tool" else {"type": mode}
@@ -4824,7 +4824,7 @@ def _write_anthropic_choice(request: ChatRequest, names: List[Any]) -> Dict[str,
     return choice
 
 
-def _write_anthropic_tool(tool: Tool) -> Dict[str, Any]:
+def _write_anthropic_tool(tool: Tool) -> Json:
     bag = own_extra(tool, _ANTHROPIC)
     if tool.kind == "server":
         return bag
@@ -4834,8 +4834,8 @@ def _write_anthropic_tool(tool: Tool) -> Dict[str, Any]:
 
 
 def _write_anthropic_reasoning(
-    reasoning: Optional[Reasoning], row: AnthropicModel, max_tokens: int, choice: Dict[str, Any], turns: List[Any]
-) -> Tuple[Optional[Dict[str, Any]], str]:
+    reasoning: Optional[Reasoning], row: AnthropicModel, max_tokens: int, choice: Json, turns: List[Any]
+) -> Tuple[Optional[Json], str]:
     """(`thinking`, `output_config.effort`). A budget leaves a quarter of max_tokens free (trap 89).
 
     Forced tools and thinking exclude each other. display: the newest models hide their reasoning unless told, and who
@@ -4864,12 +4864,12 @@ def _lacks_thinking(turns: Sequence[Any]) -> bool:
     return "tool_use" in kinds and kinds[0] not in ("thinking", "redacted_thinking")
 
 
-def _anthropic_turns(messages: List[Message], prefill: bool) -> List[Dict[str, Any]]:
+def _anthropic_turns(messages: List[Message], prefill: bool) -> List[Json]:
     """`messages`: turns alternate and start with the user. A system message between them is the user's (trap 74).
 
     A conversation that ends with the assistant: a prefill without white space behind it, or one more user turn.
     """
-    turns: List[Tuple[str, List[Dict[str, Any]]]] = []
+    turns: List[Tuple[str, List[Json]]] = []
     for message in messages:
         role, parts = "assistant" if message.role == "assistant" else "user", _anthropic_parts(message.blocks)
         if parts and turns and turns[-1][0] == role:
@@ -4887,12 +4887,12 @@ def _anthropic_turns(messages: List[Message], prefill: bool) -> List[Dict[str, A
     return [{"role": role, "content": _anthropic_content(parts)} for role, parts in turns]
 
 
-def _anthropic_content(parts: List[Dict[str, Any]]) -> Any:
+def _anthropic_content(parts: List[Json]) -> Any:
     """`parts`, or a string where that says it all."""
     return parts[0]["text"] if [list(part) for part in parts] == [["type", "text"]] else parts
 
 
-def _anthropic_parts(blocks: Iterable[Any], is_answer: bool = False) -> List[Dict[str, Any]]:
+def _anthropic_parts(blocks: Iterable[Any], is_answer: bool = False) -> List[Json]:
     """The content blocks for `blocks`, without those that this format has no place for.
 
     Text of white space is refused in a request (trap 82); reasoning goes back only if Anthropic signed it (trap 85),
@@ -4912,7 +4912,7 @@ def _anthropic_parts(blocks: Iterable[Any], is_answer: bool = False) -> List[Dic
     return parts
 
 
-def _write_anthropic_block(block: Any, bag: Dict[str, Any]) -> Dict[str, Any]:
+def _write_anthropic_block(block: Any, bag: Json) -> Json:
     if isinstance(block, Media):
         return _write_anthropic_media(block, bag)
     if isinstance(block, ToolResult):
@@ -4933,7 +4933,7 @@ def _legal_id(call_id: str) -> str:
 _ANTHROPIC_MEDIA = {"image": ("image/jpeg", "image/png", "image/gif", "image/webp"), "document": ("application/pdf",)}
 
 
-def _write_anthropic_media(block: Media, bag: Dict[str, Any]) -> Dict[str, Any]:
+def _write_anthropic_media(block: Media, bag: Json) -> Json:
     """An image or document block, or a note for what the API does not take (traps 102, 105)."""
     media_type, text = block.media_type.lower().split(";")[0].strip(), text_of_media(block)
     if block.url and block.kind in _ANTHROPIC_MEDIA:
@@ -4948,7 +4948,7 @@ def _write_anthropic_media(block: Media, bag: Dict[str, Any]) -> Dict[str, Any]:
     return {"type": block.kind, "source": source, **title, **bag}
 
 
-def drop_thinking(body: Dict[str, Any], keeps_signed: bool = True) -> Optional[Dict[str, Any]]:
+def drop_thinking(body: Json, keeps_signed: bool = True) -> Optional[Json]:
     """A Messages body without the reasoning in its history; None when nothing is to be changed.
 
     keeps_signed: only that goes which this router showed of other formats. It bears an empty signature, which
@@ -4977,20 +4977,20 @@ _ANTHROPIC_ANSWER_KEYS = ("stop_details", "container", "context_management", "di
 _ANTHROPIC_COUNTS = ("input_tokens", "output_tokens", "cache_read_input_tokens", "cache_creation_input_tokens")
 
 
-def parse_anthropic_response(body: Dict[str, Any], context: Context) -> ChatResponse:
+def parse_anthropic_response(body: Json, context: Context) -> ChatResponse:
     """A Message (anthropic.types.Message) as a ChatResponse. RouterError 502 for anything else."""
     if not isinstance(body, dict) or not isinstance(body.get("content"), list):
         raise RouterError("the upstream's answer is not an Anthropic message", 502, "upstream_answer_invalid")
     return fold(AnthropicStreamParser(context).read(body))
 
 
-def _anthropic_usage(usage: Dict[str, Any]) -> Usage:
+def _anthropic_usage(usage: Json) -> Usage:
     """anthropic.types.Usage: input_tokens are already without the cached ones (trap 113)."""
     counts = (as_int(usage.get(key)) for key in _ANTHROPIC_COUNTS)
     return Usage(*counts, as_int(as_dict(usage.get("output_tokens_details")).get("thinking_tokens")))
 
 
-def _anthropic_answer_extra(answer: Dict[str, Any], usage: Dict[str, Any]) -> Extra:
+def _anthropic_answer_extra(answer: Json, usage: Json) -> Extra:
     """What an answer says besides text, calls and counts, and its stop_reason, if others do not know that."""
     reason = as_text(answer.get("stop_reason"))
     further = rest_of(usage, (*_ANTHROPIC_COUNTS, "output_tokens_details"), _ANTHROPIC) or {}
@@ -4998,14 +4998,14 @@ def _anthropic_answer_extra(answer: Dict[str, Any], usage: Dict[str, Any]) -> Ex
     return rest_of({**{key: answer.get(key) for key in _ANTHROPIC_ANSWER_KEYS}, **odd}, (), _ANTHROPIC)
 
 
-def render_anthropic_response(response: ChatResponse, context: Context) -> Dict[str, Any]:
+def render_anthropic_response(response: ChatResponse, context: Context) -> Json:
     """A ChatResponse as a Message, under the model name that the client asked for (trap 44)."""
     content = _anthropic_parts(response.blocks, is_answer=True)
     end, usage, bag = _anthropic_end(response, any(item.get("type") == "tool_use" for item in content))
     return {**_anthropic_shell(response, usage, context), "content": content, **end, **bag}
 
 
-def _anthropic_shell(start: Union[ChatResponse, Started], usage: Dict[str, Any], context: Context) -> Dict[str, Any]:
+def _anthropic_shell(start: Union[ChatResponse, Started], usage: Json, context: Context) -> Json:
     """A Message as it begins."""
     answer_id = start.id if start.id.startswith("msg_") else "msg_" + context.id
     shell = {"id": answer_id, "type": "message", "role": "assistant", "model": context.request.model or start.model}
@@ -5014,7 +5014,7 @@ def _anthropic_shell(start: Union[ChatResponse, Started], usage: Dict[str, Any],
 
 def _anthropic_end(
     end: Union[ChatResponse, Finished], has_calls: bool, usage: Optional[Usage] = None
-) -> Tuple[Dict[str, Any], ...]:
+) -> Tuple[Json, ...]:
     """(how it stopped, its usage or else `usage`, the rest of the bag).
 
     `tool_use` is told exactly when a tool block was sent, or agents stop or loop (traps 30, 31).
@@ -5026,7 +5026,7 @@ def _anthropic_end(
     return {"stop_reason": bag.pop("stop_reason", reason), "stop_sequence": end.stop_sequence or None}, counts, bag
 
 
-def _write_anthropic_usage(usage: Optional[Usage], further: Mapping[str, Any] = {}) -> Dict[str, Any]:
+def _write_anthropic_usage(usage: Optional[Usage], further: Mapping[str, Any] = {}) -> Json:
     """Always an object with integers: SDKs and Claude Code add them up unseen (trap 43)."""
     usage = usage or Usage()
     details = {"output_tokens_details": {"thinking_tokens": usage.reasoning}} if usage.reasoning else {}
@@ -5091,29 +5091,29 @@ class AnthropicStreamParser(TypedEventParser):
         self._block: Any = None  # the open block; of one that only this format knows, its own object
         self._index: Any = None
         self._pieces: List[str] = []  # a call's arguments in its start event; the input of a block of this format only
-        self._counts: Dict[str, Any] = {}
-        self._answer: Dict[str, Any] = {}
+        self._counts: Json = {}
+        self._answer: Json = {}
 
     @property
     def usage(self) -> Optional[Usage]:
         """message_start's usage with message_delta's laid over it, field by field (trap 114)."""
         return _anthropic_usage(self._counts) if self._counts else None
 
-    def take(self, data: Dict[str, Any], kind: Any) -> List[Any]:
+    def take(self, data: Json, kind: Any) -> List[Any]:
         """The neutral events that an event of a type completes."""
         if kind == "content_block_delta":
             return self._delta(data["delta"], data.get("index", self._index))
         handler = self._HANDLERS.get(kind)
         return handler(self, data) if handler else []
 
-    def read(self, message: Dict[str, Any]) -> List[Any]:
+    def read(self, message: Json) -> List[Any]:
         """The events of a whole Message."""
         events = self._start({"message": message})
         for item in filter(as_dict, message["content"]):
             events += self._open({"content_block": item})
         return events + self._stop({})
 
-    def _note(self, *parts: Dict[str, Any]) -> List[Any]:
+    def _note(self, *parts: Json) -> List[Any]:
         """What is said of the answer. Later counts win, except that a zero never hides a number: some upstreams repeat
         the fields empty."""
         for part in parts:
@@ -5123,7 +5123,7 @@ class AnthropicStreamParser(TypedEventParser):
                     self._counts[key] = value
         return []
 
-    def _start(self, data: Dict[str, Any]) -> List[Any]:
+    def _start(self, data: Json) -> List[Any]:
         message = as_dict(data.get("message"))
         self._note(message)
         if self._is_started:
@@ -5135,7 +5135,7 @@ class AnthropicStreamParser(TypedEventParser):
     def _make_way(self) -> List[Any]:
         return ([] if self._is_started else self._start({})) + self._close()
 
-    def _open(self, data: Dict[str, Any]) -> List[Any]:
+    def _open(self, data: Json) -> List[Any]:
         item = data["content_block"]
         block, events = _anthropic_part(item), self._make_way()
         self._index = data.get("index")
@@ -5152,7 +5152,7 @@ class AnthropicStreamParser(TypedEventParser):
         self._kinds.append(type(block))
         return events
 
-    def _delta(self, delta: Dict[str, Any], index: Any) -> List[Any]:
+    def _delta(self, delta: Json, index: Any) -> List[Any]:
         field, block_type = _ANTHROPIC_DELTAS.get(delta["type"], ("", None))
         text = delta.get(field)
         if type(self._block) is not block_type or index != self._index:
@@ -5168,7 +5168,7 @@ class AnthropicStreamParser(TypedEventParser):
         """See WireFormat."""
         return [Delta(text)]
 
-    def _other_delta(self, delta: Dict[str, Any], text: str, block_type: Any, index: Any) -> List[Any]:
+    def _other_delta(self, delta: Json, text: str, block_type: Any, index: Any) -> List[Any]:
         """A delta of an Opaque block, one that adds no text, or one without its start, which opens what it says."""
         is_open = index == self._index and self._block is not None
         if is_open and isinstance(self._block, dict):
@@ -5183,7 +5183,7 @@ class AnthropicStreamParser(TypedEventParser):
         self.skipped += 1
         return []
 
-    def _add_to_opaque(self, delta: Dict[str, Any]) -> List[Any]:
+    def _add_to_opaque(self, delta: Json) -> List[Any]:
         """`input` comes as JSON text; other deltas name the block's own fields (compaction_delta: content)."""
         if delta.pop("type") == "input_json_delta":
             self._pieces.append(as_text(delta.get("partial_json")))
@@ -5204,7 +5204,7 @@ class AnthropicStreamParser(TypedEventParser):
             block["input"] = arguments_object(text)
         return [Opened(Opaque(_ANTHROPIC, block)), Closed()]
 
-    def _stop(self, data: Dict[str, Any]) -> List[Any]:
+    def _stop(self, data: Json) -> List[Any]:
         events = self._make_way()
         self.done = self._is_ended = True
         reason = self._answer.get("stop_reason")
@@ -5288,7 +5288,7 @@ class AnthropicStreamRenderer:
         out += self._show({**block.value, "input": {}})
         return out + self._delta("input_json_delta", partial_json=arguments_text(given))
 
-    def _show(self, item: Dict[str, Any]) -> bytes:
+    def _show(self, item: Json) -> bytes:
         self._is_shown = True
         return _anthropic_event("content_block_start", index=self._index, content_block=item)
 
@@ -5311,7 +5311,7 @@ class AnthropicStreamRenderer:
     def _delta(self, kind: str, **fields: Any) -> bytes:
         return _anthropic_event("content_block_delta", index=self._index, delta={"type": kind, **fields})
 
-    def _prove(self, bag: Dict[str, Any]) -> bytes:
+    def _prove(self, bag: Json) -> bytes:
         """Deltas for what a block has besides its text."""
         out = b""
         for kind, (field, key, owner) in _ANTHROPIC_PROOFS.items():
@@ -5366,13 +5366,13 @@ _ANTHROPIC_ERROR_TYPES = {
 }  # fmt: skip
 
 # error.details that clients act on, by error code (_refuse_thread): the SDKs send the whole conversation then.
-_ANTHROPIC_DETAILS: Dict[str, Dict[str, Any]] = {
+_ANTHROPIC_DETAILS: Dict[str, Json] = {
     "thread_unsupported_request": {"error_code": "thread_unsupported_request", "unsupported": ["thread"]},
     "thread_not_found": {"error_code": "thread_not_found"},
 }
 
 
-def render_anthropic_error(info: ErrorInfo, request_id: str) -> Dict[str, Any]:
+def render_anthropic_error(info: ErrorInfo, request_id: str) -> Json:
     """anthropic.types.shared.ErrorResponse. The type is the error's own if this format has it, else the one of its
     status (traps 121, 122)."""
     other = _ANTHROPIC_ERROR_TYPES[500 if info.status >= 500 else 400]
@@ -5423,7 +5423,7 @@ class _ResponsesPart(NamedTuple):
     index: str = ""
     frame: str = ""
     holder: str = ""
-    more: Dict[str, Any] = {}
+    more: Json = {}
 
 
 _RESPONSES_PARTS = {
@@ -5460,15 +5460,10 @@ _RESPONSES_CHECKED: Dict[str, Tuple[type, ...]] = {
 _RESPONSES_SHARED = (
     "metadata service_tier prompt_cache_key prompt_cache_retention prompt_cache_options safety_identifier moderation"
 ).split()
-_RESPONSES_CHOICES = {"auto": "auto", "none": "none", "required": "any"}
 # OpenAI refuses smaller values of max_output_tokens ("Expected a value >= 16") and longer user ids.
 _RESPONSES_MIN_TOKENS = 16
 _RESPONSES_MAX_USER = 64
 
-# Types of parts that are text -> the block, and the field with its text.
-_RESPONSES_WORDS: Dict[str, Tuple[Any, str]] = {
-    **dict.fromkeys(("input_text", "output_text", "text"), (Text, "text")), "refusal": (Refusal, "refusal"),
-}  # fmt: skip
 _RESPONSES_FILES = {
     "txt": "text/plain", "md": "text/markdown", "csv": "text/csv", "html": "text/html", "json": "application/json",
 }  # fmt: skip
@@ -5502,7 +5497,7 @@ RESPONSES_LOSSES = {
 # --- Requests, reading ------------------------------------------------------------------------------------
 
 
-def needs_server_state(body: Dict[str, Any]) -> Optional[str]:
+def needs_server_state(body: Json) -> Optional[str]:
     """Why a Responses request only makes sense where earlier state is kept, as a sentence; None when it needs none."""
     for field in ("previous_response_id", "conversation", "prompt", "background"):
         if body.get(field):
@@ -5521,13 +5516,13 @@ class ItemMemory(BoundedMap):
     AI SDK's, unless told otherwise) send references in place of the items. The oldest give way after `limit` bytes.
     """
 
-    def keep(self, items: Iterable[Dict[str, Any]]) -> None:
+    def keep(self, items: Iterable[Json]) -> None:
         """Remember the items of an answer."""
         for item in items:
             data = dump_json(item)
             self.put(item["id"], data, len(data))
 
-    def resolve(self, body: Dict[str, Any]) -> Optional[Dict[str, Any]]:
+    def resolve(self, body: Json) -> Optional[Json]:
         """The request with what is remembered in place of references to it; None when it has no such reference."""
         source, found = as_list(body.get("input")), {}
         for index, item in enumerate(map(as_dict, source)):
@@ -5537,7 +5532,7 @@ class ItemMemory(BoundedMap):
         return {**body, "input": [found.get(index, item) for index, item in enumerate(source)]} if found else None
 
 
-def parse_responses_request(body: Dict[str, Any]) -> ChatRequest:
+def parse_responses_request(body: Json) -> ChatRequest:
     """A request body of POST /v1/responses (SDK: ResponseCreateParams).
 
     RouterError (400) when it is none, or needs state of its provider: what it refers to would be lost (trap 63).
@@ -5564,12 +5559,12 @@ def parse_responses_request(body: Dict[str, Any]) -> ChatRequest:
     )  # fmt: skip
 
 
-def _responses_type(item: Dict[str, Any]) -> str:
+def _responses_type(item: Json) -> str:
     """The type of an input item: messages and references may leave it out (EasyInputMessage, ItemReference)."""
     return as_text(item.get("type")) or ("message" if "role" in item else "item_reference" if "id" in item else "")
 
 
-def _responses_turns(items: List[Dict[str, Any]], names: Dict[Tuple[str, str], str]) -> List[Message]:
+def _responses_turns(items: List[Json], names: Dict[Tuple[str, str], str]) -> List[Message]:
     """The conversation behind a turn of the instructions in front; items of one role in a row are one turn."""
     turns = [Message("system", [])]
     for index, item in enumerate(items):
@@ -5581,7 +5576,7 @@ def _responses_turns(items: List[Dict[str, Any]], names: Dict[Tuple[str, str], s
     return turns
 
 
-def _responses_turn(item: Dict[str, Any], where: str, names: Dict[Tuple[str, str], str]) -> Tuple[str, List[Any]]:
+def _responses_turn(item: Json, where: str, names: Dict[Tuple[str, str], str]) -> Tuple[str, List[Any]]:
     """(role, blocks) of an item, no blocks for what tools of other providers left."""
     kind, role = _responses_type(item), as_text(item.get("role"))
     if kind == "message":
@@ -5595,38 +5590,31 @@ def _responses_turn(item: Dict[str, Any], where: str, names: Dict[Tuple[str, str
     return "assistant", _responses_blocks(item, names) if is_known else []
 
 
-def _responses_parts(content: Any, where: str, bag: Mapping[str, Any] = {}) -> List[Any]:
-    """Content, a string or parts, as blocks that all keep `bag`."""
-    content = check_field(content, (str, list), where, False) or []
-    parts = [{"type": "input_text", "text": content}] if isinstance(content, str) else content
-    blocks = [_responses_part(as_dict(part)) for part in parts]
-    return [_responses_with(block, bag) for block in blocks if block is not None]
+def _responses_parts(content: Any, where: str) -> List[Any]:
+    """Content of a request, which Chat's reader knows by shape, without what is empty (trap 82) or unknown to it."""
+    if isinstance(content, list):
+        content = [_responses_file(part) if as_dict(part).get("type") == "input_file" else part for part in content]
+    blocks = _chat_parts(content, where)
+    return [block for block in blocks if getattr(block, "text", "-") and not isinstance(block, Opaque)]
 
 
-def _responses_part(part: Dict[str, Any]) -> Any:
-    """One content part as a block, None when it is empty (trap 82) or unknown."""
+def _responses_file(part: Json) -> Json:
+    """A file by URL as if that were its data; bare base64 with the type that its name tells."""
+    data, ending = as_text(part.get("file_data")), as_text(part.get("filename")).rpartition(".")[2].lower()
+    if data and not data.startswith("data:"):
+        data = "data:%s;base64,%s" % (_RESPONSES_FILES.get(ending, "application/pdf"), data)
+    return {**_without(part, "file_url"), "file_data": data or as_text(part.get("file_url"))}
+
+
+def _responses_words(part: Json, bag: Mapping[str, Any]) -> Any:
+    """A part of an answer as a block that keeps `bag`, too; None when it is empty or unknown."""
     kind = as_text(part.get("type"))
-    if kind in _RESPONSES_WORDS:
-        block, field = _RESPONSES_WORDS[kind]
-        text = as_text(part.get(field))
-        return block(text, rest_of(part, ("type", field), _RESPONSES)) if text else None
-    if kind == "input_audio":
-        audio = as_dict(part.get("input_audio"))
-        return Media("audio", "audio/" + (as_text(audio.get("format")) or "wav"), as_text(audio.get("data")))
-    if kind in ("input_image", "image_url", "input_file"):
-        name, image = as_text(part.get("filename")), part.get("image_url")
-        values = (image, as_dict(image).get("url"), part.get("file_url"), part.get("file_data"))
-        url = next(filter(as_text, values), "")
-        if url and url is part.get("file_data") and not url.startswith("data:"):  # bare base64
-            guess = _RESPONSES_FILES.get(name.rsplit(".", 1)[-1].lower(), "application/pdf")
-            url = "data:%s;base64,%s" % (guess, url)
-        if url:
-            extra = rest_of(part, ("type", "image_url", "file_data", "file_url", "filename"), _RESPONSES)
-            return media_of_url("document" if kind == "input_file" else "image", url, name, extra)
-    return None
+    block, field = (Refusal, "refusal") if kind == "refusal" else (Text, "text")
+    text = as_text(part.get(field)) if kind in ("output_text", "input_text", "text", "refusal") else ""
+    return _responses_with(block(text, rest_of(part, ("type", field), _RESPONSES)), bag) if text else None
 
 
-def _responses_kept(item: Dict[str, Any], *fields: str) -> Dict[str, Any]:
+def _responses_kept(item: Json, *fields: str) -> Json:
     return {field: item[field] for field in fields if as_text(item.get(field))}
 
 
@@ -5638,7 +5626,7 @@ def _responses_with(block: Any, bag: Mapping[str, Any]) -> Any:
 
 
 def _responses_blocks(
-    item: Dict[str, Any], names: Dict[Tuple[str, str], str], call_id: str = "", bag: Mapping[str, Any] = {}
+    item: Json, names: Dict[Tuple[str, str], str], call_id: str = "", bag: Mapping[str, Any] = {}
 ) -> List[Any]:
     """The blocks of an item the model made. call_id: for a call without one; bag: what else their own bags keep."""
     kind = as_text(item.get("type"))
@@ -5649,12 +5637,14 @@ def _responses_blocks(
         call = ToolCall(call_id, names.get((space, name), name), arguments, _RESPONSES_CALLS[kind])
         return [_responses_with(call, {**_responses_kept(item, "namespace"), **bag})] if name else []
     if kind == "message":
-        return _responses_parts(as_list(item.get("content")), "", {**_responses_kept(item, "phase"), **bag})
+        bag = {**_responses_kept(item, "phase"), **bag}
+        blocks = [_responses_words(as_dict(part), bag) for part in as_list(item.get("content"))]
+        return [block for block in blocks if block is not None]
     thinking = _responses_thinking(item, bag) if kind == "reasoning" else Thinking("")
     return [thinking if thinking.text else Opaque(_RESPONSES, item)] if kind else []
 
 
-def _responses_thinking(item: Dict[str, Any], bag: Mapping[str, Any]) -> Thinking:
+def _responses_thinking(item: Json, bag: Mapping[str, Any]) -> Thinking:
     """A reasoning item: its summary, else the reasoning itself (open models), and what proves and continues it."""
     kept, text = _responses_kept(item, "encrypted_content"), ""
     for kind in ("summary_text", "reasoning_text"):
@@ -5671,23 +5661,20 @@ def _responses_tools(tools: List[Any]) -> List[Tool]:
     members of a namespace (SDK: NamespaceTool) under flat names, "space__name"."""
     result: List[Tool] = []
     used = {as_text(as_dict(tool).get("name")) for tool in tools}
-    for tool in map(as_dict, tools):
+    for index, tool in enumerate(map(as_dict, tools)):
         kind, space = as_text(tool.get("type")), as_text(tool.get("name"))
         if kind == "namespace":
             for member in _responses_tools(as_list(tool.get("tools"))):
-                bag = {**own_extra(member, _RESPONSES), "namespace": space, "name": member.name}
-                flat = unique_id("%s__%s" % (space, member.name), used)
-                result.append(member._replace(name=flat, extra={_RESPONSES: bag}))
+                extra = {**(member.extra or {}), _RESPONSES: {"namespace": space, "name": member.name}}
+                result.append(member._replace(name=unique_id("%s__%s" % (space, member.name), used), extra=extra))
         elif kind in ("function", "custom"):
-            tool = {**tool, **as_dict(tool.get(kind))}
-            words, strict = map(as_text, (tool.get("name"), tool.get("description"))), _as_flag(tool.get("strict"))
-            schema = as_dict(tool.get("parameters")) if kind == "function" else None
-            form = rest_of({"format": tool.get("format")}, (), _RESPONSES)
-            result.append(Tool(*words, schema, kind, strict, form))
+            known = (kind, "type", "name", "description", "parameters", "strict", "format")
+            parsed = _chat_tool({key: tool[key] for key in known if key in tool}, "tools[%d]" % index)
+            result.append(parsed._replace(extra=rest_of(own_extra(parsed, _CHAT), (), _RESPONSES)))
     return result
 
 
-def _responses_bags(tools: Iterable[Tool]) -> Dict[str, Dict[str, Any]]:
+def _responses_bags(tools: Iterable[Tool]) -> Dict[str, Json]:
     """What this format keeps of each tool, by name."""
     return {tool.name: own_extra(tool, _RESPONSES) for tool in tools}
 
@@ -5699,28 +5686,23 @@ def _responses_flat_names(tools: Iterable[Tool]) -> Dict[Tuple[str, str], str]:
 
 
 def _responses_choice(choice: Any, tools: List[Tool]) -> Tuple[Optional[ToolChoice], List[Tool]]:
-    """(neutral choice, tools it leaves): allowed_tools hides the others (SDK: ToolChoiceAllowed)."""
-    item, flat = as_dict(choice), _responses_flat_names(tools)
-    kind = as_text(choice) or as_text(item.get("type"))
-    if kind in _RESPONSES_CHOICES:
-        return ToolChoice(_RESPONSES_CHOICES[kind]), tools
-    is_call = kind in ("function", "custom")
-    listed = map(as_dict, [item] if is_call else as_list(item.get("tools")))
-    said = [{**tool, **as_dict(tool.get(kind))} for tool in listed]
-    keys = [(as_text(tool.get("namespace")), as_text(tool.get("name"))) for tool in said]
-    names = [flat.get(key, key[1]) for key in keys]
-    if is_call:
-        return ToolChoice("tool", names[0]), tools
-    if kind != "allowed_tools":
-        return None, tools
-    mode = "any" if item.get("mode") == "required" else "auto"
-    return ToolChoice(mode), [tool for tool in tools if tool.name in names]
+    """(neutral choice, tools it leaves): Chat's reader knows all but the namespaces (SDK: ToolChoiceAllowed)."""
+    flat = _responses_flat_names(tools)
+
+    def named(item: Json) -> Json:
+        name = flat.get((as_text(item.get("namespace")), as_text(item.get("name"))))
+        return {**item, "name": name} if name else item
+
+    if isinstance(choice, dict):
+        choice = {**named(choice), "tools": [named(as_dict(tool)) for tool in as_list(choice.get("tools"))]}
+    mode, allowed = _chat_tool_choice(choice)
+    return mode, [tool for tool in tools if allowed is None or tool.name in allowed]
 
 
 # --- Requests, writing ------------------------------------------------------------------------------------
 
 
-def render_responses_request(request: ChatRequest) -> Dict[str, Any]:
+def render_responses_request(request: ChatRequest) -> Json:
     """The request of a client of another format as a body of POST /v1/responses. Nothing is stored there: the whole
     conversation goes along, item ids do not (trap 65).
 
@@ -5748,12 +5730,12 @@ def render_responses_request(request: ChatRequest) -> Dict[str, Any]:
     return {**_told(body), **{key: chat[key] for key in _RESPONSES_SHARED if key in chat}, "store": False}
 
 
-def _responses_items(messages: Iterable[Message]) -> List[Dict[str, Any]]:
+def _responses_items(messages: Iterable[Message]) -> List[Json]:
     """The items of a conversation: parts in a row are one message, everything else is an item of its own.
 
     A plain text goes as a string, the shape every server takes (SDK: EasyInputMessage).
     """
-    items: List[Dict[str, Any]] = []
+    items: List[Json] = []
     customs: Set[str] = set()  # ids of the calls of custom tools so far
     for role, blocks, _ in messages:
         parts: List[Any] = []
@@ -5774,7 +5756,7 @@ def _responses_items(messages: Iterable[Message]) -> List[Dict[str, Any]]:
     return items
 
 
-def _responses_render_item(block: Any, customs: Set[str]) -> Optional[Dict[str, Any]]:
+def _responses_render_item(block: Any, customs: Set[str]) -> Optional[Json]:
     """The item of one block, None for what the API has no place for: thinking of other providers, foreign blocks."""
     if isinstance(block, ToolCall):
         (customs.add if block.kind == "custom" else customs.discard)(block.id)
@@ -5796,7 +5778,7 @@ def _responses_kind(block: Any) -> str:
     return _RESPONSES_KINDS[block.kind if isinstance(block, ToolCall) else type(block)]
 
 
-def _responses_call(call: ToolCall, bag: Dict[str, Any], arguments: str) -> Dict[str, Any]:
+def _responses_call(call: ToolCall, bag: Json, arguments: str) -> Json:
     """The item of a call; one of a tool from a namespace, which `bag` tells, names both."""
     row = _RESPONSES_PARTS[_responses_kind(call)]
     item = {"type": row.item, "call_id": call.id, "name": call.name, row.field: arguments}
@@ -5812,7 +5794,7 @@ def _responses_render_output(result: ToolResult) -> Any:
     return parts + list(filter(None, rest)) if any(rest) else text
 
 
-def _responses_render_part(block: Any, role: str) -> Optional[Dict[str, Any]]:
+def _responses_render_part(block: Any, role: str) -> Optional[Json]:
     """The content part of one block, None when it is no part but an item."""
     if isinstance(block, Refusal) and role == "assistant":
         return {"type": "refusal", "refusal": block.text}
@@ -5830,9 +5812,9 @@ def _responses_render_part(block: Any, role: str) -> Optional[Dict[str, Any]]:
     return {"type": "input_file", "file_url" if block.url else "file_data": url_of_media(block), **name}
 
 
-def _responses_render_tool(tool: Tool) -> Dict[str, Any]:
+def _responses_render_tool(tool: Tool) -> Json:
     syntax, definition = tool_grammar(tool)
-    form: Dict[str, Any] = {}
+    form: Json = {}
     if tool.kind != "custom":
         # Left out, OpenAI tries strict mode; other formats are not strict unless they say so.
         form = {"parameters": tool.schema or {"type": "object", "properties": {}}, "strict": bool(tool.strict)}
@@ -5848,12 +5830,12 @@ def _responses_render_choice(choice: Optional[ToolChoice], tools: List[Tool]) ->
     return {"type": kinds.get(choice.name, "function"), "name": choice.name}
 
 
-def _responses_format(output: Optional[JsonOutput]) -> Dict[str, Any]:
+def _responses_format(output: Optional[JsonOutput]) -> Json:
     form = _write_chat_output(output) if output is not None else {}
     return {"format": {"type": form["type"], **form.get("json_schema", {})}} if form else {}
 
 
-def _responses_render_reasoning(reasoning: Optional[Reasoning], model: str) -> Optional[Dict[str, Any]]:
+def _responses_render_reasoning(reasoning: Optional[Reasoning], model: str) -> Optional[Json]:
     """`reasoning`: a budget becomes an effort; a client that asked for thinking as such is to see a summary of it."""
     if reasoning is None:
         return None
@@ -5886,7 +5868,7 @@ def parse_responses_usage(value: Any) -> Optional[Usage]:
     return usage if any(usage) else None
 
 
-def parse_responses_response(body: Dict[str, Any], context: Context) -> ChatResponse:
+def parse_responses_response(body: Json, context: Context) -> ChatResponse:
     """A whole answer (SDK: Response): the end of a stream of which nothing else was seen.
 
     RouterError when it is none, or when it tells of a failure.
@@ -5911,7 +5893,7 @@ class _ResponsesItem:
 
     __slots__ = ("block", "ended", "index", "item", "mark", "part", "pieces", "sent", "waiting")
 
-    def __init__(self, index: int, item: Dict[str, Any]) -> None:
+    def __init__(self, index: int, item: Json) -> None:
         self.index, self.item = index, item
         self.block, self.part, self.ended = None, ("", 0), False
         self.mark = self.sent = 0
@@ -5937,7 +5919,7 @@ class ResponsesParser(TypedEventParser):
         self._items: Dict[int, _ResponsesItem] = OrderedDict()
         self._active: Optional[_ResponsesItem] = None
 
-    def take(self, value: Dict[str, Any], kind: str) -> List[Any]:
+    def take(self, value: Json, kind: str) -> List[Any]:
         """The neutral events that an event of a type completes."""
         if kind == "error":
             return self._fail(_responses_error(as_dict(value.get("error")) or value))
@@ -5954,14 +5936,14 @@ class ResponsesParser(TypedEventParser):
         handler(self, value, kind)
         return start + self._flush()
 
-    def _start(self, response: Dict[str, Any]) -> Started:
+    def _start(self, response: Json) -> Started:
         self._is_started = True
         model = as_text(response.get("model")) or self._context.request.model
         return Started(as_text(response.get("id")), model, None, as_int(response.get("created_at")))
 
     # -- what one event says of its item
 
-    def _item(self, value: Dict[str, Any], kind: str = "") -> _ResponsesItem:
+    def _item(self, value: Json, kind: str = "") -> _ResponsesItem:
         """The item an event belongs to; one that was never announced is made up, of type `kind`."""
         index = value.get("output_index")
         if not isinstance(index, int):
@@ -5972,7 +5954,7 @@ class ResponsesParser(TypedEventParser):
             self._items[index] = _ResponsesItem(index, as_dict(value.get("item")) or {"type": kind})
         return self._items[index]
 
-    def _text(self, value: Dict[str, Any], event: str) -> None:
+    def _text(self, value: Json, event: str) -> None:
         kind, item, index, field = _RESPONSES_TEXTS[event]
         text = as_text(value.get(field))
         if text:
@@ -5980,16 +5962,16 @@ class ResponsesParser(TypedEventParser):
             if self._reach(state, kind, as_int(value.get(index))):
                 self._add(state, text, field != "delta")
 
-    def _item_added(self, value: Dict[str, Any], event: str) -> None:
+    def _item_added(self, value: Json, event: str) -> None:
         state, item = self._item(value), as_dict(value.get("item"))
         state.item = item or state.item
         kind = as_text(state.item.get("type"))
         if kind in _RESPONSES_CALLS and self._reach(state, kind, 0) and state.block is None:
             self._open(state)
 
-    def _part_done(self, value: Dict[str, Any], event: str) -> None:
+    def _part_done(self, value: Json, event: str) -> None:
         """A content part is complete: message parts end here, with their annotations."""
-        block, state = _responses_part(as_dict(value.get("part"))), self._item(value, "message")
+        block, state = _responses_words(as_dict(value.get("part")), {}), self._item(value, "message")
         kind = _RESPONSES_KINDS.get(type(block), "")
         if kind and self._reach(state, kind, as_int(value.get("content_index"))):
             self._settle(state, block)
@@ -6054,7 +6036,7 @@ class ResponsesParser(TypedEventParser):
             state.block, state.pieces, state.mark, state.part = None, [], 0, ("", state.part[1] + 1)
             state.sent += 1
 
-    def _blocks(self, state: _ResponsesItem, item: Dict[str, Any]) -> List[Any]:
+    def _blocks(self, state: _ResponsesItem, item: Json) -> List[Any]:
         """The blocks of an item; they keep its id, unless the router made it, and its phase."""
         tail = "_%s_%d" % (self._context.id, state.index)
         is_ours = as_text(item.get("id")).endswith(tail)
@@ -6063,7 +6045,7 @@ class ResponsesParser(TypedEventParser):
             return [_responses_thinking(item, bag)]
         return _responses_blocks(item, self._names, "call" + tail, bag)
 
-    def _end(self, state: _ResponsesItem, item: Dict[str, Any]) -> None:
+    def _end(self, state: _ResponsesItem, item: Json) -> None:
         """The item is complete and reads `item`, or as far as it came when that is empty."""
         if not state.ended:
             item = item or state.item
@@ -6098,7 +6080,7 @@ class ResponsesParser(TypedEventParser):
 
     # -- the end
 
-    def _terminate(self, status: str, response: Dict[str, Any]) -> List[Any]:
+    def _terminate(self, status: str, response: Json) -> List[Any]:
         self.usage = parse_responses_usage(response.get("usage"))
         status = response["status"] if response.get("status") in ("failed", "cancelled", "incomplete") else status
         if status in ("failed", "cancelled"):
@@ -6111,7 +6093,7 @@ class ResponsesParser(TypedEventParser):
         self.done = self._is_ended = True
         return [*self._flush(), Finished(stop, "", self.usage)]
 
-    def _catch_up(self, output: List[Dict[str, Any]]) -> None:
+    def _catch_up(self, output: List[Json]) -> None:
         """What the snapshot has and no event brought: everything, the ends of items, or calls nobody announced."""
         seen = [self._items[index] for index in sorted(self._items)]
         for state, item in zip(seen, output if len(output) == len(seen) else [{}] * len(seen)):
@@ -6135,7 +6117,7 @@ _RESPONSES_INCOMPLETE = {
 }
 
 
-def render_responses_usage(usage: Optional[Usage]) -> Dict[str, Any]:
+def render_responses_usage(usage: Optional[Usage]) -> Json:
     """`usage` with all its details, which the SDKs and the AI SDK demand; zeros when nothing is known."""
     usage = usage or Usage()
     total = usage.input + usage.cache_read + usage.cache_write
@@ -6145,7 +6127,7 @@ def render_responses_usage(usage: Optional[Usage]) -> Dict[str, Any]:
     return {**value, "input_tokens_details": cached, "output_tokens_details": thought}
 
 
-def render_responses_response(response: ChatResponse, context: Context) -> Dict[str, Any]:
+def render_responses_response(response: ChatResponse, context: Context) -> Json:
     """A whole answer as the body of POST /v1/responses: the snapshot that ends its stream."""
     renderer = ResponsesRenderer(context)
     for event in unfold(response):
@@ -6155,7 +6137,7 @@ def render_responses_response(response: ChatResponse, context: Context) -> Dict[
 
 # What an answer repeats of its request, and what it says where that says nothing. The SDK's Response demands tools,
 # tool_choice and parallel_tool_calls.
-_RESPONSES_ECHO: Dict[str, Any] = {
+_RESPONSES_ECHO: Json = {
     "background": False, "parallel_tool_calls": True, "truncation": "disabled", "top_logprobs": 0,
     "metadata": {}, "reasoning": {"effort": None, "summary": None}, "text": {"format": {"type": "text"}},
     "service_tier": "default", "tool_choice": "auto", "tools": [],
@@ -6164,7 +6146,7 @@ _RESPONSES_ECHO: Dict[str, Any] = {
 }  # fmt: skip
 
 
-def _responses_snapshot(request: ChatRequest, id: str, created: int, model: str) -> Dict[str, Any]:
+def _responses_snapshot(request: ChatRequest, id: str, created: int, model: str) -> Json:
     """A Response (SDK) in progress, which repeats its request."""
     said = _told((request.fields or {}).get(_RESPONSES) or {})
     echo = {
@@ -6187,14 +6169,14 @@ class ResponsesRenderer:
     def __init__(self, context: Context) -> None:
         self._context = context
         self._tools = _responses_bags(context.request.tools)
-        self.snapshot: Dict[str, Any] = {}
+        self.snapshot: Json = {}
         self._sequence = 0
-        self._items: List[Dict[str, Any]] = []
-        self._item: Dict[str, Any] = {}  # the open item, empty when there is none
+        self._items: List[Json] = []
+        self._item: Json = {}  # the open item, empty when there is none
         self._block: Any = None
         self._kind = ""  # of the open block's part, "" until it has something to show
         self._place: Dict[str, int] = {}
-        self._bag: Dict[str, Any] = {}
+        self._bag: Json = {}
         self._pieces: List[str] = []
         self._head = self._middle = b""
         self._refused = False
@@ -6257,9 +6239,9 @@ class ResponsesRenderer:
         self._middle = b",%s," % dump_json(where)[1:-1] + b'"delta":'
         return out
 
-    def _new_item(self, row: _ResponsesPart) -> Dict[str, Any]:
+    def _new_item(self, row: _ResponsesPart) -> Json:
         tail, bag = "_%s_%d" % (self._context.id, len(self._items) + bool(self._item)), self._bag
-        item: Dict[str, Any] = {"id": bag.get("id") or row.prefix + tail, "type": row.item, "status": "in_progress"}
+        item: Json = {"id": bag.get("id") or row.prefix + tail, "type": row.item, "status": "in_progress"}
         if row.item == "message":
             return {**item, "role": "assistant", "content": [], **_responses_kept(bag, "phase")}
         if row.item == "reasoning":
@@ -6267,12 +6249,12 @@ class ResponsesRenderer:
         call = _responses_call(self._block, {**bag, **self._tools.get(self._block.name, {})}, "")
         return {**item, **call, "call_id": call["call_id"] or "call" + tail}
 
-    def _next_item(self, item: Dict[str, Any]) -> bytes:
+    def _next_item(self, item: Json) -> bytes:
         out = self._end_item()
         self._item, self._place = item, {}
         return out + self._event("response.output_item.added", output_index=len(self._items), item=item)
 
-    def _part(self, text: str) -> Dict[str, Any]:
+    def _part(self, text: str) -> Json:
         part = {"type": self._kind, _RESPONSES_PARTS[self._kind].field: text}
         if self._kind == "output_text":
             part.update((key, as_list(self._bag.get(key))) for key in ("annotations", "logprobs"))
@@ -6334,7 +6316,7 @@ class ResponsesRenderer:
         out = self._start(Started("", ""))
         return out + self._conclude("failed", {"status": "failed", "error": _responses_failure(event.error)})
 
-    def _conclude(self, status: str, told: Dict[str, Any], **more: Any) -> bytes:
+    def _conclude(self, status: str, told: Json, **more: Any) -> bytes:
         self.snapshot.update(told, output=self._items, **more)
         return self._event("response." + status, response=self.snapshot)
 
@@ -6349,13 +6331,13 @@ class ResponsesRenderer:
 _RESPONSES_STATUS_CODES = {**dict.fromkeys((400, 413, 422), "invalid_prompt"), 429: "rate_limit_exceeded"}
 
 
-def _responses_error(error: Dict[str, Any], status: str = "failed") -> ErrorInfo:
+def _responses_error(error: Json, status: str = "failed") -> ErrorInfo:
     """The error of a `response.failed` or `error` event (SDK: ResponseError, ResponseErrorEvent)."""
     message = as_text(error.get("message")) or "the upstream ended its answer with the status %s" % status
     return read_error(200, {**error, "message": message}, 400 if "image" in as_text(error.get("code")) else 500)
 
 
-def _responses_failure(info: ErrorInfo) -> Dict[str, Any]:
+def _responses_failure(info: ErrorInfo) -> Json:
     """`error` of a failed Response: a code that clients know, else that of the status; Codex retries unknown ones."""
     known = info.code in ERROR_STATUSES or "image" in info.code
     code = info.code if known else _RESPONSES_STATUS_CODES.get(info.status, "server_error")

@@ -926,7 +926,7 @@ def test_parts_become_media():
     ]
     blocks = parse_responses_request({"input": [{"role": "user", "content": parts}]}).messages[0].blocks
     assert blocks == [
-        Media("image", url="https://x/y.png", extra={"responses": {"detail": "high"}}),
+        Media("image", url="https://x/y.png", extra={"openai": {"detail": "high"}}),
         Media("document", "application/pdf", "QUJD", name="a.pdf"),
         Media("document", url="https://x/a.pdf"),
         Media("audio", "audio/mp3", "QUJD"),
