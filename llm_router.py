@@ -4666,12 +4666,9 @@ def _as_flag(value: Any) -> Optional[bool]:
     return value if isinstance(value, bool) else None
 
 
-_ANTHROPIC_ROLES = {"user": "user", "assistant": "assistant", "system": "system", "developer": "system"}
-
-
 def _anthropic_message(item: Any, path: str) -> Message:
     """One message. Role system occurs in mid-conversation (SystemMessageParam, Claude Code; trap 73)."""
-    role = _ANTHROPIC_ROLES.get(as_text(check_field(item, (dict,), path).get("role")))
+    role = _CHAT_ROLES.get(as_text(check_field(item, (dict,), path).get("role")))
     if role is None:
         raise field_error(path + ".role", "Input should be 'user', 'assistant' or 'system'")
     content = check_field(item.get("content"), (str, list), path + ".content")
@@ -5578,11 +5575,11 @@ def _responses_turns(items: List[Json], names: Dict[Tuple[str, str], str]) -> Li
 
 def _responses_turn(item: Json, where: str, names: Dict[Tuple[str, str], str]) -> Tuple[str, List[Any]]:
     """(role, blocks) of an item, no blocks for what tools of other providers left."""
-    kind, role = _responses_type(item), as_text(item.get("role"))
+    kind, role = _responses_type(item), _CHAT_ROLES.get(as_text(item.get("role")))
     if kind == "message":
-        if role not in ("user", "assistant", "system", "developer"):
+        if role is None:
             raise field_error(where + ".role", "expected user, assistant, system or developer")
-        return "system" if role == "developer" else role, _responses_parts(item.get("content"), where + ".content")
+        return role, _responses_parts(item.get("content"), where + ".content")
     if kind in _RESPONSES_RESULTS:
         call_id = as_text(item.get("call_id")) or as_text(item.get("id"))
         return "user", [ToolResult(call_id, _responses_parts(item.get("output"), where + ".output"))]
@@ -5665,8 +5662,9 @@ def _responses_tools(tools: List[Any]) -> List[Tool]:
         kind, space = as_text(tool.get("type")), as_text(tool.get("name"))
         if kind == "namespace":
             for member in _responses_tools(as_list(tool.get("tools"))):
-                extra = {**(member.extra or {}), _RESPONSES: {"namespace": space, "name": member.name}}
-                result.append(member._replace(name=unique_id("%s__%s" % (space, member.name), used), extra=extra))
+                bag = {**own_extra(member, _RESPONSES), "namespace": space, "name": member.name}
+                flat = unique_id("%s__%s" % (space, member.name), used)
+                result.append(member._replace(name=flat, extra={_RESPONSES: bag}))
         elif kind in ("function", "custom"):
             known = (kind, "type", "name", "description", "parameters", "strict", "format")
             parsed = _chat_tool({key: tool[key] for key in known if key in tool}, "tools[%d]" % index)
@@ -5891,12 +5889,13 @@ class _ResponsesItem:
     sent: blocks closed so far. waiting: events held back while a block of another item is open.
     """
 
-    __slots__ = ("block", "ended", "index", "item", "mark", "part", "pieces", "sent", "waiting")
+    block: Any = None
+    part = ("", 0)
+    mark = sent = 0
+    ended = False
 
     def __init__(self, index: int, item: Json) -> None:
         self.index, self.item = index, item
-        self.block, self.part, self.ended = None, ("", 0), False
-        self.mark = self.sent = 0
         self.pieces: List[str] = []
         self.waiting: List[Any] = []
 
@@ -6217,7 +6216,7 @@ class ResponsesRenderer:
         self._block, self._kind, self._pieces, self._bag = block, "", [], {}
         if isinstance(block, Opaque):  # an item as it came; those of other formats are nothing a client knows
             self._block = None
-            return self._next_item(block.value) if block.wire == _RESPONSES else b""
+            return self._next_item({**block.value}) if block.wire == _RESPONSES else b""
         self._bag = dict(own_extra(block, _RESPONSES))
         out, given = self._begin() if isinstance(block, ToolCall) else b"", block_text(block)
         return out + (self.render(Delta(given)) if given else b"")
@@ -6321,8 +6320,7 @@ class ResponsesRenderer:
         return self._event("response." + status, response=self.snapshot)
 
     _HANDLERS: Dict[type, Callable[..., bytes]] = {
-        Started: _start, Opened: _open, Closed: _close, Finished: _finish, Failed: _fail,
-        Extended: _extend,
+        Started: _start, Opened: _open, Extended: _extend, Closed: _close, Finished: _finish, Failed: _fail,
     }  # fmt: skip
 
 
