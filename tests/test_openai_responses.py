@@ -964,6 +964,14 @@ def test_allowed_tools_hide_the_others():
     assert request.tool_choice == ToolChoice("any") and [tool.name for tool in request.tools] == ["look"]
 
 
+def test_a_custom_tool_of_a_namespace_keeps_its_grammar_and_leaves_nothing_else_in_the_function():
+    """trap 60"""
+    request = parse_responses_request({"input": "x", "tools": [{**NAMESPACE, "tools": [PATCH_TOOL]}]})
+    (tool,) = router.render_request(request, "openai")["tools"]
+    assert set(tool) == {"type", "function"} and tool["function"]["name"] == "team__apply_patch"
+    assert "start: LINE" in tool["function"]["description"]
+
+
 def test_namespaced_names_stay_unique():
     clash = {**FUNCTION, "name": "team__spawn"}
     names = [tool.name for tool in parse_responses_request({"input": "x", "tools": [clash, NAMESPACE]}).tools]
