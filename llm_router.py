@@ -6821,17 +6821,27 @@ _ODD_IN_SCHEMA = re.compile(
 )
 
 
-def plain_schema(schema: Any) -> Any:
+# Keywords whose value maps names to schemas, and those that hold a schema or a list of them.
+_SCHEMA_MAPS = ("properties", "patternProperties", "$defs", "definitions")
+_SCHEMA_PLACES = ("items", "prefixItems", "anyOf", "oneOf", "allOf", "not")
+
+
+def plain_schema(schema: Any, place: str = "items") -> Any:
     """A JSON schema in the words that strict upstreams take (traps 91 to 93): without odd formats, patterns and notes,
-    `const` as `enum`. A property may bear any such name: its value is no string."""
+    `const` as `enum`, and `true` and `false` as the objects that mean them, which Moonshot and Gemini demand
+    (can1357/oh-my-pi#5604, #5980). A property may bear any such name: its value is no string. place: where it stands.
+    """
+    if isinstance(schema, bool) and place in _SCHEMA_PLACES:
+        return {} if schema else {"not": {}}
     if isinstance(schema, list):
-        return [plain_schema(one) for one in schema]
+        return [plain_schema(one, place) for one in schema]
     if not isinstance(schema, dict):
         return schema
+    is_map = place in _SCHEMA_MAPS
     words = {k: one for k, one in schema.items() if not (isinstance(one, str) and _ODD_IN_SCHEMA.match(k + ": " + one))}
-    if "const" in words and not isinstance(words["const"], dict):
+    if "const" in words and not is_map:
         words["enum"] = [words.pop("const")]
-    return {key: plain_schema(one) for key, one in words.items()}
+    return {key: plain_schema(one, "items" if is_map else key) for key, one in words.items()}
 
 
 def _tools_of(body: Json) -> List[Json]:

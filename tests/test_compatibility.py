@@ -141,8 +141,15 @@ SCHEMAS = [
     ({"type": "string", "format": "uri"}, {"type": "string"}),
     ({"type": "string", "format": "date-time"}, {"type": "string", "format": "date-time"}),
     ({"$schema": "x", "const": 1}, {"enum": [1]}),
-    ({"properties": {"no": False, "const": {"const": 2}, "pattern": {}}}, {"properties": {"no": False, "const": {"enum": [2]}, "pattern": {}}}),
-    ({"items": {"anyOf": [{"$id": "a", "type": "null"}, False]}}, {"items": {"anyOf": [{"type": "null"}, False]}}),
+    ({"properties": {"const": {"const": 2}, "pattern": {}}}, {"properties": {"const": {"enum": [2]}, "pattern": {}}}),
+    ({"const": {"a": 1}}, {"enum": [{"a": 1}]}),
+    ({"items": {"anyOf": [{"$id": "a", "type": "null"}, False]}}, {"items": {"anyOf": [{"type": "null"}, {"not": {}}]}}),
+    ({"properties": {"no": False, "any": True, "const": True}}, {"properties": {"no": {"not": {}}, "any": {}, "const": {}}}),
+    ({"$defs": {"items": True}, "items": {"properties": {"properties": True}}},
+     {"$defs": {"items": {}}, "items": {"properties": {"properties": {}}}}),
+    ({"additionalProperties": False, "uniqueItems": True, "default": True, "enum": [True]},
+     {"additionalProperties": False, "uniqueItems": True, "default": True, "enum": [True]}),
+    ({"type": ["string", "null"]}, {"type": ["string", "null"]}),
 ]
 
 
