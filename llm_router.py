@@ -5552,7 +5552,8 @@ def parse_responses_request(body: Json) -> ChatRequest:
         output=_read_output(as_dict(text.get("format")), text.get("format"), "text.format"),
         reasoning=Reasoning(as_text(reasoning.get("effort"))) if reasoning is not None else None,
         user=as_text(body.get("user")) or as_text(body.get("safety_identifier")),
-        fields={_RESPONSES: body}, **{name: said[field] for field, name in _RESPONSES_FIELDS.items()},
+        fields={_RESPONSES: _without(body, "input")},
+        **{name: said[field] for field, name in _RESPONSES_FIELDS.items()},
     )  # fmt: skip
 
 
