@@ -170,8 +170,11 @@ class Value:
 
     def __init__(self, *values: Any, **named: Any) -> None:
         names = self.__slots__
-        left_out = zip(names[len(names) - len(self.defaults) :], self.defaults)
-        for name, value in (*left_out, *zip(names, values), *named.items()):
+        pairs: Iterable[Tuple[str, Any]] = zip(names, values)
+        if named or len(values) < len(names):
+            left_out = zip(names[len(names) - len(self.defaults) :], self.defaults)
+            pairs = (*left_out, *pairs, *named.items())
+        for name, value in pairs:
             setattr(self, name, value)
 
     def _fields(self) -> Tuple[Any, ...]:
@@ -7176,8 +7179,7 @@ def check_access(access: Access, endpoint: Endpoint, method: str, headers: Heade
     The Host rule keeps out DNS rebinding (CVE-2024-28224), the Origin rule any web page the user happens to
     have open (claude-code-router GHSA-8hmm-4crw-vm2c): both come before anything is read or sent.
     """
-    told = {name: value for name, value in reversed(headers) if name in _TELLING_HEADERS}
-    host, origin = told.get("host", ""), told.get("origin", "")
+    host, origin = header(headers, "host"), header(headers, "origin")
     caller = find_caller(access, headers)
     if not access.required:
         caller = caller or ""
@@ -7188,16 +7190,13 @@ def check_access(access: Access, endpoint: Endpoint, method: str, headers: Heade
         if origin and not _origin_may_pass(access, origin, host):
             words = "requests from the web origin %s are refused; add it to corsOrigins to allow them"
             raise RouterError(words % one_line(origin, 80), 403, "origin_not_allowed")
-        if not origin and method == "POST" and told.get("sec-fetch-site") == "cross-site":
+        if not origin and method == "POST" and header(headers, "sec-fetch-site") == "cross-site":
             words = "cross-site requests from a browser are refused; see corsOrigins"
             raise RouterError(words, 403, "origin_not_allowed")
     is_open = endpoint.is_open and method in _READ or method == "OPTIONS"  # a browser's preflight carries no key
     if caller is None and not is_open:
         raise RouterError("missing or wrong API key", 401, "invalid_api_key")
     return caller
-
-
-_TELLING_HEADERS = frozenset(("host", "origin", "sec-fetch-site"))
 
 
 def _is_own_host(access: Access, host: str) -> bool:
