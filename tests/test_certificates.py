@@ -28,8 +28,12 @@ unique_subject = no
 commonName = supplied
 [here]
 subjectAltName = IP:127.0.0.1,DNS:localhost
+subjectKeyIdentifier = hash
+authorityKeyIdentifier = keyid
 [elsewhere]
 subjectAltName = DNS:other.example
+subjectKeyIdentifier = hash
+authorityKeyIdentifier = keyid
 """
 # fault -> names, first and last day, words of the error; "" is none
 FAULTS = {
@@ -53,7 +57,8 @@ def certificates(tmp_path_factory):
         done = subprocess.run(["openssl", *line.split()], cwd=str(folder), capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
 
-    openssl("req -x509 %s -days 2 -subj /CN=authority -keyout authority.key -out authority.pem" % new_key)
+    signs = "-addext keyUsage=critical,keyCertSign"  # Python 3.13 and later insist on it
+    openssl("req -x509 %s %s -days 2 -subj /CN=authority -keyout authority.key -out authority.pem" % (new_key, signs))
     openssl("req -new %s -subj /CN=localhost -keyout key.pem -out request.pem" % new_key)
     openssl("req -x509 -key key.pem -days 2 -subj /CN=localhost -addext subjectAltName=IP:127.0.0.1 -out selfsigned.pem")
     for fault, (names, first, last, _) in FAULTS.items():
