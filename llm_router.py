@@ -4075,12 +4075,9 @@ class _Slot:
         """Whether nothing can follow in it once another block began: of a call, when its arguments are an object."""
         if type(self.block) is not ToolCall:
             return True
-        if not self.is_open or not self.pieces or not self.pieces[-1].rstrip().endswith("}"):
-            return False
-        try:
-            return self.block.kind == "function" and type(_JSON_DECODER.decode("".join(self.pieces))) is dict
-        except (ValueError, RecursionError):
-            return False
+        may_end = self.is_open and self.pieces and self.pieces[-1].rstrip().endswith("}")
+        text = "".join(self.pieces) if may_end and self.block.kind == "function" else ""
+        return bool(text) and arguments_object(text) != {RAW_ARGUMENTS: text}
 
 
 class ChatStreamParser:
@@ -4101,7 +4098,6 @@ class ChatStreamParser:
         self._out: List[Any] = []
         self._slots: List[_Slot] = []
         self._active = 0  # the slot that streams; those before it are closed
-        self._flowing: Any = None  # type of the block whose text may go out at once: open, and the last one
         self._types: Set[type] = set()  # of all blocks opened so far
         self._calls: Dict[Any, _Slot] = {}  # by index, by id, and the last one
         self._ids: Set[str] = set()
@@ -4160,7 +4156,8 @@ class ChatStreamParser:
         """See WireFormat."""
         if self._flowing is not ToolCall:
             return [Delta(text)]
-        self._add_arguments(self._slots[-1], text)
+        self._slots[-1].add_arguments(text)
+        self._advance()
         return self._take()
 
     def _only_text(self, delta: Json) -> str:
@@ -4241,9 +4238,14 @@ class ChatStreamParser:
 
     # -- blocks
 
+    @property
+    def _flowing(self) -> Any:
+        """The type of the open block, when no other waits behind it: its text may go out at once."""
+        slot = self._slots[-1] if self._active + 1 == len(self._slots) else None
+        return type(slot.block) if slot and slot.is_open else None
+
     def _add_slot(self, block: Any) -> _Slot:
         self._slots.append(_Slot(block))
-        self._flowing = None
         return self._slots[-1]
 
     def _advance(self, is_end: bool = False) -> None:
@@ -4268,7 +4270,6 @@ class ChatStreamParser:
                 self._out.append(Delta(text))
                 slot.waiting.clear()
             if not is_end and (is_last or not slot.is_complete()):
-                self._flowing = kind if slot.is_open and is_last else None
                 return
             if slot.is_open:
                 self._out.append(Closed())
@@ -4276,14 +4277,10 @@ class ChatStreamParser:
             self._active += 1
 
     def _add_text(self, kind: type, text: Any) -> None:
-        if not text or type(text) is not str:
-            return
-        if self._flowing is kind:
-            self._out.append(Delta(text))
-            return
-        slot = self._slots[-1] if self._slots and type(self._slots[-1].block) is kind else self._add_slot(kind(""))
-        slot.waiting.append(text)
-        self._advance()
+        if text and type(text) is str:
+            slot = self._slots[-1] if self._slots and type(self._slots[-1].block) is kind else self._add_slot(kind(""))
+            slot.waiting.append(text)
+            self._advance()
 
     def _read_delta(self, delta: Json) -> None:
         """A delta's or message's parts. Reasoning that comes under several names is read once."""
@@ -4367,14 +4364,7 @@ class ChatStreamParser:
                 if not call.name:  # in every chunk, at some servers: the first counts (trap 39)
                     call.name, call.kind = name, kind
                 call.extra = rest_of({**own_extra(call, _CHAT), **entry}, _CHAT_CALL_KEYS, _CHAT)
-            self._add_arguments(slot, text)
-
-    def _add_arguments(self, slot: _Slot, text: str) -> None:
-        slot.add_arguments(text)
-        if slot.is_open and slot is self._slots[-1]:
-            self._out.extend(map(Delta, slot.waiting))
-            slot.waiting.clear()
-        else:
+            slot.add_arguments(text)
             self._advance()
 
     def _find_call(self, entry: Json, name: str, text: str, touched: List[_Slot]) -> _Slot:
