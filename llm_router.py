@@ -1004,7 +1004,7 @@ class _Scan:
             self._warn("version", "is of a newer version", "check the other warnings: unknown keys have no effect")
         config = _made(Config, values)._replace(
             master_key=self._read_variable_value("LLM_ROUTER_MASTER_KEY") or values.get("master_key", ""),
-            aliases=values.get("model_aliases", {}),
+            aliases={name: refs for name, refs in values.get("model_aliases", {}).items() if refs},
             allowed_hosts=tuple(map(str.lower, values.get("allowed_hosts", ()))),
         )
         self._check_references(ModelIndex(config.providers, config.aliases))

@@ -580,6 +580,13 @@ def test_an_alias_cannot_lead_to_an_alias_but_a_fallback_can():
     assert r.find_problems(document) == []
 
 
+@pytest.mark.parametrize("targets", [[], 5, [7]])
+def test_an_alias_that_leads_to_no_model_is_no_name_for_one(targets):
+    document = dict(changed(defaultModel="fast"), modelAliases={"fast": targets})
+    assert r.scan_config(document, {})[0].aliases == {}
+    assert problems_at(document, "defaultModel", "error")
+
+
 def test_a_provider_with_a_star_takes_any_model():
     document = changed(providers__1__models=["*"], defaultModel="anthropic/whatever/it-is")
     assert r.find_problems(document) == []
