@@ -9262,7 +9262,8 @@ def _edit_field(menu: Menu, item: Tuple[Any, ...]) -> Menu:
     field, value = item
 
     def put(menu: Menu, value: Any) -> Menu:
-        new = _apply(menu, set_field, menu.front.place, field.key, None if value in ("", []) else value)
+        is_none = value in ("", []) and field.kind != "[model]"  # an empty list of models is told as one
+        new = _apply(menu, set_field, menu.front.place, field.key, None if is_none else value)
         return _swap(new, at=new.front.at + new.front.is_draft)  # a new provider's form goes on to its next field
 
     return _EDITORS.get(field.kind, _edit_text)(menu, field, value, put)
