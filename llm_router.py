@@ -17065,15 +17065,15 @@ def _run_with_router(agent: Agent, argv: Sequence[str], given: Given) -> int:
     flags = {"port": 0, **{name: given.flags[name] for name in ("config", "port") if name in given.flags}}
     options = read_start_options(Given(given.environ, flags))
     pid, base = start_detached(["--%s=%s" % entry for entry in flags.items()], os.path.expanduser(LOG_PATH))
-    instance = find_instance(state_path(), "", int(base.rpartition(":")[2]))
+    port = int(base.rpartition(":")[2])
     try:
         facts = agent_facts(base, "", options.config, given.flags)
-        return _run_as_guest(agent, argv, instance, facts, given.environ)
+        return _run_as_guest(agent, argv, find_instance(state_path(), "", port), facts, given.environ)
     finally:
         if given.keep:
             _warn(["the router stays: pid %d, %s; llm-router stop ends it" % (pid, base)])
         else:
-            ask_instance(instance, "stop/2", "POST")
+            ask_instance(find_instance(state_path(), "", port), "stop/2", "POST")
 
 
 def run_env(given: Given) -> int:
