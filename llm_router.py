@@ -11487,12 +11487,50 @@ class Connection:
             self._reply.end(error)
 
 
+class Deadlines:
+    """Callbacks by moment, nearly all of which are called off again. One timer serves them all, since a timer of the
+    loop's own for each read would cost more than the read."""
+
+    def __init__(self, loop: Any) -> None:
+        self._loop = loop
+        self._moments: Dict[Callable[[], None], float] = {}
+        self._timer: Any = None
+        self._next = math.inf
+
+    def set(self, callback: Callable[[], None], moment: float) -> None:
+        """Call `callback` at `moment` of the loop's clock, unless it is called off."""
+        self._moments[callback] = moment
+        if moment < self._next:
+            self.close()
+            self._next, self._timer = moment, self._loop.call_at(moment, self._ring)
+
+    def call_off(self, callback: Callable[[], None]) -> None:
+        """Forget a callback."""
+        self._moments.pop(callback, None)
+
+    def close(self) -> None:
+        """Ring no more."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._next = math.inf
+
+    def _ring(self) -> None:
+        now, self._next = self._loop.time(), math.inf
+        for callback in [callback for callback, moment in self._moments.items() if moment <= now]:
+            self.call_off(callback)
+            callback()
+        if self._moments:
+            self.set(*min(self._moments.items(), key=lambda pair: pair[1]))
+
+
 class Reply:
     """An upstream's answer as it arrives: the head first, then the body, pulled with `read` or pushed with `pipe`."""
 
-    def __init__(self, loop: Any, connection: Connection, max_body_bytes: int) -> None:
+    def __init__(self, loop: Any, connection: Connection, max_body_bytes: int, deadlines: Deadlines) -> None:
         self._loop = loop
         self._connection = connection
+        self._deadlines = deadlines
+        self._late = ("", 0.0)
         self._parser = ResponseParser()
         self._max_body_bytes = max_body_bytes
         self._inflater: Any = None
@@ -11648,16 +11686,18 @@ class Reply:
         """Wait for a change. UpstreamError when that is an error, or none comes in time."""
         if self._error is not None:  # a fresh one: the one that is kept would keep the frames, and they the request
             raise UpstreamError(self._error.message, self._error.label, self._error.is_timeout)
-        timer = None if timeout_s is None else self._loop.call_later(timeout_s, self._time_out, timeout_s, what)
         self._waiter = self._loop.create_future()
+        if timeout_s is not None:
+            self._late = (what, timeout_s)
+            self._deadlines.set(self._time_out, self._loop.time() + timeout_s)
         try:
             await self._waiter
         finally:
             self._waiter = None
-            if timer is not None:
-                timer.cancel()
+            self._deadlines.call_off(self._time_out)
 
-    def _time_out(self, timeout_s: float, what: str) -> None:
+    def _time_out(self) -> None:
+        what, timeout_s = self._late
         self.end(UpstreamError("no sign of %s within %g s" % (what, round(timeout_s, 3)), "timeout", True))
 
 
@@ -11671,13 +11711,14 @@ class Upstreams:
         self._dialer = Dialer(loop, settings.dial_threads, settings.dial_threads_per_upstream, self._dialled)
         self._idle: Dict[UpstreamKey, List[Connection]] = {}
         self._waiting: Dict[UpstreamKey, OrderedDict[Any, None]] = {}
+        self._deadlines = Deadlines(loop)
         self._sweeper: Any = None
 
     async def send(self, outbound: Outbound) -> Reply:
         """Send one request and wait for the head of its answer. UpstreamError when there is none."""
         while True:
             connection = self._take_idle(outbound.target) or await self._connect(outbound)
-            reply = Reply(self._loop, connection, self._settings.max_answer_bytes)
+            reply = Reply(self._loop, connection, self._settings.max_answer_bytes, self._deadlines)
             path, headers = connection.prefix + outbound.path, outbound.headers + connection.proxy_headers
             connection.start(render_upstream_request(outbound.method, path, headers, outbound.body), reply)
             try:
@@ -11693,6 +11734,7 @@ class Upstreams:
     def close(self) -> None:
         """Drop every kept connection and let the threads end."""
         self._sweep(math.inf)
+        self._deadlines.close()
         self._dialer.close()
 
     def _take_idle(self, target: Target) -> Optional[Connection]:
@@ -11808,30 +11850,26 @@ class Sink:
     """Where the gateway puts the answer to one request (see GATEWAY for what each method means)."""
 
     def __init__(self, connection: ClientConnection, head: HttpRequest) -> None:
-        self.is_open = False
-        self.ended = False
+        self.is_open = self.ended = False
         self.farewell: Optional[Callable[[], bytes]] = None
         self._connection = connection
         self._head = head
         self._chunked = head.version >= (1, 1)
         self._ping = sse_comment()
         self._timer: Any = None
-        self._every_s = 0.0
+        self._every_s = self._sent_at = 0.0
         self._early_headers: Headers = []
-        self._sent_at = 0.0
 
     async def respond(self, status: int, headers: Headers, body: bytes) -> None:
         """Send a whole answer; that a key was wrong is said the later the more often it happens."""
-        self._stop_timer()
         connection = self._connection
         if status == 401 and offered_keys(self._head.headers):  # who shows none does not guess
             await connection.server.delay_refusal(connection)
+        self._end()
         keep_alive = connection.may_keep_alive(self._head)
         connection.closes = not keep_alive
         bare, date = self._head.method == "HEAD", connection.server.date()
-        data = render_response(status, headers, body, head_only=bare, keep_alive=keep_alive, date=date)
-        self.ended = True
-        connection.send(data)
+        connection.send(render_response(status, headers, body, head_only=bare, keep_alive=keep_alive, date=date))
         await connection.drain()
 
     def keep_alive(self, at: float, every_ms: int, head: Headers) -> None:
@@ -11847,12 +11885,13 @@ class Sink:
             self._send_head(headers)
         self._ping = ping
 
-    def write(self, data: bytes) -> None:
-        """Send a piece of the stream."""
-        if data:
-            if self._timer is not None:
-                self._sent_at = self._connection.loop.time()
-            self._connection.send(encode_chunk(data) if self._chunked else data)
+    def write(self, data: bytes) -> bool:
+        """Send a piece of the stream; whether the client is behind with reading."""
+        if not data:
+            return False
+        connection = self._connection
+        self._sent_at = connection.loop.time()
+        return connection.send(encode_chunk(data) if self._chunked else data)
 
     async def relay(self, reply: Reply, processor: Any, idle_ms: int, left_s: Optional[float]) -> str:
         """Pump a reply through `processor` to the client until it ends; returns "end" or the label of what broke it."""
@@ -11861,21 +11900,16 @@ class Sink:
 
     async def finish(self) -> None:
         """The stream is complete: send its last chunk."""
-        self._stop_timer()
-        self.ended = True
-        connection = self._connection
-        connection.closes = connection.closes or not self._chunked
+        self._end()
         if self._chunked:
-            connection.send(LAST_CHUNK)
-        await connection.drain()
+            self._connection.send(LAST_CHUNK)
+        await self._connection.drain()
 
     def cut(self) -> None:
         """End the connection without the last chunk, after what was written: the client sees that the answer broke
         off."""
-        self._stop_timer()
-        self.ended = True
-        self._connection.closes = True
-        self._connection.was_cut = True
+        self._end()
+        self._connection.closes = self._connection.was_cut = True
 
     def probe(self) -> None:
         """Send something harmless, so that a client that is gone answers with a reset."""
@@ -11890,30 +11924,29 @@ class Sink:
             self.write(self.farewell())
             self.cut()
 
-    def _stop_timer(self) -> None:
+    def _end(self) -> None:
+        self.ended = True
         if self._timer is not None:
             self._timer.cancel()
-            self._timer = None
 
     def _send_head(self, headers: Headers) -> None:
         self.is_open = True
         connection = self._connection
-        keep_alive = self._chunked and connection.may_keep_alive(self._head)
-        connection.closes = not keep_alive
+        connection.closes = not (self._chunked and connection.may_keep_alive(self._head))
         framing = [("transfer-encoding", "chunked")] if self._chunked else []
-        fixed = framing + [("date", connection.server.date()), ("connection", "keep-alive" if keep_alive else "close")]
-        connection.send(render_head(200, headers + fixed))
+        lasts = ("connection", "close" if connection.closes else "keep-alive")
+        connection.send(render_head(200, [*headers, *framing, ("date", connection.server.date()), lasts]))
 
     def _tick(self) -> None:
         if self.ended or self._connection.is_gone():
             return
         loop = self._connection.loop
         if loop.time() - self._sent_at >= self._every_s - 0.001:
+            self._sent_at = loop.time()
             if not self.is_open:
                 self._send_head(self._early_headers)
             if not self._connection.is_blocked():
                 self.write(self._ping)
-            self._sent_at = loop.time()
         self._timer = loop.call_at(self._sent_at + self._every_s, self._tick)
 
 
@@ -11922,6 +11955,8 @@ class _Relay:
     coroutine per chunk; the coroutine only handles what is rare: a client that reads slowly, silence, the end."""
 
     def __init__(self, sink: Sink, connection: ClientConnection, reply: Reply, processor: Any, idle_s: float) -> None:
+        import asyncio
+
         self._sink = sink
         self._connection = connection
         self._reply = reply
@@ -11929,9 +11964,8 @@ class _Relay:
         self._idle_s = idle_s
         self._loop = connection.loop
         self._end = ""
-        self._waiter: Any = None
+        self._is_needed = asyncio.Event()
         self._timers: Dict[str, Any] = {}
-        self._lingers = False
 
     async def run(self, left_s: Optional[float]) -> str:
         """Relay until the end; the label of how it ended. ClientGoneError when the client left."""
@@ -11942,13 +11976,13 @@ class _Relay:
             self._watch_idle()
         self._reply.pipe(self._on_data, self._stop)
         try:
-            while not self._end:
-                self._waiter = self._loop.create_future()
-                await self._waiter
-                if self._connection.is_blocked() and not self._end:
-                    await self._connection.drain()
-                    self._reply.last_byte_at = self._loop.time()
-                    self._reply.resume()
+            await self._is_needed.wait()
+            while not self._end:  # the client reads slowly
+                self._is_needed.clear()
+                await self._connection.drain()
+                self._reply.last_byte_at = self._loop.time()
+                self._reply.resume()
+                await self._is_needed.wait()
         finally:
             for timer in self._timers.values():  # or each would hold this stream's memory until it rings
                 timer.cancel()
@@ -11962,29 +11996,22 @@ class _Relay:
             return
         processor = self._processor
         out = processor.feed(data)
-        if out:
-            try:
-                self._sink.write(out)
-            except ClientGoneError:
-                self._stop("client_gone")
-                return
-            if self._connection.is_blocked():
+        try:
+            if out and self._sink.write(out):
                 self._reply.pause()
-                self._wake()
+                self._is_needed.set()
+        except ClientGoneError:
+            self._stop("client_gone")
+            return
         if processor.failed is not None:
             self._stop("failed")
-        elif processor.done and not self._lingers:
-            self._lingers = True  # the answer is complete; what follows is at most accounting
+        elif processor.done and "linger" not in self._timers:
+            # The answer is complete; what follows is at most accounting.
             self._timers["linger"] = self._loop.call_later(_LINGER_S, self._stop, "end")
 
     def _stop(self, label: str) -> None:
-        if not self._end:
-            self._end = label
-            self._wake()
-
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+        self._end = self._end or label
+        self._is_needed.set()
 
     def _watch_idle(self) -> None:
         if self._end:
@@ -12060,11 +12087,13 @@ class ClientConnection:
         ends = self._reader.at_eof() and not self._parser.has_more
         return head.keep_alive and may_go_on and not self.server.draining and not ends
 
-    def send(self, data: bytes) -> None:
-        """Hand bytes to the transport."""
-        if self.is_gone():
+    def send(self, data: bytes) -> bool:
+        """Hand bytes to the transport; whether the client is behind with reading. ClientGoneError."""
+        transport = self._transport
+        if transport.is_closing():
             raise ClientGoneError
-        self._transport.write(data)
+        transport.write(data)
+        return bool(transport.get_write_buffer_size() > _HIGH_WATER_BYTES)
 
     def is_gone(self) -> bool:
         """Whether nothing can be sent any more."""
@@ -12953,6 +12982,7 @@ def _open_ledger(path: str) -> Any:
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = NORMAL")  # whole after a crash of the program, as after a power cut
         connection.execute("PRAGMA journal_size_limit = 4000000")
+        connection.execute("PRAGMA cache_size = -256")  # KB; SQLite would fill 2 MB as the file grows
     except BaseException:
         connection.close()
         raise

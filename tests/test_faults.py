@@ -1,6 +1,7 @@
 """What goes wrong around a running router, on real sockets: no descriptors left, upstreams that freeze, thousands of
 connections, guesses, bombs. Moderate by default; LLM_ROUTER_TEST_LOAD=1 runs the figures of the acceptance."""
 
+import asyncio
 import contextlib
 import http.client
 import json
@@ -13,6 +14,7 @@ import sys
 import threading
 import time
 
+import bench
 import pytest
 
 import fake_upstream as fake
@@ -207,3 +209,42 @@ def test_a_full_disk_takes_the_state_file_and_the_ledger_but_no_request(kind, tm
         finally:
             assert running.stop() == 0
         assert "Traceback" not in "\n".join(running.log()) and not list(home.glob("*.tmp"))
+
+
+def test_three_hundred_whole_answers_that_take_long_delay_no_other_request_and_hold_no_threads(router, upstream):
+    """No thread waits for a model: all are asked at once, others are served meanwhile, then all are answered."""
+    ready, alive = threading.Event(), fake.json_answer(200, fake.chat_whole("alive"))
+    upstream.handler = lambda call: fake.gated(alive, ready) if b"slowly" in call.body else alive
+    running = router(config_of(provider(upstream)), "--max-connections-per-peer=0")
+    slow = json.dumps(ask("openai", "fake-model", text="Answer slowly.")).encode()
+    request = b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: %d\r\n\r\n" % len(slow)
+    with contextlib.ExitStack() as stack:
+        clients = idle_connections(running, stack, 300)
+        for client in clients:
+            client.sendall(request + slow)
+        until(lambda: len(upstream.calls) == 300, 30)
+        for _ in range(5):
+            assert running.post(PATHS["openai"], ask("openai", "fake-model"), timeout=5).status == 200
+        if os.path.isdir("/proc/self/task"):
+            assert len(os.listdir("/proc/%d/task" % running.process.pid)) <= 64
+        ready.set()
+        for client in clients:
+            assert client.recv(1000).startswith(b"HTTP/1.1 200 ")
+
+
+@pytest.mark.skipif(not LOAD, reason="LLM_ROUTER_TEST_LOAD=1 sends 25,000 requests")
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="this needs /proc")
+def test_twenty_thousand_requests_leave_no_memory_behind(router):
+    """1 MB at most: the ledger's cache is bounded, nothing else grows."""
+    upstream, port = bench.start([sys.executable, bench.__file__, "--upstream"])
+    try:
+        running = router(config_of(provider("http://127.0.0.1:%s" % port, models=("bench",))))
+        request = bench.request_bytes(PATHS["openai"], 1000, False)
+        asyncio.run(bench.ask_often(running.port, request, 5000))
+        before = bench.memory_mb(running.process.pid, "VmRSS")
+        asyncio.run(bench.ask_often(running.port, request, 20_000))
+        assert bench.memory_mb(running.process.pid, "VmRSS") - before <= 1
+    finally:
+        upstream.terminate()
+        upstream.wait()
+        upstream.stdout.close()

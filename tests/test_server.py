@@ -384,6 +384,17 @@ def test_too_many_connections_and_too_many_bytes_are_refused_at_once(router, ups
     )
 
 
+def test_bodies_that_are_too_many_together_are_refused_until_one_of_them_is_gone(router, upstream):
+    """The budget is everybody's: a body that is still on its way counts as far as it has come."""
+    running = router(config_of(provider(upstream)), "--max-inflight-bytes=100000")
+    with connect(running) as held:
+        held.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 90000\r\n\r\n")
+        held.sendall(b" " * 80_000)
+        until(lambda: post(running, "openai", text="x" * 50_000).status == 503)
+        assert post(running, "openai", text="x" * 5000).status == 200
+    until(lambda: post(running, "openai", text="x" * 50_000).status == 200)
+
+
 # --- who may call ---
 
 
