@@ -7220,18 +7220,23 @@ def cors_headers(access: Access, headers: Headers) -> Headers:
 
 class JsonObject(NamedTuple):
     """A JSON object from outside. spans: the place of every top-level value in its text, `text[start:end]`, where the
-    text is known."""
+    text is known; data: the text as bytes."""
 
     value: Dict[str, Any]
     spans: Mapping[str, Tuple[int, int]] = {}
     text: str = ""
+    data: bytes = b""
 
 
 # Up to a member's value, whose key is the group; behind the last one.
 _MEMBER = r'[ \t\n\r]*%s[ \t\n\r]*"([^"\\\x00-\x1f]*(?:\\.[^"\\\x00-\x1f]*)*)"[ \t\n\r]*:[ \t\n\r]*'
 _FIRST_MEMBER, _NEXT_MEMBER = re.compile(_MEMBER % "{"), re.compile(_MEMBER % ",")
 _OBJECT_END = re.compile(r"[ \t\n\r]*}[ \t\n\r]*")
+_FIRST_ITEM = re.compile(r"\[[ \t\n\r]*(?![ \t\n\r\]])")
+_NEXT_ITEM = re.compile(r"[ \t\n\r]*,[ \t\n\r]*")
+_NO_MORE_ITEMS = re.compile(r"[ \t\n\r]*\]")
 _JSON_SCAN = _JSON_DECODER.scan_once  # type: ignore[attr-defined]
+LARGE_BODY_BYTES = 4 << 20  # from here on a host reads a body where it holds up nobody
 
 
 def read_json_object(data: bytes) -> JsonObject:
@@ -7242,7 +7247,7 @@ def read_json_object(data: bytes) -> JsonObject:
     """
     try:
         text = _decoded(data)
-        return JsonObject(*_scan_object(text), text)
+        return JsonObject(*_scan_object(text), text, data[3:] if data.startswith(b"\xef\xbb\xbf") else data)
     except (ValueError, RecursionError, StopIteration):
         value = load_json(data, "request body")
     if not isinstance(value, dict):
@@ -7250,9 +7255,26 @@ def read_json_object(data: bytes) -> JsonObject:
     return JsonObject(value)
 
 
+def _scan_value(text: str, start: int) -> Tuple[Any, int]:
+    """The value at `start` and its end. An array item by item: one call into C for all of it lets no thread run."""
+    mark = _FIRST_ITEM.match(text, start)
+    if mark is None:
+        return _JSON_SCAN(text, start)  # type: ignore[no-any-return]
+    items, end = [], start
+    while mark is not None:
+        item, end = _JSON_SCAN(text, mark.end())
+        items.append(item)
+        mark = _NEXT_ITEM.match(text, end)
+    close = _NO_MORE_ITEMS.match(text, end)
+    if close is None:
+        raise ValueError("the array is not closed")
+    return items, close.end()
+
+
 def _scan_object(text: str) -> Tuple[Dict[str, Any], Dict[str, Tuple[int, int]]]:
     value: Dict[str, Any] = {}
     spans: Dict[str, Tuple[int, int]] = {}
+    scan = _JSON_SCAN if len(text) < LARGE_BODY_BYTES else _scan_value
     end, member = 0, _FIRST_MEMBER.match(text)
     while member is not None:
         key, start = member.group(1), member.end()
@@ -7260,7 +7282,7 @@ def _scan_object(text: str) -> Tuple[Dict[str, Any], Dict[str, Tuple[int, int]]]
             key = _JSON_SCAN('"%s"' % key, 0)[0]
         if key in value:
             raise ValueError("a key stands twice")
-        value[key], end = _JSON_SCAN(text, start)
+        value[key], end = scan(text, start)
         spans[key] = start, end
         member = _NEXT_MEMBER.match(text, end)
     if not value or _OBJECT_END.fullmatch(text, end) is None:
@@ -7273,8 +7295,10 @@ def replace_field(body: JsonObject, name: str, value: Any) -> bytes:
     span = body.spans.get(name)
     if span is None:
         return dump_json(dict(body.value, **{name: value}))
-    text = body.text[: span[0]] + _JSON_ENCODER.encode(value) + body.text[span[1] :]
-    return text.encode("utf-8", "surrogatepass")
+    start = len(body.text[: span[0]].encode())
+    end = start + len(body.text[span[0] : span[1]].encode())
+    new = _JSON_ENCODER.encode(value).encode("utf-8", "surrogatepass")
+    return b"".join((body.data[:start], new, memoryview(body.data)[end:]))
 
 
 _ANTHROPIC_FIELDS = ("system", "thinking", "stop_sequences", "top_k")
@@ -9868,7 +9892,7 @@ def answer_keys(menu: Menu, answer: str) -> Tuple[Menu, List[str]]:
 # The gateway is handed a host and, per request, a client; it touches nothing else.
 #
 # host:   now() -> monotonic seconds; wall() -> Unix seconds; jitter() -> 0..1; new_id() -> str
-#         await sleep(seconds)
+#         await sleep(seconds); await aside(work, *arguments) -> what `work` returns, computed where nobody waits for it
 #         await send(outbound) -> reply: status, headers, await read(timeout_s) -> bytes (b"" at the exact end),
 #             close(); send and read raise UpstreamError
 #         record(trail): the request has ended; failed(error): an error of the router's own
@@ -10063,7 +10087,9 @@ class Gateway:
         return 200, {"name": "llm-router", **more}
 
     async def _post(self, endpoint: Endpoint, call: Call, client: Any, trail: Trail, cors: Headers) -> None:
-        inbound = read_inbound(endpoint, call.headers, await call.read_body())
+        read = endpoint, call.headers, await call.read_body()
+        is_large = len(read[-1]) >= LARGE_BODY_BYTES
+        inbound = await self.host.aside(read_inbound, *read) if is_large else read_inbound(*read)
         resolved = self.items.resolve(inbound.body.value) if inbound.wire == "responses" else None
         if resolved is not None:
             inbound = inbound._replace(body=JsonObject(resolved))
@@ -12291,11 +12317,8 @@ _PORT_TRIES = 10
 
 
 def open_listeners(host: str, port: int) -> List[Any]:
-    """A bound socket for every address that `host` has on this machine, all with one port (0: a free one). OSError
-    when the port is taken at one of them, or when there is none.
-
-    With the protocol spelt out, for asyncio sets TCP_NODELAY on connections of such listeners only.
-    """
+    """A listening socket for every address that `host` has on this machine, all with one port (0: a free one). OSError
+    when the port is taken at one of them, or when there is none."""
     import errno
     import socket
 
@@ -12305,7 +12328,8 @@ def open_listeners(host: str, port: int) -> List[Any]:
         sockets: List[Any] = []
         try:
             for family, place in places:
-                _open_listener(sockets, family, place)
+                shared = sockets[0].getsockname()[1] if sockets else port
+                sockets += _listen_at(family, (place[0], shared, *place[2:]))
         except OSError as error:
             for sock in sockets:
                 sock.close()
@@ -12317,29 +12341,17 @@ def open_listeners(host: str, port: int) -> List[Any]:
     raise OSError(errno.EADDRNOTAVAIL, "no address of %s is one of this machine" % one_line(host, 80))
 
 
-def _open_listener(sockets: List[Any], family: int, place: Tuple[Any, ...]) -> None:
-    """Append a socket bound to `place`; nothing when this machine has no such address."""
+def _listen_at(family: int, place: Tuple[Any, ...]) -> List[Any]:
+    """One socket, or none where this machine has no such address or a kernel without IPv6. OSError."""
     import errno
-    import os
     import socket
 
-    if not place[1] and sockets:
-        place = (place[0], sockets[0].getsockname()[1], *place[2:])
     try:
-        sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    except OSError:  # a kernel without IPv6
-        return
-    sockets.append(sock)
-    try:
-        if os.name == "posix":  # elsewhere it would let two programs share a port
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        sock.bind(place)
+        return [socket.create_server(place, family=family, backlog=_BACKLOG)]
     except OSError as error:
-        if error.errno != errno.EADDRNOTAVAIL:
+        if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
             raise
-        sockets.pop().close()
+    return []
 
 
 class Server:
@@ -12374,7 +12386,6 @@ class Server:
         self._listeners = open_listeners(host, port)
         for listener in self._listeners:
             listener.setblocking(False)
-            listener.listen(_BACKLOG)
             self._watch(listener)
         self._ticker = self.loop.call_later(_TICK_S, self._tick)
         self.port = int(self._listeners[0].getsockname()[1])
@@ -13181,6 +13192,10 @@ class WorkerHost:
 
         await asyncio.sleep(seconds)
 
+    async def aside(self, work: Callable[..., Any], *arguments: Any) -> Any:
+        """Work at once: an isolate has no other thread."""
+        return work(*arguments)
+
     async def send(self, outbound: Outbound) -> WorkerReply:
         """Send one request and wait for the head of its answer. UpstreamError when there is none."""
         import js  # type: ignore[import-not-found]
@@ -13580,6 +13595,12 @@ class LocalHost:
 
         await asyncio.sleep(seconds)
 
+    async def aside(self, work: Callable[..., Any], *arguments: Any) -> Any:
+        """Work in a thread; the loop goes on wherever `work` returns to Python now and then."""
+        import asyncio
+
+        return await asyncio.get_running_loop().run_in_executor(None, work, *arguments)
+
     def record(self, trail: Trail) -> None:
         """A request has ended: remember its trail, count it, write its line."""
         self.counters.count(trail, self.known)
@@ -13890,22 +13911,23 @@ class Router:
 def show_health(ref: str, book: Any, now: float) -> Dict[str, Any]:
     """A candidate's state in words and seconds: ok, cooling, open (its circuit) or half-open."""
     health, provider = book.read(ref), book.read(ref.partition("/")[0] + "/")
-    cooling_s = max(health.cooldown_until, provider.cooldown_until) - now
-    open_s = health.circuit_until - now
-    state = "open" if health.circuit_until and open_s > 0 else "half-open" if health.circuit_until else "ok"
-    if cooling_s > max(open_s, 0):
-        state = "cooling"
-    reason = provider.reason if provider.cooldown_until > max(health.cooldown_until, now) else health.reason
-    left_s = max(cooling_s, open_s, 0.0) if state in ("cooling", "open") else 0.0
-    return {"model": ref, "state": state, "left_s": round(left_s, 1), "reason": reason, "failures": health.failures}
+    rows = [
+        (health.circuit_until, "open", health.reason),
+        (health.cooldown_until, "cooling", health.reason),
+        (provider.cooldown_until, "cooling", provider.reason),
+    ]
+    until, state, reason = max(rows, key=lambda row: row[0])
+    if until <= now:
+        state, reason = "half-open" if health.circuit_until else "ok", health.reason
+    left_s = round(max(until - now, 0.0), 1)
+    return {"model": ref, "state": state, "left_s": left_s, "reason": reason, "failures": health.failures}
 
 
 def changed_providers(old: Config, new: Config) -> List[str]:
     """The ids of providers whose URL, key or auth differ: what was learned of their health is void."""
+    from operator import attrgetter
 
-    def identity(provider: Provider) -> Tuple[Any, ...]:
-        return provider.base_urls, provider.api_key, provider.auths, provider.headers, provider.enabled
-
+    identity = attrgetter("base_urls", "api_key", "auths", "headers", "enabled")
     before = {provider.id: identity(provider) for provider in old.providers}
     after = {provider.id: identity(provider) for provider in new.providers}
     return [id for id in dict.fromkeys(list(before) + list(after)) if before.get(id) != after.get(id)]
@@ -14059,7 +14081,7 @@ async def _listen(server: Server, options: StartOptions) -> int:
     try:
         return await server.listen(options.host, options.port)
     except OSError as error:
-        reason = one_line(error.strerror or str(error), 160)
+        reason = one_line((error.strerror or str(error)).partition(" (while ")[0], 160)  # the address is told anyway
         if error.errno == errno.EADDRINUSE:
             own = [one for one in read_instances(state_path()) if one.port == options.port]
             reason = "the port is in use" + (_own_instance_hint(own[0]) if own else _holder_hint(options.port))

@@ -742,3 +742,23 @@ def test_only_so_many_guessing_peers_are_remembered():
     for number in range(5000):
         strikes.add("peer%d" % number, 0.0)
     assert len(strikes._strikes) == R.Strikes.MAX_PEERS
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_large_body_is_read_item_by_item_as_the_same_value(seed, monkeypatch):
+    monkeypatch.setattr(R, "LARGE_BODY_BYTES", 0)
+    rng = random.Random(seed)
+    arrays = ["[]", "[ ]", "[1]", ' [ "a" , [ ], {"b": [2, [3]]} ]', "[null,true]", "[[1],[2]]"]
+    for _ in range(200):
+        text = '{"model": "m", "a": %s, "b": %s}' % (rng.choice(arrays), written(rng, {"x": [make_value(rng)]}))
+        try:
+            data = text.encode()
+        except UnicodeEncodeError:
+            continue
+        body = R.read_json_object(data)
+        assert body.value == json.loads(text)
+        assert body.spans.keys() == body.value.keys()
+        assert R.replace_field(body, "model", "n") == data.replace(b'"m"', b'"n"', 1)
+    for wrong in ('{"a":[}', '{"a":[1,]}', '{"a":[1 2]}', '{"a":[1', '{"a":[,1]}', '{"a":[NaN]}', '{"a":["]}'):
+        with pytest.raises(R.RouterError):
+            R.read_json_object(wrong.encode())

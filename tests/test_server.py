@@ -395,6 +395,18 @@ def test_bodies_that_are_too_many_together_are_refused_until_one_of_them_is_gone
     until(lambda: post(running, "openai", text="x" * 50_000).status == 200)
 
 
+def test_a_large_body_is_served_whole_and_refused_like_a_small_one(router, upstream):
+    """It is read in a thread, item by item."""
+    running = router(config_of(provider(upstream)))
+    messages = [{"role": "user", "content": "w\u00f6rd " * 1000} for _ in range(800)]
+    reply = post(running, "openai", messages=messages)
+    assert reply.status == 200
+    assert upstream.calls[-1].json["messages"] == messages
+    wrong = running.post(PATHS["openai"], b'{"messages": [' + b" " * 5_000_000 + b"}")
+    assert (wrong.status, wrong.json["error"]["code"]) == (400, "invalid_json")
+    assert running.get("/health").status == 200
+
+
 # --- who may call ---
 
 
