@@ -170,11 +170,12 @@ class Value:
 
     def __init__(self, *values: Any, **named: Any) -> None:
         names = self.__slots__
-        pairs: Iterable[Tuple[str, Any]] = zip(names, values)
-        if named or len(values) < len(names):
-            left_out = zip(names[len(names) - len(self.defaults) :], self.defaults)
-            pairs = (*left_out, *pairs, *named.items())
-        for name, value in pairs:
+        if named:
+            named = {**dict(zip(names[::-1], self.defaults[::-1])), **named}
+            values += tuple(named[name] for name in names[len(values) :])
+        elif len(values) < len(names):
+            values += self.defaults[len(values) - len(names) :]
+        for name, value in zip(names, values):
             setattr(self, name, value)
 
     def _fields(self) -> Tuple[Any, ...]:
@@ -182,7 +183,7 @@ class Value:
 
     def _replace(self, **changes: Any) -> Any:
         """A copy with some fields changed, as of a NamedTuple."""
-        return type(self)(*self._fields(), **changes)
+        return type(self)(*(changes[name] if name in changes else getattr(self, name) for name in self.__slots__))
 
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other) and self._fields() == other._fields()  # type: ignore[attr-defined]
@@ -2751,8 +2752,13 @@ Extra = Optional[Dict[str, Json]]
 
 
 class _Words(Value):
+    """The most frequent values by far, hence with a constructor of their own."""
+
     __slots__ = ("text", "extra")
-    defaults = (None,)
+
+    def __init__(self, text: str, extra: Extra = None) -> None:
+        self.text = text
+        self.extra = extra
 
 
 class Text(_Words):
@@ -4705,9 +4711,9 @@ def _anthropic_part(item: Json) -> Any:
     row = _ANTHROPIC_BY_KIND.get(as_text(item.get("type")))
     if row is None:
         return Opaque(_ANTHROPIC, item)
-    said = {**item, "input": arguments_text(item.get("input") or {})}
-    values = {attribute: as_text(said.get(name)) for name, attribute in row.fields.items()}
-    return row.block(**values, extra=rest_of(item, ("type", *row.fields), _ANTHROPIC))
+    said = (item.get(name) if name != "input" else arguments_text(item.get(name) or {}) for name in row.fields)
+    block, extra = row.block(*map(as_text, said)), rest_of(item, ("type", *row.fields), _ANTHROPIC)
+    return block._replace(extra=extra) if extra else block
 
 
 def _anthropic_block(item: Any, path: str) -> Any:
@@ -14197,14 +14203,32 @@ def start_detached(flags: Sequence[str], log_path: str) -> Tuple[int, str]:
     windows = sys.platform == "win32"
     how: Dict[str, Any] = {"creationflags": 0x208} if windows else {"start_new_session": True}  # detached, own group
     argv = [sys.executable, os.path.abspath(__file__), "start", *flags]
-    with log:
-        child = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, **how)  # noqa: S603  this file
+    release = _hold_signals()
+    if not windows:
+        how["preexec_fn"] = release  # or the child could not be ended
     try:
-        return child.pid, _wait_for_start(child, log_path, began)
-    except BaseException:
-        if child.poll() is None:  # interrupted, or it does not listen in time: nobody would know of it
-            child.terminate()
-        raise
+        with log:
+            child = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, **how)  # noqa: S603  this file
+        try:
+            release()
+            return child.pid, _wait_for_start(child, log_path, began)
+        except BaseException:
+            if child.poll() is None:  # interrupted, or it does not listen in time: nobody would know of it
+                child.terminate()
+            raise
+    finally:
+        release()
+
+
+def _hold_signals() -> Callable[[], Any]:
+    """Keep what would interrupt us waiting until the function that is returned is called, here or in a child: an
+    interrupt inside Popen would leave a child behind that nobody knows. Windows has nothing to do that with."""
+    import signal
+
+    if not hasattr(signal, "pthread_sigmask"):
+        return lambda: None
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
+    return lambda: signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _wait_for_start(child: Any, log_path: str, began: int) -> str:

@@ -172,6 +172,25 @@ def test_an_interrupted_start_leaves_no_router_behind(home, number):
     assert until(lambda: "no llm-router is running" in home.run("status").stderr)
 
 
+@pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="signals cannot be held back here")
+def test_an_interrupt_while_a_router_is_being_started_does_not_part_us_from_it(home, monkeypatch):
+    children = []
+
+    class Interrupted(subprocess.Popen):
+        def __init__(self, *args, **how):
+            super().__init__(*args, **how)
+            children.append(self)
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(subprocess, "Popen", Interrupted)
+    for name, value in home.env.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(KeyboardInterrupt):
+        r.start_detached(["--port=0"], str(home.folder / "log"))
+    assert children[0].wait(20) == -signal.SIGTERM
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
 def test_a_running_router_whose_configuration_this_shell_cannot_read_is_reached_all_the_same(home):
     assert home.run("start --detach --port=0 --watch-config=false").returncode == 0
     (home.folder / ".llm-router.json").write_text("{broken")
