@@ -6,8 +6,11 @@ Reads answers by itself, without llm_router, so that a mistake of the router can
 import contextlib
 import json
 import time
+from pathlib import Path
 
 from running_router import config_of
+
+STAYS_OUT = "not in this program: "  # how the place of a row begins that needs no test
 
 WIRES = ("openai", "anthropic", "responses")
 PATHS = {"openai": "/v1/chat/completions", "anthropic": "/v1/messages", "responses": "/v1/responses"}
@@ -255,3 +258,13 @@ class Pair:
         self.clear()
         yield self
         self.clear()
+
+
+def assert_tested(rows, size):
+    """`rows` are numbered from 1 to `size`, each with a place that exists: FILE::TEST, a FILE as a whole, or STAYS_OUT."""
+    assert sorted(rows) == list(range(1, size + 1))
+    for place in rows.values():
+        name, _, test = place.partition("::")
+        if not place.startswith(STAYS_OUT):
+            text = (Path(__file__).parent / name).read_text(encoding="utf-8")
+            assert not test or "def %s(" % test in text, place
