@@ -1243,9 +1243,9 @@ def provider_entries(path: str, value: Any) -> List[Tuple[str, Any]]:
     return [(_join(path, key), raw if raw.get("id") else dict(raw, id=key)) for key, raw in value.items()]
 
 
-def _is_off(raw: Any, kind: str = "model") -> bool:
+def _is_off(raw: Any) -> bool:
     """Whether an entry, a provider or a model, is disabled."""
-    return _flag_of(get_field(as_dict(raw), kind, "enabled")) is False
+    return _flag_of(get_field(as_dict(raw), "model", "enabled")) is False
 
 
 def _formats_of(values: Json) -> Tuple[Tuple[str, ...], str]:
@@ -1494,9 +1494,9 @@ def upsert_provider(document: Json, change: ProviderChange) -> Edit:
     models: the list becomes the given one; models that were there keep their objects, disabled ones stay.
     """
     new, providers = _open(document)
-    is_new = change.id.lower() not in [_id_of(entry, "provider").lower() for entry in providers]
+    is_new = change.id.lower() not in [_id_of(entry).lower() for entry in providers]
     provider = _new_provider(change) if is_new else _find_provider(providers, change.id)
-    notes = ["%s provider %s" % ("added" if is_new else "changed", _id_of(provider, "provider"))]
+    notes = ["%s provider %s" % ("added" if is_new else "changed", _id_of(provider))]
     for field in _CHANGEABLE:
         value = getattr(change, _snake(field.key))
         if field.key == "models":
@@ -1517,7 +1517,7 @@ def add_provider(document: Json, provider: Json, default: str = "") -> Edit:
     """Add a provider as it would stand in the file; `default` becomes the default model when there is none."""
     new, providers = _open(document)
     providers.append(_copy(provider))
-    return _finish(document, new, ["added provider " + _id_of(provider, "provider"), *_default_to(new, default)])
+    return _finish(document, new, ["added provider " + _id_of(provider), *_default_to(new, default)])
 
 
 def _default_to(document: Json, model: str) -> List[str]:
@@ -1533,7 +1533,7 @@ def remove_provider(document: Json, provider_id: str) -> Edit:
     new, providers = _open(document)
     provider = _find_provider(providers, provider_id)
     providers.remove(provider)
-    return _finish(document, new, ["removed provider " + _id_of(provider, "provider")], True)
+    return _finish(document, new, ["removed provider " + _id_of(provider)], True)
 
 
 def remove_model(document: Json, provider_id: str, model: str) -> Edit:
@@ -1681,16 +1681,17 @@ def _put(raw: Json, kind: str, key: str, value: Any) -> None:
         raw[key] = value
 
 
-def _id_of(entry: Any, kind: str) -> str:
-    return entry if isinstance(entry, str) else as_text(get_field(as_dict(entry), kind, "id"))
+def _id_of(entry: Any) -> str:
+    """The id of a provider or model, which may be a plain name."""
+    return entry if isinstance(entry, str) else as_text(get_field(as_dict(entry), "model", "id"))
 
 
 def _find_provider(providers: Sequence[Any], provider_id: str) -> Json:
     """The provider of that id, any case. UsageError when there is none."""
     for entry in providers:
-        if isinstance(entry, dict) and _id_of(entry, "provider").lower() == provider_id.lower():
+        if isinstance(entry, dict) and _id_of(entry).lower() == provider_id.lower():
             return entry
-    near = _did_you_mean(provider_id, [_id_of(entry, "provider") for entry in providers])
+    near = _did_you_mean(provider_id, [_id_of(entry) for entry in providers])
     raise UsageError("there is no provider %s%s" % (one_line(provider_id, 80), near))
 
 
@@ -1711,10 +1712,10 @@ def _open_model(document: Json, provider_id: str, model: str) -> Tuple[Json, Lis
         names.append(model.partition("/")[2])
     _put(provider, "provider", "models", models)
     for name, (i, entry) in ((name, found) for name in names for found in enumerate(models)):
-        if name in (_id_of(entry, "model"), *as_list(get_field(as_dict(entry), "model", "aliases"))):
+        if name in (_id_of(entry), *as_list(get_field(as_dict(entry), "model", "aliases"))):
             models[i] = as_dict(entry) or {"id": entry}
-            return new, models, models[i], "%s/%s" % (_id_of(provider, "provider"), _id_of(entry, "model"))
-    near = _did_you_mean(model, [_id_of(entry, "model") for entry in models])
+            return new, models, models[i], "%s/%s" % (_id_of(provider), _id_of(entry))
+    near = _did_you_mean(model, [_id_of(entry) for entry in models])
     raise UsageError("%s has no model %s%s" % (provider_id, one_line(model, 80), near))
 
 
@@ -1757,11 +1758,11 @@ def _merge_into(provider: Json, key: str, entries: Json) -> None:
 def _put_models(provider: Json, names: Sequence[str]) -> List[str]:
     """Make `names` the provider's models; what became of the old ones."""
     names, old = list(dict.fromkeys(names)), _models_of(provider)
-    by_id = {_id_of(entry, "model"): entry for entry in reversed(old)}
-    gone = [entry for entry in old if _id_of(entry, "model") not in names]
-    disabled = [entry for entry in gone if _is_off(entry, "model")]
+    by_id = {_id_of(entry): entry for entry in reversed(old)}
+    gone = [entry for entry in old if _id_of(entry) not in names]
+    disabled = [entry for entry in gone if _is_off(entry)]
     _put(provider, "provider", "models", [by_id.get(name, {"id": name}) for name in names] + disabled)
-    dropped = ", ".join(_id_of(entry, "model") for entry in gone if entry not in disabled)
+    dropped = ", ".join(_id_of(entry) for entry in gone if entry not in disabled)
     return ["models: " + ", ".join(names)] + (["no longer listed: " + dropped] if dropped else [])
 
 
@@ -1784,10 +1785,10 @@ def set_field(document: Json, place: Place, key: str, value: Any) -> Edit:
     and references to what is no longer there go. UsageError when the value cannot be used."""
     new, _ = _open(document)
     raw, kind = _walk(new, place)
-    owner = "/".join(_id_of(_walk(new, place[: i + 1])[0], "model") for i, s in enumerate(place) if isinstance(s, int))
+    owner = "/".join(_id_of(_walk(new, place[: i + 1])[0]) for i, s in enumerate(place) if isinstance(s, int))
     if kind in ("provider", "model") and key == "id" and value:
         end = "/" if kind == "provider" else ""
-        _rename_references(new, owner + end, owner[: -len(_id_of(raw, kind)) or None] + value + end)
+        _rename_references(new, owner + end, owner[: -len(_id_of(raw)) or None] + value + end)
     _put(raw, kind, key, value)
     if not raw and place and isinstance(place[-1], str):
         del _walk(new, place[:-1])[0][place[-1]]
@@ -1802,7 +1803,7 @@ def move_entry(document: Json, place: Place, step: int) -> Edit:
     entries, at = _walk(new, place[:-1])[0], int(place[-1])
     entry = entries.pop(at)
     entries.insert(max(0, at + step), entry)
-    return _finish(document, new, ["moved " + _id_of(entry, "model")])
+    return _finish(document, new, ["moved " + _id_of(entry)])
 
 
 def merge_documents(base: Any, mine: Any, theirs: Any, path: str = "") -> Tuple[Any, List[str]]:
@@ -1830,7 +1831,7 @@ def _by_id(value: Any) -> Optional[Json]:
     """An object as it is, a list of entries by their ids; None for anything else."""
     if not isinstance(value, list):
         return value if isinstance(value, dict) else None
-    found = {_id_of(entry, "model"): entry for entry in value}
+    found = {_id_of(entry): entry for entry in value}
     return found if len(found) == len(value) and "" not in found else None
 
 
@@ -1923,7 +1924,7 @@ def _references_in(document: Json) -> List[Tuple[Json, str, bool, str, str]]:
     for provider in map(as_dict, as_list(get_field(document, "config", "providers"))):
         for model in map(as_dict, _models_of(provider)):
             key = find_key(model, "model", "fallbackModels")
-            place = "%s/%s" % (get_field(provider, "provider", "id"), _id_of(model, "model"))
+            place = "%s/%s" % (get_field(provider, "provider", "id"), _id_of(model))
             rows += [(model, key, True, place + " no longer falls back to", "")] if key else []
     key = find_key(document, "config", "defaultModel")
     return rows + ([(document, key, True, "the default model was", "there is no default model")] if key else [])
@@ -8903,11 +8904,11 @@ def _at(menu: Menu, place: Place) -> Any:
 
 def _ids(menu: Menu, place: Place) -> List[str]:
     """The id of the provider at `place`, and of the model there when it is one's."""
-    return [_id_of(_at(menu, place[:n]), "model") for n in range(2, len(place) + 1, 2)]
+    return [_id_of(_at(menu, place[:n])) for n in range(2, len(place) + 1, 2)]
 
 
 def _model_ids(raw: Dict[str, Any]) -> List[str]:
-    return [_id_of(entry, "model") for entry in _models_of(raw)]
+    return [_id_of(entry) for entry in _models_of(raw)]
 
 
 def _apply(menu: Menu, edit: Callable[..., Edit], *args: Any) -> Menu:
@@ -9152,11 +9153,11 @@ def _provider_row(raw: Dict[str, Any], index: int, problems: Sequence[Problem]) 
     one = config.providers[0] if config.providers else Provider("")
     own = [problem for problem in problems if re.match(r"providers\[%d\]" % index, problem.path)]
     worst = min(own, key=lambda problem: problem.level, default=None)  # error before warning
-    state = "off" if _is_off(raw, "provider") else worst.level if worst else "ok"
+    state = "off" if _is_off(raw) else worst.level if worst else "ok"
     variable = as_text(get_field(raw, "provider", "apiKeyEnv"))
     key = mask(one.api_key) or ("$" + variable if variable else "no key")
     hosts = " ".join(dict.fromkeys(urlsplit(url).netloc for url in one.base_urls.values()))
-    cells = (_id_of(raw, "provider") or "?", _count(len(_models_of(raw)), "model"), ",".join(one.formats), key, hosts)
+    cells = (_id_of(raw) or "?", _count(len(_models_of(raw)), "model"), ",".join(one.formats), key, hosts)
     hint = show_problem(worst) if worst else "%s: %s" % (one.name, "switched off" if state == "off" else "ready")
     return Row(cells, ("providers", index), hint, state)
 
@@ -9177,7 +9178,7 @@ def _preset_rows(menu: Menu) -> List[Row]:
 
 def _start_draft(menu: Menu, chosen: Tuple[Preset, str]) -> Menu:
     preset, variable = chosen
-    taken = [_id_of(entry, "provider").lower() for entry in _at(menu, ("providers",))]
+    taken = [_id_of(entry).lower() for entry in _at(menu, ("providers",))]
     names = [preset.id, *("%s%d" % (preset.id, i) for i in range(2, len(taken) + 3))]
     name = next(name for name in names if name not in taken or not name)
     more = {"name": preset.name, "baseUrlByFormat": preset_urls(preset), "apiKeyEnv": variable, "models": ["*"]}
@@ -9196,7 +9197,7 @@ def _add_draft(menu: Menu) -> Menu:
     raw = _at(menu, menu.front.place)
     first = next(iter(_model_ids(raw)), "*")
     default = as_text(menu.draft.get("defaultModel"))
-    default = default or ("%s/%s" % (_id_of(raw, "provider"), first) if first != "*" else "")
+    default = default or ("%s/%s" % (_id_of(raw), first) if first != "*" else "")
     at = len(look_at(menu.document, ("providers",))[0])
     new = menu._replace(frames=(Frame("home"), Frame("providers", at=at)), draft={})
     new = _apply(new, add_provider, raw, default)
@@ -9204,8 +9205,8 @@ def _add_draft(menu: Menu) -> Menu:
 
 
 def _switch(menu: Menu, place: Place) -> Menu:
-    raw, kind = look_at(_document(menu), place)
-    return _apply(menu, set_field, place, "enabled", None if _is_off(raw, kind) else False)
+    raw, _ = look_at(_document(menu), place)
+    return _apply(menu, set_field, place, "enabled", None if _is_off(raw) else False)
 
 
 def _move(menu: Menu, place: Place, step: int = 1) -> Menu:
@@ -9271,7 +9272,7 @@ def _form_rows(menu: Menu) -> List[Row]:
         value = True if value is None and field.kind == "flag" else value
         shown = _in_words(mask_document({field.key: value}, under)[field.key])
         is_set = field.kind == "variable" and value in menu.facts.variables
-        state = "ok" if is_set else "off" if field.key == "enabled" and _is_off(raw, kind) else ""
+        state = "ok" if is_set else "off" if field.key == "enabled" and _is_off(raw) else ""
         rows.append(Row((field.key, shown), (field, value), field.help, state))
     if frame.is_draft and kind == "provider":
         rows.append(Row(("Add this provider",), (), "into the configuration; saved when you save it"))
@@ -9280,7 +9281,7 @@ def _form_rows(menu: Menu) -> List[Row]:
 
 def _in_words(value: Any) -> str:
     if isinstance(value, list):
-        return ", ".join(_id_of(entry, "model") or json.dumps(entry) for entry in value)
+        return ", ".join(_id_of(entry) or json.dumps(entry) for entry in value)
     if isinstance(value, dict):
         return ", ".join("%s: %s" % (name, _in_words(entry)) for name, entry in value.items())
     return ("no", "yes")[value] if isinstance(value, bool) else "" if value is None else str(value)
@@ -9393,9 +9394,9 @@ def _model_rows(menu: Menu) -> List[Row]:
 def _model_row(entry: Any, place: Place) -> Row:
     raw = as_dict(entry) or {"id": entry}
     backs, aliases = (as_list(get_field(raw, "model", key)) for key in ("fallbackModels", "aliases"))
-    cells = (_id_of(raw, "model") or "?", " › ".join(map(str, backs)), ", ".join(map(str, aliases)))
+    cells = (_id_of(raw) or "?", " › ".join(map(str, backs)), ", ".join(map(str, aliases)))
     hint = "then " + cells[1] if backs else "no fallbacks: f sets them"
-    return Row(cells, place, hint, "off" if _is_off(raw, "model") else "ok")
+    return Row(cells, place, hint, "off" if _is_off(raw) else "ok")
 
 
 def _add_models(menu: Menu, item: Any) -> Menu:
@@ -9434,7 +9435,7 @@ def _chain_rows(menu: Menu) -> List[Row]:
     for i, provider in enumerate(map(as_dict, _at(menu, ("providers",)))):
         for j, entry in enumerate(_models_of(provider)):
             row = _model_row(entry, ("providers", i, "models", j))
-            cells = ("%s/%s" % (_id_of(provider, "provider"), row.cells[0]), row.cells[1] or "none")
+            cells = ("%s/%s" % (_id_of(provider), row.cells[0]), row.cells[1] or "none")
             rows.append(row._replace(cells=cells, hint="Enter picks and orders them"))
     return rows
 
