@@ -194,7 +194,7 @@ def assert_stream_error(wire, reply):
     return told
 
 
-def until(condition, timeout=5.0, step=0.01):
+def until(condition, timeout=30.0, step=0.01):
     """Poll until `condition()` is true and return its value; AssertionError after `timeout` seconds."""
     end = time.monotonic() + timeout
     while True:

@@ -29,6 +29,20 @@ def clean_environment(home, **more):
     return kept
 
 
+def descriptors_of(pid):
+    """What each descriptor of a process leads to (Linux); one may close while they are read, and is left out."""
+    found = []
+    for name in os.listdir("/proc/%d/fd" % pid):
+        with contextlib.suppress(FileNotFoundError):
+            found.append(os.readlink("/proc/%d/fd/%s" % (pid, name)))
+    return found
+
+
+def sockets_of(pid):
+    """How many sockets a process has open."""
+    return sum(target.startswith("socket:") for target in descriptors_of(pid))
+
+
 def provider(upstream, wire="openai", id="fake", models=("fake-model",), **fields):
     """One provider of a config, of one wire format, at `upstream` (a FakeUpstream or a URL)."""
     url = upstream if isinstance(upstream, str) else upstream.url

@@ -10,7 +10,7 @@ import urllib.request
 import pytest
 
 import fake_upstream as fake
-from running_router import config_of, provider
+from running_router import config_of, descriptors_of, provider
 
 CLIENTS = 300
 SEEDS = [int(seed) for seed in os.environ.get("LLM_ROUTER_TEST_SEEDS", "1").split(",")]
@@ -99,10 +99,6 @@ def _verdict(said, token):
     return {"you said " + token: "right", "": "empty"}.get(said, "wrong text %r" % said)
 
 
-def descriptors(pid):
-    return len(os.listdir("/proc/%d/fd" % pid))
-
-
 def threads(pid):
     return len(os.listdir("/proc/%d/task" % pid))
 
@@ -125,7 +121,7 @@ def test_three_hundred_clients_each_get_one_right_answer_or_one_clear_error(seed
         "--usage-db=off",  # its files are descriptors, too
     )
     urllib.request.urlopen(running.url + "/health", timeout=10).read()
-    before = descriptors(running.process.pid)
+    before = len(descriptors_of(running.process.pid))
     results = {}
     workers = [threading.Thread(target=ask, args=(running, number, results)) for number in range(CLIENTS)]
     for worker in workers:
@@ -139,7 +135,7 @@ def test_three_hundred_clients_each_get_one_right_answer_or_one_clear_error(seed
     for upstream in upstreams:
         upstream.stop()
     until = time.monotonic() + 30
-    while descriptors(running.process.pid) > before + 2 and time.monotonic() < until:
+    while len(descriptors_of(running.process.pid)) > before + 2 and time.monotonic() < until:
         time.sleep(0.1)
-    assert descriptors(running.process.pid) <= before + 2
+    assert len(descriptors_of(running.process.pid)) <= before + 2
     assert threads(running.process.pid) <= 64

@@ -3,7 +3,6 @@ slow, many, greedy or gone. What test_server.py asserts of single requests is no
 
 import contextlib
 import json
-import os
 import re
 import socket
 import threading
@@ -15,7 +14,7 @@ from test_http import CASES, GET, POST, bytewise, results
 
 import fake_upstream as fake
 from exchanges import PATHS, ask
-from running_router import RunningRouter, config_of, provider
+from running_router import RunningRouter, config_of, descriptors_of, provider
 
 CHAT = PATHS["openai"].encode()
 CLOSE = b"GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
@@ -342,7 +341,7 @@ def test_one_peer_cannot_take_every_connection(router, upstream):
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts descriptors in /proc")
 def test_connections_that_come_and_go_leave_nothing_behind(server):
     def count():
-        return len(os.listdir("/proc/%d/fd" % server.process.pid))
+        return len(descriptors_of(server.process.pid))
 
     assert server.get("/health").status == 200
     before = count()

@@ -13,7 +13,7 @@ import pytest
 import fake_upstream as fake
 import llm_router as r
 from exchanges import until
-from running_router import PROGRAM, clean_environment, config_of, provider
+from running_router import PROGRAM, clean_environment, config_of, descriptors_of, provider
 
 SCRIPT = True
 CHAT = "/v1/chat/completions"
@@ -401,7 +401,7 @@ def test_a_server_runs_from_byte_code_in_the_process_that_was_started_and_knows_
     words = Path("/proc/%d/cmdline" % running.process.pid).read_text().split("\0")
     assert "llm_router=%s" % PROGRAM in words
     assert words[words.index("llm_router=%s" % PROGRAM) + 1].startswith("/proc/self/fd/")
-    assert not any("memfd" in os.readlink(fd.path) for fd in os.scandir("/proc/%d/fd" % running.process.pid))
+    assert not any("memfd" in name for name in descriptors_of(running.process.pid))
     assert json.loads(ok(running.home, "status", "--json"))["pid"] == running.process.pid
 
 

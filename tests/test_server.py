@@ -373,7 +373,7 @@ def test_too_many_connections_and_too_many_bytes_are_refused_at_once(router, ups
     assert reply.status == 503
     error_shape("openai", reply.json)
     clients = [connect(running) for _ in range(3)]
-    until(lambda: b"503" in running.raw(b"GET / HTTP/1.1\r\nhost: localhost\r\n\r\n", timeout=2), 3)
+    until(lambda: b"503" in running.raw(b"GET / HTTP/1.1\r\nhost: localhost\r\n\r\n", timeout=2))
     for client in clients:
         client.close()
     until(
@@ -571,7 +571,7 @@ HOW = pytest.mark.parametrize("how", ["close", "reset"])
 def assert_cancelled(pair, call, before=0):
     """The upstream's connection was closed within a second, and the log has the request as 499."""
     assert call.closed.wait(1.2), "the upstream still works"
-    until(lambda: len([line for line in pair.router.log() if " 499 client_gone " in line]) > before, 3)
+    until(lambda: len([line for line in pair.router.log() if " 499 client_gone " in line]) > before)
 
 
 def gone_before(pair):
@@ -705,7 +705,7 @@ def test_a_client_that_stops_reading_holds_its_own_upstream_only_and_memory_stay
     before = memory_kb(running.process.pid)
     stream = running.open(PATHS[client_wire], ask(client_wire, stream=True))
     call = upstream.wait_calls(2)[1]
-    sent = until(lambda: stalled(call), 5, 0.1)
+    sent = until(lambda: stalled(call), step=0.1)
     assert sent < 25_000_000
     for _ in range(10):
         assert post(running, "openai").status == 200

@@ -17,7 +17,7 @@ import pytest
 import fake_upstream as fake
 import llm_router as r
 from exchanges import PATHS, QUICK, WIRES, ask, assert_answer, attempts_of, post, until
-from running_router import config_of, provider
+from running_router import config_of, provider, sockets_of
 
 TEXT = "An answer, 答え."
 STREAMED = pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
@@ -173,7 +173,7 @@ def test_idle_connections_are_closed_after_a_while_and_never_too_many_kept(singl
     upstream.handler = lambda call: fake.later(fake.final_text(TEXT)(call), 0.1)
     together(8, lambda number: post(running, "openai", "fake/fake-model"))
     until(lambda: upstream.open_connections <= 3, 2)
-    until(lambda: upstream.open_connections == 0, 3)
+    until(lambda: upstream.open_connections == 0)
     assert_answer("openai", post(running, "openai", "fake/fake-model"), TEXT)
 
 
@@ -473,15 +473,6 @@ def running_in_thread(work):
     return thread
 
 
-def sockets_of(pid):
-    """How many sockets a process has open."""
-    found = 0
-    for fd in os.listdir("/proc/%d/fd" % pid):
-        with contextlib.suppress(OSError):
-            found += os.readlink("/proc/%d/fd/%s" % (pid, fd)).startswith("socket:")
-    return found
-
-
 @needs_proc
 @pytest.mark.parametrize("leave", ["close", "reset"])
 def test_clients_that_leave_while_their_upstream_is_dialled_free_everything_at_once(router, leave):
@@ -492,7 +483,7 @@ def test_clients_that_leave_while_their_upstream_is_dialled_free_everything_at_o
         clients = [
             raw_request(running, ask("openai", "fake/fake-model", stream=bool(number % 2))) for number in range(24)
         ]
-        until(lambda: sockets_of(running.process.pid) >= before + 24 + 16, 3)
+        until(lambda: sockets_of(running.process.pid) >= before + 24 + 16)
         for client in clients:
             if leave == "reset":
                 client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -541,23 +532,14 @@ def raw_request(running, body, path=PATHS["openai"]):
     return client
 
 
-def open_sockets(pid):
-    """How many descriptors of a process are no files; one may close while they are counted."""
-    found = 0
-    for name in os.listdir("/proc/%d/fd" % pid):
-        with contextlib.suppress(FileNotFoundError):
-            found += ":[" in os.readlink("/proc/%d/fd/%s" % (pid, name))
-    return found
-
-
 @needs_proc
 def test_after_two_hundred_aborted_requests_nothing_is_left_open(single, upstream):
     """Hardening, proxies 32; trap 169."""
     running = single("--pool-idle-ms=200", "--usage-db=off")
     together(5, lambda number: post(running, "openai", "fake/fake-model"))
-    until(lambda: upstream.open_connections == 0, 3)
+    until(lambda: upstream.open_connections == 0)
     pid = running.process.pid
-    before = open_sockets(pid)
+    before = sockets_of(pid)
     upstream.handler = lambda call: (
         fake.sse_answer(fake.chat_stream("x" * 300), delay=0.01, end="hang")
         if len(upstream.calls) % 3
@@ -574,7 +556,7 @@ def test_after_two_hundred_aborted_requests_nothing_is_left_open(single, upstrea
             client.close()
 
     together(20, abort)
-    until(lambda: open_sockets(pid) <= before, 5, 0.05)
+    until(lambda: sockets_of(pid) <= before, step=0.05)
     assert upstream.open_connections == 0
     upstream.handler = fake.final_text(TEXT)
     reply = post(running, "openai", "fake/fake-model")

@@ -102,7 +102,7 @@ def test_a_client_that_leaves_ends_the_upstreams_work(start_worker, upstream, up
         client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset is seen at once
         client.close()
     try:
-        until(lambda: upstream.calls and upstream.calls[0].closed.is_set(), 5.0)
+        until(lambda: upstream.calls and upstream.calls[0].closed.is_set())
     finally:
         gate.set()
     running.wait_log(" 499 client_gone ")
