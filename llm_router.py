@@ -2753,7 +2753,7 @@ Extra = Optional[Dict[str, Json]]
 
 
 class _Words(Value):
-    """The most frequent values by far, hence with a constructor of their own."""
+    """The most frequent values by far. Like those of tools, they have a constructor of their own, which is quicker."""
 
     __slots__ = ("text", "extra")
 
@@ -2788,14 +2788,18 @@ class ToolCall(Value):
     """A call the model asks for. `arguments` is text as it came: JSON for kind "function", free text for "custom"."""
 
     __slots__ = ("id", "name", "arguments", "kind", "extra")
-    defaults = ("", "function", None)
+
+    def __init__(self, id: str, name: str, arguments: str = "", kind: str = "function", extra: Extra = None) -> None:
+        self.id, self.name, self.arguments, self.kind, self.extra = id, name, arguments, kind, extra
 
 
 class ToolResult(Value):
     """What a tool answered: `blocks` are Text and Media."""
 
     __slots__ = ("call_id", "blocks", "is_error", "extra")
-    defaults: Tuple[Any, ...] = ([], False, None)
+
+    def __init__(self, call_id: str, blocks: List[Any], is_error: bool = False, extra: Extra = None) -> None:
+        self.call_id, self.blocks, self.is_error, self.extra = call_id, blocks, is_error, extra
 
 
 class Opaque(Value):
@@ -3166,10 +3170,10 @@ def restore_reasoning(messages: List[Message], memory: BoundedMap, issuer: str) 
     """A conversation for `issuer`: turns with calls that it made begin with what it thought then."""
     restored = []
     for message in messages:
-        calls = [block for block in message.blocks if isinstance(block, ToolCall)]
-        thoughts = recall(memory, issuer, [call.id for call in calls])
-        rest = [block for block in message.blocks if not is_reasoning(block)]
-        restored.append(message._replace(blocks=thoughts + rest) if thoughts else message)
+        thoughts = recall(memory, issuer, [block.id for block in message.blocks if isinstance(block, ToolCall)])
+        if thoughts:
+            thoughts += [block for block in message.blocks if not is_reasoning(block)]
+        restored.append(message._replace(blocks=thoughts) if thoughts else message)
     return restored
 
 
@@ -3227,7 +3231,10 @@ def arguments_text(value: Any) -> str:
     """Arguments as text; some clients and servers send the object itself."""
     if value is None or isinstance(value, str):
         return value or ""
-    return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
+    return _ARGUMENTS_ENCODER.encode(value)
+
+
+_ARGUMENTS_ENCODER = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False)
 
 
 def arguments_object(arguments: str) -> Json:
@@ -3267,18 +3274,32 @@ def tidy_messages(messages: Iterable[Message]) -> List[Message]:
     results in the same order (77): a call without one gets NO_RESULT (79), a second one is dropped (81). A result
     without a call becomes text (78).
     """
-    return _join_turns(_place_results(_join_turns(messages)))
+    said = (Message(role, _without_blanks(blocks), extra) for role, blocks, extra in messages)
+    return _join_turns(_place_results(_join_turns(said)))
+
+
+def _without_blanks(blocks: Iterable[Any]) -> List[Any]:
+    return [block for block in blocks if getattr(block, "text", "-").strip() or block.extra]
 
 
 def _join_turns(messages: Iterable[Message]) -> List[Message]:
+    """Blocks are added to the lists that turns came with."""
     merged: List[Message] = []
-    for role, blocks, extra in messages:
-        kept = [block for block in blocks if getattr(block, "text", "-").strip() or block.extra]
-        if kept and merged and merged[-1].role == role and merged[-1].extra == extra:
-            merged[-1].blocks.extend(kept)
-        elif kept:
-            merged.append(Message(role, kept, extra))
+    role, extra = "", None
+    for message in messages:
+        if not message.blocks:
+            continue
+        if message.role == role and message.extra == extra:
+            merged[-1].blocks.extend(message.blocks)
+        else:
+            merged.append(message)
+            role, _, extra = message
     return merged
+
+
+def _with_own_id(call: ToolCall, taken: Set[str]) -> ToolCall:
+    own = unique_id(call.id or "call_%d" % len(taken), taken)
+    return call if own == call.id else call._replace(id=own)
 
 
 def _place_results(messages: List[Message]) -> List[Message]:
@@ -3293,18 +3314,20 @@ def _place_results(messages: List[Message]) -> List[Message]:
             elif not isinstance(block, ToolResult):
                 rest.append(block)
             elif block.call_id not in waiting:
-                rest += [Text("[result of tool call %s]" % block.call_id), *block.blocks]
+                rest += [Text("[result of tool call %s]" % block.call_id), *_without_blanks(block.blocks)]
             elif waiting[block.call_id]:
                 place = waiting[block.call_id].pop(0)
                 place.blocks, place.is_error, place.extra = block.blocks, block.is_error, block.extra
-        named = [call._replace(id=unique_id(call.id or "call_%d" % len(taken), taken)) for call in calls]
-        # An error where the format has a flag for it; elsewhere the words are enough.
-        flag = {"anthropic": {"is_error": True}}
-        results = [ToolResult(call.id, [Text(NO_RESULT)], extra=flag) for call in named]
-        waiting.update((call.id, []) for call in calls)
-        for call, result in zip(calls, results):
-            waiting[call.id].append(result)
-        turns += [Message(role, rest + named, extra), Message("user", results)]
+        named = [_with_own_id(call, taken) for call in calls]
+        turns.append(Message(role, rest + named, extra))
+        if calls:
+            # An error where the format has a flag for it; elsewhere the words are enough.
+            flag = {"anthropic": {"is_error": True}}
+            results = [ToolResult(call.id, [Text(NO_RESULT)], extra=flag) for call in named]
+            waiting.update((call.id, []) for call in calls)
+            for call, result in zip(calls, results):
+                waiting[call.id].append(result)
+            turns.append(Message("user", results))
     return turns
 
 
@@ -3377,7 +3400,7 @@ def check_field(value: Any, kinds: Tuple[type, ...], path: str, need: bool = Tru
 
     A boolean is a number to Python, but not to the APIs.
     """
-    if isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool)) or (value is None and not need):
+    if isinstance(value, kinds) and (type(value) is not bool or bool in kinds) or (value is None and not need):
         return value
     raise field_error(path, "expected %s" % " or ".join(_KINDS[kind] for kind in kinds))
 
@@ -3926,6 +3949,8 @@ def _write_chat_call(call: ToolCall, call_id: str) -> Json:
 
 def _write_chat_part(block: Any) -> List[Json]:
     """A block as a part; a sound or PDF needs its data, a text document becomes its text (trap 105)."""
+    if isinstance(block, Text):
+        return _text_part(block, block.text)
     kind = block.kind if isinstance(block, Media) else type(block)
     if kind in (Thinking, Opaque):
         return [block.value] if kind is Opaque and block.wire == _CHAT else []
@@ -3947,7 +3972,8 @@ def _write_chat_part(block: Any) -> List[Json]:
 def _text_part(block: Any, text: str) -> List[Json]:
     """`cache_control` stands where COMPATIBILITY put it: a text that bears it stays a part."""
     mark = own_extra(block, _CHAT).get("cache_control") if isinstance(block, Text) else None
-    return [_told({"type": "text", "text": text, "cache_control": mark})] if text else []
+    part = {"type": "text", "text": text}
+    return [part if mark is None else {**part, "cache_control": mark}] if text else []
 
 
 # ---- whole answers
@@ -4712,9 +4738,8 @@ def _anthropic_part(item: Json) -> Any:
     row = _ANTHROPIC_BY_KIND.get(as_text(item.get("type")))
     if row is None:
         return Opaque(_ANTHROPIC, item)
-    said = (item.get(name) if name != "input" else arguments_text(item.get(name) or {}) for name in row.fields)
-    block, extra = row.block(*map(as_text, said)), rest_of(item, ("type", *row.fields), _ANTHROPIC)
-    return block._replace(extra=extra) if extra else block
+    said = [as_text(item.get(name)) if name != "input" else arguments_text(item.get(name) or {}) for name in row.fields]
+    return row.block(*said, extra=rest_of(item, ("type", *row.fields), _ANTHROPIC))
 
 
 def _anthropic_block(item: Any, path: str) -> Any:
@@ -4765,6 +4790,9 @@ def _anthropic_result(item: Json, path: str) -> ToolResult:
 
 
 _ANTHROPIC_READERS: Dict[str, Callable[[Json, str], Any]] = {
+    "text": lambda item, path: Text(
+        check_field(item.get("text"), (str,), path + ".text"), rest_of(item, ("type", "text"), _ANTHROPIC)
+    ),
     "image": _anthropic_media, "document": _anthropic_media, "tool_result": _anthropic_result,
     "search_result": lambda item, path: _anthropic_shown(
         item, as_text(item.get("title")), as_text(item.get("source")), readable(item.get("content"))
@@ -6446,7 +6474,8 @@ def shorten_tools(request: ChatRequest) -> ChatRequest:
     """The request with short_tool_name applied to tools, tool_choice and the calls in the history."""
 
     def renamed(value: Any) -> Any:
-        return value._replace(name=short_tool_name(value.name))
+        name = short_tool_name(value.name)
+        return value if name == value.name else value._replace(name=name)
 
     choice = request.tool_choice and renamed(request.tool_choice)
     return _map_tools(request, ("function", "custom"), renamed, renamed)._replace(tool_choice=choice)
@@ -6460,15 +6489,16 @@ def _without_customs(request: ChatRequest) -> ChatRequest:
 def _map_tools(
     request: ChatRequest, kinds: Tuple[str, ...], tool: Callable[[Tool], Tool], call: Callable[[ToolCall], ToolCall]
 ) -> ChatRequest:
-    """The request with all tools of these kinds, and the calls of such in the history, changed."""
+    """The request with all tools of these kinds, and the assistant's calls of such, changed."""
 
-    def changed(block: Any) -> Any:
-        return call(block) if isinstance(block, ToolCall) and block.kind in kinds else block
+    def changed(turn: Message) -> Message:
+        if turn.role != "assistant":
+            return turn
+        blocks = [call(b) if isinstance(b, ToolCall) and b.kind in kinds else b for b in turn.blocks]
+        return Message(turn.role, blocks, turn.extra)
 
-    return request._replace(
-        tools=[tool(one) if one.kind in kinds else one for one in request.tools],
-        messages=[turn._replace(blocks=list(map(changed, turn.blocks))) for turn in request.messages],
-    )
+    tools = [tool(one) if one.kind in kinds else one for one in request.tools]
+    return request._replace(tools=tools, messages=list(map(changed, request.messages)))
 
 
 class ToolRestorer:

@@ -169,7 +169,7 @@ def test_a_system_message_in_mid_conversation_keeps_its_place():
         ),
         ({"type": "tool_use", "id": "t", "name": "f", "input": {"a": "é"}}, R.ToolCall("t", "f", '{"a":"é"}')),
         ({"type": "tool_use", "id": "t", "name": "f", "input": {}}, R.ToolCall("t", "f", "{}")),
-        ({"type": "tool_result", "tool_use_id": "t"}, R.ToolResult("t")),
+        ({"type": "tool_result", "tool_use_id": "t"}, R.ToolResult("t", [])),
         (
             {"type": "tool_result", "tool_use_id": "t", "content": "x", "is_error": True},
             R.ToolResult("t", [R.Text("x")], True),
@@ -339,7 +339,7 @@ def test_tool_results_come_first_in_their_turn():
 
 def test_text_comes_before_the_calls_of_its_turn():
     """trap 80"""
-    body = render([user("a"), assistant(R.ToolCall("t", "f"), "b"), user(R.ToolResult("t"))])
+    body = render([user("a"), assistant(R.ToolCall("t", "f"), "b"), user(R.ToolResult("t", []))])
     assert [part["type"] for part in body["messages"][1]["content"]] == ["text", "tool_use"]
 
 
@@ -550,7 +550,7 @@ def test_a_forced_tool_switches_thinking_off():
 
 def test_budgeted_thinking_is_off_in_a_tool_turn_that_has_none():
     """trap 86"""
-    messages = [user("a"), assistant(R.ToolCall("t", "f")), user(R.ToolResult("t"))]
+    messages = [user("a"), assistant(R.ToolCall("t", "f")), user(R.ToolResult("t", []))]
     assert "thinking" not in render(messages, "claude-sonnet-4-5", reasoning=R.Reasoning("high"))
     assert "thinking" in render(messages, "claude-opus-4-6", reasoning=R.Reasoning("high"))
 

@@ -1236,7 +1236,7 @@ def test_results_are_found_behind_other_turns_too():
     later = [
         Message("user", [Text("wait")]),
         Message("system", [Text("s")]),
-        Message("user", [ToolResult("b"), ToolResult("a")]),
+        Message("user", [ToolResult("b", []), ToolResult("a", [])]),
     ]
     assert messages_of(CALLS, *later) == [
         CALLS_WRITTEN,
@@ -1287,7 +1287,7 @@ def test_content_is_null_only_beside_calls():
 
 def test_calls_in_turns_of_their_own_are_one_turn():
     turns = [Message("assistant", [ToolCall("a", "f", "{}")]), Message("assistant", [ToolCall("b", "g", "{}")])]
-    found = messages_of(*turns, Message("user", [ToolResult("a"), ToolResult("b")]))
+    found = messages_of(*turns, Message("user", [ToolResult("a", []), ToolResult("b", [])]))
     assert [message["role"] for message in found] == ["assistant", "tool", "tool"]
 
 
@@ -1308,7 +1308,7 @@ def test_images_in_results_follow_in_a_user_message():
 
 def test_images_in_results_are_not_lost_before_the_next_answer_or_the_end():
     """trap 104"""
-    turn = Message("user", [ToolResult("a", [Media("image", url="https://h/i")]), ToolResult("b")])
+    turn = Message("user", [ToolResult("a", [Media("image", url="https://h/i")]), ToolResult("b", [])])
     for rest in ([], [Message("assistant", [Text("x")])]):
         assert messages_of(CALLS, turn, *rest)[3]["content"][1] == {
             "type": "image_url",
