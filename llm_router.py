@@ -2012,21 +2012,6 @@ def parse_events(raw: bytes) -> List[SseEvent]:
     return events
 
 
-class SseDecoder:
-    """Bytes to events: `feed(bytes)` gives those that they complete, `finish()` what an unterminated end still held."""
-
-    def __init__(self, max_event_bytes: int = MAX_EVENT_BYTES) -> None:
-        self._splitter = EventSplitter(max_event_bytes)
-
-    def feed(self, data: bytes) -> List[SseEvent]:
-        """Events completed by `data`. UpstreamError for an event above the limit."""
-        return parse_events(self._splitter.feed(data))
-
-    def finish(self) -> List[SseEvent]:
-        """Events left at the end of the stream: some upstreams leave out the last blank line."""
-        return parse_events(self._splitter.finish())
-
-
 class Stencil(NamedTuple):
     """What events have in common that differ in one JSON string only, as nearly all of a streamed answer do: the text
     `before` that string, with its opening quote, and the text `after` it. To look through it costs a fraction of
@@ -3136,7 +3121,8 @@ def is_reasoning(block: Any) -> bool:
 
 
 class ReasoningRecorder:
-    """Keeps the reasoning of one answer, from its stream events, in `memory` under (issuer, id of the call behind it).
+    """Keeps the reasoning of one answer, from its stream events, in `memory` under (issuer, id of the call behind it),
+    and the bag of a call that proves it was made by its issuer (Gemini's thought_signature) as that call without more.
 
     Most clients cannot send it back, but some upstreams refuse a tool turn without it, and all go on better with it
     (traps 85 to 87). No other provider or conversation ever gets it.
@@ -3152,17 +3138,19 @@ class ReasoningRecorder:
         """The next events of the answer."""
         for event in events:
             if type(event) is Opened:
-                self._is_inside = is_reasoning(event.block)
-                if self._events and isinstance(event.block, ToolCall):
+                block = event.block
+                self._is_inside = is_reasoning(block)
+                if isinstance(block, ToolCall) and (self._events or block.extra):
                     blocks = getattr(fold([*self._events, Finished()]), "blocks", [])
-                    self._memory.put((self._issuer, event.block.id), blocks, 200 + len(repr(blocks)))
+                    blocks += [block._replace(arguments="")] if block.extra else []
+                    self._memory.put((self._issuer, block.id), blocks, 200 + len(repr(blocks)))
                     self._events = []
             if self._is_inside:
                 self._events.append(event)
 
 
 def recall(memory: BoundedMap, issuer: str, call_ids: Iterable[Any]) -> List[Any]:
-    """The reasoning blocks that `issuer` had put before these calls, as far as they are remembered."""
+    """What `issuer` had put before these calls, and the proofs of them, as far as they are remembered."""
     return [block for call_id in call_ids for block in memory.get((issuer, call_id)) or ()]
 
 
@@ -3170,10 +3158,12 @@ def restore_reasoning(messages: List[Message], memory: BoundedMap, issuer: str) 
     """A conversation for `issuer`: turns with calls that it made begin with what it thought then."""
     restored = []
     for message in messages:
-        thoughts = recall(memory, issuer, [block.id for block in message.blocks if isinstance(block, ToolCall)])
-        if thoughts:
-            thoughts += [block for block in message.blocks if not is_reasoning(block)]
-        restored.append(message._replace(blocks=thoughts) if thoughts else message)
+        known = recall(memory, issuer, [block.id for block in message.blocks if isinstance(block, ToolCall)])
+        thoughts = list(filter(is_reasoning, known))
+        blocks = thoughts + [block for block in message.blocks if not (thoughts and is_reasoning(block))]
+        for call in [block for block in known if isinstance(block, ToolCall)]:
+            blocks = [one._replace(extra=call.extra) if getattr(one, "id", None) == call.id else one for one in blocks]
+        restored.append(message._replace(blocks=blocks))
     return restored
 
 
@@ -3412,10 +3402,11 @@ def rest_of(item: Json, known: Iterable[str], wire: str) -> Extra:
 
 
 # What errors inside a 200 mean as a status, by their type or code: openai.types and anthropic.types (ErrorType,
-# ResponseError), and the words of other providers.
+# ResponseError), and the words of other providers. Anything else is temporary.
 _STATUS_WORDS = {
     400: "invalid_request_error tool_use_failed context_length_exceeded invalid_prompt bio_policy cyber_policy"
-    " misalignment_policy_violation data_residency_mismatch invalid_encrypted_content previous_response_not_found",
+    " misalignment_policy_violation data_residency_mismatch invalid_encrypted_content previous_response_not_found"
+    " content_filter content_policy_violation",
     401: "authentication_error invalid_api_key",
     402: "insufficient_balance billing_error",
     403: "permission_error permission_denied usage_not_included",
@@ -3429,6 +3420,17 @@ _STATUS_WORDS = {
     529: "overloaded_error",
 }
 ERROR_STATUSES = {word: status for status, words in _STATUS_WORDS.items() for word in words.split()}
+# MiniMax tells errors inside a 200 by numbers of its own (platform.minimax.io/docs/api-reference/errorcode).
+_BASE_CODES = {
+    1001: "timeout_error", 1002: "rate_limit_exceeded", 1004: "invalid_api_key", 1008: "insufficient_balance",
+    1026: "content_filter", 1027: "content_filter", 1039: "rate_limit_exceeded", 2013: "invalid_request_error",
+    2049: "invalid_api_key", 2056: "usage_limit_reached",
+}  # fmt: skip
+
+
+def has_base_error(body: Json) -> bool:
+    """Whether `base_resp`, which stands in every answer of MiniMax, tells an error."""
+    return bool(as_dict(body.get("base_resp")).get("status_code"))
 
 
 def read_error(status: int, body: Any, unknown: int = 502) -> ErrorInfo:
@@ -3442,6 +3444,7 @@ def read_error(status: int, body: Any, unknown: int = 502) -> ErrorInfo:
     message = "%s: %s" % (message, raw) if message and raw else message or raw  # OpenRouter: the words of who answered
     kind = as_text(error.get("type")) or as_text(error.get("status"))
     code = as_dict(error.get("details")).get("error_code") if error.get("code") is None else error["code"]
+    code = code or _BASE_CODES.get(as_int(error.get("status_code")))
     code = str(code) if isinstance(code, int) and not isinstance(code, bool) else as_text(code)
     if status >= 400:
         message = message or (one_line(dump_json(body).decode()) if body and not isinstance(body, str) else "")
@@ -3466,11 +3469,11 @@ def _innermost_error(value: Any, depth: int) -> Json:
         before = value[:start].rstrip(" :-") if inner.get("message") else value.strip()[:4000]
         return {**inner, "message": ": ".join(words for words in (before, inner.get("message")) if words)}
     outer = as_dict(value)
-    for key in ("error", "message", "detail", "msg", "error_message", "title", "errors"):
+    for key in ("error", "message", "detail", "msg", "error_message", "title", "errors", "base_resp"):
         inner = _innermost_error(outer[key], depth - 1) if outer.get(key) and depth else {}
         if inner.get("message"):
             return {**outer, **inner} if key == "error" else {**inner, **outer, "message": inner["message"]}
-    return {**outer, "message": as_text(outer.get("message"))}
+    return {**outer, "message": as_text(outer.get("message") or outer.get("status_msg"))}
 
 
 # ==============================================================================
@@ -3645,8 +3648,8 @@ def _chat_parts(content: Any, path: str) -> List[Any]:
 
 
 def _thinking_text(item: Json) -> str:
-    """`thinking` is a string in the Messages API, and a list of text parts at Mistral."""
-    value = item.get("thinking")
+    """`thinking` is a string in the Messages API, a list of text parts at Mistral, and called summary at Databricks."""
+    value = item.get("thinking") or item.get("summary")
     return as_text(value) or "".join(as_text(as_dict(part).get("text")) for part in as_list(value))
 
 
@@ -4000,7 +4003,7 @@ def parse_chat_response(body: Json, context: Context) -> ChatResponse:
 
     RouterError for an error in place of an answer (its status, else 502) and for what has no choice (502).
     """
-    if not isinstance(body, dict) or not (as_list(body.get("choices")) or body.get("error")):
+    if not isinstance(body, dict) or not (as_list(body.get("choices")) or body.get("error") or has_base_error(body)):
         raise RouterError("the upstream's answer is no chat completion", 502, "invalid_answer")
     parser = ChatStreamParser(context)
     answer = fold(parser.read(body, "message") + parser.end())
@@ -4014,15 +4017,17 @@ def _first_count(*values: Any) -> int:
 
 
 def _chat_usage(usage: Json) -> Usage:
-    """SDK: CompletionUsage, and where others put the cached tokens (trap 113).
+    """SDK: CompletionUsage or ResponseUsage, and where others put the cached tokens (trap 113).
 
     Together, Hugging Face: cached_tokens; DeepSeek: prompt_cache_hit_tokens; Mistral: num_cached_tokens. xAI counts
     reasoning beside completion_tokens, which shows in the total.
     """
-    get, details = usage.get, as_dict(usage.get("prompt_tokens_details")).get
+    get = usage.get
+    details = as_dict(get("prompt_tokens_details") or get("input_tokens_details")).get
     prompt = _first_count(get("prompt_tokens"), get("input_tokens"))
     output = _first_count(get("completion_tokens"), get("output_tokens"))
-    thought = _first_count(as_dict(get("completion_tokens_details")).get("reasoning_tokens"), get("reasoning_tokens"))
+    outputs = as_dict(get("completion_tokens_details") or get("output_tokens_details"))
+    thought = _first_count(outputs.get("reasoning_tokens"), get("reasoning_tokens"))
     if thought and as_int(get("total_tokens")) == prompt + output + thought:
         output += thought
     elsewhere = map(get, ("cached_tokens", "prompt_cache_hit_tokens", "num_cached_tokens"))
@@ -4170,19 +4175,21 @@ class ChatStreamParser:
         choices = as_list(chunk.get("choices"))
         if self._is_ended or chunk.get("error") or not choices:
             return [] if self._is_ended else self._read_without_choice(chunk)
-        # Only the first of n answers is read.
-        choice = next((item for item in choices if type(item) is dict and not item.get("index")), None)
-        if choice is None:
-            return []
-        self._start(chunk)
-        delta, flowing = choice.get(field), self._flowing
-        if type(delta) is not dict:
-            delta = as_dict(choice.get("message" if field == "delta" else "delta"))
-        self._read_delta(delta)
-        if choice.get("finish_reason") or choice.get("usage") or choice.get("error"):
-            self._read_end_of_choice(choice)
-        elif flowing and flowing is self._flowing and not chunk.get("usage"):
-            self.said = self._only_text(delta)
+        # Only the first of n answers is read. GitHub Copilot shares it out to several choices (HKUDS/nanobot#1481).
+        own = [item for item in choices if type(item) is dict and not item.get("index")]
+        if own:
+            self._start(chunk)
+        for choice in own:
+            delta, flowing = choice.get(field), self._flowing
+            if type(delta) is not dict:
+                # MiniMax ends a stream with all of its answer (ENTERPILOT/GoModel#1068).
+                is_repeated = self._slots and chunk.get("object") == "chat.completion"
+                delta = {} if is_repeated else as_dict(choice.get("message" if field == "delta" else "delta"))
+            self._read_delta(delta)
+            if choice.get("finish_reason") or choice.get("usage") or choice.get("error"):
+                self._read_end_of_choice(choice)
+            elif flowing and flowing is self._flowing and len(own) == 1 and not chunk.get("usage"):
+                self.said = self._only_text(delta)
         return self._take()
 
     def more(self, text: str) -> List[Any]:
@@ -4232,7 +4239,7 @@ class ChatStreamParser:
         """An error, with or without its envelope, usage alone (trap 15), or Azure's prompt_filter_results (trap 16)."""
         is_bare = "choices" not in chunk and not chunk.get("usage")
         is_named = "error" in (chunk.get("object"), chunk.get("type")) or as_text(chunk.get("message"))
-        if chunk.get("error") or (is_bare and (is_named or as_text(chunk.get("detail")))):
+        if chunk.get("error") or has_base_error(chunk) or (is_bare and (is_named or as_text(chunk.get("detail")))):
             self._fail(read_error(200, chunk))
         return self._take()
 
@@ -4245,7 +4252,8 @@ class ChatStreamParser:
             self._fail(read_error(_CHAT_FAILURES.get(reason, 200), {"error": error}))
         elif reason and not self._reason:
             self.done, self._reason = True, reason
-            matched = choice.get("stop_reason")  # vLLM: the stop text that was met, or a token id
+            # vLLM, SGLang: the stop text that was met, or a token id.
+            matched = choice.get("stop_reason") or choice.get("matched_stop")
             self._stop_sequence = as_text(matched) if matched in self._context.request.stop else ""
 
     def _count(self, usage: Any) -> None:
@@ -4684,12 +4692,9 @@ def _anthropic_tool(item: Any, path: str) -> Tool:
     if not name:
         raise field_error(path + ".name", "Field required")
     schema = check_field(item.get("input_schema"), (dict,), path + ".input_schema", need=False)
+    strict = check_field(item.get("strict"), (bool,), path + ".strict", need=False)
     extra = rest_of(item, ("type", "name", "description", "input_schema", "strict"), _ANTHROPIC)
-    return Tool(name, as_text(item.get("description")), schema, "function", _as_flag(item.get("strict")), extra)
-
-
-def _as_flag(value: Any) -> Optional[bool]:
-    return value if isinstance(value, bool) else None
+    return Tool(name, as_text(item.get("description")), schema, "function", strict, extra)
 
 
 def _anthropic_message(item: Any, path: str) -> Message:
@@ -5481,13 +5486,8 @@ _RESPONSES_CHECKED: Dict[str, Tuple[type, ...]] = {
     "instructions": (str,), "text": (dict,), "reasoning": (dict,), "input": (str, list),
 }  # fmt: skip
 
-# Fields that Chat Completions has under the same name and with the same meaning.
-_RESPONSES_SHARED = (
-    "metadata service_tier prompt_cache_key prompt_cache_retention prompt_cache_options safety_identifier moderation"
-).split()
-# OpenAI refuses smaller values of max_output_tokens ("Expected a value >= 16") and longer user ids.
+# OpenAI refuses smaller values of max_output_tokens ("Expected a value >= 16").
 _RESPONSES_MIN_TOKENS = 16
-_RESPONSES_MAX_USER = 64
 
 _RESPONSES_FILES = {
     "txt": "text/plain", "md": "text/markdown", "csv": "text/csv", "html": "text/html", "json": "application/json",
@@ -5739,7 +5739,6 @@ def render_responses_request(request: ChatRequest) -> Json:
     chat = as_dict((request.fields or {}).get("openai"))
     tools = [tool for tool in request.tools if tool.kind != "server"]
     images = [block for block in request.system if isinstance(block, Media)]
-    has_user = 0 < len(request.user) <= _RESPONSES_MAX_USER
     thinks = request.reasoning is not None and request.reasoning.effort != "none"
     body = {
         **{field: getattr(request, name) for field, name in _RESPONSES_FIELDS.items()},
@@ -5750,11 +5749,12 @@ def render_responses_request(request: ChatRequest) -> Json:
         "parallel_tool_calls": request.parallel_tools if request.tools else None,
         "max_output_tokens": request.max_tokens and max(_RESPONSES_MIN_TOKENS, request.max_tokens),
         "text": {**_responses_kept(chat, "verbosity"), **_responses_format(request.output)} or None,
-        "user": request.user if has_user else None, "stream": request.stream or None,
+        "user": request.user if 0 < len(request.user) <= _CHAT_MAX_USER else None, "stream": request.stream or None,
         "reasoning": _responses_render_reasoning(request.reasoning, request.model),
         "include": ["reasoning.encrypted_content"] if thinks else None,
     }  # fmt: skip
-    return {**_told(body), **{key: chat[key] for key in _RESPONSES_SHARED if key in chat}, "store": False}
+    shared = {key: chat[key] for key in _CHAT_SHARED[_RESPONSES].split() if key in chat}
+    return {**_told(body), **shared, "store": False}
 
 
 def _responses_items(messages: Iterable[Message]) -> List[Json]:
@@ -5883,16 +5883,6 @@ _RESPONSES_TEXTS = {
 # The status that the last event of a stream tells; others are the end of a completed answer.
 _RESPONSES_ENDS = {"response." + end: end for end in ("completed", "incomplete", "failed", "cancelled", "done")}
 _RESPONSES_REASONS = {"content_filter": "refusal", "max_messages": "pause_turn", "steered": "pause_turn"}
-
-
-def parse_responses_usage(value: Any) -> Optional[Usage]:
-    """`usage` (SDK: ResponseUsage): input_tokens includes what was read from and written to the cache (trap 113)."""
-    value = as_dict(value)
-    details, out = as_dict(value.get("input_tokens_details")), as_dict(value.get("output_tokens_details"))
-    read, written = as_int(details.get("cached_tokens")), as_int(details.get("cache_write_tokens"))
-    new = max(0, as_int(value.get("input_tokens")) - read - written)
-    usage = Usage(new, as_int(value.get("output_tokens")), read, written, as_int(out.get("reasoning_tokens")))
-    return usage if any(usage) else None
 
 
 def parse_responses_response(body: Json, context: Context) -> ChatResponse:
@@ -6109,7 +6099,8 @@ class ResponsesParser(TypedEventParser):
     # -- the end
 
     def _terminate(self, status: str, response: Json) -> List[Any]:
-        self.usage = parse_responses_usage(response.get("usage"))
+        counts = _chat_usage(as_dict(response.get("usage")))
+        self.usage = counts if any(counts) else None  # zeros stand where nothing is known
         status = response["status"] if response.get("status") in ("failed", "cancelled", "incomplete") else status
         if status in ("failed", "cancelled"):
             return self._fail(_responses_error(as_dict(response.get("error")), status))
@@ -6383,7 +6374,7 @@ OPENAI_RESPONSES = WireFormat(
     name=_RESPONSES, path="/responses", parse_request=parse_responses_request, render_request=render_responses_request,
     parse_response=parse_responses_response, render_response=render_responses_response, parser=ResponsesParser,
     renderer=ResponsesRenderer, parse_error=read_error, render_error=render_chat_error,
-    error_event=responses_error_event, losses=RESPONSES_LOSSES, answer="output", read_usage=parse_responses_usage,
+    error_event=responses_error_event, losses=RESPONSES_LOSSES, answer="output", read_usage=_chat_usage,
     # Quotes inside JSON strings are escaped, so these words match no text that the model wrote.
     watch=re.compile(rb'"(?:response\.(?:completed|incomplete|failed|cancelled)|error|usage)"'),
 )  # fmt: skip
@@ -6947,7 +6938,7 @@ COMPATS: Tuple[Compat, ...] = (
     Compat("qwen", ("dashscope.aliyuncs.com", "dashscope-intl.aliyuncs.com", "dashscope-us.aliyuncs.com"), caches=True),
     Compat("groq", ("api.groq.com",), ("no reasoning_content", "plain schemas")),
     Compat("mistral", ("api.mistral.ai",), ("no stream_options", "no reasoning_content", "no reasoning_effort")),
-    Compat("gemini", ("generativelanguage.googleapis.com",), ("no reasoning_content", "plain schemas")),
+    Compat("gemini", ("generativelanguage.googleapis.com",), ("no reasoning_content", "plain schemas"), False, True),
     Compat("xai", ("api.x.ai",)),
     Compat("together", ("api.together.xyz", "api.together.ai"), ("plain schemas",)),
     Compat("cerebras", ("api.cerebras.ai",), ("max_completion_tokens", "no reasoning_content", "plain schemas")),
@@ -6977,17 +6968,39 @@ def apply_fixes(body: Json, fixes: Iterable[str]) -> Json:
     return body
 
 
+def _change_turns(body: Json, change: Callable[[Json, List[Json]], Json]) -> Optional[Json]:
+    """A Chat body with its turns of calls changed; None when they stay as they are."""
+    messages, changed = as_list(body.get("messages")), []
+    for message in messages:
+        calls = list(map(as_dict, as_list(as_dict(message).get("tool_calls"))))
+        changed.append(change(message, calls) if calls else message)
+    return {**body, "messages": changed} if changed != messages else None
+
+
 def replay_reasoning(body: Json, issuer: str, memory: BoundedMap) -> Optional[Json]:
-    """A Chat body whose turns with calls bear the reasoning that `issuer` had shown; None when nothing is to be added
-    (trap 87)."""
-    messages = []
-    for message in as_list(body.get("messages")):
-        calls = as_list(as_dict(message).get("tool_calls"))
-        is_bare = calls and not message.get("reasoning_content")
-        blocks = recall(memory, issuer, [as_dict(call).get("id") for call in calls]) if is_bare else []
-        text = "".join(map(block_text, blocks))
-        messages.append({**message, "reasoning_content": text} if text else message)
-    return {**body, "messages": messages} if messages != as_list(body.get("messages")) else None
+    """A Chat body whose turns with calls bear the reasoning that `issuer` had shown, and its calls their proofs; None
+    when nothing is to be added (trap 87)."""
+
+    def replayed(turn: Json, calls: List[Json]) -> Json:
+        known = recall(memory, issuer, [call.get("id") for call in calls])
+        proofs = {block.id: own_extra(block, "openai") for block in known if isinstance(block, ToolCall)}
+        text = "".join(map(block_text, known))
+        thought = {"reasoning_content": text} if text and not turn.get("reasoning_content") else {}
+        return {**turn, **thought, "tool_calls": [{**proofs.get(call.get("id"), {}), **call} for call in calls]}
+
+    return _change_turns(body, replayed)
+
+
+def sign_calls(body: Json) -> Optional[Json]:
+    """A Chat body whose turns of calls bear a thought signature, as Gemini demands: where another provider made the
+    calls, what Google names for that (ai.google.dev/gemini-api/docs/thought-signatures). None when all do."""
+    foreign = {"extra_content": {"google": {"thought_signature": "skip_thought_signature_validator"}}}
+
+    def signed(turn: Json, calls: List[Json]) -> Json:
+        is_signed = any(call.get("extra_content") for call in calls)
+        return turn if is_signed else {**turn, "tool_calls": [{**calls[0], **foreign}, *calls[1:]]}
+
+    return _change_turns(body, signed)
 
 
 def drop_encrypted(body: Json) -> Optional[Json]:
@@ -6999,8 +7012,9 @@ def drop_encrypted(body: Json) -> Optional[Json]:
 
 # Format -> the 400 that refuses reasoning of others, and the body without it or None: OpenAI's code
 # invalid_encrypted_content; Anthropic's "Invalid `signature` in `thinking` block" and "Expected `thinking` or
-# `redacted_thinking`, but found `tool_use`" (traps 64, 85, 86).
+# `redacted_thinking`, but found `tool_use`" (traps 64, 85, 86); Gemini's "missing a thought_signature".
 REPAIRS = {
+    "openai": (re.compile(r"missing a thought_?signature"), sign_calls),
     "responses": (re.compile(r"invalid_encrypted_content|encrypted content[^\n]{0,200}could not"), drop_encrypted),
     "anthropic": (
         re.compile(r"invalid[^\n]{0,20}signature[^\n]{0,80}thinking|expected[^\n]{0,20}thinking"),
@@ -8104,22 +8118,7 @@ _STATUS_KINDS: Dict[int, str] = {
 }
 _CLASS_KINDS: Dict[int, str] = {3: NOT_FOUND, 4: INVALID, 5: TEMPORARY}
 
-# Errors inside a 200 carry no HTTP status; their type or code tells. Anything else is temporary.
-_IN_BAND_STATUSES: Dict[str, int] = {
-    "rate_limit_error": 429,
-    "rate_limit_exceeded": 429,
-    "insufficient_quota": 429,
-    "authentication_error": 401,
-    "invalid_api_key": 401,
-    "permission_error": 403,
-    "billing_error": 402,
-    "overloaded_error": 529,
-    "server_is_overloaded": 503,
-    "context_length_exceeded": 400,
-    "content_filter": 400,
-    "content_policy_violation": 400,
-}
-
+# Errors inside a 200 carry no HTTP status; their type or code tells. Anything but these is temporary.
 _IN_BAND_KINDS = (RATE_LIMITED, BILLING, AUTH, POLICY, OVERFLOW)
 
 # Keys of an error body whose text says what went wrong. Never those that echo the client's own words back.
@@ -8182,7 +8181,7 @@ def judge_error(wire: str, status: int, headers: Headers, body: bytes, now: floa
 def judge_in_band(info: ErrorInfo, headers: Headers, wire: str, now: float) -> Outcome:
     """The outcome of an error that came inside a 200: a first event, or a body that is an error."""
     words = [word for word in (info.type, info.code, info.message) if word]
-    status = _IN_BAND_STATUSES.get(info.code) or _IN_BAND_STATUSES.get(info.type, 0)
+    status = ERROR_STATUSES.get(info.code) or ERROR_STATUSES.get(info.type, 0)
     if not status and re.fullmatch(r"[45][0-9][0-9]", info.code):
         status = int(info.code)
     kind = kind_of(status, words) if status else TEMPORARY
@@ -10253,7 +10252,7 @@ class Exchange:
         body, words = load_json(sent.body), error_words(parse_body(outcome.body or b""))
         repaired = repair_history(body, sent.wire, words)
         if repaired is not None:
-            self._trail.amend(decision="again, without reasoning that is not its own")
+            self._trail.amend(decision="again, its history without the proofs of others")
             return sent._replace(body=dump_json(repaired))
         known = self._gateway.lessons.get(ref, ())
         fix = "" if self._passes else learn_fix(body, words, known)
@@ -10362,7 +10361,7 @@ class Exchange:
             return failed_attempt(TEMPORARY, "unparsable", error.message)
         if isinstance(response, ErrorInfo):
             return self._judge_told(response, reply)
-        if self._records and any(map(is_reasoning, response.blocks)):
+        if self._records:
             self._recorder().see(unfold(response))
         body = self._named(body) if passes and parsed else self._rendered(response, context)
         answer = self._answer(reply, body, response.usage)
@@ -10571,7 +10570,7 @@ def _is_error_body(body: Dict[str, Any]) -> bool:
     if any(body.get(key) for key in ("choices", "content", "output", "data")):
         return False
     told = body.get("error") or "error" in (body.get("type"), body.get("object")) or body.get("status") == "failed"
-    return bool(told) or "choices" not in body and ("detail" in body or "errors" in body)
+    return bool(told) or has_base_error(body) or "choices" not in body and ("detail" in body or "errors" in body)
 
 
 def is_empty(response: ChatResponse) -> bool:

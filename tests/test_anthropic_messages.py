@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import llm_router as R
+from sse_decoder import SseDecoder
 
 WIRE = R.ANTHROPIC_MESSAGES
 CORPUS = Path(__file__).resolve().parents[2] / "shared" / "corpus"
@@ -1126,7 +1127,7 @@ def recordings(stream):
 @pytest.mark.parametrize("path", recordings(True))
 def test_a_recorded_stream_survives_the_neutral_form(path):
     parser = WIRE.parser(CONTEXT)
-    recorded = R.SseDecoder().feed(json.loads(path.read_text())["body"].encode())
+    recorded = SseDecoder().feed(json.loads(path.read_text())["body"].encode())
     events = [event for sse in recorded for event in parser.feed(sse)]
     assert parser.done and not parser.skipped and not parser.finish()
     pairs = emit(*events)

@@ -237,6 +237,55 @@ def test_signed_thinking_goes_back_to_its_issuer_through_a_client_that_knows_no_
         assert all(part.get("signature") for part in turn if part["type"] == "thinking")
 
 
+def signed_answer(stream):
+    """A call with its signature as Gemini's OpenAI endpoint tells it."""
+    answer = fake.chat_whole(tool_calls=[CALL])
+    choice = answer["choices"][0]
+    choice["message"]["tool_calls"][0]["extra_content"] = {"google": {"thought_signature": "sealed"}}
+    if not stream:
+        return fake.json_answer(200, answer)
+    choice["delta"] = choice.pop("message")
+    return fake.sse_answer([fake.sse(dict(answer, object="chat.completion.chunk")), fake.sse("[DONE]")])
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("wire", ["openai", "anthropic", "responses"])
+def test_the_signature_of_a_call_goes_back_to_its_issuer_although_the_client_keeps_none(wire, stream, router, make_upstream):
+    """Trap 85: Gemini 3 refuses turns whose call lacks its thought_signature (theopenco/llmgateway#1267)."""
+    upstream, other = make_upstream(fake.final_text("ok")), make_upstream(fake.final_text("ok"))
+    rows = [provider(up, "openai", id, ["m"], compat="gemini") for up, id in ((upstream, "a"), (other, "b"))]
+    running = router(config_of(*rows))
+    upstream.answer(signed_answer(stream))
+    first = dict(tool_turns(wire), model="a/m", stream=stream)
+    key = "input" if wire == "responses" else "messages"
+    assert running.post(PATHS[wire], dict(first, **{key: first[key][:1]}), stream=stream).status == 200
+    for ref, seen, kept in (("a/m", upstream, {"google": {"thought_signature": "sealed"}}), ("b/m", other, None)):
+        assert running.post(PATHS[wire], dict(tool_turns(wire), model=ref)).status == 200
+        turn = next(turn for turn in seen.calls[-1].json["messages"] if turn.get("tool_calls"))
+        assert turn["tool_calls"][0].get("extra_content") == kept
+        assert turn["tool_calls"][0]["function"]["name"] == "look" and "reasoning_content" not in turn
+
+
+@pytest.mark.parametrize("wire", ["openai", "anthropic"])
+def test_calls_of_another_provider_are_marked_as_foreign_where_an_upstream_demands_a_signature(wire, router, make_upstream):
+    """Google names the word for histories that other models made (Gemini API, Thought signatures)."""
+    upstream = make_upstream(fake.final_text("ok"))
+    words = "Function call is missing a thought_signature in functionCall parts. This is required for tools to work."
+    upstream.answer(fake.json_answer(400, [{"error": {"code": 400, "message": words, "status": "INVALID_ARGUMENT"}}]))
+    running = router(config_of(provider(upstream, "openai", "a", ["m"])))
+    assert running.post(PATHS[wire], dict(tool_turns(wire), model="a/m")).status == 200
+    calls = [turn["tool_calls"][0] for turn in upstream.calls[-1].json["messages"] if turn.get("tool_calls")]
+    assert calls[0]["extra_content"] == {"google": {"thought_signature": "skip_thought_signature_validator"}}
+    assert len(upstream.calls) == 2
+
+
+def test_a_turn_that_bears_a_signature_is_not_marked():
+    """Parallel calls have one, on the first."""
+    signed = {"id": "a", "extra_content": {"google": {"thought_signature": "s"}}}
+    body = {"messages": [{"role": "user"}, {"role": "assistant", "tool_calls": [signed, {"id": "b"}]}]}
+    assert llm_router.sign_calls(body) is None
+
+
 def test_encrypted_reasoning_goes_back_to_its_issuer_and_to_no_other(router, make_upstream):
     """Traps 64, 65."""
     sealed = {"type": "reasoning", "id": "rs_1", "summary": [], "encrypted_content": "sealed"}

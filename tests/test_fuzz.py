@@ -14,6 +14,7 @@ import fake_upstream as fake
 import llm_router as R
 from exchanges import PATHS, WIRES, ask
 from running_router import config_of, provider
+from sse_decoder import SseDecoder
 
 SECONDS = float(os.environ.get("LLM_ROUTER_TEST_FUZZ_SECONDS", "0"))
 ROUNDS = 150
@@ -113,7 +114,7 @@ def fuzz_inflate(rng):
 
 
 def fuzz_events(rng):
-    decoder = R.SseDecoder(1000)
+    decoder = SseDecoder(1000)
     for piece in cut(rng, damage(rng, b"event: a\ndata: {}\n\n: c\r\nid: 1\r\ndata: x\r\n\r\ndata\rretry: 5\r\r")):
         decoder.feed(piece)
 

@@ -30,7 +30,6 @@ from llm_router import (
     Reasoning,
     Refusal,
     RouterError,
-    SseDecoder,
     SseEvent,
     Started,
     Text,
@@ -43,6 +42,7 @@ from llm_router import (
     fold,
     unfold,
 )
+from sse_decoder import SseDecoder
 
 CORPUS = Path(__file__).parents[2] / "shared" / "corpus"
 SEEDS = range(int(os.environ.get("LLM_ROUTER_TEST_SEEDS", "3")))
@@ -402,10 +402,11 @@ def test_a_finish_reason_that_is_a_failure_fails(finish):
         OPENAI_CHAT.parse_response(whole({"content": "x"}, finish), make_context())
 
 
-def test_the_stop_text_that_was_met_is_told():
-    """trap 47"""
+@pytest.mark.parametrize("field", ["stop_reason", "matched_stop"])
+def test_the_stop_text_that_was_met_is_told(field):
+    """trap 47; vLLM and SGLang"""
     last = chunk({}, "stop")
-    last["choices"][0]["stop_reason"] = "END"
+    last["choices"][0][field] = "END"
     found = answer(chunk({"content": "x"}), last, context=make_context(stop=["END"]))
     assert (found.stop_reason, found.stop_sequence) == ("stop_sequence", "END")
 
@@ -588,6 +589,54 @@ def test_an_upstream_without_an_id_gets_one_of_the_request():
 def test_only_the_first_of_n_answers_is_read():
     parts = [chunk({"content": "b"}, index=1), chunk({"content": "a"}), chunk({}, "length", index=1), chunk({}, "stop")]
     assert answer(*parts)[2:4] == ([Text("a")], "end_turn")
+
+
+def test_a_whole_answer_behind_its_stream_is_not_told_twice():
+    """MiniMax: the last chunk has the message in place of a delta, and the usage."""
+    last = whole({"role": "assistant", "content": "Hello", "reasoning_content": "hm"}, usage=USAGE, object="chat.completion")
+    found = answer(chunk({"reasoning_content": "hm"}), chunk({"content": "Hel"}), chunk({"content": "lo"}), last)
+    assert found.blocks == [Thinking("hm", found.blocks[0].extra), Text("Hello")] and found.usage is not None
+    assert answer(last).blocks[1:] == [Text("Hello")]
+
+
+@pytest.mark.parametrize("index", [{}, {"index": 0}])
+def test_an_answer_that_was_shared_out_to_several_choices_is_one(index):
+    """GitHub Copilot: the text in one choice, the calls in the next, none of them numbered."""
+    call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    messages = {"content": "Let me look."}, {"content": None, "tool_calls": [call]}
+    body = whole({})
+    body["choices"] = [{**index, "message": message, "finish_reason": "tool_calls"} for message in messages]
+    found = OPENAI_CHAT.parse_response(body, make_context())
+    assert found.blocks == [Text("Let me look."), ToolCall("a", "f", "{}")] and found.stop_reason == "tool_use"
+
+
+def test_only_the_first_of_several_answers_is_read():
+    body = whole({})
+    body["choices"] = [{"index": n, "message": {"content": "abc"[n]}, "finish_reason": "stop"} for n in range(3)]
+    assert OPENAI_CHAT.parse_response(body, make_context()).blocks == [Text("a")]
+
+
+@pytest.mark.parametrize(
+    "code, status, kind",
+    [(1002, 429, "rate_limited"), (1004, 401, "auth"), (1008, 402, "billing"), (1027, 400, "policy"), (1000, 502, "temporary")],
+)
+def test_an_error_in_base_resp_is_read_and_judged(code, status, kind):
+    """MiniMax answers 200 with its own number for what is wrong."""
+    body = {"id": "x", "choices": None, "base_resp": {"status_code": code, "status_msg": "so it is"}}
+    events = run(body, done=False)[1]
+    assert (events[-1].error.status, events[-1].error.message) == (status, "so it is")
+    outcome = router.judge_in_band(OPENAI_CHAT.parse_error(502, body), [], "openai", 1.0)
+    assert (outcome.kind, outcome.error.message) == (kind, "so it is")
+    with pytest.raises(RouterError, match="so it is"):
+        OPENAI_CHAT.parse_response(body, make_context())
+
+
+def test_reasoning_in_parts_of_the_content_is_reasoning():
+    """Mistral: type thinking with a list of texts; Databricks: type reasoning with a summary."""
+    told = {"type": "reasoning", "summary": [{"type": "summary_text", "text": "hm", "signature": "s"}]}
+    for part in (told, {"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}):
+        found = OPENAI_CHAT.parse_response(whole({"content": [part, {"type": "text", "text": "x"}]}), make_context())
+        assert [block.text for block in found.blocks] == ["hm", "x"] and isinstance(found.blocks[0], Thinking)
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,6 @@ from llm_router import (
     ResponsesParser,
     ResponsesRenderer,
     RouterError,
-    SseDecoder,
     Started,
     Text,
     Thinking,
@@ -48,6 +47,7 @@ from llm_router import (
     responses_error_event,
     unfold,
 )
+from sse_decoder import SseDecoder
 
 CORPUS = Path(__file__).parents[2] / "shared" / "corpus"
 PATCH_TOOL = {

@@ -5,6 +5,7 @@ import itertools
 import pytest
 
 import llm_router as R
+from sse_decoder import SseDecoder
 
 LINE_ENDS = ["\n", "\r\n", "\r"]
 TEXT = ': hello\n\nevent: a\ndata: {"x": "東京 🙂"}\nid: 7\nretry: 5\n\ndata:no space\n\ndata: one\ndata: two\n\ndata: [DONE]\n\n'
@@ -12,7 +13,7 @@ EVENTS = [("a", '{"x": "東京 🙂"}'), ("", "no space"), ("", "one\ntwo"), (""
 
 
 def decode(pieces):
-    decoder = R.SseDecoder()
+    decoder = SseDecoder()
     found = [event for piece in pieces for event in decoder.feed(piece)]
     return found + decoder.finish()
 

@@ -12,6 +12,7 @@ import pytest
 
 import llm_router as R
 from real_clients import sdk
+from sse_decoder import SseDecoder
 
 CORPUS = Path(__file__).resolve().parents[3] / "shared" / "corpus"
 WIRES = sorted(R.WIRE_FORMATS)
@@ -109,7 +110,7 @@ def unknown_fields(value, path=""):
 
 def events_of(wire, raw):
     """The payloads of a stream; names and terminator checked."""
-    decoder = R.SseDecoder()
+    decoder = SseDecoder()
     events = decoder.feed(raw) + decoder.finish()
     if wire == "openai":
         assert events.pop().data == "[DONE]"
@@ -310,7 +311,7 @@ def test_a_stream_that_breaks_is_an_error_in_the_sdk_and_never_a_short_answer(so
         gather(target, client)
     assert target == "responses" or isinstance(caught.value, module.APIError)
     if target == "responses":  # the helper has no error for a failed answer but that it did not complete
-        last = [json.loads(e.data) for e in R.SseDecoder().feed(raw)][-1]
+        last = [json.loads(e.data) for e in SseDecoder().feed(raw)][-1]
         assert last["type"] == "response.failed"
         check_strictly(models[target][0], last)
 
