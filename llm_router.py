@@ -15600,13 +15600,17 @@ def _wait_for(argv: Sequence[str], env: Mapping[str, str]) -> int:
     """Ctrl-C reaches the child by the terminal itself; what asks us to end is passed on to it."""
     import signal
     import subprocess
+    import sys
 
-    child = subprocess.Popen(argv, env=dict(env))  # noqa: S603  the user named it
-    before = {signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN)}
-    for name in ("SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):
-            number = getattr(signal, name)
+    release = _hold_signals()  # one that came now would end us and leave the child behind
+    how: Dict[str, Any] = {} if sys.platform == "win32" else {"preexec_fn": release}
+    try:
+        child = subprocess.Popen(argv, env=dict(env), **how)  # noqa: S603  the user named it
+        before = {signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN)}
+        for number in [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]:
             before[number] = signal.signal(number, lambda number, _: child.send_signal(number))
+    finally:
+        release()
     try:
         code = child.wait()
     finally:

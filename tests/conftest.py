@@ -66,7 +66,7 @@ def router(tmp_path, request):
     """
     started, script = [], getattr(request.module, "SCRIPT", False)
 
-    def start(config, *flags, env=None, timeout=20.0):
+    def start(config, *flags, env=None, timeout=60.0):
         home = tmp_path / ("router%d" % (len(started) + 1))
         started.append(RunningRouter(config, flags, home, env, timeout, script=script))
         return started[-1]

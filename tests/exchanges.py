@@ -42,7 +42,7 @@ def ask(wire, model=None, text="Say hello.", stream=False, **more):
     return dict(body, **more)
 
 
-def post(router, wire, model=None, stream=False, headers=None, timeout=20.0, **more):
+def post(router, wire, model=None, stream=False, headers=None, timeout=30.0, **more):
     """Ask and read the whole Reply."""
     return router.post(PATHS[wire], ask(wire, model, stream=stream, **more), headers, timeout=timeout)
 
@@ -214,17 +214,18 @@ def attempts_of(reply):
 # --- two upstreams in every format -----------------------------------------------
 
 
-def pair_config(first, second, **fields):
+def pair_config(first, second, timeouts=None, **fields):
     """A config with two upstreams, each as a provider of every wire format: `a-openai` ... at `first`, `b-openai` ... at `second`.
 
     Models of the `a` providers: `solo` has no fallback; `to-openai`, `to-anthropic`, `to-responses` fall back to that
-    provider of `b`; `sibling` falls back to `solo` of the same provider. The `b` providers have `m`.
+    provider of `b`; `sibling` falls back to `solo` of the same provider. The `b` providers have `m`. timeouts: those of
+    the `a` providers.
     """
     providers = []
     for wire in WIRES:
         models = [{"id": "solo"}, {"id": "sibling", "fallbackModels": ["a-%s/solo" % wire, "b-%s/m" % wire]}]
         models += [{"id": "to-" + other, "fallbackModels": ["b-%s/m" % other]} for other in WIRES]
-        providers.append(_provider("a-" + wire, first, wire, models, "first-provider-key"))
+        providers.append(dict(_provider("a-" + wire, first, wire, models, "first-provider-key"), timeouts=timeouts or {}))
         providers.append(_provider("b-" + wire, second, wire, [{"id": "m"}], "second-provider-key"))
     return config_of(*providers, **fields)
 
@@ -248,6 +249,7 @@ class Pair:
     def clear(self):
         """Forget what was recorded and scripted."""
         for upstream in (self.first, self.second):
+            until(lambda upstream=upstream: upstream.is_quiet)  # a call of a client that left would take what comes next
             upstream.calls.clear()
             upstream._queue.clear()
             upstream.handler = upstream.plain_handler

@@ -14,10 +14,12 @@ queue may be a callable `call -> Answer` as well. One thread with a small stack 
 connections at once.
 """
 
+import atexit
 import base64
 import contextlib
 import gzip as _gzip
 import json
+import math
 import select
 import shutil
 import socket
@@ -688,7 +690,7 @@ class FakeUpstream:
         self._queue.extend(answers)
         return self
 
-    def wait_calls(self, count, timeout=10.0):
+    def wait_calls(self, count, timeout=30.0):
         """The calls, once there are at least `count`; AssertionError after `timeout` seconds."""
         with self._changed:
             if not self._changed.wait_for(lambda: len(self.calls) >= count, timeout):
@@ -699,6 +701,14 @@ class FakeUpstream:
     def open_connections(self):
         """How many connections are open now."""
         return len(self._sockets)
+
+    @property
+    def is_quiet(self):
+        """Whether everything that has come in was taken notice of: no call, no connection and no end of one waits."""
+        try:
+            return not any(_readable(one, 0) for one in [self._listener, *list(self._sockets)] if one.fileno() >= 0)
+        except ValueError:  # one was closed meanwhile
+            return False
 
     # life
 
@@ -920,7 +930,7 @@ def _readable(connection, seconds):
     if hasattr(select, "poll"):
         poll = select.poll()
         poll.register(connection, select.POLLIN)
-        return bool(poll.poll(max(1, int(seconds * 1000))))
+        return bool(poll.poll(math.ceil(seconds * 1000)))
     return bool(select.select([connection], [], [], seconds)[0])
 
 
@@ -928,10 +938,15 @@ def _readable(connection, seconds):
 
 
 def dead_port():
-    """A port of 127.0.0.1 on which nobody listens: connections are refused."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port of 127.0.0.1 on which nobody listens and nobody else can: connections are refused."""
+    if not _DEAD:
+        _DEAD.append(socket.socket())
+        _DEAD[0].bind(("127.0.0.1", 0))
+        atexit.register(_DEAD[0].close)
+    return _DEAD[0].getsockname()[1]
+
+
+_DEAD = []  # bound and never listening, to the end of the process
 
 
 @contextlib.contextmanager

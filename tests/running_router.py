@@ -4,6 +4,7 @@ import contextlib
 import http.client
 import json
 import os
+import random
 import socket
 import struct
 import subprocess
@@ -27,6 +28,15 @@ def clean_environment(home, **more):
     kept.update(HOME=str(home), USERPROFILE=str(home), PYTHONIOENCODING="utf-8", PYTHONUNBUFFERED="1", NO_COLOR="1")
     kept.update({name: str(value) for name, value in more.items()})
     return kept
+
+
+def free_port():
+    """A port of 127.0.0.1 for a program that takes no 0. It lies below those that systems hand out by themselves: one of
+    these may be somebody's client port by the time the program asks for it."""
+    for port in random.SystemRandom().sample(range(15_000, 32_000), 100):
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+    raise AssertionError("no port is free")
 
 
 def descriptors_of(pid):
@@ -152,9 +162,9 @@ class Stream:
             if not self._more():
                 return None
 
-    def read_until(self, text):
-        """Read until the body holds `text`; whether it did before the end."""
-        while text.encode() not in self.body:
+    def read_until(self, text, times=1):
+        """Read until the body holds `text` as often; whether it did before the end."""
+        while self.body.count(text.encode()) < times:
             if not self._more():
                 return False
         return True
@@ -212,7 +222,7 @@ class Caller:
         """GET and read to the end."""
         return self.request("GET", path, None, headers, timeout)
 
-    def raw(self, data, timeout=10.0, half_close=False):
+    def raw(self, data, timeout=30.0, half_close=False):
         """Send exactly these bytes; everything that comes back until the other side closes or `timeout` passes."""
         with socket.create_connection((self.host, self.port), timeout) as connection:
             connection.sendall(data)
@@ -236,7 +246,7 @@ class RunningRouter(Caller):
     words for Python that start the program.
     """
 
-    def __init__(self, config, flags, home, env=None, timeout=20.0, before=None, script=False, program=()):
+    def __init__(self, config, flags, home, env=None, timeout=60.0, before=None, script=False, program=()):
         self.home = Path(home)
         self.home.mkdir(parents=True, exist_ok=True)
         self.config_path = self.home / "config.json"
@@ -304,7 +314,7 @@ class RunningRouter(Caller):
         with self._changed:
             return list(self._lines["stdout"])
 
-    def wait_log(self, text, timeout=10.0):
+    def wait_log(self, text, timeout=30.0):
         """The first line on stderr that holds `text`; AssertionError after `timeout` seconds."""
         until = time.monotonic() + timeout
         with self._changed:
@@ -316,7 +326,7 @@ class RunningRouter(Caller):
                     raise AssertionError("no %r in the log:\n%s" % (text, "\n".join(self._lines["stderr"])))
                 self._changed.wait(0.1)
 
-    def stop(self, timeout=10.0):
+    def stop(self, timeout=30.0):
         """Ask it to end (SIGTERM; a kill on Windows) and return its exit code; killed after `timeout` seconds."""
         if self.process.poll() is None:
             self.process.terminate()
@@ -335,7 +345,7 @@ class RunningRouter(Caller):
 
     def _reap(self):
         for reader in self._readers:
-            reader.join(2)
+            reader.join(20)
         for pipe, reader in zip((self.process.stdout, self.process.stderr), self._readers):
             if not reader.is_alive():
                 pipe.close()

@@ -7,7 +7,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -168,7 +167,7 @@ def test_an_interrupted_start_leaves_no_router_behind(home, number):
         log = home.folder / ".llm-router.log"
         assert until(log.exists)
         running.send_signal(number)
-        running.communicate(timeout=20)
+        running.communicate(timeout=60)
     assert until(lambda: "no llm-router is running" in home.run("status").stderr)
 
 
@@ -191,7 +190,7 @@ def test_an_interrupt_while_a_router_is_being_started_does_not_part_us_from_it(h
             r.start_detached(["--port=0"], str(home.folder / "log"))
     finally:
         signal.signal(signal.SIGINT, before)
-    assert children[0].wait(20) == -signal.SIGTERM
+    assert children[0].wait(60) == -signal.SIGTERM
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 
@@ -229,9 +228,8 @@ def test_the_signal_that_ended_the_program_is_its_exit_code_and_ours_is_passed_o
     line = [sys.executable, PROGRAM, "run", "--", "my-app"]
     with subprocess.Popen(line, env=home.env, stdout=subprocess.PIPE, text=True) as running:
         assert running.stdout.readline() == "ready\n"
-        time.sleep(0.2)
         running.send_signal(signal.SIGTERM)
-        assert running.wait(20) == 128 + signal.SIGTERM
+        assert running.wait(60) == 128 + signal.SIGTERM
     assert until(lambda: "no llm-router is running" in home.run("status").stderr)
 
 

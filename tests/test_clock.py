@@ -138,5 +138,5 @@ def test_an_edit_is_noticed_and_stop_finds_it_while_the_clock_is_wrong(shifted):
     shifted.running.write_config(dict(config, modelAliases={"new-name": "steady/m"}))
     assert until(lambda: shifted.post("new-name").status == 200)
     assert shifted.command("stop", "--json")["pid"] == shifted.running.process.pid
-    assert shifted.running.process.wait(20) == 0
+    assert shifted.running.process.wait(60) == 0
     assert json.loads((shifted.home / ".llm-router.runtime.json").read_text())["instances"] == []

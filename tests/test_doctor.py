@@ -9,6 +9,8 @@ import threading
 import pytest
 
 import llm_router as r
+from fake_upstream import dead_port
+from running_router import free_port
 
 
 class Provider:
@@ -68,11 +70,6 @@ def doctor(tmp_path, capsys):
     return run
 
 
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return listener.getsockname()[1]
-
-
 def test_all_is_well(doctor, account):
     code, levels, text = doctor(document(account))
     assert code == 0 and levels["provider acct"] == "ok" and "problem" not in levels.values()
@@ -95,7 +92,7 @@ def test_a_provider_without_a_list_of_models_is_only_a_warning(doctor, account):
 
 
 def test_a_provider_that_nobody_answers_for_is_a_problem(doctor):
-    nobody = {"id": "acct", "baseUrl": "http://127.0.0.1:%d" % free_port(), "apiKey": "k", "models": ["m"]}
+    nobody = {"id": "acct", "baseUrl": "http://127.0.0.1:%d" % dead_port(), "apiKey": "k", "models": ["m"]}
     code, levels, _ = doctor({"providers": [nobody]})
     assert code == 1 and levels["provider acct"] == "problem"
 

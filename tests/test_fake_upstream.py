@@ -10,6 +10,7 @@ import time
 import pytest
 
 import fake_upstream as fake
+from exchanges import until
 from running_router import Caller
 
 
@@ -90,7 +91,7 @@ def test_a_hanging_answer_notices_the_client_leaving(upstream, answer):
         client.sendall(b"POST /v1 HTTP/1.1\r\ncontent-length: 2\r\n\r\n{}")
         call = upstream.wait_calls(1)[0]
         assert not call.closed.wait(0.1)
-    assert call.closed.wait(5)
+    assert call.closed.wait(30)
     assert call.closed_at >= call.time
     assert not call.answered.is_set()
 
@@ -104,7 +105,7 @@ def test_a_gate_holds_the_answer_until_the_test_opens_it(upstream):
     upstream.wait_calls(1)
     assert not replies
     gate.set()
-    client.join(5)
+    client.join(30)
     assert replies[0].json == {"ok": True}
 
 
@@ -163,7 +164,7 @@ def test_hundreds_of_connections_at_once():
         assert upstream.open_connections == 400
         gate.set()
         for client in clients:
-            client.settimeout(10)
+            client.settimeout(30)
             assert client.recv(65536).endswith(b'{"ok": 1}')
             client.close()
 
@@ -195,6 +196,5 @@ def test_what_the_upstream_could_not_send_is_counted(upstream):
         client.sendall(b"GET / HTTP/1.1\r\n\r\n")
         call = upstream.wait_calls(1)[0]
         client.recv(1000)
-        time.sleep(0.2)
-        assert 0 < call.sent_bytes < 64 << 20
-    assert call.closed.wait(5)
+        assert until(lambda: call.sent_bytes) < 64 << 20
+    assert call.closed.wait(30)

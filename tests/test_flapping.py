@@ -4,12 +4,11 @@ import json
 import os
 import random
 import threading
-import time
-import urllib.request
 
 import pytest
 
 import fake_upstream as fake
+from exchanges import until
 from running_router import config_of, descriptors_of, provider
 
 CLIENTS = 300
@@ -120,7 +119,7 @@ def test_three_hundred_clients_each_get_one_right_answer_or_one_clear_error(seed
         *QUICK,
         "--usage-db=off",  # its files are descriptors, too
     )
-    urllib.request.urlopen(running.url + "/health", timeout=10).read()
+    assert running.get("/health").status == 200
     before = len(descriptors_of(running.process.pid))
     results = {}
     workers = [threading.Thread(target=ask, args=(running, number, results)) for number in range(CLIENTS)]
@@ -134,8 +133,5 @@ def test_three_hundred_clients_each_get_one_right_answer_or_one_clear_error(seed
     assert sum(verdict == "right" for verdict in verdicts.values()) > CLIENTS * 0.6
     for upstream in upstreams:
         upstream.stop()
-    until = time.monotonic() + 30
-    while len(descriptors_of(running.process.pid)) > before + 2 and time.monotonic() < until:
-        time.sleep(0.1)
-    assert len(descriptors_of(running.process.pid)) <= before + 2
+    until(lambda: len(descriptors_of(running.process.pid)) <= before + 2, step=0.1)
     assert threads(running.process.pid) <= 64

@@ -13,7 +13,7 @@ import pytest
 from test_http import CASES, GET, POST, bytewise, results
 
 import fake_upstream as fake
-from exchanges import PATHS, ask
+from exchanges import PATHS, ask, until
 from running_router import RunningRouter, config_of, descriptors_of, provider
 
 CHAT = PATHS["openai"].encode()
@@ -26,12 +26,7 @@ REFUSALS = (400, 413, 414, 417, 431, 501, 505)
 def server(tmp_path_factory):
     """A router with small limits whose one upstream answers nothing that is not scripted, and that upstream."""
     with fake.FakeUpstream() as upstream:
-        flags = (
-            "--max-body-bytes=1000",
-            "--head-timeout-ms=2000",
-            "--body-timeout-ms=500",
-            "--max-connections-per-peer=600",
-        )
+        flags = ("--max-body-bytes=1000",)
         config = config_of(provider(upstream), allowedHosts=["a"])
         running = RunningRouter(config, flags, tmp_path_factory.mktemp("router"))
         running.upstream = upstream
@@ -39,7 +34,7 @@ def server(tmp_path_factory):
         running.kill()
 
 
-def exchange(router, pieces, timeout=10.0):
+def exchange(router, pieces, timeout=30.0):
     """Send the pieces, close that half, read to the end. Bytes that the router no longer takes are no failure."""
     with socket.create_connection((router.host, router.port), timeout) as client:
         client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -221,7 +216,7 @@ def test_bad_bytes_that_come_during_an_answer_are_refused_after_it(server):
     """The HTTP bar, 4."""
     server.upstream.answer(fake.later(fake.json_answer(200, fake.chat_whole("first")), 0.4))
     body = json.dumps(ask("openai", "fake-model")).encode()
-    with socket.create_connection((server.host, server.port), 10) as client:
+    with socket.create_connection((server.host, server.port), 30) as client:
         client.sendall(b"POST %s HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % (CHAT, len(body)) + body)
         time.sleep(0.1)
         client.sendall(b"GET / HTTP/1.1\r\nHost: a/b\r\n\r\n")
@@ -243,7 +238,7 @@ def test_what_is_sent_ahead_of_an_answer_does_not_fill_the_memory(server):
     gate = threading.Event()
     server.upstream.answer(fake.gated(fake.json_answer(200, fake.chat_whole("late")), gate))
     body = json.dumps(ask("openai", "fake-model")).encode()
-    with socket.create_connection((server.host, server.port), 10) as client:
+    with socket.create_connection((server.host, server.port), 30) as client:
         client.sendall(b"POST %s HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % (CHAT, len(body)) + body)
         client.settimeout(0.5)
         sent, piece = 0, FIRST * 2000
@@ -269,7 +264,7 @@ def test_half_a_head_and_then_the_end_is_a_400(server, raw):
 )
 def test_who_sends_on_after_an_early_refusal_can_finish_and_then_see_it(server, head, status):
     """The HTTP bar, 7: an early close would be a reset, and the answer lost."""
-    with socket.create_connection((server.host, server.port), 10) as client:
+    with socket.create_connection((server.host, server.port), 30) as client:
         client.sendall(head)
         for _ in range(30):
             client.sendall(b"x" * 10_000)
@@ -289,36 +284,46 @@ def test_half_a_body_and_then_the_end_reaches_no_upstream(server):
     assert len(server.upstream.calls) == before
 
 
-def test_an_upload_at_a_fair_rate_is_not_cut_but_one_below_it_is(server):
-    """Hardening, proxies 20: a deadline that grows with what came."""
-    head = b"POST %s HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Length: 900\r\n\r\n" % CHAT
-    for size, pause, status in ((90, 0.09, 400), (1, 0.2, 408)):
-        with socket.create_connection((server.host, server.port), 10) as client:
+@pytest.fixture(scope="module")
+def hasty(tmp_path_factory, server):
+    """A router that leaves clients little time, before the same upstream."""
+    flags = ("--head-timeout-ms=2000", "--body-timeout-ms=1000", "--max-connections-per-peer=600")
+    config = config_of(provider(server.upstream), allowedHosts=["a"])
+    running = RunningRouter(config, flags, tmp_path_factory.mktemp("router"))
+    yield running
+    running.kill()
+
+
+def test_an_upload_at_a_fair_rate_is_not_cut_but_one_below_it_is(hasty):
+    """Hardening, proxies 20: a deadline that grows with what came. By default it comes after 30 s."""
+    head = b"POST %s HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Length: 36000\r\n\r\n" % CHAT
+    for size, pause, status in ((3000, 0.12, 400), (1, 0.2, 408)):
+        with socket.create_connection((hasty.host, hasty.port), 10) as client:
             client.sendall(head)
             began, data = time.monotonic(), b""
             client.settimeout(pause)
             sent = 0
-            while not data and time.monotonic() < began + 5:
+            while not data and time.monotonic() < began + 20:
                 with contextlib.suppress(OSError):
-                    if sent < 900:
+                    if sent < 36_000:
                         sent += client.send(b"x" * size)
                     data = client.recv(65536)
         assert data.startswith(b"HTTP/1.1 %d " % status), (size, data[:100])
-        assert time.monotonic() - began < 3
+        assert time.monotonic() - began > 1
 
 
-def test_hundreds_of_idle_and_trickling_connections_do_not_delay_a_request(server):
+def test_hundreds_of_idle_and_trickling_connections_do_not_delay_a_request(hasty):
     """Hardening, proxies 21."""
     with contextlib.ExitStack() as stack:
-        idle = [stack.enter_context(socket.create_connection((server.host, server.port), 10)) for _ in range(300)]
+        idle = [stack.enter_context(socket.create_connection((hasty.host, hasty.port), 30)) for _ in range(300)]
         for client in idle[:150]:
             client.sendall(b"GET / HT")
         took = []
         for _ in range(20):
             began = time.monotonic()
-            assert server.get("/health").status == 200
+            assert hasty.get("/health").status == 200
             took.append(time.monotonic() - began)
-        assert sorted(took)[10] < 0.1, took
+        assert sorted(took)[10] < 0.5, took  # 2 s, if one waited for them
         assert sum(b"408" in client.recv(1000) for client in idle[:150]) == 150
 
 
@@ -327,15 +332,13 @@ def test_one_peer_cannot_take_every_connection(router, upstream):
     running = router(config_of(provider(upstream)), "--max-connections-per-peer=2")
     with contextlib.ExitStack() as stack:
         for _ in range(2):
-            client = stack.enter_context(socket.create_connection((running.host, running.port), 10))
+            client = stack.enter_context(socket.create_connection((running.host, running.port), 30))
             client.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
             assert client.recv(1000).startswith(b"HTTP/1.1 200 ")
         data = exchange(running, [b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"])
         assert data.startswith(b"HTTP/1.1 503 ")
         assert b"retry-after: 1\r\n" in data
-    until = time.monotonic() + 5
-    while b"200 OK" not in running.raw(CLOSE.replace(b"Host: a", b"Host: localhost")):
-        assert time.monotonic() < until
+    until(lambda: b"200 OK" in running.raw(CLOSE.replace(b"Host: a", b"Host: localhost")))
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts descriptors in /proc")
@@ -346,19 +349,17 @@ def test_connections_that_come_and_go_leave_nothing_behind(server):
     assert server.get("/health").status == 200
     before = count()
     for number in range(300):
-        client = socket.create_connection((server.host, server.port), 10)
+        client = socket.create_connection((server.host, server.port), 30)
         if number % 3:
             client.sendall((b"", b"GET / HT", GET + b"\r\n")[number % 3])
         if number % 2:
             client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
         client.close()
-    until = time.monotonic() + 10
-    while count() > before + 3:
-        assert time.monotonic() < until, "%d descriptors, %d before" % (count(), before)
-        time.sleep(0.05)
+    until(lambda: count() <= before + 3, step=0.05)
 
 
-def test_nothing_of_all_this_was_an_error_of_the_routers_own(server):
+def test_nothing_of_all_this_was_an_error_of_the_routers_own(server, hasty):
     """Runs last: no traceback and no error line came of any of it."""
-    assert [line for line in server.log() if "Traceback" in line or "internal" in line.lower()] == []
-    assert server.get("/health").status == 200
+    for running in (server, hasty):
+        assert [line for line in running.log() if "Traceback" in line or "internal" in line.lower()] == []
+        assert running.get("/health").status == 200

@@ -27,7 +27,7 @@ from test_screens import Host  # noqa: E402
 import llm_router  # noqa: E402
 from exchanges import until  # noqa: E402
 from fake_upstream import can_tls, final_text  # noqa: E402
-from running_router import clean_environment  # noqa: E402
+from running_router import clean_environment, free_port  # noqa: E402
 
 README = ROOT / "README.md"
 
@@ -177,11 +177,8 @@ def shell(tmp_path, make_upstream):
     if os.name != "posix" or not can_tls() or shutil.which("bash") is None or shutil.which("curl") is None:
         pytest.skip("the walk through README needs bash, curl and openssl")
     upstream = make_upstream(final_text("hello from far away"), tls="openrouter.ai")
-    with socket.socket() as free, tunnel_to(upstream.port) as tunnel:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-        free.close()
-        made = Shell(tmp_path, upstream, tunnel, port)
+    with tunnel_to(upstream.port) as tunnel:
+        made = Shell(tmp_path, upstream, tunnel, free_port())
         made.upstream = upstream
         yield made
         for process in made.serving:

@@ -45,15 +45,10 @@ OTHER = {"openai": "anthropic", "anthropic": "openai", "responses": "anthropic"}
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):
-    """One router that remembers nothing, with short time limits for clients."""
+    """One router that remembers nothing."""
     with fake.FakeUpstream() as first, fake.FakeUpstream() as second:
         first.plain_handler = second.plain_handler = fake.final_text(TEXT)
-        flags = QUICK + (
-            "--max-body-bytes=2000000",
-            "--head-timeout-ms=300",
-            "--body-timeout-ms=300",
-            "--client-idle-timeout-ms=900",
-        )
+        flags = QUICK + ("--max-body-bytes=2000000",)
         running = RunningRouter(pair_config(first, second), flags, tmp_path_factory.mktemp("router"))
         yield Pair(running, first, second)
         running.kill()
@@ -95,7 +90,7 @@ def request_bytes(body, path=PATHS["openai"], headers=(), version="1.1"):
 
 
 def connect(router):
-    return socket.create_connection((router.host, router.port), 10)
+    return socket.create_connection((router.host, router.port), 30)
 
 
 # --- bad input ---
@@ -158,11 +153,11 @@ def test_a_body_above_the_limit_is_a_413_before_it_was_sent(pair):
     """Hardening, proxies 25 and 27: in both framings, and the client sees the status."""
     for wire in WIRES:
         head = b"POST %s HTTP/1.1\r\nhost: x.localhost\r\ncontent-length: 2000001\r\n\r\n" % PATHS[wire].encode()
-        answer = pair.router.raw(head + b"x" * 1000, timeout=3)
+        answer = pair.router.raw(head + b"x" * 1000)
         assert answer.startswith(b"HTTP/1.1 413 ")
         error_shape(wire, json.loads(answer.partition(b"\r\n\r\n")[2]))
     chunked = b"POST /v1/messages HTTP/1.1\r\nhost: x.localhost\r\ntransfer-encoding: chunked\r\n\r\n"
-    answer = pair.router.raw(chunked + fake.chunk(b"x" * 1_000_000) * 3, timeout=3)
+    answer = pair.router.raw(chunked + fake.chunk(b"x" * 1_000_000) * 3)
     assert answer.startswith(b"HTTP/1.1 413 ")
     assert pair.router.post("/v1/messages", b" " * 2_100_000).status == 413
     assert no_calls(pair)
@@ -319,34 +314,40 @@ def test_a_client_that_expects_100_continue_gets_it_only_where_its_body_is_wante
 )
 def test_a_request_that_is_no_http_is_a_400_and_the_end_of_the_connection(pair, raw):
     """The HTTP bar, 1, 2 and 4."""
-    answer = pair.router.raw(raw + b"\r\n" * 2, timeout=4)
+    answer = pair.router.raw(raw + b"\r\n" * 2)
     assert re.match(rb"HTTP/1\.1 4\d\d ", answer), answer
     assert b"connection: close" in answer.lower()
     assert no_calls(pair)
 
 
-def test_a_head_or_body_that_takes_too_long_is_a_408(pair):
-    """The HTTP bar, 6; trickling does not help."""
+@pytest.fixture
+def impatient(router, upstream):
+    """A router with short time limits for clients, and its upstream. The least of them is 15 s by default."""
+    upstream.handler = fake.final_text(TEXT)
+    flags = ("--head-timeout-ms=300", "--body-timeout-ms=300", "--client-idle-timeout-ms=900")
+    return router(config_of(provider(upstream)), *flags)
+
+
+def test_heads_bodies_and_idle_connections_have_their_time_limits(impatient, upstream):
+    """The HTTP bar, 6: trickling does not help, and having sent all that one has to send does no harm."""
     body = b'POST /v1/messages HTTP/1.1\r\nhost: localhost\r\ncontent-length: 1000\r\n\r\n{"a": "'
     for start in (b"POST /v1/messages HTTP/1.1\r\nhost: loc", body):
         began = time.monotonic()
-        with connect(pair.router) as client:
+        with connect(impatient) as client:
             client.sendall(start)
             answer = b""
-            while not answer and time.monotonic() < began + 4:
+            while not answer and time.monotonic() < began + 12:
                 with contextlib.suppress(socket.timeout, ConnectionError):
                     client.sendall(b"x")
                     client.settimeout(0.05)
                     answer = client.recv(1000)
         assert answer.startswith(b"HTTP/1.1 408 "), (start, answer)
-        assert time.monotonic() - began < 2
-    assert no_calls(pair)
-
-
-def test_an_idle_connection_is_closed_after_a_while(pair):
+    assert upstream.calls == []
     began = time.monotonic()
-    assert pair.router.raw(b"", timeout=5) == b""
-    assert 0.85 <= time.monotonic() - began < 3
+    assert impatient.raw(b"") == b""
+    assert 0.85 <= time.monotonic() - began < 12
+    upstream.answer(fake.later(fake.model_answer("openai", False, TEXT), 1.0))
+    assert b"HTTP/1.1 200 " in impatient.raw(request_bytes(ask("openai")), half_close=True)
 
 
 def test_a_client_of_http_1_0_gets_a_stream_without_chunks(pair):
@@ -373,15 +374,10 @@ def test_too_many_connections_and_too_many_bytes_are_refused_at_once(router, ups
     assert reply.status == 503
     error_shape("openai", reply.json)
     clients = [connect(running) for _ in range(3)]
-    until(lambda: b"503" in running.raw(b"GET / HTTP/1.1\r\nhost: localhost\r\n\r\n", timeout=2))
+    until(lambda: b"503" in running.raw(b"GET / HTTP/1.1\r\nhost: localhost\r\n\r\n", half_close=True))
     for client in clients:
         client.close()
-    until(
-        lambda: (
-            b"HTTP/1.1 200" in running.raw(b"GET / HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n", timeout=2)
-        ),
-        3,
-    )
+    until(lambda: b"HTTP/1.1 200" in running.raw(b"GET / HTTP/1.1\r\nhost: localhost\r\n\r\n", half_close=True))
 
 
 def test_bodies_that_are_too_many_together_are_refused_until_one_of_them_is_gone(router, upstream):
@@ -569,8 +565,8 @@ HOW = pytest.mark.parametrize("how", ["close", "reset"])
 
 
 def assert_cancelled(pair, call, before=0):
-    """The upstream's connection was closed within a second, and the log has the request as 499."""
-    assert call.closed.wait(1.2), "the upstream still works"
+    """The upstream's connection was closed, long before any time limit, and the log has the request as 499."""
+    assert call.closed.wait(20), "the upstream still works"
     until(lambda: len([line for line in pair.router.log() if " 499 client_gone " in line]) > before)
 
 
@@ -590,7 +586,7 @@ PHASES = [
 @HOW
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 @pytest.mark.parametrize(("phase", "upstream_wire"), PHASES)
-def test_when_a_client_leaves_its_upstream_is_closed_within_a_second(pair, phase, upstream_wire, stream, how):
+def test_when_a_client_leaves_its_upstream_is_closed_at_once(pair, phase, upstream_wire, stream, how):
     """Traps 161, 162."""
     events = fake.STREAMS[upstream_wire]("words " * 50)
     whole = json.dumps(fake.WHOLES[upstream_wire]("words " * 50)).encode()
@@ -612,7 +608,7 @@ def test_when_a_client_leaves_its_upstream_is_closed_within_a_second(pair, phase
         while b"words" not in received:
             received += client.recv(65536)
     else:
-        time.sleep(0.05)
+        time.sleep(0.05)  # for what was sent to arrive
     leave(client, how)
     assert_cancelled(pair, call, before)
     assert pair.calls() == (1, 0)
@@ -627,8 +623,10 @@ def test_a_client_that_leaves_right_after_its_request_is_noticed_as_well(pair, s
     client = connect(pair.router)
     client.sendall(request_bytes(ask("openai", "a-openai/solo", stream=stream)))
     leave(client, how)
+    assert pair.router.get("/health").status == 200  # by now it has seen all that came before; a reset may have taken it away
     with contextlib.suppress(AssertionError):
-        pair.first.wait_calls(1, 1)
+        until(lambda: gone_before(pair) > before, 1)
+    until(lambda: pair.first.is_quiet)
     if pair.first.calls:
         assert_cancelled(pair, pair.first.calls[0], before)
 
@@ -636,16 +634,14 @@ def test_a_client_that_leaves_right_after_its_request_is_noticed_as_well(pair, s
 def test_a_client_that_leaves_during_a_backoff_costs_no_further_call(router, make_upstream):
     first, second = make_upstream(), make_upstream()
     running = router(
-        pair_config(first, second), *QUICK, "--origin-retry-base-delay-ms=600", "--origin-retry-max-delay-ms=600"
+        pair_config(first, second), *QUICK, "--origin-retry-base-delay-ms=40000", "--origin-retry-max-delay-ms=40000"
     )
     first.handler = lambda call: fake.error_answer("openai", 500)
     client = connect(running)
     client.sendall(request_bytes(ask("openai", "a-openai/to-openai")))
-    first.wait_calls(1)
-    time.sleep(0.05)
+    assert first.wait_calls(1)[0].answered.wait(30)
     leave(client, "reset")
-    running.wait_log(" 499 client_gone ", 3)
-    time.sleep(0.65)
+    running.wait_log(" 499 client_gone ", 15)  # what has ended and is logged asks nobody
     assert (len(first.calls), len(second.calls)) == (1, 0)
 
 
@@ -661,8 +657,9 @@ def test_a_client_that_leaves_harms_nobodys_health(router, make_upstream):
         with connect(running) as client:
             client.sendall(request_bytes(ask("openai", "a-openai/to-openai", stream=True)))
             first.wait_calls(number)
-            time.sleep(0.05)
-        assert first.calls[-1].closed.wait(1.2)
+            time.sleep(0.05)  # for what was sent to arrive
+        assert first.calls[-1].closed.wait(20)
+        until(lambda number=number: gone_before(Pair(running, first, second)) == number)
     reply = post(running, "openai", "a-openai/to-openai")
     assert attempts_of(reply) == [("a-openai/to-openai", "ok")]
 
@@ -732,8 +729,8 @@ def test_a_client_that_never_reads_again_is_cut_after_the_send_timeout(router, u
     with connect(running) as client:
         client.sendall(request_bytes(ask("openai", stream=True)))
         call = upstream.wait_calls(1)[0]
-        assert call.closed.wait(4)
-        running.wait_log(" 499 client_gone ", 3)
+        assert call.closed.wait(30)  # 60 s by default
+        running.wait_log(" 499 client_gone ")
 
 
 # --- the process ---
@@ -749,7 +746,7 @@ def test_a_stop_lets_a_running_stream_finish_and_refuses_new_connections(router,
     assert stream.read_event(2)
     idle = connect(running)
     running.process.send_signal(signal.SIGTERM)
-    running.wait_log("stopping", 3)
+    running.wait_log("stopping")
     with pytest.raises(ConnectionError):
         connect(running).recv(1)
     assert idle.recv(100) == b""
@@ -757,8 +754,8 @@ def test_a_stop_lets_a_running_stream_finish_and_refuses_new_connections(router,
     assert running.process.poll() is None
     gate.set()
     assert_answer("openai", stream.read_rest(), TEXT)
-    assert running.process.wait(3) == 0
-    running.wait_log(stream.headers["x-llm-router-request-id"], 1)
+    assert running.process.wait(30) == 0
+    running.wait_log(stream.headers["x-llm-router-request-id"])
 
 
 @pytest.mark.parametrize("wire", WIRES)
@@ -771,8 +768,8 @@ def test_a_stream_that_outlives_the_grace_ends_in_an_error_event_and_the_exit_co
     running.process.send_signal(signal.SIGTERM)
     told = assert_stream_error(wire, stream.read_rest())
     assert "stopping" in told.error["message"]
-    assert running.process.wait(3) == 1
-    assert upstream.calls[0].closed.wait(1)
+    assert running.process.wait(20) == 1  # 30 s are the grace by default
+    assert upstream.calls[0].closed.wait(20)
 
 
 @pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
@@ -784,24 +781,22 @@ def test_a_second_signal_ends_it_at_once(router, upstream, first):
         client.sendall(request_bytes(ask("openai")))
         upstream.wait_calls(1)
         running.process.send_signal(first)
-        running.wait_log("stopping", 3)
+        running.wait_log("stopping")
         running.process.send_signal(first)
-        assert running.process.wait(2) in (-first, 130, 1)
+        assert running.process.wait(15) in (-first, 130, 1)  # it would have waited for 30 s
 
 
 def test_an_idle_router_stops_at_once(router, upstream):
     running = router(config_of(provider(upstream)))
     post(running, "openai")
-    began = time.monotonic()
-    assert running.stop(5) == 0
-    assert time.monotonic() - began < 1.5
+    assert running.stop(15) == 0  # killed, it would have another code; open streams may go on for 30 s
 
 
 def test_a_port_in_use_is_said_in_one_line(router, upstream, tmp_path):
     """Trap 176."""
     running = router(config_of(provider(upstream)))
     command = [sys.executable, str(PROGRAM), "start", "--port=%d" % running.port, "--config=%s" % running.config_path]
-    second = subprocess.run(command, env=clean_environment(tmp_path), capture_output=True, timeout=20, text=True)
+    second = subprocess.run(command, env=clean_environment(tmp_path), capture_output=True, timeout=60, text=True)
     assert second.returncode == 1
     assert len(second.stderr.strip().splitlines()) == 1
     assert str(running.port) in second.stderr
@@ -823,10 +818,10 @@ def test_a_log_that_cannot_be_written_stops_nothing(tmp_path, upstream):
         port = int(process.stdout.readline().rsplit(b":", 1)[1])
         for _ in range(5):
             assert post(Caller(port), "openai").status == 200
-            time.sleep(0.06)
+            time.sleep(0.06)  # the log is written now and then
     finally:
         process.terminate()
-        assert process.wait(5) == 0
+        assert process.wait(30) == 0
         process.stdout.close()
 
 
@@ -964,8 +959,8 @@ def test_an_error_of_the_routers_own_is_a_500_in_the_clients_format(wire, upstre
 def test_the_shared_routers_had_no_errors_of_their_own(shared, shared_locked):
     """Hardening, proxies 32; hardening 15: after all that was thrown at them, no traceback, no key that was tried."""
     for pair in (shared, shared_locked):
-        post(pair.router, "openai", "a-openai/solo", headers={"x-api-key": KEY})
-        time.sleep(0.1)
+        last = post(pair.router, "openai", "a-openai/solo", headers={"x-api-key": KEY})
+        pair.router.wait_log(last.headers["x-llm-router-request-id"])
         log = pair.router.log()
         assert not [line for line in log if "internal error" in line or "Traceback" in line or "xception" in line]
         assert not [line for line in log if KEY in line or "OR 1=1" in line]

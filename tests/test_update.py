@@ -186,7 +186,7 @@ def test_a_running_instance_becomes_the_new_version_on_its_port(installed, tmp_p
     done = installed.run("update", "--from=%s" % (tmp_path / "release"))
     assert "pid %d continues" % before["pid"] in done.stdout, done.stderr
     try:
-        found = until(lambda: installed.run("status", "--json").stdout, timeout=20.0)
+        found = until(lambda: installed.run("status", "--json").stdout)
         after = json.loads(found)
         assert (after["version"], after["pid"], after["port"]) == ("99.0.1", before["pid"], before["port"])
     finally:

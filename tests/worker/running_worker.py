@@ -6,7 +6,6 @@ workerd take its Pyodide from a local file.
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -15,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from pyodide_bundle import write_bundle
-from running_router import PROGRAM, ROOT, Caller, clean_environment
+from running_router import PROGRAM, ROOT, Caller, clean_environment, free_port
 
 HERE = Path(__file__).resolve().parent
 WORKERD = HERE / "node_modules" / "@cloudflare" / "workerd-linux-64" / "bin" / "workerd"
@@ -70,11 +69,6 @@ def project_settings():
         if name.startswith("compatibility_"):
             found[name] = json.loads(value)
     return found["compatibility_date"], found["compatibility_flags"]
-
-
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return listener.getsockname()[1]
 
 
 class RunningWorker(Caller):
@@ -140,7 +134,7 @@ class RunningWorker(Caller):
         """A Worker has but one log."""
         return []
 
-    def wait_log(self, text, timeout=10.0):
+    def wait_log(self, text, timeout=30.0):
         """The first line that holds `text`; AssertionError after `timeout` seconds."""
         until = time.monotonic() + timeout
         while True:

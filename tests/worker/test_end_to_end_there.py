@@ -7,7 +7,6 @@ from same_tests import take_tests, worker_pair
 from test_end_to_end import KEY, TEXT
 
 LEFT_OUT = (
-    "test_three_hundred_silent_answers_delay_nobody_else_and_need_few_threads",  # it counts this machine's threads
     "test_an_error_the_upstream_puts_in_a_stream_shows_no_provider_key",  # such a stream is not watched to its end
 )
 

@@ -4,7 +4,7 @@ import pytest
 
 import test_failover
 from same_tests import take_tests, worker_pair
-from test_failover import TEXT, TIMEOUTS
+from test_failover import IDLE, TEXT, TIMEOUTS
 
 # What a Worker cannot do or need not show; the rest of the file applies as it stands.
 LEFT_OUT = (
@@ -27,7 +27,14 @@ def shared(start_worker):
 @pytest.fixture(scope="module")
 def shared_impatient(start_worker):
     """The same with timeouts short enough to wait for."""
-    with worker_pair(start_worker, TEXT, *TIMEOUTS) as pair:
+    with worker_pair(start_worker, TEXT, timeouts=TIMEOUTS) as pair:
+        yield pair
+
+
+@pytest.fixture(scope="module")
+def shared_drowsy(start_worker):
+    """The same with all the time for a beginning and little for each further part."""
+    with worker_pair(start_worker, TEXT, timeouts=IDLE) as pair:
         yield pair
 
 
