@@ -573,12 +573,7 @@ FIELDS: Dict[str, Tuple[Field, ...]] = {
         Field("name", "text", "name for people"),
         Field("enabled", "flag", "false keeps the entry and does not use it"),
         Field("baseUrl", "url", "where the provider's API is", ("endpoint",)),
-        Field(
-            "baseUrlByFormat",
-            "{wire:url}",
-            "a base URL of its own per wire format",
-            ("endpointByFormat", "endpoints"),
-        ),
+        Field("baseUrlByFormat", "{wire:url}", "a base URL of its own per format", ("endpointByFormat", "endpoints")),
         Field("apiKey", "secret", "the key the router shows to the provider", ("credential",)),
         Field("apiKeyEnv", "variable", "environment variable that holds the key; wins when it is set"),
         Field("formats", "[wire]", "wire formats the provider speaks: openai, anthropic, responses"),
@@ -604,12 +599,7 @@ FIELDS: Dict[str, Tuple[Field, ...]] = {
         Field("maxOutputTokens", "whole", "tokens that an answer may have"),
         Field("cost", "object", "US dollars per million tokens: input, output, cacheRead, cacheWrite"),
         Field("metadata", "object", "anything; kept, not used"),
-        Field(
-            "fallbackModels",
-            "[fallback]",
-            "models to try when this one fails, in order",
-            ("fallbacks", "silentFallbacks"),
-        ),
+        Field("fallbackModels", "[fallback]", "what to try when it fails, in order", ("fallbacks", "silentFallbacks")),
     ),
     "auth": (
         Field("type", "auth_type", "bearer, x-api-key, header or none", ("kind",)),
@@ -655,8 +645,7 @@ _FIELD_OF = {kind: {s: f for f in fields for s in _spellings(f)} for kind, field
 
 
 def find_key(raw: Json, kind: str, key: str) -> Optional[str]:
-    """The spelling under which the object `raw` (a "config", "provider", ...) holds the field `key`, None when it has
-    none. A null counts as absent."""
+    """The spelling under which `raw` (a "config", "provider"...) holds the field `key`; None without one or a null."""
     return next((name for name in SPELLINGS[kind][key] if raw.get(name) is not None), None)
 
 
@@ -670,14 +659,7 @@ def get_field(raw: Json, kind: str, key: str) -> Any:
 _MAX_DEPTH = 60  # far below the recursion limit, so that no walk of a document needs to fear it
 _SECRET_VALUE = re.compile(r'("[^"]*(?:key|secret|token|auth|credential|password)[^"]*"\s*:\s*")([^"]*)', re.IGNORECASE)
 _LONG_TOKEN = re.compile(r"()([A-Za-z0-9_+/=-]{24,}|\bsk-[A-Za-z0-9_-]+)")
-_TYPE_NAMES = {
-    bool: "a boolean",
-    dict: "an object",
-    list: "a list",
-    str: "text",
-    int: "a whole number",
-    float: "a number",
-}
+_TYPES = {bool: "a boolean", dict: "an object", list: "a list", str: "text", int: "a whole number", float: "a number"}
 
 
 def parse_config_text(text: Union[str, bytes], source: str) -> Json:
@@ -687,7 +669,7 @@ def parse_config_text(text: Union[str, bytes], source: str) -> Json:
     """
     try:
         text = (text if isinstance(text, str) else str(text, "utf-8")).removeprefix("\ufeff")
-        document = _JSON_DECODER.decode(_plain_json(text))
+        document = _decode_tolerantly(text)
         depth = _depth(document)
     except UnicodeDecodeError as error:
         before = len(error.object[: error.start].decode("utf-8"))
@@ -698,7 +680,7 @@ def parse_config_text(text: Union[str, bytes], source: str) -> Json:
     except (ValueError, RecursionError) as error:
         raise ConfigError("%s is not usable JSON: %s" % (source, one_line(str(error), 120))) from None
     if not isinstance(document, dict):
-        raise ConfigError("%s must hold a JSON object, it holds %s" % (source, _TYPE_NAMES.get(type(document), "null")))
+        raise ConfigError("%s must hold a JSON object, it holds %s" % (source, _TYPES.get(type(document), "null")))
     if depth > _MAX_DEPTH:
         raise ConfigError("%s is nested deeper than %d levels" % (source, _MAX_DEPTH))
     return document
@@ -706,6 +688,13 @@ def parse_config_text(text: Union[str, bytes], source: str) -> Json:
 
 _COMMENTS = re.compile(r'"(?:[^"\\\n]|\\.)*"?|(?P<extra>//[^\n]*|/\*.*?\*/)', re.DOTALL)
 _LAST_COMMAS = re.compile(r'"(?:[^"\\\n]|\\.)*"?|[\[{]\s*,|(?P<extra>,)(?=\s*[]}])', re.DOTALL)
+
+
+def _decode_tolerantly(text: str) -> Any:
+    try:
+        return _JSON_DECODER.decode(text)
+    except json.JSONDecodeError:
+        return _JSON_DECODER.decode(_plain_json(text))
 
 
 def has_comments(text: str) -> bool:
@@ -771,8 +760,7 @@ def locate_problems(problems: Iterable[Problem], text: str) -> List[Problem]:
 
 
 def _find_places(text: str) -> Tuple[Dict[str, int], List[str]]:
-    """Where every member of a JSON text begins (its key, or the entry of a list) by its path, and the paths that come
-    twice."""
+    """Where each member of a JSON text begins (its key, or a list's entry) by its path, and paths that come twice."""
     places, twice = {"": 0}, []
     pieces = _JSON_PIECE.finditer(_plain_json(text))
 
@@ -793,8 +781,12 @@ def _find_places(text: str) -> Tuple[Dict[str, int], List[str]]:
 
 
 def _depth(value: Any) -> int:
-    entries = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return 1 + max(map(_depth, entries), default=0)
+    depth, level = 0, [value]
+    while level:
+        depth += 1
+        inner = (node.values() if isinstance(node, dict) else node for node in level if isinstance(node, (dict, list)))
+        level = [entry for entries in inner for entry in entries]
+    return depth
 
 
 # ----- a configuration in environment variables -----
@@ -987,8 +979,7 @@ _VERDICTS = {  # of ModelIndex.judge: what is said of the name, and the cure
 
 
 class _Scan:
-    """A pass over a document, which makes its values and notes what is wrong: a reader returns None for what cannot be
-    used."""
+    """A pass over a document: makes its values, notes what is wrong. A reader returns None for what cannot be used."""
 
     def __init__(self, environ: Mapping[str, str]) -> None:
         self.problems: List[Problem] = []
@@ -1017,12 +1008,12 @@ class _Scan:
     def _warn(self, path: str, message: str, cure: str) -> None:
         self.problems.append(Problem(path, message, cure, "warning"))
 
-    def _is(self, path: str, value: Any, type_: type) -> bool:
-        """Whether `value` is of the JSON type, noted when it is not."""
+    def _is(self, path: str, value: Any, type_: type, words: str = "") -> bool:
+        """Whether `value` is of the JSON type, noted when it is not. words: what it may be, when that is more."""
         is_good = type_ in (object, type(value))
         if not is_good:
-            words = _TYPE_NAMES[type_]
-            self._error(path, "must be %s, is %s" % (words, _TYPE_NAMES.get(type(value), "null")), "write " + words)
+            words = words or _TYPES[type_]
+            self._error(path, "must be %s, is %s" % (words, _TYPES.get(type(value), "null")), "write " + words)
         return is_good
 
     def _read(self, kind: str, path: str, value: Any) -> Any:
@@ -1082,15 +1073,15 @@ class _Scan:
                 found[good] = read
         return found
 
-    def _items(self, path: str, value: Any) -> List[Tuple[str, str, Any]]:
+    def _items(self, path: str, value: Any, words: str = "") -> List[Tuple[str, str, Any]]:
         """The path, name and value of each member of an object."""
-        good = self._is(path, value, dict)
+        good = self._is(path, value, dict, words)
         return [(_join(path, name), name, entry) for name, entry in value.items()] if good else []
 
     def _read_fields(self, kind: str, path: str, raw: Any) -> Json:
         """The fields of an object by their attributes' names (`base_url`); unknown keys become warnings."""
         values = {}
-        for where, name, value in self._items(path, raw):
+        for where, name, value in self._items(path, raw, "text or an object" if kind == "model" else ""):
             field = _FIELD_OF[kind].get(name)
             first = find_key(raw, kind, field.key) if field else None
             if field is None:
@@ -1155,7 +1146,8 @@ class _Scan:
         return auth
 
     def _read_providers(self, path: str, value: Any) -> Tuple[Provider, ...]:
-        return self._read_entries("provider", provider_entries(path, value))
+        is_good = isinstance(value, dict) or self._is(path, value, list)
+        return self._read_entries("provider", provider_entries(path, value) if is_good else ())
 
     def _read_provider(self, path: str, raw: Any) -> Optional[Provider]:
         if not self._is(path, raw, dict):
@@ -1794,7 +1786,10 @@ def set_field(document: Json, place: Place, key: str, value: Any) -> Edit:
         del _walk(new, place[:-1])[0][place[-1]]
     shown = json.dumps(mask_document({key: value})[key], ensure_ascii=False) if value is not None else "removed"
     words = " ".join(filter(None, (owner, *(s for s in place[-1:] if s in ("auth", "timeouts")), key)))
-    return _finish(document, new, ["%s: %s" % (words, shown)], True)
+    path = ""
+    for step in (*place, key):
+        path = "%s[%d]" % (path, step) if isinstance(step, int) else _join(path, step)
+    return _finish(document, new, ["%s: %s" % (words, shown)], True, path)
 
 
 def move_entry(document: Json, place: Place, step: int) -> Edit:
@@ -1865,14 +1860,14 @@ def _rename_references(document: Json, old: str, new: str) -> None:
 # ----- what an edit would break -----
 
 
-def _finish(old: Json, new: Json, notes: List[str], drops: bool = False) -> Edit:
-    """The edit, refused with UsageError when it brings in an error that was not there before. drops: references that it
-    left dangling go as well."""
+def _finish(old: Json, new: Json, notes: List[str], drops: bool = False, field: str = "") -> Edit:
+    """The edit, refused with UsageError when it brings in an error that was not there before, or leaves one in `field`,
+    the path of what it set. drops: references that it left dangling go as well."""
     notes += _drop_references(old, new) if drops else []
     known = [problem.message for problem in find_problems(old) if problem.level == "error"]
     for problem in find_problems(new):
         if problem.level == "error":
-            if problem.message not in known:
+            if problem.message not in known or field and (problem.path + "[").startswith(field + "["):
                 raise UsageError(show_problem(problem))
             known.remove(problem.message)
     return Edit(new, tuple(notes))
@@ -1894,8 +1889,7 @@ def _drop_references(old: Json, new: Json) -> List[str]:
 
 
 def _map_references(document: Json, change: Callable[[str, bool], Any]) -> List[str]:
-    """Put `change(ref, may_be_an_alias)` in place of each reference, and none in place of one for which that is _GONE;
-    says which those were."""
+    """Put `change(ref, may_be_an_alias)` in place of each reference, none where it is _GONE; says which those were."""
     notes = []
     for holder, key, aliases, words, emptied in _references_in(document):
         refs = holder[key] if isinstance(holder[key], list) else [holder[key]]
@@ -8713,9 +8707,9 @@ def backoff_ms(retry: int, settings: Settings, jitter: float) -> int:
 # 19 SCREENS - the menu as values: what it shows, and what each key does [pure]
 # ==============================================================================
 #
-# update(menu, event) -> (menu, effect). An event is the name of a key ("a", "up", "enter") or what the host Told after
-# an effect. Screens lie on one another, each a row of SCREENS with its keys; a key gets the menu and the item of the
-# selected row. A dialog is a screen that knows how to go on (`then`) with what it was told.
+# update(menu, event) -> (menu, effect). An event is the name of a key ("a", "up", "enter"), what was Pasted, or what
+# the host Told after an effect. Screens lie on one another, each a row of SCREENS with its keys; a key gets the menu
+# and the item of the selected row. A dialog is a screen that knows how to go on (`then`) with what it was told.
 
 
 class Row(NamedTuple):
@@ -8748,8 +8742,7 @@ class Frame(NamedTuple):
 
 
 class Facts(NamedTuple):
-    """What the host knows. variables: names that the environment holds. settings: rows of settings_table. effects: what
-    the host can do."""
+    """What the host knows. variables: names in the environment. settings: of settings_table. effects: what it does."""
 
     path: str = ""
     variables: Iterable[str] = ()
@@ -8769,6 +8762,12 @@ class Told(Value):
 
     __slots__ = ("serial", "value", "error", "is_progress")
     defaults = (None, "", False)
+
+
+class Pasted(Value):
+    """Text that came at once: it is no key, nor are its line breaks."""
+
+    __slots__ = ("text",)
 
 
 class Menu(NamedTuple):
@@ -8827,7 +8826,8 @@ def update(menu: Menu, event: Any) -> Tuple[Menu, Optional[Effect]]:
             raise UsageError(event.error)
         new = menu.front.then(before, event.value) if is_told else _press(before, event)
     except RouterError as error:
-        new = before._replace(note=error.message, is_error=True)
+        path = r"providers\[[0-9]+\]\." if before.front.is_draft else ""  # what is new has no number yet
+        new = before._replace(note=re.sub("^" + path, "", error.message), is_error=True)
     while not _stands(new):
         new = _pop(new)
     return new._replace(effect=None), new.effect
@@ -8840,13 +8840,13 @@ def rows_of(menu: Menu) -> List[Row]:
     return [row for row in rows if frame.filter.lower() in " ".join(row.cells).lower()]
 
 
-def keys_of(menu: Menu) -> List[Tuple[str, str]]:
-    """The keys that do something here and a word for each, the most useful first."""
+def keys_of(menu: Menu, item: Any) -> List[Tuple[str, str]]:
+    """The keys that do something here, on a row with that item, and a word for each; the most useful first."""
     screen = SCREENS[menu.front.screen]
     pairs = [tuple(key.split(" ", 1)) for key in screen.keys if " " in key and key[0] != "K"]
-    pairs = [("JK" if name == "J" else name, word) for name, word in pairs]
     if screen.kind != "list":
         return pairs
+    pairs = [pair for pair in pairs if item is not None or pair[0] not in _ROW_KEYS]
     pairs += [("s", "save"), ("u", "undo")] if menu.is_unsaved else []
     return [*pairs, ("esc", "back" if len(menu.frames) > 1 else "quit"), ("?", "help")]
 
@@ -8877,6 +8877,8 @@ def _press(menu: Menu, name: str) -> Menu:
     keys = {key.partition(" ")[0]: do for key, do in {**(_LIST_KEYS if is_list else {}), **screen.keys}.items()}
     count = frame.lead.count("\n") + 1 if screen.kind == "text" else len(rows)
     at = within(frame.at, count)
+    if isinstance(name, Pasted):
+        return _paste(menu, name.text)
     if is_typed and name not in keys:
         return _type(menu, name)
     if name in _MOVES and not is_typed:
@@ -8903,6 +8905,16 @@ def _type(menu: Menu, key: str) -> Menu:
         edits[key] = (head + typed, tail)
     head, tail = edits.get(key, (head, tail))
     return _swap(menu, typed=head + tail, at=len(head))
+
+
+def _paste(menu: Menu, text: str) -> Menu:
+    """Put text in at the caret: a key, which is not seen, without any spaces, other text in one line."""
+    frame = menu.front
+    if SCREENS[frame.screen].kind != "input":
+        raise UsageError("nothing is typed here: what was pasted is left out")
+    text = "".join(filter(str.isprintable, ("" if frame.hidden else " ").join(text.split())))
+    typed = frame.typed[: frame.at] + text + frame.typed[frame.at :]
+    return _swap(menu, typed=typed, at=frame.at + len(text))
 
 
 # ----- moving between screens, and dialogs -----
@@ -8964,8 +8976,8 @@ def _ask(menu: Menu, title: str, then: Any, lead: str = "", typed: str = "", hid
 
 
 def _choose(menu: Menu, title: str, rows: Iterable[Row], lead: str = "", then: Any = _do, now: Any = "") -> Menu:
-    """then(menu below, item of the chosen row); the row of the item `now` is selected."""
-    rows = tuple(rows)
+    """then(menu below, item of the chosen row); the row of the item `now` is marked and selected."""
+    rows = tuple(row._replace(state="ok") if now and row.item == now else row for row in rows)
     at = next((i for i, row in enumerate(rows) if now and row.item == now), 0)
     return _push(menu, "choose", title, at=at, rows=rows, lead=lead, then=then)
 
@@ -9077,7 +9089,8 @@ def diff_lines(old: Dict[str, Any], new: Dict[str, Any]) -> List[str]:
     """What was changed, as lines that start with +, - or a space; keys are masked."""
     import difflib
 
-    before, after = (json.dumps(mask_document(one), indent=2, ensure_ascii=False).split("\n") for one in (old, new))
+    texts = [json.dumps(mask_document(one), indent=2, ensure_ascii=False) for one in (old, new)]
+    before, after = (text.replace(",\n", "\n").split("\n") for text in texts)  # a comma that moves is no change
     lines = list(difflib.unified_diff(before, after, n=1, lineterm=""))[2:]
     return [line for line in lines if line[:2] != "@@"] or ["+ a key that looks the same when it is masked"]
 
@@ -9143,21 +9156,24 @@ _HELP = (
 def _home_rows(menu: Menu) -> List[Row]:
     config, problems = scan_config(menu.document, {})
     chains = sum(bool(model.fallback_models) for provider in config.providers for model in provider.models)
-    levels = [problem.level for problem in problems]
+    states = {"check": min((problem.level for problem in problems), default="ok")}  # error before warning
+    for problem in problems:
+        field = _FIELD_OF["config"].get(re.split(r"[.[]", problem.path)[0])
+        name = field.key if field else ""
+        states[name] = min(problem.level, states.get(name, "warning"))
     values = {
         "providers": ", ".join(provider.id for provider in config.providers),
         "fallbacks": "of %s" % _count(chains, "model") if chains else "",
-        "default": config.default_model,
-        "aliases": ", ".join(config.aliases),
-        "master": mask(config.master_key),
-        "clients": ", ".join(key.name for key in config.client_keys),
-        "access": ", ".join(config.cors_origins + config.allowed_hosts),
+        "defaultModel": config.default_model,
+        "modelAliases": ", ".join(config.aliases),
+        "masterKey": mask(config.master_key),
+        "clientKeys": ", ".join(key.name for key in config.client_keys),
+        "corsOrigins": ", ".join(config.cors_origins + config.allowed_hosts),
         "settings": "%d set here" % sum(row["value"] != row["default"] for row in menu.facts.settings),
         "check": _count(len(problems), "problem") if problems else "",
+        "changes": (_count(max(1, len(menu.past)), "change") if menu.is_unsaved else "no changes")
+        + (" to " + menu.facts.path if menu.facts.path else ""),
     }
-    if menu.is_unsaved:
-        values["changes"] = _count(max(1, len(menu.past)), "change")
-    states = {"check": min(levels, default="ok"), "providers": "" if config.providers else "warning"}
     return [
         Row((label, values.get(name, "") or empty), does, hint, states.get(name, ""))
         for name, label, empty, does, hint in _HOME
@@ -9218,7 +9234,8 @@ def _start_draft(menu: Menu, chosen: Tuple[Preset, str]) -> Menu:
     needs_key = preset.keys and not variable
     fields = _FIELD_ORDER["provider"]
     at = fields.index("apiKey") if needs_key else len(fields) if preset.id else 0
-    lead = "Get a key at " + preset.keys_at if needs_key else ""
+    lead = "" if preset.id else "It needs an id, a base URL and mostly a key, in apiKey or apiKeyEnv."
+    lead = "Get a key at " + preset.keys_at if needs_key else lead
     return _push(menu._replace(draft=draft), "provider", "New provider", ("providers", 0), at, True, lead=lead)
 
 
@@ -9341,8 +9358,7 @@ def _edit_text(menu: Menu, field: Field, value: Any, put: Any) -> Menu:
 
 
 def read_typed(kind: str, text: str) -> Any:
-    """What a person typed as the value of a field of that kind. UsageError when it is not JSON where only JSON will
-    do."""
+    """What a person typed as the value of a field of that kind. UsageError where only JSON will do and it is none."""
     text = text.strip()
     if text and (kind in ("object", "any") or kind[0] == "{"):
         return load_json(text, "value")
@@ -9584,17 +9600,17 @@ def _deploy(menu: Menu) -> Menu:
 
 
 # fmt: off
-_HOME = (
+_HOME = (  # the first word: the field whose problems are its own, an effect of the host, or another name
     ("providers", "Providers", "none yet", _go("providers"), "the accounts requests may go to: add, edit, test, order"),
     ("fallbacks", "Fallbacks", "none", _go("fallbacks"), "what to try when a model fails"),
-    ("default", "Default model", "none", _edit_default, "for `smart` and for requests that name no model"),
-    ("aliases", "Aliases", "none", _go("aliases"), "further names and patterns for models"),
-    ("master", "Master key", "none", _edit_master, "the key that clients show to the router"),
-    ("clients", "Client keys", "none", _go("clients"), "further keys, one per client"),
-    ("access", "Browser access", "none", _go("access"), "origins and hosts that may use it"),
+    ("defaultModel", "Default model", "none", _edit_default, "for `smart` and for requests that name no model"),
+    ("modelAliases", "Aliases", "none", _go("aliases"), "further names and patterns for models"),
+    ("masterKey", "Master key", "none", _edit_master, "the key that clients show to the router"),
+    ("clientKeys", "Client keys", "none", _go("clients"), "further keys, one per client"),
+    ("corsOrigins", "Browser access", "none", _go("access"), "origins and hosts that may use it"),
     ("settings", "Settings", "", _go("settings"), "timeouts, retries, cooldowns: see them and how to set them"),
-    ("startup", "Start-up", "", _startup, "start the router with the machine"),
-    ("deploy", "Deploy", "", _deploy, "put the router and this configuration onto Cloudflare"),
+    ("startup", "Start-up", "with the machine", _startup, "start the router with the machine"),
+    ("deploy", "Deploy", "onto Cloudflare", _deploy, "put the router and this configuration onto Cloudflare"),
     ("check", "Check", "nothing is wrong", _go("check"), "what is wrong in the configuration, and the cure"),
     ("changes", "Save", "", _review, "shows the changes first"),
 )
@@ -9616,6 +9632,7 @@ _ENTRY_KEYS = {
 }
 _FORM_KEYS = {"enter edit": _edit_field, "d clear": _clear_field}
 _CHOOSE = {"enter choose": lambda menu, item: menu.front.then(_pop(menu), item)}
+_ASKED = {**_CHOOSE, "s": lambda menu, item: _save(_pop(menu)), "u": lambda menu, item: _undo(_pop(menu), item)}
 
 SCREENS: Dict[str, Screen] = {
     "home": Screen("llm-router", _home_rows, {"enter open": _do}, "One address for every provider."),
@@ -9634,11 +9651,8 @@ SCREENS: Dict[str, Screen] = {
     }),
     "form": Screen("Fields", _form_rows, _FORM_KEYS),
     "access": Screen("Browser access", _form_rows, _FORM_KEYS),
-    "headers": Screen("Headers", _form_rows, {
-        "enter edit": _edit_field,
-        "a add": _add_header,
-        "d clear": _clear_field,
-    }, empty="No headers yet: press a to add one."),
+    "headers": Screen("Headers", _form_rows, {"a add": _add_header, **_FORM_KEYS},
+                      empty="No headers yet: press a to add one."),
     "models": Screen("Models", _model_rows, {
         "enter open": lambda menu, place: _push(menu, "form", _ids(menu, place)[1] or "?", place),
         "a add": _add_models,
@@ -9660,8 +9674,8 @@ SCREENS: Dict[str, Screen] = {
     "settings": Screen("Settings", _setting_rows, {"enter open": _show_setting}),
     "check": Screen("Check", _check_rows, {"enter open": _show_check}, empty="Nothing is wrong."),
     "choose": Screen(keys=_CHOOSE),
-    "leave": Screen(keys={**_CHOOSE, "ctrl-c": lambda menu, item: _quit(menu, 130)}),
-    "diff": Screen(keys=_CHOOSE),
+    "leave": Screen(keys={**_ASKED, "ctrl-c": lambda menu, item: _quit(menu, 130)}),
+    "diff": Screen(keys=_ASKED),
     "test": Screen(keys={"enter choose": _keep}, empty="It names no model: give it some, and they are asked."),
     "pick": Screen("", _pick_rows, {
         "space pick": _pick_row,
@@ -9679,7 +9693,7 @@ SCREENS: Dict[str, Screen] = {
         "esc back": _pop,
         "ctrl-c": _pop,
     }, kind="input"),
-    "text": Screen(keys={"up down": _do, "esc back": _pop, "enter": _pop, "q": _pop, "space": _pop}, kind="text"),
+    "text": Screen(keys={"up scroll": _do, "esc back": _pop, "enter": _pop, "q": _pop, "space": _pop}, kind="text"),
     "busy": Screen(keys={
         "esc stop": _stop,
         "q": _stop,
@@ -9697,7 +9711,7 @@ Line = List[Tuple[str, str]]  # spans: text and style, a row of the host's table
 
 _MARKS = {"ok": "●", "off": "○", "warning": "▲", "error": "✗", "mark": "·", "": " "}
 _SPINNER = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
-_KEY_NAMES = {"up": "↑↓", "JK": "J K"}
+_KEY_NAMES = {"up": "↑↓", "J": "J K"}
 _DIFF_STYLES = {"+": "ok", "-": "error"}
 TO_ASCII = dict(zip(map(ord, "●○▲✗›↑↓…─•·" + _SPINNER), "*o!x>^v~-*." + "|/-\\" * 3))  # for terminals without UTF-8
 _HELD = 1 << 10  # no terminal is wider; a cell's width is counted, not searched
@@ -9751,21 +9765,16 @@ def wrap(text: str, width: int, most: int = 1000) -> List[str]:
     return lines[:most]
 
 
-def line_text(line: Line) -> str:
-    """A line without its styles."""
-    return "".join(text for text, _ in line)
-
-
 def view(menu: Menu, width: int, height: int) -> List[Line]:
     """Exactly `height` lines of exactly `width` cells: title, body, and what the selected row and the keys do."""
     is_roomy = height >= 16
     rows = rows_of(menu)
-    hint = rows[within(menu.front.at, len(rows))].hint if rows else ""
+    selected = rows[within(menu.front.at, len(rows))] if rows else Row(())
     style = "error" if menu.is_error else "note" if menu.note else "dim"
-    most = 3 if is_roomy else 2 if menu.note and height > 5 else 1
-    notes = wrap(menu.note or hint, width - 2, most) if height > 3 else []
+    most = 6 if is_roomy else 2 if menu.note and height > 5 else 1
+    notes = wrap(menu.note or selected.hint, width - 2, most) if height > 3 else []
     blank, rule = ([[]], [[("─" * width, "dim")]]) if is_roomy else ([], [])
-    foot = rule + _styled(notes, style, " ") + [_keys_line(keys_of(menu), width)]
+    foot = rule + _styled(notes, style, " ") + [_keys_line(keys_of(menu, selected.item), width)]
     room = max(0, height - 1 - len(foot) - len(blank))
     body = _BODIES[SCREENS[menu.front.screen].kind](menu.front, rows, width, room)[:room]
     lines = [_title_line(menu, width), *blank, *body, *[[]] * (room - len(body)), *foot]
@@ -9892,15 +9901,17 @@ def prompt_text(menu: Menu) -> str:
     """The screen as plain lines, its rows numbered, for where nothing can be drawn."""
     frame, screen = menu.front, SCREENS[menu.front.screen]
     lead = frame.lead or screen.lead
-    lines = ["", "== " + (frame.title or screen.title)] + [lead] * bool(lead)
-    for i, row in enumerate(rows_of(menu), 1):
+    lines, rows = ["", "== " + (frame.title or screen.title)] + [lead] * bool(lead), rows_of(menu)
+    for i, row in enumerate(rows, 1):
         picked = "[%s] " % row.state if row.state.isdigit() else ""
         mark = " (%s)" % row.state if row.state in ("off", "warning", "error") else ""
-        lines.append("%3d  %s%s%s" % (i, picked, "  ".join(filter(None, map(one_line, row.cells))), mark))
+        why = " - " + one_line(row.hint, 200) if row.hint and (mark or not any(row.cells[1:])) else ""
+        lines.append("%3d  %s%s%s%s" % (i, picked, "  ".join(filter(None, map(one_line, row.cells))), mark, why))
     lines += ["error: " * menu.is_error + menu.note] if menu.note else []
     if screen.kind == "input" and not frame.hidden:
         lines.append("[%s] empty leaves it, - clears it" % one_line(frame.typed))
-    letters = ", ".join("%s %s" % (name, word) for name, word in keys_of(menu) if len(name) == 1)
+    keys = [(_KEY_NAMES.get(name, name), word) for name, word in keys_of(menu, rows[0].item if rows else None)]
+    letters = ", ".join("%s %s" % pair for pair in keys if pair[0] not in ("enter", "esc", "↑↓"))
     return "\n".join(lines + ([_HOW[screen.kind] % letters] if screen.kind in _HOW else []))
 
 
@@ -9912,7 +9923,7 @@ def answer_keys(menu: Menu, answer: str) -> Tuple[Menu, List[str]]:
     if kind == "input":
         typed = "" if text == "-" and not menu.front.hidden else answer
         return _swap(menu, typed=typed, at=len(typed)), ["enter"]
-    found = re.fullmatch("(?:([A-Za-z?/]) *)?([0-9]{1,6})", text)  # "d 3": a key, and the row it is for
+    found = re.fullmatch("(?:([A-Za-z?/]|space) *)?([0-9]{1,6})", text)  # "d 3": a key, and the row it is for
     if kind not in _HOW or not found:
         return menu, [text] if text else ["enter" if kind == "pick" else "esc"]
     key, number = found.groups()
@@ -10857,9 +10868,7 @@ class Probe:
     def _target(self, wire: str, auth: Auth) -> Target:
         return make_target(self._plan.provider._replace(auths={wire: auth}), wire)
 
-    async def _exchange(
-        self, target: Target, wire: str, path: str, body: bytes = b""
-    ) -> Tuple[int, Headers, bytes]:
+    async def _exchange(self, target: Target, wire: str, path: str, body: bytes = b"") -> Tuple[int, Headers, bytes]:
         """Status, headers and body of the answer to a question, or to GET."""
         method, most_ms = ("POST", _PROBE_CALL_MS) if body else ("GET", _PROBE_LISTING_MS)
         limits = resolve_timeouts(self._plan.provider, self._settings, False)
@@ -11092,8 +11101,7 @@ def write_private(
 
 
 def _write_temporary(target: str, data: bytes, durable: bool = True) -> str:
-    """A new file beside `target`, 0600 from the start, complete, when `durable` on the disk; its path. OSError when it
-    fails."""
+    """A new file beside `target`, 0600 from the start, complete, if `durable` on the disk; its path. OSError if not."""
     import os
     import secrets
 
@@ -15664,6 +15672,12 @@ _CODE_KEYS = {  # names of curses after KEY_
     "UP": "up", "DOWN": "down", "LEFT": "left", "RIGHT": "right", "HOME": "home", "END": "end", "PPAGE": "pgup",
     "NPAGE": "pgdn", "BACKSPACE": "backspace", "DC": "delete", "ENTER": "enter", "BTAB": "up", "SR": "K", "SF": "J",
 }  # fmt: skip
+# What follows Escape where a terminal sends other sequences than its TERM says.
+_SEQUENCES = {  # after [ or O
+    "A": "up", "B": "down", "C": "right", "D": "left", "H": "home", "F": "end", "M": "enter", "Z": "up", "1~": "home",
+    "7~": "home", "4~": "end", "8~": "end", "3~": "delete", "5~": "pgup", "6~": "pgdn",
+}  # fmt: skip
+_PASTE_MODE, _PASTE_END = b"\x1b[?2004%c", "\x1b[201~"  # what is pasted comes in brackets (xterm's control sequences)
 _QUICK = ("key", "save")  # effects that are done at once; the others get a thread, so that they can be left
 _TALKING = ("deploy",)  # those that ask and print themselves: they get the terminal meanwhile
 
@@ -15694,50 +15708,51 @@ class Job:
 def run_menu(menu: Menu, effects: Effects, plain: bool = False) -> int:
     """The menu until it is left; the exit code. plain: as numbered prompts, also where curses would work."""
     import os
+    import signal
 
     ended: List[int] = []
-    with _Ending(ended):
-        try:
-            import curses
+    before = _let_end(ended)
+    try:
+        import curses
 
-            curses.setupterm()
-            plain = plain or os.environ.get("TERM", "dumb") == "dumb"
-        except Exception:  # no curses on Windows; curses.error for a terminal that nobody knows
-            plain = True
-        try:
-            if plain:
-                return _run_prompts(menu, effects)
-            os.environ.setdefault("ESCDELAY", "50")
-            return int(curses.wrapper(_Painter(menu, effects, ended).run))
-        except KeyboardInterrupt:
-            return 128 + ended[0] if ended else 130
+        curses.setupterm()
+        plain = plain or os.environ.get("TERM", "dumb") == "dumb"
+    except Exception:  # no curses on Windows; curses.error for a terminal that nobody knows
+        plain = True
+    try:
+        if plain:
+            return _run_prompts(menu, effects)
+        os.environ.setdefault("ESCDELAY", "50")
+        return int(curses.wrapper(_Painter(menu, effects, ended).run))
+    except KeyboardInterrupt:
+        return 128 + ended[0] if ended else 130
+    finally:
+        if not plain:
+            _bracket_pasted(False)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-class _Ending:
-    """`with _Ending(ended):` SIGTERM and SIGHUP raise KeyboardInterrupt, so that the terminal is put right, and leave
-    their number in `ended`."""
+def _bracket_pasted(wanted: bool) -> None:
+    """Let the terminal mark what is pasted, so that no list takes it for keys; curses has no function for it."""
+    import os
 
-    def __init__(self, ended: List[int]) -> None:
-        self._ended = ended
-        self._before: Dict[Any, Any] = {}
+    try:
+        os.write(1, _PASTE_MODE % (b"h" if wanted else b"l"))
+    except OSError:
+        pass  # the terminal is gone
 
-    def __enter__(self) -> None:
-        import signal
 
-        for name in ("SIGTERM", "SIGHUP"):
-            number = getattr(signal, name, None)
-            if number is not None:
-                self._before[number] = signal.signal(number, self._end)
+def _let_end(ended: List[int]) -> Dict[Any, Any]:
+    """Let SIGTERM and SIGHUP end the menu by KeyboardInterrupt, their number in `ended`; what they did before."""
+    import signal
 
-    def _end(self, number: int, frame: Any) -> None:
-        self._ended.append(number)
+    def end(number: int, frame: Any) -> None:
+        ended.append(number)
         raise KeyboardInterrupt
 
-    def __exit__(self, *_: Any) -> None:
-        import signal
-
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+    found = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    return {number: signal.signal(number, end) for number in found}
 
 
 class _Painter:
@@ -15762,9 +15777,11 @@ class _Painter:
             curses.curs_set(0)
         except curses.error:
             pass
+        event: Any = ""
         while True:
             try:
-                self._draw(window)
+                if event is not None:
+                    self._draw(window)
                 event = self._next_event(window)
             except KeyboardInterrupt:
                 if self._ended:
@@ -15806,6 +15823,7 @@ class _Painter:
         curses.reset_prog_mode()
 
     def _next_event(self, window: Any) -> Any:
+        """The name of a key, "" for an unknown one, Pasted, Told; None when nothing came for a while."""
         import curses
 
         if not self._told.empty():
@@ -15815,7 +15833,7 @@ class _Painter:
         try:
             key = window.get_wch()
         except curses.error:
-            return "tick" if is_busy else ""
+            return "tick" if is_busy else None
         if key == "\x1b":
             return self._escape(window)
         if isinstance(key, str):
@@ -15823,22 +15841,38 @@ class _Painter:
         codes = {getattr(curses, "KEY_" + name): word for name, word in _CODE_KEYS.items()}
         return codes.get(key, "")
 
-    def _escape(self, window: Any) -> str:
-        """The key Escape, or nothing for a sequence that starts with it and that curses does not know."""
+    def _escape(self, window: Any) -> Any:
+        """The key Escape, or what a sequence means that starts with it and that curses does not know."""
         import curses
 
         window.timeout(0)
-        key: Any = "\x1b"
+        code = ""
         try:
             key = window.get_wch()
             if key not in ("[", "O"):
                 (curses.unget_wch if isinstance(key, str) else curses.ungetch)(key)
                 return "esc"
-            while not str(window.get_wch()).isalpha():
-                pass
+            code = key
+            while not re.fullmatch(".[ -?]*[@-~]", code):
+                code += str(window.get_wch())
         except curses.error:
-            return "esc" if key == "\x1b" else ""
-        return ""
+            pass
+        if code == "[200~":
+            return Pasted(self._read_pasted(window))
+        return _SEQUENCES.get(code[1:], "") if code else "esc"
+
+    def _read_pasted(self, window: Any) -> str:
+        import curses
+
+        text = ""
+        window.timeout(1000)
+        try:
+            while not text.endswith(_PASTE_END):
+                key = window.get_wch()
+                text += key if isinstance(key, str) else ""
+        except curses.error:  # the end is missing
+            pass
+        return text.removesuffix(_PASTE_END)
 
     def _draw(self, window: Any) -> None:
         import curses
@@ -15857,6 +15891,7 @@ class _Painter:
                     pass  # after the last cell there is no place for the cursor
                 x += text_width(text)
         window.refresh()
+        _bracket_pasted(True)  # with every picture: a shell in between, or what was lent the terminal, ends it
 
 
 def _attributes_of(curses: Any) -> Dict[str, int]:
@@ -16017,12 +16052,7 @@ _COMMON = (
 )
 
 
-_FIELD_FLAG_KINDS = {
-    **dict.fromkeys(("object", "{", *FIELDS), "json"),
-    "[": "list",
-    "secret": "secret",
-    "flag": "bool",
-}
+_FIELD_FLAG_KINDS = {**dict.fromkeys(("object", "{", *FIELDS), "json"), "[": "list", "secret": "secret", "flag": "bool"}
 
 
 def _field_flag(field: Field) -> Flag:

@@ -1111,3 +1111,14 @@ def test_several_key_variables_make_one_provider_each_in_the_order_of_the_table(
 @pytest.mark.parametrize("name", "OPENAI ANTHROPIC OPENROUTER GROQ DEEPSEEK MISTRAL GEMINI".split())
 def test_the_promised_key_variables_are_known(name):
     assert any(name + "_API_KEY" in row.variables for row in r.PRESETS)
+
+
+@pytest.mark.parametrize(
+    "document, words",
+    [
+        ({"providers": 5}, "providers: must be a list, is a whole number; write a list"),
+        ({"providers": {"id": "a", "baseUrl": "http://localhost", "models": [5]}}, "providers.models[0]: must be text or an object, is a whole number; write text or an object"),
+    ],
+)
+def test_what_may_be_more_than_one_type_is_told_so(document, words):
+    assert words in [r.show_problem(problem) for problem in r.find_problems(document)]

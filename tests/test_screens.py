@@ -45,6 +45,11 @@ PROBED = (
 )
 
 
+def line_text(line):
+    """A line without its styles."""
+    return "".join(text for text, _ in line)
+
+
 class Host:
     """A menu and what its host would do: effects are kept, and answered from `answers` by their kind."""
 
@@ -86,7 +91,7 @@ class Host:
         return self.press("home", *["down"] * names.index(label))
 
     def screen(self, width=80, height=24):
-        return "\n".join(r.line_text(line).rstrip() for line in r.view(self.menu, width, height))
+        return "\n".join(line_text(line).rstrip() for line in r.view(self.menu, width, height))
 
     @property
     def document(self):
@@ -193,8 +198,8 @@ def _random_walk(seed):
         width, height = dice.choice(SCREENS)
         lines = r.view(menu, width, height)
         assert len(lines) == height, pressed
-        assert {r.text_width(r.line_text(line)) for line in lines} == {width}, pressed
-        assert all(r.line_text(line).isprintable() for line in lines), pressed
+        assert {r.text_width(line_text(line)) for line in lines} == {width}, pressed
+        assert all(line_text(line).isprintable() for line in lines), pressed
     assert r.prompt_text(menu)
 
 
@@ -499,7 +504,7 @@ def test_nothing_is_written_before_the_changes_were_shown():
     host = Host().open("Providers").select("spare").press("d", "s")
     assert not host.effects
     assert "-" in host.screen() and "Save these changes" in host.screen()
-    assert '-      "baseUrl": "http://10.0.0.1/v1",' in host.select("See every line").press("enter").screen(80, 60)
+    assert '-      "baseUrl": "http://10.0.0.1/v1"' in host.select("See every line").press("enter").screen(80, 60)
     assert host.press("esc").menu.front.screen == "diff"
     host.press("enter")
     assert host.effects[-1].kind == "save"
@@ -639,3 +644,105 @@ def test_a_list_of_models_that_nobody_waits_for_is_typed():
 def test_urls_by_format_have_a_form_with_a_row_for_each_format():
     host = Host().open("Providers", "router", "baseUrlByFormat", "anthropic").type("https://router.example/anthropic")
     assert host.document["providers"][0]["baseUrlByFormat"] == {"anthropic": "https://router.example/anthropic"}
+
+
+# ----- what is shown where -----
+
+
+def keys_line(host, width=80):
+    return host.screen(width).rpartition("\n")[2]
+
+
+def test_only_keys_that_do_something_are_shown():
+    assert keys_line(Host(EMPTY).open("Providers")) == " a add  esc back  ? help"
+    assert keys_line(Host(test=([], {}, "")).open("Providers").press("t")) == " esc back  ? help"
+    host = Host(test=PROBED).open("Providers").press("t")
+    assert "enter" not in keys_line(host) and "enter choose" in keys_line(host.press("end"))
+
+
+@pytest.mark.parametrize(
+    "document, label",
+    [
+        ({"providers": [5, DOCUMENT["providers"][0]]}, "Providers"),
+        ({"providers": "x"}, "Providers"),
+        (dict(DOCUMENT, defaultModel="nobody/x"), "Default model"),
+        (dict({k: v for k, v in DOCUMENT.items() if k != "defaultModel"}, **{"default-model": "nobody/x"}), "Default model"),
+        (dict(DOCUMENT, modelAliases={"smart": ["router/mini"]}), "Aliases"),
+        (dict(DOCUMENT, masterKey=5), "Master key"),
+        (dict(DOCUMENT, clientKeys=[{}]), "Client keys"),
+        (dict(DOCUMENT, corsOrigins=["*"]), "Browser access"),
+    ],
+)
+def test_a_problem_marks_the_row_where_it_can_be_mended(document, label):
+    assert {row.cells[0]: row.state for row in r.rows_of(Host(document).menu)}[label] == "error"
+
+
+def test_the_first_screen_names_the_file_and_counts_the_changes():
+    host = Host()
+    assert r.rows_of(host.menu)[-1].cells == ("Save", "no changes to /home/me/.llm-router.json")
+    host.open("Providers").press("space", "J", "esc")
+    assert r.rows_of(host.menu)[-1].cells == ("Save", "2 changes to /home/me/.llm-router.json")
+
+
+def test_what_is_set_is_marked_among_the_choices():
+    states = {row.item: row.state for row in r.rows_of(Host().open("Default model").menu)}
+    assert states.pop("router/gpt-4o") == "ok" and set(states.values()) == {""}
+
+
+def test_a_bad_value_is_refused_also_where_a_bad_one_was():
+    host = Host(EMPTY).open("Providers").press("a").open("Another one", "id").type("no id")
+    assert host.menu.is_error and host.menu.note.startswith("id: is not a provider id")
+    host = Host(dict(DOCUMENT, corsOrigins=["*"])).open("Browser access", "corsOrigins").type("http://*.example")
+    assert host.menu.is_error and host.document["corsOrigins"] == ["*"]
+
+
+def test_the_changes_can_be_saved_and_undone_where_they_are_shown():
+    host = Host().open("Providers").press("space", "s")
+    assert host.menu.front.screen == "diff"
+    host.press("s")
+    assert host.effects[-1].kind == "save" and [frame.screen for frame in host.menu.frames] == ["home", "providers"]
+    host.press("space", "s", "u")
+    assert not host.menu.is_unsaved and host.menu.front.screen == "providers"
+
+
+def test_a_comma_that_moves_is_no_change():
+    assert r.diff_lines({"a": 1}, {"a": 1, "b": [2]}) == ['   "a": 1', '+  "b": [', "+    2", "+  ]", " }"]
+
+
+# ----- pasted text -----
+
+
+def test_pasted_text_is_typed_and_its_line_breaks_accept_nothing():
+    host = Host(EMPTY).open("Providers").press("a").open("Another one", "name").press("a", "c", "left")
+    host.press(r.Pasted("b\r\nb\x1b[31m\u200b"))
+    assert (host.menu.front.screen, host.menu.front.typed, host.menu.front.at) == ("input", "ab b[31mc", 8)
+
+
+def test_a_pasted_key_loses_its_line_breaks():
+    host = Host().open("Providers", "router", "apiKey")
+    host.press(r.Pasted(" sk-one\r\n  two\r"), "enter")
+    assert host.document["providers"][0]["apiKey"] == "sk-onetwo"
+
+
+@pytest.mark.parametrize("where", ["Providers", "Default model", "Check"])
+def test_no_list_takes_pasted_text_for_keys(where):
+    host = Host().open(where)
+    front = host.menu.front
+    host.press(r.Pasted("d\r\nspace"))
+    assert host.menu.front == front and host.document == DOCUMENT and host.menu.is_error
+
+
+# ----- numbered prompts: what no line below tells -----
+
+
+def test_a_prompt_tells_each_problem_and_what_a_row_without_a_value_is_for():
+    text = r.prompt_text(Host({"providers": [{"id": "a", "models": []}]}).open("Providers").menu)
+    assert "  1  a  0 models  openai  no key (error) - providers[0].models: has no models; add at least one" in text
+    assert "d remove, space on/off, J K order" in text
+    assert "  proxy - its own HTTP proxy" in r.prompt_text(Host().open("Providers", "router").menu)
+
+
+def test_a_row_is_switched_and_moved_by_its_number():
+    host = answer(Host(), "1")
+    assert answer(host, "space 2").document["providers"][1]["enabled"] is False
+    assert answer(host, "J 1").providers() == ["anthropic", "router", "spare"]

@@ -213,12 +213,13 @@ def test_what_a_command_prints_and_warns_of_never_runs_over_the_screen(capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_signals_that_end_the_program_are_taken_and_given_back():
-    ended = []
-    before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(KeyboardInterrupt), r._Ending(ended):
+def test_signals_that_end_the_program_are_taken_and_given_back(monkeypatch):
+    def ended(menu, effects):
         signal.raise_signal(signal.SIGTERM)
-    assert ended == [signal.SIGTERM]
+
+    monkeypatch.setattr(r, "_run_prompts", ended)
+    before = signal.getsignal(signal.SIGTERM)
+    assert r.run_menu(r.make_menu({}, r.Facts()), {}, plain=True) == 128 + signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) == before
 
 

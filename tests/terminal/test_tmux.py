@@ -143,7 +143,7 @@ def drawn(path, width, height, *keys):
     for key in keys:
         menu, _ = llm_router.update(menu, key)
     lines = llm_router.view(menu, width, height)
-    return "\n".join(llm_router.line_text(line).rstrip() for line in lines).rstrip("\n")
+    return "\n".join("".join(text for text, _ in line).rstrip() for line in lines).rstrip("\n")
 
 
 def answer(call):
@@ -380,3 +380,34 @@ def test_a_terminal_that_cannot_draw_gets_numbered_prompts(tmp_path, terminal):
     shell.type("q\n2\n")
     shell.wait("code-is=0")
     assert shell.stty() == before
+
+
+def test_pasted_text_is_never_taken_for_keys(tmp_path, terminal):
+    fill(tmp_path)
+    made = terminal()
+    made.start("config")
+    made.keys("Enter")
+    made.wait("Providers", "d remove")
+    made.tmux("set-buffer", "d\nd\n")
+    made.tmux("paste-buffer", "-p")
+    made.wait("nothing is typed here")
+    made.keys("Enter")
+    made.wait("one", "apiKeyEnv")
+    made.keys("Down", "Down", "Enter", "C-u")
+    made.wait("where the provider's API is")
+    made.tmux("set-buffer", "http://127.0.0.1:7/\nv1\n")
+    made.tmux("paste-buffer", "-p")
+    made.wait("› http://127.0.0.1:7/ v1")
+    made.keys("Escape", "Escape", "Escape", "q")
+    made.wait("code-is=0")
+
+
+@pytest.mark.parametrize("sequence", ["[4~", "[8~", "[F", "OF"])
+def test_keys_work_also_where_a_terminal_sends_them_otherwise_than_its_name_says(tmp_path, terminal, sequence):
+    fill(tmp_path)
+    made = terminal()
+    made.start("config")
+    made.type("\x1b" + sequence)
+    made.wait("shows the changes first")
+    made.keys("q")
+    made.wait("code-is=0")
