@@ -492,8 +492,7 @@ class Model(NamedTuple):
 class Provider(NamedTuple):
     """A configured account. base_urls, auths: by wire format. preferred: the one of `formats` to speak when the
     client's own is not among them. headers: a None removes the header. compat: as configured, None when unsaid.
-    proxy: "none" for a direct connection, "" for what the environment says. ca_bundle: a file, "" for what everybody
-    trusts."""
+    proxy: "none" for a direct connection, "" for the environment's. ca_bundle: a file, "" for what everybody trusts."""
 
     id: str
     name: str = ""
@@ -911,8 +910,7 @@ def _is_proxy(url: str) -> bool:
 
 class FieldKind(NamedTuple):
     """What a plain value must be. type: its JSON type. tidy: how a text is tidied before. is_good: what it must then
-    be; message, cure: what is said when it is not. A rule that is a method of a pattern or of a tuple of words is the
-    rule of the schema, too."""
+    be; message, cure: what is said when it is not. A rule that is a method of a pattern or a tuple is the schema's."""
 
     type: type
     tidy: Callable[[str], Any] = str
@@ -932,11 +930,8 @@ _FIELD_KINDS: Dict[str, FieldKind] = {
     "flag": FieldKind(bool, _flag_of),
     "whole": FieldKind(int, str, range(2**53 + 1).__contains__,
         "must be a whole number of at least 0", "write a number without quotes or fraction"),
-    "text": FieldKind(str, str.strip),
-    "default": FieldKind(str, str.strip),
-    "name": _NAME,
-    "fallback": _NAME,
-    "target": _NAME,
+    **dict.fromkeys(("text", "default"), FieldKind(str, str.strip)),
+    **dict.fromkeys(("name", "fallback", "target"), _NAME),
     "alias": FieldKind(str, str, re.compile(r"(?!\s*(?:smart)?\s*$)[\s\S]*").fullmatch,
         "cannot be an alias", "choose another name; for smart set defaultModel"),
     "secret": FieldKind(str, str.strip, _SECRET.fullmatch,
@@ -1292,7 +1287,7 @@ def _kind_schema(kind: str) -> Json:
         return {"$ref": "#/definitions/" + kind}
     if kind[0] == "[":
         one = _kind_schema(kind[1:-1])
-        alone = {"model": [_TEXT_SCHEMA], "client_key": []}.get(kind[1:-1], [one])
+        alone = {"model": [{"type": "string"}], "client_key": []}.get(kind[1:-1], [one])
         return {"anyOf": [{"type": "array", "items": one, "minItems": int(kind[1:-1] in _NOT_EMPTY)}, *alone]}
     if kind[0] == "{":
         name, value = map(_kind_schema, kind[1:-1].split(":"))
@@ -1309,7 +1304,6 @@ def _kind_schema(kind: str) -> Json:
 
 
 _SCHEMA_TYPES = {str: "string", int: "integer", bool: "boolean", dict: "object"}
-_TEXT_SCHEMA = {"type": "string"}
 _URL_SCHEMA = {"type": "string", "pattern": "^[Hh][Tt][Tt][Pp][Ss]?://[^/?#@]+([/?][^#]*)?$"}
 _PROVIDER_SCHEMA = {"$ref": "#/definitions/provider"}
 _NAMED_PROVIDER = {"allOf": [_PROVIDER_SCHEMA, {"required": ["id"]}]}
@@ -1318,7 +1312,7 @@ _OWN_SCHEMAS: Dict[str, Json] = {
     "any": {},
     "url": {"anyOf": [_URL_SCHEMA, {"type": "array", "items": _URL_SCHEMA, "minItems": 1}]},
     "proxy": {"type": "string", "pattern": "^(?:none|http://.+)?$"},
-    "model": {"anyOf": [_TEXT_SCHEMA, {"$ref": "#/definitions/model"}]},
+    "model": {"anyOf": [{"type": "string"}, {"$ref": "#/definitions/model"}]},
     "providers": {"anyOf": [{"type": "array", "items": _NAMED_PROVIDER}, _NAMED_PROVIDER, _MAP_OF_PROVIDERS]},
 }
 
@@ -1332,9 +1326,8 @@ def bare_name(name: str) -> str:
 
 
 class ModelIndex:
-    """What model names mean in a configuration, indexed so that no look-up grows with its size. Disabled entries mean
-    nothing. aliases: name or pattern -> model refs. names: all a client may list, `provider/model` and plain
-    aliases."""
+    """What model names mean in a configuration, indexed so that no look-up grows with its size; disabled ones nothing.
+    aliases: name or pattern -> model refs. names: all a client may list, `provider/model` and plain aliases."""
 
     def __init__(self, providers: Iterable[Provider], aliases: Mapping[str, Tuple[str, ...]]) -> None:
         self.aliases = aliases
@@ -9007,10 +9000,6 @@ def _quit(menu: Menu, code: int = 0) -> Menu:
     return menu._replace(effect=Effect("quit", (code,)))
 
 
-def _stop(menu: Menu, item: Any) -> Menu:
-    return _pop(menu)._replace(effect=Effect("cancel"), note="stopped")
-
-
 def _pick_rows(menu: Menu) -> List[Row]:
     """state: the place in the order of what is picked."""
     picked = menu.front.picked
@@ -9397,10 +9386,6 @@ def _edit_choice(names: Sequence[str]) -> Any:
     return lambda menu, field, value, put: _choose(menu, field.key, rows, field.help, put, value)
 
 
-def _edit_wires(menu: Menu, field: Field, value: Any, put: Any) -> Menu:
-    return _pick(menu, field.key, WIRES, as_list(value), put, field.help)
-
-
 def _open_form(menu: Menu, field: Field, value: Any, put: Any) -> Menu:
     return _push(menu, "form", field.key, (*menu.front.place, field.key))
 
@@ -9411,7 +9396,7 @@ _EDITORS: Dict[str, Callable[[Menu, Field, Any, Any], Menu]] = {  # by a field's
     "[model]": _edit_models,
     "wire": _edit_choice(WIRES),
     "auth_type": _edit_choice(AUTH_TYPES),
-    "[wire]": _edit_wires,
+    "[wire]": lambda menu, field, value, put: _pick(menu, field.key, WIRES, as_list(value), put, field.help),
     "[fallback]": lambda menu, field, value, put: _edit_fallbacks(menu, menu.front.place),
     "auth": _open_form,
     "timeouts": _open_form,
@@ -9545,9 +9530,8 @@ def _client_rows(menu: Menu) -> List[Row]:
 
 def _add_client(menu: Menu, item: Any) -> Menu:
     def named(menu: Menu, name: str) -> Menu:
-        def made(menu: Menu, key: str) -> Menu:
-            return _show_key(_apply(menu, add_client_key, name, key), "key of " + name.strip(), key)
-
+        add = lambda menu, key: _apply(menu, add_client_key, name, key)  # noqa: E731
+        made = lambda menu, key: _show_key(add(menu, key), "key of " + name.strip(), key)  # noqa: E731
         return _run(menu, "Generating", made, "key")
 
     return _ask(menu, "New client", named, "Its name, as it is to stand in the log; a new key is made and shown once.")
@@ -9631,6 +9615,7 @@ _ENTRY_KEYS = {
     "J order": _move,
 }
 _FORM_KEYS = {"enter edit": _edit_field, "d clear": _clear_field}
+_STOP = lambda menu, item: _pop(menu)._replace(effect=Effect("cancel"), note="stopped")  # noqa: E731
 _CHOOSE = {"enter choose": lambda menu, item: menu.front.then(_pop(menu), item)}
 _ASKED = {**_CHOOSE, "s": lambda menu, item: _save(_pop(menu)), "u": lambda menu, item: _undo(_pop(menu), item)}
 
@@ -9695,8 +9680,8 @@ SCREENS: Dict[str, Screen] = {
     }, kind="input"),
     "text": Screen(keys={"up scroll": _do, "esc back": _pop, "enter": _pop, "q": _pop, "space": _pop}, kind="text"),
     "busy": Screen(keys={
-        "esc stop": _stop,
-        "q": _stop,
+        "esc stop": _STOP,
+        "q": _STOP,
         "tick": lambda menu, item: _swap(menu, at=menu.front.at + 1),
     }, kind="busy"),
 }
@@ -10907,8 +10892,7 @@ def _judge_probe(wire: str, status: int, headers: Headers, data: bytes, now: flo
 
 
 def _read_outcome(outcome: Outcome, words: str) -> Dict[str, Any]:
-    """What an outcome says of a model in a format, as fields of its row. A 404 that speaks of the model is the model's,
-    else the format's."""
+    """What an outcome says of a model in a format, as fields of its row; a 404 may speak of the model or the format."""
     of_model, about = outcome.status and re.search(r"\bmodels?\b", words), ""
     if outcome.kind == AUTH or outcome.kind == FORBIDDEN and not of_model:
         about = "key"
@@ -15980,8 +15964,7 @@ class Given:
         return read_settings(flags, self.environ)
 
     def load(self, presets: bool = False) -> Loaded:
-        """The configuration in use; with `presets` made from well-known key variables when there is none at all.
-        ConfigError when there is none."""
+        """The configuration in use, else ConfigError; presets: where there is none, one of well-known key variables."""
         loaded = load_config(self.config or "", self.environ)
         if loaded.document is not None:
             return loaded
