@@ -9026,8 +9026,7 @@ def _pick_further(menu: Menu, item: Any) -> Menu:
     def named(menu: Menu, name: str) -> Menu:
         names = [name] if name else []
         rows = _name_rows([*(row.item for row in menu.front.rows), *names])
-        picked = dict.fromkeys([*menu.front.picked, *names])
-        return _swap(menu, rows=tuple(rows), picked=tuple(picked), filter="")
+        return _swap(menu, rows=tuple(rows), picked=tuple(dict.fromkeys([*menu.front.picked, *names])), filter="")
 
     return _ask(menu, "Name it", named, "A name that is not in the list")
 
@@ -9362,10 +9361,6 @@ def _edit_secret(menu: Menu, field: Field, value: Any, put: Any) -> Menu:
     return _ask(menu, field.key, then, "%s. %s" % (field.help, now), hidden=True)
 
 
-def _edit_models(menu: Menu, field: Field, value: Any, put: Any) -> Menu:
-    return _list_models(menu, put) if menu.front.is_draft else _go("models", field.key)(menu)
-
-
 def _list_models(menu: Menu, then: Any) -> Menu:
     """Let models be picked from what the provider lists; they are typed where it lists none, or nobody waits for it."""
     document = _alone(menu, menu.front.place)
@@ -9393,7 +9388,9 @@ def _open_form(menu: Menu, field: Field, value: Any, put: Any) -> Menu:
 _EDITORS: Dict[str, Callable[[Menu, Field, Any, Any], Menu]] = {  # by a field's kind; all others are typed
     "flag": lambda menu, field, value, put: _switch(menu, menu.front.place),
     "secret": _edit_secret,
-    "[model]": _edit_models,
+    "[model]": lambda menu, field, value, put: (
+        _list_models(menu, put) if menu.front.is_draft else _go("models", field.key)(menu)
+    ),
     "wire": _edit_choice(WIRES),
     "auth_type": _edit_choice(AUTH_TYPES),
     "[wire]": lambda menu, field, value, put: _pick(menu, field.key, WIRES, as_list(value), put, field.help),
@@ -9558,11 +9555,8 @@ def _show_setting(menu: Menu, item: Tuple[Dict[str, Any], str, str]) -> Menu:
 
 
 def _check_rows(menu: Menu) -> List[Row]:
-    return [Row((one.path, one.message), one, one.cure, one.level) for one in find_problems(menu.document)]
-
-
-def _show_check(menu: Menu, one: Problem) -> Menu:
-    return _show(menu, one.level, one.path or "configuration", "", one.message, "", one.cure)
+    found = find_problems(menu.document)
+    return [Row((one.path or "configuration", one.message), one, one.cure, one.level) for one in found]
 
 
 def _startup(menu: Menu) -> Menu:
@@ -9657,7 +9651,9 @@ SCREENS: Dict[str, Screen] = {
         "d remove": lambda menu, name: _apply(menu, remove_client_key, name),
     }, empty="No keys yet: press a to make one."),
     "settings": Screen("Settings", _setting_rows, {"enter open": _show_setting}),
-    "check": Screen("Check", _check_rows, {"enter open": _show_check}, empty="Nothing is wrong."),
+    "check": Screen("Check", _check_rows, {
+        "enter open": lambda menu, one: _show(menu, one.level, one.path, "", one.message, "", one.cure),
+    }, empty="Nothing is wrong."),
     "choose": Screen(keys=_CHOOSE),
     "leave": Screen(keys={**_ASKED, "ctrl-c": lambda menu, item: _quit(menu, 130)}),
     "diff": Screen(keys=_ASKED),
@@ -10739,9 +10735,10 @@ class Probe:
         await self._host.gather(self._ask, pairs[: len(wires)])
         first = [self._rows[pair] for pair in pairs[: len(wires)]]
         is_absent = all(row.about == "format" for row in first)  # more likely the model that is not there
-        alike = {row.wire: {} if is_absent else _ALIKE.get(self._reason_to_skip(row), {}) for row in first}
+        is_deaf = lambda row: row.state == "tentative" and not row.label[:1].isdigit()  # noqa: E731
+        why = {row.wire: "" if is_absent else "nobody" if is_deaf(row) else row.about for row in first}
         for pair in pairs[len(wires) :]:
-            self._put(pair, **alike[pair[1]])
+            self._put(pair, **_ALIKE.get(why[pair[1]], {}))
         left = [pair for pair in pairs if self._rows[pair].state == "waiting"]
         await self._host.gather(self._ask, left[: max(0, calls - len(first))])
 
@@ -10755,9 +10752,6 @@ class Probe:
     def _put(self, pair: Tuple[str, str], **changes: Any) -> None:
         self._rows[pair] = self._rows[pair]._replace(**changes)
         self.report = self.report._replace(rows=tuple(self._rows.values()))
-
-    def _reason_to_skip(self, row: ProbeRow) -> str:
-        return "nobody" if row.state == "tentative" and not row.label[:1].isdigit() else row.about
 
     # ----- the list of models -----
 
