@@ -9931,7 +9931,7 @@ def answer_keys(menu: Menu, answer: str) -> Tuple[Menu, List[str]]:
 #         write(data); await relay(reply, processor, idle_ms, left_s) -> "end", UNWATCHED or the
 #             label of what broke it
 #         await finish(): the end of a complete stream; cut(): end the connection without one
-#         farewell: gives the error event for a stream that the host has to cut because it stops itself
+#         host_stops: true when the host cancels the task because it ends itself, while the client still waits
 # A client that leaves cancels the task that runs here: what must be undone stands in `finally`.
 
 
@@ -10066,6 +10066,8 @@ class Gateway:
             else:
                 await client.respond(*self._get(endpoint, call, caller is not None, cors))
         except BaseException as error:
+            if not isinstance(error, Exception) and client.host_stops:
+                error = RouterError("the router is stopping", 503, "stopping")
             end = _refusal_of(error, endpoint)
             trail.wire = trail.wire or wire_of_client(endpoint, call.headers)
             trail.status, trail.outcome, trail.message = end.status, end.code, end.message
@@ -10200,8 +10202,6 @@ class Exchange:
         if inbound.stream:
             head = [*_STREAM_HEADERS, ("x-llm-router-request-id", trail.id), *self._cors]
             client.keep_alive(trail.began, self._settings.keepalive_ms, head)
-            wire, stopping = self._wire, ErrorInfo(503, "the router is stopping", code="stopping")
-            client.farewell = lambda: wire.error_event(stopping, trail.id)  # not `self`: it holds the body and `client`
         await self._serve(plan)
 
     async def _serve(self, plan: Plan) -> None:
@@ -10288,8 +10288,10 @@ class Exchange:
 
     def _note(self, delay_ms: int, result: Union[Outcome, Answer, None]) -> None:
         took_ms = int((self._host.now() - self._asked_at) * 1000)
-        label, kind, message = ("ok", OK, "") if result is not None else ("client_gone", "client_gone", "")
-        if isinstance(result, Outcome):
+        label, kind, message = "ok", OK, ""
+        if result is None:
+            label = kind = "stopping" if self._client.host_stops else "client_gone"
+        elif isinstance(result, Outcome):
             label, kind, message = result.label, result.kind, one_line(result.error.message)
         ref, wire = self._candidate.ref, self._outbound.wire
         self._trail.attempts.append(Attempt(ref, wire, label, kind, delay_ms, took_ms, "", message))
@@ -11118,6 +11120,19 @@ def _remove(path: str) -> None:
         pass
 
 
+def open_private(path: str, mode: str) -> Any:
+    """The file `path` opened without a buffer, made when it is not there, mode 0600, never through a symbolic link.
+    OSError otherwise."""
+    import os
+    import stat
+
+    more = os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+    file = open(path, mode, 0, opener=lambda name, flags: os.open(name, flags | more, 0o600))  # noqa: SIM115  kept open
+    if hasattr(os, "fchmod") and stat.S_ISREG(os.fstat(file.fileno()).st_mode):  # /dev/null stays everybody's
+        os.fchmod(file.fileno(), 0o600)
+    return file
+
+
 class FileLock:
     """`with FileLock(path):` one writer of `path` at a time, through a lock file beside it that goes with its owner.
 
@@ -11142,9 +11157,8 @@ class FileLock:
         import os
 
         path = self._target + ".lock"
-        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
         try:
-            self._file = open(path, "r+b", 0, opener=lambda name, _: os.open(name, flags, 0o600))  # noqa: SIM115  kept open
+            self._file = open_private(path, "r+b")
         except OSError as error:
             words = one_line(self._target), error.strerror or error
             raise FileError("cannot write beside %s: %s; it is unchanged" % words) from None
@@ -11898,8 +11912,7 @@ class Sink:
     """Where the gateway puts the answer to one request (see GATEWAY for what each method means)."""
 
     def __init__(self, connection: ClientConnection, head: HttpRequest) -> None:
-        self.is_open = self.ended = False
-        self.farewell: Optional[Callable[[], bytes]] = None
+        self.is_open = self.ended = self.host_stops = False
         self._connection = connection
         self._head = head
         self._chunked = head.version >= (1, 1)
@@ -11965,12 +11978,6 @@ class Sink:
             self.write(self._ping)
         elif self._chunked:
             self._connection.send(_CONTINUE)
-
-    def say_farewell(self) -> None:
-        """The router ends before the answer does: tell it in the stream and cut it."""
-        if self.is_open and not self.ended and self.farewell is not None and not self._connection.is_gone():
-            self.write(self.farewell())
-            self.cut()
 
     def _end(self) -> None:
         self.ended = True
@@ -12535,8 +12542,8 @@ class Server:
             await asyncio.sleep(0.02)
         cut = list(self.connections)
         for connection in cut:
-            if connection.sink is not None:
-                connection.sink.say_farewell()
+            if connection.sink is not None and not connection.sink.ended:
+                connection.sink.host_stops = True
             connection.task.cancel()
         if cut:
             await asyncio.sleep(0.05)
@@ -12802,7 +12809,7 @@ class LogFile:
             self.close()
             os.replace(self._path, self._path + ".1")
         if self._file is None:
-            self._file = open_log(self._path)
+            self._file = open_private(self._path, "ab")
         try:
             self._file.write(data)
         except OSError:
@@ -12817,17 +12824,6 @@ class LogFile:
         if self._file is not None:
             self._file.close()
             self._file = None
-
-
-def open_log(path: str) -> Any:
-    """The file `path` opened for unbuffered appending, mode 0600, never through a symbolic link. OSError otherwise."""
-    import os
-
-    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0)
-    file = open(path, "ab", 0, opener=lambda name, _: os.open(name, flags, 0o600))  # noqa: SIM115  kept open
-    if hasattr(os, "fchmod"):
-        os.fchmod(file.fileno(), 0o600)
-    return file
 
 
 # ==============================================================================
@@ -12995,15 +12991,9 @@ class Ledger:
 
 def _open_ledger(path: str) -> Any:
     """A connection that writes the ledger, made when it is not there. RouterError for another program's file."""
-    import os
     import sqlite3
 
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o600)
-    try:
-        if hasattr(os, "fchmod"):
-            os.fchmod(descriptor, 0o600)
-    finally:
-        os.close(descriptor)
+    open_private(path, "r+b").close()
     connection = sqlite3.connect(path, timeout=1.0)
     try:
         connection.execute("BEGIN IMMEDIATE")  # of two that start at once, one makes the table
@@ -13350,8 +13340,7 @@ class WorkerClient:
         self.response = asyncio.get_event_loop().create_future()
         self.task: Any = None
         self.max_body_bytes = 0
-        self.is_open = False
-        self.farewell: Any = None
+        self.is_open = self.host_stops = False
         self._request = request
         self._writable: Any = None
         self._writer: Any = None
@@ -13572,8 +13561,6 @@ class StartOptions(NamedTuple):
     config_source: where it came from, in words. document: as it was read; config: the same as values.
     """
 
-    host: str
-    port: int
     config_path: str
     config_source: str
     document: Dict[str, Any]
@@ -13696,12 +13683,19 @@ def change_instances(path: str, change: Callable[[List[Instance]], List[Instance
         write_private(path, data, durable=False)  # no instance outlives a power loss
 
 
+def base_url(host: str, port: int) -> str:
+    """A URL of this machine's, for a client."""
+    return "http://%s:%d" % ("[%s]" % host if ":" in host else host, port)
+
+
 def ask_instance(instance: Instance, verb: str, method: str = "GET") -> Dict[str, Any]:
-    """What a running instance answers on its control channel. RouterError 404, or 503 when it does not run (any more).
+    """What a running instance answers on its control channel. RouterError 404, 504 when it says nothing, or 503 when it
+    does not run (any more).
 
     An answer counts only with the instance's own id: another program may have its port by now.
     """
     import http.client
+    import socket
 
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(instance.host, instance.host)
     connection = http.client.HTTPConnection(host, instance.port, timeout=_CONTROL_TIMEOUT_S)
@@ -13709,6 +13703,9 @@ def ask_instance(instance: Instance, verb: str, method: str = "GET") -> Dict[str
         connection.request(method, _CONTROL + verb, headers={"authorization": "Bearer " + instance.token})
         response = connection.getresponse()
         answer = as_dict(load_json(response.read(10_000_000)))
+    except socket.timeout:  # an OSError
+        words = "pid %d has port %d and says nothing: it is suspended or busy" % (instance.pid, instance.port)
+        raise RouterError(words, 504, "no_answer") from None
     except (OSError, http.client.HTTPException, RouterError):
         raise RouterError("no llm-router answers on port %d" % instance.port, 503, "not_running") from None
     finally:
@@ -13718,6 +13715,17 @@ def ask_instance(instance: Instance, verb: str, method: str = "GET") -> Dict[str
     if response.status != 200:
         raise RouterError(as_text(answer.get("error")) or "the instance refused", response.status, "control_error")
     return answer
+
+
+def running_instances() -> List[Tuple[Instance, Dict[str, Any]]]:
+    """Every instance that answers, and its status."""
+    found = []
+    for instance in read_instances(state_path()):
+        try:
+            found.append((instance, ask_instance(instance, "status")))
+        except RouterError:  # it does not run any more
+            continue
+    return found
 
 
 def find_instance(path: str, config: str, port: int) -> Instance:
@@ -13730,16 +13738,27 @@ def find_instance(path: str, config: str, port: int) -> Instance:
         try:
             ask_instance(instance, "status")
             alive.append(instance)
-        except RouterError:
-            stale.append(instance.id)
+        except RouterError as error:
+            (alive if error.code == "no_answer" else stale).append(instance)
     if stale:
-        change_instances(path, lambda known: [instance for instance in known if instance.id not in stale])
+        change_instances(path, lambda known: [instance for instance in known if instance not in stale])
     fits = [one for one in alive if (not config or one.config == config) and (not port or one.port == port)]
+    ports = " or ".join("--port=%d" % one.port for one in fits or alive)
     if not fits:
-        raise RouterError("no llm-router is running here", 503, "not_running")
+        others = " with that port or configuration, only %s" % ports if alive else ""
+        raise RouterError("no llm-router is running here" + others, 503, "not_running")
     if len(fits) > 1:
-        raise UsageError("several run here: choose one with --port=%s" % " or ".join(str(one.port) for one in fits))
+        raise UsageError("several run here: choose one with " + ports)
     return fits[0]
+
+
+def has_ended(instance: Instance) -> bool:
+    """Whether an instance that was told to stop is gone: taking its entry out is the last thing it does, unless it was
+    killed (Linux: /proc)."""
+    import os
+
+    is_killed = os.path.exists("/proc/self") and not os.path.exists("/proc/%d" % instance.pid)
+    return is_killed or instance not in read_instances(state_path())
 
 
 # ----- one running server -----
@@ -13767,7 +13786,7 @@ class Router:
         self.started = self.host.wall()
         self.stopping: Any = None
         self.grace_s = options.settings.drain_grace_ms / 1000
-        self.restarts = False
+        self.restarts = self.is_told = False  # to run anew after the end; by whoever may, to end
         self.config_state = "ok"
         self._state_trouble = ""
         self.guests: Dict[str, str] = {}
@@ -13814,13 +13833,10 @@ class Router:
         if method == "POST" and name in ("admit", "dismiss"):
             self._change_guests(name, argument)
             return 200, {}
-        if method == "POST" and name == "stop":
+        if method == "POST" and name in ("stop", "restart"):
+            self.is_told, self.restarts = True, name == "restart"
             self.stop(argument)
-            return 200, {"pid": self.status()["pid"]}
-        if method == "POST" and name == "restart":
-            self.restarts = True
-            self.stop()
-            return 200, {"pid": self.status()["pid"]}
+            return 200, {"pid": self.status()["pid"], "grace_s": self.grace_s}
         return 404, {"error": "unknown verb"}
 
     def _change_guests(self, verb: str, argument: str) -> None:
@@ -13849,7 +13865,7 @@ class Router:
             "pid": os.getpid(),
             "version": __version__,
             "file": os.path.realpath(__file__),
-            "host": options.host,
+            "host": options.settings.host,
             "port": self.server.port,
             "uptime_s": int(self.host.wall() - self.started),
             "config": {"source": options.config_source, "state": self.config_state},
@@ -13905,20 +13921,21 @@ class Router:
         self.log.note("configuration reloaded" + (": %s changed" % ", ".join(notes) if notes else ""))
         return notes
 
-    def enroll(self, port: int) -> bool:
-        """Enter this instance into the state file, so that `stop`, `reload`, `status` and `explain` find it; whether
-        that file could be written."""
+    def enroll(self, port: int) -> None:
+        """Have this instance in the state file, so that `stop`, `reload`, `status` and `explain` find it."""
         import os
 
-        options = self.options
-        entry = Instance(self.id, os.getpid(), options.host, port, options.config_path, self.token, self.started)
-        return self._change_state(lambda known: known + [entry])
+        host, path = self.options.settings.host, self.options.config_path
+        entry = Instance(self.id, os.getpid(), host, port, path, self.token, self.started)
+        if entry not in read_instances(state_path()):
+            self._change_state(lambda known: known + [entry] * (not self.stopping.is_set()))
 
     def leave(self) -> None:
         """Take this instance out of the state file."""
-        self._change_state(lambda known: [instance for instance in known if instance.id != self.id])
+        if any(instance.id == self.id for instance in read_instances(state_path())):
+            self._change_state(lambda known: [instance for instance in known if instance.id != self.id])
 
-    def _change_state(self, change: Callable[[List[Instance]], List[Instance]]) -> bool:
+    def _change_state(self, change: Callable[[List[Instance]], List[Instance]]) -> None:
         trouble = ""
         try:
             change_instances(state_path(), change)
@@ -13927,7 +13944,6 @@ class Router:
         if trouble and trouble != self._state_trouble:
             self.log.note("stop, reload and status will not find this instance: " + trouble, "warning")
         self._state_trouble = trouble
-        return not trouble
 
 
 def show_health(ref: str, book: Any, now: float) -> Dict[str, Any]:
@@ -13974,7 +13990,22 @@ def _run_anew(port: int) -> None:
     import sys
 
     sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, *sys.argv, "--port=%d" % port])  # noqa: S606  this file
+    os.execv(sys.executable, [*interpreter_words(), *sys.argv, "--port=%d" % port])  # noqa: S606  this file
+
+
+_PATH_OPTION = "llm_router"  # of -X, which Python ignores and `ps` shows: where the program's file is
+_INTERPRETER_FLAGS = {"isolated": "-I", "ignore_environment": "-E", "no_site": "-S", "no_user_site": "-s"}
+
+
+def interpreter_words() -> List[str]:
+    """The interpreter with the options it runs with (-I, -X utf8, -W error), for a process like this one."""
+    import sys
+
+    options = {name: value for name, value in sys._xoptions.items() if name != _PATH_OPTION}
+    words = [flag for name, flag in _INTERPRETER_FLAGS.items() if getattr(sys.flags, name)]
+    words += ["-W" + text for text in sys.warnoptions]
+    words += ["-X" + (name if value is True else "%s=%s" % (name, value)) for name, value in options.items()]
+    return [sys.executable, *words]
 
 
 def _log_stream(settings: Settings) -> Any:
@@ -14006,9 +14037,9 @@ async def _serve(options: StartOptions) -> Tuple[int, int]:
     router.stopping = asyncio.Event()
     try:
         port = await _listen(router.server, options)
-        _on_signals(loop, router)
-        _reload_on_sighup(loop, router)
-        tasks = [] if router.enroll(port) else [asyncio.ensure_future(_enroll_later(router, port))]
+        _on_signals(loop, router.stop, router.try_reload)
+        router.enroll(port)
+        tasks = [asyncio.ensure_future(_stay_enrolled(router, port))]
         _announce(options, port)  # last: whoever reads it may stop, reload and ask for the status at once
         _import_ahead()
         tasks += [asyncio.ensure_future(_watch_config(router))] if options.watch_config and options.config_path else []
@@ -14018,13 +14049,14 @@ async def _serve(options: StartOptions) -> Tuple[int, int]:
             task.cancel()
         log.note("stopping: open requests have %g s to finish" % router.grace_s)
         clean = await router.server.drain(router.grace_s)
-        router.leave()
     finally:
         router.upstreams.close()
         if router.ledger is not None:
             router.ledger.close()
+        router.leave()  # last: `stop` waits for it
         log.close()
-    return 0 if clean else 1, port if router.restarts else 0
+    # What was told to stop has done so, whatever had to be cut: a service's keeper would start it once more after a 1.
+    return int(not clean and not router.is_told), port if router.restarts else 0
 
 
 def _import_ahead() -> None:
@@ -14073,14 +14105,13 @@ def _spare_collector() -> None:
     gc.set_threshold(5_000, 1, 1)
 
 
-async def _enroll_later(router: Router, port: int) -> None:
-    """Try again, aside, until the state file can be written: a disk that is full may get room."""
+async def _stay_enrolled(router: Router, port: int) -> None:
+    """Look now and then, aside: a disk that was full may get room, the state file may have been removed or damaged."""
     import asyncio
 
-    is_known = False
-    while not is_known:
+    while True:
         await asyncio.sleep(_ENROLL_AGAIN_S)
-        is_known = await asyncio.get_running_loop().run_in_executor(None, router.enroll, port)
+        await asyncio.get_running_loop().run_in_executor(None, router.enroll, port)
 
 
 async def _watch_config(router: Router) -> None:
@@ -14100,20 +14131,23 @@ async def _listen(server: Server, options: StartOptions) -> int:
     import errno
     import socket
 
+    host, port = options.settings.host, options.settings.port
     try:
-        return await server.listen(options.host, options.port)
+        return await server.listen(host, port)
     except OSError as error:
         reason = one_line((error.strerror or str(error)).partition(" (while ")[0], 160)  # the address is told anyway
         if error.errno == errno.EADDRINUSE:
-            own = [one for one in read_instances(state_path()) if one.port == options.port]
-            reason = "the port is in use" + (_own_instance_hint(own[0]) if own else _holder_hint(options.port))
+            reason = "the port is in use" + _holder_hint(port)
         elif isinstance(error, socket.gaierror):
             reason = "the name has no address: " + reason
-        raise RouterError("cannot listen on %s:%d: %s" % (options.host, options.port, reason)) from None
+        raise RouterError("cannot listen on %s:%d: %s" % (host, port, reason)) from None
 
 
 def _holder_hint(port: int) -> str:
     """Who listens on a port, where the system tells (Linux: /proc), and what to do."""
+    for instance, _ in running_instances():
+        if instance.port == port:
+            return " by a running llm-router (pid %d): llm-router stop --port=%d ends it" % (instance.pid, port)
     holder = find_listener(port)
     return (" by pid %d (%s)" % holder if holder else "") + "; choose another with --port"
 
@@ -14146,18 +14180,9 @@ def find_listener(port: int) -> Optional[Tuple[int, str]]:
     return None
 
 
-def _own_instance_hint(instance: Instance) -> str:
-    try:
-        ask_instance(instance, "status")
-    except RouterError:
-        return _holder_hint(instance.port)
-    return " by a running llm-router (pid %d): llm-router stop --port=%d ends it" % (instance.pid, instance.port)
-
-
 def _announce(options: StartOptions, port: int) -> None:
     """What a person, or a program that waits for the first line, needs to know."""
-    name = "[%s]" % options.host if ":" in options.host else options.host
-    base = "http://%s:%d" % (name, port)
+    base = base_url(options.settings.host, port)
     providers = [provider.id for provider in options.config.providers if provider.enabled]
     lines = [
         "listening on " + base,
@@ -14173,22 +14198,15 @@ def _announce(options: StartOptions, port: int) -> None:
     print("\n".join(lines), flush=True)
 
 
-def _reload_on_sighup(loop: Any, router: Router) -> None:
-    """As daemons do; Windows has no such signal."""
-    import signal
-
-    if hasattr(signal, "SIGHUP"):
-        loop.add_signal_handler(signal.SIGHUP, router.try_reload)
-
-
-def _on_signals(loop: Any, router: Any) -> None:
-    """The first SIGINT or SIGTERM stops; after it both have their plain meaning: a second one ends the process."""
+def _on_signals(loop: Any, stop: Callable[[], Any], reload: Callable[[], Any]) -> None:
+    """The first SIGINT or SIGTERM stops; after it both have their plain meaning: a second one ends the process. SIGHUP
+    reloads; Windows has none."""
     import signal
 
     numbers = (signal.SIGINT, signal.SIGTERM)
 
     def on_signal() -> None:
-        router.stop()
+        stop()
         for number in numbers:
             signal.signal(number, signal.SIG_DFL)
 
@@ -14197,6 +14215,8 @@ def _on_signals(loop: Any, router: Any) -> None:
             loop.add_signal_handler(number, on_signal)
         except NotImplementedError:  # Windows
             signal.signal(number, lambda *_: loop.call_soon_threadsafe(on_signal))
+    if hasattr(signal, "SIGHUP"):
+        loop.add_signal_handler(signal.SIGHUP, reload)
 
 
 # ----- in the background -----
@@ -14218,7 +14238,7 @@ def start_detached(flags: Sequence[str], log_path: str) -> Tuple[int, str]:
     began = os.fstat(log.fileno()).st_size
     windows = sys.platform == "win32"
     how: Dict[str, Any] = {"creationflags": 0x208} if windows else {"start_new_session": True}  # detached, own group
-    argv = [sys.executable, os.path.abspath(__file__), "start", *flags]
+    argv = [*interpreter_words(), os.path.abspath(__file__), "start", *flags]
     release = _hold_signals()
     if not windows:
         how["preexec_fn"] = release  # or the child could not be ended
@@ -14267,7 +14287,7 @@ def _wait_for_start(child: Any, log_path: str, began: int) -> str:
 
 def _open_start_log(path: str) -> Any:
     try:
-        return open_log(path)
+        return open_private(path, "ab")
     except OSError as error:
         raise RouterError("cannot write the log file %s: %s" % (one_line(path), error.strerror or error)) from None
 
@@ -15177,7 +15197,6 @@ def run_demo(once: bool, port: int) -> int:
 async def _demo(once: bool, port: int) -> int:
     import asyncio
     import sys
-    import types
 
     loop = asyncio.get_running_loop()
     settings = Settings()._replace(**_DEMO_SETTINGS)
@@ -15197,7 +15216,7 @@ async def _demo(once: bool, port: int) -> int:
         wrong = await loop.run_in_executor(None, _show_cases, port)
         if not once:
             print("\nstill serving on http://127.0.0.1:%d; Ctrl-C ends it" % port, flush=True)
-            _on_signals(loop, types.SimpleNamespace(stop=stopping.set))
+            _on_signals(loop, stopping.set, stopping.set)
             await stopping.wait()
     finally:
         await server.drain(1.0)
@@ -15354,17 +15373,6 @@ def _examine_config(given: str, environ: Mapping[str, str]) -> Tuple[List[Findin
         level = "problem" if one.level == "error" else "warning"
         found.append(Finding(level, "configuration", "%s: %s" % (one.path, one.message), one.cure))
     return found, config
-
-
-def running_instances() -> List[Tuple[Instance, Dict[str, Any]]]:
-    """Every instance that answers, and its status."""
-    found = []
-    for instance in read_instances(state_path()):
-        try:
-            found.append((instance, ask_instance(instance, "status")))
-        except RouterError:  # it does not run any more
-            continue
-    return found
 
 
 def _examine_running(running: Iterable[Tuple[Instance, Dict[str, Any]]]) -> Iterator[Finding]:
@@ -16051,7 +16059,7 @@ _PROVIDER_FLAGS: Tuple[Flag, ...] = (
     Flag("skip-probe", "bool", "store the provider without asking it anything"),
 )
 CONFIG_FLAGS: Tuple[Flag, ...] = (
-    Flag("operation", "text", "what to do, see below; without it the menu opens"),
+    Flag("operation", "text", "what to do, see above; without it the menu opens"),
     _CONFIG,
     _AS_JSON,
     *_PROVIDER_FLAGS,
@@ -16075,7 +16083,7 @@ def _setting_flag(row: Setting) -> Flag:
     return Flag(row.flag[2:], kind, row.help)
 
 
-_GRACE = Flag("grace", "seconds", "seconds that open streams may go on after stop, default 30")
+_GRACE = Flag("grace", "seconds", "seconds that open streams may go on after stop, default that of start: 30")
 START_FLAGS: Tuple[Flag, ...] = (
     _CONFIG,
     _GRACE,
@@ -16696,8 +16704,8 @@ def run_start(given: Given) -> int:
     import os
 
     path = os.path.expanduser(options.settings.log_file or LOG_PATH)
-    flags = dict(given.flags, log_file=path, detach=False)
-    words = ["--%s=%s" % (name.replace("_", "-"), show_setting(value)) for name, value in flags.items()]
+    flags = dict(given.flags, log_file=path)
+    words = ["--%s=%s" % (name.replace("_", "-"), show_setting(flags[name])) for name in flags if name != "detach"]
     pid, address = start_detached(words, path)
     print("listening on %s\n  pid                 %d\n  log                 %s" % (address, pid, one_line(path)))
     print("  stop it with        llm-router stop --port=" + address.rpartition(":")[2])
@@ -16725,7 +16733,7 @@ def read_start_options(given: Given) -> StartOptions:
     _warn_of(find_problems(loaded.document))
     found = (loaded.path, loaded.source, loaded.document, config, settings)
     how = (auth, open_to_all, given.watch_config is not False, given.environ, bool(given.debug))
-    return StartOptions(settings.host, settings.port, *found, *how)
+    return StartOptions(*found, *how)
 
 
 def run_demo_command(given: Given) -> int:
@@ -16831,7 +16839,7 @@ def _printed(run: Callable[[Given], int], given: Given) -> str:
 def run_status(given: Given) -> int:
     """`status`: what runs, with which configuration, and how every candidate is."""
     status = ask_instance(given.find_instance(), "status")
-    where = _url(status["host"], status["port"])
+    where = base_url(status["host"], status["port"])
     up = show_duration(status["uptime_s"] * 1000)
     facts = _labelled(
         configuration="%s (%s)" % (one_line(status["config"]["source"]), one_line(status["config"]["state"])),
@@ -16848,10 +16856,6 @@ def run_status(given: Given) -> int:
     head = "llm-router %s on %s, pid %d, up %s" % (status["version"], where, status["pid"], up)
     note = "OK and FAILED count attempts of the requests that llm-router explain still knows"
     return given.tell(status, _spaced([head, *facts], table, [note]))
-
-
-def _url(host: str, port: int) -> str:
-    return "http://%s:%d" % ("[%s]" % host if ":" in host else host, port)
 
 
 def _plain(word: str) -> str:
@@ -16872,23 +16876,21 @@ def run_stop(given: Given) -> int:
     """`stop`: end the running instance and wait until it is gone; nothing running is fine."""
     import time
 
-    grace = 30 if given.grace is None else given.grace
     try:
         instance = given.find_instance()
     except UsageError:
         raise
     except RouterError as error:
         return given.tell({"stopped": False}, [error.message])
-    ask_instance(instance, "stop/%d" % grace, "POST")
-    until = time.monotonic() + grace + 5
+    verb = "stop" if given.grace is None else "stop/%d" % given.grace
+    grace_s = ask_instance(instance, verb, "POST").get("grace_s", 30)
+    until = time.monotonic() + grace_s + 5
     while time.monotonic() < until:
         time.sleep(0.05)
-        try:
-            ask_instance(instance, "status")
-        except RouterError:
+        if has_ended(instance):
             done = {"stopped": True, "pid": instance.pid, "port": instance.port}
             return given.tell(done, ["stopped (pid %(pid)d, port %(port)d)" % done])
-    raise RouterError("pid %d still runs" % instance.pid, 500, "still_running")
+    raise RouterError("pid %d still runs %g s after its grace" % (instance.pid, 5), 500, "still_running")
 
 
 def run_reload(given: Given) -> int:
@@ -17169,7 +17171,7 @@ def _reach_running(instance: Instance, environ: Environ) -> Tuple[Dict[str, Any]
     except RouterError:  # made of key variables that this shell does not have, or broken since
         config = Config(default_model=status["default_model"])
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(instance.host, instance.host)
-    return status, _url(host, instance.port), config
+    return status, base_url(host, instance.port), config
 
 
 def _run_with_router(agent: Agent, argv: Sequence[str], given: Given) -> int:
@@ -17515,7 +17517,7 @@ def shed_source(path: str) -> str:
     import os
     import sys
 
-    told = getattr(sys, "_xoptions", {}).get(_PATH_OPTION)
+    told = sys._xoptions.get(_PATH_OPTION)
     if path.startswith(_DESCRIPTORS) and told:
         os.close(int(path[len(_DESCRIPTORS) :]))
         sys.argv[0], sys.path[0] = told, os.path.dirname(told)
@@ -17530,12 +17532,11 @@ def shed_source(path: str) -> str:
     return path
 
 
-_PATH_OPTION, _DESCRIPTORS = "llm_router", "/proc/self/fd/"
+_DESCRIPTORS = "/proc/self/fd/"
 
 
 def _start_byte_code(path: str, code: Any) -> None:
-    """Replace this process by the module `code`. The path goes along as an option that Python ignores; `ps` shows it.
-    OSError when that cannot be done."""
+    """Replace this process by the module `code`; `path` goes along. OSError when that cannot be done."""
     import marshal
     import os
     import sys
@@ -17546,9 +17547,8 @@ def _start_byte_code(path: str, code: Any) -> None:
         os.write(descriptor, MAGIC_NUMBER + bytes(12) + marshal.dumps(code))
         script = _DESCRIPTORS + str(descriptor)
         os.stat(script), os.stat(path)
-        flags = getattr(sys, "orig_argv", sys.argv)[1 : -len(sys.argv)]  # the interpreter's; unknown before Python 3.10
-        option = "%s=%s" % (_PATH_OPTION, path)
-        os.execv(sys.executable, [sys.executable, *flags, "-X", option, script, *sys.argv[1:]])  # noqa: S606  this file
+        told = ("-X", "%s=%s" % (_PATH_OPTION, path))
+        os.execv(sys.executable, [*interpreter_words(), *told, script, *sys.argv[1:]])  # noqa: S606  this file
     finally:
         os.close(descriptor)
 

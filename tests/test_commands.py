@@ -517,7 +517,7 @@ def start(home, line=""):
 
 def test_start_hands_checked_options_to_the_server(filled):
     options = start(filled)
-    assert (options.host, options.port, options.settings.log_format) == ("127.0.0.1", 8787, "text")
+    assert (options.settings.host, options.settings.port, options.settings.log_format) == ("127.0.0.1", 8787, "text")
     assert (options.require_auth, options.allow_unauthenticated, options.watch_config, options.debug) == (
         False,
         False,
@@ -536,7 +536,7 @@ def test_start_takes_its_flags_and_every_setting(filled):
         "--host=::1 --port 0 --watch-config=false --require-auth --log-format=JSON --debug --trail-size=7"
         " --allow-policy-fallback --context-fallback=off",
     )
-    assert (options.host, options.port, options.watch_config, options.require_auth) == ("::1", 0, False, True)
+    assert (options.settings.host, options.settings.port, options.watch_config, options.require_auth) == ("::1", 0, False, True)
     assert (options.settings.log_format, options.debug) == ("json", True)
     assert (options.settings.trail_size, options.settings.allow_policy_fallback) == (7, True)
 
@@ -547,7 +547,7 @@ def test_start_reads_host_port_and_settings_from_the_environment(filled):
     filled.monkeypatch.setenv("LLM_ROUTER_TRAIL_SIZE", "oops")
     code, _, err = filled.run("start")
     options = filled.started[-1]
-    assert (code, options.host, options.port, options.settings.trail_size) == (0, "localhost", 9000, 500)
+    assert (code, options.settings.host, options.settings.port, options.settings.trail_size) == (0, "localhost", 9000, 500)
     assert "LLM_ROUTER_TRAIL_SIZE" in err
     assert start(filled, "--port=9001").port == 9001
 

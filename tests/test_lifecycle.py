@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -269,6 +271,43 @@ def test_an_open_stream_may_finish_after_stop(running):
     assert b"stopped" in child.communicate(timeout=30)[0]
 
 
+@pytest.mark.skipif(os.name != "posix", reason="its log is read, and Windows has no /proc to miss it in")
+def test_stop_leaves_streams_the_time_that_start_was_given_and_returns_when_the_instance_is_gone(router, upstream):
+    """What had to be cut is no failure of who was told to stop, or a service's keeper would start it once more; and
+    the client has not left."""
+    running = router(two_models(upstream), *QUICK, "--grace=1")
+    upstream.answer(fake.sse_answer(fake.chat_stream("never")[:2], end="hang"))
+    stream = running.open(CHAT, dict(MESSAGES, stream=True))
+    assert stream.read_event()
+    upstream.answer(fake.hang_before_head())
+    whole = socket.create_connection((running.host, running.port), 30)
+    whole.sendall(b"POST %s HTTP/1.1\r\nhost: localhost\r\ncontent-length: 2\r\n\r\n{}" % CHAT.encode())
+    upstream.wait_calls(2)
+    assert "stopped" in ok(running.home, "stop")
+    assert instances(running.home) == []
+    assert running.process.wait(30) == 0
+    log = "\n".join(running.log())
+    assert "1 s to finish" in log and log.count(" 503 stopping ") == 2 and "client_gone" not in log
+    assert b'"code":"stopping"' in stream.read_rest().body
+    with whole:
+        assert whole.makefile("rb").read().startswith(b"HTTP/1.1 503 ")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+def test_a_suspended_instance_is_no_dead_one_and_a_lost_entry_comes_back(running, monkeypatch):
+    entry = r.read_instances(str(state_file(running.home)))
+    monkeypatch.setattr(r, "_CONTROL_TIMEOUT_S", 0.3)
+    running.process.send_signal(signal.SIGSTOP)
+    try:
+        found = r.find_instance(str(state_file(running.home)), "", 0)
+        with pytest.raises(r.RouterError, match="pid %d has port .* suspended" % running.process.pid):
+            r.ask_instance(found, "status")
+    finally:
+        running.process.send_signal(signal.SIGCONT)
+    state_file(running.home).write_text("damaged")
+    assert until(lambda: r.read_instances(str(state_file(running.home))) == entry, timeout=30)
+
+
 def test_stop_and_reload_tell_programs_what_they_did(running):
     assert json.loads(ok(running.home, "reload", "--json")) == {"reloaded": True, "changed": []}
     told = {"stopped": True, "pid": running.process.pid, "port": running.port}
@@ -308,6 +347,7 @@ def test_of_several_instances_the_port_or_the_configuration_chooses(both):
     error = refused(first.home, 2, "stop")
     assert "--port=%d" % first.port in error
     assert str(second.port) in error
+    assert "only --port=%d or --port=%d" % (first.port, second.port) in refused(first.home, 1, "status", "--port=1")
     assert first.process.poll() is second.process.poll() is None
     for words, pid in (
         (["--port=%d" % second.port], second.process.pid),

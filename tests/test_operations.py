@@ -50,6 +50,9 @@ def test_a_detached_server_answers_and_its_starter_ends(command, config, tmp_pat
     assert re.match(r"listening on http://127\.0\.0\.1:\d+\n", done.stdout)
     status = json.loads(command("status", "--json").stdout)
     assert "pid                 %d" % status["pid"] in done.stdout
+    if hasattr(os, "memfd_create"):  # it gave its source back, as one in the foreground does
+        words = Path("/proc/%d/cmdline" % status["pid"]).read_text().split("\0")
+        assert any(word.startswith("/proc/self/fd/") for word in words)
     log = tmp_path / ".llm-router.log"
     assert "listening on" in log.read_text()
     assert os.name != "posix" or log.stat().st_mode & 0o777 == 0o600
@@ -127,8 +130,30 @@ def test_the_log_goes_through_no_symbolic_link(tmp_path):
     target.write_text("mine")
     (tmp_path / "log").symlink_to(target)
     with pytest.raises(OSError, match="log"):
-        r.open_log(str(tmp_path / "log"))
+        r.open_private(str(tmp_path / "log"), "ab")
     assert target.read_text() == "mine"
+
+
+@posix
+def test_only_a_file_is_made_private_and_no_device():
+    """A router that root runs with --log-file=/dev/null must not take that from everybody else."""
+    master, slave = os.openpty()
+    try:
+        os.fchmod(slave, 0o620)
+        r.open_private(os.ttyname(slave), "ab").close()
+        assert os.fstat(slave).st_mode & 0o777 == 0o620
+    finally:
+        os.close(master)
+        os.close(slave)
+
+
+@posix
+def test_a_process_that_is_started_anew_keeps_the_options_of_its_interpreter():
+    code = "import sys; sys.path.insert(0, %r); import llm_router as r; print(r.interpreter_words()[1:])"
+    line = [sys.executable, "-I", "-S", "-W", "ignore::UserWarning", "-X", "utf8", "-X", "llm_router=x", "-c"]
+    done = subprocess.run([*line, code % os.path.dirname(PROGRAM)], capture_output=True, text=True, timeout=60, check=True)
+    words = json.loads(done.stdout.replace("'", '"'))
+    assert {"-I", "-S", "-Wignore::UserWarning", "-Xutf8"} <= set(words) and "llm_router" not in " ".join(words)
 
 
 def test_requests_are_logged_to_the_file_of_the_setting(router, upstream, tmp_path):

@@ -916,7 +916,7 @@ def test_a_stream_whose_client_left_just_before_it_began_closes_its_upstream(ups
             self.closed += 1
 
     class Client:
-        is_open = False
+        is_open = host_stops = False
 
         def keep_alive(self, at, every_ms, head):
             pass

@@ -41,7 +41,7 @@ class Host:
     def failed(self, error): raise error
 
 class Client:
-    is_open = False
+    is_open = host_stops = False
     async def respond(self, status, headers, body): print(status, body.decode())
 
 async def read_body(): return b'{"model": "m", "max_tokens": 5, "messages": [{"role": "user", "content": "hi"}]}'
