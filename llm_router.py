@@ -3458,9 +3458,12 @@ def _innermost_error(value: Any, depth: int) -> Json:
     outer = as_dict(value)
     for key in ("error", "message", "detail", "msg", "error_message", "title", "errors", "base_resp"):
         inner = _innermost_error(outer[key], depth - 1) if outer.get(key) and depth else {}
+        if key == "msg" and as_list(outer.get("loc")):  # pydantic: which field it is
+            inner["message"] = "%s: %s" % (".".join(map(str, outer["loc"])), inner["message"])
         if inner.get("message"):
             return {**outer, **inner} if key == "error" else {**inner, **outer, "message": inner["message"]}
-    return {**outer, "message": as_text(outer.get("message") or outer.get("status_msg"))}
+    words = as_text(outer.get("message") or outer.get("Message") or outer.get("status_msg"))
+    return {**outer, "message": words}
 
 
 # ==============================================================================
@@ -3493,6 +3496,7 @@ CHAT_LOSSES = {
     "images and files in tool results": "become a user message after the tool messages",
     "images and files in system or assistant messages": "become a short text note",
     "documents other than PDF and text": "become a short text note, as documents and sounds by URL do",
+    "files by id, videos": "become a short text note in other formats",
     "thinking switched off": "left out",
     "thinking budget": "becomes reasoning_effort: low up to 2048 tokens, medium up to 8192, else high",
     "efforts that a model does not know": "become the next lower one that it knows",
@@ -4023,13 +4027,13 @@ def _chat_usage(usage: Json) -> Usage:
     return Usage(prompt - cached - written, output, cached, written, thought)
 
 
-def _write_chat_usage(usage: Usage) -> Json:
-    """SDK: CompletionUsage; prompt_tokens include the cached ones (trap 113)."""
-    prompt = usage.input + usage.cache_read + usage.cache_write
-    read = {"cached_tokens": usage.cache_read, "cache_write_tokens": usage.cache_write or None}
-    counts = {"prompt_tokens": prompt, "completion_tokens": usage.output, "total_tokens": prompt + usage.output}
-    thought = {"completion_tokens_details": {"reasoning_tokens": usage.reasoning}}
-    return {**counts, "prompt_tokens_details": _told(read), **thought}
+def _write_openai_usage(usage: Usage, prompt: str = "prompt_tokens", output: str = "completion_tokens") -> Json:
+    """SDK: CompletionUsage; ResponseUsage names the two counts otherwise. The prompt includes what was read from and
+    written to the cache (trap 113)."""
+    total = usage.input + usage.cache_read + usage.cache_write
+    counts = {prompt: total, output: usage.output, "total_tokens": total + usage.output}
+    cached = {"cached_tokens": usage.cache_read, "cache_write_tokens": usage.cache_write}
+    return {**counts, prompt + "_details": cached, output + "_details": {"reasoning_tokens": usage.reasoning}}
 
 
 def render_chat_response(response: ChatResponse, context: Context) -> Json:
@@ -4042,7 +4046,7 @@ def render_chat_response(response: ChatResponse, context: Context) -> Json:
     answer = {
         **_chat_head(response, context, "chat.completion"),
         "choices": [{"index": 0, "message": message, "logprobs": None, "finish_reason": reason}],
-        "usage": _write_chat_usage(response.usage) if response.usage is not None else None,
+        "usage": _write_openai_usage(response.usage) if response.usage is not None else None,
     }
     return {**_told(answer), **{key: bag[key] for key in _CHAT_ANSWER_KEYS if key in bag}}
 
@@ -4492,7 +4496,7 @@ class ChatStreamRenderer:
         out = self._start(Started("", "")) + self._chunk({}, reason)
         self._is_ended = True
         if event.usage is not None and self._context.request.include_usage:
-            out += sse_event(dump_json({**self._head, "choices": [], "usage": _write_chat_usage(event.usage)}))
+            out += sse_event(dump_json({**self._head, "choices": [], "usage": _write_openai_usage(event.usage)}))
         return out + b"data: [DONE]\n\n"
 
     def _fail(self, event: Failed) -> bytes:
@@ -4583,13 +4587,14 @@ ANTHROPIC_LOSSES = {
     "`thread`": "refused with 400, in the words on which the SDKs send the whole conversation",
     "`advisor_*` `bash_*` `browser_*` `code_execution_*` `computer_*` `mcp_toolset` `memory_*` `text_editor_*`"
     " `tool_search_tool_*` `web_fetch_*` `web_search_*`": "tools that only Anthropic's models know: not sent",
-    "`*_tool_result` `container_upload` `fallback` `mcp_tool_listing` `mcp_tool_use` `server_tool_use` `tool_addition`"
+    "`*_tool_result` `fallback` `mcp_tool_listing` `mcp_tool_use` `server_tool_use` `tool_addition`"
     " `tool_removal`": "what such tools left in the history: text where it can be read, else not sent",
     "`is_error`": "of tool results: becomes the word Error in front of their text",
     "`redacted_thinking` `thinking`": "in the history: to OpenAI Chat on turns with tool calls, else not sent",
     "`allowed_callers` `caller` `citations` `context` `defer_loading` `eager_input_streaming` `input_examples`"
     " `toolset_name` `transformations`": "of tools and blocks: not sent",
     "audio, documents other than PDF and text": "become a short text note",
+    "`container_upload` `file`": "files by id: become a short text note",
     "system messages after the first turn": "become text of the user's turn, at their place",
     "server tools of other formats": "left out, as are their blocks",
     "reasoning without an Anthropic signature": "left out of the history",
@@ -4740,7 +4745,7 @@ def _anthropic_block(item: Any, path: str) -> Any:
     if kind in _ANTHROPIC_READERS:
         return _ANTHROPIC_READERS[kind](item, path)
     if kind in ("server_tool_use", "mcp_tool_use") or kind.endswith("_tool_result"):
-        return _anthropic_shown(item, "[%s] %s" % (kind, readable(item)))
+        return _anthropic_shown(item, "[%s] %s\n" % (kind, readable(item)))
     for name in _ANTHROPIC_BY_KIND[kind].fields if kind in _ANTHROPIC_BY_KIND else ():
         is_object = name == "input"
         check_field(item.get(name), (dict if is_object else str,), "%s.%s" % (path, name), need=not is_object)
@@ -5726,11 +5731,14 @@ def render_responses_request(request: ChatRequest) -> Json:
     chat = as_dict((request.fields or {}).get("openai"))
     tools = [tool for tool in request.tools if tool.kind != "server"]
     images = [block for block in request.system if isinstance(block, Media)]
+    items = _responses_items([Message("system", images), *request.messages])
+    instructions = join_text(request.system, "\n\n") or None
+    if not items and instructions:  # an empty `input` is refused
+        items, instructions = [{"type": "message", "role": "system", "content": instructions}], None
     thinks = request.reasoning is not None and request.reasoning.effort != "none"
     body = {
         **{field: getattr(request, name) for field, name in _RESPONSES_FIELDS.items()},
-        "model": request.model, "input": _responses_items([Message("system", images), *request.messages]),
-        "instructions": join_text(request.system, "\n\n") or None,
+        "model": request.model, "input": items, "instructions": instructions,
         "tools": list(map(_responses_render_tool, tools)) or None,
         "tool_choice": _responses_render_choice(request.tool_choice, tools),
         "parallel_tool_calls": request.parallel_tools if request.tools else None,
@@ -5821,7 +5829,8 @@ def _responses_render_part(block: Any, role: str) -> Optional[Json]:
         form = block.media_type.rpartition("/")[2]
         return {"type": "input_audio", "input_audio": {"data": block.data, "format": form}}
     if block.kind == "image":
-        return {"type": "input_image", "image_url": url_of_media(block), "detail": "auto"}
+        detail = as_text(own_extra(block, _CHAT).get("detail")) or "auto"
+        return {"type": "input_image", "image_url": url_of_media(block), "detail": detail}
     name = {"filename": block.name or "document"} if block.name or not block.url else {}
     return {"type": "input_file", "file_url" if block.url else "file_data": url_of_media(block), **name}
 
@@ -6123,16 +6132,6 @@ _RESPONSES_INCOMPLETE = {
 }
 
 
-def render_responses_usage(usage: Optional[Usage]) -> Json:
-    """`usage` with all its details, which the SDKs and the AI SDK demand; zeros when nothing is known."""
-    usage = usage or Usage()
-    total = usage.input + usage.cache_read + usage.cache_write
-    cached = {"cached_tokens": usage.cache_read, "cache_write_tokens": usage.cache_write}
-    thought = {"reasoning_tokens": usage.reasoning}
-    value = {"input_tokens": total, "output_tokens": usage.output, "total_tokens": total + usage.output}
-    return {**value, "input_tokens_details": cached, "output_tokens_details": thought}
-
-
 def render_responses_response(response: ChatResponse, context: Context) -> Json:
     """A whole answer as the body of POST /v1/responses: the snapshot that ends its stream."""
     renderer = ResponsesRenderer(context)
@@ -6316,7 +6315,9 @@ class ResponsesRenderer:
         out += self._end_item("incomplete" if reason == "max_output_tokens" else "completed")
         done = None if reason else max(self.snapshot["created_at"], self._context.created)
         told = {"status": status, "completed_at": done, "incomplete_details": reason and {"reason": reason}}
-        return out + self._conclude(status, told, usage=render_responses_usage(event.usage))
+        # Zeros when nothing is known: the SDKs demand all counts.
+        usage = _write_openai_usage(event.usage or Usage(), "input_tokens", "output_tokens")
+        return out + self._conclude(status, told, usage=usage)
 
     def _fail(self, event: Failed) -> bytes:
         out = self._start(Started("", ""))
@@ -6386,9 +6387,19 @@ def translate_request(
     return request, render_request(request._replace(model=model or request.model), target)
 
 
+# Parts by a file's id, which means nothing elsewhere, and of kinds that no other format has.
+_FILE_TYPES = ("image", "document", "file", "video_url", "audio_url", "container_upload")
+
+
 def render_request(request: ChatRequest, target: str) -> Json:
     """A neutral request as a body of the format `target`: tidy, and with tools that every provider takes."""
-    request = shorten_tools(request._replace(messages=tidy_messages(request.messages)))
+
+    def noted(block: Any) -> Any:
+        is_lost = isinstance(block, Opaque) and block.wire != target and block.value.get("type") in _FILE_TYPES
+        return Text("[%s left out]" % block.value["type"]) if is_lost else block
+
+    request = shorten_tools(map_request(request, noted))
+    request = request._replace(messages=tidy_messages(request.messages))
     return WIRE_FORMATS[target].render_request(request if target == "responses" else _without_customs(request))
 
 
@@ -6448,35 +6459,36 @@ def short_tool_name(name: str) -> str:
     return re.sub(r"[^a-zA-Z0-9_-]+", "_", name)[:53] + "_" + digest
 
 
+def map_request(
+    request: ChatRequest, block: Callable[[Any], Any], tool: Callable[[Tool], Tool] = lambda one: one
+) -> ChatRequest:
+    """The request with a function applied to each of its blocks, the instructions' too, and one to its tools."""
+    return request._replace(
+        system=list(map(block, request.system)),
+        tools=list(map(tool, request.tools)),
+        messages=[turn._replace(blocks=list(map(block, turn.blocks))) for turn in request.messages],
+    )
+
+
 def shorten_tools(request: ChatRequest) -> ChatRequest:
     """The request with short_tool_name applied to tools, tool_choice and the calls in the history."""
 
     def renamed(value: Any) -> Any:
-        name = short_tool_name(value.name)
-        return value if name == value.name else value._replace(name=name)
+        is_named = isinstance(value, (Tool, ToolCall)) and value.kind != "server"
+        return value._replace(name=short_tool_name(value.name)) if is_named else value
 
-    choice = request.tool_choice and renamed(request.tool_choice)
-    return _map_tools(request, ("function", "custom"), renamed, renamed)._replace(tool_choice=choice)
+    choice = request.tool_choice and request.tool_choice._replace(name=short_tool_name(request.tool_choice.name))
+    return map_request(request, renamed, renamed)._replace(tool_choice=choice)
 
 
 def _without_customs(request: ChatRequest) -> ChatRequest:
     """Free-text tools as functions, since few servers of the other formats know them (trap 60)."""
-    return _map_tools(request, ("custom",), custom_as_function, custom_call_as_function)
 
+    def plain(value: Any) -> Any:
+        changed = custom_as_function if isinstance(value, Tool) else custom_call_as_function
+        return changed(value) if getattr(value, "kind", "") == "custom" else value
 
-def _map_tools(
-    request: ChatRequest, kinds: Tuple[str, ...], tool: Callable[[Tool], Tool], call: Callable[[ToolCall], ToolCall]
-) -> ChatRequest:
-    """The request with all tools of these kinds, and the assistant's calls of such, changed."""
-
-    def changed(turn: Message) -> Message:
-        if turn.role != "assistant":
-            return turn
-        blocks = [call(b) if isinstance(b, ToolCall) and b.kind in kinds else b for b in turn.blocks]
-        return Message(turn.role, blocks, turn.extra)
-
-    tools = [tool(one) if one.kind in kinds else one for one in request.tools]
-    return request._replace(tools=tools, messages=list(map(changed, request.messages)))
+    return map_request(request, plain, plain)
 
 
 class ToolRestorer:
@@ -7025,11 +7037,7 @@ def keep_cache_marks(request: ChatRequest) -> ChatRequest:
             return value
         return value._replace(extra={**value.extra, "openai": {**own_extra(value, "openai"), "cache_control": mark}})
 
-    return request._replace(
-        system=list(map(marked, request.system)),
-        tools=list(map(marked, request.tools)),
-        messages=[turn._replace(blocks=list(map(marked, turn.blocks))) for turn in request.messages],
-    )
+    return map_request(request, marked, marked)
 
 
 def bare_cache_marks(value: Any) -> Any:
@@ -8007,16 +8015,13 @@ SIGNALS: Tuple[Signal, ...] = (
         OVERFLOW,
         (400, 413, 422),
         _words(
-            r"context_length_exceeded",
-            r"exceed_context_size",
-            r"model_context_window_exceeded",
             r"maximum context length",
-            r"context (?:size|length|window)[^\n]{0,40}exceed",
-            r"exceeds?[^\n]{0,40}context (?:size|length|window|limit)",
-            r"prompt is too long",
-            r"input is too long",
-            r"input length[^\n]{0,80}exceed",
-            r"longer than the model's context",
+            r"context[_ ](?:size|length|window)[^\n]{0,40}exceed",
+            r"exceed(?:s|ed)?[^\n]{0,40}context[_ ](?:size|length|window|limit)",
+            r"exceed(?:s|ed)? (?:max length|model token limit)",
+            r"(?:prompt|input) is too long",
+            r"input length[^\n]{0,80}exceed|range of input length",
+            r"(?:longer|greater) than the (?:model's )?context",
             r"exceeds the maximum number of tokens",
             r"reduce the length of the (?:messages|input|prompt)",
         ),
@@ -8028,13 +8033,13 @@ SIGNALS: Tuple[Signal, ...] = (
             r"insufficient[_ ](?:quota|balance|credits?|funds)",
             r"credit balance is too low",
             r"exceeded(?: your|_)?[_ ]current[_ ]quota",
-            r"exceeded_current_quota",
             r"billing_(?:error|hard_limit|not_active)",
-            r"arrearage",
+            r"arrearage|accountoverdueerror",
             r"account not in good standing",
+            r"balance is insufficient",
+            r"doesn't have any credits",
             r"please recharge",
             r"used all available credits",
-            r"monthly spending limit",
             r"spend(?:ing)? limit",
             r"requires more credits",
             r"specified (?:api |workspace )*usage limits",
@@ -8051,8 +8056,7 @@ SIGNALS: Tuple[Signal, ...] = (
             r"content_filter",
             r"content (?:management|filtering) policy",
             r"responsibleaipolicyviolation",
-            r"content_policy_violation",
-            r"content policy",
+            r"content[_ ]policy",
             r"usage polic(?:y|ies)",
             r"safety (?:system|filter|settings|policy)",
             r"flagged",
@@ -8060,6 +8064,7 @@ SIGNALS: Tuple[Signal, ...] = (
             r"prohibited_content",
             r"data_inspection_failed",
             r"inappropriate content",
+            r"^1301$",  # z.ai
         ),
     ),
     Signal(
@@ -8079,8 +8084,8 @@ SIGNALS: Tuple[Signal, ...] = (
         NOT_FOUND,
         (400, 403, 422),
         _words(
-            r"model_not_found",
             r"model[_ ]not[_ ](?:found|exist)",
+            r"^1211$",  # z.ai
             r"unknown model",
             r"no such model",
             r"model[^\n]{0,120}does not exist",

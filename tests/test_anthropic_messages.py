@@ -203,7 +203,7 @@ def test_each_block_has_its_neutral_value(block, expected):
         ),
         (
             {"type": "server_tool_use", "id": "s", "name": "web_search", "input": {"query": "q"}},
-            "[server_tool_use] web_search q",
+            "[server_tool_use] web_search q\n",
         ),
         (
             {
@@ -211,7 +211,7 @@ def test_each_block_has_its_neutral_value(block, expected):
                 "tool_use_id": "s",
                 "content": [{"type": "web_search_result", "title": "T", "url": "U", "encrypted_content": "no"}],
             },
-            "[web_search_tool_result] T U",
+            "[web_search_tool_result] T U\n",
         ),
     ],
 )

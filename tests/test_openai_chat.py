@@ -1601,7 +1601,8 @@ def test_reading_what_was_written_gives_the_same_request():
             ErrorInfo(429, "m", "RESOURCE_EXHAUSTED", "429"),
         ),
         (401, {"detail": "Invalid API Key"}, ErrorInfo(401, "Invalid API Key")),
-        (422, {"detail": [{"loc": ["body"], "msg": "field required"}]}, ErrorInfo(422, "field required")),
+        (422, {"detail": [{"loc": ["body", "x", 0], "msg": "field required"}]}, ErrorInfo(422, "body.x.0: field required")),
+        (429, {"Message": "Rate exceeded"}, ErrorInfo(429, "Rate exceeded")),
         (
             400,
             {"object": "error", "message": "m", "type": "BadRequestError", "code": 400},

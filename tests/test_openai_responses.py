@@ -933,7 +933,13 @@ def test_parts_become_media():
         Media("document", "text/plain", "QUJD", name="a.txt"),
     ]
     rendered = render_responses_request(ChatRequest("m", [Message("user", blocks)]))["input"][0]["content"]
-    assert rendered[:4] == [{**parts[0], "detail": "auto"}, parts[1], parts[2], parts[4]]
+    assert rendered[:4] == [parts[0], parts[1], parts[2], parts[4]]
+
+
+def test_instructions_alone_are_the_input():
+    """An empty `input` is refused; Chat Completions knows no such rule."""
+    body = render_responses_request(ChatRequest("m", [], [Text("be brief")]))
+    assert body["input"] == [{"type": "message", "role": "system", "content": "be brief"}] and "instructions" not in body
 
 
 @pytest.mark.parametrize(

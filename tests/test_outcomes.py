@@ -66,6 +66,15 @@ def test_an_outcome_keeps_status_headers_and_body_so_that_it_can_be_returned_unc
 
 RAW = json.dumps(error("account suspended due to insufficient balance", "exceeded_current_quota_error"))
 SIGNALS = [
+    ("DashScope: too long", 400, error("Range of input length should be [1, 30720]"), R.OVERFLOW),
+    ("Moonshot: too long", 400, error("Invalid request: Your request exceeded model token limit: 8192"), R.OVERFLOW),
+    ("z.ai: too long", 400, error("Prompt exceeds max length", code="1261"), R.OVERFLOW),
+    ("LM Studio: too long", 400, {"error": "The number of tokens to keep is greater than the context length."}, R.OVERFLOW),
+    ("Volcengine: overdue", 403, error("Your account has an overdue balance", code="AccountOverdueError"), R.BILLING),
+    ("SiliconFlow: no balance", 403, {"code": 30001, "message": "Sorry, your account balance is insufficient"}, R.BILLING),
+    ("xAI: no credits", 403, {"error": "Your newly created team doesn't have any credits or licenses yet."}, R.BILLING),
+    ("z.ai: refused", 400, error("x", code="1301"), R.POLICY),
+    ("z.ai: no such model", 400, error("x", code="1211"), R.NOT_FOUND),
     ("low credit as a 400", 400, {"type": "error", "error": {"type": "invalid_request_error", "message": "Your credit balance is too low"}}, R.BILLING),
     ("usage limit as a 400", 400, {"type": "error", "error": {"type": "invalid_request_error", "message": "You have reached your specified API usage limits."}}, R.BILLING),
     ("overloaded", 529, {"type": "error", "error": {"type": "overloaded_error", "message": "Overloaded"}}, R.TEMPORARY),

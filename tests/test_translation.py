@@ -722,3 +722,19 @@ def test_any_answer_keeps_the_promises_of_the_client_s_format_and_its_meaning(so
         assert run(R.make_processor(source, target, CONTEXT), raw, sizes) == out
         assert said[:2] == ("".join(b.text for b in answer.blocks if isinstance(b, R.Text)), "".join(b.text for b in answer.blocks if isinstance(b, R.Thinking)))
         assert said[2] == [(b.name, json.loads(b.arguments)) for b in answer.blocks if isinstance(b, R.ToolCall)]
+
+
+@pytest.mark.parametrize(
+    "source, part",
+    [
+        ("openai", {"type": "file", "file": {"file_id": "file-1"}}),
+        ("openai", {"type": "video_url", "video_url": {"url": "https://h/v.mp4"}}),
+        ("anthropic", {"type": "image", "source": {"type": "file", "file_id": "file-1"}}),
+        ("anthropic", {"type": "document", "source": {"type": "file", "file_id": "file-1"}}),
+    ],
+)
+@pytest.mark.parametrize("target", WIRES)
+def test_a_part_that_only_its_own_provider_can_read_leaves_a_note(source, part, target):
+    body = {"model": "m", "max_tokens": 9, "messages": [{"role": "user", "content": [{"type": "text", "text": "see"}, part]}]}
+    text = json.dumps(R.translate_request(body, source, target)[1])
+    assert ("[%s left out]" % part["type"] in text) == (source != target) == ("file-1" not in text and "v.mp4" not in text)
