@@ -3407,17 +3407,13 @@ _STATUS_WORDS = {
     529: "overloaded_error",
 }
 ERROR_STATUSES = {word: status for status, words in _STATUS_WORDS.items() for word in words.split()}
-# MiniMax tells errors inside a 200 by numbers of its own (platform.minimax.io/docs/api-reference/errorcode).
+# MiniMax tells errors inside a 200 by numbers of its own, in base_resp.status_code, which is 0 in all other answers
+# (platform.minimax.io/docs/api-reference/errorcode).
 _BASE_CODES = {
     1001: "timeout_error", 1002: "rate_limit_exceeded", 1004: "invalid_api_key", 1008: "insufficient_balance",
     1026: "content_filter", 1027: "content_filter", 1039: "rate_limit_exceeded", 2013: "invalid_request_error",
     2049: "invalid_api_key", 2056: "usage_limit_reached",
 }  # fmt: skip
-
-
-def has_base_error(body: Json) -> bool:
-    """Whether `base_resp`, which stands in every answer of MiniMax, tells an error."""
-    return bool(as_dict(body.get("base_resp")).get("status_code"))
 
 
 def read_error(status: int, body: Any, unknown: int = 502) -> ErrorInfo:
@@ -3994,10 +3990,11 @@ def parse_chat_response(body: Json, context: Context) -> ChatResponse:
 
     RouterError for an error in place of an answer (its status, else 502) and for what has no choice (502).
     """
-    if not isinstance(body, dict) or not (as_list(body.get("choices")) or body.get("error") or has_base_error(body)):
-        raise RouterError("the upstream's answer is no chat completion", 502, "invalid_answer")
     parser = ChatStreamParser(context)
-    answer = fold(parser.read(body, "message") + parser.end())
+    events = parser.read(as_dict(body), "message")
+    if not events:
+        raise RouterError("the upstream's answer is no chat completion", 502, "invalid_answer")
+    answer = fold(events + parser.end())
     if isinstance(answer, ErrorInfo):
         raise RouterError(answer.message, answer.status, answer.code or answer.type or "upstream_error")
     return answer
@@ -4230,7 +4227,8 @@ class ChatStreamParser:
         """An error, with or without its envelope, usage alone (trap 15), or Azure's prompt_filter_results (trap 16)."""
         is_bare = "choices" not in chunk and not chunk.get("usage")
         is_named = "error" in (chunk.get("object"), chunk.get("type")) or as_text(chunk.get("message"))
-        if chunk.get("error") or has_base_error(chunk) or (is_bare and (is_named or as_text(chunk.get("detail")))):
+        told = chunk.get("error") or as_dict(chunk.get("base_resp")).get("status_code")
+        if told or (is_bare and (is_named or as_text(chunk.get("detail")))):
             self._fail(read_error(200, chunk))
         return self._take()
 
@@ -4606,6 +4604,7 @@ ANTHROPIC_LOSSES = {
     "stop texts of white space": "left out",
     "strict: false on tools": "left out, it is the default",
     "refusal parts": "become text",
+    "answers: citations of other formats": "left out",
 }
 
 # ---- requests: Anthropic -> neutral
@@ -5459,13 +5458,11 @@ _RESPONSES_PARTS = {
     "function_call": _ResponsesPart("function_call", "fc", "function_call_arguments", "arguments"),
     "custom_tool_call": _ResponsesPart("custom_tool_call", "ctc", "custom_tool_call_input", "input"),
 }  # fmt: skip
+_RESPONSES_CALLS = {"function_call": "function", "custom_tool_call": "custom"}  # item types -> kind of the ToolCall
 # What is told as which kind of part: blocks by type, calls by kind; a Thinking's bag may say another.
 _RESPONSES_KINDS: Dict[Any, str] = {
-    Text: "output_text", Refusal: "refusal", Thinking: "summary_text", "function": "function_call",
-    "custom": "custom_tool_call",
+    Text: "output_text", Refusal: "refusal", Thinking: "summary_text", **{v: k for k, v in _RESPONSES_CALLS.items()}
 }  # fmt: skip
-
-_RESPONSES_CALLS = {"function_call": "function", "custom_tool_call": "custom"}  # item types -> kind of the ToolCall
 _RESPONSES_RESULTS = ("function_call_output", "custom_tool_call_output")
 
 # Request fields that have an attribute of the neutral request of their own, and the types of those that are checked.
@@ -5506,6 +5503,7 @@ RESPONSES_LOSSES = {
     " `tool_search_*` `web_search_call`": "what such tools and other models' reasoning left in the history: not sent",
     "`custom` `namespace`": "tools: become functions, of one string and with the namespace in their names",
     "`allowed_tools`": "only these tools are sent",
+    "answers: citations of other formats": "left out",
     "`allowed_callers` `async` `caller` `defer_loading` `detail` `filename` `format` `id` `name` `output_schema`"
     " `phase` `prompt_cache_breakpoint` `status`": "of items and tools: not sent where the other format has none",
 }
@@ -6387,7 +6385,7 @@ def translate_request(
     return request, render_request(request._replace(model=model or request.model), target)
 
 
-# Parts by a file's id, which means nothing elsewhere, and of kinds that no other format has.
+# What is told by a file's id, which means nothing elsewhere, or is of a kind that no other format has.
 _FILE_TYPES = ("image", "document", "file", "video_url", "audio_url", "container_upload")
 
 
@@ -6810,8 +6808,7 @@ def _drop(*names: str) -> Callable[[Json], None]:
 
 
 def _drop_reasoning(body: Json) -> None:
-    """`reasoning_content` in the history is what DeepSeek and Moonshot ask for and what others refuse (traps 84,
-    87)."""
+    """`reasoning_content` in the history is what DeepSeek and Moonshot ask for, others refuse it (traps 84, 87)."""
     for message in as_list(body.get("messages")):
         as_dict(message).pop("reasoning_content", None)
 
@@ -6952,12 +6949,11 @@ _PLAIN = Compat("", ())
 
 def find_compat(name: str, host: str, port: int = 0) -> Compat:
     """The row for a provider: by its `compat`, else by the host of its URL; an empty row for what nobody knows."""
-    known = _COMPATS_BY_NAME.get(name)
-    return known or next((row for row in COMPATS if any(_is_at(end, host, port) for end in row.hosts)), _PLAIN)
 
+    def is_at(row: Compat) -> bool:
+        return ":%d" % port in row.hosts or ("." + host).endswith(tuple("." + end for end in row.hosts))
 
-def _is_at(known: str, host: str, port: int) -> bool:
-    return known == ":%d" % port or ("." + host).endswith("." + known)
+    return _COMPATS_BY_NAME.get(name) or next(filter(is_at, COMPATS), _PLAIN)
 
 
 def apply_fixes(body: Json, fixes: Iterable[str]) -> Json:
@@ -6977,8 +6973,7 @@ def _change_turns(body: Json, change: Callable[[Json, List[Json]], Json]) -> Opt
 
 
 def replay_reasoning(body: Json, issuer: str, memory: BoundedMap) -> Optional[Json]:
-    """A Chat body whose turns with calls bear the reasoning that `issuer` had shown, and its calls their proofs; None
-    when nothing is to be added (trap 87)."""
+    """A Chat body with what `issuer` had thought before its calls (trap 87), and their proofs; None if it has all."""
 
     def replayed(turn: Json, calls: List[Json]) -> Json:
         known = recall(memory, issuer, [call.get("id") for call in calls])
@@ -10569,7 +10564,8 @@ def _is_error_body(body: Dict[str, Any]) -> bool:
     if any(body.get(key) for key in ("choices", "content", "output", "data")):
         return False
     told = body.get("error") or "error" in (body.get("type"), body.get("object")) or body.get("status") == "failed"
-    return bool(told) or has_base_error(body) or "choices" not in body and ("detail" in body or "errors" in body)
+    told = told or as_dict(body.get("base_resp")).get("status_code")
+    return bool(told) or "choices" not in body and ("detail" in body or "errors" in body)
 
 
 def is_empty(response: ChatResponse) -> bool:
