@@ -6373,9 +6373,7 @@ WIRE_FORMATS: Dict[str, WireFormat] = {wire.name: wire for wire in (OPENAI_CHAT,
 # ---- requests and whole answers
 
 
-def translate_request(
-    body: Json, source: str, target: str, model: str = ""
-) -> Tuple[ChatRequest, Json]:
+def translate_request(body: Json, source: str, target: str, model: str = "") -> Tuple[ChatRequest, Json]:
     """A request body of the format `source` as a neutral request and as a body of `target`.
 
     model: the upstream's model id for the body; "" keeps the client's. The neutral request keeps the client's names
@@ -7263,7 +7261,7 @@ class JsonObject(NamedTuple):
     """A JSON object from outside. spans: the place of every top-level value in its text, `text[start:end]`, where the
     text is known; data: the text as bytes."""
 
-    value: Dict[str, Any]
+    value: Json
     spans: Mapping[str, Tuple[int, int]] = {}
     text: str = ""
     data: bytes = b""
@@ -7312,8 +7310,8 @@ def _scan_value(text: str, start: int) -> Tuple[Any, int]:
     return items, close.end()
 
 
-def _scan_object(text: str) -> Tuple[Dict[str, Any], Dict[str, Tuple[int, int]]]:
-    value: Dict[str, Any] = {}
+def _scan_object(text: str) -> Tuple[Json, Dict[str, Tuple[int, int]]]:
+    value: Json = {}
     spans: Dict[str, Tuple[int, int]] = {}
     scan = _JSON_SCAN if len(text) < LARGE_BODY_BYTES else _scan_value
     end, member = 0, _FIRST_MEMBER.match(text)
@@ -7346,7 +7344,7 @@ _ANTHROPIC_FIELDS = ("system", "thinking", "stop_sequences", "top_k")
 _ANTHROPIC_BLOCKS = ("tool_use", "tool_result")
 
 
-def detect_wire(headers: Headers, body: Dict[str, Any]) -> str:
+def detect_wire(headers: Headers, body: Json) -> str:
     """The format of a request whose path does not say: the first sign in the order of the README's list."""
     if any(name.startswith("anthropic-") for name, _ in headers):
         return "anthropic"
@@ -7357,7 +7355,7 @@ def detect_wire(headers: Headers, body: Dict[str, Any]) -> str:
     return "openai"
 
 
-def _has_anthropic_parts(body: Dict[str, Any]) -> bool:
+def _has_anthropic_parts(body: Json) -> bool:
     if any("input_schema" in as_dict(tool) for tool in as_list(body.get("tools"))):
         return True
     blocks = (block for message in as_list(body.get("messages")) for block in as_list(as_dict(message).get("content")))
@@ -7390,7 +7388,7 @@ def read_inbound(endpoint: Endpoint, headers: Headers, data: bytes) -> Inbound:
     return Inbound(endpoint.operation, wire, body.value.get("model") or "", streams, headers, body)
 
 
-def ends_with_tool_result(body: Dict[str, Any], wire: str) -> bool:
+def ends_with_tool_result(body: Json, wire: str) -> bool:
     """Whether the client's last message is a tool's result: then an empty answer may well be the right one."""
     items = as_list(body.get("input" if wire == "responses" else "messages"))
     last = as_dict(items[-1]) if items else {}
@@ -7477,7 +7475,7 @@ _UNCOUNTED = frozenset(  # what no model reads, what is counted by itself, and w
 _IMAGE_TYPES = ("image", "image_url", "input_image")
 
 
-def estimate_tokens(body: Dict[str, Any], model: str = "", wire: str = "") -> int:
+def estimate_tokens(body: Json, model: str = "", wire: str = "") -> int:
     """About how many input tokens a request of any format is: system, messages, tools, results, thinking, media.
 
     model: the id it has upstream, else the body's own; wire: a format that the upstream speaks, for unknown models.
@@ -7547,7 +7545,7 @@ def _count_pieces(text: str) -> float:
     return found * len(text) / (len(starts) * _SAMPLE_CHARS)
 
 
-def _image_tokens(block: Dict[str, Any]) -> float:
+def _image_tokens(block: Json) -> float:
     link = block.get("image_url")
     link = as_text(link if isinstance(link, str) else as_dict(link).get("url"))
     size = len(as_text(as_dict(block.get("source")).get("data"))) or len(link) * link.startswith("data:")
@@ -7660,7 +7658,7 @@ def _not_found(message: str) -> RouterError:
     return RouterError(message, 404, "model_not_found")
 
 
-def list_models(routes: Routes, anthropic: bool, after: str = "", limit: int = 0, before: str = "") -> Dict[str, Any]:
+def list_models(routes: Routes, anthropic: bool, after: str = "", limit: int = 0, before: str = "") -> Json:
     """The model list. OpenAI: {"object":"list","data":[{"id","object","created","owned_by"}]}; Anthropic's shape
     (docs.anthropic.com, List Models) has type, display_name, created_at and the pagination fields; both carry both.
 
@@ -7677,7 +7675,7 @@ def list_models(routes: Routes, anthropic: bool, after: str = "", limit: int = 0
     return dict({"object": "list", "data": data, "has_more": len(page) < len(names)}, **edges)
 
 
-def model_entry(name: str, anthropic: bool) -> Dict[str, Any]:
+def model_entry(name: str, anthropic: bool) -> Json:
     """One model as `GET /models/ID` and the list show it."""
     if anthropic:
         shown = {"display_name": name, "created_at": "2025-01-01T00:00:00Z", "lifecycle": "active"}
@@ -7685,7 +7683,7 @@ def model_entry(name: str, anthropic: bool) -> Dict[str, Any]:
     return {"id": name, "object": "model", "created": 1735689600, "owned_by": name.partition("/")[0]}
 
 
-def find_model_entry(routes: Routes, name: str, anthropic: bool) -> Dict[str, Any]:
+def find_model_entry(routes: Routes, name: str, anthropic: bool) -> Json:
     """The entry of one model, under the name it was asked for. RouterError 404 when no request could use it."""
     routes.find_plan(name)
     return model_entry(name, anthropic)
@@ -7706,6 +7704,11 @@ class UpstreamKey(NamedTuple):
     ca_bundle: str = ""
 
 
+def origin_url(scheme: str, host: str, port: int) -> str:
+    """scheme://host:port, an IPv6 address in brackets."""
+    return "%s://%s:%d" % (scheme, "[%s]" % host if ":" in host else host, port)
+
+
 class Target(NamedTuple):
     """Where requests of one provider in one wire format go, and what every one of them carries.
 
@@ -7723,8 +7726,7 @@ class Target(NamedTuple):
     @property
     def origin(self) -> str:
         """scheme://host:port, the only place the provider's key is ever sent to."""
-        scheme, host, port = self.key[:3]
-        return "%s://%s:%d" % (scheme, "[%s]" % host if ":" in host else host, port)
+        return origin_url(*self.key[:3])
 
 
 class Outbound(NamedTuple):
@@ -7928,7 +7930,7 @@ class Requests:
             changed = replay_reasoning(value, self.issuer(provider), self._reasoning)
         return self._inbound.body if changed is None else JsonObject(changed)
 
-    def _translated(self, candidate: Candidate, wire: str, compat: Compat) -> Dict[str, Any]:
+    def _translated(self, candidate: Candidate, wire: str, compat: Compat) -> Json:
         messages = restore_reasoning(self.neutral.messages, self._reasoning, self.issuer(candidate.provider.id))
         request = self.neutral._replace(model=candidate.model_id, messages=messages)
         body = render_request(keep_cache_marks(request) if compat.caches and wire == "openai" else request, wire)
@@ -7996,11 +7998,7 @@ SIGNALS: Tuple[Signal, ...] = (
         (400, 404),
         _words(r"^thread_(?:not_found|unsupported_request)$", r"^previous_response_not_found$"),
     ),
-    Signal(
-        RATE_LIMITED,
-        (413,),
-        _words(r"tokens? per (?:min|minute|day)", r"\btp[md]\b", r"rate_limit"),
-    ),
+    Signal(RATE_LIMITED, (413,), _words(r"tokens? per (?:min|minute|day)", r"\btp[md]\b", r"rate_limit")),
     Signal(
         RATE_LIMITED,  # Gemini words its windows like an account without credit (ai.google.dev, Rate limits)
         (429,),
@@ -8739,7 +8737,7 @@ class Facts(NamedTuple):
 
     path: str = ""
     variables: Iterable[str] = ()
-    settings: Sequence[Dict[str, Any]] = ()
+    settings: Sequence[Json] = ()
     effects: Iterable[str] = ()
 
 
@@ -8768,11 +8766,11 @@ class Menu(NamedTuple):
     the one provider that is being made."""
 
     facts: Facts
-    saved: Dict[str, Any]
-    document: Dict[str, Any]
+    saved: Json
+    document: Json
     frames: Tuple[Frame, ...] = (Frame("home"),)
-    past: Tuple[Dict[str, Any], ...] = ()
-    draft: Dict[str, Any] = {}
+    past: Tuple[Json, ...] = ()
+    draft: Json = {}
     note: str = ""
     is_error: bool = False
     effect: Optional[Effect] = None
@@ -8801,7 +8799,7 @@ class Screen(NamedTuple):
     kind: str = "list"
 
 
-def make_menu(document: Dict[str, Any], facts: Facts) -> Menu:
+def make_menu(document: Json, facts: Facts) -> Menu:
     """The menu over a document as it was read from the file."""
     return Menu(facts, document, document)
 
@@ -8927,7 +8925,7 @@ def _swap(menu: Menu, **changes: Any) -> Menu:
     return menu._replace(frames=menu.frames[:-1] + (menu.front._replace(**changes),))
 
 
-def _document(menu: Menu, frame: Optional[Frame] = None) -> Dict[str, Any]:
+def _document(menu: Menu, frame: Optional[Frame] = None) -> Json:
     """The document that a screen works on."""
     return menu.draft if (frame or menu.front).is_draft else menu.document
 
@@ -8941,7 +8939,7 @@ def _ids(menu: Menu, place: Place) -> List[str]:
     return [_id_of(_at(menu, place[:n])) for n in range(2, len(place) + 1, 2)]
 
 
-def _model_ids(raw: Dict[str, Any]) -> List[str]:
+def _model_ids(raw: Json) -> List[str]:
     return [_id_of(entry) for entry in _models_of(raw)]
 
 
@@ -9073,7 +9071,7 @@ def _review(menu: Menu, item: Any = None) -> Menu:
     return _swap(_choose(menu, "Save", rows, "\n".join(lines)), screen="diff")
 
 
-def diff_lines(old: Dict[str, Any], new: Dict[str, Any]) -> List[str]:
+def diff_lines(old: Json, new: Json) -> List[str]:
     """What was changed, as lines that start with +, - or a space; keys are masked."""
     import difflib
 
@@ -9093,10 +9091,10 @@ def _save(menu: Menu, then: Any = None) -> Menu:
     return _run(menu, "Saving", saved, "save", menu.saved, menu.document)
 
 
-def _resolve(menu: Menu, theirs: Dict[str, Any]) -> Menu:
+def _resolve(menu: Menu, theirs: Json) -> Menu:
     """Another program wrote the file in the meantime: nothing of either side is lost silently."""
 
-    def take(menu: Menu, document: Dict[str, Any], note: str) -> Menu:
+    def take(menu: Menu, document: Json, note: str) -> Menu:
         new = menu._replace(saved=theirs, document=document, past=menu.past + (menu.document,))
         return (_review(new) if new.is_unsaved else new)._replace(note=note)
 
@@ -9181,7 +9179,7 @@ def _provider_rows(menu: Menu) -> List[Row]:
     return [_provider_row(as_dict(raw), i, found) for i, raw in enumerate(_at(menu, ("providers",)))]
 
 
-def _provider_row(raw: Dict[str, Any], index: int, problems: Sequence[Problem]) -> Row:
+def _provider_row(raw: Json, index: int, problems: Sequence[Problem]) -> Row:
     config = scan_config({"providers": [dict(raw, enabled=True)]}, {})[0]
     one = config.providers[0] if config.providers else Provider("")
     own = [problem for problem in problems if re.match(r"providers\[%d\]" % index, problem.path)]
@@ -9216,7 +9214,7 @@ def _start_draft(menu: Menu, chosen: Tuple[Preset, str]) -> Menu:
     name = next(name for name in names if name not in taken or not name)
     more = {"name": preset.name, "baseUrlByFormat": preset_urls(preset), "apiKeyEnv": variable, "models": ["*"]}
     raw = {"id": name, **{key: value for key, value in more.items() if value}}
-    draft: Dict[str, Any] = {"providers": [raw]}
+    draft: Json = {"providers": [raw]}
     if preset.model:
         draft["defaultModel"] = "%s/%s" % (name, preset.model)
     needs_key = preset.keys and not variable
@@ -9247,7 +9245,7 @@ def _move(menu: Menu, place: Place, step: int = 1) -> Menu:
     return _swap(_apply(menu, move_entry, place, step), at=max(0, menu.front.at + step))
 
 
-def _alone(menu: Menu, place: Place) -> Dict[str, Any]:
+def _alone(menu: Menu, place: Place) -> Json:
     """A document of one provider alone, so that the host may ask it something before anything is saved."""
     raw = _at(menu, place[:2])
     return {"providers": [dict(raw, models=_model_ids(raw) or ["*"], enabled=True)]}
@@ -9269,7 +9267,7 @@ def _test(menu: Menu, place: Place) -> Menu:
 _PROBE_STATES = {"ok": "ok", "tentative": "warning", "no": "error"}
 
 
-def _keep(menu: Menu, learned: Dict[str, Any]) -> Menu:
+def _keep(menu: Menu, learned: Json) -> Menu:
     place, menu = menu.front.place, _pop(menu)
     for key, value in learned.items():
         menu = _apply(menu, set_field, place, key, value)
@@ -9285,7 +9283,7 @@ _FIELD_ORDER = {
 }
 
 
-def _form_fields(frame: Frame, kind: str, raw: Dict[str, Any]) -> List[Field]:
+def _form_fields(frame: Frame, kind: str, raw: Json) -> List[Field]:
     if frame.place[-1:] == ("headers",):
         kinds = {name: "header" if name.lower() in _PLAIN_HEADERS else "secret" for name in raw}
         return [Field(name, kinds[name], "sent with every request") for name in raw]
@@ -9547,7 +9545,7 @@ def _setting_rows(menu: Menu) -> List[Row]:
     return rows
 
 
-def _show_setting(menu: Menu, item: Tuple[Dict[str, Any], str, str]) -> Menu:
+def _show_setting(menu: Menu, item: Tuple[Json, str, str]) -> Menu:
     row, value, default = item
     lines = (row["help"], "", "now      " + value, "default  " + default, "")
     lines += ("It is no part of the file. Set it for one start:", "  llm-router start %s=..." % row["flag"])
@@ -10039,7 +10037,7 @@ class Gateway:
         self.lessons: Dict[str, Tuple[str, ...]] = {}
         self.items = ItemMemory()
         self.reasoning = BoundedMap()
-        self.info: Dict[str, Any] = {}
+        self.info: Json = {}
         self.draining = False
 
     def learn(self, ref: str, fixes: Tuple[str, ...]) -> None:
@@ -10100,7 +10098,7 @@ class Gateway:
         status, body = self._read(endpoint, call, authorized)
         return status, _JSON_HEADERS + cors, dump_json(body)
 
-    def _read(self, endpoint: Endpoint, call: Call, authorized: bool) -> Tuple[int, Dict[str, Any]]:
+    def _read(self, endpoint: Endpoint, call: Call, authorized: bool) -> Tuple[int, Json]:
         anthropic = endpoint.wire == "anthropic" or bool(header(call.headers, "anthropic-version"))
         if endpoint.operation == "models":
             query = dict(parse_qsl(call.query))
@@ -10307,11 +10305,11 @@ class Exchange:
         return self._judge_whole(reply, await self._read_whole(reply))
 
     async def _read_error(self, reply: Any) -> bytes:
-        """As much of an error as arrives: it says enough."""
-        body = data = b""
+        """As much of an error as arrives in a moment: it says enough."""
+        body, until = b"", self._host.now() + _ERROR_BODY_S
         try:
             while len(body) < 1_000_000:
-                data = await reply.read(5.0)
+                data = await reply.read(self._time_left(0, until))
                 if not data:
                     break
                 body += data
@@ -10533,6 +10531,7 @@ class Exchange:
 
 
 _BARE_REQUEST = ChatRequest("", [])
+_ERROR_BODY_S = 5.0
 
 
 def _decision(action: Any, candidate: Candidate) -> str:
@@ -10552,14 +10551,14 @@ def _sooner(limit_ms: int, left_ms: int) -> int:
     return min(limit_ms, left_ms) if limit_ms else left_ms
 
 
-def _read_json(body: bytes) -> Dict[str, Any]:
+def _read_json(body: bytes) -> Json:
     try:
         return as_dict(load_json(body))
     except RouterError:
         return {}
 
 
-def _is_error_body(body: Dict[str, Any]) -> bool:
+def _is_error_body(body: Json) -> bool:
     """Whether a 200's body is an error all the same: an error without any answer beside it."""
     if any(body.get(key) for key in ("choices", "content", "output", "data")):
         return False
@@ -10684,7 +10683,7 @@ class ProbeReport(NamedTuple):
         return tuple(dict.fromkeys(row.model for row in self.rows if row.model not in good))
 
 
-def plan_probe(provider: Provider, raw: Dict[str, Any], models: Sequence[str] = ()) -> ProbePlan:
+def plan_probe(provider: Provider, raw: Json, models: Sequence[str] = ()) -> ProbePlan:
     """The plan for a provider whose entry in the file is `raw`: what that fixes is not tried in other ways.
 
     models: () for the provider's own; "*" stands for one that it lists.
@@ -10699,7 +10698,7 @@ def plan_probe(provider: Provider, raw: Dict[str, Any], models: Sequence[str] = 
     return ProbePlan(provider, tuple(name for name in names if name != "*"), wires, auths, learns=learns)
 
 
-def learned_fields(plan: ProbePlan, report: ProbeReport) -> Dict[str, Any]:
+def learned_fields(plan: ProbePlan, report: ProbeReport) -> Json:
     """What a probe found, as fields of the provider's entry that it did not have: formats, and auth where it is not
     what each format does unasked. Empty when there is nothing to rely on."""
     shown = {row.wire: row.auth.type for row in reversed(report.rows) if row.state == "ok"}
@@ -10791,7 +10790,7 @@ class Probe:
         listed = tuple(dict.fromkeys((*(self.report.listed or ()), *found)))[:_MAX_LISTED]
         self.report = self.report._replace(listed=listed, listing_status=200, listing_note="")
 
-    async def _get_page(self, wire: str, auth: Auth, cursor: str = "") -> Tuple[int, str, Dict[str, Any]]:
+    async def _get_page(self, wire: str, auth: Auth, cursor: str = "") -> Tuple[int, str, Json]:
         """A page's status, what is wrong with it, and its body."""
         target = self._target(wire, auth)
         path, question, query = target.path.partition("?")
@@ -10832,9 +10831,9 @@ class Probe:
 
     async def _call(
         self, model: str, wire: str, auth: Auth, limit: int, fixes: Tuple[str, ...]
-    ) -> Tuple[Outcome, Dict[str, Any]]:
+    ) -> Tuple[Outcome, Json]:
         """What one small question comes to, and the body that asked it."""
-        body: Dict[str, Any] = {}
+        body: Json = {}
         try:
             target = self._target(wire, auth)
             request = ChatRequest(model, [Message("user", [Text("Say: ok")])], max_tokens=limit)
@@ -10888,7 +10887,7 @@ def _judge_probe(wire: str, status: int, headers: Headers, data: bytes, now: flo
     return Outcome(OK, status, str(status))
 
 
-def _read_outcome(outcome: Outcome, words: str) -> Dict[str, Any]:
+def _read_outcome(outcome: Outcome, words: str) -> Json:
     """What an outcome says of a model in a format, as fields of its row; a 404 may speak of the model or the format."""
     of_model, about = outcome.status and re.search(r"\bmodels?\b", words), ""
     if outcome.kind == AUTH or outcome.kind == FORBIDDEN and not of_model:
@@ -11207,6 +11206,7 @@ def _lock_descriptor(descriptor: int) -> bool:
 _READ_BYTES = 65_536  # from 128 KB on malloc maps fresh pages for every read, which costs 15 us however little comes
 _PAUSE_BYTES = 1 << 20
 _ABORT_AGAIN_S = 0.05
+_NEXT_ADDRESS_S = 0.25
 _LINGER_S = 2.0
 
 
@@ -11263,7 +11263,7 @@ class Dial:
         if proxy and scheme == "https":
             connection.set_tunnel(host, port, headers)
         elif proxy:
-            self.prefix = "http://%s:%d" % (host, port)
+            self.prefix = origin_url(scheme, host, port)
             self.proxy_headers = list(headers.items())
         connection.connect()
         if scheme == "https":
@@ -11274,24 +11274,70 @@ class Dial:
             self.sock.do_handshake()
 
     def _open(self, address: Tuple[str, int], timeout: float, source: Any = None) -> Any:
+        """A socket to the first of the host's addresses that answers. Each is asked a quarter of a second after the one
+        before, or at its failure, so that IPv6 that leads nowhere costs no more than that (RFC 8305)."""
+        import selectors
         import socket
+        import time
 
-        failure: Optional[OSError] = None
-        for family, kind, proto, _, place in socket.getaddrinfo(address[0], address[1], 0, socket.SOCK_STREAM):
-            self._check()
-            self.sock = socket.socket(family, kind, proto)
-            self.sock.settimeout(timeout)
+        failure, until = OSError("the name has no address"), time.monotonic() + timeout
+        places = socket.getaddrinfo(address[0], address[1], 0, socket.SOCK_STREAM)
+        with selectors.DefaultSelector() as asked:
             try:
-                self.sock.connect(place)
-                return self.sock
-            except OSError as error:
-                failure = error
-                self.close()
-        raise failure or OSError("the name has no address")
+                while places or asked.get_map():
+                    self._check()
+                    if time.monotonic() > until:
+                        raise TimeoutError("timed out")
+                    try:
+                        if places:
+                            _ask_address(asked, *places.pop(0))
+                        self.sock = _first_connected(asked)
+                    except OSError as error:
+                        failure = error
+                    if self.sock is not None:
+                        self.sock.settimeout(timeout)
+                        return self.sock
+            finally:
+                for key in list(asked.get_map().values()):
+                    key.fileobj.close()
+        raise failure
 
     def _check(self) -> None:
         if self.is_aborted:
             raise OSError("the request was cancelled")
+
+
+def _ask_address(asked: Any, family: int, kind: int, proto: int, _: str, place: Any) -> None:
+    """Begin to connect to one address; `asked` is the selector that learns of the end. OSError."""
+    import selectors
+    import socket
+
+    sock = socket.socket(family, kind, proto)
+    sock.setblocking(False)
+    try:
+        sock.connect(place)
+    except BlockingIOError:
+        pass  # under way
+    except OSError:
+        sock.close()
+        raise
+    asked.register(sock, selectors.EVENT_WRITE)
+
+
+def _first_connected(asked: Any) -> Any:
+    """The first socket that connects within the moment that the next address has to wait, or None. OSError when one of
+    them fails."""
+    import os
+    import socket
+
+    for key, _ in asked.select(_NEXT_ADDRESS_S):
+        asked.unregister(key.fileobj)
+        code = key.fileobj.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if not code:
+            return key.fileobj
+        key.fileobj.close()
+        raise OSError(code, os.strerror(code))
+    return None
 
 
 def _dial_error(error: Exception, key: UpstreamKey) -> RouterError:
@@ -11353,14 +11399,18 @@ class Network:
         url = key.proxy or self._variable(key.scheme + "_proxy") or self._variable("all_proxy")
         if url in ("", "none"):
             return None
-        parts = urlsplit(url if "://" in url else "http://" + url)
-        if not parts.hostname or parts.scheme != "http":
-            raise UpstreamError("the proxy for %s is not an http:// URL" % key.host, "proxy")
+        try:
+            parts = urlsplit(url if "://" in url else "http://" + url)
+            host, port = parts.hostname if parts.scheme == "http" else "", parts.port or 80
+        except ValueError:  # whose words may quote a part of the password
+            host = ""
+        if not host:
+            raise OSError("its proxy is not an http:// URL")
         headers = {}
         if parts.username:
             login = "%s:%s" % (unquote(parts.username), unquote(parts.password or ""))
             headers["Proxy-Authorization"] = "Basic " + base64.b64encode(login.encode()).decode()
-        return parts.hostname, parts.port or 80, headers
+        return host, port, headers
 
     def _variable(self, name: str) -> str:
         return self._environ.get(name) or self._environ.get(name.upper()) or ""
@@ -11413,8 +11463,11 @@ class Dialer:
 
         self._busy += 1
         if self._threads < min(self._busy, self._max_threads):
-            self._threads += 1
-            threading.Thread(target=self._work, name="llm-router-dial-%d" % self._threads, daemon=True).start()
+            try:
+                threading.Thread(target=self._work, name="llm-router-dial", daemon=True).start()
+                self._threads += 1
+            except RuntimeError:
+                pass  # the system has no thread left: the dial waits for one that is there
         self._jobs.put(dial)
 
     def _work(self) -> None:
@@ -12219,7 +12272,7 @@ class ClientConnection:
         """Some bytes from the client. ClientGoneError at the end of the connection."""
         try:
             data = await self._reader.read(_READ_BYTES)
-        except (ConnectionError, OSError):
+        except OSError:
             raise ClientGoneError from None
         if not data:
             raise ClientGoneError
@@ -12571,7 +12624,7 @@ _RECORDED = (
 )  # fmt: skip
 
 
-def log_record(trail: Trail) -> Dict[str, Any]:
+def log_record(trail: Trail) -> Json:
     """A request's trail as a JSON value: what the JSON log and `explain` show."""
     record = {"format" if name == "wire" else name: getattr(trail, name) for name in _RECORDED}
     record["attempts"] = [attempt._asdict() for attempt in trail.attempts]
@@ -12634,14 +12687,14 @@ class TrailRing:
         if len(self._trails) > self._size:
             self._trails.popitem(last=False)
 
-    def find(self, id: str) -> Optional[Dict[str, Any]]:
+    def find(self, id: str) -> Optional[Json]:
         """The trail of a request as a JSON value; `last` means the newest. None when it is not remembered."""
         trail = self._trails.get(next(reversed(self._trails), "") if id == "last" else id)
         return None if trail is None else log_record(trail)
 
-    def tally(self) -> Dict[str, Dict[str, Any]]:
+    def tally(self) -> Dict[str, Json]:
         """ref -> {"ok", "failed", "last_error"}: the attempts of the remembered requests, counted."""
-        found: Dict[str, Dict[str, Any]] = {}
+        found: Dict[str, Json] = {}
         attempts = ((trail, attempt) for trail in self._trails.values() for attempt in trail.attempts)
         for trail, (ref, _, label, kind, _, _, _, message) in attempts:
             counts = found.setdefault(ref, {"ok": 0, "failed": 0, "last_error": None})
@@ -12769,25 +12822,27 @@ class LogWriter:
     def _run(self) -> None:
         import time
 
-        while not self._closed:
-            self._ready.wait()
+        is_last = False
+        while not is_last:
+            is_last = self._closed  # asked before the lines are taken: what came before `close` is written
+            if not is_last:
+                self._ready.wait()
             if not self._closed:
                 time.sleep(0.05)  # gather: a line written alone costs more than a request's share of the work
             self._ready.clear()
             self._flush()
 
     def _flush(self) -> None:
+        dropped, self._dropped = self._dropped, 0
         lines = []
         while self._lines:
             lines.append(self._lines.popleft())
-        if self._dropped:
-            lines.append("%d log lines were dropped: the log could not be written fast enough" % self._dropped)
-            self._dropped = 0
+        said = ["%d log lines were dropped: the log could not be written fast enough" % dropped] if dropped else []
         try:
-            self._stream.write("".join(line + "\n" for line in lines))
+            self._stream.write("".join(line + "\n" for line in lines + said))
             self._stream.flush()
         except (OSError, ValueError):
-            self._dropped += len(lines)
+            self._dropped += dropped + len(lines)
 
 
 class LogFile:
@@ -13564,11 +13619,10 @@ class StartOptions(NamedTuple):
 
     config_path: str
     config_source: str
-    document: Dict[str, Any]
+    document: Json
     config: Config
     settings: Settings
     require_auth: bool
-    allow_unauthenticated: bool
     watch_config: bool
     environ: Mapping[str, str]
     debug: bool
@@ -13578,14 +13632,13 @@ class LocalHost:
     """The gateway's effects on this machine (see GATEWAY)."""
 
     def __init__(self, loop: Any, upstreams: Upstreams, log: LogWriter, ring: TrailRing, debug: bool) -> None:
+        import asyncio
         import random
         import secrets
         import time
 
-        self.now = loop.time
-        self.wall = time.time
+        self.now, self.wall, self.sleep, self.send = loop.time, time.time, asyncio.sleep, upstreams.send
         self.jitter = random.Random().random  # noqa: S311  it spreads retries, it guards nothing
-        self.send = upstreams.send
         self._token = secrets.token_hex
         self._log = log
         self._ring = ring
@@ -13598,12 +13651,6 @@ class LocalHost:
     def new_id(self) -> str:
         """A request id: unique, not guessable."""
         return "req_" + self._token(12)
-
-    async def sleep(self, seconds: float) -> None:
-        """Wait."""
-        import asyncio
-
-        await asyncio.sleep(seconds)
 
     async def aside(self, work: Callable[..., Any], *arguments: Any) -> Any:
         """Work in a thread; the loop goes on wherever `work` returns to Python now and then."""
@@ -13660,6 +13707,11 @@ class Instance(NamedTuple):
     token: str
     started: float
 
+    @property
+    def reached_at(self) -> str:
+        """The host by which this machine reaches it."""
+        return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
+
 
 def read_instances(path: str) -> List[Instance]:
     """The entries of the state file; what is corrupt in it is left out."""
@@ -13684,12 +13736,7 @@ def change_instances(path: str, change: Callable[[List[Instance]], List[Instance
         write_private(path, data, durable=False)  # no instance outlives a power loss
 
 
-def base_url(host: str, port: int) -> str:
-    """A URL of this machine's, for a client."""
-    return "http://%s:%d" % ("[%s]" % host if ":" in host else host, port)
-
-
-def ask_instance(instance: Instance, verb: str, method: str = "GET") -> Dict[str, Any]:
+def ask_instance(instance: Instance, verb: str, method: str = "GET") -> Json:
     """What a running instance answers on its control channel. RouterError 404, 504 when it says nothing, or 503 when it
     does not run (any more).
 
@@ -13698,8 +13745,7 @@ def ask_instance(instance: Instance, verb: str, method: str = "GET") -> Dict[str
     import http.client
     import socket
 
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(instance.host, instance.host)
-    connection = http.client.HTTPConnection(host, instance.port, timeout=_CONTROL_TIMEOUT_S)
+    connection = http.client.HTTPConnection(instance.reached_at, instance.port, timeout=_CONTROL_TIMEOUT_S)
     try:
         connection.request(method, _CONTROL + verb, headers={"authorization": "Bearer " + instance.token})
         response = connection.getresponse()
@@ -13707,7 +13753,7 @@ def ask_instance(instance: Instance, verb: str, method: str = "GET") -> Dict[str
     except socket.timeout:  # an OSError
         words = "pid %d has port %d and says nothing: it is suspended or busy" % (instance.pid, instance.port)
         raise RouterError(words, 504, "no_answer") from None
-    except (OSError, http.client.HTTPException, RouterError):
+    except (OSError, ValueError, http.client.HTTPException, RouterError):  # ValueError: a name or token that is none
         raise RouterError("no llm-router answers on port %d" % instance.port, 503, "not_running") from None
     finally:
         connection.close()
@@ -13820,7 +13866,7 @@ class Router:
         headers = _JSON_HEADERS + _REFUSAL_HEADERS.get(status, [])
         await sink.respond(status, headers, dump_json(dict(body, instance=self.id) if status != 401 else body))
 
-    def _control(self, method: str, verb: str) -> Tuple[int, Dict[str, Any]]:
+    def _control(self, method: str, verb: str) -> Tuple[int, Json]:
         name, _, argument = verb.partition("/")
         if method == "GET" and name == "status":
             return 200, self.status()
@@ -13851,11 +13897,11 @@ class Router:
 
     def stop(self, grace: str = "") -> None:
         """Begin to drain; `grace` seconds for what is still running, "" for the setting's."""
-        if grace.isdigit() and len(grace) < 7:
+        if grace.isdecimal() and len(grace) < 7:
             self.grace_s = float(grace)
         self.stopping.set()
 
-    def status(self) -> Dict[str, Any]:
+    def status(self) -> Json:
         """Everything an operator asks about, without any secret."""
         import os
 
@@ -13887,7 +13933,7 @@ class Router:
         }
         return self.host.counters.render(gauges)
 
-    def try_reload(self) -> Tuple[int, Dict[str, Any]]:
+    def try_reload(self) -> Tuple[int, Json]:
         """`reload` as the control channel answers it: status and body. A failure is logged and shown by `status`."""
         try:
             notes = self.reload()
@@ -13904,7 +13950,7 @@ class Router:
         Open requests finish with what they began with. Providers whose URL, key or auth changed start healthy.
         """
         options = self.options
-        document: Optional[Dict[str, Any]] = options.document
+        document: Optional[Json] = options.document
         if options.config_path:
             document = load_config(options.config_path, options.environ).document
         if document is None:
@@ -13947,7 +13993,7 @@ class Router:
         self._state_trouble = trouble
 
 
-def show_health(ref: str, book: Any, now: float) -> Dict[str, Any]:
+def show_health(ref: str, book: Any, now: float) -> Json:
     """A candidate's state in words and seconds: ok, cooling, open (its circuit) or half-open."""
     health, provider = book.read(ref), book.read(ref.partition("/")[0] + "/")
     rows = [
@@ -13974,15 +14020,23 @@ def changed_providers(old: Config, new: Config) -> List[str]:
 
 def run_server(options: StartOptions) -> int:
     """Serve until a signal or `stop` ends it; the exit code. SIGINT and SIGTERM drain, a second one ends at once."""
-    import asyncio
-    import sys
-
-    if sys.platform == "win32":  # the proactor loop has no add_reader: one path for every platform
-        asyncio.set_event_loop_policy(asyncio.WindowsSelectorEventLoopPolicy())
-    code, port = asyncio.run(_serve(options))
+    code, port = run_loop(_serve(options))
     if port:
         _run_anew(port)
     return code
+
+
+def run_loop(work: Any) -> Any:
+    """asyncio.run with a loop that watches sockets on every platform: Windows' proactor loop has no add_reader."""
+    import asyncio
+    import sys
+
+    how: Dict[str, Any] = {}
+    if sys.platform == "win32" and sys.version_info >= (3, 12):
+        how["loop_factory"] = asyncio.SelectorEventLoop
+    elif sys.platform == "win32":  # deprecated since 3.14
+        asyncio.set_event_loop_policy(asyncio.WindowsSelectorEventLoopPolicy())
+    return asyncio.run(work, **how)
 
 
 def _run_anew(port: int) -> None:
@@ -14037,7 +14091,7 @@ async def _serve(options: StartOptions) -> Tuple[int, int]:
     router.server.most_connections = min(most, _descriptors_for_clients() or most)
     router.stopping = asyncio.Event()
     try:
-        port = await _listen(router.server, options)
+        port = await _listen(router.server, options.settings.host, options.settings.port)
         _on_signals(loop, router.stop, router.try_reload)
         router.enroll(port)
         tasks = [asyncio.ensure_future(_stay_enrolled(router, port))]
@@ -14128,11 +14182,10 @@ async def _watch_config(router: Router) -> None:
         seen = stamp or seen
 
 
-async def _listen(server: Server, options: StartOptions) -> int:
+async def _listen(server: Server, host: str, port: int) -> int:
     import errno
     import socket
 
-    host, port = options.settings.host, options.settings.port
     try:
         return await server.listen(host, port)
     except OSError as error:
@@ -14183,7 +14236,7 @@ def find_listener(port: int) -> Optional[Tuple[int, str]]:
 
 def _announce(options: StartOptions, port: int) -> None:
     """What a person, or a program that waits for the first line, needs to know."""
-    base = base_url(options.settings.host, port)
+    base = origin_url("http", options.settings.host, port)
     providers = [provider.id for provider in options.config.providers if provider.enabled]
     lines = [
         "listening on " + base,
@@ -14275,12 +14328,13 @@ def _wait_for_start(child: Any, log_path: str, began: int) -> str:
     until = time.monotonic() + _DETACHED_START_S
     while time.monotonic() < until:
         time.sleep(0.05)
+        has_ended = child.poll() is not None  # asked before its last words are read
         said = _read_from(log_path, began)
         found = re.search(r"^listening on (http://\S+)", said, re.MULTILINE)
         if found:
             child.returncode = 0  # it is meant to go on without us: no warning that it still runs
             return str(found.group(1))
-        if child.poll() is not None:
+        if has_ended:
             last = said.strip().split("\n")[-1].replace("llm-router: ", "")
             raise RouterError("it ended at once: " + (last or "see " + log_path), 500)
     raise RouterError("it did not listen within %d s, see %s" % (_DETACHED_START_S, log_path), 500)
@@ -14622,7 +14676,7 @@ def _call(command: Sequence[str]) -> Optional[Tuple[int, str]]:
 # the steps that would be taken otherwise. Secrets travel in bodies and over stdin, never as arguments.
 
 WORKER_NAME = "llm-router-route"
-_COMPATIBILITY: Dict[str, Any] = {
+_COMPATIBILITY: Json = {
     "compatibility_date": "2026-11-17",
     "compatibility_flags": ["python_workers", "disable_python_external_sdk"],
 }
@@ -14719,7 +14773,7 @@ def key_weakness(key: str) -> str:
     return "it repeats itself" if len(set(core)) < 10 else ""
 
 
-def minify_document(document: Dict[str, Any], master_key: str) -> str:
+def minify_document(document: Json, master_key: str) -> str:
     """A configuration as short JSON, with the key that is in force. ConfigError for what JSON cannot say."""
     document = set_master_key(document, master_key).document if master_key else document
     document = load_json(render_document(document))
@@ -14755,7 +14809,7 @@ class Payload(NamedTuple):
     missing: Tuple[str, ...]
 
 
-def make_payload(document: Dict[str, Any], environ: Mapping[str, str]) -> Payload:
+def make_payload(document: Json, environ: Mapping[str, str]) -> Payload:
     """The secrets for a configuration. ConfigError when it cannot be used, UsageError when it is too large."""
     config = read_config(document, environ)
     entries = [raw for _, raw in provider_entries("", get_field(document, "config", "providers"))]
@@ -14843,7 +14897,7 @@ def _json_part(value: Any, name: str = "") -> Part:
     return Part(json.dumps(value).encode(), name)
 
 
-def show_step(step: CloudStep, base: str, secrets: Iterable[str]) -> Dict[str, Any]:
+def show_step(step: CloudStep, base: str, secrets: Iterable[str]) -> Json:
     """A step as a dry run shows it: every byte that would be sent, files by size and hash, secrets masked."""
     hidden = {secret: "%s (%d characters)" % (mask(secret), len(secret)) for secret in secrets}
 
@@ -14854,7 +14908,7 @@ def show_step(step: CloudStep, base: str, secrets: Iterable[str]) -> Dict[str, A
 
     sent = []
     for part in step.parts:
-        shown: Dict[str, Any] = {"name": part.name, "type": part.type, "bytes": len(part.data)}
+        shown: Json = {"name": part.name, "type": part.type, "bytes": len(part.data)}
         if part.name.endswith(".py"):
             shown["sha256"] = hashlib.sha256(part.data).hexdigest()
         else:
@@ -14913,7 +14967,7 @@ class Cloudflare:
             return answer.get("result")
         raise CloudflareError(self._refusal(method, path, status, answer), status, "cloudflare_error")
 
-    def _refusal(self, method: str, path: str, status: int, answer: Dict[str, Any]) -> str:
+    def _refusal(self, method: str, path: str, status: int, answer: Json) -> str:
         errors = [as_dict(error) for error in as_list(answer.get("errors"))]
         words = "; ".join("%s (code %s)" % (error.get("message"), error.get("code")) for error in errors)
         codes = {as_int(error.get("code")) for error in errors}
@@ -15074,7 +15128,7 @@ _DEMO_ERRORS = {
     "failing": (500, ErrorInfo(500, "Internal error")),
     "lying": (200, ErrorInfo(502, "Provider returned error")),
 }
-_DEMO_REQUESTS: Dict[str, Dict[str, Any]] = {
+_DEMO_REQUESTS: Dict[str, Json] = {
     "openai": {"messages": [{"role": "user", "content": "Say hello."}]},
     "anthropic": {"max_tokens": 100, "messages": [{"role": "user", "content": "Say hello."}]},
     "responses": {"input": "Say hello."},
@@ -15140,7 +15194,7 @@ async def _demo_stream(name: str, wire: WireFormat, answer: ChatResponse, contex
     await sink.finish()
 
 
-def demo_document(base_url: str) -> Dict[str, Any]:
+def demo_document(base_url: str) -> Json:
     """The configuration of the demo, in the form of the configuration file."""
     providers = []
     for name, (wire, _) in _DEMO_PROVIDERS.items():
@@ -15187,12 +15241,7 @@ def _read_demo_answer(case: DemoCase, data: bytes) -> Union[str, ErrorInfo]:
 
 def run_demo(once: bool, port: int) -> int:
     """Show the router at work on fake providers; exit code 0 only if every answer was right."""
-    import asyncio
-    import sys
-
-    if sys.platform == "win32":
-        asyncio.set_event_loop_policy(asyncio.WindowsSelectorEventLoopPolicy())
-    return asyncio.run(_demo(once, port))
+    return int(run_loop(_demo(once, port)))
 
 
 async def _demo(once: bool, port: int) -> int:
@@ -15376,7 +15425,7 @@ def _examine_config(given: str, environ: Mapping[str, str]) -> Tuple[List[Findin
     return found, config
 
 
-def _examine_running(running: Iterable[Tuple[Instance, Dict[str, Any]]]) -> Iterator[Finding]:
+def _examine_running(running: Iterable[Tuple[Instance, Json]]) -> Iterator[Finding]:
     for instance, status in running:
         where, state = "port %d, pid %d" % (instance.port, instance.pid), status["config"]["state"]
         yield Finding("ok", "running", "%s, version %s" % (where, status["version"]))
@@ -15485,7 +15534,7 @@ class Agent(NamedTuple):
 def _opencode_config(facts: Mapping[str, str]) -> str:
     """opencode.json with one provider, the router (opencode.ai/docs/providers, custom provider)."""
     options = {"baseURL": facts["base"] + "/v1", "apiKey": facts["key"]}
-    models: Dict[str, Any] = {facts[name]: {} for name in ("small", "model") if facts[name]}
+    models: Json = {facts[name]: {} for name in ("small", "model") if facts[name]}
     if facts["window"] and facts["output"]:  # without a limit opencode never compacts; it wants both numbers
         models[facts["model"]] = {"limit": {"context": int(facts["window"]), "output": int(facts["output"])}}
     provider = {"npm": "@ai-sdk/openai-compatible", "name": "llm-router", "options": options, "models": models}
@@ -15990,7 +16039,7 @@ class Given:
         print(json.dumps(record, indent=2) if self.json else "\n".join(lines))
         return code
 
-    def edit(self, change: Callable[[Dict[str, Any]], Edit], lines: Sequence[str] = (), **told: Any) -> int:
+    def edit(self, change: Callable[[Json], Edit], lines: Sequence[str] = (), **told: Any) -> int:
         """Apply an edit to the file and tell what was done; a key that was made is shown here and nowhere else. lines,
         told: what else to tell, as text and as JSON."""
         edit = edit_config_file(self.path, change)
@@ -16199,7 +16248,7 @@ def _read_choice(text: str, choices: Sequence[str]) -> str:
     return text.strip().lower()
 
 
-def _read_object(text: str) -> Dict[str, Any]:
+def _read_object(text: str) -> Json:
     value = load_json(text, "value")
     if not isinstance(value, dict):
         raise UsageError("write a JSON object")
@@ -16366,7 +16415,7 @@ def run_config(given: Given) -> int:
     return run_menu_command(given)
 
 
-def _edits(change: Callable[[Given, Dict[str, Any]], Edit]) -> Callable[[Given], int]:
+def _edits(change: Callable[[Given, Json], Edit]) -> Callable[[Given], int]:
     """The operation that applies an edit."""
     return lambda given: given.edit(lambda document: change(given, document))
 
@@ -16374,7 +16423,7 @@ def _edits(change: Callable[[Given, Dict[str, Any]], Edit]) -> Callable[[Given],
 def run_upsert(given: Given) -> int:
     """`--operation=upsert-provider`: store it; what is not said of it is asked of it first, unless --skip-probe."""
     change = _provider_change(given)
-    told: Dict[str, Any] = {}
+    told: Json = {}
     lines: List[str] = []
     if not given.skip_probe:
         document = upsert_provider(load_config(given.path, {}).document or NEW_DOCUMENT, change).document
@@ -16398,7 +16447,7 @@ def _provider_change(given: Given) -> ProviderChange:  # type: ignore[valid-type
     return ProviderChange(given.provider_id, **fields)
 
 
-def _remove_models(given: Given, document: Dict[str, Any]) -> Edit:
+def _remove_models(given: Given, document: Json) -> Edit:
     edit = Edit(document)
     for model in given.model:
         further = remove_model(edit.document, given.provider_id, model)
@@ -16417,15 +16466,15 @@ def _single(models: Optional[Sequence[str]]) -> str:
     return models[0]
 
 
-def _set_fallbacks(given: Given, document: Dict[str, Any]) -> Edit:
+def _set_fallbacks(given: Given, document: Json) -> Edit:
     return set_model_fallbacks(document, given.provider_id, _single(given.model), given.fallback_models or [])
 
 
-def _set_alias(given: Given, document: Dict[str, Any]) -> Edit:
+def _set_alias(given: Given, document: Json) -> Edit:
     return set_model_alias(document, given.alias, [_ref_of(given, model) for model in given.model or []])
 
 
-def _set_default(given: Given, document: Dict[str, Any]) -> Edit:
+def _set_default(given: Given, document: Json) -> Edit:
     return set_default_model(document, _ref_of(given, given.default_model or _single(given.model)))
 
 
@@ -16476,7 +16525,7 @@ def _summary(config: Config, source: str) -> List[str]:
     return _spaced(lines, *tables)
 
 
-def _plan_of(document: Dict[str, Any], wanted: str, environ: Environ, models: Sequence[str] = ()) -> ProbePlan:
+def _plan_of(document: Json, wanted: str, environ: Environ, models: Sequence[str] = ()) -> ProbePlan:
     """What to ask a provider of a document. UsageError when there is none of that id, or none that can be asked."""
     raws = [raw for _, raw in provider_entries("", get_field(document, "config", "providers"))]
     raw = _find_provider(raws, wanted)
@@ -16543,7 +16592,7 @@ def _probe_lines(report: ProbeReport) -> List[str]:
     return _table([head, *rows]) if rows else []
 
 
-def _probe_facts(report: ProbeReport) -> Dict[str, Any]:
+def _probe_facts(report: ProbeReport) -> Json:
     """A report for --json."""
     return {
         "ok": not report.is_tentative and not report.unconfirmed,
@@ -16723,18 +16772,17 @@ def read_start_options(given: Given) -> StartOptions:
     config = read_config(loaded.document, given.environ)
     if not any(provider.enabled for provider in config.providers):
         raise UsageError("%s has no enabled provider; %s" % (one_line(loaded.source), _WAYS_ON))
-    auth, open_to_all = bool(given.require_auth), bool(given.allow_unauthenticated)
+    auth = bool(given.require_auth)
     if auth and not config.master_key and not config.client_keys:
         cure = "config --operation=set-master-key --generate, or LLM_ROUTER_MASTER_KEY"
         raise UsageError("--require-auth needs a master key: " + cure)
-    if not is_loopback(settings.host) and not auth and not open_to_all:
+    if not is_loopback(settings.host) and not auth and not given.allow_unauthenticated:
         cure = "add --require-auth=true, or --allow-unauthenticated=true if you want that"
         raise UsageError("%s can be reached by others: %s" % (one_line(settings.host, 80), cure))
     _warn(warnings + list(loaded.warnings))
     _warn_of(find_problems(loaded.document))
     found = (loaded.path, loaded.source, loaded.document, config, settings)
-    how = (auth, open_to_all, given.watch_config is not False, given.environ, bool(given.debug))
-    return StartOptions(*found, *how)
+    return StartOptions(*found, auth, given.watch_config is not False, given.environ, bool(given.debug))
 
 
 def run_demo_command(given: Given) -> int:
@@ -16774,7 +16822,7 @@ def menu_effects(path: str, environ: Environ) -> Effects:
     }
 
 
-def _only_plan(document: Dict[str, Any], environ: Environ) -> ProbePlan:
+def _only_plan(document: Json, environ: Environ) -> ProbePlan:
     """What to ask the only provider of a document."""
     config, problems = scan_config(document, environ)
     errors = [problem for problem in problems if problem.level == "error"]
@@ -16795,7 +16843,7 @@ def _test_in_menu(job: Job, plan: ProbePlan, given: Given) -> Tuple[Any, ...]:
     return probe_table(report)[1], learned_fields(plan, report), "\n".join(listed + _probe_warnings(report))
 
 
-def _deploy_in_menu(given: Given) -> Dict[str, Any]:
+def _deploy_in_menu(given: Given) -> Json:
     """Deploy, asking what there is to ask; what the file holds then, since a new key may have been stored."""
     try:
         run_deploy(given)
@@ -16804,12 +16852,12 @@ def _deploy_in_menu(given: Given) -> Dict[str, Any]:
     return load_config(given.path, {}).document or {}
 
 
-def _save_menu(path: str, base: Dict[str, Any], document: Dict[str, Any]) -> Tuple[str, Any]:
+def _save_menu(path: str, base: Json, document: Json) -> Tuple[str, Any]:
     """("saved", words), or ("conflict", what the file holds by now) when it is no longer `base`; then it is untouched.
     A file that was removed is made again."""
-    theirs: List[Dict[str, Any]] = []
+    theirs: List[Json] = []
 
-    def change(found: Dict[str, Any]) -> Edit:
+    def change(found: Json) -> Edit:
         if found != base and found is not NEW_DOCUMENT:
             theirs.append(found)
             raise FileError("%s was changed meanwhile" % one_line(path))
@@ -16840,7 +16888,7 @@ def _printed(run: Callable[[Given], int], given: Given) -> str:
 def run_status(given: Given) -> int:
     """`status`: what runs, with which configuration, and how every candidate is."""
     status = ask_instance(given.find_instance(), "status")
-    where = base_url(status["host"], status["port"])
+    where = origin_url("http", status["host"], status["port"])
     up = show_duration(status["uptime_s"] * 1000)
     facts = _labelled(
         configuration="%s (%s)" % (one_line(status["config"]["source"]), one_line(status["config"]["state"])),
@@ -16863,7 +16911,7 @@ def _plain(word: str) -> str:
     return word.replace("_", " ")
 
 
-def _last_error(candidate: Dict[str, Any]) -> str:
+def _last_error(candidate: Json) -> str:
     import time
 
     error = candidate["last_error"]
@@ -16979,7 +17027,7 @@ _WHAT_DECIDES = {
 }
 
 
-def _explanation(trail: Dict[str, Any]) -> List[str]:
+def _explanation(trail: Json) -> List[str]:
     """A request's story: what was asked, who was tried and why the next one, what the client got, what decides that."""
     kind = "%s %s%s" % (trail["format"], trail["operation"], ", streamed" if trail["stream"] else "")
     first = ", first content after " + show_duration(trail["first_content_ms"]) if trail["first_content_ms"] else ""
@@ -17008,7 +17056,7 @@ def _explanation(trail: Dict[str, Any]) -> List[str]:
     )
 
 
-def _attempt_lines(trail: Dict[str, Any]) -> List[str]:
+def _attempt_lines(trail: Json) -> List[str]:
     """Each attempt with its place in the request's time: dotted a wait, solid the attempt, light the rest of an answer
     that streams."""
     attempts, whole, began = trail["attempts"], max(trail["total_ms"], 1), 0
@@ -17075,7 +17123,7 @@ def _parse_since(text: str) -> float:
         raise UsageError("--since: %s is neither 7d, 12h nor a date like 2026-01-31" % one_line(text, 40)) from None
 
 
-def _usage_table(rows: Sequence[Dict[str, Any]], by: str, width: int) -> List[str]:
+def _usage_table(rows: Sequence[Json], by: str, width: int) -> List[str]:
     """The sums as a table, a bar for each row's share of what the rows are compared by, and what is not known."""
     total = rows[-1]
     shares = [(row["cost"] or 0) if total["cost"] else _all_tokens(row) for row in rows[:-1]]
@@ -17091,11 +17139,11 @@ def _usage_table(rows: Sequence[Dict[str, Any]], by: str, width: int) -> List[st
     return _spaced(_with_bars(lines, bars, max(shares) or 1, width), said)
 
 
-def _all_tokens(row: Dict[str, Any]) -> int:
+def _all_tokens(row: Json) -> int:
     return sum(row[name] or 0 for name in ("input", "cache_read", "cache_write", "output"))
 
 
-def _usage_cells(row: Dict[str, Any], widest: int) -> Tuple[str, ...]:
+def _usage_cells(row: Json, widest: int) -> Tuple[str, ...]:
     prompt = _all_tokens(row) - (row["output"] or 0)
     tokens = ("-", "-", "-")
     if row["input"] is not None:
@@ -17164,15 +17212,14 @@ def _run_as_guest(
             pass  # it has stopped, and its guests with it
 
 
-def _reach_running(instance: Instance, environ: Environ) -> Tuple[Dict[str, Any], str, Config]:
+def _reach_running(instance: Instance, environ: Environ) -> Tuple[Json, str, Config]:
     """The status of a running instance, its URL and its configuration, as far as this shell can read it."""
     status = ask_instance(instance, "status")
     try:
         config = read_config(Given(environ, {"config": instance.config}).load(presets=True).document, environ)
     except RouterError:  # made of key variables that this shell does not have, or broken since
         config = Config(default_model=status["default_model"])
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(instance.host, instance.host)
-    return status, base_url(host, instance.port), config
+    return status, origin_url("http", instance.reached_at, instance.port), config
 
 
 def _run_with_router(agent: Agent, argv: Sequence[str], given: Given) -> int:

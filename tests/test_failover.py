@@ -1,13 +1,17 @@
 """Faults of providers, injected through real sockets: who is asked next, how often, and what the client is told in the end."""
 
+import asyncio
 import json
+import math
 import re
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
 import fake_upstream as fake
+import llm_router as r
 from exchanges import (
     PATHS,
     QUICK,
@@ -937,3 +941,17 @@ def test_an_address_that_never_answers_costs_one_connect_timeout(router, make_up
         assert_answer("openai", reply, TEXT)
         assert attempts_of(reply)[0] == ("a-openai/to-openai", "connect_timeout")
         assert 0.3 <= time.monotonic() - began < 8  # 10 s by default
+
+
+def test_an_error_that_drips_is_read_for_a_moment_only():
+    """It says enough by then, and the next candidate waits."""
+    moments = iter(range(10**9))
+    exchange = r.Exchange.__new__(r.Exchange)
+    exchange._host, exchange._until = SimpleNamespace(now=lambda: next(moments)), math.inf
+
+    async def read(timeout_s):
+        if timeout_s <= 0:
+            raise r.UpstreamError("no sign of more of the answer", "timeout", True)
+        return b"."
+
+    assert 0 < len(asyncio.run(exchange._read_error(SimpleNamespace(read=read)))) < 10

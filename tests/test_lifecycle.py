@@ -380,7 +380,8 @@ def test_a_corrupt_state_file_is_replaced_by_the_next_start(router, upstream, tm
 def test_a_stale_entry_is_cleaned_and_the_living_one_stays(running):
     alive = instances(running.home)[0]
     dead = dict(alive, id="0" * 16, port=fake.dead_port())
-    state_file(running.home).write_text(json.dumps({"instances": [dead, alive]}))
+    damaged = [dict(dead, id="1" * 16, token="a\nb"), dict(dead, id="2" * 16, host="a" * 70)]
+    state_file(running.home).write_text(json.dumps({"instances": [dead, *damaged, alive]}))
     assert "pid %d" % running.process.pid in ok(running.home, "status")
     assert instances(running.home) == [alive]
 

@@ -1,5 +1,6 @@
 """The server in the background, its log file, SIGHUP, and who has its port."""
 
+import io
 import json
 import os
 import re
@@ -122,6 +123,50 @@ def test_a_log_file_that_fails_is_opened_anew_by_the_next_line(tmp_path):
     file.write("kept\n")
     file.close()
     assert (folder / "log").read_text() == "kept\n"
+
+
+def test_what_is_logged_before_the_end_is_written_though_the_writer_is_busy_just_then():
+    """The stream is in the middle of a write when the last line comes and the log is closed."""
+    is_writing, may_go_on, written = threading.Event(), threading.Event(), []
+
+    class Stream(io.StringIO):
+        def write(self, text):
+            is_writing.set()
+            may_go_on.wait(30)
+            written.append(text)
+
+    log = r.LogWriter(Stream())
+    log.write("first")
+    assert is_writing.wait(30)
+    log.write("last")
+    closing = threading.Thread(target=log.close)
+    closing.start()
+    assert until(lambda: log._closed)
+    may_go_on.set()
+    closing.join(30)
+    assert until(lambda: "".join(written) == "first\nlast\n")
+
+
+def test_lines_that_nobody_could_write_are_counted_until_somebody_can():
+    written, is_full = [], [True]
+
+    class Stream(io.StringIO):
+        def write(self, text):
+            if is_full[0]:
+                raise OSError("no space left")
+            written.append(text)
+
+    log = r.LogWriter(Stream(), limit=2)
+    log._closed = True  # its thread would write at moments of its own
+    log._ready.set()
+    log._thread.join(30)
+    for _ in range(5):
+        log.write("lost")
+    log._flush()
+    log._flush()
+    is_full[0] = False
+    log._flush()
+    assert written == ["5 log lines were dropped: the log could not be written fast enough\n"]
 
 
 @posix

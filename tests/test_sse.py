@@ -3,6 +3,7 @@
 import itertools
 
 import pytest
+from program_readers import SseDecoder
 
 import llm_router as R
 from sse_decoder import SseDecoder

@@ -433,6 +433,13 @@ def test_no_proxy_names_hosts_domains_and_ports(names, exempt):
     assert (found is None) is exempt
 
 
+@pytest.mark.parametrize("url", ["http://user:planted/secret@host:3128", "http://[::1", "https://host", "http://"])
+def test_a_proxy_that_is_none_is_refused_without_a_word_of_its_password(url):
+    with pytest.raises(OSError, match="proxy") as caught:
+        r.Network({"https_proxy": url}).proxy_for(r.UpstreamKey("https", "api.example.com", 443))
+    assert "planted" not in str(caught.value)
+
+
 # --- dialling ---
 
 
@@ -448,6 +455,65 @@ def test_an_upstream_that_cannot_be_reached_delays_nobody_else(router, upstream)
                 stack.enter_context(raw_request(running, body))
             until(lambda: "llm_router_connections 61\n" in running.get("/metrics").text)  # this one is the last
             together(5, lambda number: assert_answer("openai", post(running, "openai", "fake/fake-model"), TEXT))
+
+
+@pytest.mark.parametrize("trouble", ["silent", "refused", "unknown family"])
+def test_an_address_that_leads_nowhere_delays_the_next_one_only_a_moment(upstream, monkeypatch, trouble):
+    """Many a machine has IPv6 that leads nowhere, or none, while the names of providers have both kinds."""
+    port = int(upstream.url.rsplit(":", 1)[1])
+
+    def answers(family, number):
+        return family, socket.SOCK_STREAM, 0, "", ("127.0.0.1", number)
+
+    with fake.blackhole() as dark:
+        first = {"silent": answers(socket.AF_INET, dark), "refused": answers(socket.AF_INET, fake.dead_port())}
+        found = [first.get(trouble, answers(12345, port)), answers(socket.AF_INET, port)]
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *_: list(found))
+        target = SimpleNamespace(key=r.UpstreamKey("http", "api.example.com", 80, "", ""))
+        dial = r.Dial(target, 120, None, r.Network({}))
+        thread = threading.Thread(target=dial.run, daemon=True)
+        thread.start()
+        thread.join(30)
+        assert not thread.is_alive() and dial.error is None
+        assert dial.sock.getpeername() == ("127.0.0.1", port)
+        dial.close()
+
+
+def test_the_last_address_that_fails_says_why(monkeypatch):
+    found = [(socket.AF_INET, socket.SOCK_STREAM, 0, "", ("127.0.0.1", fake.dead_port())) for _ in range(2)]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_: list(found))
+    dial = r.Dial(SimpleNamespace(key=r.UpstreamKey("http", "api.example.com", 80, "", "")), 60, None, r.Network({}))
+    dial.run()
+    assert (dial.error.label, dial.sock) == ("refused", None)
+
+
+def test_without_a_free_thread_a_dial_waits_for_one_of_those_that_there_are(monkeypatch):
+    """Containers limit the number of processes and threads."""
+
+    async def dial_twice(port):
+        loop, done = asyncio.get_running_loop(), []
+        dialer = r.Dialer(loop, 8, 8, done.append)
+        target = SimpleNamespace(key=r.UpstreamKey("http", "127.0.0.1", port, "", ""))
+        dials = [r.Dial(target, 60, None, r.Network({})) for _ in range(2)]
+        dialer.submit(dials[0])
+
+        def refuse(self):
+            raise RuntimeError("can't start new thread")
+
+        monkeypatch.setattr(threading.Thread, "start", refuse)
+        dialer.submit(dials[1])
+        for _ in range(3000):
+            if len(done) == 2:
+                break
+            await asyncio.sleep(0.01)
+        dialer.close()
+        return dials, done
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        dials, done = asyncio.run(dial_twice(listener.getsockname()[1]))
+    assert sorted(map(id, done)) == sorted(map(id, dials)) and not any(dial.error for dial in dials)
+    for dial in dials:
+        dial.close()
 
 
 @needs_proc
