@@ -65,6 +65,7 @@ import re
 import zlib
 from bisect import bisect_left
 from collections import OrderedDict, namedtuple
+from contextlib import closing, redirect_stderr, redirect_stdout, suppress
 from typing import (
     Any,
     Callable,
@@ -10307,14 +10308,12 @@ class Exchange:
     async def _read_error(self, reply: Any) -> bytes:
         """As much of an error as arrives in a moment: it says enough."""
         body, until = b"", self._host.now() + _ERROR_BODY_S
-        try:
+        with suppress(UpstreamError):
             while len(body) < 1_000_000:
                 data = await reply.read(self._time_left(0, until))
                 if not data:
                     break
                 body += data
-        except UpstreamError:
-            pass
         return body
 
     async def _read_whole(self, reply: Any) -> bytes:
@@ -11069,14 +11068,12 @@ def write_private(
             _remove(temporary)
     if not durable:
         return True
-    try:  # makes the rename durable; some file systems and Windows cannot, the file itself is safe by now
+    with suppress(OSError):  # makes the rename durable; some systems cannot, and the file itself is safe by now
         descriptor = os.open(os.path.dirname(target), os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-    except OSError:
-        pass
     return True
 
 
@@ -11103,21 +11100,17 @@ def _keep_owner(descriptor: int, target: str) -> None:
     """Root that edits a user's file must not lock its owner out."""
     import os
 
-    try:
+    with suppress(OSError, AttributeError):
         old, new = os.stat(target), os.fstat(descriptor)
         if (old.st_uid, old.st_gid) != (new.st_uid, new.st_gid):
             os.fchown(descriptor, old.st_uid, old.st_gid)
-    except (OSError, AttributeError):
-        pass
 
 
 def _remove(path: str) -> None:
     import os
 
-    try:
+    with suppress(OSError):
         os.unlink(path)
-    except OSError:
-        pass
 
 
 def open_private(path: str, mode: str) -> Any:
@@ -11162,11 +11155,9 @@ class FileLock:
         except OSError as error:
             words = one_line(self._target), error.strerror or error
             raise FileError("cannot write beside %s: %s; it is unchanged" % words) from None
-        try:
+        with suppress(OSError):
             if _lock_descriptor(self._file.fileno()) and os.path.samestat(os.fstat(self._file.fileno()), os.stat(path)):
                 return True
-        except OSError:
-            pass
         self._file.close()
         return False
 
@@ -11240,11 +11231,9 @@ class Dial:
 
         self.is_aborted = True
         sock = self.sock
-        try:
+        with suppress(OSError):  # not connecting yet, or closed already
             if sock is not None:
                 sock.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass  # not connecting yet, or closed already
 
     def close(self) -> None:
         """Nobody wants the socket."""
@@ -12532,11 +12521,9 @@ class Server:
         body = dump_json(WIRE_FORMATS["openai"].render_error(ErrorInfo(503, "too many connections"), ""))
         headers, date = _JSON_HEADERS + [("retry-after", "1")], self.date()
         writer.write(render_response(503, headers, body, head_only=False, keep_alive=False, date=date))
-        try:
+        with suppress(asyncio.TimeoutError, asyncio.CancelledError, OSError, RuntimeError):
             writer.write_eof()
             await asyncio.wait_for(swallow(), _BUSY_LINGER_S)
-        except (asyncio.TimeoutError, asyncio.CancelledError, OSError, RuntimeError):
-            pass
         writer.close()
 
     def _has_room(self, peer: str) -> bool:
@@ -13131,7 +13118,6 @@ def find_in_ledger(path: str, id: str) -> Optional[Json]:
 
 def _read_ledger(path: str, value: Any, *queries: str) -> List[Json]:
     """The rows that each of the queries finds for `value`, all in one state of the file; none in one that is empty."""
-    import contextlib
     import pathlib
     import sqlite3
 
@@ -13139,7 +13125,7 @@ def _read_ledger(path: str, value: Any, *queries: str) -> List[Json]:
     if not path or not file.exists():
         return []
     try:
-        with contextlib.closing(sqlite3.connect(file.as_uri() + "?mode=ro", timeout=5.0, uri=True)) as connection:
+        with closing(sqlite3.connect(file.as_uri() + "?mode=ro", timeout=5.0, uri=True)) as connection:
             connection.execute("BEGIN")
             connection.row_factory = sqlite3.Row
             queries = queries if _check_ledger(connection, path) else ()
@@ -15133,8 +15119,6 @@ _DEMO_REQUESTS: Dict[str, Json] = {
     "anthropic": {"max_tokens": 100, "messages": [{"role": "user", "content": "Say hello."}]},
     "responses": {"input": "Say hello."},
 }
-_DEMO_PATHS = {"openai": "/v1/chat/completions", "anthropic": "/v1/messages", "responses": "/v1/responses"}
-
 
 # Nothing is remembered from one request to the next, so that each shows its whole trail.
 _DEMO_SETTINGS = {
@@ -15212,7 +15196,7 @@ def ask_demo(port: int, case: DemoCase) -> Tuple[bool, str, str]:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
     whole = True
     try:
-        connection.request("POST", _DEMO_PATHS[case.wire], dump_json(body), {"content-type": "application/json"})
+        connection.request("POST", ENDPOINT_HELP[case.wire], dump_json(body), {"content-type": "application/json"})
         response = connection.getresponse()
         data = b""
         try:
@@ -15259,7 +15243,7 @@ async def _demo(once: bool, port: int) -> int:
     server = Server(loop, settings, Gateway(Routes(config), settings, Access(), host, HealthBook()).handle, host.failed)
     stopping = asyncio.Event()
     try:
-        port = await server.listen("127.0.0.1", port)
+        port = await _listen(server, "127.0.0.1", port)
         print("listening on http://127.0.0.1:%d, with fake providers behind it:" % port)
         for name, (wire, habit) in _DEMO_PROVIDERS.items():
             print("  %-10s %-10s %s" % (name, wire, habit))
@@ -15343,10 +15327,8 @@ class ProbeRun:
 
     def cancel(self) -> None:
         """End it soon; `wait` tells when."""
-        try:
+        with suppress(RuntimeError):  # it is over
             self._loop.call_soon_threadsafe(self._task.cancel)
-        except RuntimeError:  # it is over
-            pass
 
     def wait(self, seconds: Optional[float] = None) -> bool:
         """Wait until it is over, at most so long; whether it is. Raises what went wrong inside the probe itself."""
@@ -15587,11 +15569,9 @@ def agent_facts(base: str, key: str, config: Config, chosen: Mapping[str, str]) 
     model = chosen.get("model") or config.default_model or first
     facts = {"base": base, "key": key or _NO_KEY, "model": model, "small": chosen.get("small_model") or model}
     facts.update({name: chosen.get(name) or model for name in ("opus", "sonnet")}, window="", output="")
-    try:
+    with suppress(RouterError):  # the program will be told when it asks for that model
         found = Routes(config).find_plan(model).candidates[0].model
         facts.update(window=str(found.context_window or ""), output=str(found.max_output_tokens or ""))
-    except RouterError:
-        pass  # the program will be told when it asks for that model
     return dict(facts, haiku=chosen.get("haiku") or facts["small"])
 
 
@@ -15921,10 +15901,8 @@ class _Painter:
             x = 0
             for text, style in line:
                 shown = text if is_utf8 else text.translate(TO_ASCII).encode(encoding, "replace").decode(encoding)
-                try:
+                with suppress(curses.error):  # after the last cell there is no place for the cursor
                     window.addstr(y, x, shown, self._attributes.get(style, 0))
-                except curses.error:
-                    pass  # after the last cell there is no place for the cursor
                 x += text_width(text)
         window.refresh()
         _bracket_pasted(True)  # with every picture: a shell in between, or what was lent the terminal, ends it
@@ -16785,11 +16763,6 @@ def read_start_options(given: Given) -> StartOptions:
     return StartOptions(*found, auth, given.watch_config is not False, given.environ, bool(given.debug))
 
 
-def run_demo_command(given: Given) -> int:
-    """`demo`: the router in front of built-in fake providers."""
-    return run_demo(bool(given.once), given.port or 0)
-
-
 # ----- the menu -----
 
 
@@ -16873,11 +16846,10 @@ def _save_menu(path: str, base: Json, document: Json) -> Tuple[str, Any]:
 
 def _printed(run: Callable[[Given], int], given: Given) -> str:
     """What a command prints, its warnings included: they must not run over the screen."""
-    import contextlib
     import io
 
     text = io.StringIO()
-    with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
+    with redirect_stdout(text), redirect_stderr(text):
         run(given)
     return text.getvalue().rstrip()
 
@@ -17206,10 +17178,8 @@ def _run_as_guest(
     try:
         return run_program(agent, argv, dict(facts, key=key), environ)
     finally:
-        try:
+        with suppress(RouterError):  # it has stopped, and its guests with it
             ask_instance(instance, "dismiss/" + sha256, "POST")
-        except RouterError:
-            pass  # it has stopped, and its guests with it
 
 
 def _reach_running(instance: Instance, environ: Environ) -> Tuple[Json, str, Config]:
@@ -17228,7 +17198,6 @@ def _run_with_router(agent: Agent, argv: Sequence[str], given: Given) -> int:
     import signal
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends it as Ctrl-C does: the router must not stay behind
-
     flags = {"port": 0, **{name: given.flags[name] for name in ("config", "port") if name in given.flags}}
     options = read_start_options(Given(given.environ, flags))
     pid, base = start_detached(["--%s=%s" % entry for entry in flags.items()], os.path.expanduser(LOG_PATH))
@@ -17499,9 +17468,9 @@ COMMANDS: Tuple[Command, ...] = (
              Flag("generate", "bool", "make a new key and print it once")),
             "llm-router worker-key --generate", "master-key|generate"),
     Command("settings", run_settings, "show every setting", (_AS_JSON,), "llm-router settings --json"),
-    Command("demo", run_demo_command, "try it without key, configuration or network", (Flag("once", "bool",
-            "exit after the demonstration"), Flag("port", "port", "port to listen on, default any")),
-            "llm-router demo --once"),
+    Command("demo", lambda given: run_demo(bool(given.once), given.port or 0),
+            "try it without key, configuration or network", (Flag("once", "bool", "exit after the demonstration"),
+            Flag("port", "port", "port to listen on, default any")), "llm-router demo --once"),
 )
 # fmt: on
 
@@ -17573,10 +17542,8 @@ def shed_source(path: str) -> str:
     caller, watched = sys._getframe(1), sys.gettrace() or sys.getprofile()  # a debugger or profiler would be lost
     serves = sys.argv[1:2] == ["start"] and not any(word.startswith("--detach") for word in sys.argv)
     if serves and not watched and caller.f_globals["__spec__"] is None and hasattr(os, "memfd_create"):
-        try:
+        with suppress(OSError):  # forbidden here: it only costs memory
             _start_byte_code(os.path.abspath(path), caller.f_code)
-        except OSError:
-            pass  # forbidden here: it only costs memory
     return path
 
 

@@ -5,7 +5,6 @@ import random
 from pathlib import Path
 
 import pytest
-from program_readers import SseDecoder
 
 import llm_router as R
 from sse_decoder import SseDecoder

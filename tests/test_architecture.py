@@ -31,8 +31,8 @@ LONG_FUNCTIONS = {}
 
 # Modules that every host has, Cloudflare's Pyodide included: the head of the file may import these and no others.
 TOP_IMPORTS = set(
-    "__future__ base64 binascii bisect collections collections.abc copy dataclasses enum fnmatch functools hashlib hmac"
-    " html itertools json math operator re string struct textwrap typing unicodedata urllib.parse zlib".split()
+    "__future__ base64 binascii bisect collections collections.abc contextlib copy dataclasses enum fnmatch functools"
+    " hashlib hmac html itertools json math operator re string struct textwrap typing unicodedata urllib.parse zlib".split()
 )
 
 # Pure computation that is needed rarely and costs start-up time: functions of [pure] sections may import it late.

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -106,6 +107,17 @@ def test_the_demo_takes_the_port_it_is_told(folder):
         assert process.stdout.readline().startswith("listening on http://127.0.0.1:")
         process.stdout.read()
         assert process.wait(30) == 0
+
+
+def test_the_demo_says_that_its_port_is_taken(folder):
+    with socket.create_server(("127.0.0.1", 0)) as holder:
+        port = holder.getsockname()[1]
+        command = [sys.executable, "-I", "-S", "llm_router.py", "demo", "--once", "--port=%d" % port]
+        done = subprocess.run(
+            command, cwd=str(folder), env=clean_environment(folder), capture_output=True, timeout=60, text=True
+        )
+    assert done.returncode == 1
+    assert "cannot listen on 127.0.0.1:%d: the port is in use" % port in done.stderr
 
 
 def test_an_answer_that_is_wrong_makes_the_demo_fail(folder):

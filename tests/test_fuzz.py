@@ -8,7 +8,6 @@ import sys
 import time
 
 import pytest
-from program_readers import SseDecoder
 from test_http import CASES
 
 import fake_upstream as fake

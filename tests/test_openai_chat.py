@@ -7,7 +7,6 @@ import random
 from pathlib import Path
 
 import pytest
-from program_readers import SseDecoder
 
 import llm_router as router
 from llm_router import (

@@ -8,7 +8,6 @@ import re
 from pathlib import Path
 
 import pytest
-from program_readers import SseDecoder
 
 import llm_router as router
 from llm_router import (

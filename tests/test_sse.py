@@ -3,7 +3,6 @@
 import itertools
 
 import pytest
-from program_readers import SseDecoder
 
 import llm_router as R
 from sse_decoder import SseDecoder

@@ -9,7 +9,6 @@ import json
 from pathlib import Path
 
 import pytest
-from program_readers import SseDecoder
 
 import llm_router as R
 from real_clients import sdk
