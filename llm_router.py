@@ -12604,7 +12604,6 @@ class Server:
 # 26 METRICS AND TRAIL - one line a request, written where it can block nobody [host]
 # ==============================================================================
 
-
 _RECORDED = (
     "id", "operation", "client", "wire", "asked", "stream", "model", "status", "outcome", "passed_over", "attempts",
     "usage", "first_content_ms", "total_ms", "message",
@@ -14127,11 +14126,9 @@ def _descriptors_for_clients() -> int:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     for limit in (hard, 65_536, 10_240) if soft >= 0 else ():  # macOS allows OPEN_MAX whatever the hard limit says
         if 0 < limit <= 1 << 20 and limit > soft:
-            try:
+            with suppress(OSError, ValueError):
                 resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
                 soft = limit
-            except (OSError, ValueError):
-                continue
     return max(soft - max(32, soft // 4), soft // 2, 0)
 
 
@@ -14203,20 +14200,15 @@ def find_listener(port: int) -> Optional[Tuple[int, str]]:
 
     sockets = set()
     for path in ("/proc/net/tcp", "/proc/net/tcp6"):
-        try:
-            with open(path, encoding="ascii") as file:
-                rows = [line.split() for line in file]
-        except OSError:
-            continue
-        sockets.update("socket:[%s]" % row[9] for row in rows if row[1].endswith(":%04X" % port) and row[3] == "0A")
+        with suppress(OSError), open(path, encoding="ascii") as file:
+            rows = [line.split() for line in file]
+            sockets.update("socket:[%s]" % row[9] for row in rows if row[1].endswith(":%04X" % port) and row[3] == "0A")
     for link in glob.iglob("/proc/[0-9]*/fd/*") if sockets else ():
-        try:
+        with suppress(OSError):  # gone by now, or another user's
             if os.readlink(link) in sockets:
                 pid = int(link.split("/")[2])
                 with open("/proc/%d/comm" % pid, encoding="utf-8", errors="replace") as file:
                     return pid, one_line(file.read().strip(), 60)
-        except OSError:  # gone by now, or another user's
-            continue
     return None
 
 
@@ -16963,11 +16955,9 @@ def _restart_instances() -> List[int]:
         if sys.platform == "win32":  # exec makes a new process there, and the old console is lost
             _warn(["pid %d still runs the version before: stop and start it" % instance.pid])
             continue
-        try:
+        with suppress(RouterError):  # it has just ended
             ask_instance(instance, "restart", "POST")
             told.append(instance.pid)
-        except RouterError:  # it has just ended
-            continue
     return told
 
 
