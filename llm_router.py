@@ -14307,7 +14307,9 @@ def _wait_for_start(child: Any, log_path: str, began: int) -> str:
     while time.monotonic() < until:
         time.sleep(0.05)
         has_ended = child.poll() is not None  # asked before its last words are read
-        said = _read_from(log_path, began)
+        with open(log_path, "rb") as file:
+            file.seek(began)
+            said = file.read(1_000_000).decode("utf-8", "replace")
         found = re.search(r"^listening on (http://\S+)", said, re.MULTILINE)
         if found:
             child.returncode = 0  # it is meant to go on without us: no warning that it still runs
@@ -14323,12 +14325,6 @@ def _open_start_log(path: str) -> Any:
         return open_private(path, "ab")
     except OSError as error:
         raise RouterError("cannot write the log file %s: %s" % (one_line(path), error.strerror or error)) from None
-
-
-def _read_from(path: str, offset: int) -> str:
-    with open(path, "rb") as file:
-        file.seek(offset)
-        return file.read(1_000_000).decode("utf-8", "replace")
 
 
 # ==============================================================================
