@@ -83,7 +83,7 @@ PROMISES = {
     16: "test_http.py::test_a_cut_answer_never_looks_complete",
     17: "test_upstream.py::test_an_upstream_that_cannot_be_reached_delays_nobody_else",
     18: "test_failover.py",
-    19: "test_server.py::test_a_head_or_body_that_takes_too_long_is_a_408",
+    19: "test_server.py::test_heads_bodies_and_idle_connections_have_their_time_limits",
     20: "test_hardening.py::test_an_upload_at_a_fair_rate_is_not_cut_but_one_below_it_is",
     21: "test_hardening.py::test_hundreds_of_idle_and_trickling_connections_do_not_delay_a_request",
     22: "test_server.py::test_a_client_that_never_reads_again_is_cut_after_the_send_timeout",
