@@ -3412,8 +3412,8 @@ ERROR_STATUSES = {word: status for status, words in _STATUS_WORDS.items() for wo
 # (platform.minimax.io/docs/api-reference/errorcode).
 _BASE_CODES = {
     1001: "timeout_error", 1002: "rate_limit_exceeded", 1004: "invalid_api_key", 1008: "insufficient_balance",
-    1026: "content_filter", 1027: "content_filter", 1039: "rate_limit_exceeded", 2013: "invalid_request_error",
-    2049: "invalid_api_key", 2056: "usage_limit_reached",
+    1026: "content_filter", 1027: "content_filter", 1039: "rate_limit_exceeded", 1041: "rate_limit_exceeded",
+    2013: "invalid_request_error", 2045: "rate_limit_exceeded", 2049: "invalid_api_key", 2056: "usage_limit_reached",
 }  # fmt: skip
 
 
@@ -3595,7 +3595,7 @@ def _chat_message(value: Any, path: str, legacy: Dict[str, str]) -> Message:
     if role is None:
         raise field_error(path + ".role", "expected system, developer, user, assistant or tool")
     if role == "assistant":
-        field = next((key for key in ("reasoning_content", "reasoning") if as_text(item.get(key))), "reasoning_content")
+        field = next((key for key in _THOUGHT_FIELDS if as_text(item.get(key))), "reasoning_content")
         details = {"reasoning_details": as_list(item.get("reasoning_details"))}
         if as_text(item.get(field)) or details["reasoning_details"]:
             blocks.insert(0, Thinking(as_text(item.get(field)), rest_of({"field": field, **details}, (), _CHAT)))
@@ -4066,8 +4066,9 @@ def _shown_finish(reason: str, has_calls: bool, has_refusal: bool) -> str:
 
 _THINK_OPEN, _THINK_CLOSE = "<think>", "</think>"  # around the reasoning that a server left in the content (trap 48)
 _DETAIL_KEYS = ("text", "summary", "data", "signature")
-# Field of a delta -> the block that its text adds to.
-_CHAT_FLOWS = {"content": Text, "reasoning_content": Thinking, "reasoning": Thinking, "refusal": Refusal}
+# Field of a delta -> the block that its text adds to. GitHub Copilot: reasoning_text.
+_THOUGHT_FIELDS = ("reasoning_content", "reasoning", "reasoning_text")
+_CHAT_FLOWS = {"content": Text, "refusal": Refusal, **dict.fromkeys(_THOUGHT_FIELDS, Thinking)}
 _MAX_HELD = 4096  # characters of white space in front of a text; more of it counts as text
 
 
@@ -4166,14 +4167,15 @@ class ChatStreamParser:
             return [] if self._is_ended else self._read_without_choice(chunk)
         # Only the first of n answers is read. GitHub Copilot shares it out to several choices (HKUDS/nanobot#1481).
         own = [item for item in choices if type(item) is dict and not item.get("index")]
-        if own:
-            self._start(chunk)
         for choice in own:
+            self._start(chunk)
             delta, flowing = choice.get(field), self._flowing
             if type(delta) is not dict:
                 # MiniMax ends a stream with all of its answer (ENTERPILOT/GoModel#1068).
                 is_repeated = self._slots and chunk.get("object") == "chat.completion"
                 delta = {} if is_repeated else as_dict(choice.get("message" if field == "delta" else "delta"))
+            if delta.get("role") == "tool":  # MiniMax: what its own web search found
+                continue
             self._read_delta(delta)
             if choice.get("finish_reason") or choice.get("usage") or choice.get("error"):
                 self._read_end_of_choice(choice)
@@ -4316,7 +4318,8 @@ class ChatStreamParser:
     def _read_delta(self, delta: Json) -> None:
         """A delta's or message's parts. Reasoning that comes under several names is read once."""
         get = delta.get
-        thought, told = get("reasoning_content") or get("reasoning"), as_list(get("reasoning_details"))
+        thought = get("reasoning_content") or get("reasoning") or get("reasoning_text")
+        told = as_list(get("reasoning_details"))
         details = [item for item in told if any(map(as_dict(item).get, _DETAIL_KEYS))] if told else told
         if thought or details:
             texts = [as_text(item.get("text")) or as_text(item.get("summary")) for item in details]
@@ -4379,7 +4382,7 @@ class ChatStreamParser:
 
     def _read_calls(self, value: Any) -> None:
         touched: List[_Slot] = []
-        for entry in map(as_dict, as_list(value)):
+        for entry in map(as_dict, as_list(value) or [value]):  # one call is no list at TGI and Spark
             inner, kind, field = entry.get("function"), "function", "arguments"
             if type(inner) is not dict:
                 inner, kind, field = as_dict(entry.get("custom")), "custom", "input"
@@ -5476,8 +5479,6 @@ _RESPONSES_CHECKED: Dict[str, Tuple[type, ...]] = {
     "instructions": (str,), "text": (dict,), "reasoning": (dict,), "input": (str, list),
 }  # fmt: skip
 
-# OpenAI refuses smaller values of max_output_tokens ("Expected a value >= 16").
-_RESPONSES_MIN_TOKENS = 16
 
 _RESPONSES_FILES = {
     "txt": "text/plain", "md": "text/markdown", "csv": "text/csv", "html": "text/html", "json": "application/json",
@@ -5741,7 +5742,7 @@ def render_responses_request(request: ChatRequest) -> Json:
         "tools": list(map(_responses_render_tool, tools)) or None,
         "tool_choice": _responses_render_choice(request.tool_choice, tools),
         "parallel_tool_calls": request.parallel_tools if request.tools else None,
-        "max_output_tokens": request.max_tokens and max(_RESPONSES_MIN_TOKENS, request.max_tokens),
+        "max_output_tokens": request.max_tokens and max(16, request.max_tokens),  # OpenAI: "Expected a value >= 16"
         "text": {**_responses_kept(chat, "verbosity"), **_responses_format(request.output)} or None,
         "user": request.user if 0 < len(request.user) <= _CHAT_MAX_USER else None, "stream": request.stream or None,
         "reasoning": _responses_render_reasoning(request.reasoning, request.model),
@@ -6456,14 +6457,12 @@ def short_tool_name(name: str) -> str:
     return re.sub(r"[^a-zA-Z0-9_-]+", "_", name)[:53] + "_" + digest
 
 
-def map_request(
-    request: ChatRequest, block: Callable[[Any], Any], tool: Callable[[Tool], Tool] = lambda one: one
-) -> ChatRequest:
-    """The request with a function applied to each of its blocks, the instructions' too, and one to its tools."""
+def map_request(request: ChatRequest, change: Callable[[Any], Any]) -> ChatRequest:
+    """The request with a function applied to each of its tools and blocks, those of the instructions too."""
     return request._replace(
-        system=list(map(block, request.system)),
-        tools=list(map(tool, request.tools)),
-        messages=[turn._replace(blocks=list(map(block, turn.blocks))) for turn in request.messages],
+        system=list(map(change, request.system)),
+        tools=list(map(change, request.tools)),
+        messages=[turn._replace(blocks=list(map(change, turn.blocks))) for turn in request.messages],
     )
 
 
@@ -6475,7 +6474,7 @@ def shorten_tools(request: ChatRequest) -> ChatRequest:
         return value._replace(name=short_tool_name(value.name)) if is_named else value
 
     choice = request.tool_choice and request.tool_choice._replace(name=short_tool_name(request.tool_choice.name))
-    return map_request(request, renamed, renamed)._replace(tool_choice=choice)
+    return map_request(request, renamed)._replace(tool_choice=choice)
 
 
 def _without_customs(request: ChatRequest) -> ChatRequest:
@@ -6485,7 +6484,7 @@ def _without_customs(request: ChatRequest) -> ChatRequest:
         changed = custom_as_function if isinstance(value, Tool) else custom_call_as_function
         return changed(value) if getattr(value, "kind", "") == "custom" else value
 
-    return map_request(request, plain, plain)
+    return map_request(request, plain)
 
 
 class ToolRestorer:
@@ -7031,7 +7030,7 @@ def keep_cache_marks(request: ChatRequest) -> ChatRequest:
             return value
         return value._replace(extra={**value.extra, "openai": {**own_extra(value, "openai"), "cache_control": mark}})
 
-    return map_request(request, marked, marked)
+    return map_request(request, marked)
 
 
 def bare_cache_marks(value: Any) -> Any:

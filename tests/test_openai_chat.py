@@ -417,7 +417,7 @@ def test_a_refusal_is_a_block_and_a_stop_reason():
     assert (found.blocks, found.stop_reason) == ([Refusal("I cannot")], "refusal")
 
 
-@pytest.mark.parametrize("field", ["reasoning_content", "reasoning"])
+@pytest.mark.parametrize("field", ["reasoning_content", "reasoning", "reasoning_text"])
 def test_reasoning_and_text_are_blocks_of_their_own(field):
     """traps 27, 28, 29"""
     parts = [
@@ -589,6 +589,22 @@ def test_an_upstream_without_an_id_gets_one_of_the_request():
 def test_only_the_first_of_n_answers_is_read():
     parts = [chunk({"content": "b"}, index=1), chunk({"content": "a"}), chunk({}, "length", index=1), chunk({}, "stop")]
     assert answer(*parts)[2:4] == ([Text("a")], "end_turn")
+
+
+def test_one_call_that_is_no_list_is_a_call():
+    """Text Generation Inference streams it so, Spark tells whole answers so."""
+    start, more = entry(0, "a", "f", '{"x":'), entry(0, arguments="1}")
+    assert blocks(chunk({"tool_calls": start}), chunk({"tool_calls": more})) == [ToolCall("a", "f", '{"x":1}')]
+    body = whole({"content": "", "tool_calls": entry(None, "a", "f", "{}")}, "tool_calls")
+    assert OPENAI_CHAT.parse_response(body, make_context()).blocks == [ToolCall("a", "f", "{}")]
+
+
+def test_what_a_server_s_own_tool_found_is_no_text():
+    """MiniMax streams the results of its web search as role tool, with a finish_reason."""
+    found = chunk({"role": "tool", "content": '[{"no":1}]', "tool_call_id": "c"}, "stop")
+    parser, events = run(chunk({"content": "a"}), chunk({"content": "b"}), found, chunk({"content": "c"}), done=False)
+    assert not parser.done and isinstance(events[-1], Failed)
+    assert blocks(chunk({"content": "a"}), chunk({"content": "b"}), found, chunk({"content": "c"}, "stop")) == [Text("abc")]
 
 
 def test_a_whole_answer_behind_its_stream_is_not_told_twice():
