@@ -6780,13 +6780,16 @@ class Compat(NamedTuple):
     betas: Optional[Pattern[str]] = None
 
 
+_NEVER = "(?!)"
+
+
 class Fix(NamedTuple):
-    """A change to a translated body. apply(body) changes it in place. refused: matches the 400 that asks for this
-    change; needs: a field that must stand in the body for it to make sense."""
+    """A change to a translated body. apply(body) changes it in place. refused: the pattern of the 400 that asks for
+    this change; needs: a field that must stand in the body for it to make sense."""
 
     apply: Callable[[Json], None]
     needs: str
-    refused: Pattern[str]
+    refused: str = _NEVER  # a text, as all patterns that only errors need: compiling them would slow every start
 
 
 def _rename(old: str, new: str) -> Callable[[Json], None]:
@@ -6880,13 +6883,11 @@ _REFUSAL = (
 )
 
 
-def _names(field: str) -> Pattern[str]:
+def _names(field: str) -> str:
     """An error that says no to `field`: the field's name as a word of its own and a word of refusal."""
     word = r"(?<![\w.])%s(?![\w])" % field
-    return re.compile(r"(?s)(?=.*%s)(?=.*(?:%s))" % (word, _REFUSAL))
+    return r"(?s)(?=.*%s)(?=.*(?:%s))" % (word, _REFUSAL)
 
-
-_NEVER = re.compile(r"(?!)")  # what is not learned from a 400
 
 # Vendors' API references, and the public threads that TRAPS of this kind were met in (traps 70, 71, 108).
 FIXES: Dict[str, Fix] = {
@@ -6902,14 +6903,14 @@ FIXES: Dict[str, Fix] = {
     "no reasoning_content": Fix(_drop_reasoning, "messages", _names("reasoning_content")),
     "no strict": Fix(_drop_strict, "tools", _names("strict")),
     "plain schemas": Fix(_plain_schemas, "tools", _names("(?:json_|input_)?schema")),
-    "no sampling": Fix(_drop_sampling, "model", _NEVER),
+    "no sampling": Fix(_drop_sampling, "model"),
     # Ollama's models think unless told not to (trap 112; docs.ollama.com, OpenAI compatibility).
-    "think if asked": Fix(lambda body: body.setdefault("reasoning_effort", "none"), "messages", _NEVER),
-    "think if replayed": Fix(_think_only_if_replayed, "messages", _NEVER),
+    "think if asked": Fix(lambda body: body.setdefault("reasoning_effort", "none"), "messages"),
+    "think if replayed": Fix(_think_only_if_replayed, "messages"),
 }
 
 # The field's own words beside a fix: OpenAI answers `max_tokens` with "Use 'max_completion_tokens' instead".
-_STATES_INSTEAD = re.compile(r"use '?(max_completion_tokens|max_tokens)'? instead")
+_STATES_INSTEAD = r"use '?(max_completion_tokens|max_tokens)'? instead"
 
 
 # Amazon Bedrock's and Vertex AI's documentation of Claude name these; whatever else is "invalid beta flag".
@@ -7006,10 +7007,10 @@ def drop_encrypted(body: Json) -> Optional[Json]:
 # invalid_encrypted_content; Anthropic's "Invalid `signature` in `thinking` block" and "Expected `thinking` or
 # `redacted_thinking`, but found `tool_use`" (traps 64, 85, 86); Gemini's "missing a thought_signature".
 REPAIRS = {
-    "openai": (re.compile(r"missing a thought_?signature"), sign_calls),
-    "responses": (re.compile(r"invalid_encrypted_content|encrypted content[^\n]{0,200}could not"), drop_encrypted),
+    "openai": (r"missing a thought_?signature", sign_calls),
+    "responses": (r"invalid_encrypted_content|encrypted content[^\n]{0,200}could not", drop_encrypted),
     "anthropic": (
-        re.compile(r"invalid[^\n]{0,20}signature[^\n]{0,80}thinking|expected[^\n]{0,20}thinking"),
+        r"invalid[^\n]{0,20}signature[^\n]{0,80}thinking|expected[^\n]{0,20}thinking",
         lambda body: drop_thinking(body, False),
     ),
 }
@@ -7018,7 +7019,7 @@ REPAIRS = {
 def repair_history(body: Json, wire: str, words: Sequence[str]) -> Optional[Json]:
     """The body without the foreign reasoning that a 400 of the format `wire` complains of; None if that is not it."""
     refused, apply = REPAIRS.get(wire, (_NEVER, drop_encrypted))
-    return apply(body) if refused.search("\n".join(words).lower()) else None
+    return apply(body) if re.search(refused, "\n".join(words).lower()) else None
 
 
 def keep_cache_marks(request: ChatRequest) -> ChatRequest:
@@ -7050,10 +7051,10 @@ def learn_fix(body: Json, words: Sequence[str], known: Iterable[str]) -> str:
     """The fix that a 400's words ask for, "" when it names nothing that the router added or that was not tried yet."""
     text = "\n".join(words).lower()
     untried = [name for name, fix in FIXES.items() if name not in known and fix.needs in body]
-    instead = _STATES_INSTEAD.search(text)
+    instead = re.search(_STATES_INSTEAD, text)
     if instead and instead.group(1) in untried:
         return instead.group(1)
-    return next((name for name in untried if FIXES[name].refused.search(text)), "")
+    return next((name for name in untried if re.search(FIXES[name].refused, text)), "")
 
 
 # ==============================================================================
@@ -7452,9 +7453,7 @@ _CLAUDE_ROW = _TOKEN_ROWS[2]
 
 # About what every tokenizer takes for one token: a short word, a capital abbreviation, three digits, two signs, a line
 # break with its indentation, a syllable of a European or Semitic script, a character of any other.
-_PIECE = re.compile(
-    r"[A-Z]?[a-z]{1,8}|[A-Z]{1,3}|\d{1,3}|[!-/:-@\[-`{-~]{1,2}|\n\s*|[\x80-\u07ff]{1,3}|[\u0800-\U0010ffff]"
-)
+_PIECE = r"[A-Z]?[a-z]{1,8}|[A-Z]{1,3}|\d{1,3}|[!-/:-@\[-`{-~]{1,2}|\n\s*|[\x80-\u07ff]{1,3}|[\u0800-\U0010ffff]"
 _SAMPLES, _SAMPLE_CHARS = 8, 512  # longer texts are judged by samples, so that megabytes cost little
 
 # Definitions of tools that the provider adds by itself, by the start of their type: Anthropic's documentation of each,
@@ -7539,9 +7538,9 @@ def _count_schema(pending: List[Any]) -> float:
 
 def _count_pieces(text: str) -> float:
     if len(text) <= _SAMPLES * _SAMPLE_CHARS:
-        return len(_PIECE.findall(text))
+        return len(re.findall(_PIECE, text))
     starts = range(0, len(text) - _SAMPLE_CHARS + 1, (len(text) - _SAMPLE_CHARS) // (_SAMPLES - 1))
-    found = sum(len(_PIECE.findall(text, start, start + _SAMPLE_CHARS)) for start in starts)
+    found = sum(len(re.findall(_PIECE, text[start : start + _SAMPLE_CHARS])) for start in starts)
     return found * len(text) / (len(starts) * _SAMPLE_CHARS)
 
 
@@ -7983,11 +7982,11 @@ class Signal(NamedTuple):
 
     kind: str
     statuses: Tuple[int, ...]
-    pattern: Pattern[str]
+    pattern: str
 
 
-def _words(*alternatives: str) -> Pattern[str]:
-    return re.compile("|".join(alternatives), re.MULTILINE)
+def _words(*alternatives: str) -> str:
+    return "(?m)" + "|".join(alternatives)
 
 
 # First match wins; matched against the lower-cased codes, types and messages of the error, one a line. Texts are
@@ -8149,7 +8148,7 @@ def kind_of(status: int, words: Sequence[str]) -> str:
     """The kind of an error answer: by the first signal whose words match, else by its status."""
     text = "\n".join(words).lower()
     for signal in SIGNALS:
-        if (not signal.statuses or status in signal.statuses) and signal.pattern.search(text):
+        if (not signal.statuses or status in signal.statuses) and re.search(signal.pattern, text):
             return signal.kind
     return _STATUS_KINDS.get(status) or _CLASS_KINDS.get(status // 100, TEMPORARY)
 
@@ -8198,17 +8197,13 @@ def parse_body(body: bytes) -> Any:
 
 MAX_RETRY_AFTER_S = 86_400.0
 
-_DURATION = re.compile(
-    r"(\d+(?:\.\d+)?)\s*(ms|milliseconds?|s|secs?|seconds?|m|mins?|minutes?|h|hrs?|hours?|d|days?)(?![a-z])"
-)
+_DURATION = r"(\d+(?:\.\d+)?)\s*(ms|milliseconds?|s|secs?|seconds?|m|mins?|minutes?|h|hrs?|hours?|d|days?)(?![a-z])"
 _UNIT_S = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-_TRY_AGAIN = re.compile(
+_TRY_AGAIN = (
     r"(?:try again|retry|available again|reset)[^\n]{0,40}?(?:in|after)\s+"
     r"((?:\d+(?:\.\d+)?\s*[a-z]+[\s,]*(?:and\s+)?){1,4})"
 )
-_RESET_AT = re.compile(
-    r"reset[^\n]{0,30}?(?:at|on)\s+(\d{4}-\d\d-\d\d[t ]\d\d:\d\d(?::\d\d)?(?:\.\d+)?(?:z|[+-]\d\d:?\d\d)?)"
-)
+_RESET_AT = r"reset[^\n]{0,30}?(?:at|on)\s+(\d{4}-\d\d-\d\d[t ]\d\d:\d\d(?::\d\d)?(?:\.\d+)?(?:z|[+-]\d\d:?\d\d)?)"
 _DELAYS = ("retry-after", "retrydelay", "retry_after", "retry_after_seconds", "retryafter", "retry_after_s")
 
 
@@ -8270,10 +8265,10 @@ def _read_wait(text: str, now: float) -> Optional[float]:
 def _from_words(words: Sequence[str], now: float) -> Optional[float]:
     for word in words:
         text = word.lower()
-        match = _TRY_AGAIN.search(text)
+        match = re.search(_TRY_AGAIN, text)
         seconds = read_duration(match.group(1)) if match else None
         if seconds is None:
-            at = _RESET_AT.search(text)
+            at = re.search(_RESET_AT, text)
             seconds = _seconds_until(at.group(1), now) if at else None
         if seconds is not None:
             return seconds
@@ -8282,7 +8277,7 @@ def _from_words(words: Sequence[str], now: float) -> Optional[float]:
 
 def read_duration(text: str) -> Optional[float]:
     """Seconds from `9m38.016s`, `17.5s`, `6ms`, `2 hours`; None when there is no unit."""
-    parts = _DURATION.findall(text.lower())
+    parts = re.findall(_DURATION, text.lower())
     units = (1e-3 if unit.startswith(("ms", "mil")) else _UNIT_S[unit[0]] for _, unit in parts)
     return sum(float(number) * unit_s for (number, _), unit_s in zip(parts, units)) if parts else None
 
