@@ -2088,7 +2088,12 @@ class HttpError(RouterError):
 
 
 class UpstreamProtocolError(RouterError):
-    """An upstream's answer that is not HTTP ("upstream_bad_response") or ends too early ("upstream_truncated")."""
+    """An upstream's answer that is not HTTP ("upstream_bad_response") or ends too early ("upstream_truncated").
+
+    before: the body bytes in front of the fault that came in one piece with it.
+    """
+
+    before = b""
 
     def __init__(self, message: str, status: int = 502, code: str = "") -> None:
         code = code if code == "upstream_truncated" else "upstream_bad_response"
@@ -2421,12 +2426,16 @@ class ChunkDecoder:
                 if data.endswith(b"\r\n") and self.size + size <= self._limits.max_body_bytes:
                     self.size += size - begin - 2
                     return data[begin:-2]
-        while position < size:
-            after = self._step(self, data, position, parts)
-            if after == position:
-                self._held = data[position:]
-                break
-            position = after
+        try:
+            while position < size:
+                after = self._step(self, data, position, parts)
+                if after == position:
+                    self._held = data[position:]
+                    break
+                position = after
+        except UpstreamProtocolError as fault:
+            fault.before = b"".join(parts)
+            raise
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def _read_size(self, data: bytes, position: int, parts: List[bytes]) -> int:
@@ -11705,19 +11714,24 @@ class Reply:
         if self._is_over:
             return
         self.last_byte_at = self._loop.time()
+        fault: Optional[RouterError] = None
         try:
             body = self._parser.feed(data)
+        except UpstreamProtocolError as error:
+            body, fault = error.before, error  # what is whole in front of it counts, however the network cut it
+        try:
             if body:
                 body = body if self._is_plain else self._inflate(body)
         except RouterError as error:
-            self.end(UpstreamError(error.message, "bad_response"))
-            return
+            body, fault = b"", error
         if body:
             if self._on_data is not None:
                 self._on_data(body)
             else:
                 self._keep(body)
-        if self._parser.decoder.complete:
+        if fault is not None:
+            self.end(UpstreamError(fault.message, "bad_response"))
+        elif self._parser.decoder.complete:
             self.end(None)
         elif self._waiter is not None:
             self._wake()
@@ -11964,6 +11978,7 @@ class Sink:
         if status == 401 and offered_keys(self._head.headers):  # who shows none does not guess
             await connection.server.delay_refusal(connection)
         self._end()
+        status = 400 if status == 499 else status  # a word of the log's: who still listens has sent half a request
         keep_alive = connection.may_keep_alive(self._head)
         connection.closes = not keep_alive
         bare, date = self._head.method == "HEAD", connection.server.date()
@@ -12165,6 +12180,8 @@ class ClientConnection:
         try:
             while not self.closes and await self._serve_one():
                 pass
+            if self._parser.has_more and not self.was_cut:
+                await self._linger()
         except ClientGoneError:
             pass
         except HttpError as error:

@@ -528,7 +528,7 @@ def test_a_stream_that_fails_after_its_content_ends_in_an_error_and_a_cut(either
         "ended": fake.sse_answer(start),
         "silent": fake.sse_answer(start, end="hang"),
         "reset": fake.sse_answer(start + [fake.Gate(seen)], end="reset"),
-        "bad chunk": fake.Answer(*sent.steps[:-1], fake.Gate(seen), b"zz\r\nno chunk\r\n", close=True),
+        "bad chunk": fake.Answer(sent.bytes[: -len(b"0\r\n\r\n")] + b"zz\r\nno chunk\r\n", close=True),
         "half an event": fake.sse_answer(start + [events[cut][:-9]], end="cut"),
     }
     always(pair.first, answers[fault])
@@ -539,6 +539,16 @@ def test_a_stream_that_fails_after_its_content_ends_in_an_error_and_a_cut(either
     told = assert_stream_error(client_wire, reply)
     assert "half of it ".startswith(told.text)
     assert told.text
+    assert pair.calls() == (1, 0)
+
+
+@UPSTREAMS
+def test_an_answer_is_whole_whatever_is_wrong_behind_it_in_the_same_packet(either, upstream_wire):
+    """Its end was told and it is paid for: how the network cuts the bytes must not decide whether it counts."""
+    pair = either("same packet")
+    sent = fake.sse_answer(fake.STREAMS[upstream_wire]("all of it"))
+    always(pair.first, fake.Answer(sent.bytes[: -len(b"0\r\n\r\n")] + b"zz\r\nno chunk\r\n", close=True))
+    assert_answer("openai", post(pair.router, "openai", "a-%s/to-openai" % upstream_wire, True), "all of it")
     assert pair.calls() == (1, 0)
 
 
