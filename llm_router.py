@@ -11641,7 +11641,7 @@ class Reply:
         self._late = ("", 0.0)
         self._parser = ResponseParser()
         self._max_body_bytes = max_body_bytes
-        self._inflater: Any = None
+        self._inflater: Optional[Inflater] = None
         self._is_plain = False  # what the body is shows in its first two bytes
         self._held = b""
         self._parts: List[bytes] = []
@@ -11669,9 +11669,10 @@ class Reply:
         return self._connection.reused and bool(self._connection.unsent) and self._parser.head is None
 
     async def wait_for_head(self, timeout_s: Optional[float]) -> None:
-        """Wait for the final head. UpstreamError when it does not come, or not in time."""
+        """Wait for the final head. UpstreamError when it does not come, or not in time, however it trickles in."""
+        began = self._loop.time()
         while self._parser.head is None:
-            await self._wait(timeout_s, "the first byte of an answer")
+            await self._wait(timeout_s, "the first byte of an answer", began)
 
     async def read(self, timeout_s: Optional[float]) -> bytes:
         """The body bytes there are, waiting for some; b"" at the exact end. UpstreamError when it breaks off or
@@ -11679,7 +11680,7 @@ class Reply:
         while not self._parts:
             if self._is_over and self._error is None:
                 return b""
-            await self._wait(timeout_s, "more of the answer")
+            await self._wait(timeout_s, "more of the answer", self._loop.time())
         data = self._take()
         self.resume()
         return data
@@ -11720,8 +11721,8 @@ class Reply:
         except UpstreamProtocolError as error:
             body, fault = error.before, error  # what is whole in front of it counts, however the network cut it
         try:
-            if body:
-                body = body if self._is_plain else self._inflate(body)
+            if body and not self._is_plain:
+                body = self._inflate(body)
         except RouterError as error:
             body, fault = b"", error
         if body:
@@ -11783,8 +11784,7 @@ class Reply:
                 self._is_plain = True
                 return body
             self._inflater = Inflater(encoding, self._max_body_bytes)
-        plain: bytes = self._inflater.feed(body)
-        return plain
+        return self._inflater.feed(body)
 
     def _tell_end(self) -> None:
         on_end, self._on_data, self._on_end = self._on_end, None, None
@@ -11795,14 +11795,14 @@ class Reply:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
-    async def _wait(self, timeout_s: Optional[float], what: str) -> None:
-        """Wait for a change. UpstreamError when that is an error, or none comes in time."""
+    async def _wait(self, timeout_s: Optional[float], what: str, since: float) -> None:
+        """Wait for a change. UpstreamError when that is an error, or none comes in time, counted from `since`."""
         if self._error is not None:  # a fresh one: the one that is kept would keep the frames, and they the request
             raise UpstreamError(self._error.message, self._error.label, self._error.is_timeout)
         self._waiter = self._loop.create_future()
         if timeout_s is not None:
             self._late = (what, timeout_s)
-            self._deadlines.set(self._time_out, self._loop.time() + timeout_s)
+            self._deadlines.set(self._time_out, since + timeout_s)
         try:
             await self._waiter
         finally:
@@ -12517,7 +12517,9 @@ class Server:
             self._on_error(error)
         finally:
             del self.connections[connection]
-            self._leave(peer)
+            self._peers[peer] -= 1
+            if not self._peers[peer]:
+                del self._peers[peer]
             writer.close()
 
     async def _turn_away(self, reader: Any, writer: Any) -> None:
@@ -12540,13 +12542,6 @@ class Server:
     def _has_room(self, peer: str) -> bool:
         total, each = self.most_connections, self.settings.max_connections_per_peer
         return (not total or len(self.connections) < total) and (not each or self._peers.get(peer, 0) < each)
-
-    def _leave(self, peer: str) -> None:
-        left = self._peers[peer] - 1
-        if left:
-            self._peers[peer] = left
-        else:
-            del self._peers[peer]
 
     async def delay_refusal(self, connection: ClientConnection) -> None:
         """Wait as long as the connection's peer must for its wrong key."""

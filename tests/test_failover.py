@@ -430,6 +430,7 @@ NO_ANSWERS = {
     "bad chunk size": fake.bad_chunk_answer(b'{"id": ', content_type="application/json"),
     "too short": fake.wrong_length_answer(200, b'{"id": "x"', 500),
     "silent after the head": fake.hang_after_head("application/json"),
+    "silent between the letters of a head": fake.drip(fake.json_answer(200, fake.chat_whole("late")), 1, 0.2),
     "a redirect loop": fake.redirect_answer("/v1/chat/completions", 307),
     "an upgrade": fake.raw(b"HTTP/1.1 101 Switching Protocols\r\n\r\n"),
     "an endless head": fake.raw(b"HTTP/1.1 200 OK\r\n" + b"a: b\r\n" * 60000),

@@ -939,6 +939,40 @@ def test_a_stream_whose_client_left_just_before_it_began_closes_its_upstream(ups
     assert [(trail.status, trail.outcome) for trail in host.recorded] == [(499, "client_gone")]
 
 
+def test_an_error_whose_body_trickles_in_for_ever_is_judged_by_what_has_come_in_a_moment(upstream):
+    """Trap 159: no client waits for the rest of an error."""
+
+    class Reply:
+        status, headers, pieces = 429, [], 0
+
+        async def read(self, timeout_s):
+            self.pieces += 1
+            host.seconds += min(timeout_s, 1)
+            if timeout_s < 1:
+                raise llm_router.UpstreamError("no sign of more", "timeout", True)
+            return b"x" * 1000
+
+        def close(self):
+            pass
+
+    async def read_body():
+        return json.dumps(ask("openai", "b-openai/m")).encode()
+
+    class Client:
+        is_open = False
+
+        async def respond(self, status, headers, body):
+            self.status = status
+
+    reply, client = Reply(), Client()
+    host = ScriptedHost(lambda: reply)
+    host.seconds, host.now = 1000.0, lambda: host.seconds
+    call = llm_router.Call("POST", PATHS["openai"], "", [("host", "localhost")], read_body)
+    asyncio.run(host.gateway(upstream).handle(call, client))
+    assert client.status == 429
+    assert reply.pieces < 10
+
+
 @pytest.mark.parametrize("wire", WIRES)
 def test_an_error_of_the_routers_own_is_a_500_in_the_clients_format(wire, upstream):
     """Trap 129: told as what it is, and never a fallback."""
