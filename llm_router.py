@@ -8001,29 +8001,24 @@ def _words(*alternatives: str) -> str:
 # First match wins; matched against the lower-cased codes, types and messages of the error, one a line. Texts are
 # those of the vendors' documentation and of errors that users pasted in public threads (traps 123, 128, 144, 155).
 SIGNALS: Tuple[Signal, ...] = (
-    Signal(
-        INVALID,  # what a provider no longer keeps says nothing about its model; the SDKs mend it
-        (400, 404),
-        _words(r"^thread_(?:not_found|unsupported_request)$", r"^previous_response_not_found$"),
-    ),
+    # What a provider no longer keeps says nothing about its model; the SDKs mend it.
+    Signal(INVALID, (400, 404), _words(r"^thread_(?:not_found|unsupported_request)$", r"^previous_response_not_found$")),
     Signal(RATE_LIMITED, (413,), _words(r"tokens? per (?:min|minute|day)", r"\btp[md]\b", r"rate_limit")),
-    Signal(
-        RATE_LIMITED,  # Gemini words its windows like an account without credit (ai.google.dev, Rate limits)
-        (429,),
-        _words(r"quota exceeded for (?:quota )?metric", r"please retry in \d"),
-    ),
+    # Gemini words its windows like an account without credit (ai.google.dev, Rate limits).
+    Signal(RATE_LIMITED, (429,), _words(r"quota exceeded for (?:quota )?metric", r"please retry in \d")),
     Signal(
         OVERFLOW,
         (400, 413, 422),
         _words(
-            r"maximum context length",
+            r"maximum (?:context|prompt) length",
             r"context[_ ](?:size|length|window)[^\n]{0,40}exceed",
             r"exceed(?:s|ed)?[^\n]{0,40}context[_ ](?:size|length|window|limit)",
             r"exceed(?:s|ed)? (?:max length|model token limit)",
             r"(?:prompt|input) is too long",
             r"input length[^\n]{0,80}exceed|range of input length",
             r"(?:longer|greater) than the (?:model's )?context",
-            r"exceeds the maximum number of tokens",
+            r"token count[^\n]{0,20} exceeds|exceeds the maximum number of tokens",
+            r"max_new_tokens` must be <=|number of tokens in the prompt cannot exceed",
             r"reduce the length of the (?:messages|input|prompt)",
         ),
     ),
@@ -8055,16 +8050,13 @@ SIGNALS: Tuple[Signal, ...] = (
         (400, 403, 451),
         _words(
             r"content_filter",
-            r"content (?:management|filtering) policy",
             r"responsibleaipolicyviolation",
-            r"content[_ ]policy",
+            r"content[_ ](?:(?:management|filtering) )?policy",
             r"usage polic(?:y|ies)",
             r"safety (?:system|filter|settings|policy)",
-            r"flagged",
-            r"moderation",
-            r"prohibited_content",
+            r"flagged|moderation",
+            r"prohibited_content|inappropriate content",
             r"data_inspection_failed",
-            r"inappropriate content",
             r"^1301$",  # z.ai
         ),
     ),
@@ -8072,13 +8064,10 @@ SIGNALS: Tuple[Signal, ...] = (
         AUTH,
         (400, 403),
         _words(
-            r"invalid[_ ]api[_ ]?key",
-            r"incorrect api key",
-            r"api key not valid",
-            r"api_key_invalid",
+            r"(?:invalid|incorrect)[_ ]api[_ ]?key",
+            r"api[_ ]key[_ ](?:not valid|invalid)",
             r"authentication_error",
-            r"invalid authentication",
-            r"invalid x-api-key",
+            r"invalid (?:authentication|x-api-key)",
         ),
     ),
     Signal(
@@ -8087,11 +8076,11 @@ SIGNALS: Tuple[Signal, ...] = (
         _words(
             r"model[_ ]not[_ ](?:found|exist)",
             r"^1211$",  # z.ai
-            r"unknown model",
-            r"no such model",
+            r"(?:unknown|no such) model",
             r"model[^\n]{0,120}does not exist",
             r"model[^\n]{0,120}is not (?:found|available|a valid)",
             r"not a valid model",
+            r"model[^\n]{0,120}decommissioned",
             r"deploymentnotfound",
         ),
     ),
