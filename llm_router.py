@@ -8002,7 +8002,7 @@ def _words(*alternatives: str) -> str:
 # those of the vendors' documentation and of errors that users pasted in public threads (traps 123, 128, 144, 155).
 SIGNALS: Tuple[Signal, ...] = (
     # What a provider no longer keeps says nothing about its model; the SDKs mend it.
-    Signal(INVALID, (400, 404), _words(r"^thread_(?:not_found|unsupported_request)$", r"^previous_response_not_found$")),
+    Signal(INVALID, (400, 404), _words(r"^thread_(?:not_found|unsupported_request)$", r"^previous_response_not_found")),
     Signal(RATE_LIMITED, (413,), _words(r"tokens? per (?:min|minute|day)", r"\btp[md]\b", r"rate_limit")),
     # Gemini words its windows like an account without credit (ai.google.dev, Rate limits).
     Signal(RATE_LIMITED, (429,), _words(r"quota exceeded for (?:quota )?metric", r"please retry in \d")),
