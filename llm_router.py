@@ -2088,12 +2088,9 @@ class HttpError(RouterError):
 
 
 class UpstreamProtocolError(RouterError):
-    """An upstream's answer that is not HTTP ("upstream_bad_response") or ends too early ("upstream_truncated").
+    """An upstream's answer that is not HTTP ("upstream_bad_response") or ends too early ("upstream_truncated")."""
 
-    before: the body bytes in front of the fault that came in one piece with it.
-    """
-
-    before = b""
+    before = b""  # the body bytes in front of the fault that came in one piece with it
 
     def __init__(self, message: str, status: int = 502, code: str = "") -> None:
         code = code if code == "upstream_truncated" else "upstream_bad_response"
@@ -8002,7 +7999,7 @@ def _words(*alternatives: str) -> str:
 # those of the vendors' documentation and of errors that users pasted in public threads (traps 123, 128, 144, 155).
 SIGNALS: Tuple[Signal, ...] = (
     # What a provider no longer keeps says nothing about its model; the SDKs mend it.
-    Signal(INVALID, (400, 404), _words(r"^thread_(?:not_found|unsupported_request)$", r"^previous_response_not_found")),
+    Signal(INVALID, (400, 404), _words(r"^(?:thread_(?:not_found|unsupported_request)|previous_response_not_found)$")),
     Signal(RATE_LIMITED, (413,), _words(r"tokens? per (?:min|minute|day)", r"\btp[md]\b", r"rate_limit")),
     # Gemini words its windows like an account without credit (ai.google.dev, Rate limits).
     Signal(RATE_LIMITED, (429,), _words(r"quota exceeded for (?:quota )?metric", r"please retry in \d")),
@@ -8033,11 +8030,9 @@ SIGNALS: Tuple[Signal, ...] = (
             r"arrearage|accountoverdueerror",
             r"account not in good standing",
             r"balance is insufficient",
-            r"doesn't have any credits",
+            r"(?:requires more|used all available|doesn't have any) credits",
             r"please recharge",
-            r"used all available credits",
             r"spend(?:ing)? limit",
-            r"requires more credits",
             r"specified (?:api |workspace )*usage limits",
             r"(?:key|credit) limit exceeded",
             r"payment required",
