@@ -678,6 +678,9 @@ def parse_config_text(text: Union[str, bytes], source: str) -> Json:
     except json.JSONDecodeError as error:
         raise _syntax_error(source, str(text), error.pos, error.msg + _hint(str(text), error.pos)) from None
     except (ValueError, RecursionError) as error:
+        constants = (piece.start() for piece in _JSON_PIECE.finditer(_plain_json(text)) if piece.group() in _NO_JSON)
+        for at in constants:
+            raise _syntax_error(source, text, at, str(error)) from None
         raise ConfigError("%s is not usable JSON: %s" % (source, one_line(str(error), 120))) from None
     if not isinstance(document, dict):
         raise ConfigError("%s must hold a JSON object, it holds %s" % (source, _TYPES.get(type(document), "null")))
@@ -731,6 +734,8 @@ def _hint(text: str, at: int) -> str:
     there, before = text[at : at + 1], text[:at].rstrip()[-1:]
     if there == "#":
         return " (comments are written // so)"
+    if not text.strip():
+        return " (there is nothing in it)"
     return " (a comma too many)" if "," in (there, before) else ""
 
 
@@ -741,12 +746,13 @@ def _hide_secrets(line: str) -> str:
     return line
 
 
+_NO_JSON = ("NaN", "Infinity", "-Infinity")
 _JSON_PIECE = re.compile(r'"(?:[^"\\]|\\.)*"|[][{}]|[^][{}:,\s"]+')  # all but colons and commas
 
 
 def locate_problems(problems: Iterable[Problem], text: str) -> List[Problem]:
-    """The problems of a document with the line and column in its `text` where what they name begins; what is missing
-    there is shown at what should hold it. Keys that are written twice are further problems, which only a text shows."""
+    """The problems of a document in the order of its `text`, with line and column where what they name begins; what
+    is missing is shown at what should hold it. Keys that are written twice are further problems, seen in text only."""
     places, twice = _find_places(text)
     doubled = [Problem(path, "is written twice, the last one counts", "remove one", "warning") for path in twice]
     located = []
@@ -756,7 +762,7 @@ def locate_problems(problems: Iterable[Problem], text: str) -> List[Problem]:
             path = path[: max(0, path.rfind("."), path.rfind("["))]
         line, column = _position(text, places[path])
         located.append(problem._replace(line=line, column=column))
-    return located
+    return sorted(located, key=lambda problem: (problem.line, problem.column))
 
 
 def _find_places(text: str) -> Tuple[Dict[str, int], List[str]]:
@@ -922,6 +928,7 @@ class FieldKind(NamedTuple):
 
 # Names of models that must exist: any that a client may use, a model or alias, a model.
 _REFERENCES = ("default", "fallback", "target")
+_UNSEEN = r"\x00-\x1f\x7f-\xa0\u200b-\u200f\u2028-\u202f\u205f-\u206f\ud800-\udfff\ufeff"  # what nobody sees
 _NAME = FieldKind(str, str.strip, re.compile(r"\s*\S[\s\S]*").fullmatch, "is empty", "remove it or write a name")
 
 # fmt: off
@@ -944,7 +951,7 @@ _FIELD_KINDS: Dict[str, FieldKind] = {
         "write a name like OPENAI_API_KEY; the key itself goes into apiKey"),
     "provider_id": FieldKind(str, str, re.compile(r"[A-Za-z][A-Za-z0-9_-]*").fullmatch,
         "is not a provider id", "use a letter, then letters, digits, - and _"),
-    "model_id": FieldKind(str, str, lambda text: text and text == text.strip() and text.isprintable(),
+    "model_id": FieldKind(str, str, re.compile(r"(?!\s)[^%s]+(?<!\s)" % _UNSEEN).fullmatch,
         "is not a model id", "write the provider's own name of the model, without spaces around it"),
     "wire": FieldKind(str, _wire_of, WIRES.__contains__,
         "is not a wire format", "use " + ", ".join(WIRES)),
@@ -1288,7 +1295,7 @@ def _kind_schema(kind: str) -> Json:
         return {"$ref": "#/definitions/" + kind}
     if kind[0] == "[":
         one = _kind_schema(kind[1:-1])
-        alone = {"model": [{"type": "string"}], "client_key": []}.get(kind[1:-1], [one])
+        alone = {"model": [_ID_SCHEMA], "client_key": []}.get(kind[1:-1], [one])
         return {"anyOf": [{"type": "array", "items": one, "minItems": int(kind[1:-1] in _NOT_EMPTY)}, *alone]}
     if kind[0] == "{":
         name, value = map(_kind_schema, kind[1:-1].split(":"))
@@ -1301,19 +1308,21 @@ def _kind_schema(kind: str) -> Json:
         schema["pattern"] = "^(?:%s)$" % rule.pattern
     elif isinstance(rule, tuple):
         schema["enum"] = [*rule, *_WIRE_ALIASES] if kind == "wire" else list(rule)
-    return dict(schema, minimum=0) if kind == "whole" else schema
+    return dict(schema, minimum=rule[0], maximum=rule[-1]) if isinstance(rule, range) else schema
 
 
 _SCHEMA_TYPES = {str: "string", int: "integer", bool: "boolean", dict: "object"}
-_URL_SCHEMA = {"type": "string", "pattern": "^[Hh][Tt][Tt][Pp][Ss]?://[^/?#@]+([/?][^#]*)?$"}
+_ID_SCHEMA = {"$ref": "#/definitions/model/properties/id"}
+_URL_PATTERN = r"^[Hh][Tt][Tt][Pp][Ss]?://%s([/?][!$-;=?-\[\]_a-z~]*)?$" % _AUTHORITY.pattern
+_URL_SCHEMA = {"type": "string", "pattern": _URL_PATTERN}
 _PROVIDER_SCHEMA = {"$ref": "#/definitions/provider"}
 _NAMED_PROVIDER = {"allOf": [_PROVIDER_SCHEMA, {"required": ["id"]}]}
 _MAP_OF_PROVIDERS = {"type": "object", "additionalProperties": _PROVIDER_SCHEMA}
 _OWN_SCHEMAS: Dict[str, Json] = {
     "any": {},
     "url": {"anyOf": [_URL_SCHEMA, {"type": "array", "items": _URL_SCHEMA, "minItems": 1}]},
-    "proxy": {"type": "string", "pattern": "^(?:none|http://.+)?$"},
-    "model": {"anyOf": [{"type": "string"}, {"$ref": "#/definitions/model"}]},
+    "proxy": {"type": "string", "pattern": "^(?:none|http://\\S+)?$"},
+    "model": {"anyOf": [_ID_SCHEMA, {"$ref": "#/definitions/model"}]},
     "providers": {"anyOf": [{"type": "array", "items": _NAMED_PROVIDER}, _NAMED_PROVIDER, _MAP_OF_PROVIDERS]},
 }
 
@@ -10761,9 +10770,9 @@ class Probe:
                 auths.sort(key=lambda other, good=auth: other != good)
                 break
         report = self.report
-        if status != 200:
+        if note:
             if report.listed is None:
-                self.report = report._replace(listing_status=status, listing_note=note)
+                self.report = report._replace(listing_status=502 if status == 200 else status, listing_note=note)
             return
         found: Dict[str, None] = {}
         for _ in range(_PAGES):
@@ -10777,7 +10786,7 @@ class Probe:
         self.report = self.report._replace(listed=listed, listing_status=200, listing_note="")
 
     async def _get_page(self, wire: str, auth: Auth, cursor: str = "") -> Tuple[int, str, Json]:
-        """A page's status, what is wrong with it, and its body."""
+        """A page's status, what is wrong with it ("" for nothing), and its body."""
         target = self._target(wire, auth)
         path, question, query = target.path.partition("?")
         path = _FULL_ENDPOINT.sub("", path) + "/models"
@@ -10789,7 +10798,10 @@ class Probe:
             status, _, data = await self._exchange(target, wire, path + "?" * bool(words) + "&".join(words))
         except RouterError as error:
             return 0, "%s: %s" % (where, error.message), {}
-        return status, "%s answers %d" % (where, status), _read_json(data)
+        body = _read_json(data)
+        is_list = any(isinstance(body.get(key), list) for key in ("data", "models"))
+        words = "%s answers %d" % (where, status) if status != 200 else "" if is_list else where + " lists nothing"
+        return status, words, body
 
     # ----- one model in one format -----
 
@@ -10882,6 +10894,8 @@ def _read_outcome(outcome: Outcome, words: str) -> Json:
         about = "model" if of_model else "format"
     state = "ok" if outcome.kind == OK else "no" if about else "tentative"
     note = "" if state == "ok" else one_line(outcome.error.message, 160)
+    if 300 <= outcome.status < 400:
+        note = "redirects to %s: correct the base URL" % one_line(mask_url(header(outcome.headers, "location")), 160)
     return {"state": state, "label": outcome.label, "note": note, "kind": outcome.kind, "about": about}
 
 
@@ -15731,10 +15745,8 @@ def _bracket_pasted(wanted: bool) -> None:
     """Let the terminal mark what is pasted, so that no list takes it for keys; curses has no function for it."""
     import os
 
-    try:
+    with suppress(OSError):  # the terminal is gone
         os.write(1, _PASTE_MODE % (b"h" if wanted else b"l"))
-    except OSError:
-        pass  # the terminal is gone
 
 
 def _let_end(ended: List[int]) -> Dict[Any, Any]:
@@ -15767,10 +15779,8 @@ class _Painter:
 
         locale.setlocale(locale.LC_ALL, "")
         self._attributes = _attributes_of(curses)
-        try:
+        with suppress(curses.error):
             curses.curs_set(0)
-        except curses.error:
-            pass
         event: Any = ""
         while True:
             try:
@@ -15841,7 +15851,7 @@ class _Painter:
 
         window.timeout(0)
         code = ""
-        try:
+        with suppress(curses.error):
             key = window.get_wch()
             if key not in ("[", "O"):
                 (curses.unget_wch if isinstance(key, str) else curses.ungetch)(key)
@@ -15849,8 +15859,6 @@ class _Painter:
             code = key
             while not re.fullmatch(".[ -?]*[@-~]", code):
                 code += str(window.get_wch())
-        except curses.error:
-            pass
         if code == "[200~":
             return Pasted(self._read_pasted(window))
         return _SEQUENCES.get(code[1:], "") if code else "esc"
@@ -15860,12 +15868,10 @@ class _Painter:
 
         text = ""
         window.timeout(1000)
-        try:
+        with suppress(curses.error):  # the end is missing
             while not text.endswith(_PASTE_END):
                 key = window.get_wch()
                 text += key if isinstance(key, str) else ""
-        except curses.error:  # the end is missing
-            pass
         return text.removesuffix(_PASTE_END)
 
     def _draw(self, window: Any) -> None:
@@ -16622,12 +16628,6 @@ def run_validate(given: Given) -> int:
     return given.tell(record, lines, 0 if is_usable else 2)
 
 
-def run_schema(given: Given) -> int:
-    """`--operation=schema`: the JSON Schema of the configuration file."""
-    print(json.dumps(config_schema(), indent=2))
-    return 0
-
-
 def run_export(given: Given) -> int:
     """`--operation=export`: the configuration in use as JSON: masked, or complete into a private file or when asked."""
     import os
@@ -16683,7 +16683,8 @@ OPERATIONS: Tuple[Command, ...] = (
     _operation("startup-status", run_startup, "show whether it starts with the machine"),
     _operation("startup-uninstall", run_startup, "start with the machine no longer"),
     _operation("validate", run_validate, "show every problem with its place and cure", "--json"),
-    _operation("schema", run_schema, "print the JSON Schema of the file, for editors and CI"),
+    _operation("schema", lambda given: given.tell(config_schema(), [json.dumps(config_schema(), indent=2)]),
+               "print the JSON Schema of the file, for editors and CI"),
     _operation("export", run_export, "print the configuration in use, keys masked; --out writes all of it",
                "--out=router.json", takes="out show-secrets"),
 )

@@ -831,11 +831,14 @@ def test_every_problem_of_every_shape_has_a_place(seed):
 def accepts(schema, value, root):
     """A small validator of what the schema uses, for machines without jsonschema."""
     if "$ref" in schema:
-        return accepts(root["definitions"][schema["$ref"].rpartition("/")[2]], value, root)
+        target = root
+        for step in schema["$ref"].split("/")[1:]:
+            target = target[step]
+        return accepts(target, value, root)
     types = {"string": str, "integer": int, "boolean": bool, "object": dict, "array": list, "null": type(None)}
     unknown = set(schema) - set(
         "$schema title definitions description type properties required items minItems additionalProperties propertyNames"
-        " pattern enum minimum anyOf allOf".split()
+        " pattern enum minimum maximum anyOf allOf".split()
     )
     assert not unknown, unknown
     wanted = types.get(schema.get("type"), object)
@@ -844,7 +847,7 @@ def accepts(schema, value, root):
     checks = [any(accepts(one, value, root) for one in schema["anyOf"])] if "anyOf" in schema else []
     checks += [accepts(one, value, root) for one in schema.get("allOf", ())]
     checks += [value in schema["enum"]] if "enum" in schema else []
-    checks += [value >= schema["minimum"]] if "minimum" in schema else []
+    checks += [schema["minimum"] <= value <= schema["maximum"]] if "minimum" in schema else []
     if isinstance(value, str):
         checks.append(re.search(schema.get("pattern", ""), value) is not None)
     if isinstance(value, list):
@@ -920,6 +923,13 @@ def test_the_schema_accepts_older_shapes(document):
         lambda d: d["providers"][0].update(timeouts={"idleMs": -1}),
         lambda d: d["providers"][0].update(baseUrlByFormat={"soap": "https://x.example"}),
         lambda d: d["providers"][0].update(models=[]),
+        lambda d: d["providers"][0].update(models=[" gpt-4o"]),
+        lambda d: d["providers"][0].update(models=[{"id": "gpt\u200b-4o"}]),
+        lambda d: d["providers"][0].update(models=""),
+        lambda d: d["providers"][0].update(baseUrl="https://a b.example/"),
+        lambda d: d["providers"][0].update(baseUrl="https://a.example/b c"),
+        lambda d: d["providers"][0].update(proxy="http://a b"),
+        lambda d: d["providers"][0].update(timeouts={"idleMs": 10**30}),
         lambda d: d["providers"][0].update(models=[{"aliases": ["x"]}]),
         lambda d: d["providers"][0].pop("models"),
         lambda d: d["providers"][0].pop("id"),
@@ -1122,3 +1132,25 @@ def test_the_promised_key_variables_are_known(name):
 )
 def test_what_may_be_more_than_one_type_is_told_so(document, words):
     assert words in [r.show_problem(problem) for problem in r.find_problems(document)]
+
+
+@pytest.mark.parametrize(
+    "text, where, words",
+    [
+        ('{\n // NaN\n "version": NaN}', (3, 13), "NaN is not JSON"),
+        ('{"a": "Infinity", "b": -Infinity}', (1, 24), "-Infinity is not JSON"),
+        (" \n", (2, 1), "there is nothing in it"),
+    ],
+)
+def test_what_is_no_json_is_shown_at_its_place(text, where, words):
+    with pytest.raises(r.ConfigError, match=words) as caught:
+        r.parse_config_text(text, "file")
+    assert [(one.line, one.column) for one in caught.value.problems] == [where]
+
+
+def test_problems_come_in_the_order_of_the_text():
+    text = '{"defaultModel": "x",\n "providers": [{"id": "a",\n "baseUrl": "http://localhost", "models": [5],\n "compat": 1, "compat": 2}]}'
+    found = r.locate_problems(r.find_problems(json.loads(text)), text)
+    assert [(one.line, one.path) for one in found] == [
+        (1, "defaultModel"), (3, "providers[0].models[0]"), (4, "providers[0].compat")
+    ]  # fmt: skip

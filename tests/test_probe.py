@@ -6,7 +6,18 @@ import threading
 import pytest
 
 import llm_router as r
-from fake_upstream import Gate, Hang, Reset, json_answer, model_answer, raw, sse_answer, text_answer
+from fake_upstream import (
+    Gate,
+    Hang,
+    Reset,
+    body_answer,
+    json_answer,
+    model_answer,
+    raw,
+    redirect_answer,
+    sse_answer,
+    text_answer,
+)
 
 KEY = "the-provider-key-0123456789"
 NO_ROUTE = text_answer(404, "404 page not found")
@@ -218,6 +229,17 @@ def test_the_number_of_calls_has_a_bound_and_what_was_not_asked_is_marked(probe)
     assert len(asked(probe.upstream)) == r.PROBE_CALLS and len(report.rows) == 120
     left = [row for row in report.rows if row.note == "not asked"]
     assert len(left) == 120 - r.PROBE_CALLS and {row.state for row in left} == {"tentative"}
+
+
+def test_a_page_in_place_of_a_list_is_no_list_of_nothing(probe):
+    _, report = probe(lambda call: body_answer(200, b"<html>Sign in here</html>", "text/html"), ["m1"])
+    assert report.listed is None and report.listing_note.endswith("/v1/models lists nothing")
+    assert {row.state for row in report.rows} == {"no"} and "Sign in here" in report.rows[0].note
+
+
+def test_a_redirect_is_told_with_where_it_leads_and_its_cure(probe):
+    _, report = probe(lambda call: redirect_answer("https://other.example/v1?key=secret-0123"), ["m1"])
+    assert {row.note for row in report.rows} == {"redirects to https://other.example/v1?key=***: correct the base URL"}
 
 
 def test_nobody_there_ends_after_the_first_model(probe):
