@@ -929,6 +929,7 @@ class FieldKind(NamedTuple):
 # Names of models that must exist: any that a client may use, a model or alias, a model.
 _REFERENCES = ("default", "fallback", "target")
 _UNSEEN = r"\x00-\x1f\x7f-\xa0\u200b-\u200f\u2028-\u202f\u205f-\u206f\ud800-\udfff\ufeff"  # what nobody sees
+_HEADER = FieldKind(str, str.strip, _HEADER_VALUE.fullmatch, "is not a header value", "remove line breaks and controls")
 _NAME = FieldKind(str, str.strip, re.compile(r"\s*\S[\s\S]*").fullmatch, "is empty", "remove it or write a name")
 
 # fmt: off
@@ -959,10 +960,8 @@ _FIELD_KINDS: Dict[str, FieldKind] = {
         "is not an auth type", "use " + ", ".join(AUTH_TYPES)),
     "header_name": FieldKind(str, str, _HEADER_NAME.fullmatch,
         "is not a header that can be set", "use letters, digits and -; framing is the router's own"),
-    "header": FieldKind(str, str.strip, _HEADER_VALUE.fullmatch,
-        "is not a header value", "remove line breaks and controls"),
-    "prefix": FieldKind(str, str, _HEADER_VALUE.fullmatch,
-        "is not a header value", "remove line breaks and controls"),
+    "header": _HEADER,
+    "prefix": _HEADER._replace(tidy=str),
     "beta": FieldKind(str, str.strip, re.compile(r"[\t -~\u0080-\u00ff]*[!-~][\t -~\u0080-\u00ff]*").fullmatch,
         "is not a feature's name", "write it without line breaks, or remove it"),
     "proxy": FieldKind(str, str.strip, _is_proxy,
@@ -9019,9 +9018,9 @@ def _pick_sooner(menu: Menu, name: str, step: int = -1) -> Menu:
 
 def _pick_further(menu: Menu, item: Any) -> Menu:
     def named(menu: Menu, name: str) -> Menu:
-        names = [name] if name else []
+        names = [*menu.front.picked, *filter(None, [name])]
         rows = _name_rows([*(row.item for row in menu.front.rows), *names])
-        return _swap(menu, rows=tuple(rows), picked=tuple(dict.fromkeys([*menu.front.picked, *names])), filter="")
+        return _swap(menu, rows=tuple(rows), picked=tuple(dict.fromkeys(names)), filter="")
 
     return _ask(menu, "Name it", named, "A name that is not in the list")
 
@@ -10800,8 +10799,8 @@ class Probe:
             return 0, "%s: %s" % (where, error.message), {}
         body = _read_json(data)
         is_list = any(isinstance(body.get(key), list) for key in ("data", "models"))
-        words = "%s answers %d" % (where, status) if status != 200 else "" if is_list else where + " lists nothing"
-        return status, words, body
+        words = " answers %d" % status if status != 200 else "" if is_list else " lists nothing"
+        return status, words and where + words, body
 
     # ----- one model in one format -----
 
