@@ -2124,7 +2124,7 @@ _ANSWER_LIMITS = HttpLimits(max_body_bytes=_ENDLESS)  # how long an answer may b
 
 
 class HttpRequest(NamedTuple):
-    """A request. headers: lower-case names, values without outer blanks, latin-1 text, in order. version: (1, 0 or 1).
+    """A request's head. headers: lower-case names, values without outer blanks, latin-1, in order. version: (1, 0 or 1).
 
     target: in origin-form, also when absolute-form came; "*" for OPTIONS *, host:port for CONNECT (`path` is then "").
     path: not percent-decoded. keep_alive: whether the connection may serve another request after this one.
@@ -2136,7 +2136,6 @@ class HttpRequest(NamedTuple):
     query: str
     version: Tuple[int, int]
     headers: Headers
-    body: bytes
     keep_alive: bool
 
 
@@ -2211,9 +2210,8 @@ class RequestParser:
     has_more = property(lambda self: self._start < len(self._buffer))
     # How many bytes of the body are still to come: 0 when only its chunks tell, endless from who waits to send it.
     unread = property(lambda self: _ENDLESS if self.expects_continue else self._decoder.wanted % _ENDLESS)
-    # How many bytes of the body were read so far; how many are held, also of later requests.
+    # How many bytes of the body were read so far.
     body_size = property(lambda self: len(self._collected if self._body is None else self._body))
-    buffered = property(lambda self: len(self._buffer) - self._start + self.body_size)
 
     def _find_head(self) -> None:
         buffer, start, limits, fault = self._buffer, self._start, self._limits, None
@@ -2245,7 +2243,7 @@ def _read_request_head(data: bytes, limits: HttpLimits) -> Tuple[HttpRequest, An
     if authority is not None:
         headers = [(name, authority if name == "host" else value) for name, value in headers]
     path, _, query = target.partition("?") if method != "CONNECT" else ("", "", "")
-    request = HttpRequest(method, target, path, query, version, headers, b"", keep_alive)
+    request = HttpRequest(method, target, path, query, version, headers, keep_alive)
     try:
         decoder, awaits_continue = _read_framing(version, special, limits)
     except HttpError as error:
@@ -2636,18 +2634,18 @@ _MAX_INTERIM_ANSWERS, _MAX_ANSWER_HEAD_BYTES = 20, 262144
 
 
 class ResponseParser:
-    """Bytes of an upstream connection to one answer. method: of the request (HEAD has no body in its answer).
+    """Bytes of an upstream connection to one answer. HEAD is never asked: its answer would have no body.
 
     head: a ResponseHead once it is there. complete: its exact end was read. surplus: bytes behind it. Tolerated:
     lone LF line ends and folded lines in the head, a missing or odd reason phrase, HTTP/1.0, repeated equal lengths.
     Not tolerated: any doubt about where the answer ends (RFC 9112 6.3).
     """
 
-    __slots__ = ("head", "_has_body", "_held", "_searched", "_interim", "decoder", "_until_close", "_persistent")
+    __slots__ = ("head", "_held", "_searched", "_interim", "decoder", "_until_close", "_persistent")
 
-    def __init__(self, method: str = "POST") -> None:
+    def __init__(self) -> None:
         self.head: Optional[ResponseHead] = None
-        self._has_body, self._held = method != "HEAD", bytearray()
+        self._held = bytearray()
         self._searched = self._interim = 0
         self.decoder: Any = _LengthDecoder(_ENDLESS)
         self._until_close = self._persistent = False
@@ -2698,7 +2696,7 @@ class ResponseParser:
         (_, lengths, codings, _, _), persistent = _read_special(head.headers, head.version)
         # RFC 9112 6.1: chunked in HTTP/1.0 is read, but the connection is not to be trusted afterwards.
         self._persistent = persistent and not (codings and head.version == (1, 0))
-        if not self._has_body or head.status in (204, 304):
+        if head.status in (204, 304):
             self.decoder = _LengthDecoder(0)
         elif codings:
             if lengths or [value.lower() for value in codings] != ["chunked"]:
