@@ -2124,7 +2124,7 @@ _ANSWER_LIMITS = HttpLimits(max_body_bytes=_ENDLESS)  # how long an answer may b
 
 
 class HttpRequest(NamedTuple):
-    """A request's head. headers: lower-case names, values without outer blanks, latin-1, in order. version: (1, 0 or 1).
+    """A request's head. headers: lower-case names, values without outer blanks, latin-1, in order. version: (1, 0 or 1)
 
     target: in origin-form, also when absolute-form came; "*" for OPTIONS *, host:port for CONNECT (`path` is then "").
     path: not percent-decoded. keep_alive: whether the connection may serve another request after this one.
@@ -12066,6 +12066,7 @@ class _Relay:
         self._idle_s = idle_s
         self._loop = connection.loop
         self._end = ""
+        self._error: Optional[Exception] = None
         self._is_needed = asyncio.Event()
         self._timers: Dict[str, Any] = {}
 
@@ -12089,6 +12090,8 @@ class _Relay:
             for timer in self._timers.values():  # or each would hold this stream's memory until it rings
                 timer.cancel()
             self._end = self._end or "client_gone"
+        if self._error is not None:
+            raise self._error
         if self._end == "client_gone":
             raise ClientGoneError
         return self._end
@@ -12097,13 +12100,17 @@ class _Relay:
         if self._end:
             return
         processor = self._processor
-        out = processor.feed(data)
         try:
+            out = processor.feed(data)
             if out and self._sink.write(out):
                 self._reply.pause()
                 self._is_needed.set()
         except ClientGoneError:
             self._stop("client_gone")
+            return
+        except Exception as error:  # the loop would log it and go on: an answer with a hole that looks whole
+            self._error = error
+            self._stop("failed")
             return
         if processor.failed is not None:
             self._stop("failed")

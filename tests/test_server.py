@@ -1032,3 +1032,21 @@ def test_a_stream_that_has_ended_leaves_no_timer_that_would_hold_its_memory():
         return [timer for timer in loop._scheduled if not timer.cancelled()]
 
     assert asyncio.run(relayed()) == []
+
+
+def test_an_error_of_the_routers_own_in_a_stream_is_told_in_it_and_leaves_no_hole(tmp_path, upstream):
+    """An exception in a callback of the loop's is logged and forgotten: the rest of the answer would follow."""
+    saboteur = (
+        "import sys; sys.path.insert(0, sys.argv[1])\nimport llm_router as r\nfeed = r.StreamRelay.feed\n"
+        "r.StreamRelay.feed = lambda self, data: feed(self, data) if b'four' not in data else {}['four']\n"
+        "sys.exit(r.main(sys.argv[2:]))"
+    )
+    words = fake.sse_answer(fake.chat_stream("one two three four five six seven"))
+    upstream.handler = lambda call: fake.drip(words, 200, 0.01)
+    program = ("-c", saboteur, str(PROGRAM.parent))
+    running = RunningRouter(config_of(provider(upstream)), (), tmp_path, program=program)
+    reply = post(running, "openai", stream=True)
+    assert "one tw" in reply.text and "seven" not in reply.text and "[DONE]" not in reply.text
+    assert "the router failed within: KeyError" in reply.text
+    running.wait_log("internal error: KeyError")
+    running.stop()
