@@ -13044,7 +13044,7 @@ def _open_ledger(path: str) -> Any:
     import sqlite3
 
     open_private(path, "r+b").close()
-    connection = sqlite3.connect(path, timeout=1.0)
+    connection = sqlite3.connect(path, timeout=5.0)
     try:
         connection.execute("BEGIN IMMEDIATE")  # of two that start at once, one makes the table
         with connection:

@@ -18,6 +18,7 @@ PROGRAM = ROOT / "llm_router.py"
 LISTENING = "listening on "
 # What the console script does. Its byte code is kept, while a script is compiled at every start: most of its CPU time.
 CONSOLE_SCRIPT = "import sys; sys.path.insert(0, sys.argv.pop(1)); import llm_router; llm_router.entry()"
+COMMAND = (sys.executable, "-c", CONSOLE_SCRIPT, str(ROOT))
 # What a child process needs to run at all; proxies, keys and LLM_ROUTER_* of the developer stay out.
 KEPT_ENVIRONMENT = ("PATH", "SYSTEMROOT", "WINDIR", "COMSPEC", "PATHEXT", "TEMP", "TMP", "TMPDIR", "LD_LIBRARY_PATH")
 
@@ -250,7 +251,7 @@ class RunningRouter(Caller):
         self.home = Path(home)
         self.home.mkdir(parents=True, exist_ok=True)
         self.config_path = self.home / "config.json"
-        program = program or ([str(PROGRAM)] if script else ["-c", CONSOLE_SCRIPT, str(ROOT)])
+        program = program or ([str(PROGRAM)] if script else COMMAND[1:])
         command = [sys.executable, *program, "start", "--port=0"]
         if config is not None:
             self.write_config(config)

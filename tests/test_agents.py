@@ -15,7 +15,7 @@ import pytest
 
 import llm_router as r
 from exchanges import until
-from running_router import clean_environment, config_of, provider
+from running_router import COMMAND, clean_environment, config_of, provider
 
 PROGRAM = str(Path(r.__file__))
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="the fake tools are scripts with a #! line")
@@ -60,7 +60,7 @@ class Home:
         config.chmod(0o600)
 
     def run(self, line):
-        words = [sys.executable, PROGRAM, *shlex.split(line)]
+        words = [*COMMAND, *shlex.split(line)]
         return subprocess.run(words, env=self.env, capture_output=True, text=True, timeout=60)
 
 

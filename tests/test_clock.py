@@ -8,7 +8,6 @@ import json
 import re
 import sqlite3
 import subprocess
-import sys
 import threading
 import time
 from email.utils import formatdate
@@ -17,7 +16,7 @@ import pytest
 
 import fake_upstream as fake
 from exchanges import PATHS, ask, until
-from running_router import PROGRAM, ROOT, RunningRouter, clean_environment, config_of, provider
+from running_router import COMMAND, ROOT, RunningRouter, clean_environment, config_of, provider
 
 CLOCK = """
 import sys, time
@@ -60,7 +59,7 @@ class Shifted:
         return self.running.post(PATHS["openai"], ask("openai", ref, **more))
 
     def command(self, *words):
-        line = [sys.executable, str(PROGRAM), *words]
+        line = [*COMMAND, *words]
         done = subprocess.run(line, env=clean_environment(self.home), capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)

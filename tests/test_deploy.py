@@ -15,7 +15,7 @@ import pytest
 
 import llm_router as r
 from fake_cloudflare import ACCOUNT, TOKEN, FakeCloudflare
-from running_router import PROGRAM, clean_environment
+from running_router import CONSOLE_SCRIPT, PROGRAM, ROOT, clean_environment
 
 KEY = "lr-9fGh2kLmNpQrStUvWxYz13579bdfh"
 SCRIPT = "/client/v4/accounts/%s/workers/scripts/llm-router-route" % ACCOUNT
@@ -35,7 +35,10 @@ class Desk:
     def __init__(self, folder, cloudflare):
         self.folder, self.cloudflare = folder, cloudflare
         self.program = folder / "llm_router.py"
-        shutil.copyfile(PROGRAM, self.program)
+        shutil.copy2(PROGRAM, self.program)
+        (folder / "__pycache__").mkdir()
+        for compiled in (ROOT / "__pycache__").glob("llm_router.%s.pyc" % sys.implementation.cache_tag):
+            shutil.copy2(compiled, folder / "__pycache__")  # it is good for a file of the same date and size
         self.configure(document_of())
 
     def configure(self, document):
@@ -46,7 +49,7 @@ class Desk:
     def run(self, *words, stdin="", code=0, **env):
         given = {"CLOUDFLARE_API_BASE_URL": self.cloudflare.url, "CLOUDFLARE_API_TOKEN": TOKEN, "P_KEY": "sk-p-0123456789abcdef"}
         env = clean_environment(self.folder, **dict(given, **env))
-        line = [sys.executable, str(self.program), *words]
+        line = [sys.executable, "-c", CONSOLE_SCRIPT, str(self.folder), *words]
         done = subprocess.run(line, env=env, cwd=str(self.folder), input=stdin, capture_output=True, text=True, timeout=60)
         assert done.returncode == code, done.stdout + done.stderr
         return done

@@ -88,6 +88,7 @@ def ledger(tmp_path, monkeypatch):
         noted = Noted()
         one = r.Ledger(str(tmp_path / "u.db"), r.Settings(**settings), noted, limit)
         one.path, one.noted = tmp_path / "u.db", noted
+        one.close = lambda: (r.Ledger.close(one), one._thread.join(30))  # a busy disk may take longer than it waits
         made.append(one)
         return one
 

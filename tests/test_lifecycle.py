@@ -15,7 +15,7 @@ import pytest
 import fake_upstream as fake
 import llm_router as r
 from exchanges import until
-from running_router import PROGRAM, clean_environment, config_of, descriptors_of, provider
+from running_router import COMMAND, PROGRAM, clean_environment, config_of, descriptors_of, provider
 
 SCRIPT = True
 CHAT = "/v1/chat/completions"
@@ -26,7 +26,7 @@ QUICK = ("--origin-retry-base-delay-ms=1", "--watch-config=false")
 def run(home, *words):
     """(exit code, stdout, stderr) of a command with `home` as its home directory."""
     done = subprocess.run(
-        [sys.executable, str(PROGRAM)] + list(words),
+        [*COMMAND, *words],
         env=clean_environment(home),
         stdin=subprocess.DEVNULL,
         capture_output=True,
@@ -244,7 +244,7 @@ def test_reload_of_a_broken_edit_keeps_the_last_good_configuration_and_says_so(r
 
 def test_stop_waits_until_the_instance_is_gone(running):
     assert ok(running.home, "stop") == "stopped (pid %d, port %d)\n" % (running.process.pid, running.port)
-    assert running.process.wait(10) == 0
+    assert running.process.wait(30) == 0
     assert instances(running.home) == []
 
 
@@ -268,7 +268,7 @@ def test_an_open_stream_may_finish_after_stop(running):
     running.wait_log("stopping")
     gate.set()
     assert stream.read_rest().ended == "clean"
-    assert b"stopped" in child.communicate(timeout=30)[0]
+    assert b"stopped" in child.communicate(timeout=60)[0]
 
 
 @pytest.mark.skipif(os.name != "posix", reason="its log is read, and Windows has no /proc to miss it in")
@@ -326,7 +326,7 @@ def test_start_takes_the_seconds_that_a_signal_leaves_to_open_streams(router, up
     running.process.terminate()
     assert "1 s to finish" in running.wait_log("stopping")
     assert stream.read_rest().ended == "cut"
-    assert running.process.wait(10) == 1
+    assert running.process.wait(30) == 1
     gate.set()
     assert "--grace" in refused(running.home, 2, "start", "--grace=soon")
 

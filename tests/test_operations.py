@@ -17,7 +17,7 @@ import pytest
 import fake_upstream as fake
 import llm_router as r
 from exchanges import post, until
-from running_router import clean_environment, config_of, free_port, provider
+from running_router import COMMAND, clean_environment, config_of, free_port, provider
 
 PROGRAM = str(Path(r.__file__))
 MESSAGES = {"messages": [{"role": "user", "content": "hi"}]}
@@ -30,7 +30,7 @@ def command(tmp_path):
     """`command(*words)` runs the program with a home of its own and returns the finished process."""
 
     def run(*words):
-        line = [sys.executable, PROGRAM, *words]
+        line = [*COMMAND, *words]
         return subprocess.run(line, env=clean_environment(tmp_path), capture_output=True, text=True, timeout=60)
 
     yield run

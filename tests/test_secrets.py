@@ -14,7 +14,7 @@ import pytest
 import fake_upstream as fake
 import llm_router
 from exchanges import PATHS, WIRES, ask
-from running_router import PROGRAM, RunningRouter, clean_environment, config_of, provider
+from running_router import COMMAND, PROGRAM, RunningRouter, clean_environment, config_of, provider
 
 SECRETS = {
     "masterKey": "MARK-master-key-Aa1!-0001",
@@ -156,7 +156,7 @@ def agents_told(running, home, environment, found):
     own = "\n".join("%s=%s" % entry for entry in env.items())
     for command in AGENT_COMMANDS:
         verb, *words = command.split()
-        line = [sys.executable, str(PROGRAM), verb, "--config=%s" % running.config_path, *words]
+        line = [*COMMAND, verb, "--config=%s" % running.config_path, *words]
         done = subprocess.run(line, env=env, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stderr
         said = done.stdout + done.stderr
