@@ -12764,6 +12764,42 @@ def _label(text: str) -> str:
     return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
 
 
+class Batches:
+    """Does `work(is_last)` in a thread of its own, `pause_s` after it was woken, so that there is much to do at once,
+    and a last time at the end. What `work` returns: after how many seconds it wants to try again, None for not at all.
+    """
+
+    def __init__(self, name: str, work: Callable[[bool], Optional[float]], pause_s: float) -> None:
+        import threading
+
+        self._work = work
+        self._pause_s = pause_s
+        self._wake = threading.Event()
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def wake(self) -> None:
+        """There is something to do."""
+        if not self._wake.is_set():
+            self._wake.set()
+
+    def close(self, most_s: float) -> None:
+        """Have the rest done, within so many seconds."""
+        self._closing.set()
+        self._wake.set()
+        self._thread.join(most_s)
+
+    def _run(self) -> None:
+        is_last, again_s = False, None
+        while not is_last:
+            self._wake.wait(again_s)
+            self._closing.wait(self._pause_s)
+            self._wake.clear()
+            is_last = self._closing.is_set()  # asked before the work, which sees all that came before the end then
+            again_s = self._work(is_last)
+
+
 class LogWriter:
     """Writes lines to a stream from a thread of its own: a full disk or a stopped pipe delays no request.
 
@@ -12771,7 +12807,6 @@ class LogWriter:
     """
 
     def __init__(self, stream: Any, format: str = "text", level: str = "info", limit: int = 10_000) -> None:
-        import threading
         from collections import deque
 
         self._stream = stream
@@ -12780,10 +12815,7 @@ class LogWriter:
         self._lines: Any = deque()
         self._limit = limit
         self._dropped = 0
-        self._ready = threading.Event()
-        self._closed = False
-        self._thread = threading.Thread(target=self._run, name="llm-router-log", daemon=True)
-        self._thread.start()
+        self._batches = Batches("llm-router-log", self._flush, 0.05)  # one line costs more than a request's own work
 
     def add(self, trail: Trail) -> None:
         """Queue the line of a request that has ended."""
@@ -12804,29 +12836,13 @@ class LogWriter:
             self._dropped += 1
             return
         self._lines.append(line)
-        if not self._ready.is_set():
-            self._ready.set()
+        self._batches.wake()
 
     def close(self) -> None:
         """Write what is queued, for a second at most."""
-        self._closed = True
-        self._ready.set()
-        self._thread.join(1.0)
+        self._batches.close(1.0)
 
-    def _run(self) -> None:
-        import time
-
-        is_last = False
-        while not is_last:
-            is_last = self._closed  # asked before the lines are taken: what came before `close` is written
-            if not is_last:
-                self._ready.wait()
-            if not self._closed:
-                time.sleep(0.05)  # gather: a line written alone costs more than a request's share of the work
-            self._ready.clear()
-            self._flush()
-
-    def _flush(self) -> None:
+    def _flush(self, is_last: bool) -> None:
         dropped, self._dropped = self._dropped, 0
         lines = []
         while self._lines:
@@ -12945,7 +12961,6 @@ class Ledger:
     """
 
     def __init__(self, path: str, settings: Settings, note: Callable[[str, str], None], limit: int = 5000) -> None:
-        import threading
         from collections import deque
 
         self.costs: Mapping[str, Any] = {}
@@ -12958,38 +12973,25 @@ class Ledger:
         self._trouble = ""
         self._file: Any = None
         self._connection: Any = None
-        self._wake = threading.Event()
-        self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="llm-router-ledger", daemon=True)
-        self._thread.start()
+        self._batches = Batches("llm-router-ledger", self._take, _LEDGER_BATCH_S)
 
     def add(self, trail: Trail) -> None:
         """A request has ended: all else is the thread's work."""
         self._trails.append(trail)
-        if not self._wake.is_set():
-            self._wake.set()
+        self._batches.wake()
 
     def close(self) -> None:
         """Write what waits, for two seconds at most."""
-        self._closing.set()
-        self._wake.set()
-        self._thread.join(2.0)
+        self._batches.close(2.0)
 
-    def _run(self) -> None:
-        while not self._closing.is_set():
-            self._wake.wait(_LEDGER_RETRY_S if self._rows else None)
-            self._closing.wait(_LEDGER_BATCH_S)
-            self._wake.clear()
-            self._take()
-        self._disconnect()
-
-    def _take(self) -> None:
+    def _take(self, is_last: bool) -> Optional[float]:
         """Write all that waits; what cannot be written now goes on waiting."""
         try:
             while self._trails:
                 self._rows.append(ledger_row(self._trails.popleft(), self.costs))
             del self._rows[: -self._limit]
-            self._write_or_heal()
+            if self._rows:
+                self._write_or_heal()
             self._rows = []
             if self._trouble:
                 self._note("the usage ledger is written again", "info")
@@ -12999,6 +13001,9 @@ class Ledger:
             if not self._trouble:
                 self._trouble = one_line("%s: %s" % (self._path, getattr(error, "message", "") or error))
                 self._note("the usage ledger is not written, requests go on: " + self._trouble, "warning")
+        if is_last:
+            self._disconnect()
+        return _LEDGER_RETRY_S if self._rows else None
 
     def _write_or_heal(self) -> None:
         import os

@@ -595,3 +595,29 @@ def test_a_terminal_gets_blocks_and_no_color_keeps_colours_out(filled):
 
     assert "█" in shown()
     assert "\x1b" not in shown(NO_COLOR="1")
+
+
+def test_a_request_that_ends_while_a_batch_is_written_is_entered_before_the_end(tmp_path, monkeypatch):
+    write, is_writing, may_go_on = r.Ledger._write_or_heal, threading.Event(), threading.Event()
+
+    def slowly(self):
+        is_writing.set()
+        may_go_on.wait(30)
+        write(self)
+
+    monkeypatch.setattr(r.Ledger, "_write_or_heal", slowly)
+    ledger = r.Ledger(str(tmp_path / "u.db"), r.Settings(), lambda *words: None)
+    ledger.add(a_trail(1))
+    assert is_writing.wait(30)
+    ledger.add(a_trail(2))
+    closing = threading.Thread(target=ledger.close)
+    closing.start()
+    assert until(ledger._batches._closing.is_set)
+    may_go_on.set()
+    closing.join(30)
+    assert [row["id"] for row in entered(tmp_path / "u.db", 2)] == ["req_1", "req_2"]
+
+
+def test_a_router_without_a_request_makes_no_ledger(tmp_path):
+    r.Ledger(str(tmp_path / "u.db"), r.Settings(), lambda *words: None).close()
+    assert not list(tmp_path.iterdir())

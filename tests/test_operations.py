@@ -141,7 +141,7 @@ def test_what_is_logged_before_the_end_is_written_though_the_writer_is_busy_just
     log.write("last")
     closing = threading.Thread(target=log.close)
     closing.start()
-    assert until(lambda: log._closed)
+    assert until(log._batches._closing.is_set)
     may_go_on.set()
     closing.join(30)
     assert until(lambda: "".join(written) == "first\nlast\n")
@@ -157,15 +157,13 @@ def test_lines_that_nobody_could_write_are_counted_until_somebody_can():
             written.append(text)
 
     log = r.LogWriter(Stream(), limit=2)
-    log._closed = True  # its thread would write at moments of its own
-    log._ready.set()
-    log._thread.join(30)
+    log._batches.close(30)  # its thread would write at moments of its own
     for _ in range(5):
         log.write("lost")
-    log._flush()
-    log._flush()
+    log._flush(False)
+    log._flush(False)
     is_full[0] = False
-    log._flush()
+    log._flush(True)
     assert written == ["5 log lines were dropped: the log could not be written fast enough\n"]
 
 
