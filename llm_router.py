@@ -253,7 +253,30 @@ def _refuse_constant(name: str) -> Any:
     raise ValueError("%s is not JSON" % name)
 
 
-_JSON_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)  # json.loads would make one per call
+class _Decoder(json.JSONDecoder):
+    def decode(self, s: str, *more: Any) -> Any:  # type: ignore[override]
+        if s.count("[") + s.count("{") > _MAX_NESTING and nests_too_deep(s.encode("utf-8", "surrogatepass")):
+            raise ValueError("nested deeper than %d levels" % _MAX_NESTING)
+        return super().decode(s, *more)
+
+
+_JSON_DECODER = _Decoder(parse_constant=_refuse_constant)  # json.loads would make one per call
+_MAX_NESTING = 1000
+_NO_MARKS = bytes(set(range(256)) - set(b'"[]{}'))
+
+
+def nests_too_deep(data: bytes) -> bool:
+    """Whether JSON has more than a thousand levels. Where Python cannot tell how much of the stack is left, as in a
+    Worker, parsing would exhaust it and end the whole isolate."""
+    if data.count(b"[") + data.count(b"{") <= _MAX_NESTING:
+        return False
+    marks = data.replace(b"\\\\", b"").replace(b'\\"', b"").translate(None, _NO_MARKS)
+    depth = 0
+    for mark in b"".join(marks.split(b'"')[::2]):
+        depth += 1 if mark in b"[{" else -1
+        if depth > _MAX_NESTING:
+            return True
+    return False
 
 
 def dump_json(value: Any) -> bytes:
@@ -10068,7 +10091,7 @@ class Gateway:
                 self._record(trail)
             if is_gone:
                 raise
-            if not isinstance(error, RouterError):
+            if end.code == "internal_error":
                 self.host.failed(error)
             await self._refuse(end, client, trail, cors)
 
@@ -10131,6 +10154,8 @@ def _refusal_of(error: BaseException, endpoint: Optional[Endpoint]) -> RefusedEr
         return error.with_traceback(None)  # whose frames hold the request: a cycle, which the collector is slow to see
     if not isinstance(error, Exception):
         error = RouterError("the client has left", 499, "client_gone")
+    elif isinstance(error, RecursionError):
+        error = RouterError("the request is nested too deeply", 400, "invalid_json")
     elif not isinstance(error, RouterError):
         error = RouterError("the router failed within: %s" % type(error).__name__, 500, "internal_error")
     headers = list(_REFUSAL_HEADERS.get(error.status, ()))
@@ -10577,7 +10602,7 @@ def _redacted(outcome: Outcome, provider: Provider) -> Outcome:
 def give_up_status(outcome: Outcome, wire: str) -> int:
     """The client's status when nobody could serve. An upstream's bad key is the operator's fault, never the client's
     (trap 127)."""
-    if outcome.kind == AUTH or 200 <= outcome.status < 400:
+    if outcome.kind == AUTH or 200 <= outcome.status < 400 or outcome.status > 599:
         return 502
     if outcome.status in (503, 529):
         return 529 if wire == "anthropic" else 503
@@ -13200,7 +13225,9 @@ class WorkerRouter:
             access = make_access(config, True)
             if not access.keys and not access.clients:
                 raise ConfigError("the Worker has no master key: set the secret LLM_ROUTER_MASTER_KEY")
-            settings = read_settings({}, environ)[0]
+            settings, warnings = read_settings({}, environ)
+            for warning in warnings:
+                print("warning: " + warning)
             self._gateway = Gateway(Routes(config), settings, access, WorkerHost(config, settings), self._book)
             self._made_of = made_of
         return self._gateway
@@ -13213,6 +13240,7 @@ class WorkerRouter:
             return
         wire = wire_of_client(endpoint_of(call.path), call.headers)
         info = ErrorInfo(503, "configuration error: " + error.message.split("\n")[0], code=error.code)
+        print(info.message)
         await client.respond(503, _JSON_HEADERS, dump_json(WIRE_FORMATS[wire].render_error(info, "")))
 
 
@@ -13223,9 +13251,11 @@ class WorkerEnviron:
         self._env = env
 
     def get(self, name: str, default: str = "") -> str:
-        """A variable's text; `default` for one that is missing or no text."""
-        value = getattr(self._env, name, None)
-        return value if isinstance(value, str) else default
+        """A variable's text, `default` for a missing one. Numbers, switches and tables of wrangler.toml are no text."""
+        import js
+
+        value = getattr(self._env, name, default)
+        return value if isinstance(value, str) else str(js.JSON.stringify(value))
 
 
 class WorkerHost:
@@ -13336,19 +13366,25 @@ class WorkerReply:
         self._answer = answer
         self._reader: Any = None
         self._is_over = not answer.body
+        self._is_first = True
+        self.inflater: Any = None
 
     async def read(self, timeout_s: Optional[float]) -> bytes:
         """Some bytes of the body; b"" at its end. UpstreamError when it breaks off or stalls."""
         from pyodide.ffi import JsException
 
-        if self._is_over:
-            return b""
-        limit = _Limit(self._control, timeout_s)
+        limit, data = _Limit(self._control, timeout_s), b""
         try:
-            data = await self._next()
+            while not data and not self._is_over:
+                self._reader = self._reader or self._answer.body.getReader()
+                piece = await self._reader.read()
+                self._is_over = bool(piece.done)
+                data = self._plain(b"" if piece.done else piece.value.to_bytes())
         except JsException as error:
             limit.check("more of the answer")
             raise UpstreamError("the answer broke off: " + one_line(str(error), 160), "reset") from None
+        except UpstreamProtocolError as error:
+            raise UpstreamError(error.message, "truncated") from None
         finally:
             limit.stop()
         self._left -= len(data)
@@ -13356,12 +13392,15 @@ class WorkerReply:
             raise UpstreamError("the answer is larger than allowed", "bad_response")
         return data
 
-    async def _next(self) -> bytes:
-        if self._reader is None:
-            self._reader = self._answer.body.getReader()
-        piece = await self._reader.read()
-        self._is_over = bool(piece.done)
-        data: bytes = b"" if piece.done else piece.value.to_bytes()
+    def _plain(self, data: bytes) -> bytes:
+        """Without a compression that the runtime was not told of, or left as it was: deflate (trap 18)."""
+        if self._is_first:
+            self._is_first = False
+            coding = "gzip" if looks_gzipped(data) else header(self.headers, "content-encoding").strip().lower()
+            if coding == "deflate" or looks_gzipped(data):
+                self.inflater = Inflater(coding, self._left)
+        if self.inflater is not None:
+            data = self.inflater.feed(data) if data else self.inflater.finish() or b""
         return data
 
     def rest(self) -> Any:
@@ -13408,12 +13447,33 @@ class WorkerClient:
         request.signal.addEventListener("abort", self._gone)
 
     async def _read_body(self) -> bytes:
+        from pyodide.ffi import JsException
+
         headers, limit = self.call.headers, self.max_body_bytes
-        size, encoding = header(headers, "content-length"), header(headers, "content-encoding").strip().lower()
-        if re.fullmatch("[0-9]+", size) and (len(size) > 12 or int(size) > limit):
+        size, encoding = header(headers, "content-length"), header(headers, "content-encoding")
+        is_large = bool(re.fullmatch("[0-9]+", size)) and (len(size) > 12 or int(size) > limit)
+        try:
+            data = b"" if is_large else await self._read_bytes(bool(size), limit)
+        except JsException as error:
+            words = "the body broke off: " + one_line(str(error), 160)
+            raise RouterError(words, 400, "incomplete_request") from None
+        if is_large or len(data) > limit:
             raise RouterError("the body is larger than %d bytes" % limit, 413, "body_too_large")
-        body: bytes = (await self._request.arrayBuffer()).to_bytes()
-        return body if encoding in ("", "identity") and len(body) <= limit else inflate(body, encoding, limit)
+        body = inflate(data, encoding, limit)
+        if nests_too_deep(body):
+            raise RouterError("the body is not valid JSON: nested too deeply", 400, "invalid_json")
+        return body
+
+    async def _read_bytes(self, has_size: bool, limit: int) -> bytes:
+        """The body as it came; one that does not say its size is read until it exceeds the limit."""
+        if has_size or not self._request.body:
+            whole: bytes = (await self._request.arrayBuffer()).to_bytes()
+            return whole
+        data, reader, piece = bytearray(), self._request.body.getReader(), None
+        while len(data) <= limit and (piece is None or not piece.done):
+            piece = await reader.read()
+            data += b"" if piece.done else piece.value.to_bytes()
+        return bytes(data)
 
     async def respond(self, status: int, headers: Headers, body: bytes) -> None:
         """Send a whole answer."""
@@ -13428,8 +13488,7 @@ class WorkerClient:
         import asyncio
         import time
 
-        loop, every_s = asyncio.get_event_loop(), every_ms / 1000
-        self.sent_at = time.monotonic()
+        self.sent_at, loop, every_s = at, asyncio.get_event_loop(), every_ms / 1000
 
         def tick() -> None:
             left_s = self.sent_at + every_s - time.monotonic()
@@ -13441,7 +13500,7 @@ class WorkerClient:
             self._timer = loop.call_later(left_s, tick)
 
         if every_ms:
-            self._timer = loop.call_later(every_s, tick)
+            tick()
 
     def begin(self, headers: Headers, ping: bytes) -> None:
         """Send the head of a stream, unless a keep-alive has done so."""
@@ -13466,11 +13525,11 @@ class WorkerClient:
         import js
         from pyodide.ffi import JsException, create_proxy, to_js
 
-        passes = isinstance(processor, StreamRelay)
+        passes = isinstance(processor, StreamRelay) and reply.inflater is None
         pump = _Pump(self, reply, processor, 0.0 if passes else idle_ms / 1000, left_s)
         self.write(processor.hand_over() if passes else b"")
         self._writer.releaseLock()
-        self._enqueue = pump.put
+        self._enqueue = pump.ping
         proxies = [] if passes else [create_proxy(pump.start), create_proxy(pump.transform)]
         options = to_js({"preventClose": True, "preventAbort": True}, dict_converter=js.Object.fromEntries)
         try:
@@ -13518,7 +13577,7 @@ class WorkerClient:
         except JsException:
             pass  # the client has left
         if not self.response.done():  # cancelled before there was a head: nobody waits for it
-            self._answer(499, [], None)
+            self._answer(500, [], None)
         self._gone.destroy()
 
     def _open(self, headers: Headers) -> None:
@@ -13559,6 +13618,7 @@ class _Pump:
         self._client = client
         self._reply = reply
         self._processor = processor
+        self._inflater = reply.inflater
         self._controller: Any = None
         self._idle_s = idle_s
         self._loop = asyncio.get_event_loop()
@@ -13574,15 +13634,22 @@ class _Pump:
     def transform(self, chunk: Any, controller: Any) -> None:
         """Some bytes from the upstream."""
         self._last = self._loop.time()
-        self.put(self._processor.feed(chunk.to_bytes()))
+        data = chunk.to_bytes()
+        self.put(self._processor.feed(data if self._inflater is None else self._inflater.feed(data)))
         if self._processor.failed is not None and not self.end:
             self.end = "failed"
             controller.terminate()
+        elif self._processor.done:  # the body may go on, or never end
+            self._timers.append(self._loop.call_later(_LINGER_S, self._abort, "end"))
 
     def stop(self) -> None:
         """Nothing is to come any more."""
         for timer in self._timers:
             timer.cancel()
+
+    def ping(self, data: bytes) -> None:
+        """Send a sign of life, unless the answer has ended."""
+        self.put(b"" if self._processor.done else data)
 
     def put(self, data: bytes) -> None:
         """Send some bytes; nothing can be put into a stream that the runtime passes on by itself."""

@@ -15,6 +15,7 @@ from exchanges import (
     ask,
     assert_answer,
     attempts_of,
+    error_shape,
     pair_config,
     post,
     read_answer,
@@ -379,6 +380,18 @@ def test_the_json_log_has_every_attempt_with_its_outcome_wait_and_decision(route
 
 
 # --- models, health, counting, embeddings ---
+
+
+def test_what_is_nested_too_deeply_is_refused_in_words_and_ends_nothing(pair):
+    """Deep enough to end Python's own recursion, and deep enough to end the stack that it stands on."""
+    blocks = b'[{"type": "tool_result", "tool_use_id": "t", "content":' * 400 + b'"x"' + b"}]" * 400
+    for nested in (blocks, b"[" * 5000 + b"]" * 5000, b'{"a":' * 100_000):
+        body = b'{"model": "a-openai/solo", "max_tokens": 5, "messages": [{"role": "user", "content": %s}]}' % nested
+        reply = pair.router.post("/v1/messages", body)
+        assert reply.status == 400
+        assert error_shape("anthropic", reply.json)["type"] == "invalid_request_error"
+    assert pair.first.calls == []
+    assert_answer("anthropic", post(pair.router, "anthropic", "a-openai/solo"), TEXT)
 
 
 def test_the_model_list_has_both_shapes(pair):

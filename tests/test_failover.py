@@ -1,11 +1,13 @@
 """Faults of providers, injected through real sockets: who is asked next, how often, and what the client is told in the end."""
 
 import asyncio
+import gzip
 import json
 import math
 import re
 import threading
 import time
+import zlib
 from types import SimpleNamespace
 
 import pytest
@@ -388,6 +390,7 @@ def test_a_bad_key_benches_the_whole_provider_and_a_rate_limit_only_its_model(re
         ("reset", fake.reset_before_head(), 502, {"retry-after": "1"}),
         ("silent", fake.hang_before_head(), 504, {"retry-after": "1"}),
         ("html", fake.text_answer(200, "<html>"), 502, {"retry-after": "1"}),
+        ("a status that HTTP has not", fake.error_answer("openai", 700), 502, {"retry-after": "1"}),
     ],
 )
 def test_when_nobody_is_left_the_origin_decides_the_status_and_every_attempt_is_told(
@@ -610,6 +613,25 @@ def test_a_whole_answer_cut_at_any_byte_is_never_taken_for_whole(pair):
 
 
 # --- conversions ---
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize("client_wire", ["openai", "anthropic"])
+@pytest.mark.parametrize("packing", ["gzip", "undeclared", "deflate"])
+def test_an_answer_that_is_packed_although_nobody_asked_is_read_all_the_same(pair, packing, client_wire, stream):
+    """Trap 18."""
+    plain = b"".join(fake.chat_stream("packed")) if stream else json.dumps(fake.chat_whole("packed")).encode()
+    data = zlib.compress(plain) if packing == "deflate" else gzip.compress(plain)
+    coding = {} if packing == "undeclared" else {"content-encoding": packing}
+    kind = "text/event-stream" if stream else "application/json"
+    pair.first.answer(fake.chunked_answer(200, [data[:40], data[40:]], coding, kind))
+    assert_answer(client_wire, post(pair.router, client_wire, "a-openai/solo", stream), "packed")
+
+
+def test_a_packed_answer_that_is_cut_off_leads_to_the_fallback(pair):
+    data = gzip.compress(json.dumps(fake.chat_whole("packed")).encode())
+    always(pair.first, fake.body_answer(200, data[:-9], "application/json"))
+    assert_answer("openai", post(pair.router, "openai", "a-openai/to-openai"), TEXT)
 
 
 @CLIENTS

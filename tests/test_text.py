@@ -27,6 +27,15 @@ def test_odd_json_is_a_400_and_nothing_else(data):
     assert caught.value.status == 400
 
 
+def test_nesting_is_counted_outside_of_strings_only():
+    flat = b'{"a": ["[[{{", "\\"[{", "\\\\", {"b": []}]}'
+    assert not R.nests_too_deep(b"[" + b",".join([flat] * 1000) + b"]")
+    for least in (b"[" * 1001, b'{"]":' * 1001, b"[%s," % flat * 1001, b"[[]," * 1001):
+        assert R.nests_too_deep(least)
+    for most in (b"[" * 1000 + b'"' + b"[" * 1000, b"[]" * 5000, b'["\\"[[[[[[[[[["],' * 500, b'"' + b"[" * 2000):
+        assert not R.nests_too_deep(most)
+
+
 def test_json_with_a_byte_order_mark_and_lone_surrogates_passes():
     assert R.load_json(b"\xef\xbb\xbf{}") == {}
     value = R.load_json(b'"\\ud800"')

@@ -90,9 +90,10 @@ class RunningWorker(Caller):
             (self.folder / name).write_bytes(source if isinstance(source, bytes) else source.read_bytes())
             rows.append('(name = "%s", pythonModule = embed "%s")' % (name, name))
         bindings = []
-        for name, text in variables.items():
+        for name, value in variables.items():  # other values are what wrangler.toml may hold: JSON
+            kind, text = ("text", value) if isinstance(value, str) else ("json", json.dumps(value))
             (self.folder / (name + ".txt")).write_text(text, encoding="utf-8")
-            bindings.append('(name = "%s", text = embed "%s.txt")' % (name, name))
+            bindings.append('(name = "%s", %s = embed "%s.txt")' % (name, kind, name))
         flags = ['"%s"' % flag for flag in [*settings[1], *LOCAL_FLAGS]]
         config = {"modules": ", ".join(rows), "bindings": ", ".join(bindings), "date": settings[0]}
         (self.folder / "config.capnp").write_text(CONFIG % dict(config, flags=", ".join(flags)), encoding="utf-8")

@@ -59,6 +59,52 @@ def test_without_a_usable_configuration_all_but_the_root_is_a_503_that_says_why(
         assert "upstream-key" not in reply.text
 
 
+def test_variables_of_wrangler_toml_need_not_be_text_and_wrong_ones_are_named(start_worker, upstream):
+    """A table, a number and a switch; the configuration that cannot be used is told in the log as well."""
+    upstream.handler = fake.final_text(TEXT)
+    env = {"LLM_ROUTER_CONFIG_JSON": config_of(provider(upstream)), "LLM_ROUTER_MAX_BODY_BYTES": 2000}
+    env.update(LLM_ROUTER_ALLOW_POLICY_FALLBACK=True, LLM_ROUTER_TRAIL_SIZE="many", LLM_ROUTER_KEEPALIVE_MS=-1)
+    running = start_worker("", env=env)
+    assert_answer("openai", post(running, "openai"), TEXT)
+    assert post(running, "openai", text="x" * 2000).status == 413
+    assert running.wait_log("warning: LLM_ROUTER_TRAIL_SIZE: many is not a whole number")
+    assert running.wait_log("warning: LLM_ROUTER_KEEPALIVE_MS: -1 is outside")
+    assert not [line for line in running.log() if "POLICY" in line]
+    broken = start_worker("{broken")
+    assert post(broken, "openai").status == 503
+    assert broken.wait_log("configuration error: LLM_ROUTER_CONFIG_JSON:1:2")
+
+
+def test_no_nesting_of_an_answer_or_a_configuration_ends_the_isolate(start_worker, serving):
+    deep = b"[" * 5000
+    for answer in (deep, b'{"choices": [{"message": {"content": "x", "y": %s' % deep):
+        serving.upstream.answer(*[fake.body_answer(200, answer, "application/json")] * 3)
+        assert post(serving, "openai").status == 502
+    for stream in (False, True):
+        serving.upstream.answer(fake.model_answer("openai", stream, tool_calls=[("t", '{"a":' + "[" * 5000)]))
+        assert post(serving, "anthropic", "fake/fake-model", stream).status == 200
+    assert_answer("openai", post(serving, "openai"), TEXT)
+    assert "nested deeper" in post(start_worker('{"a":' + "[" * 5000), "openai").json["error"]["message"]
+
+
+def test_a_body_that_breaks_off_or_says_no_size_is_the_clients_fault_and_read_no_further_than_allowed(
+    start_worker, upstream
+):
+    upstream.handler = fake.final_text(TEXT)
+    running = start_worker(config_of(provider(upstream)), env={"LLM_ROUTER_MAX_BODY_BYTES": "200000"})
+    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nAuthorization: Bearer %s\r\n" % KEY
+    chunked = head.encode() + b"Transfer-Encoding: chunked\r\n\r\n"
+    body = json.dumps(ask("openai", text="x" * 100_000)).encode()
+    whole = [fake.chunk(body[at : at + 999]) for at in range(0, len(body), 999)]
+    assert running.raw(chunked + b"".join(whole) + b"0\r\n\r\n", 30).startswith(b"HTTP/1.1 200 ")
+    assert running.raw(chunked + b"".join(whole * 3) + b"0\r\n\r\n", 30).startswith(b"HTTP/1.1 413 ")
+    assert running.raw(chunked + whole[0] + b"no size\r\n", 30).startswith(b"HTTP/1.1 400 ")
+    with socket.create_connection((running.host, running.port)) as client:
+        client.sendall(head.encode() + b"Content-Length: 1000\r\n\r\n{")
+    until(lambda: sum(" 400 incomplete_request " in line for line in running.log()) == 2)
+    assert not [line for line in running.log() if "internal" in line]
+
+
 @pytest.mark.parametrize("how", ["packed", "numbered"])
 def test_a_large_configuration_may_be_packed_or_numbered(start_worker, upstream, how):
     upstream.handler = fake.final_text(TEXT)
@@ -106,6 +152,16 @@ def test_a_client_that_leaves_ends_the_upstreams_work(start_worker, upstream, up
     finally:
         gate.set()
     running.wait_log(" 499 client_gone ")
+
+
+def test_after_its_last_event_a_translated_stream_gets_no_ping_and_waits_for_no_end_of_the_connection(
+    start_worker, upstream
+):
+    upstream.answer(fake.sse_answer(fake.chat_stream(TEXT), end="hang"))
+    running = start_worker(config_of(provider(upstream)), "--keepalive-ms=10", "--idle-timeout-ms=60000")
+    reply = post(running, "anthropic", stream=True)
+    assert_answer("anthropic", reply, TEXT)
+    assert [name for name, _ in reply.events][-1] == "message_stop"
 
 
 def test_a_broken_connection_in_an_unwatched_stream_is_told_and_cut(serving):
