@@ -10822,7 +10822,7 @@ class Probe:
             return 0, "%s: %s" % (where, error.message), {}
         body = _read_json(data)
         is_list = any(isinstance(body.get(key), list) for key in ("data", "models"))
-        words = " answers %d" % status if status != 200 else "" if is_list else " lists nothing"
+        words = " answers %d" % status if status != 200 else "" if is_list else " gives no list"
         return status, words and where + words, body
 
     # ----- one model in one format -----
@@ -10926,9 +10926,8 @@ def probe_table(report: ProbeReport) -> Tuple[Tuple[str, ...], List[Tuple[str, .
     rows = []
     for row in report.rows:
         listed = "?" if report.listed is None else "yes" if row.model in report.listed else "no"
-        took = "%.1f s" % (row.took_ms / 1000) if row.took_ms else ""
-        shown = row.auth.type if row.kind else ""
-        rows.append((row.model, listed, row.wire, row.state, row.label, took, shown, row.note))
+        how = ("%d ms" % row.took_ms, row.auth.type) if row.kind else ("", "")
+        rows.append((row.model, listed, row.wire, row.state, row.label, *how, row.note))
     return ("MODEL", "LISTED", "FORMAT", "RESULT", "ANSWER", "TOOK", "AUTH", "NOTE"), rows
 
 
@@ -15852,7 +15851,9 @@ class _Painter:
         """Until the menu is left."""
         import curses
         import locale
+        import signal
 
+        signal.signal(signal.SIGCONT, lambda *_: _bracket_pasted(True))  # the shell has ended it
         locale.setlocale(locale.LC_ALL, "")
         self._attributes = _attributes_of(curses)
         with suppress(curses.error):
@@ -15964,8 +15965,8 @@ class _Painter:
                 with suppress(curses.error):  # after the last cell there is no place for the cursor
                     window.addstr(y, x, shown, self._attributes.get(style, 0))
                 x += text_width(text)
+        _bracket_pasted(True)  # with every picture: what was lent the terminal may have ended it
         window.refresh()
-        _bracket_pasted(True)  # with every picture: a shell in between, or what was lent the terminal, ends it
 
 
 def _attributes_of(curses: Any) -> Dict[str, int]:
@@ -16392,9 +16393,12 @@ def _colored(text: str, word: str) -> str:
 def _table(rows: Iterable[Sequence[str]], numbers: Sequence[int] = ()) -> List[str]:
     """Rows of text as lines of aligned columns. numbers: the columns that are aligned to the right."""
     cells = [[one_line(cell, 120) for cell in row] for row in rows]
-    signs = ["" if i in numbers else "-" for i in range(len(cells[0]))]
-    layout = "  ".join("%%%s%ds" % (sign, max(map(len, column))) for sign, column in zip(signs, zip(*cells)))
-    return [(layout % tuple(row)).rstrip() for row in cells]
+    columns = []
+    for i, column in enumerate(zip(*cells)):
+        width = max(map(text_width, column))
+        gaps = [" " * (width - text_width(cell)) for cell in column]
+        columns.append([gap + cell if i in numbers else cell + gap for cell, gap in zip(column, gaps)])
+    return ["  ".join(row).rstrip() for row in zip(*columns)]
 
 
 _Spans = List[Tuple[str, float]]
@@ -16405,7 +16409,7 @@ def _with_bars(lines: Sequence[str], bars: Sequence[_Spans], whole: float, width
     a part of `whole`. Signs: "#" solid, "=" light, "." dotted, " " nothing; blocks where the terminal has them."""
     import sys
 
-    indent = max(map(len, lines))
+    indent = max(map(text_width, lines))
     room = min(30, width - indent - 2)
     if room < 5:
         return list(lines)
@@ -16417,7 +16421,7 @@ def _with_bars(lines: Sequence[str], bars: Sequence[_Spans], whole: float, width
             done += part
             bar += sign * max(round(min(done / whole, 1.0) * room) - len(bar), sign == "#" and part > 0)
         bar = bar[:room].translate({35: "█", 61: "▒", 46: "·"} if blocks else {})
-        drawn.append(("%-*s  %s" % (indent, line, bar)).rstrip())
+        drawn.append((line + " " * (indent - text_width(line)) + "  " + bar).rstrip())
     return drawn
 
 

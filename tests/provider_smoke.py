@@ -53,6 +53,14 @@ def read_env_file(path):
     return found
 
 
+def read_number(variables, name, usual):
+    """The whole number that a variable holds, the usual one when it holds nothing."""
+    text = variables.get(PREFIX + name) or str(usual)
+    if not text.isdigit():
+        raise Unusable("%s%s is not a whole number" % (PREFIX, name))
+    return int(text)
+
+
 def read_providers(variables):
     """The providers to test, as entries of a configuration: one, or one per format where these need other headers."""
     keys = [key.strip() for key in variables.get(PREFIX + "PROVIDER_KEYS", "").split(",") if key.strip()]
@@ -108,8 +116,9 @@ def judge(reply, wire, model, stream):
     """What is wrong with an answer, "" when nothing is: status, who answered, an end, and something said."""
     if reply.status != 200:
         return "%d %s" % (reply.status, reply.text.strip()[:200])
-    if reply.headers.get("x-llm-router-model") != model:
-        return "answered by %s" % reply.headers.get("x-llm-router-model")
+    answered_by = reply.headers.get("x-llm-router-model") or "nobody"
+    if answered_by != model.encode("ascii", "backslashreplace").decode()[:2000]:  # a header is ASCII
+        return "answered by %s" % answered_by
     if reply.ended != "clean":
         return "the connection was cut"
     values = reply.datas if stream else [reply.json]
@@ -195,7 +204,7 @@ def main(argv=None):
         variables.update((name, value) for name, value in os.environ.items() if name.startswith(PREFIX))
         providers = read_providers(variables)
         host = variables.get(PREFIX + "HOST") or "127.0.0.1"
-        port, timeout_ms = (int(variables.get(PREFIX + name) or usual) for name, usual in NUMBERS.items())
+        port, timeout_ms = (read_number(variables, name, usual) for name, usual in NUMBERS.items())
     except (Unusable, ValueError, OSError) as error:
         print("provider_smoke: %s; copy .env.test-suite.example to %s and fill it in" % (error, path), file=sys.stderr)
         return 2

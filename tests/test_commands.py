@@ -732,3 +732,8 @@ def test_the_version_needs_no_parser():
         [sys.executable, "-S", "-c", program % str(Path(PROGRAM).parent)], capture_output=True, text=True, timeout=60
     )
     assert done.stdout.split("\n")[1] == "False", done.stderr
+
+
+def test_columns_are_aligned_also_behind_wide_characters():
+    lines = r._table([("NAME", "N", "X"), ("模型", "10", "a"), ("plain", "5", "b")], (1,))
+    assert lines == ["NAME    N  X", "模型   10  a", "plain   5  b"]

@@ -233,7 +233,7 @@ def test_the_number_of_calls_has_a_bound_and_what_was_not_asked_is_marked(probe)
 
 def test_a_page_in_place_of_a_list_is_no_list_of_nothing(probe):
     _, report = probe(lambda call: body_answer(200, b"<html>Sign in here</html>", "text/html"), ["m1"])
-    assert report.listed is None and report.listing_note.endswith("/v1/models lists nothing")
+    assert report.listed is None and report.listing_note.endswith("/v1/models gives no list")
     assert {row.state for row in report.rows} == {"no"} and "Sign in here" in report.rows[0].note
 
 

@@ -42,11 +42,11 @@ def block(upstream, key="EXAMPLE", **fields):
 def test_every_model_format_and_way_of_answering_gets_a_row_and_passes(smoke, upstream):
     claude, headers = upstream.url + "/anthropic", '{"x-team": "blue"}'
     lines = block(upstream, CLAUDE_BASE_URL=claude, HEADERS_JSON=headers)
-    code, rows, out, _ = smoke([line.replace("=m1", '="m1, m2"') for line in lines])
+    code, rows, out, _ = smoke([line.replace("=m1", '="m1, 模型"') for line in lines])
     assert code == 0 and "12 passed, 0 failed" in out and {row[3] for row in rows} == {"PASS"}
     wires = ("openai", "anthropic", "responses")
     ways = ("whole", "streamed")
-    expected = [["example/" + model, wire, way] for model in ("m1", "m2") for wire in wires for way in ways]
+    expected = [["example/" + model, wire, way] for model in ("m1", "模型") for wire in wires for way in ways]
     assert [row[:3] for row in rows] == expected
     assert {call.path for call in upstream.calls} == {"/v1/chat/completions", "/anthropic/v1/messages"}
     assert {call.header("x-team") for call in upstream.calls} == {"blue"}
@@ -84,6 +84,8 @@ def test_what_fails_is_told_and_makes_the_exit_code(smoke, upstream, answer):
         (["LLM_ROUTER_TEST_PROVIDER_KEYS=A", "LLM_ROUTER_TEST_A_OPENAI_BASE_URL=http://x"], "MODELS"),
         (["LLM_ROUTER_TEST_PROVIDER_KEYS=A", "LLM_ROUTER_TEST_A_HEADERS_JSON=[]", "LLM_ROUTER_TEST_A_MODELS=m",
           "LLM_ROUTER_TEST_A_OPENAI_BASE_URL=http://x"], "HEADERS_JSON"),
+        (["LLM_ROUTER_TEST_PROVIDER_KEYS=A", "LLM_ROUTER_TEST_A_OPENAI_BASE_URL=http://x", "LLM_ROUTER_TEST_A_MODELS=m",
+          "LLM_ROUTER_TEST_PORT=many"], "LLM_ROUTER_TEST_PORT is not a whole number"),
     ],
 )  # fmt: skip
 def test_without_anything_to_test_it_says_what_is_missing(smoke, lines, told):

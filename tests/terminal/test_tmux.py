@@ -388,18 +388,25 @@ def test_pasted_text_is_never_taken_for_keys(tmp_path, terminal):
     made.start("config")
     made.keys("Enter")
     made.wait("Providers", "d remove")
+    made.keys("C-z")
+    made.wait("$")
+    made.type("clear; fg\n")  # a shell in between ends the terminal's marking of what is pasted
+    made.wait("Providers", "d remove")
+    made.keys("Down")
+    made.wait("›● two")
     made.tmux("set-buffer", "d\nd\n")
     made.tmux("paste-buffer", "-p")
     made.wait("nothing is typed here")
     made.keys("Enter")
-    made.wait("one", "apiKeyEnv")
+    made.wait("two", "apiKeyEnv")
     made.keys("Down", "Down", "Enter", "C-u")
     made.wait("where the provider's API is")
     made.tmux("set-buffer", "http://127.0.0.1:7/\nv1\n")
     made.tmux("paste-buffer", "-p")
     made.wait("› http://127.0.0.1:7/ v1")
     made.keys("Escape", "Escape", "Escape", "q")
-    made.wait("code-is=0")
+    made.wait("llm_router.py config\n$")
+    assert json.loads(made.file.read_text(encoding="utf-8")) == DOCUMENT
 
 
 @pytest.mark.parametrize("sequence", ["[4~", "[8~", "[F", "OF"])
