@@ -481,8 +481,7 @@ _FORMAT_OF_HOST = {"api.anthropic.com": "anthropic"}
 
 
 class Auth(NamedTuple):
-    """How a provider is shown its key. type: one of AUTH_TYPES. header_name, prefix: for the type header, the header
-    and what stands before the key in it."""
+    """How a provider is shown its key. type: one of AUTH_TYPES. header_name, prefix: of type header, prefix + key."""
 
     type: str = "bearer"
     header_name: str = ""
@@ -8779,8 +8778,7 @@ class Pasted(Value):
 
 
 class Menu(NamedTuple):
-    """The whole menu. saved: the document as the file has it. past: documents to go back to. draft: a document with
-    the one provider that is being made."""
+    """The whole menu. saved: the document of the file. past: those to go back to. draft: one with the new provider."""
 
     facts: Facts
     saved: Json
@@ -10996,8 +10994,7 @@ def file_stamp(path: str) -> Tuple[int, ...]:
 
 
 def read_bytes(path: str) -> Tuple[Optional[bytes], int]:
-    """A file's content, and its permission bits where others may read or write it, else 0; None when it does not exist.
-    ConfigError when it cannot be read."""
+    """A file's content, None without one, and its mode where others may use it, else 0. ConfigError if unreadable."""
     import os
 
     try:
@@ -16019,8 +16016,7 @@ Environ = Mapping[str, str]
 
 class Flag(NamedTuple):
     """One flag. kind: text | bool | list (comma separated) | secret ("-" reads it from stdin) | json (an object) |
-    port | seconds | word (a text that may also stand without its flag); "a|b": one of these words. aliases: other names
-    that mean the same."""
+    port | seconds | word (a text that may also stand without it); "a|b": one of these. aliases: further names."""
 
     name: str
     kind: str
