@@ -10276,19 +10276,22 @@ class Exchange:
         self._passes = outbound.wire == self._inbound.wire
         own_ms = provider.timeouts.total_ms
         self._until = self._deadline if own_ms is None else self._asked_at + own_ms / 1000 if own_ms else math.inf
-        reply = None
+        reply, plight = None, ""
         result: Any = None
         try:
             reply = await self._host.send(self._within_deadline(outbound))
             result = await self._judge(reply, has_more)
         except UpstreamError as error:
             result = failed_attempt(TIMEOUT if error.is_timeout else TEMPORARY, error.label, error.message)
+        except RouterError as error:  # our own, which says nothing of the upstream
+            plight = error.code
+            raise
         finally:
             if reply is not None and getattr(result, "reply", None) is None:
                 reply.close()
             if isinstance(result, Outcome):
                 result = _redacted(result, provider)
-            self._note(delay_ms, result)
+            self._note(delay_ms, result, plight)
         return result
 
     def _within_deadline(self, outbound: Outbound) -> Outbound:
@@ -10301,11 +10304,11 @@ class Exchange:
         connect_ms, first_byte_ms = _sooner(own.connect_ms, left_ms), _sooner(own.first_byte_ms, left_ms)
         return outbound._replace(timeouts=own._replace(connect_ms=connect_ms, first_byte_ms=first_byte_ms))
 
-    def _note(self, delay_ms: int, result: Union[Outcome, Answer, None]) -> None:
+    def _note(self, delay_ms: int, result: Union[Outcome, Answer, None], plight: str) -> None:
         took_ms = int((self._host.now() - self._asked_at) * 1000)
         label, kind, message = "ok", OK, ""
         if result is None:
-            label = kind = "stopping" if self._client.host_stops else "client_gone"
+            label = kind = "stopping" if self._client.host_stops else plight or "client_gone"
         elif isinstance(result, Outcome):
             label, kind, message = result.label, result.kind, one_line(result.error.message)
         ref, wire = self._candidate.ref, self._outbound.wire
@@ -10538,7 +10541,7 @@ class Exchange:
         try:
             reply = await self._host.send(self._outbound)
             return _read_json(await self._read_whole(reply)).get("input_tokens") if reply.status == 200 else None
-        except UpstreamError:
+        except RouterError:
             return None
         finally:
             if reply is not None:
@@ -11760,7 +11763,9 @@ class Reply:
             return
         try:
             if error is None:
-                self._finish()
+                self._parser.finish()
+                if self._inflater is not None:
+                    self._inflater.finish()
         except RouterError as broken:
             error = UpstreamError(broken.message, "truncated" if self._parser.head is not None else "reset")
         self._is_over, self._error = True, error
@@ -11771,11 +11776,6 @@ class Reply:
             connection.close()
         self._tell_end()
         self._wake()
-
-    def _finish(self) -> None:
-        self._parser.finish()
-        if self._inflater is not None:
-            self._inflater.finish()
 
     def _take(self) -> bytes:
         data, self._parts, self._buffered = b"".join(self._parts), [], 0
@@ -12024,8 +12024,7 @@ class Sink:
 
     async def relay(self, reply: Reply, processor: Any, idle_ms: int, left_s: Optional[float]) -> str:
         """Pump a reply through `processor` to the client until it ends; returns "end" or the label of what broke it."""
-        relay = _Relay(self, self._connection, reply, processor, idle_ms / 1000)
-        return await relay.run(left_s)
+        return await _Relay(self, self._connection, reply, processor, idle_ms / 1000).run(left_s)
 
     async def finish(self) -> None:
         """The stream is complete: send its last chunk."""

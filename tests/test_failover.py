@@ -988,3 +988,33 @@ def test_an_error_that_drips_is_read_for_a_moment_only():
         return b"."
 
     assert 0 < len(asyncio.run(exchange._read_error(SimpleNamespace(read=read)))) < 10
+
+
+@pytest.mark.parametrize("operation", ["count_tokens", "chat"])
+def test_a_plight_of_the_routers_own_is_told_as_that_and_counting_goes_on(operation):
+    """Without a free file descriptor a count of tokens is estimated, and no upstream or client is blamed."""
+    recorded, answers = [], []
+
+    async def send(outbound):
+        raise r.RouterError("the router has no file descriptor left for a connection", 503, "overloaded")
+
+    async def respond(status, headers, body):
+        answers.append((status, json.loads(body)))
+
+    async def read_body():
+        return json.dumps({"model": "a/m", "max_tokens": 5, "messages": [{"role": "user", "content": "hi"}]}).encode()
+
+    fake_one = provider("http://127.0.0.1:1/v1", id="a", formats=["anthropic"], models=["m"])
+    config = r.read_config(config_of(fake_one), {})
+    host = SimpleNamespace(now=lambda: 1.0, wall=lambda: 1.0, jitter=lambda: 0.5, new_id=lambda: "req_1", send=send)
+    host.record, book = recorded.append, r.HealthBook()
+    gateway = r.Gateway(r.Routes(config), r.Settings(), r.Access(), host, book)
+    path = "/v1/messages" + "/count_tokens" * (operation == "count_tokens")
+    client = SimpleNamespace(respond=respond, is_open=False, host_stops=False)
+    asyncio.run(gateway.handle(r.Call("POST", path, "", [("host", "localhost")], read_body), client))
+    ((status, body),) = answers
+    assert book.known() == []
+    if operation == "count_tokens":
+        assert status == 200 and body["input_tokens"] > 0
+    else:
+        assert (status, [attempt.label for attempt in recorded[0].attempts]) == (503, ["overloaded"])
