@@ -5563,21 +5563,22 @@ def needs_server_state(body: Json) -> Optional[str]:
 
 
 class ItemMemory(BoundedMap):
-    """Items of the answers that the router wrote for Responses clients, by id. Clients whose answers are stored (the
-    AI SDK's, unless told otherwise) send references in place of the items. The oldest give way after `limit` bytes.
+    """Items of the answers that the router wrote for Responses clients, by owner (the name of a client's key) and id:
+    nobody else can refer to them. Clients whose answers are stored (the AI SDK's, unless told otherwise) send
+    references in place of the items. The oldest give way after `limit` bytes.
     """
 
-    def keep(self, items: Iterable[Json]) -> None:
+    def keep(self, items: Iterable[Json], owner: str = "") -> None:
         """Remember the items of an answer."""
         for item in items:
             data = dump_json(item)
-            self.put(item["id"], data, len(data))
+            self.put((owner, item["id"]), data, len(data))
 
-    def resolve(self, body: Json) -> Optional[Json]:
+    def resolve(self, body: Json, owner: str = "") -> Optional[Json]:
         """The request with what is remembered in place of references to it; None when it has no such reference."""
         source, found = as_list(body.get("input")), {}
         for index, item in enumerate(map(as_dict, source)):
-            data = self.get(as_text(item.get("id"))) if _responses_type(item) == "item_reference" else None
+            data = self.get((owner, as_text(item.get("id")))) if _responses_type(item) == "item_reference" else None
             if data:
                 found[index] = load_json(data)
         return {**body, "input": [found.get(index, item) for index, item in enumerate(source)]} if found else None
@@ -7908,8 +7909,10 @@ class Requests:
         targets: Dict[Tuple[str, str], Target],
         lessons: Mapping[str, Tuple[str, ...]],
         reasoning: Optional[BoundedMap] = None,
+        owner: str = "",
     ) -> None:
         self._inbound, self._settings, self._targets, self._lessons = inbound, settings, targets, lessons
+        self._owner = owner  # the name of the client's key
         self._reasoning = reasoning or BoundedMap()
         self._neutral: Optional[ChatRequest] = None
         self._conversation = ""
@@ -7923,14 +7926,14 @@ class Requests:
         return self._neutral
 
     def issuer(self, provider: str) -> str:
-        """The provider in this conversation, which its first words of the user tell from others: call ids may recur."""
+        """The provider in this conversation, which its client and first words tell from others: call ids may recur."""
         if not self._conversation:
             try:
                 texts = (join_text(message.blocks) for message in self.neutral.messages if message.role == "user")
                 first = next(filter(None, texts), "")
             except RouterError:
                 first = ""  # what cannot be read here is passed through all the same
-            self._conversation = hashlib.sha256(first.encode("utf-8", "surrogatepass")).hexdigest()
+            self._conversation = hashlib.sha256(dump_json([self._owner, first])).hexdigest()
         return "%s %s" % (provider, self._conversation)
 
     def make(self, candidate: Candidate) -> Outbound:
@@ -10133,7 +10136,7 @@ class Gateway:
         read = endpoint, call.headers, await call.read_body()
         is_large = len(read[-1]) >= LARGE_BODY_BYTES
         inbound = await self.host.aside(read_inbound, *read) if is_large else read_inbound(*read)
-        resolved = self.items.resolve(inbound.body.value) if inbound.wire == "responses" else None
+        resolved = self.items.resolve(inbound.body.value, trail.client) if inbound.wire == "responses" else None
         if resolved is not None:
             inbound = inbound._replace(body=JsonObject(resolved))
         trail.operation, trail.wire, trail.asked, trail.stream = inbound[:4]
@@ -10191,7 +10194,8 @@ class Exchange:
         self._gateway, self._inbound, self._client, self._trail, self._cors = gateway, inbound, client, trail, cors
         self._host, self._settings, self._book = gateway.host, gateway.settings, gateway.book
         self._wire = WIRE_FORMATS[inbound.wire]
-        self._requests = Requests(inbound, gateway.settings, gateway.targets, gateway.lessons, gateway.reasoning)
+        targets, lessons, reasoning = gateway.targets, gateway.lessons, gateway.reasoning
+        self._requests = Requests(inbound, gateway.settings, targets, lessons, reasoning, trail.client)
         self._empty: Optional[Answer] = None
         self._deadline = self._until = math.inf
 
@@ -10383,7 +10387,7 @@ class Exchange:
             return render_stream(self._wire.name, response, context)
         whole = self._wire.render_response(response, context)
         if self._remembers:
-            self._gateway.items.keep(whole["output"])
+            self._gateway.items.keep(whole["output"], self._trail.client)
         return render_stream(self._wire.name, response, context) if self._inbound.stream else dump_json(whole)
 
     def _named(self, body: bytes) -> bytes:
@@ -10475,7 +10479,7 @@ class Exchange:
                 answer.reply.close()
             if processor is not None:
                 trail.usage = processor.usage or trail.usage
-                self._gateway.items.keep(processor.items if self._remembers else ())
+                self._gateway.items.keep(processor.items if self._remembers else (), trail.client)
 
     async def _relay(self, answer: Answer, run: Optional[Run]) -> None:
         """The rest of a stream, and an honest end: after content a failure is told in the stream, then the connection

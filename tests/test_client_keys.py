@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import fake_upstream as fake
 import llm_router as r
 from exchanges import post, until
 from running_router import config_of, provider
@@ -82,6 +83,25 @@ def test_a_client_key_opens_the_server_is_named_in_the_log_and_revoked_by_a_relo
     running.write_config(dict(document, clientKeys=[{"name": "phone", "sha256": other}]))
     assert until(lambda: post(running, "openai", headers={"authorization": "Bearer " + key}).status == 401)
     assert post(running, "openai", headers={"x-api-key": "another"}).status == 200
+
+
+def test_what_is_kept_of_one_clients_answers_serves_no_other_client(router, upstream):
+    """Incident 20: neither by an id that was overheard, nor because two conversations begin alike."""
+    keys = [{"name": name, "sha256": r.hashlib.sha256(name.encode()).hexdigest()} for name in ("ann", "bob")]
+    running = router(config_of(provider(upstream), clientKeys=keys), "--require-auth=true")
+    upstream.handler = fake.final_text("", reasoning="only for ann", tool_calls=[("look", {})])
+    said = {"role": "user", "content": "hi"}
+    told = post(running, "responses", headers={"x-api-key": "ann"}, input=[said])
+    thought, call = told.json["output"]
+    result = {"type": "function_call_output", "call_id": call["call_id"], "output": "dark"}
+    seen = {}
+    for name in ("ann", "bob"):
+        upstream.calls.clear()
+        post(running, "responses", headers={"x-api-key": name}, input=[said, call, result])
+        reference = {"type": "item_reference", "id": thought["id"]}
+        status = post(running, "responses", headers={"x-api-key": name}, input=[said, reference, call, result]).status
+        seen[name] = status, b"only for ann" in upstream.calls[0].body
+    assert seen == {"ann": (200, True), "bob": (400, False)}
 
 
 def test_auth_without_any_key_is_refused(config_path, capsys):

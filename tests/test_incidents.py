@@ -40,7 +40,7 @@ INCIDENTS = {
     17: "test_incidents.py::test_headers_of_an_upstream_pass_a_list",
     18: "test_incidents.py::test_every_route_of_the_table_asks_for_the_key",
     19: "test_incidents.py::test_every_carrier_of_a_key_has_the_same_rights",
-    20: STAYS_OUT + "answers or sessions kept for clients; ids of stored answers are the provider's",
+    20: "test_client_keys.py::test_what_is_kept_of_one_clients_answers_serves_no_other_client",
     21: "test_incidents.py::test_a_base_url_that_can_be_read_in_two_ways_is_refused",
     22: "test_incidents.py::test_a_redirect_is_never_followed",
     23: "test_incidents.py::test_urls_in_messages_are_passed_and_never_fetched",
