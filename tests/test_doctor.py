@@ -170,7 +170,11 @@ def test_a_redirect_is_not_followed_with_the_key(account):
 
 
 @pytest.mark.parametrize("body", [[], {}, {"data": 7}, {"data": [{"id": 5}, "text", None]}])
-def test_a_strange_list_of_models_is_an_empty_one(account, body):
+def test_a_strange_list_of_models_is_an_empty_one_and_what_is_none_is_refused(account, body):
     account.body = body
     plan = r.ProbePlan(r.read_config(document(account), {}).providers[0], wires=("openai",))
-    assert r.ask_models(plan, r.Settings(), {}) == []
+    if isinstance(body, dict) and isinstance(body.get("data"), list):
+        assert r.ask_models(plan, r.Settings(), {}) == []
+    else:
+        with pytest.raises(r.RouterError, match="lists nothing"):
+            r.ask_models(plan, r.Settings(), {})
