@@ -3208,18 +3208,16 @@ def tool_grammar(tool: Tool) -> Tuple[str, str]:
     return "", ""
 
 
-def custom_as_function(tool: Tool) -> Tool:
-    """A custom tool as a function of one string, `input`; the grammar goes into the description (trap 60)."""
+def custom_as_function(tool: Union[Tool, ToolCall]) -> Any:
+    """A custom tool, or a call of one (free text), as that of a function of one string, `input`; the grammar goes into
+    the description (trap 60)."""
+    if isinstance(tool, ToolCall):
+        return tool._replace(arguments=json.dumps({"input": tool.arguments}), kind="function")
     syntax, definition = tool_grammar(tool)
     notes = [tool.description] if tool.description else []
     if definition:
         notes.append("The input must follow this %s grammar:\n%s" % (syntax or "lark", definition))
     return tool._replace(description="\n\n".join(notes), schema=_CUSTOM_SCHEMA, kind="function", strict=None)
-
-
-def custom_call_as_function(call: ToolCall) -> ToolCall:
-    """A call of a custom tool (free text) as a call of its one-string function."""
-    return call._replace(arguments=json.dumps({"input": call.arguments}), kind="function")
 
 
 def custom_input(arguments: str) -> str:
@@ -3345,14 +3343,7 @@ def _place_results(messages: List[Message]) -> List[Message]:
 
 # Media.
 
-_DATA_URL = re.compile(r"data:([^;,]*)(?:;[^;,]*)*;base64,", re.IGNORECASE)
-
-
-def media_of_url(kind: str, url: str, name: str = "", extra: Extra = None) -> Media:
-    """The Media that a URL stands for; a data URL (RFC 2397) is taken apart."""
-    match = _DATA_URL.match(url)
-    data = (match.group(1).lower(), url[match.end() :], "") if match else ("", "", url)
-    return Media(kind, *data, name, extra)
+_DATA_URL = re.compile(r"data:([^;,]*)(?:;[^;,]*)*;base64,", re.IGNORECASE)  # RFC 2397
 
 
 def url_of_media(media: Media, default_type: str = "application/octet-stream") -> str:
@@ -3526,8 +3517,7 @@ CHAT_LOSSES = {
     "tool calls without a result": "get the result `%s`" % NO_RESULT,
     "images and files in tool results": "become a user message after the tool messages",
     "images and files in system or assistant messages": "become a short text note",
-    "documents other than PDF and text": "become a short text note, as documents and sounds by URL do",
-    "files by id, videos": "become a short text note in other formats",
+    "documents other than PDF and text": "become a short text note, as do videos, and files and sounds by URL or id",
     "thinking switched off": "left out",
     "thinking budget": "becomes reasoning_effort: low up to 2048 tokens, medium up to 8192, else high",
     "efforts that a model does not know": "become the next lower one that it knows",
@@ -3693,7 +3683,9 @@ def _read_chat_media(item: Json, path: str) -> Any:
         form = "audio/" + (as_text(inner.get("format")) or "wav") if kind == "audio" else "application/pdf"
         url = "data:%s;base64,%s" % (form, url)
     rest = _chat_rest({**item, "detail": inner.get("detail")}, ("type", key, field, "filename"))
-    return media_of_url(kind, url, as_text(inner.get("filename")), rest)
+    match = _DATA_URL.match(url)
+    data = (match.group(1).lower(), url[match.end() :], "") if match else ("", "", url)
+    return Media(kind, *data, as_text(inner.get("filename")), rest)
 
 
 def _read_source(item: Json, path: str) -> Any:
@@ -4578,8 +4570,7 @@ OPENAI_CHAT = WireFormat(
 
 _ANTHROPIC = "anthropic"
 
-# Least budget_tokens of ThinkingConfigEnabledParam.
-_ANTHROPIC_MIN_BUDGET = 1024
+_ANTHROPIC_MIN_BUDGET = 1024  # the least budget_tokens of ThinkingConfigEnabledParam
 _ANTHROPIC_EFFORTS = ("low", "medium", "high", "xhigh", "max")
 
 
@@ -4629,20 +4620,17 @@ ANTHROPIC_LOSSES = {
     "`redacted_thinking` `thinking`": "in the history: to OpenAI Chat on turns with tool calls, else not sent",
     "`allowed_callers` `caller` `citations` `context` `defer_loading` `eager_input_streaming` `input_examples`"
     " `toolset_name` `transformations`": "of tools and blocks: not sent",
-    "audio, documents other than PDF and text": "become a short text note",
-    "`container_upload` `file`": "files by id: become a short text note",
+    "`container_upload` `file`": "files by id: become a text note, as do audio and documents other than PDF and text",
     "system messages after the first turn": "become text of the user's turn, at their place",
-    "server tools of other formats": "left out, as are their blocks",
+    "server tools of other formats": "left out, as are their blocks and citations",
     "reasoning without an Anthropic signature": "left out of the history",
     "temperature above 1": "becomes 1; with top_p and top_k left out while thinking and for models that refuse them",
-    "top_p beside temperature": "left out",
+    "top_p beside temperature, stop texts of white space": "left out",
     "JSON mode without a schema": "becomes a sentence in `system`",
     "reasoning effort": "becomes thinking.budget_tokens or output_config.effort, by model; not when a tool is forced "
     "or max_tokens leaves no room",
-    "stop texts of white space": "left out",
     "strict: false on tools": "left out, it is the default",
     "refusal parts": "become text",
-    "answers: citations of other formats": "left out",
 }
 
 # ---- requests: Anthropic -> neutral
@@ -5149,7 +5137,7 @@ class AnthropicStreamParser(TypedEventParser):
         super().__init__(context)
         self._block: Any = None  # the open block; of one that only this format knows, its own object
         self._index: Any = None
-        self._pieces: List[str] = []  # a call's arguments in its start event; the input of a block of this format only
+        self._pieces: List[str] = []  # a block's text in its start event; the input of a block of this format only
         self._counts: Json = {}
         self._answer: Json = {}
 
@@ -5205,9 +5193,7 @@ class AnthropicStreamParser(TypedEventParser):
             events.append(Opened(self._block))
             if isinstance(block, ToolCall):
                 self._block.id = block.id or "toolu_%s_%d" % (self._context.id, len(self._kinds))
-                self._pieces = [text]
-            elif text:
-                events.append(Delta(text))
+            self._pieces = [text] if text else []
         self._kinds.append(type(block))
         return events
 
@@ -5218,9 +5204,10 @@ class AnthropicStreamParser(TypedEventParser):
             return self._other_delta(delta, as_text(text), block_type, index)
         if not text or type(text) is not str:
             return []
-        if self._pieces:  # a placeholder for these
-            self._pieces = []
         self.said = text
+        if self._pieces:  # a placeholder for these, or, at MiniMax, what they begin with once more (cline/cline#9215)
+            begun, self._pieces = self._pieces[0], []
+            text = text if block_type is ToolCall or text.startswith(begun) else begun + text
         return [Delta(text)]
 
     def more(self, text: str) -> List[Any]:
@@ -5526,7 +5513,7 @@ RESPONSES_LOSSES = {
     "provider has them",
     "`item_reference`": "refused likewise, but for items of answers that the router itself wrote and still remembers",
     "`access_programs` `background_options` `context_management` `image` `max_tool_calls`": "not sent",
-    "`stream_options` `top_logprobs`": "not sent: answers carry neither obfuscation nor logprobs",
+    "`stream_options` `top_logprobs`": "not sent: answers carry no obfuscation, no logprobs, no foreign citations",
     "`include`": "not sent; reasoning is returned as text, encrypted content only by a Responses upstream",
     "`reasoning.summary`": "not sent: reasoning comes as the upstream gives it",
     "`store`": "always false: the router stores nothing",
@@ -5539,7 +5526,6 @@ RESPONSES_LOSSES = {
     " `tool_search_*` `web_search_call`": "what such tools and other models' reasoning left in the history: not sent",
     "`custom` `namespace`": "tools: become functions, of one string and with the namespace in their names",
     "`allowed_tools`": "only these tools are sent",
-    "answers: citations of other formats": "left out",
     "`allowed_callers` `async` `caller` `defer_loading` `detail` `filename` `format` `id` `name` `output_schema`"
     " `phase` `prompt_cache_breakpoint` `status`": "of items and tools: not sent where the other format has none",
 }
@@ -6516,8 +6502,7 @@ def _without_customs(request: ChatRequest) -> ChatRequest:
     """Free-text tools as functions, since few servers of the other formats know them (trap 60)."""
 
     def plain(value: Any) -> Any:
-        changed = custom_as_function if isinstance(value, Tool) else custom_call_as_function
-        return changed(value) if getattr(value, "kind", "") == "custom" else value
+        return custom_as_function(value) if getattr(value, "kind", "") == "custom" else value
 
     return map_request(request, plain)
 
@@ -6868,6 +6853,26 @@ def _think_only_if_replayed(body: Json) -> None:
         body.pop("reasoning_effort", None)  # both at once are refused
 
 
+def strict_turns(body: Json) -> Optional[Json]:
+    """A Chat body as Mistral wants it (errors 3230, 3280), None when it is so: ids of calls are nine letters or digits,
+    the user does not speak right behind a tool, and a turn of the model at the end is a prefix."""
+
+    def nine(call_id: Any) -> str:
+        text = as_text(call_id).encode("utf-8", "surrogatepass")
+        return call_id if re.fullmatch(rb"[a-zA-Z0-9]{9}", text) else hashlib.sha256(text).hexdigest()[:9]
+
+    turns: List[Json] = []
+    for turn in map(as_dict, as_list(body.get("messages"))):
+        if turns and turns[-1].get("role") == "tool" and turn.get("role") not in ("tool", "assistant"):
+            turns.append({"role": "assistant", "content": "(noted)"})
+        calls = [{**call, "id": nine(call.get("id"))} for call in map(as_dict, as_list(turn.get("tool_calls")))]
+        turn = {**turn, "tool_call_id": nine(turn["tool_call_id"])} if "tool_call_id" in turn else turn
+        turns.append({**turn, "tool_calls": calls} if calls else turn)
+    if turns and turns[-1].get("role") == "assistant":
+        turns[-1] = {**turns[-1], "prefix": True}
+    return {**body, "messages": turns} if turns != body.get("messages") else None
+
+
 # Formats beyond OpenAI's list for strict schemas; patterns with Unicode classes, look-around or names; notes.
 _ODD_IN_SCHEMA = re.compile(
     r"format: (?!(?:date-time|date|time|duration|email|hostname|ipv4|ipv6|uuid)$)"
@@ -6939,6 +6944,9 @@ FIXES: Dict[str, Fix] = {
     "no strict": Fix(_drop_strict, "tools", _names("strict")),
     "plain schemas": Fix(_plain_schemas, "tools", _names("(?:json_|input_)?schema")),
     "no sampling": Fix(_drop_sampling, "model"),
+    "strict turns": Fix(
+        lambda body: body.update(strict_turns(body) or {}), "messages", r"length of 9|unexpected role|last role user"
+    ),
     # Ollama's models think unless told not to (trap 112; docs.ollama.com, OpenAI compatibility).
     "think if asked": Fix(lambda body: body.setdefault("reasoning_effort", "none"), "messages"),
     "think if replayed": Fix(_think_only_if_replayed, "messages"),
@@ -6953,6 +6961,7 @@ _CLOUD_BETAS = re.compile(
     r"(?:computer-use|token-efficient-tools|interleaved-thinking|output-128k|dev-full-thinking|context-1m"
     r"|context-management|effort|tool-search-tool|tool-examples)-\d"
 )
+_MISTRAL_FIXES = ("no stream_options", "no reasoning_content", "no reasoning_effort", "strict turns")
 _OPENAI_FIXES = ("max_completion_tokens", "no reasoning_content", "no sampling")
 
 COMPATS: Tuple[Compat, ...] = (
@@ -6967,7 +6976,7 @@ COMPATS: Tuple[Compat, ...] = (
     Compat("zai", ("api.z.ai", "open.bigmodel.cn"), ("plain schemas",)),
     Compat("qwen", ("dashscope.aliyuncs.com", "dashscope-intl.aliyuncs.com", "dashscope-us.aliyuncs.com"), caches=True),
     Compat("groq", ("api.groq.com",), ("no reasoning_content", "plain schemas")),
-    Compat("mistral", ("api.mistral.ai",), ("no stream_options", "no reasoning_content", "no reasoning_effort")),
+    Compat("mistral", ("api.mistral.ai",), _MISTRAL_FIXES),
     Compat("gemini", ("generativelanguage.googleapis.com",), ("no reasoning_content", "plain schemas"), False, True),
     Compat("xai", ("api.x.ai",)),
     Compat("together", ("api.together.xyz", "api.together.ai"), ("plain schemas",)),
@@ -7038,9 +7047,8 @@ def drop_encrypted(body: Json) -> Optional[Json]:
     return {**body, "input": kept} if len(kept) < len(items) else None
 
 
-# Format -> the 400 that refuses reasoning of others, and the body without it or None: OpenAI's code
-# invalid_encrypted_content; Anthropic's "Invalid `signature` in `thinking` block" and "Expected `thinking` or
-# `redacted_thinking`, but found `tool_use`" (traps 64, 85, 86); Gemini's "missing a thought_signature".
+# Format -> the 400 that refuses foreign reasoning or misses a proof, and the body mended, or None. Anthropic: "Invalid
+# `signature` in `thinking` block", "Expected `thinking` or `redacted_thinking`, but found ..." (traps 64, 85, 86).
 REPAIRS = {
     "openai": (r"missing a thought_?signature", sign_calls),
     "responses": (r"invalid_encrypted_content|encrypted content[^\n]{0,200}could not", drop_encrypted),
@@ -7964,6 +7972,8 @@ class Requests:
             changed = bare_cache_marks(changed or value)
         if wire == "openai" and compat.replays_reasoning:
             changed = replay_reasoning(value, self.issuer(provider), self._reasoning)
+        if wire == "openai" and "strict turns" in compat.fixes:
+            changed = strict_turns(value)
         return self._inbound.body if changed is None else JsonObject(changed)
 
     def _translated(self, candidate: Candidate, wire: str, compat: Compat) -> Json:
@@ -8055,18 +8065,16 @@ SIGNALS: Tuple[Signal, ...] = (
         (400, 402, 403, 429),
         _words(
             r"insufficient[_ ](?:quota|balance|credits?|funds)",
-            r"credit balance is too low",
+            r"balance is (?:too low|insufficient)",
             r"exceeded(?: your|_)?[_ ]current[_ ]quota",
             r"billing_(?:error|hard_limit|not_active)",
             r"arrearage|accountoverdueerror",
             r"account not in good standing",
-            r"balance is insufficient",
             r"(?:requires more|used all available|doesn't have any) credits",
             r"please recharge",
             r"spend(?:ing)? limit",
             r"specified (?:api |workspace )*usage limits",
             r"(?:key|credit) limit exceeded",
-            r"payment required",
             r"budget (?:has been )?exceeded",
             r"^1113$",
         ),
@@ -8103,27 +8111,19 @@ SIGNALS: Tuple[Signal, ...] = (
             r"model[_ ]not[_ ](?:found|exist)",
             r"^1211$",  # z.ai
             r"(?:unknown|no such) model",
-            r"model[^\n]{0,120}does not exist",
-            r"model[^\n]{0,120}is not (?:found|available|a valid)",
+            r"model[^\n]{0,120}(?:does not exist|is not (?:found|available|a valid))",
             r"not a valid model",
             r"model[^\n]{0,120}decommissioned",
             r"deploymentnotfound",
+            r"^1211$",  # z.ai
         ),
     ),
 )
 
 _STATUS_KINDS: Dict[int, str] = {
-    401: AUTH,
-    402: BILLING,
-    403: FORBIDDEN,
-    404: NOT_FOUND,
-    408: TEMPORARY,
-    409: TEMPORARY,
-    410: NOT_FOUND,
-    425: TEMPORARY,
-    429: RATE_LIMITED,
-    451: POLICY,
-}
+    401: AUTH, 402: BILLING, 403: FORBIDDEN, 404: NOT_FOUND, 408: TEMPORARY, 409: TEMPORARY, 410: NOT_FOUND,
+    425: TEMPORARY, 429: RATE_LIMITED, 451: POLICY,
+}  # fmt: skip
 _CLASS_KINDS: Dict[int, str] = {3: NOT_FOUND, 4: INVALID, 5: TEMPORARY}
 
 # Errors inside a 200 carry no HTTP status; their type or code tells. Anything but these is temporary.

@@ -1189,3 +1189,14 @@ def test_random_json_raises_nothing_but_router_errors(seed):
 
 def test_every_loss_is_said_in_words():
     assert WIRE.losses and all(isinstance(key, str) and text for key, text in WIRE.losses.items())
+
+
+@pytest.mark.parametrize("begun, deltas, text", [("Hello", ["Hello", " you"], "Hello you"), ("Hel", ["lo"], "Hello"), ("Hi", [], "Hi")])
+def test_the_text_in_the_start_of_a_block_is_told_once(begun, deltas, text):
+    """MiniMax's first delta repeats it; elsewhere it is the first piece."""
+    parts = [{"type": "message_start", "message": {"id": "msg_1", "content": []}}]
+    parts.append({"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": begun}})
+    parts += [{"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": one}} for one in deltas]
+    parts += [{"type": "content_block_stop", "index": 0}, {"type": "message_stop"}]
+    parser = WIRE.parser(CONTEXT)
+    assert R.fold([event for part in parts for event in parser.feed(R.SseEvent("", json.dumps(part)))]).blocks == [R.Text(text)]

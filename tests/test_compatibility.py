@@ -279,6 +279,53 @@ def test_calls_of_another_provider_are_marked_as_foreign_where_an_upstream_deman
     assert len(upstream.calls) == 2
 
 
+def mistral_validates(call):
+    """The order of roles and the ids that mistral-common lets through; its words for others."""
+    turns, before = json.loads(call.body)["messages"], ""
+    for turn in turns:
+        ids = [one["id"] for one in turn.get("tool_calls", [])] + [turn[key] for key in ("tool_call_id",) if key in turn]
+        if not all(len(one) == 9 and one.isalnum() for one in ids):
+            return error_of("Tool call id was %s but must be a-z, A-Z, 0-9, with a length of 9." % ids[0], "3280")
+        if before == "tool" and turn["role"] == "user":
+            return error_of("Unexpected role 'user' after role 'tool'", "3230")
+        before = turn["role"]
+    if before == "assistant" and not turns[-1].get("prefix"):
+        return error_of("Expected last role User or Tool (or Assistant with prefix True) but got assistant", "3230")
+    return fake.json_answer(200, fake.chat_whole("ok"))
+
+
+def error_of(words, code):
+    return fake.json_answer(400, {"object": "error", "message": words, "type": "invalid_request_error", "code": code})
+
+
+@pytest.mark.parametrize(
+    "wire, compat, calls",
+    [("openai", "mistral", 2), ("anthropic", "mistral", 2), ("responses", "mistral", 2), ("anthropic", "", 3), ("responses", "", 3)],
+)
+def test_mistral_gets_the_turns_and_ids_that_it_validates(wire, compat, calls, router, make_upstream):
+    """Words of the user behind a tool's result, as Claude Code's reminders, and ids that other providers gave; elsewhere
+    it is learned."""
+    upstream = make_upstream(mistral_validates)
+    running = router(config_of(provider(upstream, "openai", "a", ["m"], **({"compat": compat} if compat else {}))))
+    body = tool_turns(wire, "toolu_01A")
+    body["input" if wire == "responses" else "messages"].append({"role": "user", "content": "and now?"})
+    assert running.post(PATHS[wire], dict(body, model="a/m")).status == 200
+    turns = upstream.calls[-1].json["messages"]
+    assert [turn["role"] for turn in turns] == ["user", "assistant", "tool", "assistant", "user"]
+    assert turns[1]["tool_calls"][0]["id"] == turns[2]["tool_call_id"] and turns[4]["content"] == "and now?"
+    assert running.post(PATHS[wire], dict(body, model="a/m")).status == 200
+    assert len(upstream.calls) == calls
+
+
+def test_what_mistral_takes_stays_as_it_is_and_a_last_turn_of_the_model_is_a_prefix():
+    call = {"id": "abcDEF012", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    turns.append({"role": "tool", "tool_call_id": "abcDEF012", "content": "r"})
+    assert llm_router.strict_turns({"messages": turns}) is None
+    last = {"role": "assistant", "content": "so"}
+    assert llm_router.strict_turns({"messages": [*turns, last]})["messages"][-1] == dict(last, prefix=True)
+
+
 def test_a_turn_that_bears_a_signature_is_not_marked():
     """Parallel calls have one, on the first."""
     signed = {"id": "a", "extra_content": {"google": {"thought_signature": "s"}}}

@@ -1230,7 +1230,7 @@ def test_free_text_comes_out_of_a_one_string_function(arguments, text):
 
 def test_wrapping_and_unwrapping_free_text_is_the_identity():
     call = ToolCall("c", "t", 'a "b"\n', "custom")
-    assert router.custom_input(router.custom_call_as_function(call).arguments) == call.arguments
+    assert router.custom_input(router.custom_as_function(call).arguments) == call.arguments
 
 
 # --- Errors and the watch
