@@ -13023,7 +13023,8 @@ class Ledger:
         except Exception as error:  # the thread must live: the next batch may succeed
             self._disconnect()
             if not self._trouble:
-                self._trouble = one_line("%s: %s" % (self._path, getattr(error, "message", "") or error))
+                words = getattr(error, "message", "") or getattr(error, "strerror", "") or error
+                self._trouble = one_line("%s: %s" % (self._path, words))
                 self._note("the usage ledger is not written, requests go on: " + self._trouble, "warning")
         if is_last:
             self._disconnect()
@@ -13676,7 +13677,7 @@ class _Pump:
 
 
 class StartOptions(NamedTuple):
-    """All that a server needs to start, checked. config_path: "" when the configuration came from the environment.
+    """All that a server needs to start, checked. config_path: "" when the configuration came from a variable.
 
     config_source: where it came from, in words. document: as it was read; config: the same as values.
     """
@@ -13771,10 +13772,10 @@ class Instance(NamedTuple):
     token: str
     started: float
 
-    @property
-    def reached_at(self) -> str:
-        """The host by which this machine reaches it."""
-        return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
+
+def near_host(host: str) -> str:
+    """The host by which this machine reaches who listens on `host`: a wildcard is no address."""
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
 
 
 def read_instances(path: str) -> List[Instance]:
@@ -13809,7 +13810,7 @@ def ask_instance(instance: Instance, verb: str, method: str = "GET") -> Json:
     import http.client
     import socket
 
-    connection = http.client.HTTPConnection(instance.reached_at, instance.port, timeout=_CONTROL_TIMEOUT_S)
+    connection = http.client.HTTPConnection(near_host(instance.host), instance.port, timeout=_CONTROL_TIMEOUT_S)
     try:
         connection.request(method, _CONTROL + verb, headers={"authorization": "Bearer " + instance.token})
         response = connection.getresponse()
@@ -13832,10 +13833,8 @@ def running_instances() -> List[Tuple[Instance, Dict[str, Any]]]:
     """Every instance that answers, and its status."""
     found = []
     for instance in read_instances(state_path()):
-        try:
+        with suppress(RouterError):  # it does not run any more
             found.append((instance, ask_instance(instance, "status")))
-        except RouterError:  # it does not run any more
-            continue
     return found
 
 
@@ -14002,9 +14001,9 @@ class Router:
         try:
             notes = self.reload()
         except RouterError as error:
-            self.config_state = one_line(error.message, 500)
+            self.config_state = one_line(error.message.partition("\n")[0], 500)  # without the text around the place
             self.log.note("reload failed, the configuration before stays: " + self.config_state, "error")
-            return 409, {"error": self.config_state}
+            return 409, {"error": "not reloaded, the last good configuration stays: " + self.config_state}
         return 200, {"changes": notes}
 
     def reload(self) -> List[str]:
@@ -14014,19 +14013,22 @@ class Router:
         Open requests finish with what they began with. Providers whose URL, key or auth changed start healthy.
         """
         options = self.options
-        document: Optional[Json] = options.document
-        if options.config_path:
-            document = load_config(options.config_path, options.environ).document
-        if document is None:
+        document, source = options.document, options.config_source
+        found = load_config(options.config_path, options.environ) if options.config_path else None
+        if found is not None and found.document is not None:
+            document, source = found.document, found.source
+        elif found is not None and source == found.source:  # else it was made of key variables, for want of a file
             raise ConfigError("%s is not there (any more)" % one_line(options.config_path))
         config = read_config(document, options.environ)
+        if not any(provider.enabled for provider in config.providers):
+            raise ConfigError("the new configuration has no enabled provider")
         if options.require_auth and not config.master_key and not config.client_keys:
             raise ConfigError("the new configuration has no masterKey, which --require-auth needs")
         notes = changed_providers(options.config, config)
         for key in self.book.known():
             if key.partition("/")[0] in notes:
                 self.book.apply([HealthChange(key, clear=True, at=math.inf)])
-        self.options = options._replace(config=config, document=document)
+        self.options = options._replace(config=config, document=document, config_source=source)
         self._make_gateway()
         self.config_state = "ok"
         self.log.note("configuration reloaded" + (": %s changed" % ", ".join(notes) if notes else ""))
@@ -14134,13 +14136,17 @@ def _log_stream(settings: Settings) -> Any:
 
     if not settings.log_file:
         return sys.stderr
-    stream = LogFile(os.path.expanduser(settings.log_file), settings.log_max_bytes)
+    path = os.path.expanduser(settings.log_file)
+    _open_log(path).close()
+    return LogFile(path, settings.log_max_bytes)
+
+
+def _open_log(path: str) -> Any:
     try:
-        stream.write("")
+        return open_private(path, "ab")
     except OSError as error:
-        words = one_line(settings.log_file, 160), error.strerror or error
+        words = one_line(path, 160), error.strerror or error
         raise RouterError("cannot write the log file %s: %s; choose another with --log-file" % words) from None
-    return stream
 
 
 async def _serve(options: StartOptions) -> Tuple[int, int]:
@@ -14293,10 +14299,10 @@ def find_listener(port: int) -> Optional[Tuple[int, str]]:
 
 def _announce(options: StartOptions, port: int) -> None:
     """What a person, or a program that waits for the first line, needs to know."""
-    base = origin_url("http", options.settings.host, port)
+    base = origin_url("http", near_host(options.settings.host), port)
     providers = [provider.id for provider in options.config.providers if provider.enabled]
     lines = [
-        "listening on " + base,
+        "listening on " + origin_url("http", options.settings.host, port),
         "  Anthropic clients   ANTHROPIC_BASE_URL=%s" % base,
         "  OpenAI clients      OPENAI_BASE_URL=%s/v1" % base,
         "  either format       %s/route" % base,
@@ -14345,7 +14351,7 @@ def start_detached(flags: Sequence[str], log_path: str) -> Tuple[int, str]:
     import subprocess
     import sys
 
-    log = _open_start_log(log_path)
+    log = _open_log(log_path)
     began = os.fstat(log.fileno()).st_size
     windows = sys.platform == "win32"
     how: Dict[str, Any] = {"creationflags": 0x208} if windows else {"start_new_session": True}  # detached, own group
@@ -14397,13 +14403,6 @@ def _wait_for_start(child: Any, log_path: str, began: int) -> str:
             last = said.strip().split("\n")[-1].replace("llm-router: ", "")
             raise RouterError("it ended at once: " + (last or "see " + log_path), 500)
     raise RouterError("it did not listen within %d s, see %s" % (_DETACHED_START_S, log_path), 500)
-
-
-def _open_start_log(path: str) -> Any:
-    try:
-        return open_private(path, "ab")
-    except OSError as error:
-        raise RouterError("cannot write the log file %s: %s" % (one_line(path), error.strerror or error)) from None
 
 
 # ==============================================================================
@@ -14553,9 +14552,8 @@ def _replace_program(target: str, old: bytes, data: bytes) -> str:
         words = one_line(target, 160), error.strerror or error
         raise FileError("cannot replace %s: %s; it is unchanged" % words) from None
     finally:
-        for path in (fresh, kept):
-            if path and os.path.exists(path):
-                _remove(path)
+        for path in filter(None, (fresh, kept)):
+            _remove(path)
 
 
 def _version_of(path: str) -> str:
@@ -14661,9 +14659,8 @@ def _windows_task(argv: Sequence[str]) -> Service:
     return Service("", "", (create, run), ("schtasks", "/Query", "/TN", SERVICE_NAME), (remove,))
 
 
-def install_service(service: Service) -> List[str]:
-    """Write the service's file and start it. The commands that the user has to give, because their tool is missing or
-    failed. FileError when the file cannot be written."""
+def install_service(service: Service) -> Tuple[List[str], str]:
+    """Write the service's file and start it; what `_give` returns. FileError when the file cannot be written."""
     import os
 
     if service.path:
@@ -14676,8 +14673,8 @@ def install_service(service: Service) -> List[str]:
     return _give(service.install)
 
 
-def remove_service(service: Service) -> List[str]:
-    """Stop the service and delete its file; what the user has to do himself."""
+def remove_service(service: Service) -> Tuple[List[str], str]:
+    """Stop the service and delete its file; what `_give` returns."""
     left = _give(service.remove)
     if service.path:
         _remove(service.path)
@@ -14690,33 +14687,30 @@ def service_state(service: Service) -> str:
 
     if service.path and not os.path.exists(service.path):
         return "not installed"
-    done = _call(service.status)
-    if done is None:
-        return "installed, state unknown: %s is missing" % service.status[0]
-    return one_line(done[1].strip()) or "code %d" % done[0]
+    code, said = _call(service.status)
+    return one_line(said.strip(), 300) or "code %d" % code
 
 
-def _give(commands: Sequence[Tuple[str, ...]]) -> List[str]:
+def _give(commands: Sequence[Tuple[str, ...]]) -> Tuple[List[str], str]:
+    """Give commands; those that are left to the user, since a tool is missing or has failed, and what it said."""
     import shlex
 
-    failed = False
-    left = []
-    for command in commands:
-        done = None if failed else _call(command)
-        failed = done is None or done[0] != 0
-        left += [shlex.join(command)] if failed else []
-    return left
+    for at, command in enumerate(commands):
+        code, said = _call(command)
+        if code:
+            return [shlex.join(words) for words in commands[at:]], one_line(said.strip(), 300)
+    return [], ""
 
 
-def _call(command: Sequence[str]) -> Optional[Tuple[int, str]]:
-    """(exit code, output) of a platform's tool; None when it is missing or hangs."""
+def _call(command: Sequence[str]) -> Tuple[int, str]:
+    """(exit code, output) of a platform's tool; 127 when it is missing or hangs."""
     import subprocess
 
     try:
         how: Dict[str, Any] = {"stdin": subprocess.DEVNULL, "capture_output": True, "timeout": 30}
         done = subprocess.run(command, check=False, **how)  # noqa: S603  our table
     except (OSError, subprocess.TimeoutExpired):
-        return None
+        return 127, "%s is missing or hangs" % command[0]
     return done.returncode, (done.stdout or done.stderr).decode("utf-8", "replace")  # Windows has its own code pages
 
 
@@ -15446,7 +15440,13 @@ class Finding(NamedTuple):
 
 def examine(given: str, port: int, environ: Mapping[str, str], offline: bool) -> List[Finding]:
     """Everything that is looked at, in order. given: --config; port: where the router is to listen."""
+    import os
+
     findings, config = _examine_config(given, environ)
+    home = os.path.dirname(state_path())
+    if not os.access(home, os.W_OK):
+        text = "%s cannot be written: no status, stop and reload of an instance, and no ledger" % home
+        findings.append(Finding("warning", "home", text, "make it writable, or set HOME to a folder that is"))
     running = running_instances()
     ports = {instance.port for instance, _ in running}
     findings += [*_examine_running(running), *([] if port in ports else [_examine_port(port)])]
@@ -15496,7 +15496,7 @@ def _examine_network(environ: Mapping[str, str]) -> Iterator[Finding]:
     import os
 
     for name in ("HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY", "NO_PROXY"):
-        url = _either_case(environ, name)
+        url = environ.get(name.lower(), "") or environ.get(name, "")
         if url:
             yield Finding("ok", "proxy", "%s=%s" % (name, mask_url(url)))
         if name in ("HTTPS_PROXY", "ALL_PROXY") and re.match("(?!http://).*://", url, re.IGNORECASE):
@@ -15505,10 +15505,6 @@ def _examine_network(environ: Mapping[str, str]) -> Iterator[Finding]:
         bundle = environ.get(name, "")
         if bundle and not os.path.isfile(os.path.expanduser(bundle)):
             yield Finding("problem", "certificates", "%s names no file: %s" % (name, bundle), "correct or unset it")
-
-
-def _either_case(environ: Mapping[str, str], name: str) -> str:
-    return environ.get(name.lower(), "") or environ.get(name, "")
 
 
 def _examine_clients(environ: Mapping[str, str], ports: Set[int]) -> Iterator[Finding]:
@@ -15700,6 +15696,8 @@ def _wait_for(argv: Sequence[str], env: Mapping[str, str]) -> int:
         before = {signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN)}
         for number in [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]:
             before[number] = signal.signal(number, lambda number, _: child.send_signal(number))
+    except OSError as error:
+        raise RouterError("cannot run %s: %s" % (one_line(argv[0], 160), error.strerror or error)) from None
     finally:
         release()
     try:
@@ -16062,7 +16060,7 @@ class Given:
         if made is None:
             raise ConfigError("no configuration: %s does not exist; %s" % (one_line(loaded.path), _WAYS_ON))
         names = ", ".join(provider["apiKeyEnv"] for provider in made["providers"])
-        return Loaded(made, "the key variables %s (there is no %s)" % (names, one_line(loaded.path)), "")
+        return Loaded(made, "the key variables %s (there is no %s)" % (names, one_line(loaded.path)), loaded.path)
 
     def hiding_variable(self) -> str:
         """The variable that goes before the file, "" for none."""
@@ -16313,10 +16311,7 @@ def _read_secret(name: str) -> str:
     import getpass
     import sys
 
-    if sys.stdin is not None and sys.stdin.isatty():
-        text = getpass.getpass("%s (not shown): " % name)
-    else:
-        text = sys.stdin.readline() if sys.stdin is not None else ""
+    text = getpass.getpass("%s (not shown): " % name) if sys.stdin.isatty() else sys.stdin.readline()
     if not text.strip():
         raise UsageError("stdin held no key")
     return text.strip()
@@ -16607,7 +16602,7 @@ def _ask_provider(plan: ProbePlan, given: Given) -> ProbeReport:
         return False
 
     def say(text: str) -> None:
-        if sys.stderr is not None and sys.stderr.isatty():
+        if sys.stderr.isatty():
             print(text, end="", file=sys.stderr, flush=True)
 
     try:
@@ -16667,15 +16662,14 @@ def run_startup(given: Given) -> int:
     argv = [sys.executable, os.path.realpath(__file__), "start", "--config=" + given.path]
     log = os.path.expanduser(LOG_PATH)
     service = make_service(sys.platform, home, argv, service_variables(given.environ), log)
-    if verb == "status":
-        state = service_state(service)
+    state = "" if verb == "install" else service_state(service)
+    if verb == "status" or state == "not installed":
         return given.tell({"state": state, "path": service.path}, [state])
-    left = install_service(service) if verb == "install" else remove_service(service)
-    done = "installed" if verb == "install" else "removed"
-    print("%s %s" % (done, one_line(service.path) or "the task " + SERVICE_NAME))
-    if left:
-        print("now run: " + " && ".join(left))
-    return 0
+    left, said = install_service(service) if verb == "install" else remove_service(service)
+    state = "installed" if verb == "install" else "removed"
+    lines = ["%s %s" % (state, one_line(service.path) or "the task " + SERVICE_NAME)]
+    lines += ["now run: " + " && ".join(left), "which failed here: " + said] if left else []
+    return given.tell({"state": state, "path": service.path, "left": left, "reason": said}, lines)
 
 
 def _warn_of_lost_keys(options: StartOptions) -> None:
@@ -16715,9 +16709,8 @@ def run_export(given: Given) -> int:
     if given.out:
         target = os.path.realpath(os.path.expanduser(given.out))
         write_private(target, dump_json(document) + b"\n")
-        print("saved to " + one_line(target))
-    else:
-        print(json.dumps(document if given.show_secrets else mask_document(document), indent=2))
+        return given.tell({"path": target}, ["saved to " + one_line(target)])
+    print(json.dumps(document if given.show_secrets else mask_document(document), indent=2))
     return 0
 
 
@@ -16805,7 +16798,10 @@ def read_start_options(given: Given) -> StartOptions:
     if given.grace is not None:
         settings = settings._replace(drain_grace_ms=given.grace * 1000)
     loaded = given.load(presets=True)
-    config = read_config(loaded.document, given.environ)
+    try:
+        config = read_config(loaded.document, given.environ)
+    except ConfigError as error:
+        raise ConfigError("%s: %s" % (one_line(loaded.source), error.message), error.problems) from None
     if not any(provider.enabled for provider in config.providers):
         raise UsageError("%s has no enabled provider; %s" % (one_line(loaded.source), _WAYS_ON))
     auth = bool(given.require_auth)
@@ -16828,8 +16824,7 @@ def run_menu_command(given: Given) -> int:
     """No command, and `config` without an operation: the menu on a terminal, elsewhere the masked summary."""
     import sys
 
-    is_terminal = all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout))
-    if given.json or not given.prompts and not is_terminal:
+    if given.json or not (given.prompts or sys.stdin.isatty() and sys.stdout.isatty()):
         return run_list(given)
     loaded = load_config(given.path, {})
     document = NEW_DOCUMENT if loaded.document is None else loaded.document
@@ -16957,9 +16952,9 @@ def run_stop(given: Given) -> int:
 
     try:
         instance = given.find_instance()
-    except UsageError:
-        raise
     except RouterError as error:
+        if error.code != "not_running":
+            raise
         return given.tell({"stopped": False}, [error.message])
     verb = "stop" if given.grace is None else "stop/%d" % given.grace
     grace_s = ask_instance(instance, verb, "POST").get("grace_s", 30)
@@ -16974,12 +16969,7 @@ def run_stop(given: Given) -> int:
 
 def run_reload(given: Given) -> int:
     """`reload`: apply the edited configuration without losing a request."""
-    instance = given.find_instance()
-    try:
-        changes = ask_instance(instance, "reload", "POST")["changes"]
-    except RouterError as error:
-        stays = "not reloaded, the last good configuration stays: " if error.code == "control_error" else ""
-        raise RouterError(stays + error.message, error.status, error.code) from None
+    changes = ask_instance(given.find_instance(), "reload", "POST")["changes"]
     words = "changed providers: " + ", ".join(changes) if changes else "every provider is as it was"
     return given.tell({"reloaded": True, "changed": changes}, ["reloaded, " + words])
 
@@ -16991,8 +16981,8 @@ def run_doctor(given: Given) -> int:
     lines = []
     for one in findings:
         cure = "; " + one_line(one.cure, 200) if one.cure else ""
-        level = _colored("%-8s" % one.level, one.level)
-        lines.append("%s %s: %s%s" % (level, one.about, one_line(one.text, 300), cure))
+        level, text = _colored("%-8s" % one.level, one.level), one.text.partition("\n")[0]
+        lines.append("%s %s: %s%s" % (level, one.about, one_line(text, 300), cure))
     return given.tell({"ok": not bad, "findings": [finding._asdict() for finding in findings]}, lines, int(bad))
 
 
@@ -17035,6 +17025,7 @@ def run_explain(given: Given) -> int:
     except RouterError as error:
         trail = None if isinstance(error, UsageError) else find_in_ledger(ledger_path(given.settings), id)
         if trail is None:
+            error.message += ", and the usage ledger does not know it" if error.code == "not_running" else ""
             raise
     return given.tell(trail, _explanation(trail))
 
@@ -17046,7 +17037,7 @@ _WHAT_DECIDES = {
     TIMEOUT: "--first-byte-timeout-ms, --first-content-timeout-ms, --idle-timeout-ms, or the provider's own timeouts",
     EMPTY: "nothing: an empty answer is passed on only when nobody has a better one",
     BILLING: "credit at the provider; it is asked again after --origin-billing-cooldown-ms",
-    AUTH: "the provider's apiKey or apiKeyEnv; a reload clears --origin-auth-cooldown-ms",
+    AUTH: "the provider's apiKey or apiKeyEnv; a reload with another key ends --origin-auth-cooldown-ms",
     FORBIDDEN: "what the provider's key may use; it is asked again after --origin-auth-cooldown-ms",
     NOT_FOUND: "the model's id: llm-router config --operation=discover-models lists the provider's",
     POLICY: "--allow-policy-fallback lets other providers try what one has blocked",
@@ -17118,15 +17109,17 @@ def run_usage(given: Given) -> int:
     import time
 
     path, by = ledger_path(given.settings), given.by or "model"
+    if given.today and given.since:
+        raise UsageError("usage: give --today or --since, not both")
     since = _parse_since("0d" if given.today else given.flags.get("since", "30d"))
     rows = sum_ledger(path, by, since) if path else []
-    if given.csv and not given.json:
-        writer = csv.writer(sys.stdout, lineterminator="\n")
-        writer.writerows([list(rows[0])] + [list(row.values()) for row in rows[:-1]] if rows else [])
-        return 0
     if not path and not given.json:
         raise UsageError("the usage ledger is off: LLM_ROUTER_USAGE_DB or --usage-db names its file")
-    day = time.strftime("%Y-%m-%d", time.localtime(since))
+    if given.csv and not given.json:
+        writer = csv.writer(sys.stdout, lineterminator="\n")
+        writer.writerows([["group", *_LEDGER_SUMS], *(row.values() for row in rows[:-1])])
+        return 0
+    day = time.strftime("%Y-%m-%d %H:%M", time.localtime(since)).replace(" 00:00", "")
     if rows:
         head = "since %s, by %s, from %s" % (day, by, one_line(path))
         lines = _spaced([head], _usage_table(rows, by, _columns()))
@@ -17145,8 +17138,9 @@ def _parse_since(text: str) -> float:
     try:
         if span and span.group(2) == "h":
             return time.time() - int(span.group(1)) * 3600
-        day = time.localtime(time.time() - int(span.group(1)) * 86400) if span else time.strptime(text, "%Y-%m-%d")
-        return time.mktime((day.tm_year, day.tm_mon, day.tm_mday, 0, 0, 0, 0, 0, -1))
+        day = time.localtime() if span else time.strptime(text, "%Y-%m-%d")
+        back = int(span.group(1)) if span else 0  # days, of which one may have 23 or 25 hours
+        return time.mktime((day.tm_year, day.tm_mon, day.tm_mday - back, 0, 0, 0, 0, 0, -1))
     except (ValueError, OverflowError):
         raise UsageError("--since: %s is neither 7d, 12h nor a date like 2026-01-31" % one_line(text, 40)) from None
 
@@ -17244,8 +17238,9 @@ def _reach_running(instance: Instance, environ: Environ) -> Tuple[Json, str, Con
     try:
         config = read_config(Given(environ, {"config": instance.config}).load(presets=True).document, environ)
     except RouterError:  # made of key variables that this shell does not have, or broken since
-        config = Config(default_model=status["default_model"])
-    return status, origin_url("http", instance.reached_at, instance.port), config
+        key = environ.get("LLM_ROUTER_MASTER_KEY", "").strip()
+        config = Config(default_model=status["default_model"], master_key=key)
+    return status, origin_url("http", near_host(instance.host), instance.port), config
 
 
 def _run_with_router(agent: Agent, argv: Sequence[str], given: Given) -> int:
@@ -17253,15 +17248,18 @@ def _run_with_router(agent: Agent, argv: Sequence[str], given: Given) -> int:
     import os
     import signal
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends it as Ctrl-C does: the router must not stay behind
+    for name in {"SIGTERM", "SIGHUP"} & set(dir(signal)):  # end it as Ctrl-C does: the router must not stay behind
+        signal.signal(getattr(signal, name), signal.default_int_handler)
     flags = {"port": 0, **{name: given.flags[name] for name in ("config", "port") if name in given.flags}}
     options = read_start_options(Given(given.environ, flags))
-    pid, base = start_detached(["--%s=%s" % entry for entry in flags.items()], os.path.expanduser(LOG_PATH))
+    log = os.path.expanduser(options.settings.log_file or LOG_PATH)
+    pid, base = start_detached(["--%s=%s" % entry for entry in flags.items()], log)
     port = int(base.rpartition(":")[2])
     try:
         facts = agent_facts(base, "", options.config, given.flags)
         return _run_as_guest(agent, argv, find_instance(state_path(), "", port), facts, given.environ)
     finally:
+        _hold_signals()  # a second one would leave it behind after all
         if given.keep:
             _warn(["the router stays: pid %d, %s; llm-router stop ends it" % (pid, base)])
         else:
@@ -17270,6 +17268,8 @@ def _run_with_router(agent: Agent, argv: Sequence[str], given: Given) -> int:
 
 def run_env(given: Given) -> int:
     """`env [TOOL]`: the variables that point a program at the running router, for a shell to read."""
+    import sys
+
     name = one_line(given.tool or "any", 40)
     led = {row.name: row for row in (*AGENTS, ANY_AGENT) if any("%(base)s" in text for _, text in row.variables)}
     if name not in led:
@@ -17280,14 +17280,9 @@ def run_env(given: Given) -> int:
         raise UsageError("the running router wants a key: set LLM_ROUTER_MASTER_KEY to one")
     key = config.master_key if status["require_auth"] else ""
     variables = fill_templates(led[name], agent_facts(base, key, config, given.flags))[0]
-    return given.tell(variables, shell_lines(variables, given.shell or _default_shell(given.environ)))
-
-
-def _default_shell(environ: Environ) -> str:
-    import sys
-
-    name = environ.get("SHELL", "").rpartition("/")[2]
-    return "powershell" if sys.platform == "win32" else name if name in ("zsh", "fish") else "bash"
+    own = given.environ.get("SHELL", "").rpartition("/")[2]
+    usual = "powershell" if sys.platform == "win32" else own if own in _SHELLS else "bash"
+    return given.tell(variables, shell_lines(variables, given.shell or usual))
 
 
 # ----- Cloudflare -----
@@ -17367,7 +17362,7 @@ def _is_guided(given: Given) -> bool:
     """Whether a person sits there who can be asked."""
     import sys
 
-    return bool(not given.json and sys.stdin and sys.stdin.isatty() and sys.stdout.isatty())
+    return not given.json and sys.stdin.isatty() and sys.stdout.isatty()
 
 
 def _ask_user(given: Given, question: str, otherwise: str) -> str:
@@ -17540,6 +17535,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     import os
     import sys
 
+    hold_streams()
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv == ["--version"]:
         print("llm-router " + __version__)
@@ -17553,11 +17549,14 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         return code
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains once more
-        return 1
     except Exception as error:
-        return _report(error, any(word in ("--debug", "--debug=true", "--debug=1") for word in argv))
+        debug = any(word in ("--debug", "--debug=true", "--debug=1") for word in argv)
+        code = 1 if isinstance(error, BrokenPipeError) else _report(error, debug)
+        try:
+            sys.stdout.flush()
+        except OSError:  # closed or full: the interpreter would complain once more
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return code
 
 
 def _report(error: Exception, debug: bool) -> int:
@@ -17571,6 +17570,16 @@ def _report(error: Exception, debug: bool) -> int:
     text = error.message if known else "%s: %s (--debug shows more)" % (type(error).__name__, error)
     print("llm-router: " + printable(text), file=sys.stderr)
     return 2 if isinstance(error, UsageError) else 1
+
+
+def hold_streams() -> None:
+    """Lead standard streams that were closed nowhere: a file or socket could get their numbers, and what is printed."""
+    import os
+    import sys
+
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115  it takes the free number
 
 
 def entry() -> None:
@@ -17590,6 +17599,7 @@ def shed_source(path: str) -> str:
     import os
     import sys
 
+    hold_streams()
     told = sys._xoptions.get(_PATH_OPTION)
     if path.startswith(_DESCRIPTORS) and told:
         os.close(int(path[len(_DESCRIPTORS) :]))

@@ -85,7 +85,6 @@ def filled(home):
 
 
 def test_the_line_of_the_readme_stores_both_models_without_a_prompt(home):
-    home.monkeypatch.setattr(sys, "stdin", None)
     home.ok(README_LINE)
     provider = home.document()["providers"][0]
     assert [model["id"] for model in provider["models"]] == ["gpt-4o", "claude-3-7-sonnet-latest"]
@@ -593,7 +592,7 @@ def test_without_a_configuration_key_variables_make_one_in_memory(home):
     home.monkeypatch.setenv("ANTHROPIC_API_KEY", "sk-2")
     options = start(home)
     assert [(p.id, p.api_key) for p in options.config.providers] == [("anthropic", "sk-2"), ("groq", "gsk-1")]
-    assert options.config_path == ""
+    assert options.config_path == str(home.folder / ".llm-router.json")  # a reload takes it once it is there
     assert "GROQ_API_KEY" in options.config_source
     assert "ANTHROPIC_API_KEY" in options.config_source
     assert not list(home.folder.iterdir())
@@ -691,6 +690,16 @@ def test_a_reader_that_goes_away_does_no_harm(tmp_path):
     child.stderr.close()
     child.wait(timeout=60)
     assert error == b""
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux' device that is always full")
+@pytest.mark.parametrize("words", ["--help", "start --help", "config --operation=list"])
+def test_an_output_that_is_full_or_closed_gives_one_line_or_none_and_no_traceback(tmp_path, words):
+    line = 'exec "$0" "$1" %s %s'
+    for where, code, lines in ((">/dev/full", 1, 1), (">&- <&-", 0, 0)):
+        command = ["sh", "-c", line % (words, where), sys.executable, str(PROGRAM)]
+        done = subprocess.run(command, env=_environment(tmp_path), stderr=subprocess.PIPE, text=True, timeout=60)
+        assert (done.returncode, done.stderr.count("\n")) == (code, lines), done.stderr
 
 
 def test_a_terminal_without_utf8_does_not_stop_a_command(tmp_path):

@@ -538,8 +538,24 @@ def test_the_span_of_time_is_chosen(command, filled):
     assert count("--since=2999-01-01") == 0
 
 
+@pytest.mark.skipif(not hasattr(time, "tzset"), reason="Windows has one time zone only")
+def test_days_go_back_to_a_midnight_also_past_one_that_had_23_hours(monkeypatch):
+    """Berlin's clocks went from 2:00 to 3:00 on 29 March 2026: 24 hours before Monday, 0:30, it was still Saturday."""
+    monkeypatch.setenv("TZ", "CET-1CEST,M3.5.0,M10.5.0/3")
+    time.tzset()
+    try:
+        now, times = time.mktime((2026, 3, 30, 0, 30, 0, 0, 0, -1)), time.localtime
+        monkeypatch.setattr(time, "localtime", lambda at=now: times(at))
+        monkeypatch.setattr(time, "time", lambda: now)
+        days = [times(r._parse_since(text))[:5] for text in ("0d", "1d", "2d", "40d")]
+        assert days == [(2026, 3, 30, 0, 0), (2026, 3, 29, 0, 0), (2026, 3, 28, 0, 0), (2026, 2, 18, 0, 0)]
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+
+
 @pytest.mark.parametrize(
-    "words", [["--since=yesterday"], ["--since=2026-13-01"], ["--since="], ["--by=colour"], ["--since=99999d", "--x"]]
+    "words", [["--since=yesterday"], ["--since=2026-13-01"], ["--since="], ["--by=colour"], ["--today", "--since=7d"], ["--since=99999d", "--x"]]
 )
 def test_what_usage_does_not_understand_is_refused(command, tmp_path, words):
     code, out, err = command(tmp_path, "usage", *words)
@@ -550,7 +566,7 @@ def test_an_empty_ledger_says_how_to_fill_it(command, tmp_path):
     code, out, _ = command(tmp_path, "usage")
     assert code == 0 and "llm-router start" in out and "llm-router run" in out
     assert json.loads(command(tmp_path, "usage", "--json")[1])["total"] is None
-    assert command(tmp_path, "usage", "--csv")[1] == ""
+    assert command(tmp_path, "usage", "--csv")[1].startswith("group,requests,failed,input,")  # and no row
     assert not list(tmp_path.iterdir())
 
 

@@ -230,7 +230,7 @@ def test_reload_of_a_broken_edit_keeps_the_last_good_configuration_and_says_so(r
     running.write_config(broken)
     error = run(running.home, "reload")
     assert error[:2] == (1, "")
-    assert "oops" in error[2] or "defaultModel" in error[2]
+    assert ".json:1:15: Expecting value\n" in error[2] or "defaultModel" in error[2]
     assert "stays" in error[2]
     assert running.post(CHAT, MESSAGES).status == 200
     assert "(ok)" not in ok(running.home, "status")
@@ -340,6 +340,26 @@ def both(router, upstream):
     first = router(two_models(upstream), *QUICK)
     second = router(two_models(upstream), *QUICK, env={"HOME": first.home, "USERPROFILE": first.home})
     return first, second
+
+
+def test_a_router_made_of_key_variables_takes_the_configuration_file_once_there_is_one(tmp_path, upstream):
+    """As who starts without one and then adds a provider expects; one that has none keeps what runs."""
+    environ = dict(clean_environment(tmp_path), OPENAI_API_KEY="k")
+    line = [sys.executable, str(PROGRAM), "start", "--port=0"]
+    with subprocess.Popen(line, env=environ, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as child:
+        try:
+            assert child.stdout.readline().startswith("listening on ")
+            assert "every provider is as it was" in ok(tmp_path, "reload")
+            (tmp_path / ".llm-router.json").write_text('{"providers": []}')
+            assert "no enabled provider" in refused(tmp_path, 1, "reload")
+            (tmp_path / ".llm-router.json").write_text(json.dumps(two_models(upstream)))
+            assert until(lambda: "fake/a" in ok(tmp_path, "status"), timeout=30)
+            assert str(tmp_path / ".llm-router.json") in ok(tmp_path, "status", "--config=~/.llm-router.json")
+            (tmp_path / ".llm-router.json").write_text('{"providers":\n\n')
+            said = refused(tmp_path, 1, "reload")
+            assert said.endswith(".llm-router.json:3:1: Expecting value\n") and "stays" in said
+        finally:
+            child.kill()
 
 
 def test_of_several_instances_the_port_or_the_configuration_chooses(both):

@@ -88,13 +88,18 @@ def test_installing_writes_the_unit_and_starts_it_and_uninstalling_undoes_it(lin
     assert json.loads(capsys.readouterr().out.split("\n", 1)[1])["state"] == "active"
     assert r.main(["config", "--operation=startup-uninstall"]) == 0
     assert not unit.exists()
-    assert r.main(["config", "--operation=startup-status"]) == 0
-    assert capsys.readouterr().out.endswith("not installed\n")
+    capsys.readouterr()
+    for verb in ("status", "uninstall"):  # there is nothing to undo
+        assert r.main(["config", "--operation=startup-" + verb]) == 0
+        assert capsys.readouterr().out == "not installed\n"
 
 
 @unix
 def test_without_the_tool_the_file_is_written_and_the_commands_are_told(linux, capsys):
-    (linux / "tools" / "systemctl").write_text("#!/bin/sh\nexit 1\n")
+    (linux / "tools" / "systemctl").write_text("#!/bin/sh\necho no bus >&2\nexit 1\n")
+    assert r.main(["config", "--operation=startup-install", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["left"][0] == "systemctl --user daemon-reload" and told["reason"] == "no bus"
     assert r.main(["config", "--operation=startup-install"]) == 0
     shown = capsys.readouterr().out
     assert "systemctl --user daemon-reload && systemctl --user enable --now llm-router.service" in shown
