@@ -14425,7 +14425,11 @@ class Update(NamedTuple):
 def update_file(target: str, source: str) -> Update:
     """Replace the program `target` by the release at `source` (a URL or file) after every check; the old one is kept
     as target + ".bak". RouterError, and nothing is changed, when the release is not whole, older or does not run."""
-    target = _own_file(target)
+    import os
+
+    target = os.path.realpath(target)
+    if {"site-packages", "dist-packages"} & set(target.replace("\\", "/").split("/")):
+        raise RouterError("this program was installed by pip: update it with pip install --upgrade llm-router")
     data = fetch_release(source)
     _check_digest(data, source)
     try:
@@ -14437,15 +14441,6 @@ def update_file(target: str, source: str) -> Update:
         return Update(__version__, __version__, False)
     after = _replace_program(target, old, data)
     return Update(__version__, after, after != __version__)
-
-
-def _own_file(target: str) -> str:
-    import os
-
-    target = os.path.realpath(target)
-    if {"site-packages", "dist-packages"} & set(target.replace("\\", "/").split("/")):
-        raise RouterError("this program was installed by pip: update it with pip install --upgrade llm-router")
-    return target
 
 
 def fetch_release(source: str) -> bytes:
@@ -14541,7 +14536,10 @@ def _replace_program(target: str, old: bytes, data: bytes) -> str:
         fresh = _write_temporary(target, data)
         version = _version_of(fresh)
         if version != __version__:
-            _check_newer(version)
+            found, own = ([int(number) for number in re.findall(r"\d+", text)] for text in (version, __version__))
+            if found < own:
+                words = one_line(version, 40), __version__
+                raise RouterError("the release %s is older than %s: nothing was changed" % words)
             kept = _write_temporary(target + ".bak", old)
             shutil.copymode(target, fresh)
             shutil.copymode(target, kept)
@@ -14571,12 +14569,6 @@ def _version_of(path: str) -> str:
     if found is None:
         raise RouterError("the release does not run here: its --version gave no answer", 502, "bad_release")
     return found.group(1)
-
-
-def _check_newer(version: str) -> None:
-    numbers = [[int(number) for number in re.findall(r"\d+", text)] for text in (version, __version__)]
-    if numbers[0] < numbers[1]:
-        raise RouterError("the release %s is older than %s: nothing was changed" % (one_line(version, 40), __version__))
 
 
 # ==============================================================================
@@ -15449,7 +15441,12 @@ def examine(given: str, port: int, environ: Mapping[str, str], offline: bool) ->
         findings.append(Finding("warning", "home", text, "make it writable, or set HOME to a folder that is"))
     running = running_instances()
     ports = {instance.port for instance, _ in running}
-    findings += [*_examine_running(running), *([] if port in ports else [_examine_port(port)])]
+    findings += _examine_running(running)
+    holder = None if port in ports else find_listener(port)
+    if holder is not None:
+        findings.append(Finding("problem", "port", "%d is used by pid %d (%s)" % (port, *holder), "start --port=0"))
+    elif port not in ports:
+        findings.append(Finding("ok", "port", "%d is free, as far as can be seen" % port))
     findings += [*_examine_network(environ), *_examine_clients(environ, ports | {port})]
     if config is not None and not offline:
         findings += _examine_providers([provider for provider in config.providers if provider.enabled], environ)
@@ -15483,13 +15480,6 @@ def _examine_running(running: Iterable[Tuple[Instance, Json]]) -> Iterator[Findi
         if status["version"] != __version__:
             text = "%s is not this version, %s" % (where, __version__)
             yield Finding("warning", "running", text, "llm-router stop, then start")
-
-
-def _examine_port(port: int) -> Finding:
-    holder = find_listener(port)
-    if holder is None:
-        return Finding("ok", "port", "%d is free, as far as can be seen" % port)
-    return Finding("problem", "port", "%d is used by pid %d (%s)" % (port, *holder), "start --port=0")
 
 
 def _examine_network(environ: Mapping[str, str]) -> Iterator[Finding]:
@@ -15550,10 +15540,8 @@ def _examine_provider(provider: Provider, settings: Settings, environ: Mapping[s
 
 _CURES = {
     0: "check baseUrl, the network, proxy and certificates",
-    401: "set its key anew: apiKey or apiKeyEnv",
-    403: "set its key anew: apiKey or apiKeyEnv",
-    404: "nothing, when requests work: it has no list of models there",
-    405: "nothing, when requests work: it has no list of models there",
+    **dict.fromkeys((401, 403), "set its key anew: apiKey or apiKeyEnv"),
+    **dict.fromkeys((404, 405), "nothing, when requests work: it has no list of models there"),
 }
 
 
