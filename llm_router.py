@@ -481,7 +481,7 @@ _FORMAT_OF_HOST = {"api.anthropic.com": "anthropic"}
 
 
 class Auth(NamedTuple):
-    """How a provider is shown its key. type: one of AUTH_TYPES. header_name, prefix: of type header, prefix + key."""
+    """How a provider is shown its key. type: of AUTH_TYPES. header_name: for type header. prefix: before the key."""
 
     type: str = "bearer"
     header_name: str = ""
@@ -9162,8 +9162,7 @@ def _home_rows(menu: Menu) -> List[Row]:
     chains = sum(bool(model.fallback_models) for provider in config.providers for model in provider.models)
     states = {"check": min((problem.level for problem in problems), default="ok")}  # error before warning
     for problem in problems:
-        field = _FIELD_OF["config"].get(re.split(r"[.[]", problem.path)[0])
-        name = field.key if field else ""
+        name = getattr(_FIELD_OF["config"].get(re.split(r"[.[]", problem.path)[0]), "key", "")
         states[name] = min(problem.level, states.get(name, "warning"))
     values = {
         "providers": ", ".join(provider.id for provider in config.providers),
@@ -9238,16 +9237,16 @@ def _start_draft(menu: Menu, chosen: Tuple[Preset, str]) -> Menu:
     needs_key = preset.keys and not variable
     fields = _FIELD_ORDER["provider"]
     at = fields.index("apiKey") if needs_key else len(fields) if preset.id else 0
-    lead = "" if preset.id else "It needs an id, a base URL and mostly a key, in apiKey or apiKeyEnv."
+    lead = "" if preset.id else "It needs an id, a base URL and usually a key, in apiKey or apiKeyEnv."
     lead = "Get a key at " + preset.keys_at if needs_key else lead
     return _push(menu._replace(draft=draft), "provider", "New provider", ("providers", 0), at, True, lead=lead)
 
 
 def _add_draft(menu: Menu) -> Menu:
     raw = _at(menu, menu.front.place)
-    first = next(iter(_model_ids(raw)), "*")
-    default = as_text(menu.draft.get("defaultModel"))
-    default = default or ("%s/%s" % (_id_of(raw), first) if first != "*" else "")
+    raw = {key: raw[key] for key in SPELLINGS["provider"] if key in raw}  # in the usual order
+    first = next((name for name in _model_ids(raw) if name != "*"), "")
+    default = as_text(menu.draft.get("defaultModel")) or (first and "%s/%s" % (_id_of(raw), first))
     at = len(look_at(menu.document, ("providers",))[0])
     new = menu._replace(frames=(Frame("home"), Frame("providers", at=at)), draft={})
     new = _apply(new, add_provider, raw, default)
@@ -9345,7 +9344,8 @@ def _edit_field(menu: Menu, item: Tuple[Any, ...]) -> Menu:
     def put(menu: Menu, value: Any) -> Menu:
         is_none = value in ("", []) and field.kind != "[model]"  # an empty list of models is told as one
         new = _apply(menu, set_field, menu.front.place, field.key, None if is_none else value)
-        return _swap(new, at=new.front.at + new.front.is_draft)  # a new provider's form goes on to its next field
+        title = str(value) if field.key == "id" and not new.front.is_draft else new.front.title
+        return _swap(new, at=new.front.at + new.front.is_draft, title=title)  # a draft's form goes on to its next field
 
     return _EDITORS.get(field.kind, _edit_text)(menu, field, value, put)
 
@@ -9525,9 +9525,8 @@ def _edit_master(menu: Menu) -> Menu:
         Row(("Type one",), lambda menu: _ask(menu, "Master key", store, hidden=True), "not shown while typed"),
         Row(("Remove it",), remove, "clients then need none, or their own"),
     ]
-    has_one = bool(find_key(menu.document, "config", "masterKey"))
     lead = "The key that clients show where start has --require-auth=true."
-    return _choose(menu, "Master key", rows[: 2 + has_one], lead)
+    return _choose(menu, "Master key", rows[: 2 + bool(find_key(menu.document, "config", "masterKey"))], lead)
 
 
 def _show_key(menu: Menu, what: str, key: str) -> Menu:
@@ -9571,8 +9570,7 @@ def _show_setting(menu: Menu, item: Tuple[Json, str, str]) -> Menu:
 
 
 def _check_rows(menu: Menu) -> List[Row]:
-    found = find_problems(menu.document)
-    return [Row((one.path or "configuration", one.message), one, one.cure, one.level) for one in found]
+    return [Row((p.path or "configuration", p.message), p, p.cure, p.level) for p in find_problems(menu.document)]
 
 
 def _startup(menu: Menu) -> Menu:
@@ -9640,9 +9638,7 @@ SCREENS: Dict[str, Screen] = {
     }, empty="No providers yet: press a to add one."),
     "presets": Screen("Add a provider", _preset_rows, {"enter choose": _start_draft}, "Who is it?"),
     "provider": Screen("Provider", _form_rows, {
-        "enter edit": _edit_field,
-        "t test": lambda menu, item: _test(menu, menu.front.place),
-        "d clear": _clear_field,
+        "enter edit": _edit_field, "t test": lambda menu, item: _test(menu, menu.front.place), **_FORM_KEYS,
     }),
     "form": Screen("Fields", _form_rows, _FORM_KEYS),
     "access": Screen("Browser access", _form_rows, _FORM_KEYS),
@@ -9891,7 +9887,8 @@ _BODIES = {"list": _list_body, "pick": _list_body, "input": _input_body, "text":
 
 # ----- the same screens as numbered prompts -----
 
-_HOW = {"list": "number, %s, or empty for back", "pick": "number to pick, %s, or empty when done"}
+_EMPTY = ("enter", "esc")  # what an empty line means
+_HOW = {"list": "number, %s, or empty for %s", "pick": "number to pick, %s, or empty when %s"}
 
 
 def prompt_text(menu: Menu) -> str:
@@ -9902,14 +9899,16 @@ def prompt_text(menu: Menu) -> str:
     for i, row in enumerate(rows, 1):
         picked = "[%s] " % row.state if row.state.isdigit() else ""
         mark = " (%s)" % row.state if row.state in ("off", "warning", "error") else ""
-        why = " - " + one_line(row.hint, 200) if row.hint and (mark or not any(row.cells[1:])) else ""
+        is_new = row.hint and row.hint not in row.cells and (mark or not any(row.cells[1:]))
+        why = " - " + one_line(row.hint, 200) if is_new else ""
         lines.append("%3d  %s%s%s%s" % (i, picked, "  ".join(filter(None, map(one_line, row.cells))), mark, why))
     lines += ["error: " * menu.is_error + menu.note] if menu.note else []
     if screen.kind == "input" and not frame.hidden:
         lines.append("[%s] empty leaves it, - clears it" % one_line(frame.typed))
-    keys = [(_KEY_NAMES.get(name, name), word) for name, word in keys_of(menu, rows[0].item if rows else None)]
-    letters = ", ".join("%s %s" % pair for pair in keys if pair[0] not in ("enter", "esc", "↑↓"))
-    return "\n".join(lines + ([_HOW[screen.kind] % letters] if screen.kind in _HOW else []))
+    keys = {_KEY_NAMES.get(name, name): word for name, word in keys_of(menu, rows[0].item if rows else None)}
+    empty = keys["enter" if screen.kind == "pick" else "esc"]
+    words = ", ".join("%s %s" % (name, keys[name]) for name in keys if keys[name] != "pick" and name not in _EMPTY)
+    return "\n".join(lines + ([_HOW[screen.kind] % (words, empty)] if screen.kind in _HOW else []))
 
 
 def answer_keys(menu: Menu, answer: str) -> Tuple[Menu, List[str]]:
@@ -14680,7 +14679,8 @@ def service_state(service: Service) -> str:
     if service.path and not os.path.exists(service.path):
         return "not installed"
     code, said = _call(service.status)
-    return one_line(said.strip(), 300) or "code %d" % code
+    words = one_line(said.strip(), 300) or "code %d" % code
+    return "installed, state unknown: " + words if code and service.path and " " in words else words
 
 
 def _give(commands: Sequence[Tuple[str, ...]]) -> Tuple[List[str], str]:
@@ -15736,7 +15736,8 @@ _STYLES = {
     "typed": ("", "A_UNDERLINE"),
     "caret": ("", "A_REVERSE"),
 }
-_CHARACTER_KEYS = dict(zip("\n\r\t\x7f\b\x15\x03 ", "enter enter down backspace backspace ctrl-u ctrl-c space".split()))
+_CHARACTER_NAMES = "enter enter down backspace backspace home delete end ctrl-u ctrl-c space".split()
+_CHARACTER_KEYS = dict(zip("\n\r\t\x7f\b\x01\x04\x05\x15\x03 ", _CHARACTER_NAMES))
 _CODE_KEYS = {  # names of curses after KEY_
     "UP": "up", "DOWN": "down", "LEFT": "left", "RIGHT": "right", "HOME": "home", "END": "end", "PPAGE": "pgup",
     "NPAGE": "pgdn", "BACKSPACE": "backspace", "DC": "delete", "ENTER": "enter", "BTAB": "up", "SR": "K", "SF": "J",
@@ -15983,9 +15984,8 @@ def _run_prompts(menu: Menu, effects: Effects) -> int:
             hidden = menu.front.hidden and sys.stdin.isatty()
             answer = getpass.getpass("(not shown) > ") if hidden else input("> ")
         except EOFError:
-            unsaved = menu.document != menu.saved
-            print("\nnot saved: the input ended" if unsaved else "")
-            return 1 if unsaved else 0
+            print("\nnot saved: the input ended" if menu.is_unsaved else "")
+            return int(menu.is_unsaved)
         menu, events = answer_keys(menu, answer)
         while events:
             menu, effect = update(menu, events.pop(0))

@@ -746,3 +746,25 @@ def test_a_row_is_switched_and_moved_by_its_number():
     host = answer(Host(), "1")
     assert answer(host, "space 2").document["providers"][1]["enabled"] is False
     assert answer(host, "J 1").providers() == ["anthropic", "router", "spare"]
+
+
+def test_a_prompt_says_what_an_empty_line_does_and_nothing_twice():
+    assert r.prompt_text(Host().menu).endswith("number, ? help, or empty for quit")
+    assert r.prompt_text(Host().open("Providers").menu).endswith("or empty for back")
+    picking = r.prompt_text(Host().open("Fallbacks", "router/gpt-4o").menu)
+    assert picking.endswith("number to pick, J K order, a type, / filter, or empty when done")
+    tested = r.prompt_text(Host(test=PROBED).open("Providers").press("t").menu)
+    assert tested.count("no such path") == 1
+
+
+def test_a_new_provider_is_stored_in_the_usual_order_and_its_first_named_model_is_the_default():
+    host = Host(EMPTY, models=["a", "b"]).open("Providers").press("a").open("Another one", "id").type("mine")
+    host.open("apiKey").type("sk-0123456789").open("models").press("down", "space", "enter")
+    host.open("baseUrl").type("http://localhost/v1").open("Add this provider")
+    assert list(host.document["providers"][0]) == ["id", "baseUrl", "apiKey", "models"]
+    assert host.document["providers"][0]["models"] == ["*", "a"] and host.document["defaultModel"] == "mine/a"
+
+
+def test_the_title_follows_a_new_id():
+    host = Host().open("Providers", "router", "id").type("best")
+    assert host.screen().startswith(" llm-router › Providers › best ")

@@ -143,3 +143,15 @@ def test_what_the_platforms_tool_says_is_shown_as_one_harmless_line_whatever_byt
     assert r.main(["config", "--operation=startup-status"]) == 0
     shown = capsysbinary.readouterr().out
     assert b"active" in shown and b"\x1b" not in shown and shown.count(b"\n") == 1
+
+
+@unix
+def test_a_tool_that_cannot_tell_the_state_is_not_taken_for_the_state(linux, capsys):
+    assert r.main(["config", "--operation=startup-install"]) == 0
+    capsys.readouterr()
+    (linux / "tools" / "systemctl").write_text("#!/bin/sh\necho Failed to connect to bus >&2\nexit 1\n")
+    assert r.main(["config", "--operation=startup-status"]) == 0
+    assert capsys.readouterr().out == "installed, state unknown: Failed to connect to bus\n"
+    (linux / "tools" / "systemctl").write_text("#!/bin/sh\necho inactive\nexit 3\n")
+    assert r.main(["config", "--operation=startup-status"]) == 0
+    assert capsys.readouterr().out == "inactive\n"
