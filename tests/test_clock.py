@@ -4,6 +4,7 @@ clock that never jumps, and what is written down stays whole.
 The program is started by CLOCK, which puts a shifted `time.time` and `time.time_ns` in place before the program is
 imported; the shift stands in a file. Everything else of the process is as always: sockets, threads, SQLite, files."""
 
+import contextlib
 import json
 import re
 import sqlite3
@@ -121,7 +122,7 @@ def test_log_ledger_and_state_file_are_whole_after_all_of_it(shifted):
     path = shifted.home / ".llm-router.usage.db"
 
     def rows():
-        with sqlite3.connect(str(path)) as connection:
+        with contextlib.closing(sqlite3.connect(str(path))) as connection:
             return connection.execute("SELECT id, total_ms FROM requests").fetchall()
 
     assert until(lambda: len(rows()) == shifted.asked), rows()

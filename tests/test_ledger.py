@@ -88,7 +88,7 @@ def ledger(tmp_path, monkeypatch):
         noted = Noted()
         one = r.Ledger(str(tmp_path / "u.db"), r.Settings(**settings), noted, limit)
         one.path, one.noted = tmp_path / "u.db", noted
-        one.close = lambda: (r.Ledger.close(one), one._thread.join(30))  # a busy disk may take longer than it waits
+        one.close = lambda: one._batches.close(30.0)  # a busy disk may take longer than a stop waits for it
         made.append(one)
         return one
 
@@ -309,7 +309,8 @@ def test_a_ledger_that_another_writer_makes_at_any_moment_is_no_foreign_one(tmp_
         assert r.sum_ledger(str(path), "model", 0) == []
     else:
         r._open_ledger(str(path)).close()
-        assert connect(str(path)).execute("PRAGMA user_version").fetchone() == (r.LEDGER_VERSION,)
+        with contextlib.closing(connect(str(path))) as made:
+            assert made.execute("PRAGMA user_version").fetchone() == (r.LEDGER_VERSION,)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs symbolic links")
