@@ -3433,8 +3433,7 @@ _STATUS_WORDS = {
     529: "overloaded_error",
 }
 ERROR_STATUSES = {word: status for status, words in _STATUS_WORDS.items() for word in words.split()}
-# MiniMax tells errors inside a 200 by numbers of its own, in base_resp.status_code, which is 0 in all other answers
-# (platform.minimax.io/docs/api-reference/errorcode).
+# MiniMax: numbers of base_resp.status_code inside a 200, 0 in all other answers (platform.minimax.io, Error codes).
 _BASE_CODES = {
     1001: "timeout_error", 1002: "rate_limit_exceeded", 1004: "invalid_api_key", 1008: "insufficient_balance",
     1026: "content_filter", 1027: "content_filter", 1039: "rate_limit_exceeded", 1041: "rate_limit_exceeded",
@@ -3484,8 +3483,7 @@ def _innermost_error(value: Any, depth: int) -> Json:
             inner["message"] = "%s: %s" % (".".join(map(str, outer["loc"])), inner["message"])
         if inner.get("message"):
             return {**outer, **inner} if key == "error" else {**inner, **outer, "message": inner["message"]}
-    words = as_text(outer.get("message") or outer.get("Message") or outer.get("status_msg"))
-    return {**outer, "message": words}
+    return {**outer, "message": as_text(outer.get("message") or outer.get("Message") or outer.get("status_msg"))}
 
 
 # ==============================================================================
@@ -4091,6 +4089,8 @@ def _shown_finish(reason: str, has_calls: bool, has_refusal: bool) -> str:
 # ---- streams: Chat Completions -> neutral
 
 _THINK_OPEN, _THINK_CLOSE = "<think>", "</think>"  # around the reasoning that a server left in the content (trap 48)
+# A tag that the model's template had opened: a whole answer is divided there, a stream only loses it as its own chunk.
+_LONE_CLOSE = re.compile(r"(?m)^</think>\s*$")
 _DETAIL_KEYS = ("text", "summary", "data", "signature")
 # Field of a delta -> the block that its text adds to. GitHub Copilot: reasoning_text.
 _THOUGHT_FIELDS = ("reasoning_content", "reasoning", "reasoning_text")
@@ -4212,7 +4212,7 @@ class ChatStreamParser:
     def more(self, text: str) -> List[Any]:
         """See WireFormat."""
         if self._flowing is not ToolCall:
-            return [Delta(text)]
+            return [] if text.strip() == _THINK_CLOSE else [Delta(text)]
         self._slots[-1].add_arguments(text)
         self._advance()
         return self._take()
@@ -4372,7 +4372,8 @@ class ChatStreamParser:
         if type(value) is str and self._tag and value:
             self._read_tagged(value)
             return
-        self._add_text(Text, value)
+        if as_text(value).strip() != _THINK_CLOSE:
+            self._add_text(Text, value)
         for part in map(as_dict, as_list(value)):  # Mistral sends thinking as parts
             fields = {"reasoning_content": _thinking_text(part), "content": as_text(part.get("text"))}
             self._read_delta({**fields, "refusal": part.get("refusal")})
@@ -4386,7 +4387,8 @@ class ChatStreamParser:
                 self._held = text
                 return
             is_tagged = begin.startswith(_THINK_OPEN)
-            self._tag, text = (_THINK_CLOSE, begin[len(_THINK_OPEN) :]) if is_tagged else ("", text)
+            text = begin[len(_THINK_OPEN) :] if is_tagged else text
+            self._tag = _THINK_CLOSE if is_tagged or _LONE_CLOSE.search(text) else ""
         if self._tag == _THINK_CLOSE:
             thought, tag, text = text.partition(_THINK_CLOSE)
             self._tag = " " if tag else _THINK_CLOSE

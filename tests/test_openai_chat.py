@@ -497,6 +497,27 @@ def test_what_only_looks_like_a_think_tag_stays_text(text):
     assert blocks(*[chunk({"content": letter}) for letter in text]) == [Text(text)]
 
 
+def test_a_whole_answer_that_only_closes_the_tag_is_divided_there():
+    """trap 48: the model's template had opened it"""
+    found = OPENAI_CHAT.parse_response(whole({"content": "So they greet me.\n</think>\n\nHi"}), make_context())
+    assert [(type(block), block.text.strip()) for block in found.blocks] == [(Thinking, "So they greet me."), (Text, "Hi")]
+    told = "Write </think> behind your thoughts."
+    assert OPENAI_CHAT.parse_response(whole({"content": told}), make_context()).blocks == [Text(told)]
+
+
+def test_a_closing_tag_alone_in_a_stream_is_never_shown():
+    """trap 48"""
+    parts = ["So ", "they ", "greet.", "\n", "</think>", "\n\n", "Hi", " there"]
+    assert blocks(*[chunk({"content": part}) for part in parts]) == [Text("So they greet.\n\n\nHi there")]
+    raw = b"".join(b"data: " + json.dumps(chunk({"content": part})).encode() + b"\n\n" for part in parts)
+    answer = router.fold_stream("openai", raw + b"data: [DONE]\n\n", make_context())
+    assert answer.blocks == [Text("So they greet.\n\n\nHi there")]
+    translator = router.StreamTranslator("openai", "anthropic", make_context())
+    assert b"think>" not in b"".join(translator.feed(raw[at : at + 40]) for at in range(0, len(raw), 40))
+    translator = router.StreamTranslator("openai", "anthropic", make_context())
+    assert b"think>" not in b"".join(translator.feed(one + b"\n\n") for one in raw.split(b"\n\n") if one)
+
+
 def test_an_empty_think_tag_leaves_no_block():
     """trap 48"""
     assert blocks(chunk({"content": "<think>\n\n</think>\n\nHi"})) == [Text("Hi")]
