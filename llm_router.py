@@ -14112,7 +14112,9 @@ def _run_anew(port: int) -> None:
     import sys
 
     sys.stdout.flush()
-    os.execv(sys.executable, [*interpreter_words(), *sys.argv, "--port=%d" % port])  # noqa: S606  this file
+    told = "--port=%d" % port
+    words = [word for word in sys.argv if word != told]
+    os.execv(sys.executable, [*interpreter_words(), *words, told])  # noqa: S606  this file
 
 
 _PATH_OPTION = "llm_router"  # of -X, which Python ignores and `ps` shows: where the program's file is
@@ -14498,7 +14500,8 @@ def fetch(request: Any, max_bytes: int, redirects: Any) -> Tuple[int, Any, bytes
                     words = shown, "large" if len(data) > max_bytes else "slow"
                     raise RouterError("the answer of %s is too %s" % words, 502, "bad_answer")
     except (OSError, http.client.HTTPException) as error:
-        raise RouterError("cannot read %s: %s" % (shown, one_line(str(error), 160)), 502, "unreachable") from None
+        why = one_line(str(getattr(error, "reason", error)), 160)  # urllib wraps it
+        raise RouterError("cannot read %s: %s" % (shown, why), 502, "unreachable") from None
     except ValueError:  # its text quotes the header, which may be a token
         raise RouterError("cannot ask %s: its URL or a header has a character that HTTP forbids" % shown, 400) from None
 
