@@ -12881,7 +12881,8 @@ class LogWriter:
 
 
 class LogFile:
-    """A log file as a stream for LogWriter: its owner's only, moved to `path`.1 when it is full (0 bytes: never).
+    """A log file as a stream for LogWriter: its owner's only, moved to `path`.1 when it is full (0 bytes: never); begun
+    anew when somebody else has moved or removed it, as logrotate does and a second router with the same file.
 
     OSError from `write` when the disk is full or the folder gone: the next write opens it anew.
     """
@@ -12890,17 +12891,22 @@ class LogFile:
         self._path = path
         self._max_bytes = max_bytes
         self._file: Any = None
+        self._inode: List[int] = []
 
     def write(self, text: str) -> None:
         """Append some lines."""
         import os
 
         data = text.encode("utf-8", "backslashreplace")
-        if self._file is not None and self._max_bytes and self._file.tell() + len(data) > self._max_bytes:
+        _, size, *inode = file_stamp(self._path) or (0, 0)
+        if inode != self._inode:
+            self.close()
+        if self._file is not None and self._max_bytes and size + len(data) > self._max_bytes:
             self.close()
             os.replace(self._path, self._path + ".1")
         if self._file is None:
             self._file = open_private(self._path, "ab")
+            self._inode = [os.fstat(self._file.fileno()).st_ino]
         try:
             self._file.write(data)
         except OSError:
@@ -14087,9 +14093,14 @@ def changed_providers(old: Config, new: Config) -> List[str]:
 
 def run_server(options: StartOptions) -> int:
     """Serve until a signal or `stop` ends it; the exit code. SIGINT and SIGTERM drain, a second one ends at once."""
+    import os
+    import sys
+
     code, port = run_loop(_serve(options))
-    if port:
-        _run_anew(port)
+    if port:  # become the program that this file holds by now, with the same flags, environment, pid and port
+        told = "--port=%d" % port
+        sys.stdout.flush()
+        os.execv(sys.executable, [*interpreter_words(), *(word for word in sys.argv if word != told), told])  # noqa: S606
     return code
 
 
@@ -14104,17 +14115,6 @@ def run_loop(work: Any) -> Any:
     elif sys.platform == "win32":  # deprecated since 3.14
         asyncio.set_event_loop_policy(asyncio.WindowsSelectorEventLoopPolicy())
     return asyncio.run(work, **how)
-
-
-def _run_anew(port: int) -> None:
-    """Become the program that this file holds by now, with the same flags, environment, pid and port."""
-    import os
-    import sys
-
-    sys.stdout.flush()
-    told = "--port=%d" % port
-    words = [word for word in sys.argv if word != told]
-    os.execv(sys.executable, [*interpreter_words(), *words, told])  # noqa: S606  this file
 
 
 _PATH_OPTION = "llm_router"  # of -X, which Python ignores and `ps` shows: where the program's file is
@@ -14356,12 +14356,11 @@ def start_detached(flags: Sequence[str], log_path: str) -> Tuple[int, str]:
 
     log = _open_log(log_path)
     began = os.fstat(log.fileno()).st_size
-    windows = sys.platform == "win32"
-    how: Dict[str, Any] = {"creationflags": 0x208} if windows else {"start_new_session": True}  # detached, own group
     argv = [*interpreter_words(), os.path.abspath(__file__), "start", *flags]
     release = _hold_signals()
-    if not windows:
-        how["preexec_fn"] = release  # or the child could not be ended
+    how: Dict[str, Any] = {"start_new_session": True, "preexec_fn": release}  # held back there, nothing could end it
+    if sys.platform == "win32":
+        how = {"creationflags": 0x208}  # detached, in a group of its own
     try:
         with log:
             child = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, **how)  # noqa: S603  this file
@@ -15643,11 +15642,6 @@ def fill_templates(agent: Agent, facts: Mapping[str, str]) -> Tuple[Dict[str, st
 
 def _is_filled(text: str, facts: Mapping[str, str]) -> bool:
     return all(facts[name] for name in re.findall(r"%\((\w+)\)s", text))
-
-
-def find_agent(name: str) -> Optional[Agent]:
-    """The row of AGENTS for a tool's name, None when it is none of them."""
-    return next((agent for agent in AGENTS if agent.name == name), None)
 
 
 def run_program(agent: Agent, argv: Sequence[str], facts: Mapping[str, str], environ: Mapping[str, str]) -> int:
@@ -17193,7 +17187,7 @@ _AGENT_FLAGS = (
 def run_agent(given: Given) -> int:
     """`run TOOL [args...]`, `run -- COMMAND`: a program against the running router, or one of its own."""
     name, *argv = given.tail or [""]
-    agent = ANY_AGENT if name == "--" and argv else find_agent(name)
+    agent = ANY_AGENT if name == "--" and argv else next((row for row in AGENTS if row.name == name), None)
     if agent is None:
         names = ", ".join(row.name for row in AGENTS)
         raise UsageError("run: name one of %s, or -- and any command; run claude, run -- python app.py" % names)

@@ -141,7 +141,7 @@ def test_a_program_learns_the_window_of_its_model_where_the_configuration_has_it
     model = {"id": "m", "contextWindow": 131072, "maxOutputTokens": 8192}
     config = r.read_config(config_of(provider("http://127.0.0.1:1", models=[model, "n"]), defaultModel="fake/m"), {})
     facts = r.agent_facts("http://x", "", config, {})
-    claude, codex, opencode = (r.find_agent(name) for name in ("claude", "codex", "opencode"))
+    claude, codex, opencode = r.AGENTS[:3]
     assert r.fill_templates(claude, facts)[0]["CLAUDE_CODE_MAX_CONTEXT_TOKENS"] == "131072"
     assert r.fill_templates(codex, facts)[1][-2:] == ["-c", "model_context_window=131072"]
     told = json.loads(opencode.file[1](facts))["provider"]["llm-router"]["models"]
@@ -255,5 +255,5 @@ def test_other_shells_quote_in_their_own_way():
 
 def test_a_models_name_stays_a_string_in_codexs_toml():
     facts = dict.fromkeys(["base", "key", "window"], "1")
-    words = r.fill_templates(r.find_agent("codex"), dict(facts, model='a"\nnotify=["evil"]\\'))[1]
+    words = r.fill_templates(r.AGENTS[1], dict(facts, model='a"\nnotify=["evil"]\\'))[1]
     assert words[words.index("model_context_window=1") - 2] == 'model="a\\"\\nnotify=[\\"evil\\"]\\\\"'

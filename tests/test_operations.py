@@ -114,6 +114,25 @@ def test_the_log_file_is_moved_when_it_is_full_and_private(tmp_path):
     assert os.name != "posix" or path.stat().st_mode & 0o777 == 0o600
 
 
+@posix
+def test_a_log_file_that_somebody_else_moves_or_removes_is_begun_anew(tmp_path):
+    """logrotate does so, and a second router with the same file; what is full is judged by the file, not by our part."""
+    path = tmp_path / "log"
+    first, second = r.LogFile(str(path), 100), r.LogFile(str(path), 100)
+    first.write("a" * 60 + "\n")
+    second.write("b" * 30 + "\n")
+    first.write("c" * 30 + "\n")  # moves what both have written
+    second.write("d\n")
+    assert path.read_text() == "c" * 30 + "\nd\n" and len((tmp_path / "log.1").read_text()) == 92
+    path.rename(tmp_path / "old")
+    first.write("e\n")
+    path.unlink()
+    first.write("f\n")
+    assert path.read_text() == "f\n"
+    first.close()
+    second.close()
+
+
 def test_a_log_file_that_fails_is_opened_anew_by_the_next_line(tmp_path):
     folder = tmp_path / "away"
     file = r.LogFile(str(folder / "log"), 100)
