@@ -6905,6 +6905,44 @@ def plain_schema(schema: Any, place: str = "items") -> Any:
     return {key: plain_schema(one, "items" if is_map else key) for key, one in words.items()}
 
 
+_SCHEMA_BOUNDS = frozenset(
+    "minimum maximum exclusiveMinimum exclusiveMaximum multipleOf minLength maxLength pattern minItems maxItems"
+    " uniqueItems minProperties maxProperties".split()
+)
+
+
+def closed_schema(schema: Any, place: str = "items") -> Any:
+    """A JSON schema as Anthropic's structured outputs take it: objects are closed, bounds become words of the
+    description (the SDK's transform_schema). place: where it stands."""
+    if isinstance(schema, list):
+        return [closed_schema(one, place) for one in schema]
+    if not isinstance(schema, dict) or place not in _SCHEMA_MAPS + _SCHEMA_PLACES:
+        return schema
+    if place in _SCHEMA_MAPS:
+        return {name: closed_schema(one) for name, one in schema.items()}
+    bounds = {key: one for key, one in schema.items() if key in _SCHEMA_BOUNDS}
+    words = {key: closed_schema(one, key) for key, one in schema.items() if key not in bounds}
+    if bounds:
+        words["description"] = ("%s\n\n%s" % (as_text(words.get("description")), dump_json(bounds).decode())).strip()
+    kinds = [words.get("type"), *as_list(words.get("type"))]
+    return {**words, "additionalProperties": False} if "object" in kinds else words
+
+
+def _close_output(body: Json) -> None:
+    form = as_dict(as_dict(body.get("output_config")).get("format"))
+    if "schema" in form:
+        form["schema"] = closed_schema(form["schema"])
+
+
+def _tell_schema(body: Json) -> None:
+    """Where JSON mode is all there is, as at DeepSeek, the schema is told in words."""
+    schema = as_dict(as_dict(body.get("response_format")).get("json_schema")).get("schema")
+    if schema:
+        words = "Answer with JSON that follows this JSON schema:\n" + dump_json(schema).decode()
+        body["messages"] = [{"role": "system", "content": words}, *as_list(body.get("messages"))]
+        body["response_format"] = {"type": "json_object"}
+
+
 def _tools_of(body: Json) -> List[Json]:
     tools = [as_dict(tool) for tool in as_list(body.get("tools"))]
     return tools + [as_dict(tool.get("function")) for tool in tools]
@@ -6933,6 +6971,7 @@ def _names(field: str) -> str:
 
 # Vendors' API references, and the public threads that TRAPS of this kind were met in (traps 70, 71, 108).
 FIXES: Dict[str, Fix] = {
+    "closed schemas": Fix(_close_output, "output_config", r"additionalproperties"),
     "max_completion_tokens": Fix(_rename("max_tokens", "max_completion_tokens"), "max_tokens", _names("max_tokens")),
     "max_tokens": Fix(
         _rename("max_completion_tokens", "max_tokens"), "max_completion_tokens", _names("max_completion_tokens")
@@ -6946,6 +6985,7 @@ FIXES: Dict[str, Fix] = {
     "no strict": Fix(_drop_strict, "tools", _names("strict")),
     "plain schemas": Fix(_plain_schemas, "tools", _names("(?:json_|input_)?schema")),
     "no sampling": Fix(_drop_sampling, "model"),
+    "schema in words": Fix(_tell_schema, "response_format", r"response_format.{0,60}(?:un|not )(?:avail|supp)"),
     "strict turns": Fix(
         lambda body: body.update(strict_turns(body) or {}), "messages", r"length of 9|unexpected role|last role user"
     ),
@@ -6963,17 +7003,18 @@ _CLOUD_BETAS = re.compile(
     r"(?:computer-use|token-efficient-tools|interleaved-thinking|output-128k|dev-full-thinking|context-1m"
     r"|context-management|effort|tool-search-tool|tool-examples)-\d"
 )
+_CLOUD_FIXES = ("plain schemas", "closed schemas")
 _MISTRAL_FIXES = ("no stream_options", "no reasoning_content", "no reasoning_effort", "strict turns")
 _OPENAI_FIXES = ("max_completion_tokens", "no reasoning_content", "no sampling")
 
 COMPATS: Tuple[Compat, ...] = (
     Compat("openai", ("api.openai.com",), _OPENAI_FIXES),
     Compat("azure", ("openai.azure.com", "services.ai.azure.com", "cognitiveservices.azure.com"), _OPENAI_FIXES),
-    Compat("anthropic", ("api.anthropic.com",), signed_thinking=True),
-    Compat("bedrock", ("amazonaws.com",), ("plain schemas",), signed_thinking=True, betas=_CLOUD_BETAS),
-    Compat("vertex", ("aiplatform.googleapis.com",), ("plain schemas",), signed_thinking=True, betas=_CLOUD_BETAS),
+    Compat("anthropic", ("api.anthropic.com",), ("closed schemas",), signed_thinking=True),
+    Compat("bedrock", ("amazonaws.com",), _CLOUD_FIXES, signed_thinking=True, betas=_CLOUD_BETAS),
+    Compat("vertex", ("aiplatform.googleapis.com",), _CLOUD_FIXES, signed_thinking=True, betas=_CLOUD_BETAS),
     Compat("openrouter", ("openrouter.ai",), caches=True),
-    Compat("deepseek", ("api.deepseek.com",), ("think if replayed",), replays_reasoning=True),
+    Compat("deepseek", ("api.deepseek.com",), ("think if replayed", "schema in words"), replays_reasoning=True),
     Compat("moonshot", ("api.moonshot.ai", "api.moonshot.cn"), ("think if replayed", "plain schemas"), False, True),
     Compat("zai", ("api.z.ai", "open.bigmodel.cn"), ("plain schemas",)),
     Compat("qwen", ("dashscope.aliyuncs.com", "dashscope-intl.aliyuncs.com", "dashscope-us.aliyuncs.com"), caches=True),

@@ -473,3 +473,53 @@ def test_a_block_that_nobody_knows_in_a_system_message_is_left_out():
     messages = [{"role": "system", "content": parts}, {"role": "user", "content": "x"}]
     body = llm_router.translate_request({"model": "m", "max_tokens": 1, "messages": messages}, "anthropic", "openai")[1]
     assert body["messages"][0] == {"role": "system", "content": "hi"}
+
+
+def test_a_schema_for_anthropic_is_closed_and_its_bounds_are_told_in_words():
+    """anthropic.transform_schema: open objects and bounds are a 400 in structured outputs."""
+    name = {"type": "string", "maxLength": 9, "description": "A name"}
+    person = {"type": "object", "properties": {"type": name, "minimum": {"type": ["object", "null"]}}}
+    schema = {"type": "array", "items": {"$ref": "#/$defs/P"}, "$defs": {"P": person}, "default": {"type": "object"}}
+    closed = llm_router.closed_schema(schema)
+    assert closed["$defs"]["P"]["additionalProperties"] is False and closed["default"] == {"type": "object"}
+    properties = closed["$defs"]["P"]["properties"]
+    assert properties["type"] == {"type": "string", "description": 'A name\n\n{"maxLength":9}'}
+    assert properties["minimum"] == {"type": ["object", "null"], "additionalProperties": False}
+
+
+@pytest.mark.parametrize("compat, calls", [("anthropic", 1), ("", 2)], ids=["its row", "learned"])
+def test_structured_output_goes_to_anthropic_with_a_closed_schema(compat, calls, router, make_upstream):
+    def closes(call):
+        if call.json["output_config"]["format"]["schema"].get("additionalProperties") is not False:
+            words = "output_config.format.schema: For 'object' type, 'additionalProperties' must be explicitly set to false"
+            return fake.error_answer("anthropic", 400, words, "invalid_request_error")
+        return fake.json_answer(200, fake.messages_whole("{}"))
+
+    upstream = make_upstream(closes)
+    running = router(config_of(provider(upstream, "anthropic", "a", ["m"], **({"compat": compat} if compat else {}))))
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object", "properties": {}}}}
+    body = {"model": "a/m", "messages": [{"role": "user", "content": "q"}], "response_format": form}
+    assert running.post(PATHS["openai"], body).status == 200 and len(upstream.calls) == calls
+
+
+@pytest.mark.parametrize("compat, calls", [("deepseek", 1), ("", 2)], ids=["its row", "learned"])
+def test_a_schema_is_told_in_words_where_only_json_mode_is_known(compat, calls, router, make_upstream):
+    """Codex and Claude Code ask for titles so; DeepSeek: "This response_format type is unavailable now"."""
+
+    def knows_json_mode(call):
+        if call.json["response_format"]["type"] != "json_object":
+            return fake.error_answer("openai", 400, "This response_format type is unavailable now", "invalid_request_error")
+        return fake.json_answer(200, fake.chat_whole("{}"))
+
+    upstream = make_upstream(knows_json_mode)
+    running = router(config_of(provider(upstream, "openai", "a", ["m"], **({"compat": compat} if compat else {}))))
+    form = {"type": "json_schema", "name": "x", "schema": {"type": "object", "properties": {"title": {"type": "string"}}}}
+    body = {"model": "a/m", "input": "q", "instructions": "be brief", "text": {"format": form}}
+    assert running.post(PATHS["responses"], body).status == 200 and len(upstream.calls) == calls
+    turns = upstream.calls[-1].json["messages"]
+    assert "JSON" in turns[0]["content"] and '"title"' in turns[0]["content"] and turns[1]["content"] == "be brief"
+
+
+def test_an_invalid_schema_is_no_reason_to_tell_it_in_words():
+    words = ["Invalid schema for response_format 'x': In context=(), 'required' is required to be supplied"]
+    assert llm_router.learn_fix({"response_format": {}}, words, ()) == ""
