@@ -11298,10 +11298,8 @@ class Dial:
         import socket
 
         self.is_aborted = True
-        sock = self.sock
-        with suppress(OSError):  # not connecting yet, or closed already
-            if sock is not None:
-                sock.shutdown(socket.SHUT_RDWR)
+        with suppress(OSError, AttributeError):  # not connecting yet, or closed already
+            self.sock.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         """Nobody wants the socket."""
@@ -11482,10 +11480,13 @@ class Dialer:
     """Worker threads that connect, started as needed; a slow upstream can never take them all."""
 
     def __init__(self, loop: Any, max_threads: int, max_per_upstream: int, on_done: Callable[[Dial], None]) -> None:
+        import threading
         from queue import SimpleQueue
 
         self._loop = loop
         self._jobs: Any = SimpleQueue()
+        self._closing = threading.Lock()
+        self._is_closed = False
         self._max_threads = max_threads
         self._max_per_upstream = max_per_upstream
         self._on_done = on_done
@@ -11510,7 +11511,9 @@ class Dialer:
             self._loop.call_later(_ABORT_AGAIN_S, self.cancel, dial)
 
     def close(self) -> None:
-        """Let every thread end once its dial is over."""
+        """Let every thread end once its dial is over, which is nobody's from now on."""
+        with self._closing:
+            self._is_closed = True
         for _ in range(self._threads):
             self._jobs.put(None)
         self._threads = 0
@@ -11520,21 +11523,20 @@ class Dialer:
 
         self._busy += 1
         if self._threads < min(self._busy, self._max_threads):
-            try:
+            with suppress(RuntimeError):  # the system has no thread left: the dial waits for one that is there
                 threading.Thread(target=self._work, name="llm-router-dial", daemon=True).start()
                 self._threads += 1
-            except RuntimeError:
-                pass  # the system has no thread left: the dial waits for one that is there
         self._jobs.put(dial)
 
     def _work(self) -> None:
         for dial in iter(self._jobs.get, None):
             dial.run()
-            try:
-                self._loop.call_soon_threadsafe(self._finished, dial)
-            except RuntimeError:  # the loop is closed: nobody is left to tell
-                dial.close()
-                return
+            with self._closing:  # a loop that is being closed drops what it is told, socket and all
+                if not self._is_closed:
+                    self._loop.call_soon_threadsafe(self._finished, dial)
+                    continue
+            dial.close()
+            return
 
     def _finished(self, dial: Dial) -> None:
         self._busy -= 1
@@ -15446,9 +15448,9 @@ class ProbeRun:
         except Exception as error:
             self._failure = error
         finally:
-            for _ in range(2):  # connections that came too late for their call are closed as well
-                self._loop.run_until_complete(asyncio.sleep(0))
-                self._upstreams.close()
+            self._upstreams.close()
+            self._loop.run_until_complete(asyncio.sleep(0))
+            self._upstreams.close()  # connections that came too late for their call as well
             self._loop.close()
             self._probe.end()
             self._over.set()

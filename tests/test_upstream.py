@@ -487,6 +487,30 @@ def test_the_last_address_that_fails_says_why(monkeypatch):
     assert (dial.error.label, dial.sock) == ("refused", None)
 
 
+def test_a_dial_that_is_over_when_nobody_is_left_is_told_to_nobody_and_closed(monkeypatch):
+    """A loop that is being closed drops what it is told, and the socket stayed open until it was collected."""
+    going, sockets, told, run = threading.Event(), [], [], r.Dial.run
+
+    def late(dial):
+        assert going.wait(30)
+        run(dial)
+        sockets.append(dial.sock)
+
+    async def dial_late(port):
+        loop = asyncio.get_running_loop()
+        dialer = r.Dialer(loop, 1, 1, told.append)
+        target = SimpleNamespace(key=r.UpstreamKey("http", "127.0.0.1", port, "", ""))
+        dialer.submit(r.Dial(target, 60, None, r.Network({})))
+        dialer.close()
+        going.set()
+        await loop.run_in_executor(None, until, lambda: sockets and sockets[0].fileno() == -1)
+
+    monkeypatch.setattr(r.Dial, "run", late)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        asyncio.run(dial_late(listener.getsockname()[1]))
+    assert told == []
+
+
 def test_without_a_free_thread_a_dial_waits_for_one_of_those_that_there_are(monkeypatch):
     """Containers limit the number of processes and threads."""
 
