@@ -7277,10 +7277,10 @@ class Strikes:
     def __init__(self) -> None:
         self._strikes: OrderedDict[str, Tuple[int, float]] = OrderedDict()  # peer -> how many, when the last one was
 
-    def add(self, peer: str, now: float) -> float:
-        """Note a wrong key; how many seconds its answer has to wait."""
+    def add(self, peer: str, now: float, keys: int = 1) -> float:
+        """Note the wrong keys of a request; how many seconds its answer has to wait."""
         count, last = self._strikes.pop(peer, (0, now))
-        count = 1 if now - last > self.FORGIVEN_AFTER_S else min(count + 1, 64)
+        count = min((0 if now - last > self.FORGIVEN_AFTER_S else count) + keys, 64)
         self._strikes[peer] = (count, now)
         if len(self._strikes) > self.MAX_PEERS:
             self._strikes.popitem(last=False)
@@ -7486,10 +7486,9 @@ def ends_with_tool_result(body: Json, wire: str) -> bool:
 
 def endpoint_of(path: str) -> Optional[Endpoint]:
     """The endpoint of a path, None for an unknown one."""
-    try:
+    with suppress(RouterError):
         return find_endpoint(path)
-    except RouterError:
-        return None
+    return None
 
 
 def wire_of_client(endpoint: Optional[Endpoint], headers: Headers) -> str:
@@ -7963,8 +7962,7 @@ class Requests:
         owner: str = "",
     ) -> None:
         self._inbound, self._settings, self._targets, self._lessons = inbound, settings, targets, lessons
-        self._owner = owner  # the name of the client's key
-        self._reasoning = reasoning or BoundedMap()
+        self._reasoning, self._owner = reasoning or BoundedMap(), owner  # the name of the client's key
         self._neutral: Optional[ChatRequest] = None
         self._conversation = ""
         self.home = ""  # the provider that has what a request refers to
@@ -8152,11 +8150,9 @@ SIGNALS: Tuple[Signal, ...] = (
         (400, 403, 422),
         _words(
             r"model[_ ]not[_ ](?:found|exist)",
-            r"^1211$",  # z.ai
             r"(?:unknown|no such) model",
-            r"model[^\n]{0,120}(?:does not exist|is not (?:found|available|a valid))",
+            r"model[^\n]{0,120}(?:does not exist|is not (?:found|available|a valid)|decommissioned)",
             r"not a valid model",
-            r"model[^\n]{0,120}decommissioned",
             r"deploymentnotfound",
             r"^1211$",  # z.ai
         ),
@@ -8235,9 +8231,8 @@ def judge_in_band(info: ErrorInfo, headers: Headers, wire: str, now: float) -> O
     status = ERROR_STATUSES.get(info.code) or ERROR_STATUSES.get(info.type, 0)
     if not status and re.fullmatch(r"[45][0-9][0-9]", info.code):
         status = int(info.code)
-    kind = kind_of(status, words) if status else TEMPORARY
+    kind, wait = kind_of(status, words), read_retry_after([], words, None, now)
     label = "200:" + re.sub("[ ,]", "_", one_line(info.code or info.type or "error", 40))
-    wait = read_retry_after([], words, None, now)
     kind = kind if kind in _IN_BAND_KINDS else TEMPORARY
     return Outcome(kind, status or 502, label, info, wait, tuple(headers), None, wire)
 
@@ -8457,17 +8452,16 @@ def changed_health(health: Health, change: HealthChange) -> Health:
     return health._replace(failed_at=max(health.failed_at, change.at), **told)
 
 
-class HealthAfter:
+class HealthAfter(NamedTuple):
     """A book as it will be after `changes`, read without changing it."""
 
-    def __init__(self, book: Any, changes: Sequence[HealthChange]) -> None:
-        self._book = book
-        self._changes = changes
+    book: Any
+    changes: Sequence[HealthChange]
 
     def read(self, key: str) -> Health:
         """The health of a key after the changes."""
-        health = self._book.read(key)
-        for change in self._changes:
+        health: Health = self.book.read(key)
+        for change in self.changes:
             health = changed_health(health, change) if change.key == key else health
         return health
 
@@ -10616,10 +10610,9 @@ def _sooner(limit_ms: int, left_ms: int) -> int:
 
 
 def _read_json(body: bytes) -> Json:
-    try:
+    with suppress(RouterError):
         return as_dict(load_json(body))
-    except RouterError:
-        return {}
+    return {}
 
 
 def _is_error_body(body: Json) -> bool:
@@ -11630,6 +11623,7 @@ class Connection:
             self._loop.add_writer(self._sock, self._send)
             return
         except OSError as error:
+            self._on_readable()  # who refuses a long request (413, 429) may answer it and leave before its end
             self._ended(UpstreamError("the connection broke while sending: " + one_line(str(error), 80), "reset"))
             return
         self.unsent = None
@@ -11709,7 +11703,7 @@ class Reply:
         self._parser = ResponseParser()
         self._max_body_bytes = max_body_bytes
         self._inflater: Optional[Inflater] = None
-        self._is_plain = False  # what the body is shows in its first two bytes
+        self._is_plain = False  # what the body is shows in its first three bytes
         self._held = b""
         self._parts: List[bytes] = []
         self._buffered = 0
@@ -11792,11 +11786,13 @@ class Reply:
                 body = self._inflate(body)
         except RouterError as error:
             body, fault = b"", error
-        if body:
-            if self._on_data is not None:
-                self._on_data(body)
-            else:
-                self._keep(body)
+        if body and self._on_data is not None:
+            self._on_data(body)
+        elif body:
+            self._parts.append(body)
+            self._buffered += len(body)
+            if self._buffered > _PAUSE_BYTES:
+                self._connection.pause()
         if fault is not None:
             self.end(UpstreamError(fault.message, "bad_response"))
         elif self._parser.decoder.complete:
@@ -11829,24 +11825,18 @@ class Reply:
         data, self._parts, self._buffered = b"".join(self._parts), [], 0
         return data
 
-    def _keep(self, body: bytes) -> None:
-        self._parts.append(body)
-        self._buffered += len(body)
-        if self._buffered > _PAUSE_BYTES:
-            self._connection.pause()
-
     def _inflate(self, body: bytes) -> bytes:
         """Some upstreams compress although they were asked not to, a few without saying so or say so without doing it
         (trap 18)."""
         if self._inflater is None:
             body, self._held = self._held + body, b""
-            if len(body) < 2 and not self._parser.complete:
+            if len(body) < 3 and not self._parser.complete:
                 self._held = body  # too little to tell
                 return b""
             encoding = "gzip" if looks_gzipped(body) else header(self.headers, "content-encoding").strip().lower()
             if encoding != "deflate" and not looks_gzipped(body):
                 self._is_plain = True
-                return body
+                return body[3:] if body.startswith(b"\xef\xbb\xbf") else body
             self._inflater = Inflater(encoding, self._max_body_bytes)
         return self._inflater.feed(body)
 
@@ -12039,8 +12029,9 @@ class Sink:
     async def respond(self, status: int, headers: Headers, body: bytes) -> None:
         """Send a whole answer; that a key was wrong is said the later the more often it happens."""
         connection = self._connection
-        if status == 401 and offered_keys(self._head.headers):  # who shows none does not guess
-            await connection.server.delay_refusal(connection)
+        keys = len(offered_keys(self._head.headers)) if status == 401 else 0
+        if keys:  # who shows none does not guess
+            await connection.server.delay_refusal(connection, keys)
         self._end()
         status = 400 if status == 499 else status  # a word of the log's: who still listens has sent half a request
         keep_alive = connection.may_keep_alive(self._head)
@@ -12420,14 +12411,12 @@ class ClientConnection:
         might never see the answer (RFC 9112, 9.6)."""
         self.closes = True
         self.phase, until = "idle", self.loop.time() + _CLOSING_S
-        try:
+        with suppress(ClientGoneError, HttpError, OSError, RuntimeError):
             if self._transport.can_write_eof():
                 self._transport.write_eof()
             while not self._at_eof:
                 self.deadline = min(self.loop.time() + _LINGER_S, until)
                 await self._read()
-        except (ClientGoneError, HttpError, OSError, RuntimeError):
-            return
 
     def _on_gone(self) -> None:
         if self.phase in ("serving", "sending", "body") and self.task is not None and not self.was_cut:
@@ -12613,11 +12602,11 @@ class Server:
         total, each = self.most_connections, self.settings.max_connections_per_peer
         return (not total or len(self.connections) < total) and (not each or self._peers.get(peer, 0) < each)
 
-    async def delay_refusal(self, connection: ClientConnection) -> None:
-        """Wait as long as the connection's peer must for its wrong key."""
+    async def delay_refusal(self, connection: ClientConnection, keys: int) -> None:
+        """Wait as long as the connection's peer must for its wrong keys."""
         import asyncio
 
-        await asyncio.sleep(self._strikes.add(self.connections.get(connection, ""), self.loop.time()))
+        await asyncio.sleep(self._strikes.add(self.connections.get(connection, ""), self.loop.time(), keys))
 
     def reserve(self, size: int) -> None:
         """Account for request bodies in memory. RouterError 503 when they are too many at once."""

@@ -7,6 +7,7 @@ import json
 import os
 import socket
 import struct
+import sys
 import threading
 import time
 import zlib
@@ -52,6 +53,41 @@ def test_requests_one_after_another_share_a_connection(single, upstream, stream)
     for _ in range(6):
         assert_answer("openai", post(running, "openai", "fake/fake-model", stream), TEXT)
     assert upstream.connections == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other kernels drop what came before a reset")
+def test_an_answer_that_came_before_the_connection_broke_while_sending_is_read():
+    """A 429 that does not wait for the end of a long request is a 429 with its Retry-After, and no reset."""
+    refusal = b"HTTP/1.1 429 No\r\nretry-after: 7\r\ncontent-length: 2\r\n\r\n{}"
+
+    async def ask_who_leaves():
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            client = socket.create_connection(listener.getsockname())
+            peer, _ = listener.accept()
+        peer.sendall(refusal)
+        peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        peer.close()
+        until(lambda: client.recv(1000, socket.MSG_PEEK) == refusal)
+        client.setblocking(False)
+        loop = asyncio.get_running_loop()
+        dial = SimpleNamespace(key=None, prefix="", proxy_headers=[], sock=client)
+        connection = r.Connection(loop, dial, lambda connection: None)
+        reply = r.Reply(loop, connection, 1000, r.Deadlines(loop))
+        connection.start(b"x" * 10_000_000, reply)
+        await reply.wait_for_head(30)
+        return reply.status, reply.headers[0], await reply.read(30)
+
+    assert asyncio.run(ask_who_leaves()) == (429, ("retry-after", "7"), b"{}")
+
+
+def test_a_byte_order_mark_before_a_stream_is_no_part_of_it(single, upstream):
+    """WHATWG HTML, server-sent events; the SDKs would miss the first event for it."""
+    running = single()
+    first, *rest = fake.chat_stream(TEXT)
+    upstream.answer(fake.drip(fake.sse_answer([b"\xef\xbb\xbf" + first, *rest]), 1))
+    reply = post(running, "openai", "fake/fake-model", True)
+    assert_answer("openai", reply, TEXT)
+    assert reply.body.startswith(b"data: ")
 
 
 def test_requests_at_once_get_their_own_connections_and_these_are_used_again(single, upstream):
