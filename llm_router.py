@@ -14853,12 +14853,8 @@ def minify_document(document: Json, master_key: str) -> str:
     document = set_master_key(document, master_key).document if master_key else document
     document = load_json(render_document(document))
     short = json.dumps(document, separators=(",", ":"), ensure_ascii=False)
-    return short if _is_text(short) else json.dumps(document, separators=(",", ":"))
-
-
-def _is_text(text: str) -> bool:
-    """False for half a surrogate pair, which JSON can escape and UTF-8 cannot hold."""
-    return text.encode("utf-8", "ignore").decode("utf-8") == text
+    is_text = short.encode("utf-8", "ignore").decode("utf-8") == short  # half a surrogate pair needs JSON's escape
+    return short if is_text else json.dumps(document, separators=(",", ":"))
 
 
 def config_secrets(text: str) -> Dict[str, str]:
@@ -15038,7 +15034,7 @@ class Cloudflare:
         except RouterError as error:
             raise CloudflareError(error.message, 502, "cloudflare_error") from None
         answer = _read_json(data)
-        if status < 300 and answer.get("success") is not False:
+        if status < 300 and answer.get("success") is True:
             return answer.get("result")
         raise CloudflareError(self._refusal(method, path, status, answer), status, "cloudflare_error")
 
@@ -15050,7 +15046,8 @@ class Cloudflare:
             words = "the API token is not accepted: %s; make one from the template Edit Cloudflare Workers" % words
         if codes & {10063, 10007} and path.endswith("/subdomain"):
             words += "; open Workers & Pages in the dashboard once to get a workers.dev name, or give --domain"
-        return one_line("Cloudflare answers %d to %s %s: %s" % (status, method, path, words or "no reason given"), 600)
+        words = words or ("no reason given" if answer else "no JSON, as from a proxy or a sign-in page between")
+        return one_line("Cloudflare answers %d to %s %s: %s" % (status, method, path, words), 600)
 
     def accounts(self) -> List[Tuple[str, str]]:
         """(id, name) of every account that the token may use."""

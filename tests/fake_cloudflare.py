@@ -117,7 +117,10 @@ class FakeCloudflare:
         ("GET", r"/accounts/(\w+)/workers/subdomain", "_subdomain"),
         ("GET", r"/accounts/(\w+)/workers/services/([\w-]+)", "_service"),
         ("PUT", _SCRIPT, "_upload"),
+        ("POST", _SCRIPT + "/versions", "_upload"),  # how wrangler sends a Worker that exists
         ("GET", _SCRIPT + "/deployments", "_deployments"),
+        ("POST", _SCRIPT + "/deployments", "_deployments"),
+        ("PATCH", _SCRIPT + "/script-settings", "_deployments"),
         ("GET", _SCRIPT + "/subdomain", "_get_enabled"),
         ("POST", _SCRIPT + "/subdomain", "_set_enabled"),
         ("GET", _SCRIPT + "/secrets", "_list_secrets"),
@@ -178,7 +181,8 @@ class FakeCloudflare:
             script.secrets = {}
         self._bind(script, metadata["bindings"])
         script.files, script.metadata = files, metadata
-        return {"id": name, "startup_time_ms": 1, "etag": "e", "deployment_id": "d", "has_preview": False}
+        made = {"id": name, "startup_time_ms": 1, "etag": "e", "deployment_id": "d", "has_preview": False}
+        return dict(made, resources={"script": {"etag": "e"}})
 
     def _bind(self, script, bindings):
         for binding in bindings:

@@ -533,6 +533,12 @@ def test_an_answer_that_breaks_off_never_ends_or_leads_away_is_an_error(odd, sta
         odd(302, b"", location="http://127.0.0.1:9/").accounts()
 
 
+@pytest.mark.parametrize("status", [200, 502])
+def test_a_page_in_place_of_an_answer_is_no_empty_list_of_accounts(odd, status):
+    with pytest.raises(r.CloudflareError, match="answers %d .* no JSON, as from a proxy" % status):
+        odd(status, b"<html>sign in</html>").accounts()
+
+
 def test_a_token_that_no_header_can_hold_is_not_quoted(odd):
     cloudflare = odd(200, {"result": []})
     cloudflare._token = "planted\nsecret"

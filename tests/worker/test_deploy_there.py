@@ -89,6 +89,8 @@ def test_what_was_deployed_serves_and_after_worker_key_only_the_new_key_opens(ow
     assert upstream.calls[0].header("authorization") == "Bearer from-the-machine"
 
     made = own.run("worker-key", "--generate", "--use-wrangler=" + use_wrangler, "--json").stdout
+    own.run("deploy", "--config=config.json", "--use-wrangler=" + use_wrangler)
+    assert script.secrets["LLM_ROUTER_MASTER_KEY"] == json.loads(made)["masterKey"]
     assert script.files["llm_router.py"] == PROGRAM.read_bytes()
     worker = run_uploaded(script, known=True)
     assert post(worker, "openai", headers={"x-api-key": OLD}).status == 401
