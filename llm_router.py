@@ -744,11 +744,9 @@ def _syntax_error(source: str, text: str, at: int, message: str) -> ConfigError:
     shown = _hide_secrets(text.split("\n")[line - 1])
     start = max(0, column - 71)
     shown = "".join(c if c.isprintable() else " " for c in shown[start : start + 100])
-    place = "%s:%d:%d: %s" % (source, line, column, message)
-    return ConfigError(
-        "%s\n  %s\n  %s^" % (place, shown, " " * (column - 1 - start)),
-        [Problem("", message, "correct the text there", "error", line, column)],
-    )
+    caret = " " * (column - 1 - start) + "^"
+    words = "%s:%d:%d: %s\n  %s\n  %s" % (source, line, column, message, shown, caret)
+    return ConfigError(words, [Problem("", message, "correct the text there", "error", line, column)])
 
 
 def _hint(text: str, at: int) -> str:
@@ -1763,12 +1761,17 @@ def _take_in_format(provider: Json, change: ProviderChange) -> None:
 
 def _merge_into(provider: Json, key: str, entries: Json) -> None:
     changed = {name.lower() for name in entries}
-    old = get_field(provider, "provider", key) or {}
-    if not isinstance(old, dict):  # one URL for every format, as older files have it
-        _put(provider, "provider", "baseUrl", old)
-        old = {}
+    old = _as_object(provider, key, get_field(provider, "provider", key))
     kept = {name: value for name, value in old.items() if _wire_of(name) not in changed}
     _put(provider, "provider", key, dict(kept, **entries) or None)
+
+
+def _as_object(holder: Json, key: str, value: Any) -> Json:
+    """The value of a field as an object. One URL for every format, as older files have it, becomes the base URL."""
+    is_url = key == "baseUrlByFormat" and value and not isinstance(value, dict)
+    if is_url and get_field(holder, "provider", "baseUrl") is None:
+        _put(holder, "provider", "baseUrl", value)
+    return as_dict(value)
 
 
 def _put_models(provider: Json, names: Sequence[str]) -> List[str]:
@@ -1865,7 +1868,7 @@ def _walk(document: Json, place: Place) -> Tuple[Any, str]:
             node = node[step]
             continue
         value = _models_of(node) if step == "models" else get_field(node, kind, step) if kind else node.get(step)
-        value = value if isinstance(value, (dict, list)) else {}
+        value = value if step in ("providers", "models") else _as_object(node, step, value)
         _put(node, kind, step, value)
         node, kind = value, _KIND_AT.get(step, "")
     return node, kind
@@ -9055,10 +9058,8 @@ def _quit(menu: Menu, code: int = 0) -> Menu:
 
 def _pick_rows(menu: Menu) -> List[Row]:
     """state: the place in the order of what is picked."""
-    picked = menu.front.picked
-    return [
-        row._replace(state=str(picked.index(row.item) + 1) if row.item in picked else "mark") for row in menu.front.rows
-    ]
+    states = {name: str(number) for number, name in enumerate(menu.front.picked, 1)}
+    return [row._replace(state=states.get(row.item, "mark")) for row in menu.front.rows]
 
 
 def _pick_row(menu: Menu, name: str) -> Menu:
@@ -9401,7 +9402,7 @@ def _edit_text(menu: Menu, field: Field, value: Any, put: Any) -> Menu:
 def read_typed(kind: str, text: str) -> Any:
     """What a person typed as the value of a field of that kind. UsageError where only JSON will do and it is none."""
     text = text.strip()
-    if text and (kind in ("object", "any") or kind[0] == "{"):
+    if text and (kind == "object" or kind[0] == "{" or kind == "any" and text[0] in "[{"):
         return load_json(text, "value")
     if kind[0] == "[":
         return list(filter(None, map(str.strip, text.split(","))))
@@ -9572,8 +9573,7 @@ def _show_key(menu: Menu, what: str, key: str) -> Menu:
 
 
 def _client_rows(menu: Menu) -> List[Row]:
-    entries = as_list(get_field(menu.document, "config", "clientKeys"))
-    names = [str(as_dict(entry).get("name")) for entry in entries]
+    names = [str(as_dict(one).get("name")) for one in as_list(get_field(menu.document, "config", "clientKeys"))]
     return [Row((name, "kept as its hash"), name, "d removes it", "ok") for name in names]
 
 
@@ -9863,6 +9863,8 @@ def _list_body(frame: Frame, rows: Sequence[Row], width: int, room: int) -> List
 
 
 def _diff_lines(lines: List[str], room: int) -> List[Line]:
+    if len(lines) > room:
+        lines = [line for line in lines if line[:1] != " "]
     if len(lines) > room:
         lines = lines[: room - 1] + ["  … and %d lines more" % (len(lines) - room + 1)]
     return [[(" " + line, _DIFF_STYLES.get(line[:1], "dim"))] for line in lines]

@@ -768,3 +768,29 @@ def test_a_new_provider_is_stored_in_the_usual_order_and_its_first_named_model_i
 def test_the_title_follows_a_new_id():
     host = Host().open("Providers", "router", "id").type("best")
     assert host.screen().startswith(" llm-router › Providers › best ")
+
+
+@pytest.mark.parametrize("urls", ["https://a.example", ["https://a.example"]])
+def test_one_url_for_every_format_stays_when_another_is_added(urls):
+    document = {"providers": [{"id": "a", "endpoints": urls, "apiKey": "k", "models": ["m"]}]}
+    host = Host(document).open("Providers", "a", "baseUrlByFormat", "anthropic").type("https://a.example/anthropic")
+    new = host.document["providers"][0]
+    assert (new["baseUrl"], new["baseUrlByFormat"]) == (urls, {"anthropic": "https://a.example/anthropic"})
+
+
+@pytest.mark.parametrize("key", ["auth", "authByFormat", "timeouts", "headers"])
+@pytest.mark.parametrize("value", [["x"], "x", 5])
+def test_a_form_opens_also_where_no_object_stands(key, value):
+    host = Host({"providers": [{"id": "a", "baseUrl": "http://localhost", key: value, "models": ["m"]}]})
+    assert host.open("Providers", "a", key).screen().count("\n") == 23
+
+
+@pytest.mark.parametrize("typed, value", [("deepseek", "deepseek"), ('{"a": 1}', {"a": 1}), ("", None)])
+def test_what_may_be_anything_may_be_a_word(typed, value):
+    host = Host().open("Providers", "router", "compat").type(typed)
+    assert host.document["providers"][0].get("compat") == value
+
+
+def test_where_there_is_little_room_only_what_changes_is_shown():
+    host = Host().open("Providers").select("spare").press("space", "s")
+    assert '-      "enabled": false' in host.screen(40, 10)
