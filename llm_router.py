@@ -8962,8 +8962,7 @@ def _paste(menu: Menu, text: str) -> Menu:
     if SCREENS[frame.screen].kind != "input":
         raise UsageError("nothing is typed here: what was pasted is left out")
     text = "".join(filter(str.isprintable, ("" if frame.hidden else " ").join(text.split())))
-    typed = frame.typed[: frame.at] + text + frame.typed[frame.at :]
-    return _swap(menu, typed=typed, at=frame.at + len(text))
+    return _swap(menu, typed=frame.typed[: frame.at] + text + frame.typed[frame.at :], at=frame.at + len(text))
 
 
 # ----- moving between screens, and dialogs -----
@@ -9863,8 +9862,7 @@ def _list_body(frame: Frame, rows: Sequence[Row], width: int, room: int) -> List
 
 
 def _diff_lines(lines: List[str], room: int) -> List[Line]:
-    if len(lines) > room:
-        lines = [line for line in lines if line[:1] != " "]
+    lines = lines if len(lines) <= room else [line for line in lines if line[:1] != " "]
     if len(lines) > room:
         lines = lines[: room - 1] + ["  … and %d lines more" % (len(lines) - room + 1)]
     return [[(" " + line, _DIFF_STYLES.get(line[:1], "dim"))] for line in lines]
