@@ -4271,7 +4271,7 @@ class ChatStreamParser:
         if choice.get("error") or reason in _CHAT_FAILURES:
             error = choice.get("error") or "the upstream ended its answer with finish_reason %s" % reason
             self._fail(read_error(_CHAT_FAILURES.get(reason, 200), {"error": error}))
-        elif reason and not self._reason:
+        elif reason not in ("", "null") and not self._reason:  # as text at DashScope
             self.done, self._reason = True, reason
             # vLLM, SGLang: the stop text that was met, or a token id.
             matched = choice.get("stop_reason") or choice.get("matched_stop")
@@ -6972,6 +6972,7 @@ def _names(field: str) -> str:
     return r"(?s)(?=.*%s)(?=.*(?:%s))" % (word, _REFUSAL)
 
 
+_LEFT_OUT = "stream_options parallel_tool_calls reasoning_effort thinking output_config store stop tool_choice"
 # Vendors' API references, and the public threads that TRAPS of this kind were met in (traps 70, 71, 108).
 FIXES: Dict[str, Fix] = {
     "closed schemas": Fix(_close_output, "output_config", r"additionalproperties"),
@@ -6979,10 +6980,7 @@ FIXES: Dict[str, Fix] = {
     "max_tokens": Fix(
         _rename("max_completion_tokens", "max_tokens"), "max_completion_tokens", _names("max_completion_tokens")
     ),
-    **{
-        "no " + field: Fix(_drop(field), field, _names(field))
-        for field in "stream_options parallel_tool_calls reasoning_effort thinking output_config store".split()
-    },
+    **{"no " + field: Fix(_drop(field), field, _names(field)) for field in _LEFT_OUT.split()},
     "no reasoning": Fix(_drop("reasoning", "include"), "reasoning", _names(r"reasoning(?:\.\w+)?")),
     "no reasoning_content": Fix(_drop_reasoning, "messages", _names("reasoning_content")),
     "no strict": Fix(_drop_strict, "tools", _names("strict")),

@@ -51,6 +51,20 @@ def test_a_400_teaches_only_about_fields_the_router_put_there(message, fix):
     assert llm_router.learn_fix(translated(), [message], ()) == fix
 
 
+@pytest.mark.parametrize(
+    "field, message",
+    [
+        ("stop", "Unsupported parameter: 'stop' is not supported with this model."),
+        ("tool_choice", "tool_choice 'specified' is incompatible with thinking enabled\ninvalid_request_error"),
+        ("tool_choice", "The tool_choice parameter does not support being set to required or object in thinking mode"),
+    ],
+)
+def test_what_thinking_models_refuse_of_a_translated_request_is_learned(field, message):
+    body = dict(translated(), stop=["x"], tool_choice="required")
+    fix = llm_router.learn_fix(body, message.split("\n"), ())
+    assert field not in llm_router.apply_fixes(body, [fix]) and len(body) == len(translated()) + 1
+
+
 def test_a_lesson_is_learned_once():
     words = ["stream_options is not supported"]
     assert llm_router.learn_fix(translated(), words, ("no stream_options",)) == ""

@@ -402,6 +402,13 @@ def test_a_finish_reason_that_is_a_failure_fails(finish):
         OPENAI_CHAT.parse_response(whole({"content": "x"}, finish), make_context())
 
 
+def test_a_finish_reason_that_says_null_in_letters_is_none():
+    """DashScope"""
+    first = chunk({"content": "x"}, "null")
+    assert answer(first, chunk({}, "length")).stop_reason == "max_tokens"
+    assert not run(first, done=False)[0].done
+
+
 @pytest.mark.parametrize("field", ["stop_reason", "matched_stop"])
 def test_the_stop_text_that_was_met_is_told(field):
     """trap 47; vLLM and SGLang"""
