@@ -11265,6 +11265,7 @@ class Dial:
 
     def __init__(self, target: Target, timeout_s: float, waiter: Any, network: Any) -> None:
         self.key = target.key
+        self.where = "%s:%d" % self.key[1:3]
         self.waiter = waiter
         self.sock: Any = None
         self.error: Optional[RouterError] = None
@@ -11281,7 +11282,7 @@ class Dial:
             self.sock.setblocking(False)
         except Exception as error:  # whatever a resolver, proxy or TLS stack raises is the dial's outcome
             self.close()
-            self.error = _dial_error(error, self.key)
+            self.error = _dial_error(error, self.where)
 
     def abort(self) -> None:
         """Stop connecting: wakes the thread by shutting the half-made socket down. There may be none yet, but a moment
@@ -11304,6 +11305,7 @@ class Dial:
         scheme, host, port, _, ca_bundle = self.key
         proxy = self._network.proxy_for(self.key)
         dial_host, dial_port, headers = proxy or (host, port, {})
+        self.where += " through the proxy %s:%d" % proxy[:2] if proxy else ""
         connection = http.client.HTTPConnection(dial_host, dial_port, timeout=self._timeout_s)
         connection._create_connection = self._open  # type: ignore[attr-defined]  # so that abort has the socket
         if proxy and scheme == "https":
@@ -11386,7 +11388,7 @@ def _first_connected(asked: Any) -> Any:
     return None
 
 
-def _dial_error(error: Exception, key: UpstreamKey) -> RouterError:
+def _dial_error(error: Exception, where: str) -> RouterError:
     import errno
     import socket
     import ssl
@@ -11401,8 +11403,7 @@ def _dial_error(error: Exception, key: UpstreamKey) -> RouterError:
         (ConnectionError, "reset"),
     )
     label = next((label for kind, label in labels if isinstance(error, kind)), "connect_failed")
-    reason = one_line(str(error) or label, 160)
-    return UpstreamError("cannot connect to %s:%d: %s" % (key.host, key.port, reason), label)
+    return UpstreamError("cannot connect to %s: %s" % (where, one_line(str(error) or label, 160)), label)
 
 
 class Network:
@@ -16970,8 +16971,7 @@ def run_stop(given: Given) -> int:
         if error.code != "not_running":
             raise
         return given.tell({"stopped": False}, [error.message])
-    verb = "stop" if given.grace is None else "stop/%d" % given.grace
-    grace_s = ask_instance(instance, verb, "POST").get("grace_s", 30)
+    grace_s = ask_instance(instance, "stop/%s" % given.flags.get("grace", ""), "POST").get("grace_s", 30)
     until = time.monotonic() + grace_s + 5
     while time.monotonic() < until:
         time.sleep(0.05)

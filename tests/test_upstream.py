@@ -426,8 +426,11 @@ def test_a_provider_may_have_a_proxy_of_its_own_or_none(router, make_upstream):
         provider("http://models.example/v1", id="own", proxy=own.url),
         provider(direct, id="direct", proxy="none"),
         provider("http://models.invalid/v1", id="dark", proxy="none"),
+        provider("http://models.example/v1", id="gone", proxy="http://127.0.0.1:%d" % (port := fake.dead_port())),
     )
     running = router(config, *QUICK, "--origin-retry-attempts=1", env={"HTTP_PROXY": common.url})
+    said = post(running, "openai", "gone/fake-model").text
+    assert "connect to models.example:80 through the proxy 127.0.0.1:%d: " % port in said
     for id in ("own", "direct"):
         assert_answer("openai", post(running, "openai", id + "/fake-model"), TEXT)
     assert attempts_of(post(running, "openai", "dark/fake-model")) == [("dark/fake-model", "dns")]
