@@ -65,7 +65,7 @@ import re
 import zlib
 from bisect import bisect_left
 from collections import OrderedDict, namedtuple
-from contextlib import closing, redirect_stderr, redirect_stdout, suppress
+from contextlib import closing, contextmanager, redirect_stderr, redirect_stdout, suppress
 from typing import (
     Any,
     Callable,
@@ -4855,7 +4855,7 @@ def render_anthropic_request(request: ChatRequest) -> Json:
         if request.temperature is not None:
             samples.update(temperature=min(request.temperature, 1.0), top_p=None)
     body = {
-        "model": request.model, "messages": turns, **own,
+        "model": request.model, "messages": list(map(_with_legal_ids, turns)), **own,
         "system": _anthropic_content([part for part in _anthropic_parts(system) if part.get("type") == "text"]),
         "tools": tools, "tool_choice": choice, "max_tokens": max_tokens, "thinking": thinking,
         "output_config": {**as_dict(own.get("output_config")), **config}, **samples,
@@ -4970,16 +4970,25 @@ def _write_anthropic_block(block: Any, bag: Json) -> Json:
     if isinstance(block, ToolResult):
         content = _anthropic_content(_anthropic_parts(block.blocks))
         said = _told({"content": content or None, "is_error": block.is_error or None})
-        return {"type": "tool_result", "tool_use_id": _legal_id(block.call_id), **said, **bag}
+        return {"type": "tool_result", "tool_use_id": block.call_id, **said, **bag}
     row = _ANTHROPIC_BY_BLOCK[type(block)]
     item = {"type": row.kind, **{name: getattr(block, attribute) for name, attribute in row.fields.items()}}
     if isinstance(block, ToolCall):
-        item.update(id=_legal_id(block.id), input=arguments_object(block.arguments))
+        item.update(id=block.id, input=arguments_object(block.arguments))
     return {**item, **row.default, **bag}
 
 
-def _legal_id(call_id: str) -> str:
-    return re.sub(r"[^a-zA-Z0-9_-]", "_", call_id) or "toolu"
+def _with_legal_ids(message: Any) -> Any:
+    """A message whose calls and results bear ids as Anthropic wants them: those of other providers reach clients as
+    they are, since these want theirs back (Kimi's are functions.NAME:0)."""
+
+    def legal(part: Any) -> Any:
+        field = {"tool_use": "id", "tool_result": "tool_use_id"}.get(as_text(as_dict(part).get("type")), "")
+        id = as_text(part.get(field)) if field else ""
+        return {**part, field: re.sub(r"[^a-zA-Z0-9_-]", "_", id)} if id else part
+
+    parts = as_dict(message).get("content")
+    return {**message, "content": list(map(legal, parts))} if isinstance(parts, list) else message
 
 
 _ANTHROPIC_MEDIA = {"image": ("image/jpeg", "image/png", "image/gif", "image/webp"), "document": ("application/pdf",)}
@@ -5001,7 +5010,7 @@ def _write_anthropic_media(block: Media, bag: Json) -> Json:
 
 
 def drop_thinking(body: Json, keeps_signed: bool = True) -> Optional[Json]:
-    """A Messages body without the reasoning in its history; None when nothing is to be changed.
+    """A Messages body without the reasoning in its history, and with legal ids; None when nothing is to be changed.
 
     keeps_signed: only that goes which this router showed of other formats. It bears an empty signature, which
     Anthropic refuses (trap 85). Where a tool turn goes on that lacks the thinking that a budget demands, thinking is
@@ -5013,7 +5022,7 @@ def drop_thinking(body: Json, keeps_signed: bool = True) -> Optional[Json]:
         parts = list(map(as_dict, as_list(as_dict(message).get("content"))))
         kept = [part for part in parts if part.get("type") not in kinds or (keeps_signed and part.get("signature"))]
         if kept or not parts:
-            messages.append({**message, "content": kept} if len(kept) < len(parts) else message)
+            messages.append(_with_legal_ids({**message, "content": kept} if len(kept) < len(parts) else message))
     if as_dict(body.get("thinking")).get("type") == "enabled" and _lacks_thinking(messages):
         # To clear old thinking is an error without thinking.
         return {**_without(body, "thinking", "context_management"), "messages": messages}
@@ -6790,7 +6799,8 @@ class Compat(NamedTuple):
     """One family of upstreams, found by host (or ":port") or by a provider's `compat`. fixes: names in FIXES, always
     applied.
 
-    signed_thinking: refuses thinking without its own signature, also in a request that is passed through (trap 85).
+    signed_thinking: refuses thinking without its own signature (trap 85), and ids of calls with other signs than
+    letters, digits, - and _, also in a request that is passed through.
     replays_reasoning: refuses turns with calls without their `reasoning_content` while it thinks (trap 87).
     caches: takes Anthropic's `cache_control` in Chat Completions (trap 68). betas: all of `anthropic-beta` that it
     takes (trap 110), and then no `cache_control.scope` either (trap 69); None: everything.
@@ -11055,7 +11065,7 @@ def edit_config_file(path: str, change: Callable[[Json], Edit]) -> Edit:
     it. Returns the edit, its notes extended by what else was done.
     """
     target = _prepare(path)
-    with FileLock(target):
+    with file_lock(target):
         for _ in range(_EDIT_ATTEMPTS):
             data, mode = read_bytes(target)
             edit = change(NEW_DOCUMENT if data is None else parse_config_text(data, one_line(path)))
@@ -11185,44 +11195,42 @@ def open_private(path: str, mode: str) -> Any:
     return file
 
 
-class FileLock:
-    """`with FileLock(path):` one writer of `path` at a time, through a lock file beside it that goes with its owner.
+@contextmanager
+def file_lock(target: str) -> Iterator[None]:
+    """`with file_lock(path):` one writer of `path` at a time, through a lock file beside it that goes with its owner.
 
     FileError when the directory cannot be written or another writer holds the lock for ten seconds.
     """
+    import time
 
-    def __init__(self, target: str) -> None:
-        self._target = target
-        self._file: Any = None
-
-    def __enter__(self) -> None:
-        import time
-
-        deadline = time.monotonic() + _LOCK_WAIT_S
-        while not self._try_lock():
-            if time.monotonic() > deadline:
-                raise FileError("another program is changing %s; nothing was saved" % one_line(self._target))
+    path, deadline = target + ".lock", time.monotonic() + _LOCK_WAIT_S
+    try:
+        file = _try_lock(path)
+        while file is None and time.monotonic() < deadline:
             time.sleep(0.02)
+            file = _try_lock(path)
+    except OSError as error:
+        words = one_line(target), error.strerror or error
+        raise FileError("cannot write beside %s: %s; it is unchanged" % words) from None
+    if file is None:
+        raise FileError("another program is changing %s; nothing was saved" % one_line(target))
+    try:
+        yield
+    finally:
+        _remove(path)  # before the lock goes; Windows refuses, and the file simply stays
+        file.close()
 
-    def _try_lock(self) -> bool:
-        """Whether it is locked now, and the lock file still the one at its path: its last owner may have removed it."""
-        import os
 
-        path = self._target + ".lock"
-        try:
-            self._file = open_private(path, "r+b")
-        except OSError as error:
-            words = one_line(self._target), error.strerror or error
-            raise FileError("cannot write beside %s: %s; it is unchanged" % words) from None
-        with suppress(OSError):
-            if _lock_descriptor(self._file.fileno()) and os.path.samestat(os.fstat(self._file.fileno()), os.stat(path)):
-                return True
-        self._file.close()
-        return False
+def _try_lock(path: str) -> Any:
+    """The lock file, locked, and still the one at its path: its last owner may have removed it; else None. OSError."""
+    import os
 
-    def __exit__(self, *_: Any) -> None:
-        _remove(self._target + ".lock")  # before the lock goes; Windows refuses, and the file simply stays
-        self._file.close()
+    file = open_private(path, "r+b")
+    with suppress(OSError):
+        if _lock_descriptor(file.fileno()) and os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+            return file
+    file.close()
+    return None
 
 
 def _lock_descriptor(descriptor: int) -> bool:
@@ -13833,7 +13841,7 @@ def _is_instance(entry: Dict[str, Any]) -> bool:
 
 def change_instances(path: str, change: Callable[[List[Instance]], List[Instance]]) -> None:
     """Rewrite the state file, one writer at a time. FileError when it cannot be written."""
-    with FileLock(path):
+    with file_lock(path):
         instances = change(read_instances(path))
         data = dump_json({"instances": [instance._asdict() for instance in instances]})
         write_private(path, data, durable=False)  # no instance outlives a power loss
@@ -16517,18 +16525,6 @@ def _single(models: Optional[Sequence[str]]) -> str:
     return models[0]
 
 
-def _set_fallbacks(given: Given, document: Json) -> Edit:
-    return set_model_fallbacks(document, given.provider_id, _single(given.model), given.fallback_models or [])
-
-
-def _set_alias(given: Given, document: Json) -> Edit:
-    return set_model_alias(document, given.alias, [_ref_of(given, model) for model in given.model or []])
-
-
-def _set_default(given: Given, document: Json) -> Edit:
-    return set_default_model(document, _ref_of(given, given.default_model or _single(given.model)))
-
-
 def run_set_master_key(given: Given) -> int:
     """`--operation=set-master-key`: store the key, or one that is made here and shown once."""
     key = given.master_key or make_key()
@@ -16748,13 +16744,19 @@ OPERATIONS: Tuple[Command, ...] = (
                "remove a provider and all references to it", "--provider-id=openrouter", "provider-id"),
     _operation("remove-model", _edits(_remove_models), "remove a model and all references to it",
                "--provider-id=openrouter --model=gpt-4o", "provider-id model"),
-    _operation("set-model-fallbacks", _edits(_set_fallbacks), "set what to try when a model fails",
+    _operation("set-model-fallbacks", _edits(lambda given, document: set_model_fallbacks(
+                   document, given.provider_id, _single(given.model), given.fallback_models or [])),
+               "set what to try when a model fails",
                "--provider-id=openrouter --model=gpt-4o --fallback-models=anthropic/claude-3-7-sonnet",
                "provider-id model fallback-models|clear-fallbacks"),
-    _operation("set-model-alias", _edits(_set_alias), "give models a further name",
-               "--alias=fast --model=openrouter/gpt-4o", "alias model|clear-alias", "provider-id"),
-    _operation("set-default-model", _edits(_set_default), "set the model for `smart` and for requests that name none",
-               "--default-model=openrouter/gpt-4o", takes="default-model provider-id model"),
+    _operation("set-model-alias", _edits(lambda given, document: set_model_alias(
+                   document, given.alias, [_ref_of(given, model) for model in given.model or []])),
+               "give models a further name", "--alias=fast --model=openrouter/gpt-4o", "alias model|clear-alias",
+               "provider-id"),
+    _operation("set-default-model", _edits(lambda given, document: set_default_model(
+                   document, _ref_of(given, given.default_model or _single(given.model)))),
+               "set the model for `smart` and for requests that name none", "--default-model=openrouter/gpt-4o",
+               takes="default-model provider-id model"),
     _operation("set-master-key", run_set_master_key, "set the key that clients show", "--generate",
                "master-key|generate"),
     _operation("add-client-key", run_add_client_key, "let a client in by its own key, kept as a hash",

@@ -251,6 +251,29 @@ def test_signed_thinking_goes_back_to_its_issuer_through_a_client_that_knows_no_
         assert all(part.get("signature") for part in turn if part["type"] == "thinking")
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_calls_keep_the_ids_of_who_made_them_and_reach_anthropic_with_legal_ones(stream, router, make_upstream):
+    """Kimi wants its functions.NAME:0 back, and its reasoning is remembered under it; Anthropic answers such an id with
+    a 400: "String should match pattern '^[a-zA-Z0-9_-]+$'", whoever wrote the request."""
+    kimi, claude = make_upstream(fake.final_text("ok")), make_upstream(fake.final_text("ok"))
+    rows = [provider(kimi, "openai", "a", ["m"], compat="moonshot")]
+    running = router(config_of(*rows, provider(claude, "anthropic", "b", ["m"], compat="anthropic")))
+    answer = (fake.chat_stream if stream else fake.chat_whole)(reasoning="hm, so", tool_calls=[CALL])
+    odd = json.loads(json.dumps(answer, default=bytes.decode).replace("call_1", "functions.look:0"))
+    kimi.answer(fake.sse_answer([event.encode() for event in odd]) if stream else fake.json_answer(200, odd))
+    again = tool_turns("anthropic", "functions.look:0")
+    first = dict(again, model="a/m", stream=stream, messages=again["messages"][:1])
+    reply = running.post("/v1/messages", first, stream=stream)
+    assert reply.status == 200 and "functions.look:0" in reply.text
+    for ref in ("a/m", "b/m"):
+        assert running.post("/v1/messages", dict(again, model=ref)).status == 200
+    sent = kimi.calls[-1].json
+    assert [call["id"] for turn in sent["messages"] for call in turn.get("tool_calls", ())] == ["functions.look:0"]
+    assert "hm, so" in json.dumps(sent) and "thinking" not in sent
+    call, result = (turn["content"][0] for turn in claude.calls[-1].json["messages"][1:])
+    assert call["id"] == result["tool_use_id"] == "functions_look_0"
+
+
 def signed_answer(stream):
     """A call with its signature as Gemini's OpenAI endpoint tells it."""
     answer = fake.chat_whole(tool_calls=[CALL])

@@ -402,7 +402,7 @@ def test_a_lock_that_is_never_released_is_given_up_on_with_a_clear_message(path,
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     monkeypatch.setattr(time, "sleep", lambda seconds: now.__setitem__(0, now[0] + 1.0))
-    with r.FileLock(str(path)):
+    with r.file_lock(str(path)):
         with pytest.raises(r.FileError, match="another program"):
             r.edit_config_file(str(path), set_key())
     assert path.read_bytes() == OLD_TEXT
