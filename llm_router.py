@@ -1493,7 +1493,6 @@ class Edit(NamedTuple):
 
 NEW_DOCUMENT: Json = {"version": 1, "providers": []}
 
-
 _CHANGEABLE = [field for field in FIELDS["provider"] if field.key != "id"]
 ProviderChange = namedtuple(
     "ProviderChange", ["id"] + [_snake(field.key) for field in _CHANGEABLE], defaults=[None] * len(_CHANGEABLE)
@@ -6894,7 +6893,6 @@ _ODD_IN_SCHEMA = re.compile(
     r"|pattern: .*(?:\\[pPkK]|\(\?[=!<])|\$(?:schema|id|comment): "
 )
 
-
 # Keywords whose value maps names to schemas, and those that hold a schema or a list of them.
 _SCHEMA_MAPS = ("properties", "patternProperties", "$defs", "definitions")
 _SCHEMA_PLACES = ("items", "prefixItems", "anyOf", "oneOf", "allOf", "not")
@@ -7007,7 +7005,6 @@ FIXES: Dict[str, Fix] = {
 
 # The field's own words beside a fix: OpenAI answers `max_tokens` with "Use 'max_completion_tokens' instead".
 _STATES_INSTEAD = r"use '?(max_completion_tokens|max_tokens)'? instead"
-
 
 # Amazon Bedrock's and Vertex AI's documentation of Claude name these; whatever else is "invalid beta flag".
 _CLOUD_BETAS = re.compile(
@@ -16144,7 +16141,6 @@ _COMMON = (
     Flag("version", "bool", "show the version"),
     Flag("help", "bool", "show this help"),
 )
-
 
 _FIELD_FLAG_KINDS = {**dict.fromkeys(("object", "{", *FIELDS), "json"), "[": "list", "secret": "secret", "flag": "bool"}
 
