@@ -13853,18 +13853,17 @@ def ask_instance(instance: Instance, verb: str, method: str = "GET") -> Json:
     import http.client
     import socket
 
-    connection = http.client.HTTPConnection(near_host(instance.host), instance.port, timeout=_CONTROL_TIMEOUT_S)
+    place = near_host(instance.host), instance.port
     try:
-        connection.request(method, _CONTROL + verb, headers={"authorization": "Bearer " + instance.token})
-        response = connection.getresponse()
-        answer = as_dict(load_json(response.read(10_000_000)))
+        with closing(http.client.HTTPConnection(*place, timeout=_CONTROL_TIMEOUT_S)) as connection:
+            connection.request(method, _CONTROL + verb, headers={"authorization": "Bearer " + instance.token})
+            response = connection.getresponse()
+            answer = as_dict(load_json(response.read(10_000_000)))
     except socket.timeout:  # an OSError
         words = "pid %d has port %d and says nothing: it is suspended or busy" % (instance.pid, instance.port)
         raise RouterError(words, 504, "no_answer") from None
     except (OSError, ValueError, http.client.HTTPException, RouterError):  # ValueError: a name or token that is none
         raise RouterError("no llm-router answers on port %d" % instance.port, 503, "not_running") from None
-    finally:
-        connection.close()
     if answer.get("instance") != instance.id:
         raise RouterError("port %d is in the hands of another program" % instance.port, 503, "not_running")
     if response.status != 200:
@@ -17033,7 +17032,7 @@ def run_explain(given: Given) -> int:
     """`explain ID`: what became of a request and why."""
     id = given.id or "last"
     try:
-        trail = ask_instance(given.find_instance(), "trail/" + id)["trail"]
+        trail = ask_instance(given.find_instance(), "trail/" + quote(id[:100], safe=""))["trail"]
     except RouterError as error:
         trail = None if isinstance(error, UsageError) else find_in_ledger(ledger_path(given.settings), id)
         if trail is None:

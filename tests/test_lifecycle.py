@@ -206,8 +206,8 @@ def test_explain_as_json_and_by_flag_is_the_record_of_that_request(running):
 
 
 def test_explain_of_a_request_that_nobody_remembers_fails(running):
-    assert "not remembered" in refused(running.home, 1, "explain", "req_nope")
-    assert "not remembered" in refused(running.home, 1, "explain", "last")
+    for id in ("req_nope", "last", "../status", "a b\r\n", "ä" * 9000):
+        assert "not remembered" in refused(running.home, 1, "explain", id)
 
 
 def test_explain_takes_one_request(running):
@@ -383,7 +383,11 @@ def test_the_state_file_is_private(running):
     assert state_file(running.home).stat().st_mode & 0o777 == 0o600
 
 
-@pytest.mark.parametrize("text", ["", "oops", "[]", '{"instances": [1, {"pid": 1}, {"id": []}]}', "\x00" * 100])
+ODD_HOST = {"id": "x", "pid": 1, "host": "a\r\nb", "port": 1, "config": "", "token": "t", "started": 0}
+CORRUPT = ["", "oops", "[]", '{"instances": [1, {"pid": 1}, {"id": []}]}', "\x00" * 100]
+
+
+@pytest.mark.parametrize("text", [*CORRUPT, json.dumps({"instances": [ODD_HOST]})])
 def test_a_corrupt_state_file_is_none(tmp_path, text):
     state_file(tmp_path).write_text(text)
     assert "no llm-router is running" in ok(tmp_path, "stop")
