@@ -9841,10 +9841,10 @@ def _title_line(menu: Menu, width: int) -> Line:
 
 
 def _keys_line(pairs: Sequence[Tuple[str, str]], width: int) -> Line:
-    """As many keys as there is room for; the last two always."""
+    """As many keys as there is room for: the first and the last two, of which help goes before the way back."""
     kept = [(_KEY_NAMES.get(name, name), word) for name, word in pairs]
     while len(kept) > 1 and text_width("  ".join(map(" ".join, kept))) >= width:
-        kept.pop(-3 if len(kept) > 2 else -1)
+        kept.pop(-3 if len(kept) > 3 else -1 if kept[-1][0] == "?" else 1)
     (first, style), *spans = [span for name, word in kept for span in (("  " + name, "key"), (" " + word, "dim"))]
     return [(first[1:], style), *spans]
 
@@ -16014,8 +16014,10 @@ def _run_prompts(menu: Menu, effects: Effects) -> int:
         try:
             hidden = menu.front.hidden and sys.stdin.isatty()
             answer = getpass.getpass("(not shown) > ") if hidden else input("> ")
-        except EOFError:
+        except (EOFError, KeyboardInterrupt) as end:
             print("\nnot saved: the input ended" if menu.is_unsaved else "")
+            if isinstance(end, KeyboardInterrupt):
+                raise
             return int(menu.is_unsaved)
         menu, events = answer_keys(menu, answer)
         while events:

@@ -794,3 +794,15 @@ def test_what_may_be_anything_may_be_a_word(typed, value):
 def test_where_there_is_little_room_only_what_changes_is_shown():
     host = Host().open("Providers").select("spare").press("space", "s")
     assert '-      "enabled": false' in host.screen(40, 10)
+
+
+@pytest.mark.parametrize(
+    "where, widths",
+    [
+        (("Providers", "router", "baseUrl"), {40: "enter accept  ctrl-u clear  esc back", 30: "enter accept  esc back", 18: "enter accept"}),
+        (("Providers",), {40: "enter open  a add  esc back  ? help", 30: "enter open  esc back  ? help", 24: "enter open  esc back"}),
+    ],
+)
+def test_a_narrow_screen_keeps_what_goes_on_and_what_goes_back(where, widths):
+    host = Host().open(*where)
+    assert {width: keys_line(host, width).strip() for width in widths} == widths

@@ -240,3 +240,18 @@ def test_every_sign_of_the_view_has_a_stand_in_for_terminals_without_utf8():
     for name, make in test_screens.SHOTS.items():
         shown = make().screen(80, 24).translate(r.TO_ASCII)
         assert set(filter(lambda c: not c.isascii(), shown)) <= set("öü模型大"), name
+
+
+def test_prompts_that_are_interrupted_say_what_is_not_saved(monkeypatch, capsys):
+    answers = iter(["1", "d 1"])
+
+    def answer(*_):
+        try:
+            return next(answers)
+        except StopIteration:
+            raise KeyboardInterrupt from None
+
+    monkeypatch.setattr("builtins.input", answer)
+    document = {"providers": [{"id": name, "baseUrl": "http://localhost", "models": ["m"]} for name in "ab"]}
+    assert r.run_menu(r.make_menu(document, r.Facts()), {}, plain=True) == 130
+    assert capsys.readouterr().out.endswith("not saved: the input ended\n")
