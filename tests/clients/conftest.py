@@ -32,7 +32,7 @@ def place(request, router):
 def run_agent(tmp_path):
     """`run_agent(program, *arguments, home, cwd, env, timeout)` runs an agent in an environment of its own."""
 
-    def run(program, *arguments, home, cwd, timeout=120, **env):
+    def run(program, *arguments, home, cwd, timeout=300, **env):
         kept = clean_environment(home, TERM="dumb", **env)
         return subprocess.run(
             [program, *arguments],

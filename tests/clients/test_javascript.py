@@ -53,7 +53,7 @@ def node():
 
     yield ask
     process.stdin.close()
-    process.wait(10)
+    process.wait(60)
     process.stdout.close()
 
 

@@ -143,7 +143,7 @@ def test_other_agents_run_over_each_upstream_format_after_a_fallback(run_agent, 
     program = find()
     upstream = upstreams(tool_round_trip(*call, "It says {result}"))
     path = prepare(home, upstream, wire, program, tool, modelAliases={"gpt-*": "origin/" + MODEL})
-    guarded = ["timeout", "-k", "3", "100", sys.executable, PROGRAM, "run"]  # opencode does not end on SIGTERM
+    guarded = ["timeout", "-k", "3", "250", sys.executable, PROGRAM, "run"]  # opencode does not end on SIGTERM
     done = run_agent(*guarded, *words, home=home, cwd=folder, PATH=path, **env)
     assert done.returncode == 0, (done.stdout, done.stderr)
     assert told.encode() in done.stdout
@@ -236,7 +236,7 @@ def test_the_model_picker_of_claude_code_lists_the_aliases_that_name_claude(clau
         terminal.wait("claude-otherFromgateway")
         assert "no-such-name" not in terminal.text()
         terminal.type(b"\x1b", "")
-        end = time.monotonic() + 30
+        end = time.monotonic() + 90
         while terminal.process.poll() is None and time.monotonic() < end:
             terminal.type(b"\x03", "")  # Ctrl-C is the program's own business: the second one ends it
         assert terminal.process.poll() == 0
@@ -266,14 +266,14 @@ class Terminal:
     def __exit__(self, *_):
         if self.process.poll() is None:
             self.process.terminate()
-            self.process.wait(20)
+            self.process.wait(60)
         os.close(self.lead)
 
     def text(self):
         shown = re.sub(rb"\x1b\[[0-9;?<>=]*[ -/]*[@-~]|\x1b\][^\x07]*\x07|\x1b.", b"", self.data)
         return re.sub(r"\s", "", shown.decode("utf-8", "replace"))
 
-    def wait(self, words, timeout=30):
+    def wait(self, words, timeout=90):
         end = time.monotonic() + timeout
         while words not in self.text():
             assert time.monotonic() < end, (words, self.text()[-2000:])
@@ -291,7 +291,7 @@ class Terminal:
                 self.data += os.read(self.lead, 65536)
 
 
-def until_true(condition, timeout=20):
+def until_true(condition, timeout=90):
     end = time.monotonic() + timeout
     while not condition():
         assert time.monotonic() < end, condition

@@ -23,7 +23,7 @@ if MISSING and os.environ.get("LLM_ROUTER_TEST_REQUIRE_TMUX"):
     raise RuntimeError("tmux is missing")
 pytestmark = pytest.mark.skipif(MISSING, reason="tmux is missing")
 
-WAIT_S = 30
+WAIT_S = 60
 
 
 class Terminal:
