@@ -27,6 +27,7 @@ def clean_environment(home, **more):
     """The environment of a child: nothing of the developer's but PATH and the like, `home` as the home directory."""
     kept = {name: os.environ[name] for name in KEPT_ENVIRONMENT if name in os.environ}
     kept.update(HOME=str(home), USERPROFILE=str(home), PYTHONIOENCODING="utf-8", PYTHONUNBUFFERED="1", NO_COLOR="1")
+    kept["RES_OPTIONS"] = "timeout:1 attempts:1"  # a name that does not exist is soon known, also without a network
     kept.update({name: str(value) for name, value in more.items()})
     return kept
 
