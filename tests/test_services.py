@@ -39,6 +39,7 @@ def test_systemd_accepts_the_unit(tmp_path):
     argv = [sys.executable, str(program), "start", '--config=%s/"$x".json' % tmp_path]
     unit = tmp_path / "llm-router.service"
     unit.write_text(r.make_service("linux", str(tmp_path), argv, VARIABLES, "").text)
+    unit.chmod(0o644)  # whatever the umask
     line = ["systemd-analyze", "verify", "--user", str(unit)]
     done = subprocess.run(line, capture_output=True, text=True, env=dict(os.environ, XDG_RUNTIME_DIR=str(tmp_path)))
     assert "llm-router.service" not in done.stderr, done.stderr
