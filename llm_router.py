@@ -3960,7 +3960,10 @@ def _answer_fields(blocks: List[Any], call_id: str) -> Json:
 
 
 def _write_chat_call(call: ToolCall, call_id: str) -> Json:
-    inner = {"input": call.arguments} if call.kind == "custom" else {"arguments": call.arguments or "{}"}
+    """Arguments that were cut off become an object (trap 42): vLLM and others parse the history's."""
+    text = call.arguments.strip() or "{}"
+    text = text if text[0] == "{" and text[-1] == "}" else arguments_text(arguments_object(text))
+    inner = {"input": call.arguments} if call.kind == "custom" else {"arguments": text}
     return {**own_extra(call, _CHAT), "id": call_id, "type": call.kind, call.kind: {"name": call.name, **inner}}
 
 

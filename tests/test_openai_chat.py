@@ -1366,6 +1366,16 @@ def test_second_results_are_dropped_and_second_calls_with_one_id_get_another():
     assert found[1:] == [tool_message("a", "1"), tool_message("a_1", "2")]
 
 
+@pytest.mark.parametrize(
+    "given, sent",
+    [('{"a":', '{"_raw":"{\\"a\\":"}'), ("[1]", '{"_raw":"[1]"}'), ("", "{}"), (" ", "{}"), ('{ "a":1 }\n', '{ "a":1 }'), ("null", "{}")],
+)
+def test_arguments_in_the_history_are_an_object(given, sent):
+    """trap 42: a call that was cut off must not spoil every later turn"""
+    body = OPENAI_CHAT.render_request(ChatRequest("m", [Message("assistant", [ToolCall("c", "f", given)])]))
+    assert body["messages"][0]["tool_calls"][0]["function"]["arguments"] == sent
+
+
 def test_empty_texts_and_turns_are_left_out():
     """traps 32, 82"""
     assert messages_of(
