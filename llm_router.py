@@ -11815,6 +11815,7 @@ class Reply:
         try:
             if error is None:
                 self._parser.finish()
+                self._parts += [self._held] if self._held else []  # all of a body that is shorter than any mark
                 if self._inflater is not None:
                     self._inflater.finish()
         except RouterError as broken:

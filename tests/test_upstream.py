@@ -472,6 +472,17 @@ def test_no_proxy_names_hosts_domains_and_ports(names, exempt):
     assert (found is None) is exempt
 
 
+@pytest.mark.parametrize("framing", ["chunked", "close"])
+def test_a_body_of_two_bytes_whose_end_comes_later_is_not_lost(router, upstream, framing):
+    """It waits for more bytes, which would tell whether it is compressed."""
+    head = b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\n%s\r\n"
+    steps = [head % b"transfer-encoding: chunked\r\n", b"2\r\n{}\r\n", fake.Wait(0.1), b"0\r\n\r\n"]
+    steps = steps if framing == "chunked" else [head % b"", b"{}", fake.Wait(0.1), fake.Close()]
+    upstream.handler = lambda call: fake.Answer(*steps)
+    reply = post(router(config_of(provider(upstream))), "openai", "fake/fake-model")
+    assert (reply.status, reply.text) == (400, "{}")
+
+
 @pytest.mark.parametrize("url", ["http://user:planted/secret@host:3128", "http://[::1", "https://host", "http://"])
 def test_a_proxy_that_is_none_is_refused_without_a_word_of_its_password(url):
     with pytest.raises(OSError, match="proxy") as caught:
