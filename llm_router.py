@@ -756,6 +756,8 @@ def _hint(text: str, at: int) -> str:
         return " (comments are written // so)"
     if not text.strip():
         return " (there is nothing in it)"
+    if text.startswith("eN"):  # as all that pack_config makes
+        return " (a packed configuration, but cut off or damaged)"
     return " (a comma too many)" if "," in (there, before) else ""
 
 
@@ -15050,7 +15052,7 @@ class Cloudflare:
         words = "; ".join("%s (code %s)" % (error.get("message"), error.get("code")) for error in errors)
         codes = {as_int(error.get("code")) for error in errors}
         if status == 401 or codes & {10000, 9109, 6003, 6111, 1000, 1001}:
-            words = "the API token is not accepted: %s; make one from the template Edit Cloudflare Workers" % words
+            words = "the API token is not accepted here: %s; make one from the template Edit Cloudflare Workers" % words
         if codes & {10063, 10007} and path.endswith("/subdomain"):
             words += "; open Workers & Pages in the dashboard once to get a workers.dev name, or give --domain"
         words = words or ("no reason given" if answer else "no JSON, as from a proxy or a sign-in page between")

@@ -82,6 +82,13 @@ def test_what_is_not_packed_stays_as_it_is(text):
     assert r.unpack_config(text) == text
 
 
+def test_a_packed_configuration_that_lost_a_part_is_said_to_be_one():
+    packed = r.pack_config(json.dumps({"providers": [{"id": "p%d" % number} for number in range(100)]}))
+    assert r.unpack_config(packed[:-9]) == packed[:-9]
+    with pytest.raises(r.ConfigError, match=r"NAME:1:1: .*packed configuration, but cut off"):
+        r.parse_config_text(packed[:-9], "NAME")
+
+
 def test_a_packed_bomb_is_refused_without_being_inflated():
     bomb = base64.b64encode(zlib.compress(b" " * 100_000_000, 9)).decode()
     with pytest.raises(r.ConfigError, match="larger than"):
