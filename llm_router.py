@@ -10225,8 +10225,9 @@ def own_headers(trail: Trail) -> Headers:
 
 
 def returned_headers(headers: Iterable[Tuple[str, str]]) -> Headers:
-    """The upstream's headers that its own clients may see."""
-    return [pair for pair in headers if pair[0].startswith(_RETURNED_HEADERS)]
+    """The upstream's headers that its own clients may see, as many as they can take: Node reads heads of 16 KB, Python
+    100 lines."""
+    return [pair for pair in headers if pair[0].startswith(_RETURNED_HEADERS) and len("".join(pair)) <= 200][:50]
 
 
 class Exchange:

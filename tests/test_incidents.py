@@ -468,6 +468,15 @@ def test_headers_of_an_upstream_pass_a_list(house):
         assert "marked-value" not in str(reply.headers)
 
 
+def test_an_upstream_with_countless_or_endless_headers_gives_a_client_what_it_can_read(house):
+    """Python's http.client, which reads here, takes 100 headers and lines of 64 KB, Node heads of 16 KB."""
+    headers = {"x-request-id": "a" * 70_000, **{"x-ratelimit-%d" % number: "1" for number in range(300)}}
+    house.upstream.answer(fake.json_answer(200, fake.WHOLES["openai"](TEXT), headers))
+    reply = house.post("openai", "openai/m")
+    assert (reply.status, reply.headers["x-ratelimit-0"], "x-request-id" in reply.headers) == (200, "1", False)
+    assert sum(map(len, reply.headers.keys())) + sum(map(len, reply.headers.values())) < 16_000
+
+
 BROKEN = {
     "two lengths": b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Length: 3\r\n\r\n{}x",
     "length and chunks": b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
