@@ -12243,9 +12243,8 @@ class ClientConnection:
         self._expire_read = set_exception
         self._transport.set_write_buffer_limits(high=_HIGH_WATER_BYTES)
         self._transport.max_size = _READ_BYTES  # asyncio asks for 256 KB at a time
-        sock = self._transport.get_extra_info("socket")
-        if sock is not None:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        with suppress(OSError):  # macOS refuses it for a client that has left already
+            self._transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     async def run(self) -> None:
         """Serve requests until the connection ends."""

@@ -1050,3 +1050,32 @@ def test_an_error_of_the_routers_own_in_a_stream_is_told_in_it_and_leaves_no_hol
     assert "the router failed within: KeyError" in reply.text
     running.wait_log("internal error: KeyError")
     running.stop()
+
+
+def test_a_socket_that_takes_no_option_is_served_or_closed_like_any_other(monkeypatch):
+    """macOS refuses options of a socket whose client has left already."""
+    errors, kept = [], socket.socket.setsockopt
+
+    def refuse(self, level, name, *rest):
+        if (level, name) == (socket.IPPROTO_TCP, socket.TCP_NODELAY):
+            raise OSError(22, "Invalid argument")
+        return kept(self, level, name, *rest)
+
+    async def answer(call, sink):
+        await sink.respond(200, [], b"fine")
+
+    async def ask_once():
+        loop, data = asyncio.get_running_loop(), [b""]
+        server = llm_router.Server(loop, llm_router.Settings(), answer, errors.append)
+        with socket.socket() as client:
+            client.setblocking(False)
+            await loop.sock_connect(client, ("127.0.0.1", await server.listen("127.0.0.1", 0)))
+            await loop.sock_sendall(client, b"GET / HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")
+            while len(data) == 1 or data[-1]:
+                data.append(await asyncio.wait_for(loop.sock_recv(client, 4096), 30))
+        await server.drain(5.0)
+        return b"".join(data)
+
+    monkeypatch.setattr(socket.socket, "setsockopt", refuse)
+    assert asyncio.run(ask_once()).endswith(b"\r\n\r\nfine")
+    assert errors == []
