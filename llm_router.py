@@ -12044,7 +12044,8 @@ class Sink:
         if keys:  # who shows none does not guess
             await connection.server.delay_refusal(connection, keys)
         self._end()
-        status = 400 if status == 499 else status  # a word of the log's: who still listens has sent half a request
+        if status == 499 and not connection.body_is_read:  # a word of the log's; who still listens sent half a request
+            status = 400
         keep_alive = connection.may_keep_alive(self._head)
         connection.closes = not keep_alive
         bare, date = self._head.method == "HEAD", connection.server.date()
@@ -12263,7 +12264,7 @@ class ClientConnection:
     def may_keep_alive(self, head: HttpRequest) -> bool:
         """Whether the connection can serve another request after this one: not with much of a body unread, nor in a
         drain."""
-        may_go_on = self._body_is_read or (not self._is_broken and self._parser.unread <= _SKIP_BYTES)
+        may_go_on = self.body_is_read or (not self._is_broken and self._parser.unread <= _SKIP_BYTES)
         ends = self._reader.at_eof() and not self._parser.has_more
         return head.keep_alive and may_go_on and not self.server.draining and not ends
 
@@ -12326,13 +12327,13 @@ class ClientConnection:
         parser, limit_s = self._parser, self.server.settings.body_timeout_ms / 1000
         began, self.phase = self.loop.time(), "body"
         try:
-            self._body_is_read = parser.body() is not None
-            while not self._body_is_read and parser.body_size <= most_bytes:
+            self.body_is_read = parser.body() is not None
+            while not self.body_is_read and parser.body_size <= most_bytes:
                 if most_bytes > _SKIP_BYTES:
                     self._reserve(parser.body_size)
                 self.deadline = min(began + parser.body_size / _UPLOAD_BYTES_PER_S, self.loop.time()) + limit_s
                 parser.feed(await self._read())
-                self._body_is_read = parser.body() is not None
+                self.body_is_read = parser.body() is not None
         except HttpError:
             self._is_broken = True  # nothing tells any more where the next request begins
             raise
@@ -12354,8 +12355,8 @@ class ClientConnection:
         if head is None:
             return False
         self._head = head
-        self._body_is_read = self._parser.body() is not None
-        if not self._body_is_read and head.method != "POST" and self._parser.unread <= _SKIP_BYTES:
+        self.body_is_read = self._parser.body() is not None
+        if not self.body_is_read and head.method != "POST" and self._parser.unread <= _SKIP_BYTES:
             await self._receive_body(_SKIP_BYTES)  # no handler asks for it: what is wrong with it is said now or never
         self.phase, self.sink = "serving", Sink(self, head)
         try:
@@ -12363,7 +12364,7 @@ class ClientConnection:
         finally:
             self.server.reserve(-self._reserved)
             self._reserved, self.phase, self.sink = 0, "idle", None
-        if not self._body_is_read:
+        if not self.body_is_read:
             await self._skip_body()
         if not self.closes:
             self._parser.next()
@@ -12376,7 +12377,7 @@ class ClientConnection:
                 await self._receive_body(_SKIP_BYTES)
         except HttpError:
             self.closes = True
-        if not self._body_is_read:
+        if not self.body_is_read:
             await self._linger()
 
     async def _read_head(self) -> Optional[HttpRequest]:

@@ -249,7 +249,7 @@ def test_an_invalid_request_comes_back_unchanged_after_one_call(pair, upstream_w
     assert pair.calls() == (1, 0)
 
 
-@pytest.mark.parametrize("status", [400, 413, 422, 418])
+@pytest.mark.parametrize("status", [400, 413, 422, 418, 499])
 @CLIENTS
 @UPSTREAMS
 def test_an_invalid_request_keeps_its_status_and_words_in_the_clients_own_format(
