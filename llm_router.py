@@ -13811,8 +13811,8 @@ def state_path() -> str:
 
 
 class Instance(NamedTuple):
-    """One running server as the state file tells it. token: the bearer of its control channel; started: Unix
-    seconds."""
+    """One running server as the state file tells it. token: the bearer of its control channel; started, and ends, for
+    one that stops: Unix seconds."""
 
     id: str
     pid: int
@@ -13821,6 +13821,7 @@ class Instance(NamedTuple):
     config: str
     token: str
     started: float
+    ends: float = 0.0
 
 
 def near_host(host: str) -> str:
@@ -13839,7 +13840,7 @@ def read_instances(path: str) -> List[Instance]:
 
 
 def _is_instance(entry: Dict[str, Any]) -> bool:
-    kinds = {"pid": int, "port": int, "started": (int, float)}
+    kinds = {"pid": int, "port": int, "started": (int, float), "ends": (int, float)}
     return set(entry) == set(Instance._fields) and all(isinstance(entry[key], kinds.get(key, str)) for key in entry)
 
 
@@ -13892,20 +13893,26 @@ def find_instance(path: str, config: str, port: int) -> Instance:
 
     RouterError 503 when none runs, UsageError when several do.
     """
-    alive, stale = [], []
+    import time
+
+    alive, stale, ending = [], [], ""
     for instance in read_instances(path):
         try:
             ask_instance(instance, "status")
             alive.append(instance)
         except RouterError as error:
-            (alive if error.code == "no_answer" else stale).append(instance)
+            left_s = instance.ends - time.time()
+            if error.code != "no_answer" and left_s > 0:  # it does not listen any more
+                ending += "; pid %d is stopping, its open requests have %d s left" % (instance.pid, left_s)
+            else:
+                (alive if error.code == "no_answer" else stale).append(instance)
     if stale:
         change_instances(path, lambda known: [instance for instance in known if instance not in stale])
     fits = [one for one in alive if (not config or one.config == config) and (not port or one.port == port)]
     ports = " or ".join("--port=%d" % one.port for one in fits or alive)
     if not fits:
         others = " with that port or configuration, only %s" % ports if alive else ""
-        raise RouterError("no llm-router is running here" + others, 503, "not_running")
+        raise RouterError("no llm-router is running here" + others + ending, 503, "not_running")
     if len(fits) > 1:
         raise UsageError("several run here: choose one with " + ports)
     return fits[0]
@@ -13917,7 +13924,7 @@ def has_ended(instance: Instance) -> bool:
     import os
 
     is_killed = os.path.exists("/proc/self") and not os.path.exists("/proc/%d" % instance.pid)
-    return is_killed or instance not in read_instances(state_path())
+    return is_killed or all(one.id != instance.id for one in read_instances(state_path()))
 
 
 # ----- one running server -----
@@ -14092,6 +14099,11 @@ class Router:
         if entry not in read_instances(state_path()):
             self._change_state(lambda known: known + [entry] * (not self.stopping.is_set()))
 
+    def retire(self) -> None:
+        """Say in the state file until when this instance may go on, for it answers nobody any more."""
+        ends = self.host.wall() + self.grace_s
+        self._change_state(lambda known: [one._replace(ends=ends) if one.id == self.id else one for one in known])
+
     def leave(self) -> None:
         """Take this instance out of the state file."""
         if any(instance.id == self.id for instance in read_instances(state_path())):
@@ -14217,6 +14229,7 @@ async def _serve(options: StartOptions) -> Tuple[int, int]:
         await router.stopping.wait()
         for task in tasks:
             task.cancel()
+        router.retire()
         log.note("stopping: open requests have %g s to finish" % router.grace_s)
         clean = await router.server.drain(router.grace_s)
     finally:

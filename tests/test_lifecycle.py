@@ -294,6 +294,23 @@ def test_stop_leaves_streams_the_time_that_start_was_given_and_returns_when_the_
         assert whole.makefile("rb").read().startswith(b"HTTP/1.1 503 ")
 
 
+def test_one_that_still_finishes_its_streams_is_said_to_stop_and_its_entry_stays(router, upstream):
+    running = router(two_models(upstream), *QUICK)
+    upstream.answer(fake.sse_answer(fake.chat_stream("never")[:2], end="hang"))
+    stream = running.open(CHAT, dict(MESSAGES, stream=True))
+    assert stream.read_event()
+    entry = r.read_instances(str(state_file(running.home)))[0]
+    r.ask_instance(entry, "stop/600", "POST")
+    running.wait_log("stopping")
+    said = "pid %d is stopping, its open requests have 5" % running.process.pid
+    assert said in refused(running.home, 1, "status") and said in ok(running.home, "stop")
+    late = [dict(instances(running.home)[0], ends=1.0)]  # one that was killed before its time was over
+    assert late[0]["id"] == entry.id
+    running.kill()
+    state_file(running.home).write_text(json.dumps({"instances": late}))
+    assert "stopping" not in ok(running.home, "stop") and instances(running.home) == []
+
+
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
 def test_a_suspended_instance_is_no_dead_one_and_a_lost_entry_comes_back(running, monkeypatch):
     entry = r.read_instances(str(state_file(running.home)))
