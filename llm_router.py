@@ -17271,8 +17271,7 @@ def _reach_running(instance: Instance, environ: Environ) -> Tuple[Json, str, Con
     try:
         config = read_config(Given(environ, {"config": instance.config}).load(presets=True).document, environ)
     except RouterError:  # made of key variables that this shell does not have, or broken since
-        key = environ.get("LLM_ROUTER_MASTER_KEY", "").strip()
-        config = Config(default_model=status["default_model"], master_key=key)
+        config = Config(environ.get("LLM_ROUTER_MASTER_KEY", "").strip(), default_model=status["default_model"])
     return status, origin_url("http", near_host(instance.host), instance.port), config
 
 
@@ -17301,8 +17300,6 @@ def _run_with_router(agent: Agent, argv: Sequence[str], given: Given) -> int:
 
 def run_env(given: Given) -> int:
     """`env [TOOL]`: the variables that point a program at the running router, for a shell to read."""
-    import sys
-
     name = one_line(given.tool or "any", 40)
     led = {row.name: row for row in (*AGENTS, ANY_AGENT) if any("%(base)s" in text for _, text in row.variables)}
     if name not in led:
@@ -17314,7 +17311,7 @@ def run_env(given: Given) -> int:
     key = config.master_key if status["require_auth"] else ""
     variables = fill_templates(led[name], agent_facts(base, key, config, given.flags))[0]
     own = given.environ.get("SHELL", "").rpartition("/")[2]
-    usual = "powershell" if sys.platform == "win32" else own if own in _SHELLS else "bash"
+    usual = own if own in _SHELLS else "powershell" if given.environ.get("OS") == "Windows_NT" else "bash"
     return given.tell(variables, shell_lines(variables, given.shell or usual))
 
 
