@@ -91,10 +91,10 @@ def test_a_body_that_breaks_off_or_says_no_size_is_the_clients_fault_and_read_no
     start_worker, upstream
 ):
     upstream.handler = fake.final_text(TEXT)
-    running = start_worker(config_of(provider(upstream)), env={"LLM_ROUTER_MAX_BODY_BYTES": "200000"})
+    running = start_worker(config_of(provider(upstream)), env={"LLM_ROUTER_MAX_BODY_BYTES": "20000"})
     head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nAuthorization: Bearer %s\r\n" % KEY
     chunked = head.encode() + b"Transfer-Encoding: chunked\r\n\r\n"
-    body = json.dumps(ask("openai", text="x" * 100_000)).encode()
+    body = json.dumps(ask("openai", text="x" * 10_000)).encode()
     whole = [fake.chunk(body[at : at + 999]) for at in range(0, len(body), 999)]
     assert running.raw(chunked + b"".join(whole) + b"0\r\n\r\n", 30).startswith(b"HTTP/1.1 200 ")
     assert running.raw(chunked + b"".join(whole * 3) + b"0\r\n\r\n", 30).startswith(b"HTTP/1.1 413 ")
