@@ -1,5 +1,6 @@
 """The smoke test of real providers, run against fake ones: its table, exit codes, and what it leaves alone."""
 
+import shutil
 import socket
 import subprocess
 import sys
@@ -115,9 +116,9 @@ def test_the_template_names_every_variable_and_only_those_that_are_read():
 
 def test_the_template_is_kept_by_git_and_what_it_becomes_is_not():
     def ignored(name):
-        command = ["git", "check-ignore", "-q", "--no-index", name]
+        command = ["git", "-c", "safe.directory=*", "check-ignore", "-q", "--no-index", name]  # whoever owns the folder
         return subprocess.run(command, cwd=ROOT, check=False).returncode == 0
 
-    if not (ROOT / ".git").exists():
+    if not (ROOT / ".git").exists() or not shutil.which("git"):
         pytest.skip("not a git checkout")
     assert not ignored(".env.test-suite.example") and ignored(".env.test-suite")
