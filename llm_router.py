@@ -481,7 +481,8 @@ _FORMAT_OF_HOST = {"api.anthropic.com": "anthropic"}
 
 
 class Auth(NamedTuple):
-    """How a provider is shown its key. type: of AUTH_TYPES. header_name: for type header. prefix: before the key."""
+    """How a provider is shown its key. type: one of AUTH_TYPES. header_name: for the type header; prefix: what stands
+    before the key in it."""
 
     type: str = "bearer"
     header_name: str = ""
@@ -3185,12 +3186,14 @@ def restore_reasoning(messages: List[Message], memory: BoundedMap, issuer: str) 
     restored = []
     for message in messages:
         known = recall(memory, issuer, [block.id for block in message.blocks if isinstance(block, ToolCall)])
-        thoughts = list(filter(is_reasoning, known))
-        blocks = thoughts + [block for block in message.blocks if not (thoughts and is_reasoning(block))]
-        for call in [block for block in known if isinstance(block, ToolCall)]:
-            blocks = [one._replace(extra=call.extra) if getattr(one, "id", None) == call.id else one for one in blocks]
-        restored.append(message._replace(blocks=blocks))
+        restored.append(message._replace(blocks=_as_issued(message.blocks, known)) if known else message)
     return restored
+
+
+def _as_issued(blocks: List[Any], known: List[Any]) -> List[Any]:
+    thoughts, bags = list(filter(is_reasoning, known)), {b.id: b.extra for b in known if isinstance(b, ToolCall)}
+    rest = [block for block in blocks if not (thoughts and is_reasoning(block))]
+    return thoughts + [b._replace(extra=bags[b.id]) if getattr(b, "id", None) in bags else b for b in rest]
 
 
 # Tools that take free text (kind "custom", OpenAI's grammar tools) where only JSON functions are known: TRANSLATION
@@ -10422,7 +10425,7 @@ class Exchange:
             return failed_attempt(TEMPORARY, "unparsable", error.message)
         if isinstance(response, ErrorInfo):
             return self._judge_told(response, reply)
-        if self._records:
+        if self._records and any(isinstance(block, ToolCall) for block in response.blocks):
             self._recorder().see(unfold(response))
         body = self._named(body) if passes and parsed else self._rendered(response, context)
         answer = self._answer(reply, body, response.usage)

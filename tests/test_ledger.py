@@ -519,10 +519,11 @@ def test_the_table_shows_totals_cached_share_cost_and_bars(command, filled):
         ("provider", {"a": 3, "b": 2, "(nobody)": 1}),
         ("client", {"laptop": 1, "(no name)": 5}),
         ("format", {"openai": 5, "anthropic": 1}),
-        ("day", {time.strftime("%Y-%m-%d"): 6}),
+        ("day", {}),
     ],
 )
 def test_rows_are_grouped_by_what_is_asked_for(command, filled, by, groups):
+    groups = groups or {time.strftime("%Y-%m-%d"): 6}  # told now: midnight may have passed since the tests were found
     told = json.loads(command(filled, "usage", "--by", by, "--json")[1])
     assert {row["group"]: row["requests"] for row in told["rows"]} == groups
     assert told["total"]["requests"] == 6 and told["total"]["cost"] == pytest.approx(3.3)

@@ -309,6 +309,7 @@ def test_one_that_still_finishes_its_streams_is_said_to_stop_and_its_entry_stays
     running.kill()
     state_file(running.home).write_text(json.dumps({"instances": late}))
     assert "stopping" not in ok(running.home, "stop") and instances(running.home) == []
+    stream.close()
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
