@@ -3523,6 +3523,8 @@ CHAT_LOSSES = {
     "images and files in tool results": "become a user message after the tool messages",
     "images and files in system or assistant messages": "become a short text note",
     "documents other than PDF and text": "become a short text note, as do videos, and files and sounds by URL or id",
+    "the answer's schema, where only JSON mode is known": "becomes a system message (DeepSeek, or learned from a 400)",
+    "the user's turn right behind a tool message": "at Mistral gets an assistant's `(noted)` in front of it",
     "thinking switched off": "left out",
     "thinking budget": "becomes reasoning_effort: low up to 2048 tokens, medium up to 8192, else high",
     "efforts that a model does not know": "become the next lower one that it knows",
@@ -4639,6 +4641,7 @@ ANTHROPIC_LOSSES = {
     "temperature above 1": "becomes 1; with top_p and top_k left out while thinking and for models that refuse them",
     "top_p beside temperature, stop texts of white space": "left out",
     "JSON mode without a schema": "becomes a sentence in `system`",
+    "open objects and bounds in the answer's schema": "objects are closed, bounds become words of the description",
     "reasoning effort": "becomes thinking.budget_tokens or output_config.effort, by model; not when a tool is forced "
     "or max_tokens leaves no room",
     "strict: false on tools": "left out, it is the default",
@@ -6513,7 +6516,8 @@ def shorten_tools(request: ChatRequest) -> ChatRequest:
 
     def renamed(value: Any) -> Any:
         is_named = isinstance(value, (Tool, ToolCall)) and value.kind != "server"
-        return value._replace(name=short_tool_name(value.name)) if is_named else value
+        name = short_tool_name(value.name) if is_named else ""
+        return value._replace(name=name) if is_named and name != value.name else value
 
     choice = request.tool_choice and request.tool_choice._replace(name=short_tool_name(request.tool_choice.name))
     return map_request(request, renamed)._replace(tool_choice=choice)
