@@ -10812,8 +10812,8 @@ class Probe:
         await self._host.gather(self._ask, pairs[: len(wires)])
         first = [self._rows[pair] for pair in pairs[: len(wires)]]
         is_absent = all(row.about == "format" for row in first)  # more likely the model that is not there
-        is_deaf = lambda row: row.state == "tentative" and not row.label[:1].isdigit()  # noqa: E731
-        why = {row.wire: "" if is_absent else "nobody" if is_deaf(row) else row.about for row in first}
+        deaf = {row.wire for row in first if row.state == "tentative" and not row.label[:1].isdigit()}
+        why = {row.wire: "" if is_absent else "nobody" if row.wire in deaf else row.about for row in first}
         for pair in pairs[len(wires) :]:
             self._put(pair, **_ALIKE.get(why[pair[1]], {}))
         left = [pair for pair in pairs if self._rows[pair].state == "waiting"]
