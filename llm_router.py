@@ -15365,8 +15365,8 @@ async def _demo(once: bool, port: int) -> int:
             print("  %-10s %-10s %s" % (name, wire, habit))
         wrong = await loop.run_in_executor(None, _show_cases, port)
         if not once:
+            _on_signals(loop, stopping.set, stopping.set)  # first: whoever reads the line may press Ctrl-C at once
             print("\nstill serving on http://127.0.0.1:%d; Ctrl-C ends it" % port, flush=True)
-            _on_signals(loop, stopping.set, stopping.set)
             await stopping.wait()
     finally:
         await server.drain(1.0)
