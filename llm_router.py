@@ -57,11 +57,15 @@ Contents:
 from __future__ import annotations
 
 import base64
+import errno
 import hashlib
 import hmac
 import json
 import math
+import os
 import re
+import sys
+import time
 import zlib
 from bisect import bisect_left
 from collections import OrderedDict, namedtuple
@@ -11020,8 +11024,6 @@ class Loaded(NamedTuple):
 
 def config_path(given: str = "") -> str:
     """The configuration file's path, absolute; `given` is the --config flag, "" for none."""
-    import os
-
     return os.path.abspath(os.path.expanduser(given or CONFIG_PATH))
 
 
@@ -11044,8 +11046,6 @@ def load_config(given: str, environ: Mapping[str, str]) -> Loaded:
 
 def file_stamp(path: str) -> Tuple[int, ...]:
     """What changes whenever a file is written or replaced; empty while there is none."""
-    import os
-
     try:
         status = os.stat(path)
     except OSError:
@@ -11055,8 +11055,6 @@ def file_stamp(path: str) -> Tuple[int, ...]:
 
 def read_bytes(path: str) -> Tuple[Optional[bytes], int]:
     """A file's content, None without one, and its mode where others may use it, else 0. ConfigError if unreadable."""
-    import os
-
     try:
         with open(path, "rb") as file:
             mode = os.fstat(file.fileno()).st_mode & 0o777
@@ -11104,8 +11102,6 @@ def render_document(document: Json) -> bytes:
 
 def _prepare(path: str) -> str:
     """Where the file really is, its directory made: a symbolic link stays a link, and what it leads to is replaced."""
-    import os
-
     target = os.path.realpath(path)
     try:
         os.makedirs(os.path.dirname(target), mode=0o700, exist_ok=True)
@@ -11128,8 +11124,6 @@ def write_private(
     With `backup`, `expected` (what the file held, None when there was none) is kept as target + ".bak", and False is
     returned, nothing done, when the file holds something else by now. FileError when writing fails.
     """
-    import os
-
     written: Dict[str, str] = {}  # where a complete file waits -> where it belongs
     try:
         written[_write_temporary(target, data, durable)] = target
@@ -11158,7 +11152,6 @@ def write_private(
 
 def _write_temporary(target: str, data: bytes, durable: bool = True) -> str:
     """A new file beside `target`, 0600 from the start, complete, if `durable` on the disk; its path. OSError if not."""
-    import os
     import secrets
 
     path = "%s.%s.tmp" % (target, secrets.token_hex(6))
@@ -11177,8 +11170,6 @@ def _write_temporary(target: str, data: bytes, durable: bool = True) -> str:
 
 def _keep_owner(descriptor: int, target: str) -> None:
     """Root that edits a user's file must not lock its owner out."""
-    import os
-
     with suppress(OSError, AttributeError):
         old, new = os.stat(target), os.fstat(descriptor)
         if (old.st_uid, old.st_gid) != (new.st_uid, new.st_gid):
@@ -11186,8 +11177,6 @@ def _keep_owner(descriptor: int, target: str) -> None:
 
 
 def _remove(path: str) -> None:
-    import os
-
     with suppress(OSError):
         os.unlink(path)
 
@@ -11195,7 +11184,6 @@ def _remove(path: str) -> None:
 def open_private(path: str, mode: str) -> Any:
     """The file `path` opened without a buffer, made when it is not there, mode 0600, never through a symbolic link.
     OSError otherwise."""
-    import os
     import stat
 
     more = os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
@@ -11211,8 +11199,6 @@ def file_lock(target: str) -> Iterator[None]:
 
     FileError when the directory cannot be written or another writer holds the lock for ten seconds.
     """
-    import time
-
     path, deadline = target + ".lock", time.monotonic() + _LOCK_WAIT_S
     try:
         file = _try_lock(path)
@@ -11233,8 +11219,6 @@ def file_lock(target: str) -> Iterator[None]:
 
 def _try_lock(path: str) -> Any:
     """The lock file, locked, and still the one at its path: its last owner may have removed it; else None. OSError."""
-    import os
-
     file = open_private(path, "r+b")
     with suppress(OSError):
         if _lock_descriptor(file.fileno()) and os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
@@ -11245,8 +11229,6 @@ def _try_lock(path: str) -> Any:
 
 def _lock_descriptor(descriptor: int) -> bool:
     """Take the lock if it is free. Where a system or file system has no locks, the comparison of contents remains."""
-    import errno
-
     try:
         try:
             import fcntl
@@ -11344,7 +11326,6 @@ class Dial:
         before, or at its failure, so that IPv6 that leads nowhere costs no more than that (RFC 8305)."""
         import selectors
         import socket
-        import time
 
         failure, until = OSError("the name has no address"), time.monotonic() + timeout
         places = socket.getaddrinfo(address[0], address[1], 0, socket.SOCK_STREAM)
@@ -11393,7 +11374,6 @@ def _ask_address(asked: Any, family: int, kind: int, proto: int, _: str, place: 
 def _first_connected(asked: Any) -> Any:
     """The first socket that connects within the moment that the next address has to wait, or None. OSError when one of
     them fails."""
-    import os
     import socket
 
     for key, _ in asked.select(_NEXT_ADDRESS_S):
@@ -11407,7 +11387,6 @@ def _first_connected(asked: Any) -> Any:
 
 
 def _dial_error(error: Exception, where: str) -> RouterError:
-    import errno
     import socket
     import ssl
 
@@ -11442,7 +11421,6 @@ class Network:
     def tls_context(self, ca_bundle: str) -> Any:
         """The shared client context; making one costs 27 ms, so each is made once, by the first thread that needs
         it. OSError when its file cannot be read."""
-        import os
         import ssl
 
         path = os.path.expanduser(ca_bundle or self._ca_bundle)
@@ -12479,7 +12457,6 @@ _PORT_TRIES = 10
 def open_listeners(host: str, port: int) -> List[Any]:
     """A listening socket for every address that `host` has on this machine, all with one port (0: a free one). OSError
     when the port is taken at one of them, or when there is none."""
-    import errno
     import socket
 
     found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
@@ -12503,7 +12480,6 @@ def open_listeners(host: str, port: int) -> List[Any]:
 
 def _listen_at(family: int, place: Tuple[Any, ...]) -> List[Any]:
     """One socket, or none where this machine has no such address or a kernel without IPv6. OSError."""
-    import errno
     import socket
 
     try:
@@ -12641,7 +12617,6 @@ class Server:
         """The present moment as an HTTP date (RFC 9110, 5.6.7), made once a second."""
         now = self.loop.time()
         if now >= self._date[0]:
-            import time
             from email.utils import formatdate
 
             wall = time.time()
@@ -12738,8 +12713,6 @@ def _attempt_words(attempt: Attempt) -> str:
 
 
 def _iso_time(wall: float) -> str:
-    import time
-
     return "%d-%02d-%02dT%02d:%02d:%02d.%03dZ" % (*time.gmtime(wall)[:6], wall % 1 * 1000)
 
 
@@ -12899,8 +12872,6 @@ class LogWriter:
 
     def note(self, text: str, level: str = "info") -> None:
         """Queue what the router itself has to say, a sentence (with a traceback, several lines)."""
-        import time
-
         if level in self._wanted:
             record = {"time": _iso_time(time.time()), "level": level, "message": text}
             self.write(dump_json(record).decode() if self._as_json else "%(time)s %(level)s: %(message)s" % record)
@@ -12945,8 +12916,6 @@ class LogFile:
 
     def write(self, text: str) -> None:
         """Append some lines."""
-        import os
-
         data = text.encode("utf-8", "backslashreplace")
         _, size, *inode = file_stamp(self._path) or (0, 0)
         if inode != self._inode:
@@ -12993,8 +12962,6 @@ _LEDGER_RETRY_S = 1.0
 
 def ledger_path(settings: Settings) -> str:
     """The ledger's file, "" when it is switched off."""
-    import os
-
     return os.path.expanduser(settings.usage_db) if _BOOLS.get(settings.usage_db.lower(), True) else ""
 
 
@@ -13088,7 +13055,6 @@ class Ledger:
         return _LEDGER_RETRY_S if self._rows else None
 
     def _write_or_heal(self) -> None:
-        import os
         import sqlite3
 
         try:
@@ -13104,8 +13070,6 @@ class Ledger:
             self._write()
 
     def _write(self) -> None:
-        import time
-
         if self._connection is None or self._file != file_stamp(self._path)[2:]:  # removed, or set aside by another
             self._disconnect()
             self._connection = _open_ledger(self._path)
@@ -13321,7 +13285,6 @@ class WorkerHost:
     def __init__(self, config: Config, settings: Settings) -> None:
         import random
         import secrets
-        import time
 
         self.now = time.monotonic
         self.wall = time.time
@@ -13543,7 +13506,6 @@ class WorkerClient:
     def keep_alive(self, at: float, every_ms: int, head: Headers) -> None:
         """Whenever `every_ms` pass in silence, send a sign of life; the first one opens the stream with `head`."""
         import asyncio
-        import time
 
         self.sent_at, loop, every_s = at, asyncio.get_event_loop(), every_ms / 1000
 
@@ -13567,8 +13529,6 @@ class WorkerClient:
 
     def write(self, data: bytes) -> None:
         """Send a piece of the stream."""
-        import time
-
         from pyodide.ffi import to_js
 
         if data and self._writer is not None:
@@ -13757,7 +13717,6 @@ class LocalHost:
         import asyncio
         import random
         import secrets
-        import time
 
         self.now, self.wall, self.sleep, self.send = loop.time, time.time, asyncio.sleep, upstreams.send
         self.jitter = random.Random().random  # noqa: S311  it spreads retries, it guards nothing
@@ -13812,8 +13771,6 @@ _ENROLL_AGAIN_S = 5.0
 
 def state_path() -> str:
     """Where the running instances of this user are listed."""
-    import os
-
     return os.path.expanduser(RUNTIME_PATH)
 
 
@@ -13900,8 +13857,6 @@ def find_instance(path: str, config: str, port: int) -> Instance:
 
     RouterError 503 when none runs, UsageError when several do.
     """
-    import time
-
     alive, stale, ending = [], [], ""
     for instance in read_instances(path):
         try:
@@ -13928,8 +13883,6 @@ def find_instance(path: str, config: str, port: int) -> Instance:
 def has_ended(instance: Instance) -> bool:
     """Whether an instance that was told to stop is gone: taking its entry out is the last thing it does, unless it was
     killed (Linux: /proc)."""
-    import os
-
     is_killed = os.path.exists("/proc/self") and not os.path.exists("/proc/%d" % instance.pid)
     return is_killed or all(one.id != instance.id for one in read_instances(state_path()))
 
@@ -14029,8 +13982,6 @@ class Router:
 
     def status(self) -> Json:
         """Everything an operator asks about, without any secret."""
-        import os
-
         options, now, refs = self.options, self.host.now(), self.gateway.routes.refs()
         made_up = [key for key in self.book.known() if not key.endswith("/") and key not in refs]
         tally, none = self.ring.tally(), {"ok": 0, "failed": 0, "last_error": None}
@@ -14099,8 +14050,6 @@ class Router:
 
     def enroll(self, port: int) -> None:
         """Have this instance in the state file, so that `stop`, `reload`, `status` and `explain` find it."""
-        import os
-
         host, path = self.options.settings.host, self.options.config_path
         entry = Instance(self.id, os.getpid(), host, port, path, self.token, self.started)
         if entry not in read_instances(state_path()):
@@ -14154,9 +14103,6 @@ def changed_providers(old: Config, new: Config) -> List[str]:
 
 def run_server(options: StartOptions) -> int:
     """Serve until a signal or `stop` ends it; the exit code. SIGINT and SIGTERM drain, a second one ends at once."""
-    import os
-    import sys
-
     code, port = run_loop(_serve(options))
     if port:  # become the program that this file holds by now, with the same flags, environment, pid and port
         told = "--port=%d" % port
@@ -14168,7 +14114,6 @@ def run_server(options: StartOptions) -> int:
 def run_loop(work: Any) -> Any:
     """asyncio.run with a loop that watches sockets on every platform: Windows' proactor loop has no add_reader."""
     import asyncio
-    import sys
 
     how: Dict[str, Any] = {}
     if sys.platform == "win32" and sys.version_info >= (3, 12):
@@ -14184,8 +14129,6 @@ _INTERPRETER_FLAGS = {"isolated": "-I", "ignore_environment": "-E", "no_site": "
 
 def interpreter_words() -> List[str]:
     """The interpreter with the options it runs with (-I, -X utf8, -W error), for a process like this one."""
-    import sys
-
     options = {name: value for name, value in sys._xoptions.items() if name != _PATH_OPTION}
     words = [flag for name, flag in _INTERPRETER_FLAGS.items() if getattr(sys.flags, name)]
     words += ["-W" + text for text in sys.warnoptions]
@@ -14195,9 +14138,6 @@ def interpreter_words() -> List[str]:
 
 def _log_stream(settings: Settings) -> Any:
     """Where the log goes. RouterError when its file cannot be written."""
-    import os
-    import sys
-
     if not settings.log_file:
         return sys.stderr
     path = os.path.expanduser(settings.log_file)
@@ -14316,7 +14256,6 @@ async def _watch_config(router: Router) -> None:
 
 
 async def _listen(server: Server, host: str, port: int) -> int:
-    import errno
     import socket
 
     try:
@@ -14346,7 +14285,6 @@ def find_listener(port: int) -> Optional[Tuple[int, str]]:
     (proc(5)); a process that has it shows `socket:[INODE]` among its descriptors.
     """
     import glob
-    import os
 
     sockets = set()
     for path in ("/proc/net/tcp", "/proc/net/tcp6"):
@@ -14412,9 +14350,7 @@ def start_detached(flags: Sequence[str], log_path: str) -> Tuple[int, str]:
 
     What it prints goes to `log_path`. RouterError with its last words when it ends before that.
     """
-    import os
     import subprocess
-    import sys
 
     log = _open_log(log_path)
     began = os.fstat(log.fileno()).st_size
@@ -14450,8 +14386,6 @@ def _hold_signals() -> Callable[[], Any]:
 
 def _wait_for_start(child: Any, log_path: str, began: int) -> str:
     """The address that a child says it listens on, in what it has logged from `began` on."""
-    import time
-
     until = time.monotonic() + _DETACHED_START_S
     while time.monotonic() < until:
         time.sleep(0.05)
@@ -14489,8 +14423,6 @@ class Update(NamedTuple):
 def update_file(target: str, source: str) -> Update:
     """Replace the program `target` by the release at `source` (a URL or file) after every check; the old one is kept
     as target + ".bak". RouterError, and nothing is changed, when the release is not whole, older or does not run."""
-    import os
-
     target = os.path.realpath(target)
     if {"site-packages", "dist-packages"} & set(target.replace("\\", "/").split("/")):
         raise RouterError("this program was installed by pip: update it with pip install --upgrade llm-router")
@@ -14509,7 +14441,6 @@ def update_file(target: str, source: str) -> Update:
 
 def fetch_release(source: str) -> bytes:
     """The bytes at a URL (https, or http on this machine) or in a file. RouterError when they cannot be had whole."""
-    import os
     import urllib.request
 
     if "://" not in source:
@@ -14539,7 +14470,6 @@ def fetch(request: Any, max_bytes: int, redirects: Any) -> Tuple[int, Any, bytes
     """(status, headers, body) of the answer to a request of urllib's, whatever its status; `redirects` decides about
     3xx. RouterError for none, one that is too slow or too large. What stays on this machine goes through no proxy."""
     import http.client
-    import time
     import urllib.error
     import urllib.request
 
@@ -14593,7 +14523,6 @@ def _check_digest(data: bytes, source: str) -> None:
 
 def _replace_program(target: str, old: bytes, data: bytes) -> str:
     """Put the release in the place of `target` if it runs and is newer; its version."""
-    import os
     import shutil
 
     fresh = kept = ""
@@ -14622,7 +14551,6 @@ def _replace_program(target: str, old: bytes, data: bytes) -> str:
 def _version_of(path: str) -> str:
     """What a program answers to --version, run alone. RouterError when that is not llm-router's answer."""
     import subprocess
-    import sys
 
     try:
         line = [sys.executable, "-I", path, "--version"]
@@ -14718,8 +14646,6 @@ def _windows_task(argv: Sequence[str]) -> Service:
 
 def install_service(service: Service) -> Tuple[List[str], str]:
     """Write the service's file and start it; what `_give` returns. FileError when the file cannot be written."""
-    import os
-
     if service.path:
         try:
             os.makedirs(os.path.dirname(service.path), mode=0o700, exist_ok=True)
@@ -14740,8 +14666,6 @@ def remove_service(service: Service) -> Tuple[List[str], str]:
 
 def service_state(service: Service) -> str:
     """`not installed`, or what the platform's tool says."""
-    import os
-
     if service.path and not os.path.exists(service.path):
         return "not installed"
     code, said = _call(service.status)
@@ -14923,8 +14847,6 @@ def make_payload(document: Json, environ: Mapping[str, str]) -> Payload:
 
 def project_files(site: Site) -> Dict[str, bytes]:
     """The Worker project that wrangler deploys, by file name: entry.py, wrangler.toml and this very file."""
-    import os
-
     rows: List[Tuple[str, Any]] = [("name", site.name), ("main", "entry.py"), *_COMPATIBILITY.items()]
     rows += [("workers_dev", not site.domain and not site.route), ("keep_vars", True)]
     toml = "".join("%s = %s\n" % (name, json.dumps(value)) for name, value in rows)
@@ -14937,8 +14859,6 @@ def project_files(site: Site) -> Dict[str, bytes]:
 
 def write_project(folder: str, site: Site) -> List[str]:
     """Write the project into a folder, which is made; the paths. FileError when it cannot be written."""
-    import os
-
     try:
         os.makedirs(folder, exist_ok=True)
     except OSError as error:
@@ -15346,7 +15266,6 @@ def run_demo(once: bool, port: int) -> int:
 
 async def _demo(once: bool, port: int) -> int:
     import asyncio
-    import sys
 
     loop = asyncio.get_running_loop()
     settings = Settings()._replace(**_DEMO_SETTINGS)
@@ -15410,7 +15329,6 @@ class ProbeRun:
     ) -> None:
         import asyncio
         import threading
-        import time
 
         self.wall = time.time
         self._loop = asyncio.SelectorEventLoop()  # whatever the platform: connections are watched by number
@@ -15495,8 +15413,6 @@ class Finding(NamedTuple):
 
 def examine(given: str, port: int, environ: Mapping[str, str], offline: bool) -> List[Finding]:
     """Everything that is looked at, in order. given: --config; port: where the router is to listen."""
-    import os
-
     findings, config = _examine_config(given, environ)
     home = os.path.dirname(state_path())
     if not os.access(home, os.W_OK):
@@ -15546,8 +15462,6 @@ def _examine_running(running: Iterable[Tuple[Instance, Json]]) -> Iterator[Findi
 
 
 def _examine_network(environ: Mapping[str, str]) -> Iterator[Finding]:
-    import os
-
     for name in ("HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY", "NO_PROXY"):
         url = environ.get(name.lower(), "") or environ.get(name, "")
         if url:
@@ -15706,7 +15620,6 @@ def _is_filled(text: str, facts: Mapping[str, str]) -> bool:
 def run_program(agent: Agent, argv: Sequence[str], facts: Mapping[str, str], environ: Mapping[str, str]) -> int:
     """Run a program against the router; its exit code, 128 + n when the signal n ended it. RouterError when it is
     missing. Its own configuration is not touched: variables, arguments and a temporary file last as long as it runs."""
-    import os
     import shutil
     import tempfile
 
@@ -15733,7 +15646,6 @@ def _wait_for(argv: Sequence[str], env: Mapping[str, str]) -> int:
     """Ctrl-C reaches the child by the terminal itself; what asks us to end is passed on to it."""
     import signal
     import subprocess
-    import sys
 
     release = _hold_signals()  # one that came now would end us and leave the child behind
     how: Dict[str, Any] = {} if sys.platform == "win32" else {"preexec_fn": release}
@@ -15835,7 +15747,6 @@ class Job:
 
 def run_menu(menu: Menu, effects: Effects, plain: bool = False) -> int:
     """The menu until it is left; the exit code. plain: as numbered prompts, also where curses would work."""
-    import os
     import signal
 
     ended: List[int] = []
@@ -15863,8 +15774,6 @@ def run_menu(menu: Menu, effects: Effects, plain: bool = False) -> int:
 
 def _bracket_pasted(wanted: bool) -> None:
     """Let the terminal mark what is pasted, so that no list takes it for keys; curses has no function for it."""
-    import os
-
     with suppress(OSError):  # the terminal is gone
         os.write(1, _PASTE_MODE % (b"h" if wanted else b"l"))
 
@@ -16016,8 +15925,6 @@ class _Painter:
 
 def _attributes_of(curses: Any) -> Dict[str, int]:
     """What each style is on this terminal; without colour where none is wanted (no-color.org) or possible."""
-    import os
-
     if curses.has_colors():
         curses.use_default_colors()  # the wrapper has made everything white on black
     has_color = curses.has_colors() and not os.environ.get("NO_COLOR")
@@ -16034,7 +15941,6 @@ def _attributes_of(curses: Any) -> Dict[str, int]:
 def _run_prompts(menu: Menu, effects: Effects) -> int:
     """The menu as questions and answers, line by line."""
     import getpass
-    import sys
 
     while True:
         print(printable(prompt_text(menu)), flush=True)
@@ -16356,7 +16262,6 @@ _READERS: Dict[str, Callable[[str], Any]] = {
 def _read_secret(name: str) -> str:
     """The next line of stdin; not shown while it is typed."""
     import getpass
-    import sys
 
     text = getpass.getpass("%s (not shown): " % name) if sys.stdin.isatty() else sys.stdin.readline()
     if not text.strip():
@@ -16405,8 +16310,6 @@ def _labelled(**texts: str) -> List[str]:
 
 
 def _warn(lines: Iterable[str]) -> None:
-    import sys
-
     for line in lines:
         print(line if line.startswith("error: ") else "warning: " + line, file=sys.stderr)
 
@@ -16424,9 +16327,6 @@ _COLORS = {
 
 def _colored(text: str, word: str) -> str:
     """`text` in the colour of a state when stdout is a terminal that wants one (no-color.org)."""
-    import os
-    import sys
-
     plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not sys.stdout.isatty()
     return text if plain or word not in _COLORS else "\033[%sm%s\033[0m" % (_COLORS[word], text)
 
@@ -16448,8 +16348,6 @@ _Spans = List[Tuple[str, float]]
 def _with_bars(lines: Sequence[str], bars: Sequence[_Spans], whole: float, width: int) -> List[str]:
     """Lines, each with its bar behind it where `width` has room for them. A bar is spans one after another: a sign, and
     a part of `whole`. Signs: "#" solid, "=" light, "." dotted, " " nothing; blocks where the terminal has them."""
-    import sys
-
     indent = max(map(text_width, lines))
     room = min(30, width - indent - 2)
     if room < 5:
@@ -16629,7 +16527,6 @@ def run_test_provider(given: Given) -> int:
 
 def _ask_provider(plan: ProbePlan, given: Given) -> ProbeReport:
     """Probe, with progress where somebody watches; Ctrl-C ends it at once."""
-    import sys
 
     def show(report: ProbeReport) -> bool:
         asked = sum(row.state not in ("waiting", "asking") for row in report.rows)
@@ -16688,9 +16585,6 @@ def _probe_warnings(report: ProbeReport) -> List[str]:
 
 def run_startup(given: Given) -> int:
     """`--operation=startup-install`, `-status`, `-uninstall`: start with the machine."""
-    import os
-    import sys
-
     verb, home = given.operation.partition("-")[2], os.path.expanduser("~")
     if verb == "install":  # a service that cannot start helps nobody
         _warn_of_lost_keys(read_start_options(Given(given.environ, {"config": given.path})))
@@ -16738,8 +16632,6 @@ def run_validate(given: Given) -> int:
 
 def run_export(given: Given) -> int:
     """`--operation=export`: the configuration in use as JSON: masked, or complete into a private file or when asked."""
-    import os
-
     document = given.load().document
     if given.out:
         target = os.path.realpath(os.path.expanduser(given.out))
@@ -16821,8 +16713,6 @@ def run_start(given: Given) -> int:
     options = read_start_options(given)  # what is wrong is better said here than in a log
     if not given.detach:
         return run_server(options)
-    import os
-
     path = os.path.expanduser(options.settings.log_file or LOG_PATH)
     flags = dict(given.flags, log_file=path)
     words = ["--%s=%s" % (name.replace("_", "-"), show_setting(flags[name])) for name in flags if name != "detach"]
@@ -16863,8 +16753,6 @@ def read_start_options(given: Given) -> StartOptions:
 
 def run_menu_command(given: Given) -> int:
     """No command, and `config` without an operation: the menu on a terminal, elsewhere the masked summary."""
-    import sys
-
     if given.json or not (given.prompts or sys.stdin.isatty() and sys.stdout.isatty()):
         return run_list(given)
     loaded = load_config(given.path, {})
@@ -16978,8 +16866,6 @@ def _plain(word: str) -> str:
 
 
 def _last_error(candidate: Json) -> str:
-    import time
-
     error = candidate["last_error"]
     if error is None:
         return ""
@@ -16989,8 +16875,6 @@ def _last_error(candidate: Json) -> str:
 
 def run_stop(given: Given) -> int:
     """`stop`: end the running instance and wait until it is gone; nothing running is fine."""
-    import time
-
     try:
         instance = given.find_instance()
     except RouterError as error:
@@ -17041,9 +16925,6 @@ def run_update(given: Given) -> int:
 
 def _restart_instances() -> List[int]:
     """Tell every running instance of this file to become the new one; their pids."""
-    import os
-    import sys
-
     told = []
     for instance, status in running_instances():
         if status.get("file") != os.path.realpath(__file__):
@@ -17145,8 +17026,6 @@ def _attempt_lines(trail: Json) -> List[str]:
 def run_usage(given: Given) -> int:
     """`usage`: the ledger summed up, as a table with bars, JSON or CSV."""
     import csv
-    import sys
-    import time
 
     path, by = ledger_path(given.settings), given.by or "model"
     if given.today and given.since:
@@ -17172,8 +17051,6 @@ def run_usage(given: Given) -> int:
 
 def _parse_since(text: str) -> float:
     """`7d` (days: from midnight on), `12h` or 2026-11-25 as Unix seconds. UsageError for anything else."""
-    import time
-
     span = re.fullmatch(r"([0-9]{1,5})([dh])", text.strip())
     try:
         if span and span.group(2) == "h":
@@ -17284,7 +17161,6 @@ def _reach_running(instance: Instance, environ: Environ) -> Tuple[Json, str, Con
 
 def _run_with_router(agent: Agent, argv: Sequence[str], given: Given) -> int:
     """A router on a free port for as long as the program runs; with --keep it stays."""
-    import os
     import signal
 
     for name in {"SIGTERM", "SIGHUP"} & set(dir(signal)):  # end it as Ctrl-C does: the router must not stay behind
@@ -17397,8 +17273,6 @@ def _read_site(given: Given) -> Site:
 
 def _is_guided(given: Given) -> bool:
     """Whether a person sits there who can be asked."""
-    import sys
-
     return not given.json and sys.stdin.isatty() and sys.stdout.isatty()
 
 
@@ -17440,7 +17314,6 @@ def _export_project(given: Given, site: Site) -> int:
 
 def _export_config(given: Given, payload: Payload, site: Site) -> int:
     """`--export-only`: the configuration's secret as a file for wrangler; several as one for its `secret bulk`."""
-    import os
     import shlex
 
     path = os.path.abspath(os.path.expanduser(given.out or ".llm-router.worker.json"))
@@ -17569,9 +17442,6 @@ COMMANDS: Tuple[Command, ...] = (
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run a command line; the exit code: 0 done, 1 failed, 2 wrong input or configuration, 130 interrupted."""
-    import os
-    import sys
-
     hold_streams()
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv == ["--version"]:
@@ -17598,7 +17468,6 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
 def _report(error: Exception, debug: bool) -> int:
     """Say on stderr what went wrong and return the exit code."""
-    import sys
     import traceback
 
     if debug:
@@ -17611,9 +17480,6 @@ def _report(error: Exception, debug: bool) -> int:
 
 def hold_streams() -> None:
     """Lead standard streams that were closed nowhere: a file or socket could get their numbers, and what is printed."""
-    import os
-    import sys
-
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115  it takes the free number
@@ -17621,8 +17487,6 @@ def hold_streams() -> None:
 
 def entry() -> None:
     """The console script `llm-router`."""
-    import sys
-
     sys.exit(main())
 
 
@@ -17633,9 +17497,6 @@ def shed_source(path: str) -> str:
     runs. So a server starts once more in the same process, from the byte code that is there by then: through a memory
     file, where the system has them (Linux). Nothing is cached, so nothing needs to be trusted, kept fresh or writable.
     """
-    import os
-    import sys
-
     hold_streams()
     told = sys._xoptions.get(_PATH_OPTION)
     if path.startswith(_DESCRIPTORS) and told:
@@ -17656,8 +17517,6 @@ _DESCRIPTORS = "/proc/self/fd/"
 def _start_byte_code(path: str, code: Any) -> None:
     """Replace this process by the module `code`; `path` goes along. OSError when that cannot be done."""
     import marshal
-    import os
-    import sys
     from importlib.util import MAGIC_NUMBER
 
     descriptor = os.memfd_create("llm_router", 0)
