@@ -8111,26 +8111,27 @@ SIGNALS: Tuple[Signal, ...] = (
     Signal(RATE_LIMITED, (429,), _words(r"quota exceeded for (?:quota )?metric", r"please retry in \d")),
     Signal(
         OVERFLOW,
-        (400, 413, 422),
+        (400, 403, 413, 422),  # 403: Together
         _words(
-            r"maximum (?:context|prompt) length",
+            r"maximum (?:context|prompt|model) length|context length of only",
             r"context[_ ](?:size|length|window)[^\n]{0,40}exceed",
             r"exceed(?:s|ed)?[^\n]{0,40}context[_ ](?:size|length|window|limit)",
             r"exceed(?:s|ed)? (?:max length|model token limit)",
             r"(?:prompt|input) is too long",
             r"input length[^\n]{0,80}exceed|range of input length",
-            r"(?:longer|greater) than the (?:model's )?context",
-            r"token count[^\n]{0,20} exceeds|exceeds the maximum number of tokens",
+            r"(?:longer|greater|less) than the (?:model's )?context",
+            r"token count[^\n]{0,20} exceeds|token count is [\d,]+ but|exceeds the maximum number of tokens",
             r"max_new_tokens` must be <=|number of tokens in the prompt cannot exceed",
             r"reduce the length of the (?:messages|input|prompt)",
+            r"^(?:tokens_limit_reached|1261)$",  # GitHub Models, z.ai
         ),
     ),
     Signal(
         BILLING,
-        (400, 402, 403, 429),
+        (400, 402, 403, 412, 429),  # 412: Fireworks, of an account that is suspended
         _words(
             r"insufficient[_ ](?:quota|balance|credits?|funds)",
-            r"balance is (?:too low|insufficient)",
+            r"balance is (?:too low|insufficient)|balance[_ ]not[_ ]enough",
             r"exceeded(?: your|_)?[_ ]current[_ ]quota",
             r"billing_(?:error|hard_limit|not_active)",
             r"arrearage|accountoverdueerror",
@@ -8141,7 +8142,7 @@ SIGNALS: Tuple[Signal, ...] = (
             r"specified (?:api |workspace )*usage limits",
             r"(?:key|credit) limit exceeded",
             r"budget (?:has been )?exceeded",
-            r"^1113$",
+            r"^(?:1113|1309)$",  # z.ai
         ),
     ),
     Signal(
@@ -8151,10 +8152,10 @@ SIGNALS: Tuple[Signal, ...] = (
             r"content_filter",
             r"responsibleaipolicyviolation",
             r"content[_ ](?:(?:management|filtering) )?policy",
-            r"usage polic(?:y|ies)",
-            r"safety (?:system|filter|settings|policy)",
+            r"usage (?:polic(?:y|ies)|guidelines)",
+            r"safety[_ ](?:system|filter|settings|policy|check)",
             r"flagged|moderation",
-            r"prohibited_content|inappropriate content",
+            r"prohibited_content|inappropriate content|content exists risk|sensitivecontentdetected",
             r"data_inspection_failed",
             r"^1301$",  # z.ai
         ),
@@ -8164,17 +8165,18 @@ SIGNALS: Tuple[Signal, ...] = (
         (400, 403),
         _words(
             r"(?:invalid|incorrect)[_ ]api[_ ]?key",
-            r"api[_ ]key[_ ](?:not valid|invalid)",
-            r"authentication_error",
-            r"invalid (?:authentication|x-api-key)",
+            r"api[_ ]key[_ ](?:not valid|invalid|expired|was reported)",
+            r"authentication[_ ](?:error|failed)|bearer token has expired|organization_restricted",
+            r"invalid (?:authentication|authorization|x-api-key)",
         ),
     ),
+    Signal(FORBIDDEN, (400,), _words(r"location is not supported", r"model_terms_required")),  # Gemini, Groq
     Signal(
         NOT_FOUND,
         (400, 403, 422),
         _words(
-            r"model[_ ]not[_ ](?:found|exist)",
-            r"(?:unknown|no such) model",
+            r"model[_ ]not[_ ](?:found|exist)|model_not_(?:supported|available)",
+            r"(?:unknown|no such|unavailable)[_ ]model|invalid[_ ]model(?:$|:| name| id| ['\"`])",
             r"model[^\n]{0,120}(?:does not exist|is not (?:found|available|a valid)|decommissioned)",
             r"not a valid model",
             r"deploymentnotfound",
@@ -8185,7 +8187,7 @@ SIGNALS: Tuple[Signal, ...] = (
 
 _STATUS_KINDS: Dict[int, str] = {
     401: AUTH, 402: BILLING, 403: FORBIDDEN, 404: NOT_FOUND, 408: TEMPORARY, 409: TEMPORARY, 410: NOT_FOUND,
-    425: TEMPORARY, 429: RATE_LIMITED, 451: POLICY,
+    425: TEMPORARY, 429: RATE_LIMITED, 451: POLICY, 498: TEMPORARY,  # 498: Groq, no capacity left in its flex tier
 }  # fmt: skip
 _CLASS_KINDS: Dict[int, str] = {3: NOT_FOUND, 4: INVALID, 5: TEMPORARY}
 
@@ -8195,7 +8197,7 @@ _IN_BAND_KINDS = (RATE_LIMITED, BILLING, AUTH, POLICY, OVERFLOW)
 # Keys of an error body whose text says what went wrong. Never those that echo the client's own words back.
 _TELLING_KEYS = (
     "error", "errors", "message", "msg", "type", "code", "status", "reason", "detail", "details", "innererror",
-    "error_type", "metadata", "raw", "title", "error_code", "previous_errors",
+    "error_type", "metadata", "raw", "title", "error_code", "previous_errors", "Message",
 )  # fmt: skip
 
 
@@ -8286,11 +8288,11 @@ MAX_RETRY_AFTER_S = 86_400.0
 _DURATION = r"(\d+(?:\.\d+)?)\s*(ms|milliseconds?|s|secs?|seconds?|m|mins?|minutes?|h|hrs?|hours?|d|days?)(?![a-z])"
 _UNIT_S = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _TRY_AGAIN = (
-    r"(?:try again|retry|available again|reset)[^\n]{0,40}?(?:in|after)\s+"
+    r"(?:(?:try again|retry|available again|reset)[^\n]{0,40}?(?:in|after)|please wait)\s+"
     r"((?:\d+(?:\.\d+)?\s*[a-z]+[\s,]*(?:and\s+)?){1,4})"
 )
 _RESET_AT = r"reset[^\n]{0,30}?(?:at|on)\s+(\d{4}-\d\d-\d\d[t ]\d\d:\d\d(?::\d\d)?(?:\.\d+)?(?:z|[+-]\d\d:?\d\d)?)"
-_DELAYS = ("retry-after", "retrydelay", "retry_after", "retry_after_seconds", "retryafter", "retry_after_s")
+_DELAYS = "retry-after retrydelay retry_after retry_after_seconds retryafter retry_after_s resets_in_seconds resets_at"
 
 
 def read_retry_after(headers: Headers, words: Sequence[str], body: Any, now: float) -> Optional[float]:
@@ -8324,7 +8326,7 @@ def _from_members(members: Iterable[Tuple[str, str]], now: float) -> Optional[fl
     told: Dict[str, str] = {}
     for name, value in members:
         told.setdefault(name, value)
-    waits = (_read_wait(told[name], now) for name in _DELAYS if name in told)
+    waits = (_read_wait(told[name], now) for name in _DELAYS.split() if name in told)
     seconds = next((wait for wait in waits if wait is not None), None)
     milliseconds = _number(told.get("retry-after-ms", ""))
     if milliseconds is not None and (milliseconds > 0 or seconds is None):
@@ -10846,7 +10848,7 @@ class Probe:
 
     async def _list(self, wire: str) -> None:
         """All pages of one list ({"data": [{"id"}]}, platform.claude.com/docs/en/api/models-list and
-        developers.openai.com/api/reference); a key that it refuses is shown in the next way."""
+        developers.openai.com/api/reference; bare at Together); a key that it refuses is shown in the next way."""
         auths = self._auths[wire]
         for auth in list(auths):
             status, note, body = await self._get_page(wire, auth)
@@ -10862,7 +10864,8 @@ class Probe:
         for _ in range(_PAGES):
             before = len(found)
             entries = map(as_dict, as_list(body.get("data")) or as_list(body.get("models")))
-            found.update(dict.fromkeys(filter(None, (as_text(entry.get("id")) for entry in entries))))
+            names = (as_text(entry.get("id") or entry.get("name")) for entry in entries)  # the latter at Cohere
+            found.update(dict.fromkeys(filter(None, names)))
             if body.get("has_more") is not True or not before < len(found) < _MAX_LISTED:
                 break
             _, _, body = await self._get_page(wire, auths[0], as_text(body.get("last_id")) or list(found)[-1])
@@ -10875,14 +10878,13 @@ class Probe:
         path, question, query = target.path.partition("?")
         path = _FULL_ENDPOINT.sub("", path) + "/models"
         where = mask_url(target.origin + path + question + query)
-        words = [query, "limit=1000" if wire == "anthropic" else ""]  # unasked it gives 20
-        words += [("after_id=" if wire == "anthropic" else "after=") + quote(cursor, "")] if cursor else []
-        words = list(filter(None, words))
+        after = ("after_id=" if wire == "anthropic" else "after=") + quote(cursor, "") if cursor else ""
+        words = list(filter(None, (query, "limit=1000" if wire == "anthropic" else "", after)))  # unasked it gives 20
         try:
             status, _, data = await self._exchange(target, wire, path + "?" * bool(words) + "&".join(words))
         except RouterError as error:
             return 0, "%s: %s" % (where, error.message), {}
-        body = _read_json(data)
+        body = _read_json(b'{"data":%s}' % data if data.lstrip()[:1] == b"[" else data)
         is_list = any(isinstance(body.get(key), list) for key in ("data", "models"))
         words = " answers %d" % status if status != 200 else "" if is_list else " gives no list"
         return status, words and where + words, body

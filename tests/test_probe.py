@@ -96,6 +96,14 @@ def test_the_list_of_models_is_read_page_by_page_in_either_style(probe):
         assert any(cursor in call.path for call in probe.upstream.calls)
 
 
+@pytest.mark.parametrize("listing", [[{"id": "m1"}, {"id": "m2"}], {"models": [{"name": "m1"}, {"name": "m2"}]}])
+def test_a_list_of_models_is_read_in_the_shapes_that_together_and_cohere_give_it(probe, listing):
+    account = Account(("openai",))
+    account.listing = lambda call: json_answer(200, listing)
+    _, report = probe(account, ["*"], formats=["openai"])
+    assert report.listed == ("m1", "m2") and states(report) == {("m1", "openai"): "ok"}
+
+
 def test_a_list_without_end_ends(probe):
     account = Account(models=["m1"])
     account.listing = lambda call: json_answer(200, {"data": [{"id": "m1"}], "has_more": True, "last_id": "m1"})
