@@ -1796,7 +1796,7 @@ def _put_models(provider: Json, names: Sequence[str]) -> List[str]:
 Place = Tuple[Union[str, int], ...]  # ("providers", 0, "models", 2): keys as in FIELDS, and indices
 
 _KIND_AT = {"providers": "provider", "models": "model", "auth": "auth", "timeouts": "timeouts"}
-_GONE = Value()  # in place of what a document does not hold
+_GONE = Value()  # in place of a reference that goes
 
 
 def look_at(document: Json, place: Place) -> Tuple[Any, str]:
@@ -1832,35 +1832,6 @@ def move_entry(document: Json, place: Place, step: int) -> Edit:
     entry = entries.pop(at)
     entries.insert(max(0, at + step), entry)
     return _finish(document, new, ["moved " + _id_of(entry)])
-
-
-def merge_documents(base: Any, mine: Any, theirs: Any, path: str = "") -> Tuple[Any, List[str]]:
-    """What two writers made of `base`, together, and the paths that both changed: there it is `mine`, but what one
-    removed and the other changed stays. Lists of entries with ids are merged entry by entry."""
-    if mine == theirs or theirs == base:
-        return mine, []
-    if mine == base:
-        return theirs, []
-    sides = [_by_id(side) for side in (base, mine, theirs)]
-    if None in sides[1:]:
-        return (theirs if mine is _GONE else mine), [path]
-    old, own, other = (side or {} for side in sides)
-    merged, clashes = {}, []
-    unmoved = [key for key in other if key in old] == [key for key in old if key in other]
-    for key in dict.fromkeys([*own, *other] if unmoved else [*other, *own]):
-        entries = [side.get(key, _GONE) for side in (old, own, other)]
-        value, more = merge_documents(*entries, path=_join(path, key))
-        merged.update({} if value is _GONE else {key: value})
-        clashes += more
-    return (merged if isinstance(mine, dict) else list(merged.values())), clashes
-
-
-def _by_id(value: Any) -> Optional[Json]:
-    """An object as it is, a list of entries by their ids; None for anything else."""
-    if not isinstance(value, list):
-        return value if isinstance(value, dict) else None
-    found = {_id_of(entry): entry for entry in value}
-    return found if len(found) == len(value) and "" not in found else None
 
 
 def _walk(document: Json, place: Place) -> Tuple[Any, str]:
@@ -9172,19 +9143,13 @@ def _save(menu: Menu, then: Any = None) -> Menu:
 def _resolve(menu: Menu, theirs: Json) -> Menu:
     """Another program wrote the file in the meantime: nothing of either side is lost silently."""
 
-    def take(menu: Menu, document: Json, note: str) -> Menu:
-        new = menu._replace(saved=theirs, document=document, past=menu.past + (menu.document,))
-        return (_review(new) if new.is_unsaved else new)._replace(note=note)
+    def reload(menu: Menu) -> Menu:
+        past, note = menu.past + (menu.document,), "reloaded; u brings your changes back"
+        return menu._replace(saved=theirs, document=theirs, past=past, note=note)
 
-    def merge(menu: Menu) -> Menu:
-        document, clashes = merge_documents(menu.saved, menu.document, theirs)
-        words = "both changed %s: yours is kept, look" % ", ".join(clashes) if clashes else "merged, look and save"
-        return take(menu, document, words)
-
-    reload = lambda menu: take(menu, theirs, "reloaded; u brings your changes back")  # noqa: E731
     rows = (
-        Row(("Merge",), merge, "both sides' changes, shown before they are saved"),
         Row(("Take the file",), reload, "yours can still be brought back by undo"),
+        Row(("Keep yours",), lambda menu: _review(menu._replace(saved=theirs)), "shows first what of it goes"),
         Row(("Back",), "", "nothing is written"),
     )
     return _choose(menu, "The file was changed meanwhile", rows, "Another program wrote %s." % menu.facts.path)

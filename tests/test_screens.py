@@ -546,18 +546,16 @@ def test_an_undo_that_takes_away_what_is_shown_closes_its_screen():
     assert host.menu.front.screen == "providers"
 
 
-def test_another_writers_changes_are_merged_and_shown_before_they_are_saved():
+def test_keeping_ones_own_over_another_writers_file_shows_first_what_of_it_goes():
     theirs = copy.deepcopy(DOCUMENT)
-    theirs["providers"][1]["models"].append("haiku")
-    theirs["modelAliases"]["new"] = "anthropic/haiku"
+    theirs["modelAliases"]["new"] = "anthropic/sonnet"
     host = Host(save=("conflict", theirs)).open("Providers", "router", "baseUrl").type("https://mine.example")
     host.press("s", "enter")
     assert "changed meanwhile" in host.screen()
-    host.open("Merge")
+    host.open("Keep yours")
     assert host.document["providers"][0]["baseUrl"] == "https://mine.example"
-    assert host.document["providers"][1]["models"] == ["sonnet", "haiku"]
-    assert host.document["modelAliases"]["new"] == "anthropic/haiku"
     assert host.menu.saved == theirs and host.menu.front.screen == "diff"
+    assert '-    "new": "anthropic/sonnet"' in host.screen()
 
 
 def test_taking_another_writers_file_can_be_undone():
@@ -565,30 +563,6 @@ def test_taking_another_writers_file_can_be_undone():
     assert host.document == EMPTY
     host.press("u")
     assert host.providers() == ["anthropic", "spare"]
-
-
-@pytest.mark.parametrize(
-    "base, mine, theirs, merged, clashes",
-    [
-        ({"a": 1}, {"a": 2}, {"a": 1, "b": 3}, {"a": 2, "b": 3}, []),
-        ({"a": 1}, {"a": 2}, {"a": 3}, {"a": 2}, ["a"]),
-        ({"a": 1, "b": 2}, {"b": 2}, {"a": 1}, {}, []),
-        ({"a": 1}, {}, {"a": 2}, {"a": 2}, ["a"]),
-        ({"a": 1}, {"a": 2}, {}, {"a": 2}, ["a"]),
-        ({"l": ["a", "b"]}, {"l": ["b"]}, {"l": ["a", "b", "c"]}, {"l": ["b", "c"]}, []),
-        ({"l": ["a", "b"]}, {"l": ["b", "a"]}, {"l": ["a", "b", "c"]}, {"l": ["b", "a", "c"]}, []),
-        (
-            {"p": [{"id": "x", "n": 1}]},
-            {"p": [{"id": "x", "n": 2}]},
-            {"p": [{"id": "x", "n": 1, "m": 1}, {"id": "y"}]},
-            {"p": [{"id": "x", "n": 2, "m": 1}, {"id": "y"}]},
-            [],
-        ),
-        ({"l": [1, 2]}, {"l": [1]}, {"l": [2]}, {"l": [1]}, ["l"]),
-    ],
-)
-def test_two_edits_of_one_document_are_merged(base, mine, theirs, merged, clashes):
-    assert r.merge_documents(base, mine, theirs) == (merged, clashes)
 
 
 # ----- numbered prompts -----
