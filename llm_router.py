@@ -269,16 +269,16 @@ _MAX_NESTING = 2000  # three thousand are too much for V8; an agent's long reque
 _NO_MARKS = bytes(set(range(256)) - set(b'"[]{}'))
 
 
-def nests_too_deep(data: bytes) -> bool:
-    """Whether JSON has more than two thousand levels. Where Python cannot tell how much of the stack is left, as in a
-    Worker, parsing would exhaust it and end the whole isolate."""
-    if data.count(b"[") + data.count(b"{") <= _MAX_NESTING:
+def nests_too_deep(data: bytes, limit: int = _MAX_NESTING) -> bool:
+    """Whether JSON has more levels than that. Where Python cannot tell how much of the stack is left, as in a Worker,
+    parsing would exhaust it and end the whole isolate."""
+    if data.count(b"[") + data.count(b"{") <= limit:
         return False
     marks = data.replace(b"\\\\", b"").replace(b'\\"', b"").translate(None, _NO_MARKS)
     depth = 0
     for mark in b"".join(marks.split(b'"')[::2]):
         depth += 1 if mark in b"[{" else -1
-        if depth > _MAX_NESTING:
+        if depth > limit:
             return True
     return False
 
@@ -695,36 +695,30 @@ def parse_config_text(text: Union[str, bytes], source: str) -> Json:
     ConfigError names `source`, line and column and shows the place, keys hidden; its problem has the same apart.
     """
     try:
-        text = (text if isinstance(text, str) else str(text, "utf-8")).removeprefix("\ufeff")
-        document = _decode_tolerantly(text)
-        depth = _depth(document)
+        text = plain = (text if isinstance(text, str) else str(text, "utf-8")).removeprefix("\ufeff")
+        try:
+            document = _JSON_DECODER.decode(text)
+        except json.JSONDecodeError:
+            plain = _plain_json(text)
+            document = _JSON_DECODER.decode(plain)
     except UnicodeDecodeError as error:
         before = len(error.object[: error.start].decode("utf-8"))
         message = "not UTF-8 text (save the file as UTF-8)"
         raise _syntax_error(source, error.object.decode("utf-8", "replace"), before, message) from None
     except json.JSONDecodeError as error:
-        raise _syntax_error(source, str(text), error.pos, error.msg + _hint(str(text), error.pos)) from None
+        raise _syntax_error(source, text, error.pos, error.msg + _hint(text, error.pos)) from None
     except (ValueError, RecursionError) as error:
         constants = (piece.start() for piece in _JSON_PIECE.finditer(_plain_json(text)) if piece.group() in _NO_JSON)
-        for at in constants:
-            raise _syntax_error(source, text, at, str(error)) from None
-        raise ConfigError("%s is not usable JSON: %s" % (source, one_line(str(error), 120))) from None
+        raise _syntax_error(source, text, next(constants, 0), one_line(str(error), 120)) from None
     if not isinstance(document, dict):
         raise ConfigError("%s must hold a JSON object, it holds %s" % (source, _TYPES.get(type(document), "null")))
-    if depth > _MAX_DEPTH:
+    if nests_too_deep(plain.encode("utf-8", "surrogatepass"), _MAX_DEPTH):
         raise ConfigError("%s is nested deeper than %d levels" % (source, _MAX_DEPTH))
     return document
 
 
 _COMMENTS = re.compile(r'"(?:[^"\\\n]|\\.)*"?|(?P<extra>//[^\n]*|/\*.*?\*/)', re.DOTALL)
 _LAST_COMMAS = re.compile(r'"(?:[^"\\\n]|\\.)*"?|[\[{]\s*,|(?P<extra>,)(?=\s*[]}])', re.DOTALL)
-
-
-def _decode_tolerantly(text: str) -> Any:
-    try:
-        return _JSON_DECODER.decode(text)
-    except json.JSONDecodeError:
-        return _JSON_DECODER.decode(_plain_json(text))
 
 
 def has_comments(text: str) -> bool:
@@ -811,15 +805,6 @@ def _find_places(text: str) -> Tuple[Dict[str, int], List[str]]:
 
     walk("", next(pieces).group())
     return places, twice
-
-
-def _depth(value: Any) -> int:
-    depth, level = 0, [value]
-    while level:
-        depth += 1
-        inner = (node.values() if isinstance(node, dict) else node for node in level if isinstance(node, (dict, list)))
-        level = [entry for entries in inner for entry in entries]
-    return depth
 
 
 # ----- a configuration in environment variables -----
@@ -1133,18 +1118,12 @@ class _Scan:
     def _check_ids(self, kind: str, found: Sequence[Tuple[str, Any]]) -> None:
         """No two entries may have the same id, the first of their fields; those of models count case."""
         same: Dict[str, str] = {}
-        alike: Dict[str, str] = {}
         owners = {entry[0]: entry for _, entry in found}
         for path, entry in found:
-            if not entry[0]:
-                continue
             first = same.setdefault(entry[0] if kind == "model" else entry[0].lower(), path)
-            twin = alike.setdefault(entry[0].lower(), entry[0])
-            if first != path:
+            if entry[0] and first != path:
                 words = kind.replace("_", " "), one_line(entry[0], 80), first
                 self._error(path, "the %s id %s is already used at %s" % words, "rename or remove one of them")
-            elif twin != entry[0]:
-                self._warn(path, "differs from %s only in case" % one_line(twin, 80), "remove one of them")
             for alias in getattr(entry, "aliases", ()):
                 if owners.setdefault(alias, entry) is not entry:
                     words = one_line(alias, 80), one_line(owners[alias][0], 80)
@@ -1372,13 +1351,14 @@ class ModelIndex:
         self._owners: Dict[str, Dict[str, Tuple[Provider, Model]]] = {}
         self._disabled: Set[Tuple[str, str]] = set()
         for provider, model in ((one, model) for one in providers for model in one.models):
-            ref = "%s/%s" % (provider.id, model.id)
-            self.names += [ref] if provider.enabled and model.enabled and model.id != "*" else []
+            ref, is_on = "%s/%s" % (provider.id, model.id), provider.enabled and model.enabled
+            self.names += [ref] if is_on and model.id != "*" else []
             for name in (model.id, *model.aliases):
-                if not (provider.enabled and model.enabled):
-                    self._disabled.add((provider.id.lower(), name))
+                key = provider.id.lower(), name
+                if not is_on:
+                    self._disabled.add(key)
                     continue
-                self._models.setdefault((provider.id.lower(), name), (provider, model))
+                self._models.setdefault(key, (provider, model))
                 if name != "*":
                     self._owners.setdefault(name, {})[ref] = (provider, model)
         wild = sorted((name for name in aliases if "*" in name), key=lambda name: name.count("*") - len(name))
