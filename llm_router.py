@@ -3330,23 +3330,27 @@ def note_of_media(media: Media) -> str:
     return "[%s left out: %s]" % (media.kind, media.name or media.url or media.media_type or "no name")
 
 
-# Keys of blocks that only one format knows whose strings mean something to another model.
-_READABLE_KEYS = ("name", "query", "code", "command", "url", "title", "text", "stdout", "stderr", "error_code")
+# Keys of blocks that only one format knows whose strings mean something to another model, as all of an input does.
+_READABLE_KEYS = frozenset(
+    "arguments code command commands content diff error error_code input lines logs name output path queries query"
+    " stderr stdout text title url".split()
+)
 
 
 def readable(value: Any) -> str:
     """The words in a nested foreign block, in order, without ids and encrypted content (trap 107)."""
     found: List[str] = []
-    stack = [value]
+    stack = [("", value)]
     while stack:
-        value = stack.pop()
-        if isinstance(value, list):
-            stack.extend(reversed(value))
+        key, value = stack.pop()
+        if isinstance(value, str):
+            found += [value] if value and key in _READABLE_KEYS else []
+        elif isinstance(value, list):
+            stack += [(key, child) for child in reversed(value)]
         elif isinstance(value, dict):
-            found.extend(
-                text for key, text in value.items() if key in _READABLE_KEYS and isinstance(text, str) and text
-            )
-            stack.extend(child for child in reversed(list(value.values())) if isinstance(child, (dict, list)))
+            names = {"data": "text"} if value.get("type") == "text" else {}  # a document's source
+            children = [(key if key == "input" else names.get(name, name), child) for name, child in value.items()]
+            stack += reversed(children)
     return " ".join(found)
 
 
@@ -3844,12 +3848,16 @@ def _write_chat_tool(tool: Tool) -> Json:
         grammar = {"syntax": syntax or "lark", "definition": definition}
         inner["format"] = {"type": "grammar", "grammar": grammar} if definition else None
         return {"type": "custom", "custom": _told(inner)}
-    schema = tool.schema or {}
+    inner.update(parameters=_openai_schema(tool.schema or {}), strict=tool.strict)
+    return {**own, "type": "function", "function": _told(inner)}
+
+
+def _openai_schema(schema: Json) -> Json:
+    """The parameters of a function; an object without properties is refused by some (trap 94)."""
     if not any(key in schema for key in ("type", "anyOf", "oneOf", "allOf", "$ref")):
         schema = {"type": "object", **schema}
-    if schema.get("type") == "object" and "properties" not in schema:  # which some refuse (trap 94)
-        schema = {**schema, "properties": {}}
-    return {**own, "type": "function", "function": _told({**inner, "parameters": schema, "strict": tool.strict})}
+    is_bare = schema.get("type") == "object" and "properties" not in schema
+    return {**schema, "properties": {}} if is_bare else schema
 
 
 def _write_chat_turn(message: Message) -> List[Json]:
@@ -4583,7 +4591,7 @@ ANTHROPIC_LOSSES = {
     "`thread`": "refused with 400, in the words on which the SDKs send the whole conversation",
     "`advisor_*` `bash_*` `browser_*` `code_execution_*` `computer_*` `mcp_toolset` `memory_*` `text_editor_*`"
     " `tool_search_tool_*` `web_fetch_*` `web_search_*`": "tools that only Anthropic's models know: not sent",
-    "`*_tool_result` `fallback` `mcp_tool_listing` `mcp_tool_use` `server_tool_use` `tool_addition`"
+    "`*_tool_result` `compaction` `fallback` `mcp_tool_listing` `mcp_tool_use` `server_tool_use` `tool_addition`"
     " `tool_removal`": "what such tools left in the history: text where it can be read, else not sent",
     "`is_error`": "of tool results: becomes the word Error in front of their text",
     "`redacted_thinking` `thinking`": "in the history: to OpenAI Chat on turns with tool calls, else not sent",
@@ -4739,7 +4747,7 @@ def _anthropic_block(item: Any, path: str) -> Any:
     kind = check_field(check_field(item, (dict,), path).get("type"), (str,), path + ".type")
     if kind in _ANTHROPIC_READERS:
         return _ANTHROPIC_READERS[kind](item, path)
-    if kind in ("server_tool_use", "mcp_tool_use") or kind.endswith("_tool_result"):
+    if kind in ("server_tool_use", "mcp_tool_use", "compaction") or kind.endswith("_tool_result"):
         return _anthropic_shown(item, "[%s] %s\n" % (kind, readable(item)))
     for name in _ANTHROPIC_BY_KIND[kind].fields if kind in _ANTHROPIC_BY_KIND else ():
         is_object = name == "input"
@@ -4997,7 +5005,7 @@ def drop_thinking(body: Json, keeps_signed: bool = True) -> Optional[Json]:
 # ---- answers
 
 # Keys of a Message that only this format knows, kept in the answer's bag.
-_ANTHROPIC_ANSWER_KEYS = ("stop_details", "container", "context_management", "diagnostics")
+_ANTHROPIC_ANSWER_KEYS = ("stop_details", "container", "context_management", "diagnostics", "input_transformations")
 
 # Counts that Usage holds; what an answer's usage says besides is kept in the bag.
 _ANTHROPIC_COUNTS = ("input_tokens", "output_tokens", "cache_read_input_tokens", "cache_creation_input_tokens")
@@ -5134,10 +5142,7 @@ class AnthropicStreamParser(TypedEventParser):
 
     def read(self, message: Json) -> List[Any]:
         """The events of a whole Message."""
-        events = self._start({"message": message})
-        for item in filter(as_dict, message["content"]):
-            events += self._open({"content_block": item})
-        return events + self._stop({})
+        return self._start({"message": message}) + self._stop({})
 
     def _note(self, *parts: Json) -> List[Any]:
         """What is said of the answer. Later counts win, except that a zero never hides a number: some upstreams repeat
@@ -5156,7 +5161,11 @@ class AnthropicStreamParser(TypedEventParser):
             return []
         self._is_started = True
         answer_id = as_text(message.get("id")) or "msg_" + self._context.id
-        return [Started(answer_id, as_text(message.get("model")), self.usage, self._context.created)]
+        events = [Started(answer_id, as_text(message.get("model")), self.usage, self._context.created)]
+        # All of it, or, where a program goes on that the model wrote, what that did meanwhile.
+        for item in filter(as_dict, as_list(message.get("content"))):
+            events += self._open({"content_block": item})
+        return events
 
     def _make_way(self) -> List[Any]:
         return ([] if self._is_started else self._start({})) + self._close()
@@ -5363,7 +5372,7 @@ class AnthropicStreamRenderer:
         out = self._make_way()
         self._state = "after"
         delta, usage, bag = _anthropic_end(event, bool(self._ids), self._usage)
-        delta.update(_without(bag, "context_management", "diagnostics"))
+        delta.update(_without(bag, "context_management", "diagnostics", "input_transformations"))
         rest = _told({"context_management": bag.get("context_management")})
         out += _anthropic_event("message_delta", delta=delta, usage=usage, **rest)
         return out + _anthropic_event("message_stop")
@@ -5500,9 +5509,10 @@ RESPONSES_LOSSES = {
     "`apply_patch` `code_interpreter` `computer*` `file_search` `image_generation` `local_shell` `mcp`"
     " `programmatic_tool_calling` `shell` `tool_search` `web_search*`": "tools that only OpenAI's models and servers "
     "know: not sent, and never forced",
-    "`apply_patch_call*` `code_interpreter_call` `compaction*` `computer_call*` `configuration_update`"
-    " `file_search_call` `image_generation_call` `local_shell_call*` `mcp_*` `program*` `reasoning` `shell_call*`"
-    " `tool_search_*` `web_search_call`": "what such tools and other models' reasoning left in the history: not sent",
+    "`apply_patch_call*` `code_interpreter_call` `computer_call*` `file_search_call` `image_generation_call`"
+    " `local_shell_call*` `mcp_*` `program*` `shell_call*` `tool_search_*` `web_search_call`": "what such tools left"
+    " in the history: text where it can be read, else not sent",
+    "`compaction*` `configuration_update` `reasoning`": "other models' thoughts and summaries, encrypted: not sent",
     "`custom` `namespace`": "tools: become functions, of one string and with the namespace in their names",
     "`allowed_tools`": "only these tools are sent",
     "`allowed_callers` `async` `caller` `defer_loading` `detail` `filename` `format` `id` `name` `output_schema`"
@@ -5595,7 +5605,7 @@ def _responses_turns(items: List[Json], names: Dict[Tuple[str, str], str]) -> Li
 
 
 def _responses_turn(item: Json, where: str, names: Dict[Tuple[str, str], str]) -> Tuple[str, List[Any]]:
-    """(role, blocks) of an item, no blocks for what tools of other providers left."""
+    """(role, blocks) of an item, no blocks for what cannot be read."""
     kind, role = _responses_type(item), _CHAT_ROLES.get(as_text(item.get("role")))
     if kind == "message":
         if role is None:
@@ -5604,8 +5614,12 @@ def _responses_turn(item: Json, where: str, names: Dict[Tuple[str, str], str]) -
     if kind in _RESPONSES_RESULTS:
         call_id = as_text(item.get("call_id")) or as_text(item.get("id"))
         return "user", [ToolResult(call_id, _responses_parts(item.get("output"), where + ".output"))]
-    is_known = kind in _RESPONSES_CALLS or kind == "reasoning"
-    return "assistant", _responses_blocks(item, names) if is_known else []
+    if kind in _RESPONSES_CALLS or kind == "reasoning":
+        return "assistant", _responses_blocks(item, names)
+    # What tools of other providers left (trap 107); lists of tools say nothing of what was done.
+    words = "" if "tools" in item else readable(item)
+    role = "user" if kind.endswith("_output") else "assistant"
+    return role, [Text("[%s] %s\n" % (kind, words))] if words else []
 
 
 def _responses_parts(content: Any, where: str) -> List[Any]:
@@ -5840,7 +5854,7 @@ def _responses_render_tool(tool: Tool) -> Json:
     form: Json = {}
     if tool.kind != "custom":
         # Left out, OpenAI tries strict mode; other formats are not strict unless they say so.
-        form = {"parameters": tool.schema or {"type": "object", "properties": {}}, "strict": bool(tool.strict)}
+        form = {"parameters": _openai_schema(tool.schema or {}), "strict": bool(tool.strict)}
     elif definition:
         form = {"format": {"type": "grammar", "syntax": syntax or "lark", "definition": definition}}
     return {"type": tool.kind, "name": tool.name, **_told({"description": tool.description or None}), **form}
@@ -6106,7 +6120,8 @@ class ResponsesParser(TypedEventParser):
             reason = as_text(as_dict(response.get("incomplete_details")).get("reason"))
             stop = _RESPONSES_REASONS.get(reason, "max_tokens")
         self.done = self._is_ended = True
-        return [*self._flush(), Finished(stop, "", self.usage)]
+        later = {_RESPONSES: {"status": "queued"}} if response.get("status") == "queued" else None
+        return [*self._flush(), Finished(stop, "", self.usage, later)]
 
     def _catch_up(self, output: List[Json]) -> None:
         """What the snapshot has and no event brought: everything, the ends of items, or calls nobody announced."""
@@ -6536,7 +6551,8 @@ class StreamTranslator:
     """An answer's bytes from the format `source` to `target`: `feed(bytes) -> bytes`, `finish() -> bytes`.
 
     A failure ends the output with an error event of the target's format and without its terminator.
-    content: the first content was seen: text, reasoning or refusal that is not empty, or a tool's name.
+    content: the first content was seen: text, reasoning or refusal that is not empty, or the name of a tool, be it one
+    that the provider runs itself, if its block is shown.
     failed: the error that ended the stream, also when it ended too early.
     limit: bytes of one event. secrets: the provider's; should the upstream's error echo one, it is masked (trap 183).
     recorder: None, or who sees every event of the answer.
@@ -6632,8 +6648,10 @@ class StreamTranslator:
             if kind is Delta:
                 self.content = True
             elif kind is Opened:
-                self.content = self.content or bool(isinstance(event.block, ToolCall) and event.block.name)
-                self._has_opaque = self._has_opaque or isinstance(event.block, Opaque)
+                block, is_opaque = event.block, isinstance(event.block, Opaque)
+                shown = block.value if is_opaque and block.wire == self._target.name else {}
+                self.content = self.content or bool(getattr(block, "name", "") or shown.get("name"))
+                self._has_opaque = self._has_opaque or is_opaque
             elif kind is Finished:
                 self._stop_reason = event.stop_reason
             elif kind is Failed:
@@ -10594,8 +10612,11 @@ def _is_error_body(body: Json) -> bool:
 
 
 def is_empty(response: ChatResponse) -> bool:
-    """Whether a complete answer says nothing at all: a normal stop without text, reasoning, tool call or refusal."""
-    if response.stop_reason not in ("end_turn", "stop_sequence", "tool_use"):
+    """Whether a complete answer says nothing at all: a normal stop without text, reasoning, tool call or refusal.
+
+    A Responses answer that is still queued, as it was asked for (`background`), is no such thing.
+    """
+    if response.stop_reason not in ("end_turn", "stop_sequence", "tool_use") or own_extra(response, "responses"):
         return False
     return not any(isinstance(block, (ToolCall, Opaque)) or getattr(block, "text", "") for block in response.blocks)
 

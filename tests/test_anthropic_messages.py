@@ -213,6 +213,42 @@ def test_each_block_has_its_neutral_value(block, expected):
             },
             "[web_search_tool_result] T U\n",
         ),
+        (
+            {
+                "type": "web_fetch_tool_result",
+                "tool_use_id": "s",
+                "content": {
+                    "type": "web_fetch_result",
+                    "url": "U",
+                    "content": {
+                        "type": "document",
+                        "source": {"type": "text", "media_type": "text/plain", "data": "the page"},
+                        "title": "T",
+                    },
+                },
+            },
+            "[web_fetch_tool_result] U the page T\n",
+        ),
+        (
+            {"type": "mcp_tool_use", "id": "m", "name": "ask", "server_name": "no", "input": {"a": {"b": ["c", "d"]}}},
+            "[mcp_tool_use] ask c d\n",
+        ),
+        (
+            {"type": "mcp_tool_result", "tool_use_id": "m", "is_error": False, "content": "a plain string"},
+            "[mcp_tool_result] a plain string\n",
+        ),
+        (
+            {
+                "type": "text_editor_code_execution_tool_result",
+                "tool_use_id": "e",
+                "content": {"type": "text_editor_code_execution_str_replace_result", "lines": ["-old", "+new"]},
+            },
+            "[text_editor_code_execution_tool_result] -old +new\n",
+        ),
+        (
+            {"type": "compaction", "content": "what was said", "encrypted_content": "no", "signature": "no"},
+            "[compaction] what was said\n",
+        ),
     ],
 )
 def test_blocks_only_anthropic_has_are_text_to_others_and_come_back_as_they_were(block, words):
@@ -757,6 +793,20 @@ def test_a_block_of_unknown_type_arrives_whole():
         R.Opaque("anthropic", {"type": "server_tool_use", "id": "s", "name": "web_search", "input": {"query": "q"}}),
         R.Opaque("anthropic", {"type": "compaction", "content": "sum"}),
     ]
+
+
+def test_blocks_in_the_first_event_of_a_stream_are_part_of_the_answer():
+    """A program that the model wrote went on: what it did, and which tool it calls, comes in message_start."""
+    first = start(input_tokens=3, output_tokens=0)
+    done = {"type": "code_execution_tool_result", "tool_use_id": "s", "content": {"stdout": "4"}}
+    call = {"type": "tool_use", "id": "t", "name": "f", "input": {"a": 1}}
+    first["message"].update(content=[done, call], stop_reason="tool_use")
+    more = opened(2, type="text", text=""), delta(2, "text_delta", text="so"), closed(2)
+    for rest, said in (((), []), (more, [R.Text("so")])):
+        _, events = feed(first, *rest, STOP)
+        answer = R.fold(events)
+        assert answer.blocks == [R.Opaque("anthropic", done), R.ToolCall("t", "f", '{"a":1}'), *said]
+        assert answer.stop_reason == "tool_use"
 
 
 @pytest.mark.parametrize("last", [None, end("end_turn")])

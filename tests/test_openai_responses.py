@@ -1068,6 +1068,43 @@ def test_history_keeps_encrypted_reasoning_but_no_ids():
     ]
 
 
+def test_what_hosted_tools_left_in_the_history_is_text_where_it_can_be_read():
+    """trap 107: the last output is a turn of the user, or nobody would be asked."""
+    items = [
+        {"role": "user", "content": "list the files"},
+        {**SEARCH, "action": {"type": "search", "query": "how", "queries": ["how", "why"]}},
+        {"type": "compaction", "id": "cmp_1", "encrypted_content": "no"},
+        {"type": "mcp_list_tools", "id": "l", "server_label": "no", "tools": [{"name": "no", "input_schema": {}}]},
+        {"type": "shell_call", "call_id": "no", "action": {"commands": ["ls", "pwd"]}, "status": "completed"},
+        {
+            "type": "shell_call_output",
+            "call_id": "no",
+            "output": [{"stdout": "a.txt", "stderr": "", "outcome": {"type": "exit", "exit_code": 0}}],
+        },
+    ]
+    request = parse_responses_request({"model": "m", "input": items})
+    assert [(turn.role, [block.text for block in turn.blocks]) for turn in request.messages] == [
+        ("user", ["list the files"]),
+        ("assistant", ["[web_search_call] how how why\n", "[shell_call] ls pwd\n"]),
+        ("user", ["[shell_call_output] a.txt\n"]),
+    ]
+
+
+@pytest.mark.parametrize("schema", [None, {}, {"type": "object"}])
+def test_a_function_without_parameters_says_that_its_object_has_none(schema):
+    """trap 94"""
+    request = ChatRequest("m", [Message("user", [Text("hi")])], tools=[Tool("look", "", schema)])
+    (tool,) = router.render_request(request, "responses")["tools"]
+    assert tool["parameters"] == {"type": "object", "properties": {}}
+
+
+def test_an_answer_that_is_queued_is_not_an_empty_one():
+    """`background`: judged empty, it would be asked for once more elsewhere, and paid for twice."""
+    queued = parse_responses_response(snapshot([], status="queued", usage=None), context())
+    empty = parse_responses_response(snapshot([], usage=None), context())
+    assert [router.is_empty(queued), router.is_empty(empty)] == [False, True]
+
+
 def rendered(*messages):
     return [
         (item["type"], item.get("call_id") or item.get("content"))

@@ -222,6 +222,23 @@ def test_content_is_seen_at_the_first_real_delta_and_not_before(source, target):
         assert processor.content
 
 
+SERVER_CALLS = {
+    "anthropic": {"type": "server_tool_use", "id": "s", "name": "web_search", "input": {"query": "q"}},
+    "responses": {"type": "mcp_call", "id": "m", "name": "ask", "server_label": "l", "arguments": "{}", "output": "o"},
+}
+
+
+@pytest.mark.parametrize("source", sorted(SERVER_CALLS))
+@pytest.mark.parametrize("target", WIRES)
+def test_the_call_of_a_tool_that_the_provider_runs_is_content_where_it_is_shown(source, target):
+    """traps 131 and 138: a search may take long, and whoever sees it begin is not to wait for its end."""
+    answer = R.ChatResponse("msg_1", "m", [R.Opaque(source, SERVER_CALLS[source])], "end_turn", usage=R.Usage(1, 2))
+    processor = R.make_processor(source, target, CONTEXT)
+    run(processor, stream_of(source, answer))
+    assert processor.content == (source == target)
+    assert not processor.is_empty
+
+
 @pytest.mark.parametrize("source, target", PAIRS + [(wire, wire) for wire in WIRES])
 def test_an_answer_that_says_nothing_is_empty(source, target):
     """traps 131 and 138"""
