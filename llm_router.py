@@ -3974,7 +3974,8 @@ _FINISH_WORDS = {
     "max_tokens": "length max_output_tokens",
     "model_context_window_exceeded": "model_length",
     "tool_use": "tool_calls function_call",
-    "refusal": "content_filter safety recitation prohibited_content sensitive",
+    "refusal": "content_filter content_filtered guardrail_intervened safety recitation prohibited_content blocklist spii"
+    " sensitive",
 }
 _CHAT_STOPS = {word: reason for reason in STOP_REASONS for word in [reason, *_FINISH_WORDS.get(reason, "").split()]}
 # finish_reasons that mean a failure: OpenRouter, Mistral | z.ai | vLLM and SGLang | DeepSeek.
@@ -4239,7 +4240,7 @@ class ChatStreamParser:
     def _read_end_of_choice(self, choice: Json) -> None:
         """What rides with the last delta, read after it (trap 25); the first of two reasons counts (trap 50)."""
         self._count(choice.get("usage"))
-        reason = as_text(choice.get("finish_reason")).lower()
+        reason = as_text(choice.get("finish_reason")).lower().partition(":")[0]  # Gemini: "content_filter: RECITATION"
         if choice.get("error") or reason in _CHAT_FAILURES:
             error = choice.get("error") or "the upstream ended its answer with finish_reason %s" % reason
             self._fail(read_error(_CHAT_FAILURES.get(reason, 200), {"error": error}))
@@ -4351,7 +4352,8 @@ class ChatStreamParser:
             self._add_text(Text, value)
         for part in map(as_dict, as_list(value)):  # Mistral sends thinking as parts
             fields = {"reasoning_content": _thinking_text(part), "content": as_text(part.get("text"))}
-            self._read_delta({**fields, "refusal": part.get("refusal")})
+            images = [part] if part.get("type") == "image_url" else None
+            self._read_delta({**fields, "refusal": part.get("refusal"), "images": images})
 
     def _read_tagged(self, text: str) -> None:
         """Content that begins, or may begin, with a <think> tag; both tags may be cut anywhere."""

@@ -384,6 +384,9 @@ def test_a_finish_for_calls_that_were_not_sent_is_an_ordinary_end(finish):
         ("content_filter", "refusal"),
         ("sensitive", "refusal"),
         ("SAFETY", "refusal"),
+        ("BLOCKLIST", "refusal"),
+        ("content_filter: RECITATION", "refusal"),  # Gemini's OpenAI endpoint
+        ("function_call_filter: MALFORMED_FUNCTION_CALL", "end_turn"),
         ("stop_sequence", "stop_sequence"),
         ("something new", "end_turn"),
     ],
@@ -652,6 +655,13 @@ def test_an_answer_that_was_shared_out_to_several_choices_is_one(index):
     body["choices"] = [{**index, "message": message, "finish_reason": "tool_calls"} for message in messages]
     found = OPENAI_CHAT.parse_response(body, make_context())
     assert found.blocks == [Text("Let me look."), ToolCall("a", "f", "{}")] and found.stop_reason == "tool_use"
+
+
+def test_an_image_among_the_parts_of_an_answer_is_kept_for_clients_of_the_same_format():
+    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}
+    found = OPENAI_CHAT.parse_response(whole({"content": [{"type": "text", "text": "Look:"}, image]}), make_context())
+    assert found.blocks == [Text("Look:"), Opaque("openai", image)] and not router.is_empty(found)
+    assert OPENAI_CHAT.render_response(found, make_context())["choices"][0]["message"]["images"] == [image]
 
 
 def test_only_the_first_of_several_answers_is_read():
