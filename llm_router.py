@@ -3520,17 +3520,23 @@ def parse_chat_request(body: Json) -> ChatRequest:
         for key in ("tools", "functions")
         for index, item in enumerate(said[key] or [])
     ]
-    stop, limit, form = said["stop"] or [], said["max_completion_tokens"], said["response_format"] or {}
+    stop, form = said["stop"] or [], said["response_format"] or {}
+    limit = said["max_tokens"] if said["max_completion_tokens"] is None else said["max_completion_tokens"]
     return ChatRequest(
         said["model"] or "", messages, system, [tool for tool in tools if allowed is None or tool.name in allowed],
-        choice, said["parallel_tool_calls"], said["max_tokens"] if limit is None else limit,
-        said["temperature"], said["top_p"], said["top_k"],
+        choice, said["parallel_tool_calls"], _unless_off(limit),
+        said["temperature"], said["top_p"], _unless_off(said["top_k"]),
         stop=[stop] if isinstance(stop, str) else [text for text in stop if isinstance(text, str)],
         stream=bool(said["stream"]), include_usage=(said["stream_options"] or {}).get("include_usage") is True,
-        output=_read_output(form, form.get("json_schema"), "response_format.json_schema"),
+        output=_read_output(form, form.get("json_schema", form), "response_format.json_schema"),
         reasoning=_chat_reasoning(said["reasoning_effort"] or "", said["reasoning"] or {}, said["thinking"] or {}),
         user=said["user"] or "", fields=_chat_rest(body, _CHAT_KINDS),
     )  # fmt: skip
+
+
+def _unless_off(count: Optional[int]) -> Optional[int]:
+    """-1 is how clients of local servers say that there is no limit."""
+    return None if count is None or count < 0 else count
 
 
 def _text_at(item: Json, key: str, path: str) -> str:
@@ -3713,7 +3719,8 @@ def _chat_tool(value: Any, path: str) -> Tool:
     key = "parameters" if inner.get("parameters") is not None else "input_schema"
     schema = check_field(inner.get(key), (dict,), "%s.%s" % (path, key), False)
     strict = check_field(inner.get("strict"), (bool,), path + ".strict", False)
-    return Tool(name, description, schema, "function", strict, _chat_rest(item, _CHAT_TOOL_KEYS))
+    marked = {"cache_control": inner.get("cache_control"), **item}  # inside the function by Goose
+    return Tool(name, description, schema, "function", strict, _chat_rest(marked, _CHAT_TOOL_KEYS))
 
 
 _CHAT_CHOICES = {"auto": "auto", "none": "none", "required": "any", "any": "any"}
@@ -3737,10 +3744,11 @@ def _chosen_name(item: Json) -> str:
 
 
 def _read_output(form: Json, inner: Any, at: str) -> Optional[JsonOutput]:
-    """SDK: ResponseFormatJSONSchema, ResponseFormatTextConfig, ResponseFormatJSONObject. inner: what has the schema."""
-    if form.get("type") != "json_schema":
-        return JsonOutput() if form.get("type") == "json_object" else None
-    inner = check_field(inner, (dict,), at)
+    """SDK: ResponseFormatJSONSchema, ResponseFormatTextConfig, ResponseFormatJSONObject. inner: what has the schema,
+    which stands beside `json_object` at Together, Fireworks and llama.cpp."""
+    if form.get("type") not in ("json_schema", "json_object"):
+        return None
+    inner = check_field(inner, (dict,), at) if form["type"] == "json_schema" else form
     schema = check_field(inner.get("schema"), (dict,), at + ".schema", False)
     strict = check_field(inner.get("strict"), (bool,), at + ".strict", False)
     return JsonOutput(schema, as_text(inner.get("name")), strict, as_text(inner.get("description")))
@@ -3751,8 +3759,10 @@ def _chat_reasoning(effort: str, own: Json, thinking: Json) -> Optional[Reasonin
     if thinking.get("type") == "disabled" or own.get("enabled") is False:
         return Reasoning("none")
     effort = effort or as_text(own.get("effort"))
+    effort = effort if effort in EFFORT_BUDGETS else ""  # `auto` and `default` say nothing
     budget = as_int(own.get("max_tokens")) or as_int(thinking.get("budget_tokens"))
-    adaptive = thinking.get("type") == "adaptive" or (own.get("enabled") is True and not effort and not budget)
+    is_on = own.get("enabled") is True or thinking.get("type") == "enabled"  # the latter at DeepSeek and z.ai
+    adaptive = thinking.get("type") == "adaptive" or (is_on and not effort and not budget)
     return Reasoning(effort, budget, adaptive) if effort or budget or adaptive else None
 
 
@@ -3974,8 +3984,8 @@ _FINISH_WORDS = {
     "max_tokens": "length max_output_tokens",
     "model_context_window_exceeded": "model_length",
     "tool_use": "tool_calls function_call",
-    "refusal": "content_filter content_filtered guardrail_intervened safety recitation prohibited_content blocklist spii"
-    " sensitive",
+    "refusal": "content_filter content_filtered guardrail_intervened safety recitation prohibited_content blocklist"
+    " spii sensitive",
 }
 _CHAT_STOPS = {word: reason for reason in STOP_REASONS for word in [reason, *_FINISH_WORDS.get(reason, "").split()]}
 # finish_reasons that mean a failure: OpenRouter, Mistral | z.ai | vLLM and SGLang | DeepSeek.

@@ -1088,6 +1088,29 @@ def test_every_field_finds_its_place():
     )
 
 
+@pytest.mark.parametrize(
+    "field, value, name, expected",
+    [
+        ("max_tokens", -1, "max_tokens", None),  # LM Studio, llama.cpp: no limit
+        ("max_completion_tokens", -1, "max_tokens", None),
+        ("max_tokens", 0, "max_tokens", 0),
+        ("top_k", -1, "top_k", None),  # vLLM: off
+        ("reasoning_effort", "default", "reasoning", None),  # Groq
+        ("reasoning", {"effort": "auto"}, "reasoning", None),
+        ("reasoning", {"enabled": True}, "reasoning", Reasoning(adaptive=True)),
+        ("thinking", {"type": "enabled"}, "reasoning", Reasoning(adaptive=True)),  # DeepSeek, z.ai: without a budget
+        ("thinking", {"type": "enabled", "budget_tokens": 2000}, "reasoning", Reasoning(budget=2000)),
+        ("thinking", {"type": "disabled"}, "reasoning", Reasoning("none")),
+        ("response_format", {"type": "text"}, "output", None),
+        ("response_format", {"type": "json_object"}, "output", JsonOutput()),
+        ("response_format", {"type": "json_object", "schema": {"type": "array"}}, "output", JsonOutput({"type": "array"})),
+        ("response_format", {"type": "json_schema", "schema": {"type": "array"}}, "output", JsonOutput({"type": "array"})),
+    ],
+)
+def test_what_other_servers_take_in_these_fields_is_read_for_what_it_means(field, value, name, expected):
+    assert getattr(read([user()], **{field: value}), name) == expected
+
+
 def test_instructions_in_front_are_the_system_and_later_ones_stay():
     """traps 73, 75"""
     request = read(
@@ -1218,6 +1241,10 @@ def test_reasoning_in_the_history_is_kept_and_written_back():
             Tool("c", kind="custom", extra={"openai": {"format": {"type": "text"}}}),
         ),
         ({"type": "custom", "name": "f", "input_schema": {}}, Tool("f", "", {})),
+        (
+            {"type": "function", "function": {"name": "f", "cache_control": {"type": "ephemeral"}}},  # Goose
+            Tool("f", extra={"anthropic": {"cache_control": {"type": "ephemeral"}}}),
+        ),
         (
             {"type": "web_search_20250305", "name": "web_search"},
             Tool(
