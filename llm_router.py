@@ -4600,6 +4600,7 @@ ANTHROPIC_LOSSES = {
     "`cache_control`": "of texts and tools: kept where the upstream is OpenRouter or Qwen, else not sent",
     "`service_tier`": "kept for OpenAI Chat, else not sent",
     "`stop_sequences`": "not sent to OpenAI Responses, which knows no stop texts",
+    "max_tokens of 0": "becomes 1: other caches are not warmed that way",
     "`thread`": "refused with 400, in the words on which the SDKs send the whole conversation",
     "`advisor_*` `bash_*` `browser_*` `code_execution_*` `computer_*` `mcp_toolset` `memory_*` `text_editor_*`"
     " `tool_search_tool_*` `web_fetch_*` `web_search_*`": "tools that only Anthropic's models know: not sent",
@@ -4650,7 +4651,7 @@ def parse_anthropic_request(body: Json) -> ChatRequest:
         said["model"] or "",
         _numbered(_anthropic_message, said["messages"], "messages"),
         _anthropic_blocks(said["system"], "system"),
-        _numbered(_anthropic_tool, said["tools"], "tools"),
+        _numbered(_anthropic_tool, (said["tools"] or []) + _added_tools(said["messages"]), "tools"),
         ToolChoice(mode, as_text(choice.get("name")) if mode == "tool" else "") if mode else None,
         parallel_tools=False if choice.get("disable_parallel_tool_use") is True else None,
         **{name: said[name] for name in ("max_tokens", "temperature", "top_p", "top_k")},
@@ -4661,6 +4662,13 @@ def parse_anthropic_request(body: Json) -> ChatRequest:
         user=as_text((said["metadata"] or {}).get("user_id")),
         fields=rest_of(rest, (), _ANTHROPIC),
     )
+
+
+def _added_tools(messages: List[Any]) -> List[Json]:
+    """The tools that are defined in mid-conversation (BetaToolChangeToolDefinitionParam)."""
+    parts = [as_dict(part) for turn in messages for part in as_list(as_dict(turn).get("content"))]
+    added = [as_dict(part.get("tool")).get("definition") for part in parts if part.get("type") == "tool_addition"]
+    return list(filter(as_dict, added))
 
 
 def _without(item: Mapping[str, Any], *keys: str) -> Json:
@@ -5628,8 +5636,8 @@ def _responses_turn(item: Json, where: str, names: Dict[Tuple[str, str], str]) -
         return "user", [ToolResult(call_id, _responses_parts(item.get("output"), where + ".output"))]
     if kind in _RESPONSES_CALLS or kind == "reasoning":
         return "assistant", _responses_blocks(item, names)
-    # What tools of other providers left (trap 107); lists of tools say nothing of what was done.
-    words = "" if "tools" in item else readable(item)
+    # What tools of other providers left (trap 107). Lists of tools and requests for leave say nothing of what was done.
+    words = "" if "tools" in item or kind.startswith("mcp_approval") else readable(item)
     role = "user" if kind.endswith("_output") else "assistant"
     return role, [Text("[%s] %s\n" % (kind, words))] if words else []
 
@@ -5767,7 +5775,7 @@ def render_responses_request(request: ChatRequest) -> Json:
         "model": request.model, "input": items, "instructions": instructions,
         "tools": list(map(_responses_render_tool, tools)) or None,
         "tool_choice": _responses_render_choice(request.tool_choice, tools),
-        "parallel_tool_calls": request.parallel_tools if request.tools else None,
+        "parallel_tool_calls": request.parallel_tools if tools else None,
         "max_output_tokens": request.max_tokens and max(16, request.max_tokens),  # OpenAI: "Expected a value >= 16"
         "text": {**_responses_kept(chat, "verbosity"), **_responses_format(request.output)} or None,
         "user": request.user if 0 < len(request.user) <= _CHAT_MAX_USER else None, "stream": request.stream or None,
@@ -5873,10 +5881,11 @@ def _responses_render_tool(tool: Tool) -> Json:
 
 
 def _responses_render_choice(choice: Optional[ToolChoice], tools: List[Tool]) -> Any:
-    if choice is None or choice.mode != "tool":
-        return choice and ("required" if choice.mode == "any" else choice.mode)
+    """A choice without tools is refused, and so is one of a tool that had to be left out."""
     kinds = {tool.name: tool.kind for tool in tools}
-    return {"type": kinds.get(choice.name, "function"), "name": choice.name}
+    if choice is None or not tools or choice.mode != "tool":
+        return ("required" if choice.mode == "any" else choice.mode) if choice and tools else None
+    return {"type": kinds[choice.name], "name": choice.name} if choice.name in kinds else None
 
 
 def _responses_format(output: Optional[JsonOutput]) -> Json:
@@ -6424,7 +6433,9 @@ def render_request(request: ChatRequest, target: str) -> Json:
         return Text("[%s left out]" % block.value["type"]) if is_lost else block
 
     request = shorten_tools(map_request(request, noted))
-    request = request._replace(messages=tidy_messages(request.messages))
+    # No tokens at all are Anthropic's way to warm its cache; others refuse that.
+    limit = request.max_tokens if request.max_tokens != 0 else 1
+    request = request._replace(messages=tidy_messages(request.messages), max_tokens=limit)
     return WIRE_FORMATS[target].render_request(request if target == "responses" else _without_customs(request))
 
 

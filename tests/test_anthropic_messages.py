@@ -258,6 +258,26 @@ def test_blocks_only_anthropic_has_are_text_to_others_and_come_back_as_they_were
     assert WIRE.render_request(request)["messages"] == [{"role": "user", "content": [block]}]
 
 
+def test_a_tool_that_is_defined_in_mid_conversation_is_a_tool():
+    """The beta of inline tools; a reference to a tool of the request's own defines none."""
+    late = {"name": "late", "description": "d", "input_schema": {"type": "object", "properties": {}}}
+    added = [{"type": "tool_definition", "definition": late}, {"type": "tool_reference", "name": "early"}]
+    turns = [
+        {"role": "user", "content": "hi"},
+        {"role": "system", "content": [{"type": "tool_addition", "tool": tool} for tool in added]},
+    ]
+    request = parse(messages=turns, tools=[{"name": "early", "input_schema": {"type": "object"}}])
+    assert [tool.name for tool in request.tools] == ["early", "late"]
+    assert request.tools[1] == R.Tool("late", "d", late["input_schema"])
+
+
+def test_no_tokens_at_all_warm_a_cache_of_anthropic_only():
+    """MessageCreateParams.max_tokens: others refuse a limit of 0."""
+    body = {"model": "m", "max_tokens": 0, "messages": [{"role": "user", "content": "hi"}]}
+    assert R.translate_request(body, "anthropic", "openai")[1]["max_tokens"] == 1
+    assert R.translate_request(body, "anthropic", "responses")[1]["max_output_tokens"] == 16
+
+
 @pytest.mark.parametrize(
     "body, path",
     [

@@ -1075,6 +1075,7 @@ def test_what_hosted_tools_left_in_the_history_is_text_where_it_can_be_read():
         {**SEARCH, "action": {"type": "search", "query": "how", "queries": ["how", "why"]}},
         {"type": "compaction", "id": "cmp_1", "encrypted_content": "no"},
         {"type": "mcp_list_tools", "id": "l", "server_label": "no", "tools": [{"name": "no", "input_schema": {}}]},
+        {"type": "mcp_approval_request", "id": "no", "server_label": "no", "name": "no", "arguments": "no"},
         {"type": "shell_call", "call_id": "no", "action": {"commands": ["ls", "pwd"]}, "status": "completed"},
         {
             "type": "shell_call_output",
@@ -1088,6 +1089,16 @@ def test_what_hosted_tools_left_in_the_history_is_text_where_it_can_be_read():
         ("assistant", ["[web_search_call] how how why\n", "[shell_call] ls pwd\n"]),
         ("user", ["[shell_call_output] a.txt\n"]),
     ]
+
+
+@pytest.mark.parametrize("mode", [ToolChoice("any"), ToolChoice("tool", "web_search"), ToolChoice("auto")])
+def test_nothing_is_asked_of_tools_that_had_to_be_left_out(mode):
+    """Claude Code forces its web search, which only Anthropic runs; OpenAI refuses a choice without its tool."""
+    search = Tool("web_search", kind="server", extra={"anthropic": {"type": "web_search_20250305"}})
+    request = ChatRequest("m", [Message("user", [Text("hi")])], [], [search], mode, parallel_tools=False)
+    assert not {"tools", "tool_choice", "parallel_tool_calls"} & set(router.render_request(request, "responses"))
+    body = router.render_request(request._replace(tools=[search, Tool("look")]), "responses")
+    assert body.get("tool_choice") == {"any": "required", "auto": "auto"}.get(mode.mode)
 
 
 @pytest.mark.parametrize("schema", [None, {}, {"type": "object"}])
