@@ -10691,8 +10691,11 @@ _MAX_LISTED = 5000
 
 _WANTS_MORE = re.compile(r"(?s)(?=.*max\w*_tokens)(?=.*(?:minimum|at least|>|greater|too (?:small|low)|below))")
 _NO_CHAT = re.compile(
-    "embed|rerank|whisper|tts|speech|audio|transcri|realtime|image|dall|video|sora|moderation|guard|ocr|search", re.I
+    "embed|rerank|bge|minilm|whisper|tts|speech|audio|transcri|realtime|image|dall|flux|diffusion|video|sora|veo"
+    "|moderation|guard|ocr|search|davinci|babbage",
+    re.I,
 )
+_GUESSES = 3  # listed models to try where none is named: lists hold models that are gone, or not for chat
 
 
 class ProbePlan(NamedTuple):
@@ -10801,11 +10804,14 @@ class Probe:
         wires, calls = self._plan.wires, self._plan.calls
         await self._host.gather(self._list, [(wire,) for wire in self._listing_wires()])
         listed = sorted(self.report.listed or (), key=lambda name: bool(_NO_CHAT.search(name)))
-        models = self._plan.models or listed[:1]
-        pairs = [(model, wire) for model in models for wire in wires] if calls else []
-        self._rows = {pair: ProbeRow(*pair) for pair in pairs}
-        await self._host.gather(self._ask, pairs[: len(wires)])
-        first = [self._rows[pair] for pair in pairs[: len(wires)]]
+        guesses = [(name,) for name in listed[:_GUESSES]] or [()]
+        for models in [self._plan.models] if self._plan.models else guesses:
+            pairs = [(model, wire) for model in models for wire in wires] if calls else []
+            self._rows = {pair: ProbeRow(*pair) for pair in pairs}
+            await self._host.gather(self._ask, pairs[: len(wires)])
+            first = [self._rows[pair] for pair in pairs[: len(wires)]]
+            if any(row.state == "ok" for row in first) or all(row.about != "model" for row in first):
+                break
         is_absent = all(row.about == "format" for row in first)  # more likely the model that is not there
         deaf = {row.wire for row in first if row.state == "tentative" and not row.label[:1].isdigit()}
         why = {row.wire: "" if is_absent else "nobody" if row.wire in deaf else row.about for row in first}

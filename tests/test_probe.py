@@ -226,6 +226,14 @@ def test_any_model_means_one_that_is_listed_and_can_chat(probe):
     assert {model for _, model in asked(probe.upstream)} == {"gpt-image-2"}
 
 
+def test_a_listed_model_that_is_gone_is_not_the_last_that_is_tried(probe):
+    account = Account(("openai",), models=("m3",))
+    account.listing = lambda call: json_answer(200, {"data": [{"id": "m%d" % number} for number in range(1, 6)]})
+    _, report = probe(account, ["*"])
+    assert report.formats == ("openai",) and {row.model for row in report.rows} == {"m3"}
+    assert {model for _, model in asked(probe.upstream)} == {"m1", "m2", "m3"}
+
+
 def test_without_a_model_and_a_list_nothing_is_asked(probe):
     _, report = probe(Account(lists=False), ["*"])
     assert report.rows == () and report.formats == () and report.is_tentative and report.listing_status == 404
