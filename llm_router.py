@@ -3381,18 +3381,19 @@ def rest_of(item: Json, known: Iterable[str], wire: str) -> Extra:
 
 
 # What errors inside a 200 mean as a status, by their type or code: openai.types and anthropic.types (ErrorType,
-# ResponseError), and the words of other providers. Anything else is temporary.
+# ResponseError), the words of other providers, and z.ai's numbers (docs.z.ai, Errors). Anything else is temporary.
 _STATUS_WORDS = {
     400: "invalid_request_error tool_use_failed context_length_exceeded invalid_prompt bio_policy cyber_policy"
     " misalignment_policy_violation data_residency_mismatch invalid_encrypted_content previous_response_not_found"
-    " content_filter content_policy_violation",
-    401: "authentication_error invalid_api_key",
+    " content_filter content_policy_violation 1261 1301",
+    401: "authentication_error invalid_api_key 1000 1001 1002 1003 1004",
     402: "insufficient_balance billing_error",
     403: "permission_error permission_denied usage_not_included",
-    404: "not_found_error model_not_found",
+    404: "not_found_error model_not_found 1211",
     409: "conflict_error",
     413: "request_too_large",
-    429: "rate_limit_error rate_limit_exceeded requests tokens insufficient_quota usage_limit_reached",
+    429: "rate_limit_error rate_limit_exceeded requests tokens insufficient_quota usage_limit_reached 1113 1302 1303"
+    " 1304 1305 1308 1309 1310",
     500: "api_error server_error internal_server_error",
     503: "service_unavailable server_is_overloaded slow_down",
     504: "timeout_error vector_store_timeout",
@@ -4242,6 +4243,7 @@ class ChatStreamParser:
         """An error, with or without its envelope, usage alone (trap 15), or Azure's prompt_filter_results (trap 16)."""
         is_bare = "choices" not in chunk and not chunk.get("usage")
         is_named = "error" in (chunk.get("object"), chunk.get("type")) or as_text(chunk.get("message"))
+        is_named = is_named or chunk.get("success") is False  # z.ai
         told = chunk.get("error") or as_dict(chunk.get("base_resp")).get("status_code")
         if told or (is_bare and (is_named or as_text(chunk.get("detail")))):
             self._fail(read_error(200, chunk))
@@ -10630,7 +10632,7 @@ def _is_error_body(body: Json) -> bool:
     if any(body.get(key) for key in ("choices", "content", "output", "data")):
         return False
     told = body.get("error") or "error" in (body.get("type"), body.get("object")) or body.get("status") == "failed"
-    told = told or as_dict(body.get("base_resp")).get("status_code")
+    told = told or as_dict(body.get("base_resp")).get("status_code") or body.get("success") is False
     return bool(told) or "choices" not in body and ("detail" in body or "errors" in body)
 
 
@@ -10955,7 +10957,9 @@ def _judge_probe(wire: str, status: int, headers: Headers, data: bytes, now: flo
     parsed = _read_json(data)
     context = Context(request, "probe", int(now))
     if _is_error_body(parsed):
-        return judge_in_band(WIRE_FORMATS[wire].parse_error(502, parsed), headers, wire, now)
+        outcome = judge_in_band(WIRE_FORMATS[wire].parse_error(502, parsed), headers, wire, now)
+        is_no_path = "404 NOT_FOUND" in outcome.error.message  # how z.ai words it, inside a 200
+        return outcome._replace(kind=NOT_FOUND) if is_no_path else outcome
     try:
         if parsed:
             parse_answer(parsed, wire, context)

@@ -685,6 +685,17 @@ def test_an_error_in_base_resp_is_read_and_judged(code, status, kind):
         OPENAI_CHAT.parse_response(body, make_context())
 
 
+@pytest.mark.parametrize("code, status, kind", [(401, 401, "auth"), (1000, 401, "auth"), (1305, 429, "rate_limited"), (500, 500, "temporary")])
+def test_a_200_without_success_is_the_error_that_its_number_names(code, status, kind):
+    """z.ai"""
+    body = {"code": code, "msg": "so it is", "success": False}
+    failed = run(body, done=False)[1][-1]
+    assert (failed.error.status, failed.error.message) == (status, "so it is")
+    assert router._is_error_body(body)
+    outcome = router.judge_in_band(OPENAI_CHAT.parse_error(502, body), [], "openai", 1.0)
+    assert (outcome.kind, outcome.status, outcome.error.message) == (kind, status, "so it is")
+
+
 def test_reasoning_in_parts_of_the_content_is_reasoning():
     """Mistral: type thinking with a list of texts; Databricks: type reasoning with a summary."""
     told = {"type": "reasoning", "summary": [{"type": "summary_text", "text": "hm", "signature": "s"}]}

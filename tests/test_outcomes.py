@@ -276,7 +276,11 @@ def test_recorded_errors_have_a_sane_kind_and_words():
         (R.ErrorInfo(502, "no such thing", "", "404"), R.TEMPORARY, 404),
         (R.ErrorInfo(502, "insufficient_quota"), R.TEMPORARY, 502),
         (R.ErrorInfo(502, ""), R.TEMPORARY, 502),
-        (R.ErrorInfo(502, "x", "", "1302"), R.TEMPORARY, 502),
+        (R.ErrorInfo(502, "x", "", "1302"), R.RATE_LIMITED, 429),  # z.ai's numbers
+        (R.ErrorInfo(502, "x", "", "1113"), R.BILLING, 429),
+        (R.ErrorInfo(502, "x", "", "1301"), R.POLICY, 400),
+        (R.ErrorInfo(502, "x", "", "1261"), R.OVERFLOW, 400),
+        (R.ErrorInfo(502, "x", "", "1399"), R.TEMPORARY, 502),
         (R.ErrorInfo(502, "x", "", "4" * 5000), R.TEMPORARY, 502),
         (R.ErrorInfo(502, "x", "", "\u00b2\u0664"), R.TEMPORARY, 502),
     ],

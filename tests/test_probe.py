@@ -218,6 +218,16 @@ def test_a_web_page_in_place_of_an_answer_means_that_the_format_is_not_spoken(pr
     assert report.formats == ("openai",) and states(report)["m1", "anthropic"] == "no"
 
 
+def test_a_path_that_is_refused_inside_a_200_is_a_format_that_is_not_spoken(probe):
+    """z.ai"""
+    nowhere = json_answer(200, {"code": 500, "msg": "404 NOT_FOUND", "success": False})
+    account = Account()
+    account.quirk = lambda call: None if call.wire == "anthropic" else nowhere
+    _, report = probe(account, ["m1", "m2"])
+    assert report.formats == ("anthropic",) and states(report)["m1", "openai"] == states(report)["m2", "openai"] == "no"
+    assert ("openai", "m2") not in asked(probe.upstream)
+
+
 def test_any_model_means_one_that_is_listed_and_can_chat(probe):
     names = ["text-embedding-3", "whisper-1", "tts-1", "gpt-image-1", "omni-moderation", "chatty", "other"]
     _, report = probe(Account(("openai",), models=names), ["*"])
