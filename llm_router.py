@@ -2055,8 +2055,6 @@ _ABSOLUTE_FORM = re.compile(r"https?://([^/?]*)(.*)", re.IGNORECASE)
 _AUTHORITY_FORM = re.compile(r".+:[0-9]+")
 _REG_NAME = r"(?=[^:[])[A-Za-z0-9._~!$&'()*+,;=-]*(?:%[0-9A-Fa-f]{2}[A-Za-z0-9._~!$&'()*+,;=-]*)*"
 _HOST = re.compile(r"(?:" + _REG_NAME + r"|\[([0-9A-Fa-f:.]{2,45})\])(?::([0-9]{0,5}))?")
-_IPV4 = re.compile(r"(?:(?:25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])(?:\.(?!\Z)|\Z)){4}")
-_HEX_GROUP = re.compile(r"[0-9A-Fa-f]{1,4}")
 _DIGITS = re.compile(r"[0-9]+")
 _TOKEN_CHARS = re.compile(_TCHARS)
 _CODINGS_THEN_CHUNKED = re.compile(r"(?:(?!(?:chunked|identity)[ \t]*,)%s[ \t]*,[ \t]*)*chunked" % _TCHARS)
@@ -2273,14 +2271,16 @@ def _read_other_form(method: str, target: str) -> Tuple[str, Optional[str]]:
 def _is_host(text: str) -> bool:
     """RFC 9110 7.2, uri-host [":" port], without an empty host: 4.2.1 calls such http URIs invalid."""
     match = _HOST.fullmatch(text)
-    ipv6, port = match.groups() if match else (None, "99999")
-    if ipv6 is None or int(port or 0) > 65535:
-        return int(port or 0) <= 65535
-    head, gap, tail = ipv6.partition("::")
-    groups = [group for half in (head, tail) if half for group in half.split(":")]
-    if groups and ipv6.endswith(groups[-1]) and _IPV4.fullmatch(groups[-1]):
-        groups[-1:] = ["0", "0"]
-    return all(map(_HEX_GROUP.fullmatch, groups)) and (len(groups) <= 7 if gap else len(groups) == 8)
+    if match is None or int(match.group(2) or 0) > 65535:
+        return False
+    if match.group(1) is not None:
+        from ipaddress import IPv6Address  # late: few hosts are written so
+
+        try:
+            IPv6Address(match.group(1))
+        except ValueError:
+            return False
+    return True
 
 
 def _read_special(headers: Headers, version: Tuple[int, int]) -> Tuple[Tuple[List[str], ...], bool]:
@@ -3077,13 +3077,13 @@ def _extended(block: Any, event: Extended) -> Any:
 
 
 class BoundedMap:
-    """The newest values by key, as many as `limit` bytes hold; the sizes are told by who puts them in."""
+    """The newest values by key: `limit` of them, or as many as fit into so many bytes where they come with a size."""
 
     def __init__(self, limit: int = 1 << 24) -> None:
         self._entries: OrderedDict[Any, Tuple[Any, int]] = OrderedDict()
         self._left = limit
 
-    def put(self, key: Any, value: Any, size: int) -> None:
+    def put(self, key: Any, value: Any, size: int = 1) -> None:
         """Add a value, or put another in its place; the oldest give way."""
         self._left += self._entries.pop(key, (None, 0))[1] - size
         self._entries[key] = value, size
@@ -7293,15 +7293,13 @@ class Strikes:
     FREE, FIRST_WAIT_S, MAX_WAIT_S, FORGIVEN_AFTER_S, MAX_PEERS = 20, 0.05, 2.0, 60.0, 1000
 
     def __init__(self) -> None:
-        self._strikes: OrderedDict[str, Tuple[int, float]] = OrderedDict()  # peer -> how many, when the last one was
+        self._strikes = BoundedMap(self.MAX_PEERS)  # peer -> how many, when the last one was
 
     def add(self, peer: str, now: float, keys: int = 1) -> float:
         """Note the wrong keys of a request; how many seconds its answer has to wait."""
-        count, last = self._strikes.pop(peer, (0, now))
+        count, last = self._strikes.get(peer) or (0, now)
         count = min((0 if now - last > self.FORGIVEN_AFTER_S else count) + keys, 64)
-        self._strikes[peer] = (count, now)
-        if len(self._strikes) > self.MAX_PEERS:
-            self._strikes.popitem(last=False)
+        self._strikes.put(peer, (count, now))
         over = count - self.FREE
         return min(self.FIRST_WAIT_S * 2 ** (over - 1), self.MAX_WAIT_S) if over > 0 else 0.0
 
@@ -7975,7 +7973,7 @@ class Requests:
         inbound: Inbound,
         settings: Settings,
         targets: Dict[Tuple[str, str], Target],
-        lessons: Mapping[str, Tuple[str, ...]],
+        lessons: BoundedMap,
         reasoning: Optional[BoundedMap] = None,
         owner: str = "",
     ) -> None:
@@ -8039,7 +8037,7 @@ class Requests:
         messages = restore_reasoning(self.neutral.messages, self._reasoning, self.issuer(candidate.provider.id))
         request = self.neutral._replace(model=candidate.model_id, messages=messages)
         body = render_request(keep_cache_marks(request) if compat.caches and wire == "openai" else request, wire)
-        return apply_fixes(body, compat.fixes + self._lessons.get(candidate.ref, ()))
+        return apply_fixes(body, compat.fixes + (self._lessons.get(candidate.ref) or ()))
 
 
 def _operation_path(path: str, own: str, operation: str) -> str:
@@ -10099,17 +10097,11 @@ class Gateway:
     def __init__(self, routes: Routes, settings: Settings, access: Access, host: Any, book: Any) -> None:
         self.routes, self.settings, self.access, self.host, self.book = routes, settings, access, host, book
         self.targets: Dict[Tuple[str, str], Target] = {}
-        self.lessons: Dict[str, Tuple[str, ...]] = {}
+        self.lessons = BoundedMap(1000)  # the fixes that a model's upstream asked for; a reload forgets
         self.items = ItemMemory()
         self.reasoning = BoundedMap()
         self.info: Json = {}
         self.draining = False
-
-    def learn(self, ref: str, fixes: Tuple[str, ...]) -> None:
-        """Remember what a model's upstream asked for; at most a thousand models, a reload forgets."""
-        self.lessons[ref] = fixes
-        while len(self.lessons) > 1000:
-            del self.lessons[next(iter(self.lessons))]
 
     async def handle(self, call: Call, client: Any) -> None:
         """Answer one call. Every error becomes one in the client's own format, one of the router's own a 500."""
@@ -10313,11 +10305,11 @@ class Exchange:
         if repaired is not None:
             self._trail.amend(decision="again, its history without the proofs of others")
             return sent._replace(body=dump_json(repaired))
-        known = self._gateway.lessons.get(ref, ())
+        known = self._gateway.lessons.get(ref) or ()
         fix = "" if self._passes else learn_fix(body, words, known)
         if not fix:
             return None
-        self._gateway.learn(ref, known + (fix,))
+        self._gateway.lessons.put(ref, known + (fix,))
         self._trail.amend(decision="learned, again: " + fix)
         return self._requests.make(self._candidate)
 

@@ -42,6 +42,7 @@ LATE_PURE_IMPORTS = {
     "datetime": "dates in Retry-After; its clock stays out of bounds",
     "difflib": "the nearest name, once something went wrong",
     "email.utils": "dates in Retry-After (RFC 9110 allows three forms)",
+    "ipaddress": "IPv6 addresses in Host, which few requests have",
     "unicodedata": "the width of characters, for the menu only",
 }
 

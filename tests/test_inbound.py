@@ -741,7 +741,7 @@ def test_only_so_many_guessing_peers_are_remembered():
     strikes = R.Strikes()
     for number in range(5000):
         strikes.add("peer%d" % number, 0.0)
-    assert len(strikes._strikes) == R.Strikes.MAX_PEERS
+    assert len(strikes._strikes._entries) == R.Strikes.MAX_PEERS
 
 
 @pytest.mark.parametrize("seed", range(3))
