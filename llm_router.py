@@ -8795,7 +8795,6 @@ class Frame(NamedTuple):
     title: str = ""
     place: Place = ()
     at: int = 0
-    is_draft: bool = False
     filter: str = ""
     rows: Tuple[Row, ...] = ()
     lead: str = ""
@@ -8836,14 +8835,13 @@ class Pasted(Value):
 
 
 class Menu(NamedTuple):
-    """The whole menu. saved: the document of the file. past: those to go back to. draft: one with the new provider."""
+    """The whole menu. saved: the document of the file. past: those to go back to."""
 
     facts: Facts
     saved: Json
     document: Json
     frames: Tuple[Frame, ...] = (Frame("home"),)
     past: Tuple[Json, ...] = ()
-    draft: Json = {}
     note: str = ""
     is_error: bool = False
     effect: Optional[Effect] = None
@@ -8890,8 +8888,7 @@ def update(menu: Menu, event: Any) -> Tuple[Menu, Optional[Effect]]:
             raise UsageError(event.error)
         new = menu.front.then(before, event.value) if is_told else _press(before, event)
     except RouterError as error:
-        path = r"providers\[[0-9]+\]\." if before.front.is_draft else ""  # what is new has no number yet
-        new = before._replace(note=re.sub("^" + path, "", error.message), is_error=True)
+        new = before._replace(note=error.message, is_error=True)
     while not _stands(new):
         new = _pop(new)
     return new._replace(effect=None), new.effect
@@ -8918,7 +8915,7 @@ def keys_of(menu: Menu, item: Any) -> List[Tuple[str, str]]:
 def _stands(menu: Menu) -> bool:
     """Whether what the screens show is still there: an undo can take it away."""
     try:
-        return all(look_at(_document(menu, frame), frame.place) for frame in menu.frames)
+        return all(look_at(menu.document, frame.place) for frame in menu.frames)
     except UsageError:
         return False
 
@@ -8985,8 +8982,7 @@ def _paste(menu: Menu, text: str) -> Menu:
 
 def _push(menu: Menu, *fields: Any, **more: Any) -> Menu:
     """A further screen; fields: of its Frame."""
-    frame = Frame(*fields, **more)
-    return menu._replace(frames=menu.frames + (frame._replace(is_draft=frame.is_draft or menu.front.is_draft),))
+    return menu._replace(frames=menu.frames + (Frame(*fields, **more),))
 
 
 def _pop(menu: Menu, item: Any = None) -> Menu:
@@ -8997,13 +8993,8 @@ def _swap(menu: Menu, **changes: Any) -> Menu:
     return menu._replace(frames=menu.frames[:-1] + (menu.front._replace(**changes),))
 
 
-def _document(menu: Menu, frame: Optional[Frame] = None) -> Json:
-    """The document that a screen works on."""
-    return menu.draft if (frame or menu.front).is_draft else menu.document
-
-
 def _at(menu: Menu, place: Place) -> Any:
-    return look_at(_document(menu), place)[0]
+    return look_at(menu.document, place)[0]
 
 
 def _ids(menu: Menu, place: Place) -> List[str]:
@@ -9016,10 +9007,8 @@ def _model_ids(raw: Json) -> List[str]:
 
 
 def _apply(menu: Menu, edit: Callable[..., Edit], *args: Any) -> Menu:
-    """Change the document that the front screen works on."""
-    document, notes = edit(_document(menu), *args)
-    if menu.front.is_draft:
-        return menu._replace(draft=document)
+    """Change the document, which undo can take back."""
+    document, notes = edit(menu.document, *args)
     if document == menu.document:
         return menu
     return menu._replace(document=document, past=menu.past[-199:] + (menu.document,), note="; ".join(notes))
@@ -9103,12 +9092,7 @@ def _pick_further(menu: Menu, item: Any) -> Menu:
 
 
 def _back(menu: Menu, item: Any = None) -> Menu:
-    if len(menu.frames) == 1:
-        return _leave(menu)
-    if not (menu.front.screen == "provider" and menu.front.is_draft):
-        return _pop(menu)
-    rows = Row(("Go on with it",), ""), Row(("Drop it",), _pop, "what was typed is lost")
-    return _choose(menu, "The provider is not added yet", rows)
+    return _pop(menu) if len(menu.frames) > 1 else _leave(menu)
 
 
 def _leave(menu: Menu, item: Any = None) -> Menu:
@@ -9270,47 +9254,54 @@ def _preset_rows(menu: Menu) -> List[Row]:
     return [*rows, Row(("Another one", "", "any provider, by its URL"), (Preset("", "", "", ""), ""))]
 
 
-def _start_draft(menu: Menu, chosen: Tuple[Preset, str]) -> Menu:
+def _start_provider(menu: Menu, chosen: Tuple[Preset, str]) -> Menu:
+    """A new provider: what is known of it needs no question."""
     preset, variable = chosen
+    if not preset.id:
+        return _describe_provider(menu, {"models": ["*"]}, preset, ("id", "baseUrl", "apiKey", "models"))
     taken = [_id_of(entry).lower() for entry in _at(menu, ("providers",))]
     names = [preset.id, *("%s%d" % (preset.id, i) for i in range(2, len(taken) + 3))]
-    name = next(name for name in names if name not in taken or not name)
-    more = {"name": preset.name, "baseUrlByFormat": preset_urls(preset), "apiKeyEnv": variable, "models": ["*"]}
-    raw = {"id": name, **{key: value for key, value in more.items() if value}}
-    draft: Json = {"providers": [raw]}
-    if preset.model:
-        draft["defaultModel"] = "%s/%s" % (name, preset.model)
+    raw = {"id": next(name for name in names if name not in taken), "name": preset.name}
+    raw.update({"baseUrlByFormat": preset_urls(preset), "models": ["*"]}, **{"apiKeyEnv": variable} if variable else {})
     needs_key = preset.keys and not variable
-    fields = _FIELD_ORDER["provider"]
-    at = fields.index("apiKey") if needs_key else len(fields) if preset.id else 0
-    lead = "" if preset.id else "It needs an id, a base URL and usually a key, in apiKey or apiKeyEnv."
-    lead = "Get a key at " + preset.keys_at if needs_key else lead
-    return _push(menu._replace(draft=draft), "provider", "New provider", ("providers", 0), at, True, lead=lead)
+    return _describe_provider(menu, raw, preset, ("apiKey", "models") if needs_key else ("models",))
 
 
-def _add_draft(menu: Menu) -> Menu:
-    raw = _at(menu, menu.front.place)
-    raw = {key: raw[key] for key in SPELLINGS["provider"] if key in raw}  # in the usual order
-    first = next((name for name in _model_ids(raw) if name != "*"), "")
-    default = as_text(menu.draft.get("defaultModel")) or (first and "%s/%s" % (_id_of(raw), first))
-    at = len(look_at(menu.document, ("providers",))[0])
-    new = menu._replace(frames=(Frame("home"), Frame("providers", at=at)), draft={})
-    new = _apply(new, add_provider, raw, default)
-    return new._replace(note=new.note + "; t tests it, s saves")
+def _describe_provider(menu: Menu, raw: Json, preset: Preset, keys: Sequence[str]) -> Menu:
+    """Ask for these fields of a new provider, one after the other; with the last answer it is added."""
+    others = _at(menu, ("providers",))
+    if not keys:
+        raw = {key: raw[key] for key in SPELLINGS["provider"] if key in raw}  # in the usual order
+        model = next((name for name in _model_ids(raw) if name != "*"), preset.model)
+        default = model and "%s/%s" % (_id_of(raw), model)
+        new = _apply(_swap(_pop(menu), at=len(others)), add_provider, raw, default)
+        return new._replace(note=new.note + "; t tests it, s saves")
+    field = _FIELD_OF["provider"][keys[0]]
+
+    def put(menu: Menu, value: Any) -> Menu:
+        if not value and field.key != "apiKey":
+            raise UsageError("%s: nothing was given" % field.key)
+        document = dict(menu.document, providers=[*others, raw])
+        new, _ = set_field(document, ("providers", len(others)), field.key, value or None)
+        return _describe_provider(menu, new["providers"][-1], preset, keys[1:])
+
+    if field.kind == "[model]":
+        return _list_models(menu, raw, put)
+    title = " of ".join(filter(None, (field.key, preset.name or _id_of(raw))))
+    lead = "Get a key at " + preset.keys_at if preset.keys else field.help
+    return _ask(menu, title, lambda menu, text: put(menu, text.strip()), lead, hidden=field.kind == "secret")
 
 
 def _switch(menu: Menu, place: Place) -> Menu:
-    raw, _ = look_at(_document(menu), place)
-    return _apply(menu, set_field, place, "enabled", None if _is_off(raw) else False)
+    return _apply(menu, set_field, place, "enabled", None if _is_off(_at(menu, place)) else False)
 
 
 def _move(menu: Menu, place: Place, step: int = 1) -> Menu:
     return _swap(_apply(menu, move_entry, place, step), at=max(0, menu.front.at + step))
 
 
-def _alone(menu: Menu, place: Place) -> Json:
+def _alone(raw: Json) -> Json:
     """A document of one provider alone, so that the host may ask it something before anything is saved."""
-    raw = _at(menu, place[:2])
     return {"providers": [dict(raw, models=_model_ids(raw) or ["*"], enabled=True)]}
 
 
@@ -9324,7 +9315,7 @@ def _test(menu: Menu, place: Place) -> Menu:
         rows += [Row(("Keep what was learned",), learned, json.dumps(learned))] if learned else []
         return _push(menu, "test", title, place, rows=tuple(rows), lead=words)
 
-    return _run(menu, "Testing", heard, "test", _alone(menu, place))
+    return _run(menu, "Testing", heard, "test", _alone(_at(menu, place)))
 
 
 _PROBE_STATES = {"ok": "ok", "tentative": "warning", "no": "error"}
@@ -9339,38 +9330,36 @@ def _keep(menu: Menu, learned: Json) -> Menu:
 
 # ----- forms: one row per field -----
 
-# What comes first in a form; of a new provider and of the configuration itself it is all there is.
+# What comes first in a form; of the configuration itself it is all there is.
 _FIELD_ORDER = {
     "provider": ("id", "name", "baseUrl", "baseUrlByFormat", "formats", "apiKeyEnv", "apiKey", "models"),
     "config": ("corsOrigins", "allowedHosts"),
 }
 
 
-def _form_fields(frame: Frame, kind: str, raw: Json) -> List[Field]:
-    if frame.place[-1:] == ("headers",):
+def _form_fields(place: Place, kind: str, raw: Json) -> List[Field]:
+    if place[-1:] == ("headers",):
         kinds = {name: "header" if name.lower() in _PLAIN_HEADERS else "secret" for name in raw}
         return [Field(name, kinds[name], "sent with every request") for name in raw]
     if not kind:
         return [Field(wire, "url", "for the format " + wire) for wire in WIRES]
     rows = {field.key: field for field in FIELDS[kind]}
     names = _FIELD_ORDER.get(kind, ())
-    return [rows[name] for name in (names if frame.is_draft or kind == "config" else dict.fromkeys((*names, *rows)))]
+    return [rows[name] for name in (names if kind == "config" else dict.fromkeys((*names, *rows)))]
 
 
 def _form_rows(menu: Menu) -> List[Row]:
-    frame = menu.front
-    raw, kind = look_at(_document(menu), frame.place)
-    under = "" if kind else str(frame.place[-1])
+    place = menu.front.place
+    raw, kind = look_at(menu.document, place)
+    under = "" if kind else str(place[-1])
     rows = []
-    for field in _form_fields(frame, kind, raw):
+    for field in _form_fields(place, kind, raw):
         value = get_field(raw, kind, field.key) if kind else raw.get(field.key)
         value = True if value is None and field.kind == "flag" else value
         shown = _in_words(mask_document({field.key: value}, under)[field.key])
         is_set = field.kind == "variable" and value in menu.facts.variables
         state = "ok" if is_set else "off" if field.key == "enabled" and _is_off(raw) else ""
         rows.append(Row((field.key, shown), (field, value), field.help, state))
-    if frame.is_draft and kind == "provider":
-        rows.append(Row(("Add this provider",), (), "into the configuration; saved when you save it"))
     return rows
 
 
@@ -9382,22 +9371,18 @@ def _in_words(value: Any) -> str:
     return ("no", "yes")[value] if isinstance(value, bool) else "" if value is None else str(value)
 
 
-def _edit_field(menu: Menu, item: Tuple[Any, ...]) -> Menu:
-    if not item:
-        return _add_draft(menu)
+def _edit_field(menu: Menu, item: Tuple[Field, Any]) -> Menu:
     field, value = item
 
     def put(menu: Menu, value: Any) -> Menu:
-        is_none = value in ("", []) and field.kind != "[model]"  # an empty list of models is told as one
-        new = _apply(menu, set_field, menu.front.place, field.key, None if is_none else value)
-        title = str(value) if field.key == "id" and not new.front.is_draft else new.front.title
-        return _swap(new, at=new.front.at + new.front.is_draft, title=title)  # a draft's form goes on to its next field
+        new = _apply(menu, set_field, menu.front.place, field.key, None if value in ("", []) else value)
+        return _swap(new, title=str(value)) if field.key == "id" else new
 
     return _EDITORS.get(field.kind, _edit_text)(menu, field, value, put)
 
 
-def _clear_field(menu: Menu, item: Tuple[Any, ...]) -> Menu:
-    return _apply(menu, set_field, menu.front.place, item[0].key, None) if item else menu
+def _clear_field(menu: Menu, item: Tuple[Field, Any]) -> Menu:
+    return _apply(menu, set_field, menu.front.place, item[0].key, None)
 
 
 def _edit_text(menu: Menu, field: Field, value: Any, put: Any) -> Menu:
@@ -9423,10 +9408,9 @@ def _edit_secret(menu: Menu, field: Field, value: Any, put: Any) -> Menu:
     return _ask(menu, field.key, then, "%s. %s" % (field.help, now), hidden=True)
 
 
-def _list_models(menu: Menu, then: Any) -> Menu:
-    """Let models be picked from what the provider lists; they are typed where it lists none, or nobody waits for it."""
-    document = _alone(menu, menu.front.place)
-    now = _model_ids(_at(menu, menu.front.place[:2]))
+def _list_models(menu: Menu, raw: Json, then: Any) -> Menu:
+    """Let models be picked from what a provider lists; they are typed where it lists none, or nobody waits for it."""
+    now = _model_ids(raw)
     typed = lambda menu, text: then(menu, read_typed("[name]", text))  # noqa: E731
     below = _ask(menu, "models", typed, "Models, with commas between; * for any.", ", ".join(now))
 
@@ -9435,7 +9419,7 @@ def _list_models(menu: Menu, then: Any) -> Menu:
             raise UsageError("it lists no models")
         return _pick(_pop(menu), "models", ["*", *names], now, then, "* passes any model through.")
 
-    return _run(below, "Asking for its models", heard, "models", document)
+    return _run(below, "Asking for its models", heard, "models", _alone(raw))
 
 
 def _edit_choice(names: Sequence[str]) -> Any:
@@ -9450,9 +9434,7 @@ def _open_form(menu: Menu, field: Field, value: Any, put: Any) -> Menu:
 _EDITORS: Dict[str, Callable[[Menu, Field, Any, Any], Menu]] = {  # by a field's kind; all others are typed
     "flag": lambda menu, field, value, put: _switch(menu, menu.front.place),
     "secret": _edit_secret,
-    "[model]": lambda menu, field, value, put: (
-        _list_models(menu, put) if menu.front.is_draft else _go("models", field.key)(menu)
-    ),
+    "[model]": lambda menu, field, value, put: _go("models", field.key)(menu),
     "wire": _edit_choice(WIRES),
     "auth_type": _edit_choice(AUTH_TYPES),
     "[wire]": lambda menu, field, value, put: _pick(menu, field.key, WIRES, as_list(value), put, field.help),
@@ -9494,7 +9476,7 @@ def _add_models(menu: Menu, item: Any) -> Menu:
     def put(menu: Menu, names: Sequence[str]) -> Menu:
         return _apply(menu, upsert_provider, ProviderChange(owner, models=names)) if names else menu
 
-    return _list_models(menu, put)
+    return _list_models(menu, _at(menu, menu.front.place[:2]), put)
 
 
 def _refs(menu: Menu) -> List[str]:
@@ -9681,7 +9663,7 @@ SCREENS: Dict[str, Screen] = {
         "d remove": lambda menu, place: _apply(menu, remove_provider, *_ids(menu, place)),
         **_ENTRY_KEYS,
     }, empty="No providers yet: press a to add one."),
-    "presets": Screen("Add a provider", _preset_rows, {"enter choose": _start_draft}, "Who is it?"),
+    "presets": Screen("Add a provider", _preset_rows, {"enter choose": _start_provider}, "Who is it?"),
     "provider": Screen("Provider", _form_rows, {
         "enter edit": _edit_field, "t test": lambda menu, item: _test(menu, menu.front.place), **_FORM_KEYS,
     }),

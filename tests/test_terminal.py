@@ -60,8 +60,8 @@ def test_without_a_terminal_the_masked_summary_is_shown_and_nothing_waits(home, 
 
 def test_the_menu_as_prompts_adds_a_provider_and_saves_it(home):
     (home / ".llm-router.json").unlink()
-    # Providers, add, Ollama, Add this provider, save, Save these changes, quit
-    lines = ["1", "a", "13", "9", "s", "1", "q"]
+    # Providers, add, Ollama, any model, save, Save these changes, quit
+    lines = ["1", "a", "13", "*", "s", "1", "q"]
     done = run(home, "config", "--prompts", stdin="\n".join(lines) + "\n")
     assert done.returncode == 0, done.stderr
     assert stored(home)["providers"][0]["id"] == "ollama"
