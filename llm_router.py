@@ -4670,7 +4670,7 @@ def _added_tools(messages: List[Any]) -> List[Json]:
     """The tools that are defined in mid-conversation (BetaToolChangeToolDefinitionParam)."""
     parts = [as_dict(part) for turn in messages for part in as_list(as_dict(turn).get("content"))]
     added = [as_dict(part.get("tool")).get("definition") for part in parts if part.get("type") == "tool_addition"]
-    return list(filter(as_dict, added))
+    return list({as_text(tool.get("name")): tool for tool in map(as_dict, added) if tool}.values())
 
 
 def _without(item: Mapping[str, Any], *keys: str) -> Json:
@@ -5593,7 +5593,8 @@ def parse_responses_request(body: Json) -> ChatRequest:
     text, reasoning, source = said["text"] or {}, said["reasoning"], said["input"] or []
     source = [{"role": "user", "content": source}] if isinstance(source, str) else source
     items = [check_field(item, (dict,), "input[%d]" % index) for index, item in enumerate(source)]
-    added = [tool for item in items if item.get("type") == "additional_tools" for tool in as_list(item.get("tools"))]
+    adding = [item for item in items if item.get("type") in ("additional_tools", "tool_search_output")]
+    added = [tool for item in adding for tool in as_list(item.get("tools"))]
     tools = _responses_tools(as_list(body.get("tools")) + added)
     choice, tools = _responses_choice(body.get("tool_choice"), tools)
     turns = _responses_turns(items, _responses_flat_names(tools))
@@ -5712,21 +5713,24 @@ def _responses_thinking(item: Json, bag: Mapping[str, Any]) -> Thinking:
 
 def _responses_tools(tools: List[Any]) -> List[Tool]:
     """The tools that a client runs: functions (flat; Chat's nested shape is taken, too: trap 66), custom tools, and the
-    members of a namespace (SDK: NamespaceTool) under flat names, "space__name"."""
-    result: List[Tool] = []
+    members of a namespace (SDK: NamespaceTool) under flat names, "space__name". One told twice, deferred and found by a
+    search, is one."""
+    result: Dict[Tuple[str, str], Tool] = {}
     used = {as_text(as_dict(tool).get("name")) for tool in tools}
     for index, tool in enumerate(map(as_dict, tools)):
         kind, space = as_text(tool.get("type")), as_text(tool.get("name"))
         if kind == "namespace":
-            for member in _responses_tools(as_list(tool.get("tools"))):
+            members = _responses_tools(as_list(tool.get("tools")))
+            for member in (member for member in members if (space, member.name) not in result):
                 bag = {**own_extra(member, _RESPONSES), "namespace": space, "name": member.name}
                 flat = unique_id("%s__%s" % (space, member.name), used)
-                result.append(member._replace(name=flat, extra={_RESPONSES: bag}))
+                result[space, member.name] = member._replace(name=flat, extra={_RESPONSES: bag})
         elif kind in ("function", "custom"):
             known = (kind, "type", "name", "description", "parameters", "strict", "format")
             parsed = _chat_tool({key: tool[key] for key in known if key in tool}, "tools[%d]" % index)
-            result.append(parsed._replace(extra=rest_of(own_extra(parsed, _CHAT), (), _RESPONSES)))
-    return result
+            parsed = parsed._replace(extra=rest_of(own_extra(parsed, _CHAT), (), _RESPONSES))
+            result.setdefault(("", parsed.name), parsed)
+    return list(result.values())
 
 
 def _responses_bags(tools: Iterable[Tool]) -> Dict[str, Json]:

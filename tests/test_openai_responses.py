@@ -978,6 +978,15 @@ def test_a_custom_tool_of_a_namespace_keeps_its_grammar_and_leaves_nothing_else_
     assert "start: LINE" in tool["function"]["description"]
 
 
+def test_tools_that_a_client_s_search_found_are_tools_and_none_is_told_twice():
+    found = [{**FUNCTION, "description": "again"}, {**FUNCTION, "name": "late"}, NAMESPACE, {**NAMESPACE, "name": "b"}]
+    search = {"type": "tool_search_output", "call_id": "s", "execution": "client", "tools": found}
+    body = {"model": "m", "input": [{"role": "user", "content": "hi"}, search], "tools": [FUNCTION, NAMESPACE]}
+    tools = parse_responses_request(body).tools
+    assert [tool.name for tool in tools] == ["look", "team__spawn", "late", "b__spawn"]
+    assert tools[0].description == FUNCTION["description"]
+
+
 def test_namespaced_names_stay_unique():
     clash = {**FUNCTION, "name": "team__spawn"}
     names = [tool.name for tool in parse_responses_request({"input": "x", "tools": [clash, NAMESPACE]}).tools]
