@@ -3170,9 +3170,11 @@ def tool_grammar(tool: Tool) -> Tuple[str, str]:
     return "", ""
 
 
-def custom_as_function(tool: Union[Tool, ToolCall]) -> Any:
+def custom_as_function(tool: Any) -> Any:
     """A custom tool, or a call of one (free text), as that of a function of one string, `input`; the grammar goes into
-    the description (trap 60)."""
+    the description (trap 60). Any other tool or block as it is."""
+    if getattr(tool, "kind", "") != "custom":
+        return tool
     if isinstance(tool, ToolCall):
         return tool._replace(arguments=json.dumps({"input": tool.arguments}), kind="function")
     syntax, definition = tool_grammar(tool)
@@ -6442,7 +6444,9 @@ def render_request(request: ChatRequest, target: str) -> Json:
     # No tokens at all are Anthropic's way to warm its cache; others refuse that.
     limit = request.max_tokens if request.max_tokens != 0 else 1
     request = request._replace(messages=tidy_messages(request.messages), max_tokens=limit)
-    return WIRE_FORMATS[target].render_request(request if target == "responses" else _without_customs(request))
+    # Few servers of the other formats know tools of free text.
+    request = request if target == "responses" else map_request(request, custom_as_function)
+    return WIRE_FORMATS[target].render_request(request)
 
 
 def parse_answer(body: Json, source: str, context: Context) -> ChatResponse:
@@ -6520,15 +6524,6 @@ def shorten_tools(request: ChatRequest) -> ChatRequest:
 
     choice = request.tool_choice and request.tool_choice._replace(name=short_tool_name(request.tool_choice.name))
     return map_request(request, renamed)._replace(tool_choice=choice)
-
-
-def _without_customs(request: ChatRequest) -> ChatRequest:
-    """Free-text tools as functions, since few servers of the other formats know them (trap 60)."""
-
-    def plain(value: Any) -> Any:
-        return custom_as_function(value) if getattr(value, "kind", "") == "custom" else value
-
-    return map_request(request, plain)
 
 
 class ToolRestorer:
@@ -6751,13 +6746,9 @@ def make_processor(
     return kind(source, target, context, limit, secrets)
 
 
-def _split_events(whole: bytes) -> Iterator[bytes]:
-    start = 0
-    for match in _BLANK_LINE.finditer(whole):
-        yield whole[start : match.end()]
-        start = match.end()
-    if start < len(whole):
-        yield whole[start:]
+def _split_events(whole: bytes) -> List[bytes]:
+    ends = [0, *(match.end() for match in _BLANK_LINE.finditer(whole)), len(whole)]
+    return [whole[start:end] for start, end in zip(ends, ends[1:]) if start < end]
 
 
 def _is_complete(rest: bytes) -> bool:
