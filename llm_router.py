@@ -11226,7 +11226,7 @@ def _lock_descriptor(descriptor: int) -> bool:
 _READ_BYTES = 65_536  # from 128 KB on malloc maps fresh pages for every read, which costs 15 us however little comes
 _PAUSE_BYTES = 1 << 20
 _ABORT_AGAIN_S = 0.05
-_NEXT_ADDRESS_S = 0.25
+_NEXT_ADDRESS_S = 1.0
 _LINGER_S = 2.0
 
 
@@ -11292,68 +11292,28 @@ class Dial:
             self.sock.do_handshake()
 
     def _open(self, address: Tuple[str, int], timeout: float, source: Any = None) -> Any:
-        """A socket to the first of the host's addresses that answers. Each is asked a quarter of a second after the one
-        before, or at its failure, so that IPv6 that leads nowhere costs no more than that (RFC 8305)."""
-        import selectors
+        """A socket to the first of the host's addresses that answers. Each but the last has a moment for that, so that
+        IPv6 that leads nowhere costs no more."""
         import socket
 
-        failure, until = OSError("the name has no address"), time.monotonic() + timeout
+        failure = OSError("the name has no address")
         places = socket.getaddrinfo(address[0], address[1], 0, socket.SOCK_STREAM)
-        with selectors.DefaultSelector() as asked:
+        for at, (family, kind, proto, _, place) in enumerate(places, 1):
+            self._check()
             try:
-                while places or asked.get_map():
-                    self._check()
-                    if time.monotonic() > until:
-                        raise TimeoutError("timed out")
-                    try:
-                        if places:
-                            _ask_address(asked, *places.pop(0))
-                        self.sock = _first_connected(asked)
-                    except OSError as error:
-                        failure = error
-                    if self.sock is not None:
-                        self.sock.settimeout(timeout)
-                        return self.sock
-            finally:
-                for key in list(asked.get_map().values()):
-                    key.fileobj.close()
+                self.sock = socket.socket(family, kind, proto)
+                self.sock.settimeout(timeout if at == len(places) else min(timeout, _NEXT_ADDRESS_S))
+                self.sock.connect(place)
+                self.sock.settimeout(timeout)
+                return self.sock
+            except OSError as error:
+                failure = error
+                self.close()
         raise failure
 
     def _check(self) -> None:
         if self.is_aborted:
             raise OSError("the request was cancelled")
-
-
-def _ask_address(asked: Any, family: int, kind: int, proto: int, _: str, place: Any) -> None:
-    """Begin to connect to one address; `asked` is the selector that learns of the end. OSError."""
-    import selectors
-    import socket
-
-    sock = socket.socket(family, kind, proto)
-    sock.setblocking(False)
-    try:
-        sock.connect(place)
-    except BlockingIOError:
-        pass  # under way
-    except OSError:
-        sock.close()
-        raise
-    asked.register(sock, selectors.EVENT_WRITE)
-
-
-def _first_connected(asked: Any) -> Any:
-    """The first socket that connects within the moment that the next address has to wait, or None. OSError when one of
-    them fails."""
-    import socket
-
-    for key, _ in asked.select(_NEXT_ADDRESS_S):
-        asked.unregister(key.fileobj)
-        code = key.fileobj.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        if not code:
-            return key.fileobj
-        key.fileobj.close()
-        raise OSError(code, os.strerror(code))
-    return None
 
 
 def _dial_error(error: Exception, where: str) -> RouterError:
@@ -14902,8 +14862,10 @@ def show_step(step: CloudStep, base: str, secrets: Iterable[str]) -> Json:
         shown: Json = {"name": part.name, "type": part.type, "bytes": len(part.data)}
         if part.name.endswith(".py"):
             shown["sha256"] = hashlib.sha256(part.data).hexdigest()
+        elif part.type == "application/json":
+            shown["content"] = hide(json.loads(part.data))
         else:
-            shown["content"] = hide(json.loads(part.data) if part.type == "application/json" else part.data.decode())
+            shown["lines"] = hide(part.data.decode().splitlines())
         sent.append(shown)
     words = step.words if step.words[0] == "wrangler" else (step.words[0], base + step.words[1])
     return {"for": step.doing, "call": " ".join(words), "sends": sent}
@@ -17311,16 +17273,8 @@ def _find_wrangler(given: Given) -> str:
 
 
 def _show_steps(given: Given, steps: Sequence[CloudStep], secrets: Iterable[str]) -> int:
-    shown = [show_step(step, api_url(given.environ), secrets) for step in steps]
-    lines = []
-    for step in shown:
-        lines.append("%s    # %s" % (step["call"], step["for"]))
-        for part in step["sends"]:
-            content = part.get("content", "sha256 " + part.get("sha256", ""))
-            text = content.rstrip() if isinstance(content, str) else json.dumps(content, indent=2)
-            lines.append("  %s (%s, %d bytes)" % (part["name"] or "body", part["type"], part["bytes"]))
-            lines += ["    " + line for line in text.split("\n")]
-    return given.tell({"steps": shown}, lines)
+    shown = {"steps": [show_step(step, api_url(given.environ), secrets) for step in steps]}
+    return given.tell(shown, [json.dumps(shown, indent=2)])
 
 
 def _reach_cloudflare(given: Given, site: Site, wrangler: str) -> Tuple[Any, Site]:
