@@ -11073,32 +11073,39 @@ def render_document(document: Json) -> bytes:
 def _prepare(path: str) -> str:
     """Where the file really is, its directory made: a symbolic link stays a link, and what it leads to is replaced."""
     target = os.path.realpath(path)
-    try:
-        os.makedirs(os.path.dirname(target), mode=0o700, exist_ok=True)
-        os.lstat(target)  # a link that is still there leads round in a circle
-    except FileNotFoundError:
-        return target
-    except OSError as error:
-        raise FileError("cannot use %s: %s" % (one_line(path), error.strerror or error)) from None
-    if not os.path.isfile(target):
+    make_folder(os.path.dirname(target))
+    if os.path.lexists(target) and not os.path.isfile(target):  # a link that is still there leads round in a circle
         raise FileError("%s is not a regular file" % one_line(path))
     return target
 
 
+def make_folder(path: str) -> None:
+    """Make a folder, its owner's only, with all above it, unless it is there. FileError."""
+    try:
+        os.makedirs(path, mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise FileError("cannot make %s: %s" % (one_line(path), error.strerror or error)) from None
+
+
 def write_private(
-    target: str, data: bytes, expected: Optional[bytes] = None, backup: bool = False, durable: bool = True
+    target: str,
+    data: bytes,
+    expected: Optional[bytes] = None,
+    backup: bool = False,
+    durable: bool = True,
+    mode: int = 0o600,
 ) -> bool:
-    """Replace the file `target` by `data`: whole or not at all, readable by its owner only, when `durable` safe against
-    power loss, which may take a tenth of a second.
+    """Replace the file `target` by `data`: whole or not at all, with `mode`, that is readable by its owner only, when
+    `durable` safe against power loss, which may take a tenth of a second.
 
     With `backup`, `expected` (what the file held, None when there was none) is kept as target + ".bak", and False is
     returned, nothing done, when the file holds something else by now. FileError when writing fails.
     """
     written: Dict[str, str] = {}  # where a complete file waits -> where it belongs
     try:
-        written[_write_temporary(target, data, durable)] = target
+        written[_write_temporary(target, data, durable, mode)] = target
         if expected is not None and backup:
-            written[_write_temporary(target + ".bak", expected)] = target + ".bak"
+            written[_write_temporary(target + ".bak", expected, durable, mode)] = target + ".bak"
         if backup and read_bytes(target)[0] != expected:
             return False
         for temporary in reversed(list(written)):
@@ -11120,8 +11127,8 @@ def write_private(
     return True
 
 
-def _write_temporary(target: str, data: bytes, durable: bool = True) -> str:
-    """A new file beside `target`, 0600 from the start, complete, if `durable` on the disk; its path. OSError if not."""
+def _write_temporary(target: str, data: bytes, durable: bool, mode: int) -> str:
+    """A new file beside `target`, 0600 until it is complete, if `durable` on the disk; its path. OSError if not."""
     import secrets
 
     path = "%s.%s.tmp" % (target, secrets.token_hex(6))
@@ -11132,6 +11139,8 @@ def _write_temporary(target: str, data: bytes, durable: bool = True) -> str:
             file.flush()
             if durable:
                 os.fsync(file.fileno())
+        if mode != 0o600:
+            os.chmod(path, mode)
     except BaseException:
         _remove(path)
         raise
@@ -14362,10 +14371,12 @@ def update_file(target: str, source: str) -> Update:
         compile(data, "release", "exec", dont_inherit=True)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise RouterError("the release is not a Python program: %s" % one_line(str(error), 120)) from None
-    old = read_bytes(target)[0] or b""
-    if old == data:
-        return Update(__version__, __version__, False)
-    after = _replace_program(target, old, data)
+    old = read_bytes(target)[0]
+    after = __version__ if old == data else _check_version(data)
+    if after != __version__:
+        mode = os.stat(target).st_mode & 0o777
+        if not write_private(target, data, expected=old, backup=True, mode=mode):
+            raise FileError("another program is changing %s; it is not updated" % one_line(target, 160))
     return Update(__version__, after, after != __version__)
 
 
@@ -14451,47 +14462,36 @@ def _check_digest(data: bytes, source: str) -> None:
         raise RouterError("the release is not what its .sha256 says: nothing was changed", 502, "wrong_digest")
 
 
-def _replace_program(target: str, old: bytes, data: bytes) -> str:
-    """Put the release in the place of `target` if it runs and is newer; its version."""
-    import shutil
+def _check_version(data: bytes) -> str:
+    """What a release answers to --version, run alone. RouterError when it is older than this one or does not run."""
+    import tempfile
 
-    fresh = kept = ""
-    try:
-        fresh = _write_temporary(target, data)
-        version = _version_of(fresh)
-        if version != __version__:
-            found, own = ([int(number) for number in re.findall(r"\d+", text)] for text in (version, __version__))
-            if found < own:
-                words = one_line(version, 40), __version__
-                raise RouterError("the release %s is older than %s: nothing was changed" % words)
-            kept = _write_temporary(target + ".bak", old)
-            shutil.copymode(target, fresh)
-            shutil.copymode(target, kept)
-            os.replace(kept, target + ".bak")
-            os.replace(fresh, target)
-        return version
-    except OSError as error:
-        words = one_line(target, 160), error.strerror or error
-        raise FileError("cannot replace %s: %s; it is unchanged" % words) from None
-    finally:
-        for path in filter(None, (fresh, kept)):
-            _remove(path)
+    with tempfile.TemporaryDirectory(prefix="llm-router-") as folder:
+        path = os.path.join(folder, "llm_router.py")
+        write_private(path, data, durable=False)
+        said = run_tool([sys.executable, "-I", path, "--version"], 60)[1]
+    found = re.match(r"llm-router (\d+(?:\.\d+)*\S*)\s*$", said, re.MULTILINE)
+    if found is None:
+        raise RouterError("the release does not run here: its --version gave no answer", 502, "bad_release")
+    version = found.group(1)
+    theirs, ours = ([int(number) for number in re.findall(r"\d+", text)] for text in (version, __version__))
+    if theirs < ours:
+        words = one_line(version, 40), __version__
+        raise RouterError("the release %s is older than %s: nothing was changed" % words)
+    return version
 
 
-def _version_of(path: str) -> str:
-    """What a program answers to --version, run alone. RouterError when that is not llm-router's answer."""
+def run_tool(argv: Sequence[str], limit_s: float, data: bytes = b"", **where: Any) -> Tuple[int, str]:
+    """(exit code, output and errors) of another program that gets `data` over stdin; 127 when it is missing or hangs.
+    where: cwd, env."""
     import subprocess
 
     try:
-        line = [sys.executable, "-I", path, "--version"]
-        how: Dict[str, Any] = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True, "timeout": 60}
-        done = subprocess.run(line, check=False, **how)  # noqa: S603  checked above
-        found = re.fullmatch(r"llm-router (\d+(?:\.\d+)*\S*)\s*", done.stdout)
-    except (subprocess.TimeoutExpired, UnicodeDecodeError):
-        found = None
-    if found is None:
-        raise RouterError("the release does not run here: its --version gave no answer", 502, "bad_release")
-    return found.group(1)
+        how = {"input": data, "capture_output": True, "timeout": limit_s, **where}
+        done = subprocess.run(argv, check=False, **how)  # noqa: S603  a table's, this file or one on the PATH
+    except (OSError, subprocess.TimeoutExpired):
+        return 127, "%s is missing or hangs" % one_line(argv[0], 160)
+    return done.returncode, (done.stdout + done.stderr).decode("utf-8", "replace")  # Windows has its own code pages
 
 
 # ==============================================================================
@@ -14500,6 +14500,7 @@ def _version_of(path: str) -> str:
 
 SERVICE_NAME = "llm-router"
 _LAUNCHD_LABEL = "org.llm-router"
+_SERVICE_S = 30.0
 _SERVICE_VARIABLES = "HTTPS_PROXY HTTP_PROXY ALL_PROXY NO_PROXY SSL_CERT_FILE SSL_CERT_DIR LLM_ROUTER_CA_BUNDLE".split()
 
 
@@ -14577,11 +14578,7 @@ def _windows_task(argv: Sequence[str]) -> Service:
 def install_service(service: Service) -> Tuple[List[str], str]:
     """Write the service's file and start it; what `_give` returns. FileError when the file cannot be written."""
     if service.path:
-        try:
-            os.makedirs(os.path.dirname(service.path), mode=0o700, exist_ok=True)
-        except OSError as error:
-            words = one_line(service.path), error.strerror or error
-            raise FileError("cannot write %s: %s" % words) from None
+        make_folder(os.path.dirname(service.path))
         write_private(service.path, service.text.encode())
     return _give(service.install)
 
@@ -14598,7 +14595,7 @@ def service_state(service: Service) -> str:
     """`not installed`, or what the platform's tool says."""
     if service.path and not os.path.exists(service.path):
         return "not installed"
-    code, said = _call(service.status)
+    code, said = run_tool(service.status, _SERVICE_S)
     words = one_line(said.strip(), 300) or "code %d" % code
     return "installed, state unknown: " + words if code and service.path and " " in words else words
 
@@ -14608,22 +14605,10 @@ def _give(commands: Sequence[Tuple[str, ...]]) -> Tuple[List[str], str]:
     import shlex
 
     for at, command in enumerate(commands):
-        code, said = _call(command)
+        code, said = run_tool(command, _SERVICE_S)
         if code:
             return [shlex.join(words) for words in commands[at:]], one_line(said.strip(), 300)
     return [], ""
-
-
-def _call(command: Sequence[str]) -> Tuple[int, str]:
-    """(exit code, output) of a platform's tool; 127 when it is missing or hangs."""
-    import subprocess
-
-    try:
-        how: Dict[str, Any] = {"stdin": subprocess.DEVNULL, "capture_output": True, "timeout": 30}
-        done = subprocess.run(command, check=False, **how)  # noqa: S603  our table
-    except (OSError, subprocess.TimeoutExpired):
-        return 127, "%s is missing or hangs" % command[0]
-    return done.returncode, (done.stdout or done.stderr).decode("utf-8", "replace")  # Windows has its own code pages
 
 
 # ==============================================================================
@@ -14789,10 +14774,7 @@ def project_files(site: Site) -> Dict[str, bytes]:
 
 def write_project(folder: str, site: Site) -> List[str]:
     """Write the project into a folder, which is made; the paths. FileError when it cannot be written."""
-    try:
-        os.makedirs(folder, exist_ok=True)
-    except OSError as error:
-        raise FileError("cannot make %s: %s" % (one_line(folder), error.strerror or error)) from None
+    make_folder(folder)
     files = project_files(site)
     for name, data in files.items():
         write_private(os.path.join(folder, name), data)
@@ -15022,22 +15004,17 @@ class Wrangler:
     def call(self, step: CloudStep, site: Site) -> str:
         """What a call printed; it is made in a folder with the project, which is gone afterwards. CloudflareError with
         its last words when it failed."""
-        import subprocess
         import tempfile
 
         data = b"".join(part.data for part in step.parts if not part.name)
-        line = [self._program, *step.words[1:]]
-        how: Dict[str, Any] = {"capture_output": True, "env": self._environ, "timeout": _WRANGLER_S}
-        try:
-            with tempfile.TemporaryDirectory(prefix="llm-router-") as folder:
-                write_project(folder, site)
-                done = subprocess.run(line, input=data, check=False, cwd=folder, **how)  # noqa: S603  on the PATH
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise CloudflareError("cannot run %s: %s" % (one_line(self._program), error)) from None
-        said = re.sub("\033\\[[0-9;]*m", "", (done.stdout + done.stderr).decode("utf-8", "replace"))
-        if done.returncode:
+        with tempfile.TemporaryDirectory(prefix="llm-router-") as folder:
+            write_project(folder, site)
+            line = [self._program, *step.words[1:]]
+            code, said = run_tool(line, _WRANGLER_S, data, cwd=folder, env=self._environ)
+        said = re.sub("\033\\[[0-9;]*m", "", said)
+        if code:
             lines = [line.strip() for line in said.splitlines() if line.strip() and "Logs were written" not in line]
-            words = " ".join(step.words[:3]), done.returncode, one_line(" | ".join(lines[-8:]), 900)
+            words = " ".join(step.words[:3]), code, one_line(" | ".join(lines[-8:]), 900)
             raise CloudflareError("%s failed (code %d): %s" % words)
         return said
 

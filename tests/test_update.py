@@ -161,12 +161,18 @@ def test_a_folder_that_cannot_be_written_is_said_and_nothing_is_changed(installe
 
 
 def test_a_failure_to_write_leaves_the_file_and_no_rest(installed, monkeypatch):
-    def fail(source, target):
-        raise OSError(28, "No space left on device")
+    replace = os.replace
 
+    def fail(source, target):
+        if Path(target).parent == installed.file.parent:
+            raise OSError(28, "No space left on device")
+        replace(source, target)
+
+    release = installed.home / "release"
+    release.write_bytes(NEWER)
     monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(r.RouterError, match="No space left"):
-        r._replace_program(str(installed.file), SOURCE, NEWER)
+        r.update_file(str(installed.file), str(release))
     assert installed.is_untouched()
 
 
