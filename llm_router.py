@@ -11948,18 +11948,59 @@ class ClientGoneError(RouterError):
         super().__init__("the client has left", 499, "client_gone")
 
 
-class Sink:
+class PingingSink:
+    """What a client's sink is on every host: a stream's head is sent once, a sign of life whenever there is silence."""
+
+    _send_head: Callable[[Headers], None]
+    _send_ping: Callable[[], None]
+
+    def __init__(self, loop: Any) -> None:
+        self.is_open = self.ended = self.host_stops = False
+        self.sent_at = 0.0
+        self._loop = loop
+        self._ping = sse_comment()
+        self._every_s = 0.0
+        self._early_headers: Headers = []
+        self._timer: Any = None
+
+    def keep_alive(self, at: float, every_ms: int, head: Headers) -> None:
+        """From `at` on, whenever `every_ms` pass in silence, send a sign of life; the first one opens the stream with
+        `head`."""
+        if every_ms > 0:
+            self._every_s, self._early_headers, self.sent_at = every_ms / 1000, head, at
+            self._tick()
+
+    def begin(self, headers: Headers, ping: bytes) -> None:
+        """Send the head of a stream, unless a keep-alive has done so."""
+        if not self.is_open:
+            self._send_head(headers)
+        self._ping = ping
+
+    def _tick(self) -> None:
+        if self.ended:
+            return
+        now = self._loop.time()
+        if now - self.sent_at >= self._every_s - 0.001:
+            if not self.is_open:
+                self._send_head(self._early_headers)
+            self._send_ping()
+            self.sent_at = now
+        self._timer = self._loop.call_later(self.sent_at + self._every_s - now, self._tick)
+
+    def _end(self) -> None:
+        self.ended = True
+        if self._timer is not None:
+            self._timer.cancel()
+
+
+class Sink(PingingSink):
     """Where the gateway puts the answer to one request (see GATEWAY for what each method means)."""
 
     def __init__(self, connection: ClientConnection, head: HttpRequest) -> None:
-        self.is_open = self.ended = self.host_stops = False
+        super().__init__(connection.loop)
         self._connection = connection
         self._head = head
         self._chunked = head.version >= (1, 1)
-        self._ping = sse_comment()
-        self._timer: Any = None
-        self._every_s = self._sent_at = 0.0
-        self._early_headers: Headers = []
 
     async def respond(self, status: int, headers: Headers, body: bytes) -> None:
         """Send a whole answer; that a key was wrong is said the later the more often it happens."""
@@ -11976,25 +12017,12 @@ class Sink:
         connection.send(render_response(status, headers, body, head_only=bare, keep_alive=keep_alive, date=date))
         await connection.drain()
 
-    def keep_alive(self, at: float, every_ms: int, head: Headers) -> None:
-        """From `at` on, whenever `every_ms` pass in silence, send a sign of life; the first one opens the stream with
-        `head`."""
-        if every_ms > 0:
-            self._every_s, self._early_headers, self._sent_at = every_ms / 1000, head, at
-            self._timer = self._connection.loop.call_at(at + self._every_s, self._tick)
-
-    def begin(self, headers: Headers, ping: bytes) -> None:
-        """Send the head of a stream, unless a keep-alive has done so."""
-        if not self.is_open:
-            self._send_head(headers)
-        self._ping = ping
-
     def write(self, data: bytes) -> bool:
         """Send a piece of the stream; whether the client is behind with reading."""
         if not data:
             return False
         connection = self._connection
-        self._sent_at = connection.loop.time()
+        self.sent_at = self._loop.time()
         return connection.send(encode_chunk(data) if self._chunked else data)
 
     async def relay(self, reply: Reply, processor: Any, idle_ms: int, left_s: Optional[float]) -> str:
@@ -12021,11 +12049,6 @@ class Sink:
         elif self._chunked:
             self._connection.send(_CONTINUE)
 
-    def _end(self) -> None:
-        self.ended = True
-        if self._timer is not None:
-            self._timer.cancel()
-
     def _send_head(self, headers: Headers) -> None:
         self.is_open = True
         connection = self._connection
@@ -12034,17 +12057,13 @@ class Sink:
         lasts = ("connection", "close" if connection.closes else "keep-alive")
         connection.send(render_head(200, [*headers, *framing, ("date", connection.server.date()), lasts]))
 
+    def _send_ping(self) -> None:
+        if not self._connection.is_blocked():
+            self.write(self._ping)
+
     def _tick(self) -> None:
-        if self.ended or self._connection.is_gone():
-            return
-        loop = self._connection.loop
-        if loop.time() - self._sent_at >= self._every_s - 0.001:
-            self._sent_at = loop.time()
-            if not self.is_open:
-                self._send_head(self._early_headers)
-            if not self._connection.is_blocked():
-                self.write(self._ping)
-        self._timer = loop.call_at(self._sent_at + self._every_s, self._tick)
+        if not self._connection.is_gone():
+            super()._tick()
 
 
 class _Relay:
@@ -12751,6 +12770,27 @@ def _label(text: str) -> str:
     return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
 
 
+class CountingHost:
+    """Those of the gateway's effects that are the same on every host (see GATEWAY). known: the refs that are
+    configured."""
+
+    def __init__(self) -> None:
+        import asyncio
+        import random
+        import secrets
+
+        self.now, self.wall, self.sleep = time.monotonic, time.time, asyncio.sleep
+        self.jitter = random.Random().random  # noqa: S311  it spreads retries, it guards nothing
+        self.counters = Metrics()
+        self.known: Any = ()
+        self.metrics: Callable[[], str] = lambda: self.counters.render({})
+        self._token = secrets.token_hex
+
+    def new_id(self) -> str:
+        """A request id: unique, not guessable."""
+        return "req_" + self._token(12)
+
+
 class Batches:
     """Does `work(is_last)` in a thread of its own, `pause_s` after it was woken, so that there is much to do at once,
     and a last time at the end. What `work` returns: after how many seconds it wants to try again, None for not at all.
@@ -13218,34 +13258,13 @@ class WorkerEnviron:
         return value if isinstance(value, str) else str(js.JSON.stringify(value))
 
 
-class WorkerHost:
+class WorkerHost(CountingHost):
     """The gateway's effects in a Worker (see GATEWAY). Log lines go to the console, as `wrangler tail` shows it."""
 
     def __init__(self, config: Config, settings: Settings) -> None:
-        import random
-        import secrets
-
-        self.now = time.monotonic
-        self.wall = time.time
-        self.jitter = random.Random().random  # noqa: S311  it spreads retries, it guards nothing
-        self._token = secrets.token_hex
+        super().__init__()
+        self.known = frozenset(Routes(config).refs())
         self._settings = settings
-        self._known = frozenset(Routes(config).refs())
-        self.counters = Metrics()
-
-    def new_id(self) -> str:
-        """A request id: unique, not guessable."""
-        return "req_" + self._token(12)
-
-    def metrics(self) -> str:
-        """What this isolate has counted."""
-        return self.counters.render({})
-
-    async def sleep(self, seconds: float) -> None:
-        """Wait."""
-        import asyncio
-
-        await asyncio.sleep(seconds)
 
     async def aside(self, work: Callable[..., Any], *arguments: Any) -> Any:
         """Work at once: an isolate has no other thread."""
@@ -13275,7 +13294,7 @@ class WorkerHost:
 
     def record(self, trail: Trail) -> None:
         """A request has ended: count it and write its line."""
-        self.counters.count(trail, self._known)
+        self.counters.count(trail, self.known)
         if log_level_of(trail) in wanted_levels(self._settings.log_level):
             as_json = self._settings.log_format == "json"
             print(dump_json(log_record(trail)).decode() if as_json else log_line(trail))
@@ -13373,7 +13392,7 @@ class WorkerReply:
         self._control.abort()
 
 
-class WorkerClient:
+class WorkerClient(PingingSink):
     """Where the gateway puts the answer to one request in a Worker (see GATEWAY for what each method means).
 
     call: the request's head. response: a future of the Response, done as soon as there is a head. task: what a client
@@ -13388,20 +13407,17 @@ class WorkerClient:
 
         parts = urlsplit(str(request.url))
         headers: Headers = list(js.Object.fromEntries(request.headers).to_py().items())
+        super().__init__(asyncio.get_event_loop())
         self.call = Call(str(request.method), parts.path or "/", parts.query, headers, self._read_body)
-        self.response = asyncio.get_event_loop().create_future()
+        self.response = self._loop.create_future()
         self.task: Any = None
         self.max_body_bytes = 0
-        self.is_open = self.host_stops = False
         self._request = request
         self._writable: Any = None
         self._writer: Any = None
         self._written: Any = None
         self._ends = ""
-        self._ping = sse_comment()
         self._enqueue: Any = self.write  # a translated stream replaces it while the runtime holds the writer
-        self.sent_at = 0.0
-        self._timer: Any = None
         self._gone = create_proxy(self._on_gone)
         request.signal.addEventListener("abort", self._gone)
 
@@ -13438,40 +13454,16 @@ class WorkerClient:
         """Send a whole answer."""
         from pyodide.ffi import to_js
 
-        self._stop_timer()
+        self._end()
         bare = status == 204 or self.call.method == "HEAD"
         self._answer(status, headers, None if bare else to_js(body))
-
-    def keep_alive(self, at: float, every_ms: int, head: Headers) -> None:
-        """Whenever `every_ms` pass in silence, send a sign of life; the first one opens the stream with `head`."""
-        import asyncio
-
-        self.sent_at, loop, every_s = at, asyncio.get_event_loop(), every_ms / 1000
-
-        def tick() -> None:
-            left_s = self.sent_at + every_s - time.monotonic()
-            if left_s <= 0.001:
-                if not self.is_open:
-                    self._open(head)
-                self._enqueue(self._ping)
-                self.sent_at, left_s = time.monotonic(), every_s
-            self._timer = loop.call_later(left_s, tick)
-
-        if every_ms:
-            tick()
-
-    def begin(self, headers: Headers, ping: bytes) -> None:
-        """Send the head of a stream, unless a keep-alive has done so."""
-        if not self.is_open:
-            self._open(headers)
-        self._ping = ping
 
     def write(self, data: bytes) -> None:
         """Send a piece of the stream."""
         from pyodide.ffi import to_js
 
         if data and self._writer is not None:
-            self.sent_at = time.monotonic()
+            self.sent_at = self._loop.time()
             self._written = self._writer.write(to_js(data))
             self._written.catch(self._gone)
 
@@ -13520,7 +13512,7 @@ class WorkerClient:
 
         from pyodide.ffi import JsException
 
-        self._stop_timer()
+        self._end()
         self._request.signal.removeEventListener("abort", self._gone)
         try:
             if self._written is not None:
@@ -13536,7 +13528,10 @@ class WorkerClient:
             self._answer(500, [], None)
         self._gone.destroy()
 
-    def _open(self, headers: Headers) -> None:
+    def _send_ping(self) -> None:
+        self._enqueue(self._ping)
+
+    def _send_head(self, headers: Headers) -> None:
         import js
 
         pipe = js.IdentityTransformStream.new()
@@ -13554,11 +13549,6 @@ class WorkerClient:
     def _on_gone(self, *_: Any) -> None:
         if self.task is not None and not self._ends:
             self.task.cancel()
-
-    def _stop_timer(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
 
 
 class _Pump:
@@ -13649,28 +13639,16 @@ class StartOptions(NamedTuple):
     debug: bool
 
 
-class LocalHost:
+class LocalHost(CountingHost):
     """The gateway's effects on this machine (see GATEWAY)."""
 
-    def __init__(self, loop: Any, upstreams: Upstreams, log: LogWriter, ring: TrailRing, debug: bool) -> None:
-        import asyncio
-        import random
-        import secrets
-
-        self.now, self.wall, self.sleep, self.send = loop.time, time.time, asyncio.sleep, upstreams.send
-        self.jitter = random.Random().random  # noqa: S311  it spreads retries, it guards nothing
-        self._token = secrets.token_hex
+    def __init__(self, upstreams: Upstreams, log: LogWriter, ring: TrailRing, debug: bool) -> None:
+        super().__init__()
+        self.send = upstreams.send
+        self.keep: Callable[[Trail], None] = lambda trail: None  # the ledger's, where there is one
         self._log = log
         self._ring = ring
-        self.counters = Metrics()
-        self.known: Any = ()
-        self.keep: Callable[[Trail], None] = lambda trail: None  # the ledger's, where there is one
-        self.metrics: Callable[[], str] = lambda: self.counters.render({})
         self._debug = debug
-
-    def new_id(self) -> str:
-        """A request id: unique, not guessable."""
-        return "req_" + self._token(12)
 
     async def aside(self, work: Callable[..., Any], *arguments: Any) -> Any:
         """Work in a thread; the loop goes on wherever `work` returns to Python now and then."""
@@ -13842,7 +13820,7 @@ class Router:
         self.ring = TrailRing(options.settings.trail_size)
         self.book = HealthBook()
         self.upstreams = Upstreams(loop, options.settings, options.environ)
-        self.host = LocalHost(loop, self.upstreams, log, self.ring, options.debug)
+        self.host = LocalHost(self.upstreams, log, self.ring, options.debug)
         path = ledger_path(options.settings)
         self.ledger = Ledger(path, options.settings, log.note) if path else None
         if self.ledger is not None:
@@ -15180,7 +15158,7 @@ async def _demo(once: bool, port: int) -> int:
     settings = Settings()._replace(**_DEMO_SETTINGS)
     log = LogWriter(sys.stderr, level="silent" if once else "info")  # the demonstration shows every trail itself
     upstreams = Upstreams(loop, settings, {})
-    host = LocalHost(loop, upstreams, log, TrailRing(100), False)
+    host = LocalHost(upstreams, log, TrailRing(100), False)
     fakes = Server(loop, settings, _demo_provider, host.failed)
     fake_port = await fakes.listen("127.0.0.1", 0)
     config = read_config(demo_document("http://127.0.0.1:%d" % fake_port), {})
