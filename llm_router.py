@@ -12409,31 +12409,24 @@ class ClientConnection:
             self._on_gone()
 
 
-_PORT_TRIES = 10
-
-
 def open_listeners(host: str, port: int) -> List[Any]:
     """A listening socket for every address that `host` has on this machine, all with one port (0: a free one). OSError
     when the port is taken at one of them, or when there is none."""
     import socket
 
     found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    places = list(dict.fromkeys((family, place) for family, _, _, _, place in found))
-    for tries_left in reversed(range(_PORT_TRIES)):
-        sockets: List[Any] = []
-        try:
-            for family, place in places:
-                shared = sockets[0].getsockname()[1] if sockets else port
-                sockets += _listen_at(family, (place[0], shared, *place[2:]))
-        except OSError as error:
-            for sock in sockets:
-                sock.close()
-            if port or error.errno != errno.EADDRINUSE or not tries_left:
-                raise
-            continue  # the port that the first address got is not free at another
-        if sockets:
-            return sockets
-    raise OSError(errno.EADDRNOTAVAIL, "no address of %s is one of this machine" % one_line(host, 80))
+    sockets: List[Any] = []
+    try:
+        for family, place in dict.fromkeys((family, place) for family, _, _, _, place in found):
+            shared = sockets[0].getsockname()[1] if sockets else port
+            sockets += _listen_at(family, (place[0], shared, *place[2:]))
+    except OSError:
+        for sock in sockets:
+            sock.close()
+        raise
+    if not sockets:
+        raise OSError(errno.EADDRNOTAVAIL, "no address of %s is one of this machine" % one_line(host, 80))
+    return sockets
 
 
 def _listen_at(family: int, place: Tuple[Any, ...]) -> List[Any]:
@@ -14808,24 +14801,22 @@ def _json_part(value: Any, name: str = "") -> Part:
     return Part(json.dumps(value).encode(), name)
 
 
-def show_step(step: CloudStep, base: str, secrets: Iterable[str]) -> Json:
-    """A step as a dry run shows it: every byte that would be sent, files by size and hash, secrets masked."""
-    hidden = {secret: "%s (%d characters)" % (mask(secret), len(secret)) for secret in secrets}
+def show_secrets(secrets: Mapping[str, str]) -> Dict[str, str]:
+    """Secrets as a dry run shows them, in the place of their texts."""
+    return {name: "%s (%d characters)" % (mask(text), len(text)) for name, text in secrets.items()}
 
-    def hide(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {name: hide(entry) for name, entry in value.items()}
-        return [hide(entry) for entry in value] if isinstance(value, list) else hidden.get(value, value)
 
+def show_step(step: CloudStep, base: str) -> Json:
+    """A step as a dry run shows it: all that would be sent, programs by size and hash."""
     sent = []
     for part in step.parts:
-        shown: Json = {"name": part.name, "type": part.type, "bytes": len(part.data)}
+        shown: Json = {"name": part.name, "type": part.type}
         if part.name.endswith(".py"):
-            shown["sha256"] = hashlib.sha256(part.data).hexdigest()
+            shown.update(bytes=len(part.data), sha256=hashlib.sha256(part.data).hexdigest())
         elif part.type == "application/json":
-            shown["content"] = hide(json.loads(part.data))
+            shown["content"] = json.loads(part.data)
         else:
-            shown["lines"] = hide(part.data.decode().splitlines())
+            shown["lines"] = part.data.decode().splitlines()
         sent.append(shown)
     words = step.words if step.words[0] == "wrangler" else (step.words[0], base + step.words[1])
     return {"for": step.doing, "call": " ".join(words), "sends": sent}
@@ -17009,18 +17000,14 @@ def run_agent(given: Given) -> int:
         names = ", ".join(row.name for row in AGENTS)
         raise UsageError("run: name one of %s, or -- and any command; run claude, run -- python app.py" % names)
     try:
-        instance = given.find_instance()
-        _, base, config = _reach_running(instance, given.environ)
+        return _run_as_guest(agent, argv, given.find_instance(), given)
     except RouterError as error:
         if error.code != "not_running":
             raise
-        return _run_with_router(agent, argv, given)
-    return _run_as_guest(agent, argv, instance, agent_facts(base, "", config, given.flags), given.environ)
+    return _run_with_router(agent, argv, given)
 
 
-def _run_as_guest(
-    agent: Agent, argv: Sequence[str], instance: Instance, facts: Dict[str, str], environ: Environ
-) -> int:
+def _run_as_guest(agent: Agent, argv: Sequence[str], instance: Instance, given: Given) -> int:
     """Run a program with a key of its own, which the running router knows while the program runs, and by which log and
     ledger name it."""
     import secrets
@@ -17028,9 +17015,10 @@ def _run_as_guest(
     name = re.sub(r"[^A-Za-z0-9._-]", "-", agent.program or argv[0].replace("\\", "/").rpartition("/")[2])
     key = "run-" + secrets.token_urlsafe(24)
     sha256 = hashlib.sha256(key.encode()).hexdigest()
+    _, base, config = _reach_running(instance, given.environ)
     ask_instance(instance, "admit/%s/run-%s" % (sha256, name), "POST")
     try:
-        return run_program(agent, argv, dict(facts, key=key), environ)
+        return run_program(agent, argv, agent_facts(base, key, config, given.flags), given.environ)
     finally:
         with suppress(RouterError):  # it has stopped, and its guests with it
             ask_instance(instance, "dismiss/" + sha256, "POST")
@@ -17058,8 +17046,7 @@ def _run_with_router(agent: Agent, argv: Sequence[str], given: Given) -> int:
     pid, base = start_detached(["--%s=%s" % entry for entry in flags.items()], log)
     port = int(base.rpartition(":")[2])
     try:
-        facts = agent_facts(base, "", options.config, given.flags)
-        return _run_as_guest(agent, argv, find_instance(state_path(), "", port), facts, given.environ)
+        return _run_as_guest(agent, argv, find_instance(state_path(), "", port), given)
     finally:
         _hold_signals()  # a second one would leave it behind after all
         if given.keep:
@@ -17113,7 +17100,7 @@ def run_deploy(given: Given) -> int:
     wrangler = _find_wrangler(given)
     if given.dry_run:
         make = wrangler_steps if wrangler else api_steps
-        return _show_steps(given, make(site, payload.secrets), payload.secrets.values())
+        return _show_steps(given, make(site, show_secrets(payload.secrets)))
     if not site.domain and not site.route and _is_guided(given):
         site = check_site(site._replace(domain=input("a domain of yours for it (empty: one of workers.dev): ").strip()))
     host, site = _reach_cloudflare(given, site, wrangler)
@@ -17141,7 +17128,8 @@ def run_worker_key(given: Given) -> int:
         raise UsageError(_WEAK % weakness + "; --generate makes a strong one")
     wrangler = _find_wrangler(given)
     if given.dry_run:
-        return _show_steps(given, [key_step(site, key, bool(wrangler))], [key])
+        shown = show_secrets({"key": key})["key"]
+        return _show_steps(given, [key_step(site, shown, bool(wrangler))])
     host, site = _reach_cloudflare(given, site, wrangler)
     host.set_key(site, key)
     made = {"masterKey": key} if given.generate else {}
@@ -17227,8 +17215,8 @@ def _find_wrangler(given: Given) -> str:
     return found
 
 
-def _show_steps(given: Given, steps: Sequence[CloudStep], secrets: Iterable[str]) -> int:
-    shown = {"steps": [show_step(step, api_url(given.environ), secrets) for step in steps]}
+def _show_steps(given: Given, steps: Sequence[CloudStep]) -> int:
+    shown = {"steps": [show_step(step, api_url(given.environ)) for step in steps]}
     return given.tell(shown, [json.dumps(shown, indent=2)])
 
 
