@@ -1342,7 +1342,8 @@ def bare_name(name: str) -> str:
 
 class ModelIndex:
     """What model names mean in a configuration, indexed so that no look-up grows with its size; disabled ones nothing.
-    aliases: name or pattern -> model refs. names: all a client may list, `provider/model` and plain aliases."""
+    aliases: name or pattern -> model refs. names: all a client may list: plain aliases, `provider/model`, and the
+    models' own aliases that mean only one of them."""
 
     def __init__(self, providers: Iterable[Provider], aliases: Mapping[str, Tuple[str, ...]]) -> None:
         self.aliases = aliases
@@ -1361,6 +1362,8 @@ class ModelIndex:
                 self._models.setdefault(key, (provider, model))
                 if name != "*":
                     self._owners.setdefault(name, {})[ref] = (provider, model)
+        sole = ((name, *owners.values()) for name, owners in self._owners.items() if len(owners) == 1)
+        self.names += [name for name, (_, model) in sole if model.id != name]
         wild = sorted((name for name in aliases if "*" in name), key=lambda name: name.count("*") - len(name))
         patterns = (".*".join(map(re.escape, name.split("*"))) for name in wild)
         self._patterns = [(re.compile(pattern, re.DOTALL), aliases[name]) for pattern, name in zip(patterns, wild)]
@@ -7495,16 +7498,14 @@ def ends_with_tool_result(body: Json, wire: str) -> bool:
     return any(as_dict(block).get("type") == "tool_result" for block in as_list(last.get("content")))
 
 
-def endpoint_of(path: str) -> Optional[Endpoint]:
-    """The endpoint of a path, None for an unknown one."""
+def wire_of_client(path: str, headers: Headers) -> str:
+    """The format an error before parsing is written in: what the path fixes, even an unknown one behind a prefix, else
+    what the headers show."""
+    match = _PATH.fullmatch(path)
+    fixed = (match.group(1) or "") if match else ""
     with suppress(RouterError):
-        return find_endpoint(path)
-    return None
-
-
-def wire_of_client(endpoint: Optional[Endpoint], headers: Headers) -> str:
-    """The format an error before parsing is written in: what the path fixes, else what the headers show."""
-    return (endpoint.wire if endpoint is not None else "") or detect_wire(headers, {})
+        fixed = find_endpoint(path).wire
+    return fixed or detect_wire(headers, {})
 
 
 class TokenRow(NamedTuple):
@@ -7741,7 +7742,7 @@ class Routes:
         return tuple({candidate.ref: candidate for candidate in found}.values())
 
     def names(self) -> List[str]:
-        """Every name a client may list: `smart`, aliases, then each enabled `provider/model`."""
+        """Every name a client may list: `smart`, aliases, each enabled `provider/model`, the models' own aliases."""
         smart = ["smart"] if self.config.default_model else []
         return list(dict.fromkeys(smart + self._index.names))
 
@@ -10050,6 +10051,7 @@ _RETURNED_HEADERS = ("request-id", "x-request-id", "retry-after", "x-ratelimit-"
 _REFUSAL_HEADERS: Dict[int, Headers] = {
     401: [("www-authenticate", "Bearer")],
     415: [("accept-encoding", "gzip, deflate")],
+    503: [("retry-after", "1")],
 }
 
 # What `relay` says when the host passed the rest of a stream on without showing it to the processor.
@@ -10101,7 +10103,7 @@ class Gateway:
             if not isinstance(error, Exception) and client.host_stops:
                 error = RouterError("the router is stopping", 503, "stopping")
             end = _refusal_of(error, endpoint)
-            trail.wire = trail.wire or wire_of_client(endpoint, call.headers)
+            trail.wire = trail.wire or wire_of_client(call.path, call.headers)
             trail.status, trail.outcome, trail.message = end.status, end.code, end.message
             is_gone = not isinstance(error, Exception)
             if trail.operation or not is_gone:
@@ -10378,7 +10380,7 @@ class Exchange:
         parsed = _read_json(body)
         if _is_error_body(parsed):
             return self._judge_told(source.parse_error(502, parsed), reply)
-        if not parsed and not (is_chat and body.lstrip().startswith((b"data: ", b"data:{", b"event:"))):
+        if not parsed and not (is_chat and _EVENT_LINE.match(body)):
             text = one_line(str(parse_body(body)) if body else "an empty body", 120)
             return failed_attempt(TEMPORARY, "unparsable", "the answer is not what was asked for: " + text)
         passes = self._passes and not self._inbound.stream
@@ -10549,7 +10551,7 @@ class Exchange:
         count = await self._ask_count(candidate) if speaks_it else None
         trail, body = self._trail, self._inbound.body.value
         trail.status, trail.outcome = 200, OK
-        if type(count) is not int:
+        if type(count) is not int or count < 0:
             count = estimate_tokens(body, candidate.model_id, "anthropic" if speaks_it else "")
         headers = _JSON_HEADERS + own_headers(trail) + self._cors
         await self._client.respond(200, headers, dump_json({"input_tokens": count}))
@@ -10570,6 +10572,7 @@ class Exchange:
 
 
 _BARE_REQUEST = ChatRequest("", [])
+_EVENT_LINE = re.compile(rb"(?:\xef\xbb\xbf)?\s*(?:data|event|id|retry)?:")  # a stream's first (traps 4, 5, 11)
 _ERROR_BODY_S = 5.0
 
 
@@ -12253,12 +12256,13 @@ class ClientConnection:
     async def read_body(self) -> bytes:
         """The body of the present request, inflated. RouterError 413, 415, 400 or 503 when it cannot be had."""
         head, parser = self._head, self._parser
+        encoding = header(head.headers, "content-encoding").strip().lower()
+        Inflater(encoding, 0, RouterError)  # one that cannot be read is refused before the client sends it all
         if parser.expects_continue and not parser.body_size:
             self.send(_CONTINUE)
         await self._receive_body()
         body = parser.body() or b""
         self._reserve(len(body))
-        encoding = header(head.headers, "content-encoding").strip().lower()
         if not encoding or encoding == "identity":
             return body
         body = await self.loop.run_in_executor(None, inflate, body, encoding, self.server.limits.max_body_bytes)
@@ -12349,8 +12353,7 @@ class ClientConnection:
     async def _refuse(self, error: HttpError) -> None:
         """Answer what cannot be served as HTTP, then close so that the answer still arrives."""
         if self.sink is None or not self.sink.ended:
-            endpoint = endpoint_of(error.request.path) if error.request is not None else None
-            wire = wire_of_client(endpoint, error.request.headers if error.request is not None else [])
+            wire = wire_of_client(error.request.path, error.request.headers) if error.request is not None else "openai"
             body = dump_json(WIRE_FORMATS[wire].render_error(_error_info(error), ""))
             try:
                 how = {"head_only": self._parser.is_head, "keep_alive": False, "date": self.server.date()}
@@ -13231,7 +13234,7 @@ class WorkerRouter:
         if call.method in ("GET", "HEAD") and call.path == "/":
             await client.respond(200, _JSON_HEADERS, dump_json({"name": "llm-router"}))
             return
-        wire = wire_of_client(endpoint_of(call.path), call.headers)
+        wire = wire_of_client(call.path, call.headers)
         info = ErrorInfo(503, "configuration error: " + error.message.split("\n")[0], code=error.code)
         print(info.message)
         await client.respond(503, _JSON_HEADERS, dump_json(WIRE_FORMATS[wire].render_error(info, "")))

@@ -455,10 +455,11 @@ def test_count_tokens_is_forwarded_where_the_upstream_can_count(pair):
         fake.error_answer("anthropic", 500),
         fake.text_answer(200, "<html>no</html>"),
         fake.json_answer(200, {"input_tokens": "many"}),
+        fake.json_answer(200, {"input_tokens": -1}),
         fake.close_before_head(),
         fake.reset_before_head(),
     ],
-    ids=["404", "401", "500", "html", "odd", "closed", "reset"],
+    ids=["404", "401", "500", "html", "odd", "negative", "closed", "reset"],
 )
 def test_count_tokens_is_estimated_whatever_the_upstream_does(pair, answer):
     """Traps 115, 116, 118."""

@@ -659,6 +659,16 @@ def test_a_stream_answer_to_a_plain_request_becomes_one_body(pair, client_wire, 
     assert_answer(client_wire, reply, "in pieces")
 
 
+@pytest.mark.parametrize("first", ["id: 1\n", "retry: 9\n", ": a comment\n\n", "\ufeff", "id:1\n:HTTP_STATUS/200\n", "\n\n"])
+@pytest.mark.parametrize("content_type", ["text/event-stream", "text/plain"])
+def test_a_stream_answer_to_a_plain_request_is_known_by_whatever_field_it_begins_with(pair, first, content_type):
+    """Traps 4, 5, 11."""
+    events = [first.encode(), *fake.STREAMS["openai"]("in pieces")]
+    always(pair.first, fake.sse_answer(events, headers={"content-type": content_type}))
+    assert_answer("anthropic", post(pair.router, "anthropic", "a-openai/to-openai"), "in pieces")
+    assert pair.calls() == (1, 0)
+
+
 @CLIENTS
 @UPSTREAMS
 def test_a_stream_answer_to_a_plain_request_that_ends_in_an_error_leads_to_the_fallback(

@@ -340,10 +340,12 @@ def test_the_format_is_detected_by_the_first_sign_in_the_order_of_the_contract(h
 def test_a_path_that_fixes_the_format_is_believed_and_errors_before_the_body_use_what_is_known():
     inbound = R.read_inbound(R.find_endpoint("/v1/chat/completions"), [("anthropic-version", "x")], b'{"system":"s"}')
     assert inbound.wire == "openai"
-    assert R.wire_of_client(R.find_endpoint("/v1/responses"), [("anthropic-version", "x")]) == "responses"
-    assert R.wire_of_client(R.find_endpoint("/v1/models"), [("anthropic-version", "x")]) == "anthropic"
-    assert R.wire_of_client(None, [("anthropic-beta", "x")]) == "anthropic"
-    assert R.wire_of_client(None, []) == "openai"
+    assert R.wire_of_client("/v1/responses", [("anthropic-version", "x")]) == "responses"
+    assert R.wire_of_client("/v1/models", [("anthropic-version", "x")]) == "anthropic"
+    assert R.wire_of_client("/nothing", [("anthropic-beta", "x")]) == "anthropic"
+    assert R.wire_of_client("/nothing", []) == "openai"
+    assert R.wire_of_client("/router/anthropic/v1/nothing", []) == "anthropic"
+    assert R.wire_of_client("/openai/nothing", [("anthropic-version", "x")]) == "openai"
 
 
 @pytest.mark.parametrize(

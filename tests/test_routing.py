@@ -226,6 +226,13 @@ def test_the_list_has_smart_aliases_and_every_enabled_model_but_no_pattern_and_n
     assert "smart" not in R.Routes(config({"a": ["m"]})).names()
 
 
+def test_a_models_own_alias_is_listed_where_it_means_that_model_only():
+    models = {"a": [R.Model("m", aliases=("claude-gpt", "m", "both"))], "b": [R.Model("n", aliases=("both", "o")), "o"]}
+    assert R.Routes(config(models)).names() == ["a/m", "b/n", "b/o", "claude-gpt"]
+    off = R.Model("m", aliases=("hidden",), enabled=False)
+    assert R.Routes(config({"a": [off, "n"]}, {"n": "a/n"})).names() == ["n", "a/n"]
+
+
 def test_every_listed_name_can_be_asked_for():
     for name in ROUTES.names():
         if name != "gone":

@@ -220,7 +220,7 @@ def test_an_unknown_path_is_a_404_in_a_fitting_format(pair, path):
     if path != "/v1":
         reply = pair.router.post(path, {})
         assert reply.status == 404
-        error_shape("openai", reply.json)
+        error_shape("anthropic" if path.startswith("/anthropic/") else "openai", reply.json)
     reply = pair.router.get(path, {"anthropic-version": "2023-06-01"})
     assert reply.status in (404, 405)
     error_shape("anthropic", reply.json)
@@ -297,6 +297,9 @@ def test_a_client_that_expects_100_continue_gets_it_only_where_its_body_is_wante
         with connect(running) as client:
             client.sendall(head % (path.encode(), size))
             assert client.recv(1000).split()[1] == status
+    with connect(pair.router) as client:
+        client.sendall((head % (PATHS["openai"].encode(), 50)).replace(b"\r\n\r\n", b"\r\ncontent-encoding: br\r\n\r\n"))
+        assert client.recv(1000).split()[1] == b"415"
 
 
 @pytest.mark.parametrize(
@@ -371,7 +374,7 @@ def test_too_many_connections_and_too_many_bytes_are_refused_at_once(router, ups
     running = router(config_of(provider(upstream)), "--max-connections=3", "--max-inflight-bytes=100000")
     assert post(running, "openai", text="x" * 50_000).status == 200
     reply = post(running, "openai", text="x" * 150_000)
-    assert reply.status == 503
+    assert (reply.status, reply.headers["retry-after"]) == (503, "1")
     error_shape("openai", reply.json)
     clients = [connect(running) for _ in range(3)]
     until(lambda: b"503" in running.raw(b"GET / HTTP/1.1\r\nhost: localhost\r\n\r\n", half_close=True))
