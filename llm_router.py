@@ -6866,6 +6866,12 @@ def _drop_sampling(body: Json) -> None:
 _OPENAI_REASONING = re.compile(r"(?:^|/)(?:o\d|gpt-(?:[5-9])(?!.*chat))")
 
 
+def _no_effort_beside_tools(body: Json) -> None:
+    """What GPT-5.5 and newer ones ask for in Chat Completions, where they call no functions while they reason."""
+    if body.get("tools"):
+        body["reasoning_effort"] = "none"
+
+
 def _think_only_if_replayed(body: Json) -> None:
     """Thinking is off for this request when a turn with calls lacks its reasoning: another provider made it, or nobody
     remembers (api-docs.deepseek.com, Thinking mode; platform.moonshot.ai, Thinking models)."""
@@ -6983,8 +6989,9 @@ _REFUSAL = (
 
 
 def _names(field: str) -> str:
-    """An error that says no to `field`: the field's name as a word of its own and a word of refusal."""
-    word = r"(?<![\w.])%s(?![\w])" % field
+    """An error that says no to `field`: its name as a word of its own, however it is spelled (xAI: reasoningEffort),
+    alone or at the end of its place in the body, and a word of refusal."""
+    word = r"(?<![\w.])(?:(?:body|tools|messages)\.(?:[\w-]+\.)*)?%s(?!\w)" % field.replace("_", "[_ ]?")
     return r"(?s)(?=.*%s)(?=.*(?:%s))" % (word, _REFUSAL)
 
 
@@ -6996,13 +7003,23 @@ FIXES: Dict[str, Fix] = {
     "max_tokens": Fix(
         _rename("max_completion_tokens", "max_tokens"), "max_completion_tokens", _names("max_completion_tokens")
     ),
+    "no effort beside tools": Fix(_no_effort_beside_tools, "tools", r"function tools with reasoning_effort"),
     **{"no " + field: Fix(_drop(field), field, _names(field)) for field in _LEFT_OUT.split()},
+    "no reasoning_effort": Fix(  # in Ollama's words, too
+        _drop("reasoning_effort"), "reasoning_effort", _names("reasoning_effort") + "|does not support thinking"
+    ),
+    # Before what is known of schemas, for the format's name ends in that word: OpenAI, Azure, Groq, DeepSeek.
+    "schema in words": Fix(
+        _tell_schema,
+        "response_format",
+        r"response[_ ]format.{0,60}(?:un|not )(?:avail|supp)|not support response[_ ]format"
+        r"|invalid value: 'json_schema'|allowed values \[[^\]]{0,40}json_object",
+    ),
     "no reasoning": Fix(_drop("reasoning", "include"), "reasoning", _names(r"reasoning(?:\.\w+)?")),
     "no reasoning_content": Fix(_drop_reasoning, "messages", _names("reasoning_content")),
     "no strict": Fix(_drop_strict, "tools", _names("strict")),
-    "plain schemas": Fix(_plain_schemas, "tools", _names("(?:json_|input_)?schema")),
+    "plain schemas": Fix(_plain_schemas, "tools", _names("(?:json_|input_)?schema") + "|function_declarations"),
     "no sampling": Fix(_drop_sampling, "model"),
-    "schema in words": Fix(_tell_schema, "response_format", r"response_format.{0,60}(?:un|not )(?:avail|supp)"),
     "strict turns": Fix(
         lambda body: body.update(strict_turns(body) or {}), "messages", r"length of 9|unexpected role|last role user"
     ),
@@ -10279,7 +10296,7 @@ class Exchange:
         """The request without the field that its 400 names and the router itself had added, or without reasoning that
         another provider issued; None when it is neither."""
         sent, ref = self._outbound, self._candidate.ref
-        body, words = load_json(sent.body), error_words(parse_body(outcome.body or b""))
+        body, words = load_json(sent.body), [*error_words(parse_body(outcome.body or b"")), outcome.error.message]
         repaired = repair_history(body, sent.wire, words)
         if repaired is not None:
             self._trail.amend(decision="again, its history without the proofs of others")
@@ -10865,7 +10882,7 @@ class Probe:
         self._put((model, wire), state="asking")
         for _ in range(_PROBE_TRIES):
             outcome, body = await self._call(model, wire, auths[0], limit, fixes)
-            words = error_words(parse_body(outcome.body)) if outcome.body else [outcome.error.message]
+            words = [*error_words(parse_body(outcome.body or b"")), outcome.error.message]
             text = "\n".join(words).lower()
             found = _read_outcome(outcome, text)
             fix = learn_fix(body, words, fixes) if outcome.kind == INVALID else ""

@@ -40,6 +40,16 @@ LESSONS = [
     ),
     ("Extra inputs are not permitted: stream_options", "no stream_options"),
     ("Unrecognized request argument supplied: stream_options", "no stream_options"),
+    ("body.stream_options: Extra inputs are not permitted", "no stream_options"),  # FastAPI's, of Mistral and many more
+    ("Argument not supported on this model: reasoningEffort", "no reasoning_effort"),  # xAI
+    ('"m" does not support thinking', "no reasoning_effort"),  # Ollama
+    ("tools.0.function.strict: Extra inputs are not permitted", "no strict"),
+    ("messages.2.assistant.reasoning_content: Extra inputs are not permitted", "no reasoning_content"),
+    ("'response_format' of type 'json_schema' is not supported with this model.", "schema in words"),
+    ("This model does not support response format `json_schema`.", "schema in words"),  # Groq
+    ("Invalid value: 'json_schema'. Supported values are: 'json_object' and 'text'.", "schema in words"),
+    ("Unknown name \"const\" at 'tools[0].function_declarations[0].parameters': Cannot find field.", "plain schemas"),
+    ("thinking.stream_options: Extra inputs are not permitted", ""),
     ("temperature is not supported with this model", ""),
     ("messages: text content blocks must be non-empty", ""),
     ("tool parallel_tool_calls_helper is unknown", ""),
@@ -48,7 +58,9 @@ LESSONS = [
 
 @pytest.mark.parametrize("message, fix", LESSONS)
 def test_a_400_teaches_only_about_fields_the_router_put_there(message, fix):
-    assert llm_router.learn_fix(translated(), [message], ()) == fix
+    turns = [{"role": "assistant", "reasoning_content": "hm"}]
+    body = dict(translated(), messages=turns, reasoning_effort="low", response_format={"type": "json_schema"})
+    assert llm_router.learn_fix(dict(body, tools=[{"type": "function"}]), [message], ()) == fix
 
 
 @pytest.mark.parametrize(
@@ -63,6 +75,16 @@ def test_what_thinking_models_refuse_of_a_translated_request_is_learned(field, m
     body = dict(translated(), stop=["x"], tool_choice="required")
     fix = llm_router.learn_fix(body, message.split("\n"), ())
     assert field not in llm_router.apply_fixes(body, [fix]) and len(body) == len(translated()) + 1
+
+
+def test_a_model_that_calls_no_functions_while_it_reasons_does_not_reason_beside_tools():
+    """OpenAI's words for GPT-5.5 and newer ones in Chat Completions, whether an effort was sent or not."""
+    words = ["Function tools with reasoning_effort are not supported for m in /v1/chat/completions."]
+    for body in (dict(translated(), reasoning_effort="high"), translated()):
+        body["tools"] = [{"type": "function", "function": {"name": "f"}}]
+        fix = llm_router.learn_fix(body, words, ())
+        assert llm_router.apply_fixes(body, [fix])["reasoning_effort"] == "none"
+        assert "reasoning_effort" not in llm_router.apply_fixes(translated(), [fix])
 
 
 def test_a_lesson_is_learned_once():
