@@ -3527,22 +3527,18 @@ def parse_chat_request(body: Json) -> ChatRequest:
         for index, item in enumerate(said[key] or [])
     ]
     stop, form = said["stop"] or [], said["response_format"] or {}
-    limit = said["max_tokens"] if said["max_completion_tokens"] is None else said["max_completion_tokens"]
+    limits = (said[key] for key in ("max_completion_tokens", "max_tokens") if said[key] is not None)
+    limit, top_k = next(limits, -1), said["top_k"]  # clients of local servers say -1 for no limit
     return ChatRequest(
         said["model"] or "", messages, system, [tool for tool in tools if allowed is None or tool.name in allowed],
-        choice, said["parallel_tool_calls"], _unless_off(limit),
-        said["temperature"], said["top_p"], _unless_off(said["top_k"]),
+        choice, said["parallel_tool_calls"], None if limit < 0 else limit,
+        said["temperature"], said["top_p"], None if top_k is None or top_k < 0 else top_k,
         stop=[stop] if isinstance(stop, str) else [text for text in stop if isinstance(text, str)],
         stream=bool(said["stream"]), include_usage=(said["stream_options"] or {}).get("include_usage") is True,
         output=_read_output(form, form.get("json_schema", form), "response_format.json_schema"),
         reasoning=_chat_reasoning(said["reasoning_effort"] or "", said["reasoning"] or {}, said["thinking"] or {}),
         user=said["user"] or "", fields=_chat_rest(body, _CHAT_KINDS),
     )  # fmt: skip
-
-
-def _unless_off(count: Optional[int]) -> Optional[int]:
-    """-1 is how clients of local servers say that there is no limit."""
-    return None if count is None or count < 0 else count
 
 
 def _text_at(item: Json, key: str, path: str) -> str:
@@ -3761,11 +3757,11 @@ def _read_output(form: Json, inner: Any, at: str) -> Optional[JsonOutput]:
 
 
 def _chat_reasoning(effort: str, own: Json, thinking: Json) -> Optional[Reasoning]:
-    """`reasoning_effort`, or OpenRouter's `reasoning`, or `thinking` in the shape of the Messages API."""
+    """`reasoning_effort`, or OpenRouter's `reasoning`, or `thinking` in the shape of the Messages API. Efforts like
+    `auto` and `default` say nothing."""
     if thinking.get("type") == "disabled" or own.get("enabled") is False:
         return Reasoning("none")
-    effort = effort or as_text(own.get("effort"))
-    effort = effort if effort in EFFORT_BUDGETS else ""  # `auto` and `default` say nothing
+    effort = next((word for word in (effort, as_text(own.get("effort"))) if word in EFFORT_BUDGETS), "")
     budget = as_int(own.get("max_tokens")) or as_int(thinking.get("budget_tokens"))
     is_on = own.get("enabled") is True or thinking.get("type") == "enabled"  # the latter at DeepSeek and z.ai
     adaptive = thinking.get("type") == "adaptive" or (is_on and not effort and not budget)
@@ -4247,10 +4243,9 @@ class ChatStreamParser:
     def _read_without_choice(self, chunk: Json) -> List[Any]:
         """An error, with or without its envelope, usage alone (trap 15), or Azure's prompt_filter_results (trap 16)."""
         is_bare = "choices" not in chunk and not chunk.get("usage")
-        is_named = "error" in (chunk.get("object"), chunk.get("type")) or as_text(chunk.get("message"))
-        is_named = is_named or chunk.get("success") is False  # z.ai
+        is_named = "error" in (chunk.get("object"), chunk.get("type")) or chunk.get("success") is False  # z.ai
         told = chunk.get("error") or as_dict(chunk.get("base_resp")).get("status_code")
-        if told or (is_bare and (is_named or as_text(chunk.get("detail")))):
+        if told or (is_bare and (is_named or as_text(chunk.get("message")) or as_text(chunk.get("detail")))):
             self._fail(read_error(200, chunk))
         return self._take()
 
@@ -4369,8 +4364,8 @@ class ChatStreamParser:
             self._add_text(Text, value)
         for part in map(as_dict, as_list(value)):  # Mistral sends thinking as parts
             fields = {"reasoning_content": _thinking_text(part), "content": as_text(part.get("text"))}
-            images = [part] if part.get("type") == "image_url" else None
-            self._read_delta({**fields, "refusal": part.get("refusal"), "images": images})
+            images = {"images": [part]} if part.get("type") == "image_url" else {}
+            self._read_delta({**fields, **images, "refusal": part.get("refusal")})
 
     def _read_tagged(self, text: str) -> None:
         """Content that begins, or may begin, with a <think> tag; both tags may be cut anywhere."""
@@ -6866,12 +6861,6 @@ def _drop_sampling(body: Json) -> None:
 _OPENAI_REASONING = re.compile(r"(?:^|/)(?:o\d|gpt-(?:[5-9])(?!.*chat))")
 
 
-def _no_effort_beside_tools(body: Json) -> None:
-    """What GPT-5.5 and newer ones ask for in Chat Completions, where they call no functions while they reason."""
-    if body.get("tools"):
-        body["reasoning_effort"] = "none"
-
-
 def _think_only_if_replayed(body: Json) -> None:
     """Thinking is off for this request when a turn with calls lacks its reasoning: another provider made it, or nobody
     remembers (api-docs.deepseek.com, Thinking mode; platform.moonshot.ai, Thinking models)."""
@@ -7003,7 +6992,12 @@ FIXES: Dict[str, Fix] = {
     "max_tokens": Fix(
         _rename("max_completion_tokens", "max_tokens"), "max_completion_tokens", _names("max_completion_tokens")
     ),
-    "no effort beside tools": Fix(_no_effort_beside_tools, "tools", r"function tools with reasoning_effort"),
+    # GPT-5.5 and newer ones call no functions in Chat Completions while they reason.
+    "no effort beside tools": Fix(
+        lambda body: body.update({"reasoning_effort": "none"} if body.get("tools") else {}),
+        "tools",
+        r"function tools with reasoning_effort",
+    ),
     **{"no " + field: Fix(_drop(field), field, _names(field)) for field in _LEFT_OUT.split()},
     "no reasoning_effort": Fix(  # in Ollama's words, too
         _drop("reasoning_effort"), "reasoning_effort", _names("reasoning_effort") + "|does not support thinking"
@@ -8114,81 +8108,61 @@ SIGNALS: Tuple[Signal, ...] = (
     Signal(RATE_LIMITED, (413,), _words(r"tokens? per (?:min|minute|day)", r"\btp[md]\b", r"rate_limit")),
     # Gemini words its windows like an account without credit (ai.google.dev, Rate limits).
     Signal(RATE_LIMITED, (429,), _words(r"quota exceeded for (?:quota )?metric", r"please retry in \d")),
-    Signal(
-        OVERFLOW,
-        (400, 403, 413, 422),  # 403: Together
-        _words(
-            r"maximum (?:context|prompt|model) length|context length of only",
-            r"context[_ ](?:size|length|window)[^\n]{0,40}exceed",
-            r"exceed(?:s|ed)?[^\n]{0,40}context[_ ](?:size|length|window|limit)",
-            r"exceed(?:s|ed)? (?:max length|model token limit)",
-            r"(?:prompt|input) is too long",
-            r"input length[^\n]{0,80}exceed|range of input length",
-            r"(?:longer|greater|less) than the (?:model's )?context",
-            r"token count[^\n]{0,20} exceeds|token count is [\d,]+ but|exceeds the maximum number of tokens",
-            r"max_new_tokens` must be <=|number of tokens in the prompt cannot exceed",
-            r"reduce the length of the (?:messages|input|prompt)",
-            r"^(?:tokens_limit_reached|1261)$",  # GitHub Models, z.ai
-        ),
-    ),
-    Signal(
-        BILLING,
-        (400, 402, 403, 412, 429),  # 412: Fireworks, of an account that is suspended
-        _words(
-            r"insufficient[_ ](?:quota|balance|credits?|funds)",
-            r"balance is (?:too low|insufficient)|balance[_ ]not[_ ]enough",
-            r"exceeded(?: your|_)?[_ ]current[_ ]quota",
-            r"billing_(?:error|hard_limit|not_active)",
-            r"arrearage|accountoverdueerror",
-            r"account not in good standing",
-            r"(?:requires more|used all available|doesn't have any) credits",
-            r"please recharge",
-            r"spend(?:ing)? limit",
-            r"specified (?:api |workspace )*usage limits",
-            r"(?:key|credit) limit exceeded",
-            r"budget (?:has been )?exceeded",
-            r"^(?:1113|1309)$",  # z.ai
-        ),
-    ),
-    Signal(
-        POLICY,
-        (400, 403, 451),
-        _words(
-            r"content_filter",
-            r"responsibleaipolicyviolation",
-            r"content[_ ](?:(?:management|filtering) )?policy",
-            r"usage (?:polic(?:y|ies)|guidelines)",
-            r"safety[_ ](?:system|filter|settings|policy|check)",
-            r"flagged|moderation",
-            r"prohibited_content|inappropriate content|content exists risk|sensitivecontentdetected",
-            r"data_inspection_failed",
-            r"^1301$",  # z.ai
-        ),
-    ),
-    Signal(
-        AUTH,
-        (400, 403),
-        _words(
-            r"(?:invalid|incorrect)[_ ]api[_ ]?key",
-            r"api[_ ]key[_ ](?:not valid|invalid|expired|was reported)",
-            r"authentication[_ ](?:error|failed)|bearer token has expired|organization_restricted",
-            r"invalid (?:authentication|authorization|x-api-key)",
-        ),
-    ),
+    Signal(OVERFLOW, (400, 403, 413, 422), _words(  # 403: Together
+        r"maximum (?:context|prompt|model) length|context length of only",
+        r"context[_ ](?:size|length|window)[^\n]{0,40}exceed",
+        r"exceed(?:s|ed)?[^\n]{0,40}context[_ ](?:size|length|window|limit)",
+        r"exceed(?:s|ed)? (?:max length|model token limit)",
+        r"(?:prompt|input) is too long",
+        r"input length[^\n]{0,80}exceed|range of input length",
+        r"(?:longer|greater|less) than the (?:model's )?context",
+        r"token count[^\n]{0,20} exceeds|token count is [\d,]+ but|exceeds the maximum number of tokens",
+        r"max_new_tokens` must be <=|number of tokens in the prompt cannot exceed",
+        r"reduce the length of the (?:messages|input|prompt)",
+        r"^(?:tokens_limit_reached|1261)$",  # GitHub Models, z.ai
+    )),
+    Signal(BILLING, (400, 402, 403, 412, 429), _words(  # 412: Fireworks, of an account that is suspended
+        r"insufficient[_ ](?:quota|balance|credits?|funds)",
+        r"balance is (?:too low|insufficient)|balance[_ ]not[_ ]enough",
+        r"exceeded(?: your|_)?[_ ]current[_ ]quota",
+        r"billing_(?:error|hard_limit|not_active)",
+        r"arrearage|accountoverdueerror",
+        r"account not in good standing",
+        r"(?:requires more|used all available|doesn't have any) credits",
+        r"please recharge",
+        r"spend(?:ing)? limit",
+        r"specified (?:api |workspace )*usage limits",
+        r"(?:key|credit) limit exceeded",
+        r"budget (?:has been )?exceeded",
+        r"^(?:1113|1309)$",  # z.ai
+    )),
+    Signal(POLICY, (400, 403, 451), _words(
+        r"content_filter",
+        r"responsibleaipolicyviolation",
+        r"content[_ ](?:(?:management|filtering) )?policy",
+        r"usage (?:polic(?:y|ies)|guidelines)",
+        r"safety[_ ](?:system|filter|settings|policy|check)",
+        r"flagged|moderation",
+        r"prohibited_content|inappropriate content|content exists risk|sensitivecontentdetected",
+        r"data_inspection_failed",
+        r"^1301$",  # z.ai
+    )),
+    Signal(AUTH, (400, 403), _words(
+        r"(?:invalid|incorrect)[_ ]api[_ ]?key",
+        r"api[_ ]key[_ ](?:not valid|invalid|expired|was reported)",
+        r"authentication[_ ](?:error|failed)|bearer token has expired|organization_restricted",
+        r"invalid (?:authentication|authorization|x-api-key)",
+    )),
     Signal(FORBIDDEN, (400,), _words(r"location is not supported", r"model_terms_required")),  # Gemini, Groq
-    Signal(
-        NOT_FOUND,
-        (400, 403, 422),
-        _words(
-            r"model[_ ]not[_ ](?:found|exist)|model_not_(?:supported|available)",
-            r"(?:unknown|no such|unavailable)[_ ]model|invalid[_ ]model(?:$|:| name| id| ['\"`])",
-            r"model[^\n]{0,120}(?:does not exist|is not (?:found|available|a valid)|decommissioned)",
-            r"not a valid model",
-            r"deploymentnotfound",
-            r"^1211$",  # z.ai
-        ),
-    ),
-)
+    Signal(NOT_FOUND, (400, 403, 422), _words(
+        r"model[_ ]not[_ ](?:found|exist)|model_not_(?:supported|available)",
+        r"(?:unknown|no such|unavailable)[_ ]model|invalid[_ ]model(?:$|:| name| id| ['\"`])",
+        r"model[^\n]{0,120}(?:does not exist|is not (?:found|available|a valid)|decommissioned)",
+        r"not a valid model",
+        r"deploymentnotfound",
+        r"^1211$",  # z.ai
+    )),
+)  # fmt: skip
 
 _STATUS_KINDS: Dict[int, str] = {
     401: AUTH, 402: BILLING, 403: FORBIDDEN, 404: NOT_FOUND, 408: TEMPORARY, 409: TEMPORARY, 410: NOT_FOUND,
@@ -8260,8 +8234,7 @@ def judge_in_band(info: ErrorInfo, headers: Headers, wire: str, now: float) -> O
     """The outcome of an error that came inside a 200: a first event, or a body that is an error."""
     words = [word for word in (info.type, info.code, info.message) if word]
     status = ERROR_STATUSES.get(info.code) or ERROR_STATUSES.get(info.type, 0)
-    if not status and re.fullmatch(r"[45][0-9][0-9]", info.code):
-        status = int(info.code)
+    status = status or (int(info.code) if re.fullmatch(r"[45][0-9][0-9]", info.code) else 0)
     kind, wait = kind_of(status, words), read_retry_after([], words, None, now)
     label = "200:" + re.sub("[ ,]", "_", one_line(info.code or info.type or "error", 40))
     kind = kind if kind in _IN_BAND_KINDS else TEMPORARY
@@ -8357,12 +8330,10 @@ def _read_wait(text: str, now: float) -> Optional[float]:
 
 def _from_words(words: Sequence[str], now: float) -> Optional[float]:
     for word in words:
-        text = word.lower()
-        match = re.search(_TRY_AGAIN, text)
+        match, at = (re.search(pattern, word.lower()) for pattern in (_TRY_AGAIN, _RESET_AT))
         seconds = read_duration(match.group(1)) if match else None
-        if seconds is None:
-            at = re.search(_RESET_AT, text)
-            seconds = _seconds_until(at.group(1), now) if at else None
+        if seconds is None and at:
+            seconds = _seconds_until(at.group(1), now)
         if seconds is not None:
             return seconds
     return None
@@ -10841,10 +10812,9 @@ class Probe:
             if status not in (401, 403):
                 auths.sort(key=lambda other, good=auth: other != good)
                 break
-        report = self.report
         if note:
-            if report.listed is None:
-                self.report = report._replace(listing_status=502 if status == 200 else status, listing_note=note)
+            if self.report.listed is None:
+                self.report = self.report._replace(listing_status=502 if status == 200 else status, listing_note=note)
             return
         found: Dict[str, None] = {}
         for _ in range(_PAGES):
