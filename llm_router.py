@@ -7778,15 +7778,15 @@ def list_models(routes: Routes, anthropic: bool, after: str = "", limit: int = 0
         names = names[names.index(after) + 1 if after in names else 0 :]
         page = names[: limit or None]
     data = [model_entry(name, anthropic) for name in page]
-    edges = {"first_id": page[0] if page else None, "last_id": page[-1] if page else None}
-    return dict({"object": "list", "data": data, "has_more": len(page) < len(names)}, **edges)
+    first, last = (page[0], page[-1]) if page else (None, None)
+    return {"object": "list", "data": data, "has_more": len(page) < len(names), "first_id": first, "last_id": last}
 
 
 def model_entry(name: str, anthropic: bool) -> Json:
     """One model as `GET /models/ID` and the list show it."""
     if anthropic:
-        shown = {"display_name": name, "created_at": "2025-01-01T00:00:00Z", "lifecycle": "active"}
-        return dict({"type": "model", "id": name}, **shown)
+        created = "2025-01-01T00:00:00Z"
+        return {"type": "model", "id": name, "display_name": name, "created_at": created, "lifecycle": "active"}
     return {"id": name, "object": "model", "created": 1735689600, "owned_by": name.partition("/")[0]}
 
 
@@ -10535,28 +10535,18 @@ class Exchange:
 
     async def _count_tokens(self, candidate: Candidate) -> None:
         """Ask a candidate that can count, else estimate. Never an error, never a word in the health book (trap 118)."""
-        speaks_it = "anthropic" in candidate.formats
-        count = await self._ask_count(candidate) if speaks_it else None
-        trail, body = self._trail, self._inbound.body.value
+        trail, count, speaks_it = self._trail, None, "anthropic" in candidate.formats
+        if speaks_it:
+            limits = Timeouts(*[self._settings.count_tokens_timeout_ms] * 5)
+            self._candidate = candidate._replace(provider=candidate.provider._replace(timeouts=limits))
+            with suppress(RouterError):
+                result = await self._call(self._requests.make(self._candidate), 0, False)
+                count = _read_json(result.body or b"").get("input_tokens")
         trail.status, trail.outcome = 200, OK
         if type(count) is not int or count < 0:
-            count = estimate_tokens(body, candidate.model_id, "anthropic" if speaks_it else "")
+            count = estimate_tokens(self._inbound.body.value, candidate.model_id, "anthropic" if speaks_it else "")
         headers = _JSON_HEADERS + own_headers(trail) + self._cors
         await self._client.respond(200, headers, dump_json({"input_tokens": count}))
-
-    async def _ask_count(self, candidate: Candidate) -> Any:
-        limit_ms, reply = self._settings.count_tokens_timeout_ms, None
-        self._until = self._host.now() + limit_ms / 1000
-        timeouts = Timeouts(limit_ms, limit_ms, 0, limit_ms, limit_ms)
-        self._outbound = self._requests.make(candidate)._replace(timeouts=timeouts)
-        try:
-            reply = await self._host.send(self._outbound)
-            return _read_json(await self._read_whole(reply)).get("input_tokens") if reply.status == 200 else None
-        except RouterError:
-            return None
-        finally:
-            if reply is not None:
-                reply.close()
 
 
 _BARE_REQUEST = ChatRequest("", [])
