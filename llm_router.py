@@ -2031,9 +2031,7 @@ def sse_event(data: bytes, name: str = "") -> bytes:
     return b"data: %s\n\n" % data
 
 
-def sse_comment(text: str = "keep-alive") -> bytes:
-    """A comment line, which every SSE client ignores: a sign of life that carries nothing."""
-    return b": %s\n\n" % text.encode("ascii", "replace")
+SSE_COMMENT = b": keep-alive\n\n"  # every SSE client ignores it: a sign of life that carries nothing
 
 
 # ==============================================================================
@@ -2561,9 +2559,9 @@ _UNSAFE = re.compile(r"[^\t -~\x80-\xff]")
 _UPSTREAM_TARGET = re.compile(r"[!-~]+")
 
 
-def render_head(status: int, headers: Sequence[Tuple[str, str]], reason: str = "") -> bytes:
+def render_head(status: int, headers: Sequence[Tuple[str, str]]) -> bytes:
     """An answer's status line, headers and blank line. RouterError (500) for what HTTP forbids, as a line's end."""
-    return _render_lines("HTTP/1.1 %d %s" % (status, reason or _REASONS.get(status, "")), headers)
+    return _render_lines("HTTP/1.1 %d %s" % (status, _REASONS.get(status, "")), headers)
 
 
 def render_response(
@@ -10475,7 +10473,7 @@ class Exchange:
             await client.respond(200, _JSON_HEADERS + headers, answer.body)
             return
         try:
-            client.begin(_STREAM_HEADERS + headers, _PINGS.get(self._wire.name, sse_comment()))
+            client.begin(_STREAM_HEADERS + headers, _PINGS.get(self._wire.name, SSE_COMMENT))
             client.write(answer.body)
             if processor is None:
                 await client.finish()
@@ -10681,13 +10679,12 @@ class ProbeRow(NamedTuple):
 
 class ProbeReport(NamedTuple):
     """What a probe has found so far. listed: the ids in the provider's list, None when it gave none, and then
-    listing_status (0: nobody answered) and listing_note say why. is_over: nothing more will come."""
+    listing_status (0: nobody answered) and listing_note say why."""
 
     listed: Optional[Tuple[str, ...]] = None
     listing_status: int = 0
     listing_note: str = ""
     rows: Tuple[ProbeRow, ...] = ()
-    is_over: bool = False
 
     @property
     def formats(self) -> Tuple[str, ...]:
@@ -10777,7 +10774,6 @@ class Probe:
         for pair, row in self._rows.items():
             if row.state in _UNANSWERED:
                 self._put(pair, state="tentative", note=_UNANSWERED[row.state])
-        self.report = self.report._replace(is_over=True)
 
     def _put(self, pair: Tuple[str, str], **changes: Any) -> None:
         self._rows[pair] = self._rows[pair]._replace(**changes)
@@ -11938,7 +11934,7 @@ class PingingSink:
         self.is_open = self.ended = self.host_stops = False
         self.sent_at = 0.0
         self._loop = loop
-        self._ping = sse_comment()
+        self._ping = SSE_COMMENT
         self._every_s = 0.0
         self._early_headers: Headers = []
         self._timer: Any = None
@@ -15060,7 +15056,7 @@ async def _demo_provider(call: Call, sink: Sink) -> None:
 
 async def _demo_stream(name: str, wire: WireFormat, answer: ChatResponse, context: Context, sink: Sink) -> None:
     renderer = wire.renderer(context)
-    sink.begin(_STREAM_HEADERS, sse_comment())
+    sink.begin(_STREAM_HEADERS, SSE_COMMENT)
     for event in unfold(answer._replace(blocks=[Text("")])):
         if isinstance(event, Closed):
             for word in re.findall(r"\S+\s*", _DEMO_TEXT)[: 3 if name == "dying" else None]:

@@ -80,7 +80,7 @@ def asked(upstream):
 @pytest.mark.parametrize("wires", [("openai",), ("anthropic",), ("openai", "responses"), r.WIRES])
 def test_the_formats_that_answer_are_found_with_one_call_for_each_model(probe, wires):
     plan, report = probe(Account(wires), ["m1", "m2"])
-    assert report.formats == wires and not report.is_tentative and report.unconfirmed == () and report.is_over
+    assert report.formats == wires and not report.is_tentative and report.unconfirmed == ()
     assert {row.wire for row in report.rows if row.state == "no"} == set(r.WIRES) - set(wires)
     posts = asked(probe.upstream)
     assert posts == sorted([(wire, "m1") for wire in r.WIRES] + [(wire, "m2") for wire in wires])
@@ -279,7 +279,7 @@ def test_a_probe_ends_by_itself_and_keeps_what_it_found(probe):
     account.quirk = lambda call: raw(Hang()) if call.wire == "responses" else None
     _, report = probe(account, limit_s=4.0)  # the others answer long before
     assert states(report) == {("m1", "openai"): "ok", ("m1", "anthropic"): "ok", ("m1", "responses"): "tentative"}
-    assert report.rows[2].note == "no answer in time" and report.is_over
+    assert report.rows[2].note == "no answer in time"
 
 
 def test_a_probe_tells_its_progress_and_can_be_cancelled(make_upstream):
@@ -291,10 +291,10 @@ def test_a_probe_tells_its_progress_and_can_be_cancelled(make_upstream):
     run = r.ProbeRun(plan, r.Settings(), {})
     while ("m1", "openai") not in {(row.model, row.wire) for row in run.report.rows if row.state == "ok"}:
         assert not run.wait(0.01)
-    assert states(run.report)["m1", "anthropic"] in ("asking", "waiting") and not run.report.is_over
+    assert states(run.report)["m1", "anthropic"] in ("asking", "waiting")
     held = [call for call in upstream.wait_calls(4) if call.wire in ("anthropic", "responses")]
     run.cancel()
-    assert run.wait(20) and run.report.is_over
+    assert run.wait(20)
     assert states(run.report)["m1", "openai"] == "ok" and states(run.report)["m2", "openai"] == "tentative"
     assert all(call.closed.wait(10) for call in held)  # nobody pays for what is no longer wanted
     run.cancel()

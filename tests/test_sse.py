@@ -68,7 +68,7 @@ def test_a_huge_event_passes_and_an_endless_one_is_an_error_of_the_upstream():
 def test_what_is_written_reads_back():
     """Trap 17."""
     text = R.dump_json({"text": 'a "quote"\n\u2028 and \x00'})
-    assert decode([R.sse_event(text, "name"), R.sse_comment(), R.sse_event(text)]) == [
+    assert decode([R.sse_event(text, "name"), R.SSE_COMMENT, R.sse_event(text)]) == [
         ("name", text.decode()),
         ("", text.decode()),
     ]
