@@ -313,11 +313,12 @@ def as_int(value: Any) -> int:
     return value if type(value) is int and value > 0 else 0
 
 
-def nearest(name: str, known: Iterable[str], count: int = 1) -> List[str]:
-    """Up to `count` of the `known` words that look most like `name`, best first; none when nothing is near."""
+def did_you_mean(name: str, known: Iterable[str], otherwise: str, count: int = 1) -> str:
+    """The question for up to `count` of the `known` words that look most like `name`; `otherwise` when none does."""
     import difflib  # costs milliseconds and is only needed once something went wrong
 
-    return difflib.get_close_matches(name, list(known), count, 0.5)
+    near = difflib.get_close_matches(name, list(known), count, 0.5)
+    return "did you mean %s?" % " or ".join(near) if near else otherwise
 
 
 # ==============================================================================
@@ -1112,8 +1113,7 @@ class _Scan:
     def _note_unknown_key(self, path: str, name: str, kind: str) -> None:
         if name[:1] in ("_", "$", "#") or name[:2] == "//":  # the usual ways to write a comment or a schema reference
             return
-        near = nearest(name, SPELLINGS[kind])
-        self._warn(path, "is not a known key", "did you mean %s?" % near[0] if near else "remove it: it has no effect")
+        self._warn(path, "is not a known key", did_you_mean(name, SPELLINGS[kind], "remove it: it has no effect"))
 
     def _check_ids(self, kind: str, found: Sequence[Tuple[str, Any]]) -> None:
         """No two entries may have the same id, the first of their fields; those of models count case."""
@@ -1213,8 +1213,7 @@ class _Scan:
             message, cure = _VERDICTS[verdict]
             if verdict == "unknown" and guesses_left:
                 guesses_left -= 1
-                near = nearest(name, index.names)
-                cure = "did you mean %s?" % near[0] if near else cure
+                cure = did_you_mean(name, index.names, cure)
             elif verdict == "ambiguous":
                 cure += ", ".join("%s/%s" % (provider.id, model.id) for provider, model in index.find(name))
             level = "warning" if verdict == "disabled" else level
@@ -1566,7 +1565,7 @@ def set_model_alias(document: Json, alias: str, targets: Sequence[str]) -> Edit:
         aliases[alias] = names if names[1:] else names[0]
         return _finish(document, new, ["alias %s: %s" % (alias, ", ".join(names))])
     if alias not in aliases:
-        raise UsageError("there is no alias %s%s" % (one_line(alias, 80), _did_you_mean(alias, aliases)))
+        raise UsageError("there is no alias %s%s" % (one_line(alias, 80), _near_or_all(alias, aliases)))
     del aliases[alias]
     return _finish(document, new, ["removed alias " + alias], True)
 
@@ -1694,7 +1693,7 @@ def _find_provider(providers: Sequence[Any], provider_id: str) -> Json:
     for entry in providers:
         if isinstance(entry, dict) and _id_of(entry).lower() == provider_id.lower():
             return entry
-    near = _did_you_mean(provider_id, [_id_of(entry) for entry in providers])
+    near = _near_or_all(provider_id, [_id_of(entry) for entry in providers])
     raise UsageError("there is no provider %s%s" % (one_line(provider_id, 80), near))
 
 
@@ -1718,14 +1717,13 @@ def _open_model(document: Json, provider_id: str, model: str) -> Tuple[Json, Lis
         if name in (_id_of(entry), *as_list(get_field(as_dict(entry), "model", "aliases"))):
             models[i] = as_dict(entry) or {"id": entry}
             return new, models, models[i], "%s/%s" % (_id_of(provider), _id_of(entry))
-    near = _did_you_mean(model, [_id_of(entry) for entry in models])
+    near = _near_or_all(model, [_id_of(entry) for entry in models])
     raise UsageError("%s has no model %s%s" % (provider_id, one_line(model, 80), near))
 
 
-def _did_you_mean(name: str, known: Iterable[str]) -> str:
+def _near_or_all(name: str, known: Iterable[str]) -> str:
     known = list(filter(None, known))
-    near = nearest(name, known)
-    return "; did you mean %s?" % near[0] if near else "; there are " + ", ".join(known[:10]) if known else ""
+    return "; " + did_you_mean(name, known, "there are " + ", ".join(known[:10])) if known else ""
 
 
 def _new_provider(change: ProviderChange) -> Json:
@@ -7716,8 +7714,7 @@ class Routes:
             targets = self._find_targets(known)
             if targets is not None:
                 return Plan(asked, self._resolve(asked, targets))
-        near = nearest(name, self.names(), 3)
-        hint = "near it: %s" % ", ".join(near) if near else "GET /v1/models lists what there is"
+        hint = did_you_mean(name, self.names(), "GET /v1/models lists what there is", 3)
         raise _not_found("the model %s is not configured; %s" % (one_line(name, 80), hint))
 
     def _find_targets(self, name: str) -> Optional[Sequence[str]]:
@@ -16031,8 +16028,7 @@ def _check_flags(command: Command, given: Mapping[str, Any]) -> None:
 def _find_named(name: str, rows: Sequence[Command], what: str, hint: str) -> Command:
     found = next((row for row in rows if row.name == name), None)
     if found is None:
-        near = nearest(name.lower(), [row.name for row in rows if row.name])
-        hint = "did you mean %s?" % near[0] if near else hint
+        hint = did_you_mean(name.lower(), [row.name for row in rows if row.name], hint)
         raise UsageError("unknown %s %s; %s" % (what, one_line(name, 60), hint))
     return found
 
@@ -16071,8 +16067,7 @@ def parse_flags(argv: Sequence[str], command: Command) -> Dict[str, Any]:
 
 
 def _unknown_word(word: str, known: Iterable[str], title: str) -> str:
-    near = nearest(word.lower(), known) if word.startswith("--") else []
-    hint = "did you mean %s?" % near[0] if near else title + " --help shows its flags"
+    hint = did_you_mean(word.lower(), known if word.startswith("--") else (), title + " --help shows its flags")
     return "%s %s; %s" % ("unknown flag" if word.startswith("-") else "unexpected", one_line(word, 60), hint)
 
 

@@ -72,8 +72,9 @@ def test_a_header_is_found_and_a_missing_one_has_a_default():
 
 
 def test_the_nearest_names_come_first():
-    assert R.nearest("gpt-4", ["claude", "gpt-4o", "gpt-3"])[0] == "gpt-4o"
-    assert R.nearest("zzz", ["claude"]) == []
+    assert R.did_you_mean("gpt-4", ["claude", "gpt-4o", "gpt-3"], "") == "did you mean gpt-4o?"
+    assert R.did_you_mean("gpt-4", ["claude", "gpt-3", "gpt-4o"], "", 2) == "did you mean gpt-4o or gpt-3?"
+    assert R.did_you_mean("zzz", ["claude"], "look") == "look"
 
 
 def test_what_is_printed_keeps_its_lines_and_no_other_control():
