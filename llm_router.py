@@ -225,14 +225,13 @@ def mask_in(text: str, secrets: Sequence[str]) -> str:
 def one_line(text: str, limit: int = 300) -> str:
     """`text` safe for one log line: controls escaped (CR, LF, ESC cannot forge a line), cut at `limit`."""
     clean = text[: limit + 1]
-    if not clean.isprintable():
-        clean = "".join(c if c.isprintable() else repr(c)[1:-1] for c in clean)
+    clean = clean if clean.isprintable() else printable(clean, "")
     return clean if len(text) <= limit else clean[:limit] + "..."
 
 
-def printable(text: str) -> str:
+def printable(text: str, breaks: str = "\n") -> str:
     """`text` safe for a terminal: line breaks stay, every other control is escaped."""
-    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+    return "".join(c if c.isprintable() or c in breaks else repr(c)[1:-1] for c in text)
 
 
 def load_json(data: Union[bytes, str], what: str = "body") -> Any:
@@ -9460,8 +9459,7 @@ def _add_models(menu: Menu, item: Any) -> Menu:
 
 def _refs(menu: Menu) -> List[str]:
     """Every model that can be named, as provider/model."""
-    providers = scan_config(menu.document, {})[0].providers
-    return ["%s/%s" % (p.id, m.id) for p in providers for m in p.models if p.enabled and m.enabled and m.id != "*"]
+    return ModelIndex(scan_config(menu.document, {})[0].providers, {}).names
 
 
 def _aliases(menu: Menu) -> Dict[str, List[str]]:
