@@ -10209,10 +10209,11 @@ class Exchange:
             await self._count_tokens(origin)
             return
         if inbound.operation == "embeddings":
-            if "openai" not in origin.formats:
+            same = tuple(c for c in plan.candidates if c.model_id == origin.model_id and "openai" in c.formats)
+            if not same:
                 words = "%s does not speak the openai format, which this endpoint needs" % origin.ref
                 raise RouterError(words, 400, "unsupported_format")
-            plan = plan._replace(candidates=(origin,))
+            plan = plan._replace(candidates=same)
         elif inbound.wire == "responses" and needs_server_state(inbound.body.value):
             # What a provider keeps, no other one has (trap 63).
             plan = plan._replace(candidates=tuple(c for c in plan.candidates if c.provider.id == home))

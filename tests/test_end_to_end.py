@@ -541,6 +541,18 @@ def test_embeddings_pass_through_and_never_fall_back_to_another_model(pair):
     assert len(pair.second.calls) == 0
 
 
+def test_embeddings_go_on_to_the_same_model_of_another_provider(router, make_upstream):
+    first, second = make_upstream(), make_upstream()
+    rows = [provider(first, id="first", models=["e"]), provider(second, id="second", models=["e", "other"])]
+    both = {"same": ["first/e", "second/e"], "mixed": ["first/e", "second/other"]}
+    running = router(config_of(*rows, modelAliases=both), *QUICK)
+    first.handler = lambda call: fake.error_answer("openai", 429)
+    reply = running.post("/v1/embeddings", {"model": "same", "input": "a"})
+    assert (reply.status, reply.headers["x-llm-router-model"]) == (200, "second/e")
+    assert running.post("/v1/embeddings", {"model": "mixed", "input": "a"}).status == 429
+    assert [call.json["model"] for call in second.calls] == ["e"]
+
+
 def test_embeddings_of_a_model_that_is_not_openai_format_are_refused_in_words(pair):
     reply = pair.router.post("/v1/embeddings", {"model": "a-anthropic/solo", "input": "a"})
     assert reply.status == 400
