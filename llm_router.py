@@ -3474,7 +3474,7 @@ CHAT_LOSSES = {
     "`stop`": "not sent to OpenAI Responses, which knows no stop texts",
     "`store`": "not sent; for OpenAI Responses always false",
     "`stream_options`": "answered by the router itself",
-    "`input_audio`": "becomes a short text note for Anthropic",
+    "`input_audio`": "becomes a short text note, as neither Anthropic nor OpenAI Responses takes sound",
     "`name` `prompt_cache_breakpoint`": "of messages and their parts: not sent, but for names in OpenAI Responses",
     "thinking in the history": "becomes reasoning_content on turns with tool calls, is left out on others",
     "server tools and their blocks": "left out; what is readable in them becomes text",
@@ -5860,9 +5860,8 @@ def _responses_render_part(block: Any, role: str) -> Optional[Json]:
         return {"type": "", "text": block.text, **more}
     if not isinstance(block, Media):
         return None
-    if block.kind == "audio":
-        form = block.media_type.rpartition("/")[2]
-        return {"type": "input_audio", "input_audio": {"data": block.data, "format": form}}
+    if block.kind == "audio":  # no content of ResponseInputContentParam: refused
+        return {"type": "input_text", "text": note_of_media(block)}
     if block.kind == "image":
         detail = as_text(own_extra(block, _CHAT).get("detail")) or "auto"
         return {"type": "input_image", "image_url": url_of_media(block), "detail": detail}
