@@ -5768,8 +5768,9 @@ def render_responses_request(request: ChatRequest) -> Json:
     images = [block for block in request.system if isinstance(block, Media)]
     items = _responses_items([Message("system", images), *request.messages])
     instructions = join_text(request.system, "\n\n") or None
-    if not items and instructions:  # an empty `input` is refused
-        items, instructions = [{"type": "message", "role": "system", "content": instructions}], None
+    if not items:  # an empty `input` is refused
+        role, words = ("system", instructions) if instructions else ("user", "(continue)")
+        items, instructions = [{"type": "message", "role": role, "content": words}], None
     thinks = request.reasoning is not None and request.reasoning.effort != "none"
     body = {
         **{field: getattr(request, name) for field, name in _RESPONSES_FIELDS.items()},

@@ -940,6 +940,8 @@ def test_instructions_alone_are_the_input():
     """An empty `input` is refused; Chat Completions knows no such rule."""
     body = render_responses_request(ChatRequest("m", [], [Text("be brief")]))
     assert body["input"] == [{"type": "message", "role": "system", "content": "be brief"}] and "instructions" not in body
+    blank = router.render_request(ChatRequest("m", [Message("user", [Text(" ")])]), "responses")
+    assert blank["input"] == [{"type": "message", "role": "user", "content": "(continue)"}]
 
 
 @pytest.mark.parametrize(
@@ -1196,7 +1198,7 @@ def test_images_in_results_and_errors_are_told():
 def test_fields_shared_with_chat_are_kept():
     request = ChatRequest(
         "m",
-        [],
+        [Message("user", [Text("hi")])],
         user="u" * 300,
         fields={"openai": {"service_tier": "flex", "seed": 1, "verbosity": "low"}},
         max_tokens=1,
@@ -1205,7 +1207,7 @@ def test_fields_shared_with_chat_are_kept():
     )
     assert render_responses_request(request) == {
         "model": "m",
-        "input": [],
+        "input": [{"type": "message", "role": "user", "content": "hi"}],
         "service_tier": "flex",
         "text": {"verbosity": "low"},
         "max_output_tokens": 16,
