@@ -5791,7 +5791,8 @@ def render_responses_request(request: ChatRequest) -> Json:
 def _responses_items(messages: Iterable[Message]) -> List[Json]:
     """The items of a conversation: parts in a row are one message, everything else is an item of its own.
 
-    A plain text goes as a string, the shape every server takes (SDK: EasyInputMessage).
+    A plain text goes as a string, the shape every server takes (SDK: EasyInputMessage), as do all texts that the model
+    said in a row: vLLM takes parts of its own making only, with their message's id and status.
     """
     items: List[Json] = []
     customs: Set[str] = set()  # ids of the calls of custom tools so far
@@ -5809,8 +5810,9 @@ def _responses_items(messages: Iterable[Message]) -> List[Json]:
                 parts.append(part)
     for item in items:
         parts = as_list(item.get("content")) if item["type"] == "message" else []
-        if len(parts) == 1 and [key for key, value in parts[0].items() if value] == ["type", "text"]:
-            item["content"] = parts[0]["text"]
+        is_plain = all([key for key, value in part.items() if value] == ["type", "text"] for part in parts)
+        if parts and is_plain and (len(parts) == 1 or item["role"] == "assistant"):
+            item["content"] = "".join(part["text"] for part in parts)
     return items
 
 

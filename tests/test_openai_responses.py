@@ -1134,6 +1134,22 @@ def rendered(*messages):
     ]
 
 
+def test_what_the_model_said_in_a_row_is_one_string():
+    """Parts of the model's are refused by servers that want their message's id and status beside them (vLLM)."""
+    said = [Text("I searched. "), Text("And found."), ToolCall("a", "look"), Text("So.")]
+    turns = [Message("user", [Text("hi")]), Message("assistant", said), Message("user", [ToolResult("a", [Text("r")])])]
+    assert rendered(*turns)[1:] == [
+        ("message", "I searched. And found.So."),
+        ("function_call", "a"),
+        ("function_call_output", "a"),
+    ]
+    parts = rendered(Message("user", [Text("a"), Text("b")]), Message("assistant", [Text("c"), Refusal("no")]))
+    assert [[part["type"] for part in content] for _, content in parts] == [
+        ["input_text", "input_text"],
+        ["output_text", "refusal"],
+    ]
+
+
 def test_calls_and_results_are_made_to_match():
     """trap 77, trap 78, trap 79, trap 81"""
     items = rendered(
