@@ -3484,6 +3484,7 @@ CHAT_LOSSES = {
     "images and files in system or assistant messages": "become a short text note",
     "documents other than PDF and text": "become a short text note, as do videos, and files and sounds by URL or id",
     "the answer's schema, where only JSON mode is known": "becomes a system message (DeepSeek, or learned from a 400)",
+    "system messages amid the conversation": "become the user's where a 400 says that they must be in front",
     "the user's turn right behind a tool message": "at Mistral gets an assistant's `(noted)` in front of it",
     "thinking switched off": "left out",
     "thinking budget": "becomes reasoning_effort: low up to 2048 tokens, medium up to 8192, else high",
@@ -6848,6 +6849,12 @@ def _drop_reasoning(body: Json) -> None:
         as_dict(message).pop("reasoning_content", None)
 
 
+def _system_in_front(body: Json) -> None:
+    """Instructions amid the conversation, as Claude Code sends them, are the user's words to templates like Qwen's."""
+    for turn in map(as_dict, as_list(body.get("messages"))[1:]):
+        turn.update({"role": "user"} if turn.get("role") == "system" else {})
+
+
 def _drop_sampling(body: Json) -> None:
     """OpenAI's reasoning models refuse what steers sampling, unless they are told not to reason (trap 72)."""
     efforts = body.get("reasoning_effort"), as_dict(body.get("reasoning")).get("effort")
@@ -7012,8 +7019,10 @@ FIXES: Dict[str, Fix] = {
     "plain schemas": Fix(_plain_schemas, "tools", _names("(?:json_|input_)?schema") + "|function_declarations"),
     "no sampling": Fix(_drop_sampling, "model"),
     "strict turns": Fix(
-        lambda body: body.update(strict_turns(body) or {}), "messages", r"length of 9|unexpected role|last role user"
+        lambda body: body.update(strict_turns(body) or {}), "messages",
+        r"length of 9|unexpected role|last role user|conversation roles must alternate",
     ),
+    "system in front": Fix(_system_in_front, "messages", r"system message must be at the beginning"),
     # Ollama's models think unless told not to (trap 112; docs.ollama.com, OpenAI compatibility).
     "think if asked": Fix(lambda body: body.setdefault("reasoning_effort", "none"), "messages"),
     "think if replayed": Fix(_think_only_if_replayed, "messages"),
@@ -8101,6 +8110,8 @@ def _words(*alternatives: str) -> str:
 SIGNALS: Tuple[Signal, ...] = (
     # What a provider no longer keeps says nothing about its model; the SDKs mend it.
     Signal(INVALID, (400, 404), _words(r"^(?:thread_(?:not_found|unsupported_request)|previous_response_not_found)$")),
+    # llama.cpp, in the words of a model's template.
+    Signal(INVALID, (500,), _words(r"system message must be at the beginning", r"conversation roles must alternate")),
     Signal(RATE_LIMITED, (413,), _words(r"tokens? per (?:min|minute|day)", r"\btp[md]\b", r"rate_limit")),
     # Gemini words its windows like an account without credit (ai.google.dev, Rate limits).
     Signal(RATE_LIMITED, (429,), _words(r"quota exceeded for (?:quota )?metric", r"please retry in \d")),

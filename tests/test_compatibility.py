@@ -49,6 +49,7 @@ LESSONS = [
     ("This model does not support response format `json_schema`.", "schema in words"),  # Groq
     ("Invalid value: 'json_schema'. Supported values are: 'json_object' and 'text'.", "schema in words"),
     ("Unknown name \"const\" at 'tools[0].function_declarations[0].parameters': Cannot find field.", "plain schemas"),
+    ("After the optional system message, conversation roles must alternate user and assistant roles", "strict turns"),
     ("thinking.stream_options: Extra inputs are not permitted", ""),
     ("temperature is not supported with this model", ""),
     ("messages: text content blocks must be non-empty", ""),
@@ -85,6 +86,21 @@ def test_a_model_that_calls_no_functions_while_it_reasons_does_not_reason_beside
         fix = llm_router.learn_fix(body, words, ())
         assert llm_router.apply_fixes(body, [fix])["reasoning_effort"] == "none"
         assert "reasoning_effort" not in llm_router.apply_fixes(translated(), [fix])
+
+
+@pytest.mark.parametrize("status", [400, 500])
+def test_instructions_amid_the_conversation_are_the_user_s_where_a_template_wants_them_in_front(status, router, make_upstream):
+    """Claude Code sends such turns; Qwen's template raises, which vLLM answers with 400 and llama.cpp with 500."""
+    upstream = make_upstream()
+    words = "Jinja Exception: System message must be at the beginning."
+    upstream.answer(fake.error_answer("openai", status, words, "server_error"), fake.model_answer("openai", False, "fine"))
+    running = router(config_of(provider(upstream, "openai", "a", ["m"])))
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "system", "content": "c"}]
+    body = {"model": "a/m", "max_tokens": 9, "system": "s", "messages": turns}
+    assert "fine" in running.post("/v1/messages", body).text
+    sent = [[(turn["role"], turn["content"]) for turn in call.json["messages"]] for call in upstream.calls]
+    assert sent[0] == [("system", "s"), ("user", "a"), ("assistant", "b"), ("system", "c")]
+    assert sent[1] == [*sent[0][:3], ("user", "c")]
 
 
 def test_a_lesson_is_learned_once():
