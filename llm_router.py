@@ -6835,23 +6835,22 @@ def _rename(old: str, new: str) -> Callable[[Json], None]:
     return apply
 
 
-def _drop(*names: str) -> Callable[[Json], None]:
+def _drop(*names: str, among: Callable[[Json], List[Json]] = lambda body: [body]) -> Callable[[Json], None]:
     def apply(body: Json) -> None:
-        for name in names:
-            body.pop(name, None)
+        for holder in among(body):
+            for name in names:
+                holder.pop(name, None)
 
     return apply
 
 
-def _drop_reasoning(body: Json) -> None:
-    """`reasoning_content` in the history is what DeepSeek and Moonshot ask for, others refuse it (traps 84, 87)."""
-    for message in as_list(body.get("messages")):
-        as_dict(message).pop("reasoning_content", None)
+def _turns(body: Json) -> List[Json]:
+    return [as_dict(turn) for turn in as_list(body.get("messages"))]
 
 
 def _system_in_front(body: Json) -> None:
     """Instructions amid the conversation, as Claude Code sends them, are the user's words to templates like Qwen's."""
-    for turn in map(as_dict, as_list(body.get("messages"))[1:]):
+    for turn in _turns(body)[1:]:
         turn.update({"role": "user"} if turn.get("role") == "system" else {})
 
 
@@ -6868,8 +6867,7 @@ _OPENAI_REASONING = re.compile(r"(?:^|/)(?:o\d|gpt-(?:[5-9])(?!.*chat))")
 def _think_only_if_replayed(body: Json) -> None:
     """Thinking is off for this request when a turn with calls lacks its reasoning: another provider made it, or nobody
     remembers (api-docs.deepseek.com, Thinking mode; platform.moonshot.ai, Thinking models)."""
-    turns = [turn for turn in map(as_dict, as_list(body.get("messages"))) if turn.get("tool_calls")]
-    if not all(turn.get("reasoning_content") for turn in turns):
+    if not all(turn.get("reasoning_content") for turn in _turns(body) if turn.get("tool_calls")):
         body["thinking"] = {"type": "disabled"}
         body.pop("reasoning_effort", None)  # both at once are refused
 
@@ -6883,7 +6881,7 @@ def strict_turns(body: Json) -> Optional[Json]:
         return call_id if re.fullmatch(rb"[a-zA-Z0-9]{9}", text) else hashlib.sha256(text).hexdigest()[:9]
 
     turns: List[Json] = []
-    for turn in map(as_dict, as_list(body.get("messages"))):
+    for turn in _turns(body):
         if turns and turns[-1].get("role") == "tool" and turn.get("role") not in ("tool", "assistant"):
             turns.append({"role": "assistant", "content": "(noted)"})
         calls = [{**call, "id": nine(call.get("id"))} for call in map(as_dict, as_list(turn.get("tool_calls")))]
@@ -6966,11 +6964,6 @@ def _tools_of(body: Json) -> List[Json]:
     return tools + [as_dict(tool.get("function")) for tool in tools]
 
 
-def _drop_strict(body: Json) -> None:
-    for tool in _tools_of(body):
-        tool.pop("strict", None)
-
-
 def _plain_schemas(body: Json) -> None:
     for tool in _tools_of(body):
         tool.update((key, plain_schema(tool[key])) for key in ("input_schema", "parameters") if key in tool)
@@ -6978,6 +6971,7 @@ def _plain_schemas(body: Json) -> None:
 
 _REFUSAL = (
     r"unsupported|not supported|unrecognized|unknown|unexpected|not permitted|invalid|extra|not allowed|cannot|does not"
+    r"|instead"
 )
 
 
@@ -7014,22 +7008,20 @@ FIXES: Dict[str, Fix] = {
         r"|invalid value: 'json_schema'|allowed values \[[^\]]{0,40}json_object",
     ),
     "no reasoning": Fix(_drop("reasoning", "include"), "reasoning", _names(r"reasoning(?:\.\w+)?")),
-    "no reasoning_content": Fix(_drop_reasoning, "messages", _names("reasoning_content")),
-    "no strict": Fix(_drop_strict, "tools", _names("strict")),
+    # What DeepSeek and Moonshot ask for others refuse (traps 84, 87).
+    "no reasoning_content": Fix(_drop("reasoning_content", among=_turns), "messages", _names("reasoning_content")),
+    "no strict": Fix(_drop("strict", among=_tools_of), "tools", _names("strict")),
     "plain schemas": Fix(_plain_schemas, "tools", _names("(?:json_|input_)?schema") + "|function_declarations"),
     "no sampling": Fix(_drop_sampling, "model"),
     "strict turns": Fix(
         lambda body: body.update(strict_turns(body) or {}), "messages",
-        r"length of 9|unexpected role|last role user|conversation roles must alternate",
+        r"length (?:of )?9|unexpected role|last role user|conversation roles must alternate",
     ),
     "system in front": Fix(_system_in_front, "messages", r"system message must be at the beginning"),
     # Ollama's models think unless told not to (trap 112; docs.ollama.com, OpenAI compatibility).
     "think if asked": Fix(lambda body: body.setdefault("reasoning_effort", "none"), "messages"),
     "think if replayed": Fix(_think_only_if_replayed, "messages"),
 }
-
-# The field's own words beside a fix: OpenAI answers `max_tokens` with "Use 'max_completion_tokens' instead".
-_STATES_INSTEAD = r"use '?(max_completion_tokens|max_tokens)'? instead"
 
 # Amazon Bedrock's and Vertex AI's documentation of Claude name these; whatever else is "invalid beta flag".
 _CLOUD_BETAS = re.compile(
@@ -7169,10 +7161,7 @@ def bare_cache_marks(value: Any) -> Any:
 def learn_fix(body: Json, words: Sequence[str], known: Iterable[str]) -> str:
     """The fix that a 400's words ask for, "" when it names nothing that the router added or that was not tried yet."""
     text = "\n".join(words).lower()
-    untried = [name for name, fix in FIXES.items() if name not in known and fix.needs in body]
-    instead = re.search(_STATES_INSTEAD, text)
-    if instead and instead.group(1) in untried:
-        return instead.group(1)
+    untried = (name for name, fix in FIXES.items() if name not in known and fix.needs in body)
     return next((name for name in untried if re.search(FIXES[name].refused, text)), "")
 
 
@@ -8110,8 +8099,6 @@ def _words(*alternatives: str) -> str:
 SIGNALS: Tuple[Signal, ...] = (
     # What a provider no longer keeps says nothing about its model; the SDKs mend it.
     Signal(INVALID, (400, 404), _words(r"^(?:thread_(?:not_found|unsupported_request)|previous_response_not_found)$")),
-    # llama.cpp, in the words of a model's template.
-    Signal(INVALID, (500,), _words(r"system message must be at the beginning", r"conversation roles must alternate")),
     Signal(RATE_LIMITED, (413,), _words(r"tokens? per (?:min|minute|day)", r"\btp[md]\b", r"rate_limit")),
     # Gemini words its windows like an account without credit (ai.google.dev, Rate limits).
     Signal(RATE_LIMITED, (429,), _words(r"quota exceeded for (?:quota )?metric", r"please retry in \d")),
@@ -8308,9 +8295,7 @@ def _members(value: Any, depth: int) -> Iterator[Tuple[str, str]]:
 
 
 def _from_members(members: Iterable[Tuple[str, str]], now: float) -> Optional[float]:
-    told: Dict[str, str] = {}
-    for name, value in members:
-        told.setdefault(name, value)
+    told = dict(reversed(list(members)))  # the first of a name counts
     waits = (_read_wait(told[name], now) for name in _DELAYS.split() if name in told)
     seconds = next((wait for wait in waits if wait is not None), None)
     milliseconds = _number(told.get("retry-after-ms", ""))
@@ -10264,10 +10249,12 @@ class Exchange:
             book.apply(release(run))
 
     async def _attempt(self, action: Try, has_more: bool) -> Union[Outcome, Answer]:
-        """An attempt at a candidate; once more at once when its 400 names what can be mended."""
+        """An attempt at a candidate; once more at once when its 400 names what can be mended, or its 500: so llama.cpp
+        tells what the model's template refuses."""
         self._candidate = action.candidate
         result = await self._call(self._requests.make(action.candidate), action.delay_ms, has_more)
-        mended = self._mended(result) if isinstance(result, Outcome) and result.kind == INVALID else None
+        is_named = isinstance(result, Outcome) and result.kind in (INVALID, TEMPORARY)
+        mended = self._mended(result) if is_named else None
         return result if mended is None else await self._call(mended, 0, has_more)
 
     def _mended(self, outcome: Outcome) -> Optional[Outbound]:

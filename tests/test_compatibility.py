@@ -38,6 +38,7 @@ LESSONS = [
         "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead.",
         "max_completion_tokens",
     ),
+    ("max_tokens is deprecated, use max_completion_tokens instead", "max_completion_tokens"),
     ("Extra inputs are not permitted: stream_options", "no stream_options"),
     ("Unrecognized request argument supplied: stream_options", "no stream_options"),
     ("body.stream_options: Extra inputs are not permitted", "no stream_options"),  # FastAPI's, of Mistral and many more
