@@ -10955,13 +10955,15 @@ class FileError(RouterError):
 
 class Loaded(NamedTuple):
     """A configuration as found. document: None when there is none. source: where from, in words. path: its file, ""
-    when it came from a variable. warnings: what is wrong with the file itself. text: as it was read."""
+    when it came from a variable. warnings: what is wrong with the file itself. text: as it was read. stamp: the file's
+    (see file_stamp), taken before it was read."""
 
     document: Optional[Json]
     source: str
     path: str
     warnings: Tuple[str, ...] = ()
     text: str = ""
+    stamp: Tuple[Any, ...] = ()
 
 
 def config_path(given: str = "") -> str:
@@ -10979,20 +10981,21 @@ def load_config(given: str, environ: Mapping[str, str]) -> Loaded:
         text = unpack_config(text)
         return Loaded(parse_config_text(text, name), "the variable " + name, "", text=text)
     path = config_path(given)
-    data, mode = read_bytes(path)
+    stamp, (data, mode) = file_stamp(path), read_bytes(path)
     if data is None:
         return Loaded(None, path, path)
     warnings = ("%s can be read by others (mode %04o): chmod 600 it" % (one_line(path), mode),) if mode else ()
-    return Loaded(parse_config_text(data, one_line(path)), path, path, warnings, data.decode("utf-8-sig"))
+    return Loaded(parse_config_text(data, one_line(path)), path, path, warnings, data.decode("utf-8-sig"), stamp)
 
 
-def file_stamp(path: str) -> Tuple[int, ...]:
-    """What changes whenever a file is written or replaced; empty while there is none."""
+def file_stamp(path: str) -> Tuple[Any, ...]:
+    """What changes whenever a file is written or replaced, also where its time is set back (`cp -p`): times, size,
+    inode. Empty while there is none."""
     try:
         status = os.stat(path)
     except OSError:
         return ()
-    return status.st_mtime_ns, status.st_size, status.st_ino
+    return (status.st_mtime_ns, status.st_ctime_ns), status.st_size, status.st_ino
 
 
 def read_bytes(path: str) -> Tuple[Optional[bytes], int]:
@@ -13588,12 +13591,11 @@ class _Pump:
 
 
 class StartOptions(NamedTuple):
-    """All that a server needs to start, checked. config_path: "" when the configuration came from a variable.
-
-    config_source: where it came from, in words. document: as it was read; config: the same as values.
-    """
+    """All that a server needs to start, checked. config_path: "" when the configuration came from a variable; and its
+    stamp. config_source: where it came from, in words. document: as it was read; config: the same as values."""
 
     config_path: str
+    config_stamp: Tuple[Any, ...]
     config_source: str
     document: Json
     config: Config
@@ -13975,12 +13977,11 @@ def show_health(ref: str, book: Any, now: float) -> Json:
 
 def changed_providers(old: Config, new: Config) -> List[str]:
     """The ids of providers whose URL, key or auth differ: what was learned of their health is void."""
-    from operator import attrgetter
-
-    identity = attrgetter("base_urls", "api_key", "auths", "headers", "enabled")
-    before = {provider.id: identity(provider) for provider in old.providers}
-    after = {provider.id: identity(provider) for provider in new.providers}
-    return [id for id in dict.fromkeys(list(before) + list(after)) if before.get(id) != after.get(id)]
+    before, after = (
+        {one.id: (one.base_urls, one.api_key, one.auths, one.headers, one.enabled) for one in config.providers}
+        for config in (old, new)
+    )
+    return [id for id in {**before, **after} if before.get(id) != after.get(id)]
 
 
 def run_server(options: StartOptions) -> int:
@@ -14073,13 +14074,10 @@ async def _serve(options: StartOptions) -> Tuple[int, int]:
 
 def _import_ahead() -> None:
     """Import what the first requests need while there are descriptors to read it with."""
-    import email.utils
-    import encodings.idna
-    import http.client
-    import ssl
-    import traceback
+    from importlib import import_module
 
-    _ = email.utils, encodings.idna, http.client, ssl, traceback
+    for name in ("email.utils", "encodings.idna", "http.client", "ssl", "traceback"):
+        import_module(name)
 
 
 def _loop_trouble(context: Dict[str, Any]) -> str:
@@ -14128,7 +14126,7 @@ async def _watch_config(router: Router) -> None:
     """Apply every edit of the configuration file. An editor may replace the file; while it is away nothing changes."""
     import asyncio
 
-    seen = file_stamp(router.options.config_path)
+    seen = router.options.config_stamp  # as it was read: an edit since then is one, too
     while True:
         await asyncio.sleep(_WATCH_S)
         stamp = file_stamp(router.options.config_path)
@@ -14182,10 +14180,18 @@ def find_listener(port: int) -> Optional[Tuple[int, str]]:
     return None
 
 
+def settle_stream(stream: Any) -> None:
+    """Write what a stream holds; a closed or full one leads nowhere from then on: it would make the exit code 120."""
+    try:
+        stream.flush()
+    except OSError:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), stream.fileno())
+
+
 def _announce(options: StartOptions, port: int) -> None:
     """What a person, or a program that waits for the first line, needs to know."""
     base = origin_url("http", near_host(options.settings.host), port)
-    providers = [provider.id for provider in options.config.providers if provider.enabled]
     lines = [
         "listening on " + origin_url("http", options.settings.host, port),
         "  Anthropic clients   ANTHROPIC_BASE_URL=%s" % base,
@@ -14194,10 +14200,12 @@ def _announce(options: StartOptions, port: int) -> None:
         "  configuration       " + one_line(options.config_source),
         "  authorization       "
         + ("clients must show a key" if options.require_auth else "none: anyone who can connect may use it"),
-        "  providers           %s" % ", ".join(providers),
+        "  providers           " + ", ".join(one.id for one in options.config.providers if one.enabled),
         "  default model       %s" % (options.config.default_model or "none"),
     ]
-    print("\n".join(lines), flush=True)
+    with suppress(OSError):  # nobody reads it any more, or the disk is full: no reason not to serve
+        print("\n".join(lines))
+    settle_stream(sys.stdout)
 
 
 def _on_signals(loop: Any, stop: Callable[[], Any], reload: Callable[[], Any]) -> None:
@@ -15277,9 +15285,11 @@ def examine(given: str, port: int, environ: Mapping[str, str], offline: bool) ->
     elif port not in ports:
         findings.append(Finding("ok", "port", "%d is free, as far as can be seen" % port))
     findings += [*_examine_network(environ), *_examine_clients(environ, ports | {port})]
-    if config is not None and not offline:
-        findings += _examine_providers([provider for provider in config.providers if provider.enabled], environ)
-    return findings
+    providers = [provider for provider in config.providers if provider.enabled] if config is not None else []
+    for one in providers:  # a base URL may have come from anywhere
+        hosts = dict.fromkeys(urlsplit(url).netloc for url in one.base_urls.values())
+        findings += [Finding("ok", "key of " + one.id, "goes to " + ", ".join(hosts))] if one.api_key else []
+    return findings if offline else findings + _examine_providers(providers, environ)
 
 
 def _examine_config(given: str, environ: Mapping[str, str]) -> Tuple[List[Finding], Optional[Config]]:
@@ -16143,7 +16153,7 @@ def _flag_words(flag: Flag) -> str:
 
 def _two_columns(rows: Iterable[Tuple[str, str]]) -> List[str]:
     rows = list(rows)
-    width = min(34, max(len(left) for left, _ in rows))
+    width = max(len(left) for left, _ in rows)
     return ["  %-*s  %s" % (width, left, right) for left, right in rows]
 
 
@@ -16277,11 +16287,11 @@ def _provider_change(given: Given) -> ProviderChange:  # type: ignore[valid-type
 
 
 def _remove_models(given: Given, document: Json) -> Edit:
-    edit = Edit(document)
+    notes: Tuple[str, ...] = ()
     for model in given.model:
-        further = remove_model(edit.document, given.provider_id, model)
-        edit = Edit(further.document, edit.notes + further.notes)
-    return edit
+        document, further = remove_model(document, given.provider_id, model)
+        notes += further
+    return Edit(document, notes)
 
 
 def _ref_of(given: Given, model: str) -> str:
@@ -16520,7 +16530,7 @@ OPERATIONS: Tuple[Command, ...] = (
     _operation("set-default-model", _edits(lambda given, document: set_default_model(
                    document, _ref_of(given, given.default_model or _single(given.model)))),
                "set the model for `smart` and for requests that name none", "--default-model=openrouter/gpt-4o",
-               takes="default-model provider-id model"),
+               "default-model|model", "provider-id"),
     _operation("set-master-key", run_set_master_key, "set the key that clients show", "--generate",
                "master-key|generate"),
     _operation("add-client-key", run_add_client_key, "let a client in by its own key, kept as a hash",
@@ -16592,7 +16602,7 @@ def read_start_options(given: Given) -> StartOptions:
         raise UsageError("%s can be reached by others: %s" % (one_line(settings.host, 80), cure))
     _warn(warnings + list(loaded.warnings))
     _warn_of(find_problems(loaded.document))
-    found = (loaded.path, loaded.source, loaded.document, config, settings)
+    found = (loaded.path, loaded.stamp, loaded.source, loaded.document, config, settings)
     return StartOptions(*found, auth, given.watch_config is not False, given.environ, bool(given.debug))
 
 
@@ -16752,9 +16762,8 @@ def run_doctor(given: Given) -> int:
     bad = any(finding.level == "problem" for finding in findings)
     lines = []
     for one in findings:
-        cure = "; " + one_line(one.cure, 200) if one.cure else ""
-        level, text = _colored("%-8s" % one.level, one.level), one.text.partition("\n")[0]
-        lines.append("%s %s: %s%s" % (level, one.about, one_line(text, 300), cure))
+        words = "; ".join(one_line(text, 300) for text in (one.text.partition("\n")[0], one.cure) if text)
+        lines.append("%s %s: %s" % (_colored("%-8s" % one.level, one.level), one.about, words))
     return given.tell({"ok": not bad, "findings": [finding._asdict() for finding in findings]}, lines, int(bad))
 
 
@@ -16775,14 +16784,13 @@ def _restart_instances() -> List[int]:
     """Tell every running instance of this file to become the new one; their pids."""
     told = []
     for instance, status in running_instances():
-        if status.get("file") != os.path.realpath(__file__):
-            continue
-        if sys.platform == "win32":  # exec makes a new process there, and the old console is lost
+        is_ours = status.get("file") == os.path.realpath(__file__)
+        if is_ours and sys.platform == "win32":  # exec makes a new process there, and the old console is lost
             _warn(["pid %d still runs the version before: stop and start it" % instance.pid])
-            continue
-        with suppress(RouterError):  # it has just ended
-            ask_instance(instance, "restart", "POST")
-            told.append(instance.pid)
+        elif is_ours:
+            with suppress(RouterError):  # it has just ended
+                ask_instance(instance, "restart", "POST")
+                told.append(instance.pid)
     return told
 
 
@@ -17281,33 +17289,26 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run a command line; the exit code: 0 done, 1 failed, 2 wrong input or configuration, 130 interrupted."""
     hold_streams()
     argv = list(sys.argv[1:] if argv is None else argv)
-    if argv == ["--version"]:
-        print("llm-router " + __version__)
-        return 0
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a terminal without UTF-8 must not stop a command
     try:
         code = run_command(argv, os.environ)
         sys.stdout.flush()
-        return code
     except KeyboardInterrupt:
-        return 130
+        code = 130
     except Exception as error:
-        debug = any(word in ("--debug", "--debug=true", "--debug=1") for word in argv)
-        code = 1 if isinstance(error, BrokenPipeError) else _report(error, debug)
-        try:
-            sys.stdout.flush()
-        except OSError:  # closed or full: the interpreter would complain once more
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return code
+        code = 1 if isinstance(error, BrokenPipeError) else _report(error, argv)
+    settle_stream(sys.stdout)
+    settle_stream(sys.stderr)
+    return code
 
 
-def _report(error: Exception, debug: bool) -> int:
+def _report(error: Exception, argv: Sequence[str]) -> int:
     """Say on stderr what went wrong and return the exit code."""
     import traceback
 
-    if debug:
+    if any(re.fullmatch("--debug(=(1|true|yes|on))?", word.lower()) for word in argv):
         traceback.print_exc()
     known = isinstance(error, RouterError)
     text = error.message if known else "%s: %s (--debug shows more)" % (type(error).__name__, error)

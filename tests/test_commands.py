@@ -670,12 +670,13 @@ def test_main_turns_errors_into_exit_codes_and_one_line(home, error, code, text)
     assert home.run("start") == (code, "", text)
 
 
-def test_the_traceback_is_shown_only_on_request(home):
+@pytest.mark.parametrize(
+    ("words", "shows"), [("--debug", 1), ("--debug=Yes", 1), ("--debug=on", 1), ("--debug=false", 0), ("", 0)]
+)
+def test_the_traceback_is_shown_only_on_request(home, words, shows):
     home.monkeypatch.setattr(r, "run_demo", _fail(RuntimeError("bug")))
-    assert "Traceback" not in home.run("demo")[2]
-    code, _, err = home.run("demo --debug")
-    assert code == 1
-    assert "Traceback" in err
+    code, _, err = home.run("demo " + words)
+    assert code == 1 and err.count("Traceback") == shows
 
 
 def test_a_reader_that_goes_away_does_no_harm(tmp_path):
@@ -690,6 +691,20 @@ def test_a_reader_that_goes_away_does_no_harm(tmp_path):
     child.stderr.close()
     child.wait(timeout=60)
     assert error == b""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a signal that a program can handle")
+def test_a_server_whose_output_nobody_reads_any_more_still_ends_with_0(tmp_path):
+    """The interpreter would make 120 of what it cannot write at its end."""
+    (tmp_path / ".llm-router.json").write_text('{"providers": {"p": {"baseUrl": "http://127.0.0.1:9", "models": ["m"]}}}')
+    command = [sys.executable, str(PROGRAM), "start", "--port=0"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, env=_environment(tmp_path), **pipes) as child:
+        assert child.stdout.readline().startswith(b"listening on ")
+        child.stdout.close()
+        child.stderr.close()
+        child.terminate()  # "stopping" is what it cannot log
+        assert child.wait(timeout=60) == 0
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux' device that is always full")

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import llm_router as r
+from exchanges import until
 
 posix = pytest.mark.skipif(os.name != "posix", reason="permission bits, links and limits of POSIX")
 
@@ -30,6 +31,18 @@ def path(tmp_path):
 
 def set_key(key="new"):
     return lambda document: r.set_master_key(document, key)
+
+
+@posix
+def test_a_file_whose_time_was_set_back_has_another_stamp(path):
+    before, stamp = os.stat(path), r.file_stamp(str(path))
+
+    def stamp_after_an_edit():
+        path.write_bytes(OLD_TEXT.replace(b"old", b"new"))
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+        return r.file_stamp(str(path))
+
+    until(lambda: stamp_after_an_edit() != stamp)  # a file system's clock may tick only every few milliseconds
 
 
 def mode_of(file):

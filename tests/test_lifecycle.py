@@ -480,6 +480,13 @@ def test_an_edit_of_the_file_is_applied_while_running_and_a_broken_one_keeps_the
     assert running.get("/health").json["config"] == "ok" and not knows("fake/two")
 
 
+def test_an_edit_made_the_moment_the_server_listens_is_applied(router, upstream):
+    """It has read the file by then, but does not watch it yet."""
+    running = router(config_of(provider(upstream, models=["one"])))
+    running.write_config(config_of(provider(upstream, models=["two"])))
+    until(lambda: running.post(CHAT, dict(MESSAGES, model="fake/two")).status == 200)
+
+
 @pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="memory files are Linux'")
 def test_a_server_runs_from_byte_code_in_the_process_that_was_started_and_knows_its_file(running):
     words = Path("/proc/%d/cmdline" % running.process.pid).read_text().split("\0")
