@@ -582,68 +582,78 @@ class Field(NamedTuple):
     aliases: Tuple[str, ...] = ()
 
 
+def _read_table(table: str) -> Tuple[Field, ...]:
+    """Rows of a field's key, with its aliases behind commas, its kind and its help."""
+    fields = []
+    for line in table.strip().split("\n"):
+        names, kind, help = line.split(None, 2)
+        key, *aliases = names.split(",")
+        fields.append(Field(key, kind, help, tuple(aliases)))
+    return tuple(fields)
+
+
 FIELDS: Dict[str, Tuple[Field, ...]] = {
-    "config": (
-        Field("$schema", "text", "where editors find the schema of this file, see config --operation=schema"),
-        Field("version", "whole", "version of the file's shape, 1"),
-        Field("masterKey", "secret", "the key that clients show to the router"),
-        Field("clientKeys", "[client_key]", "further keys, each with the name of its client and the key's SHA-256"),
-        Field("defaultModel", "default", "the model for `smart` and for requests that name none"),
-        Field("modelAliases", "{alias:[target]}", "name, or pattern with *, to a model ref or an ordered list of them"),
-        Field("corsOrigins", "[origin]", "browser origins that may use the router"),
-        Field("allowedHosts", "[name]", "further Host names that are answered while auth is off"),
-        Field("providers", "providers", "the accounts requests may go to"),
-        Field("metadata", "object", "anything; kept, not used"),
-    ),
-    "provider": (
-        Field("id", "provider_id", "short name, the first half of `provider/model`"),
-        Field("name", "text", "name for people"),
-        Field("enabled", "flag", "false keeps the entry and does not use it"),
-        Field("baseUrl", "url", "where the provider's API is", ("endpoint",)),
-        Field("baseUrlByFormat", "{wire:url}", "a base URL of its own per format", ("endpointByFormat", "endpoints")),
-        Field("apiKey", "secret", "the key the router shows to the provider", ("credential",)),
-        Field("apiKeyEnv", "variable", "environment variable that holds the key; wins when it is set"),
-        Field("formats", "[wire]", "wire formats the provider speaks: openai, anthropic, responses"),
-        Field("format", "wire", "the preferred one of its formats", ("responseFormat",)),
-        Field("auth", "auth", "how the key is shown"),
-        Field("authByFormat", "{wire:auth}", "how the key is shown per wire format, where they differ"),
-        Field("headers", "{header_name:header}", "headers for every request; null removes one"),
-        Field("anthropicVersion", "header", "the anthropic-version header"),
-        Field("anthropicBeta", "[beta]", "anthropic-beta features to ask for"),
-        Field("compat", "any", "what the provider needs or refuses beside the format"),
-        Field("timeouts", "timeouts", "limits of its own in milliseconds"),
-        Field("proxy", "proxy", "its own HTTP proxy, http://HOST:PORT, or none for a direct connection"),
-        Field("caBundle", "text", "file of certificates (PEM) to trust for it"),
-        Field("models", "[model]", "its models; * passes any id through"),
-        Field("metadata", "object", "anything; kept, not used"),
-    ),
-    "model": (
-        Field("id", "model_id", "the provider's own name of the model; * for any"),
-        Field("aliases", "[name]", "further names", ("alias",)),
-        Field("formats", "[wire]", "wire formats of this model, when not all of the provider's", ("format",)),
-        Field("enabled", "flag", "false keeps the entry and does not use it"),
-        Field("contextWindow", "whole", "tokens that input and output may have together"),
-        Field("maxOutputTokens", "whole", "tokens that an answer may have"),
-        Field("cost", "object", "US dollars per million tokens: input, output, cacheRead, cacheWrite"),
-        Field("metadata", "object", "anything; kept, not used"),
-        Field("fallbackModels", "[fallback]", "what to try when it fails, in order", ("fallbacks", "silentFallbacks")),
-    ),
-    "auth": (
-        Field("type", "auth_type", "bearer, x-api-key, header or none", ("kind",)),
-        Field("headerName", "header_name", "the header, for the type header", ("header",)),
-        Field("prefix", "prefix", "what stands before the key in that header"),
-    ),
-    "client_key": (
-        Field("name", "name", "the client's name, shown in the log"),
-        Field("sha256", "sha256", "the key's SHA-256 in hexadecimal digits, made by config --operation=add-client-key"),
-    ),
-    "timeouts": (
-        Field("connectMs", "whole", "connecting"),
-        Field("firstByteMs", "whole", "first byte of the answer"),
-        Field("firstContentMs", "whole", "first content of a stream"),
-        Field("idleMs", "whole", "silence between two reads"),
-        Field("totalMs", "whole", "the whole answer"),
-    ),
+    "config": _read_table("""
+        $schema       text              where editors find the schema of this file, see config --operation=schema
+        version       whole             version of the file's shape, 1
+        masterKey     secret            the key that clients show to the router
+        clientKeys    [client_key]      further keys, each with the name of its client and the key's SHA-256
+        defaultModel  default           the model for `smart` and for requests that name none
+        modelAliases  {alias:[target]}  name, or pattern with *, to a model ref or an ordered list of them
+        corsOrigins   [origin]          browser origins that may use the router
+        allowedHosts  [name]            further Host names that are answered while auth is off
+        providers     providers         the accounts requests may go to
+        metadata      object            anything; kept, not used
+    """),
+    "provider": _read_table("""
+        id                     provider_id         short name, the first half of `provider/model`
+        name                   text                name for people
+        enabled                flag                false keeps the entry and does not use it
+        baseUrl,endpoint       url                 where the provider's API is
+        baseUrlByFormat,endpointByFormat,endpoints  {wire:url}  a base URL of its own per format
+        apiKey,credential      secret              the key the router shows to the provider
+        apiKeyEnv              variable            environment variable that holds the key; wins when it is set
+        formats                [wire]              wire formats the provider speaks: openai, anthropic, responses
+        format,responseFormat  wire                the preferred one of its formats
+        auth                   auth                how the key is shown
+        authByFormat           {wire:auth}         how the key is shown per wire format, where they differ
+        headers                {header_name:header}  headers for every request; null removes one
+        anthropicVersion       header              the anthropic-version header
+        anthropicBeta          [beta]              anthropic-beta features to ask for
+        compat                 any                 what the provider needs or refuses beside the format
+        timeouts               timeouts            limits of its own in milliseconds
+        proxy                  proxy               its own HTTP proxy, http://HOST:PORT, or none for a direct connection
+        caBundle               text                file of certificates (PEM) to trust for it
+        models                 [model]             its models; * passes any id through
+        metadata               object              anything; kept, not used
+    """),
+    "model": _read_table("""
+        id               model_id    the provider's own name of the model; * for any
+        aliases,alias    [name]      further names
+        formats,format   [wire]      wire formats of this model, when not all of the provider's
+        enabled          flag        false keeps the entry and does not use it
+        contextWindow    whole       tokens that input and output may have together
+        maxOutputTokens  whole       tokens that an answer may have
+        cost             object      US dollars per million tokens: input, output, cacheRead, cacheWrite
+        metadata         object      anything; kept, not used
+        fallbackModels,fallbacks,silentFallbacks  [fallback]  what to try when it fails, in order
+    """),
+    "auth": _read_table("""
+        type,kind          auth_type    bearer, x-api-key, header or none
+        headerName,header  header_name  the header, for the type header
+        prefix             prefix       what stands before the key in that header
+    """),
+    "client_key": _read_table("""
+        name    name    the client's name, shown in the log
+        sha256  sha256  the key's SHA-256 in hexadecimal digits, made by config --operation=add-client-key
+    """),
+    "timeouts": _read_table("""
+        connectMs       whole  connecting
+        firstByteMs     whole  first byte of the answer
+        firstContentMs  whole  first content of a stream
+        idleMs          whole  silence between two reads
+        totalMs         whole  the whole answer
+    """),
 }
 
 
@@ -1413,38 +1423,36 @@ class Preset(NamedTuple):
         return [name + "_API_KEY" for name in self.keys.split()]
 
 
+def _read_presets(table: str) -> Tuple[Preset, ...]:
+    return tuple(Preset(*map(str.strip, line.split("|"))) for line in table.strip().split("\n"))
+
+
 # In the order in which the first key found gives the default model.
-# fmt: off
-PRESETS: Tuple[Preset, ...] = (
-    Preset("openai", "OpenAI", "OPENAI", "gpt-4o", "platform.openai.com/api-keys",
-           "api.openai.com/v1", responses="api.openai.com/v1"),
-    Preset("anthropic", "Anthropic", "ANTHROPIC", "claude-sonnet-4-5", "platform.claude.com/settings/keys",
-           anthropic="api.anthropic.com"),
-    Preset("openrouter", "OpenRouter", "OPENROUTER", "openrouter/auto", "openrouter.ai/settings/keys",
-           "openrouter.ai/api/v1"),
-    Preset("groq", "Groq", "GROQ", "llama-3.3-70b-versatile", "console.groq.com/keys", "api.groq.com/openai/v1"),
-    Preset("deepseek", "DeepSeek", "DEEPSEEK", "deepseek-chat", "platform.deepseek.com/api_keys",
-           "api.deepseek.com/v1", "api.deepseek.com/anthropic"),
-    Preset("mistral", "Mistral", "MISTRAL", "mistral-large-latest", "console.mistral.ai/api-keys", "api.mistral.ai/v1"),
-    Preset("gemini", "Gemini", "GEMINI GOOGLE", "gemini-2.5-flash", "aistudio.google.com/apikey",
-           "generativelanguage.googleapis.com/v1beta/openai"),
-    Preset("xai", "xAI", "XAI", "grok-4", "console.x.ai", "api.x.ai/v1"),
-    Preset("together", "Together", "TOGETHER", "meta-llama/Llama-3.3-70B-Instruct-Turbo",
-           "api.together.ai/settings/api-keys", "api.together.xyz/v1"),
-    Preset("cerebras", "Cerebras", "CEREBRAS", "llama-3.3-70b", "cloud.cerebras.ai", "api.cerebras.ai/v1"),
-    Preset("moonshot", "Moonshot", "MOONSHOT", "kimi-latest", "platform.moonshot.ai/console/api-keys",
-           "api.moonshot.ai/v1", "api.moonshot.ai/anthropic"),
-    Preset("zai", "Z.ai", "ZAI", "glm-4.6", "z.ai/manage-apikey/apikey-list",
-           "api.z.ai/api/paas/v4", "api.z.ai/api/anthropic"),
-)
+PRESETS = _read_presets("""
+    openai | OpenAI | OPENAI | gpt-4o | platform.openai.com/api-keys | api.openai.com/v1 | | api.openai.com/v1
+    anthropic | Anthropic | ANTHROPIC | claude-sonnet-4-5 | platform.claude.com/settings/keys | | api.anthropic.com
+    openrouter | OpenRouter | OPENROUTER | openrouter/auto | openrouter.ai/settings/keys | openrouter.ai/api/v1
+    groq | Groq | GROQ | llama-3.3-70b-versatile | console.groq.com/keys | api.groq.com/openai/v1
+    deepseek | DeepSeek | DEEPSEEK | deepseek-chat | platform.deepseek.com/api_keys \
+        | api.deepseek.com/v1 | api.deepseek.com/anthropic
+    mistral | Mistral | MISTRAL | mistral-large-latest | console.mistral.ai/api-keys | api.mistral.ai/v1
+    gemini | Gemini | GEMINI GOOGLE | gemini-2.5-flash | aistudio.google.com/apikey \
+        | generativelanguage.googleapis.com/v1beta/openai
+    xai | xAI | XAI | grok-4 | console.x.ai | api.x.ai/v1
+    together | Together | TOGETHER | meta-llama/Llama-3.3-70B-Instruct-Turbo | api.together.ai/settings/api-keys \
+        | api.together.xyz/v1
+    cerebras | Cerebras | CEREBRAS | llama-3.3-70b | cloud.cerebras.ai | api.cerebras.ai/v1
+    moonshot | Moonshot | MOONSHOT | kimi-latest | platform.moonshot.ai/console/api-keys \
+        | api.moonshot.ai/v1 | api.moonshot.ai/anthropic
+    zai | Z.ai | ZAI | glm-4.6 | z.ai/manage-apikey/apikey-list | api.z.ai/api/paas/v4 | api.z.ai/api/anthropic
+""")
 # Servers on this machine at their usual ports; they need no key.
-LOCAL_PRESETS: Tuple[Preset, ...] = (
-    Preset("ollama", "Ollama", "", "", "", "http://127.0.0.1:11434/v1"),
-    Preset("lmstudio", "LM Studio", "", "", "", "http://127.0.0.1:1234/v1"),
-    Preset("llamacpp", "llama.cpp", "", "", "", "http://127.0.0.1:8080/v1"),
-    Preset("vllm", "vLLM", "", "", "", "http://127.0.0.1:8000/v1"),
-)
-# fmt: on
+LOCAL_PRESETS = _read_presets("""
+    ollama | Ollama | |  | | http://127.0.0.1:11434/v1
+    lmstudio | LM Studio | |  | | http://127.0.0.1:1234/v1
+    llamacpp | llama.cpp | |  | | http://127.0.0.1:8080/v1
+    vllm | vLLM | |  | | http://127.0.0.1:8000/v1
+""")
 
 
 def preset_urls(row: Preset) -> Dict[str, str]:
@@ -2542,15 +2550,15 @@ class Inflater:
 
 
 # Phrases for people who read raw answers; clients go by the number.
-_REASONS = {
-    100: "Continue", 200: "OK", 201: "Created", 202: "Accepted", 204: "No Content", 304: "Not Modified",
-    400: "Bad Request", 401: "Unauthorized", 402: "Payment Required", 403: "Forbidden", 404: "Not Found",
-    405: "Method Not Allowed", 408: "Request Timeout", 409: "Conflict", 410: "Gone", 413: "Content Too Large",
-    414: "URI Too Long", 415: "Unsupported Media Type", 417: "Expectation Failed", 421: "Misdirected Request",
-    422: "Unprocessable Content", 429: "Too Many Requests", 431: "Request Header Fields Too Large",
-    451: "Unavailable For Legal Reasons", 500: "Internal Server Error", 501: "Not Implemented", 502: "Bad Gateway",
-    503: "Service Unavailable", 504: "Gateway Timeout", 505: "HTTP Version Not Supported", 529: "Overloaded",
-}  # fmt: skip
+_REASONS = {int(row[:3]): row[4:] for row in re.split(r",\s+", """
+    100 Continue, 200 OK, 201 Created, 202 Accepted, 204 No Content, 304 Not Modified, 400 Bad Request,
+    401 Unauthorized, 402 Payment Required, 403 Forbidden, 404 Not Found, 405 Method Not Allowed,
+    408 Request Timeout, 409 Conflict, 410 Gone, 413 Content Too Large, 414 URI Too Long,
+    415 Unsupported Media Type, 417 Expectation Failed, 421 Misdirected Request, 422 Unprocessable Content,
+    429 Too Many Requests, 431 Request Header Fields Too Large, 451 Unavailable For Legal Reasons,
+    500 Internal Server Error, 501 Not Implemented, 502 Bad Gateway, 503 Service Unavailable,
+    504 Gateway Timeout, 505 HTTP Version Not Supported, 529 Overloaded
+""".strip())}
 LAST_CHUNK = b"0\r\n\r\n"
 _UNSAFE = re.compile(r"[^\t -~\x80-\xff]")
 _UPSTREAM_TARGET = re.compile(r"[!-~]+")
@@ -7514,44 +7522,34 @@ def wire_of_client(path: str, headers: Headers) -> str:
     return fixed or detect_wire(headers, {})
 
 
-class TokenRow(NamedTuple):
-    """What a family of models counts. models: found in the model's id. text, schema: tokens a piece of text, and of a
-    tool's or answer's schema. once, message: tokens around a request and each message; tools, forced, shape, thinking:
-    the provider's own words when there are tools, one is forced, the answer has a schema, the model thinks."""
-
-    models: str
-    text: float
-    schema: float
-    once: int
-    message: int
-    tools: int
-    forced: int = 0
-    shape: int = 20
-    thinking: int = 0
-
-
+# What families of models count. text, schema: tokens a piece of text, and of a tool's or answer's schema. once,
+# message: tokens around a request and each message; tools, forced, shape, thinking: the provider's own words when there
+# are tools, one is forced, the answer has a schema, the model thinks. models: found in the model's id.
 # Chosen so that the estimate errs high: a client that compacts early loses little, one that compacts too late is
 # refused (traps 116, 117). From answers with a known usage, OpenAI's cookbook (How to count tokens) and Anthropic's
 # documentation (Tool use: 313 to 804 tokens by model). Newest Claude models cut text finer than older ones.
-_TOKEN_ROWS = (
-    TokenRow(r"claude-[23]", 1.3, 1.3, 6, 3, 280, 90, 115, 30),
-    TokenRow(r"claude-(opus-4[-.][789]|[a-z]+-[5-9])", 1.5, 1.5, 7, 3, 500, 90, 115, 30),
-    TokenRow(r"claude", 1.3, 1.3, 7, 3, 530, 90, 115, 30),
-    TokenRow(r"gpt-oss", 1.1, 1.0, 70, 4, 20),
-    TokenRow(r"gpt-5(?![.\d])", 1.1, 0.6, 3, 4, 90),
-    TokenRow(r"gpt-|\bo[134]\b", 1.1, 0.65, 4, 4, 5, shape=5),
-    TokenRow(r"llama-?4", 1.1, 1.1, 6, 4, 590),
-    TokenRow(r"llama-?3[.-][1-3]\b", 1.1, 1.1, 32, 4, 100),
-    TokenRow(r"llama", 1.1, 1.1, 7, 4, 100),
-    TokenRow(r"grok-(4\.[2-9]|[5-9])", 1.1, 1.1, 206, 4, 104),
-    TokenRow(r"deepseek-v4", 1.1, 1.1, 80, 4, 220),
-    TokenRow(r"deepseek-r1", 1.1, 0, 1, 2, 0, shape=0),
-    TokenRow(r"deepseek", 1.1, 1.1, 4, 4, 220),
-    TokenRow(r"qwen.*coder", 1.1, 1.1, 4, 5, 210),
-    TokenRow(r"stral", 1.4, 0.9, 3, 4, 5),
-    TokenRow(r"gemini", 1.1, 0.85, 1, 3, 10),
-    TokenRow(r"", 1.15, 1.1, 6, 5, 125),
-)
+_TOKEN_TABLE = r"""
+     text schema once message tools forced shape thinking  models
+      1.3    1.3    6       3   280     90   115       30  claude-[23]
+      1.5    1.5    7       3   500     90   115       30  claude-(opus-4[-.][789]|[a-z]+-[5-9])
+      1.3    1.3    7       3   530     90   115       30  claude
+      1.1    1.0   70       4    20      0    20        0  gpt-oss
+      1.1    0.6    3       4    90      0    20        0  gpt-5(?![.\d])
+      1.1   0.65    4       4     5      0     5        0  gpt-|\bo[134]\b
+      1.1    1.1    6       4   590      0    20        0  llama-?4
+      1.1    1.1   32       4   100      0    20        0  llama-?3[.-][1-3]\b
+      1.1    1.1    7       4   100      0    20        0  llama
+      1.1    1.1  206       4   104      0    20        0  grok-(4\.[2-9]|[5-9])
+      1.1    1.1   80       4   220      0    20        0  deepseek-v4
+      1.1      0    1       2     0      0     0        0  deepseek-r1
+      1.1    1.1    4       4   220      0    20        0  deepseek
+      1.1    1.1    4       5   210      0    20        0  qwen.*coder
+      1.4    0.9    3       4     5      0    20        0  stral
+      1.1   0.85    1       3    10      0    20        0  gemini
+     1.15    1.1    6       5   125      0    20        0
+""".strip().split("\n")
+TokenRow = namedtuple("TokenRow", _TOKEN_TABLE[0], defaults=[""])
+_TOKEN_ROWS = [TokenRow(*map(float, line.split()[:8]), *line.split()[8:]) for line in _TOKEN_TABLE[1:]]
 _CLAUDE_ROW = _TOKEN_ROWS[2]
 
 # About what every tokenizer takes for one token: a short word, a capital abbreviation, three digits, two signs, a line
