@@ -11033,12 +11033,14 @@ def edit_config_file(path: str, change: Callable[[Json], Edit]) -> Edit:
     raise FileError("%s keeps being changed by another program; nothing was saved" % one_line(path))
 
 
-def render_document(document: Json) -> bytes:
-    """A document as it is stored: indented JSON, readable text. ConfigError for what JSON cannot say (1e999)."""
+def render_document(document: Json, indent: Optional[int] = 2) -> bytes:
+    """A document as it is stored: readable JSON, without an indent short. ConfigError for what JSON cannot say
+    (1e999)."""
+    how: Dict[str, Any] = {"indent": indent, "separators": (",", ":" if indent is None else ": ")}
     try:
-        return (json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8")
+        return (json.dumps(document, ensure_ascii=False, allow_nan=False, **how) + "\n").encode("utf-8")
     except UnicodeEncodeError:  # half of a surrogate pair, escaped in the file: it can only be kept escaped
-        return (json.dumps(document, indent=2) + "\n").encode("ascii")
+        return (json.dumps(document, **how) + "\n").encode("ascii")
     except ValueError:
         raise ConfigError("the configuration holds a number that is too large to be stored") from None
 
@@ -14339,14 +14341,10 @@ def fetch_release(source: str) -> bytes:
             raise RouterError("there is no release at %s" % one_line(source, 160), 404, "no_release")
         return data
 
-    class SafeRedirects(urllib.request.HTTPRedirectHandler):
-        def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
-            _check_release_url(newurl)
-            return super().redirect_request(req, fp, code, msg, headers, newurl)
-
     _check_release_url(source)
     shown = one_line(mask_url(source), 160)
-    status, headers, data = fetch(urllib.request.Request(source), _MAX_RELEASE_BYTES, SafeRedirects)  # noqa: S310  checked
+    request = urllib.request.Request(source)  # noqa: S310  checked
+    status, headers, data = fetch(request, _MAX_RELEASE_BYTES, _check_release_url)
     if status != 200:
         code = "no_release" if status in (404, 410) else "release_error"
         raise RouterError("%s answers %d" % (shown, status), status, code)
@@ -14356,19 +14354,27 @@ def fetch_release(source: str) -> bytes:
     return data
 
 
-def fetch(request: Any, max_bytes: int, redirects: Any) -> Tuple[int, Any, bytes]:
-    """(status, headers, body) of the answer to a request of urllib's, whatever its status; `redirects` decides about
-    3xx. RouterError for none, one that is too slow or too large. What stays on this machine goes through no proxy."""
+def fetch(request: Any, max_bytes: int, check: Optional[Callable[[str], None]] = None) -> Tuple[int, Any, bytes]:
+    """(status, headers, body) of the answer to a request of urllib's, whatever its status; a redirection is followed
+    when `check` lets its URL pass. RouterError for none, one that is too slow or too large. What stays on this machine
+    goes through no proxy."""
     import http.client
     import urllib.error
     import urllib.request
+
+    class Redirects(urllib.request.HTTPRedirectHandler):
+        def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
+            if check is None:  # it would take a token along
+                return None
+            check(newurl)
+            return super().redirect_request(req, fp, code, msg, headers, newurl)
 
     shown = one_line(mask_url(request.full_url), 160)
     direct = [urllib.request.ProxyHandler({})] if is_loopback(urlsplit(request.full_url).hostname or "") else []
     until, data = time.monotonic() + _FETCH_S, b""
     try:
         try:
-            response = urllib.request.build_opener(redirects, *direct).open(request, timeout=_SILENCE_S)
+            response = urllib.request.build_opener(Redirects, *direct).open(request, timeout=_SILENCE_S)
         except urllib.error.HTTPError as error:
             response = error  # an answer like any other
         with response:
@@ -14669,10 +14675,7 @@ def key_weakness(key: str) -> str:
 def minify_document(document: Json, master_key: str) -> str:
     """A configuration as short JSON, with the key that is in force. ConfigError for what JSON cannot say."""
     document = set_master_key(document, master_key).document if master_key else document
-    document = load_json(render_document(document))
-    short = json.dumps(document, separators=(",", ":"), ensure_ascii=False)
-    is_text = short.encode("utf-8", "ignore").decode("utf-8") == short  # half a surrogate pair needs JSON's escape
-    return short if is_text else json.dumps(document, separators=(",", ":"))
+    return render_document(document, None).decode("utf-8").strip()
 
 
 def config_secrets(text: str) -> Dict[str, str]:
@@ -14832,16 +14835,12 @@ class Cloudflare:
         """What a request results in. CloudflareError with Cloudflare's words; its status is the answer's."""
         import urllib.request
 
-        class NoRedirects(urllib.request.HTTPRedirectHandler):
-            def redirect_request(self, *_: Any) -> Any:
-                return None  # it would take the token along
-
         headers = {"authorization": "Bearer " + self._token}
         kind, body = encode_parts(parts) if parts else ("", None)
         headers.update({"content-type": kind} if kind else {})
         request = urllib.request.Request(self.base + path, body, headers, method=method)  # noqa: S310  checked
         try:
-            status, _, data = fetch(request, _MAX_API_BYTES, NoRedirects)
+            status, _, data = fetch(request, _MAX_API_BYTES)
         except RouterError as error:
             raise CloudflareError(error.message, 502, "cloudflare_error") from None
         answer = _read_json(data)
@@ -15021,26 +15020,6 @@ _DEMO_SETTINGS = {
 }
 
 
-class DemoCase(NamedTuple):
-    """One request of the demo. works: whether the whole answer is expected, or an honest error in mid-stream."""
-
-    wire: str
-    stream: bool
-    provider: str
-    works: bool
-
-
-def demo_cases() -> List[DemoCase]:
-    """Every format, streamed and whole, against every provider; mid-stream deaths only where there is a stream."""
-    return [
-        DemoCase(wire, stream, provider, provider != "dying")
-        for wire in _DEMO_REQUESTS
-        for stream in (False, True)
-        for provider in _DEMO_PROVIDERS
-        if stream or provider != "dying"
-    ]
-
-
 async def _demo_provider(call: Call, sink: Sink) -> None:
     """The fake providers: the first segment of the path says which one is meant."""
     name = call.path.split("/")[1]
@@ -15080,37 +15059,32 @@ def demo_document(base_url: str) -> Json:
     return {"version": 1, "defaultModel": "steady/demo", "providers": providers}
 
 
-def ask_demo(port: int, case: DemoCase) -> Tuple[bool, str, str]:
-    """Send one request of the demo over HTTP: whether the answer is right, what it was, and the decision trail."""
+def ask_demo(port: int, wire: str, stream: bool, provider: str) -> Tuple[bool, str, str]:
+    """Send one request of the demo: whether the answer is right, what it was, and the decision trail. Right is
+    the whole text, and where a stream dies an honest error in it."""
     import http.client
 
-    body = dict(_DEMO_REQUESTS[case.wire], model=case.provider + "/demo", stream=case.stream)
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
-    whole = True
-    try:
-        connection.request("POST", ENDPOINT_HELP[case.wire], dump_json(body), {"content-type": "application/json"})
+    body, whole = dict(_DEMO_REQUESTS[wire], model=provider + "/demo", stream=stream), True
+    with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=30)) as connection:
+        connection.request("POST", ENDPOINT_HELP[wire], dump_json(body), {"content-type": "application/json"})
         response = connection.getresponse()
-        data = b""
         try:
             data = response.read()
         except http.client.IncompleteRead as error:
             data, whole = error.partial, False
-    finally:
-        connection.close()
-    answer = _read_demo_answer(case, data)
-    right = answer == _DEMO_TEXT and whole if case.works else isinstance(answer, ErrorInfo) and not whole
+    answer = _read_demo_answer(wire, stream, data)
+    right = isinstance(answer, ErrorInfo) and not whole if provider == "dying" else answer == _DEMO_TEXT and whole
     shown = answer if isinstance(answer, str) else "an error in the stream, then a cut: " + answer.message
     return right, shown, response.headers.get("x-llm-router-attempts", "-")
 
 
-def _read_demo_answer(case: DemoCase, data: bytes) -> Union[str, ErrorInfo]:
-    wire = WIRE_FORMATS[case.wire]
+def _read_demo_answer(wire: str, stream: bool, data: bytes) -> Union[str, ErrorInfo]:
     context = Context(ChatRequest("", []), "demo", 0)
     try:
-        if case.stream:
-            folded = fold_stream(case.wire, data, context)
+        if stream:
+            folded = fold_stream(wire, data, context)
             return folded if isinstance(folded, ErrorInfo) else join_text(folded.blocks)
-        return join_text(wire.parse_response(load_json(data), context).blocks)
+        return join_text(WIRE_FORMATS[wire].parse_response(load_json(data), context).blocks)
     except RouterError as error:
         return ErrorInfo(502, error.message)
 
@@ -15152,15 +15126,18 @@ async def _demo(once: bool, port: int) -> int:
 
 
 def _show_cases(port: int) -> int:
-    """Ask every case, print a line each; returns how many answers were wrong."""
+    """Ask every provider in every format, streamed and whole, print what comes; returns how many answers were wrong."""
+    from itertools import product
+
     print("\n%-10s %-9s %-16s %s" % ("client", "", "asked for", "attempts"))
     wrong = 0
-    for case in demo_cases():
-        right, shown, attempts = ask_demo(port, case)
-        wrong += not right
-        kind = "streamed" if case.stream else "whole"
-        print("%-10s %-9s %-16s %s" % (case.wire, kind, case.provider + "/demo", attempts))
-        print("%20s %s %s" % ("", "right:" if right else "WRONG:", one_line(shown, 150)), flush=True)
+    for wire, stream, provider in product(_DEMO_REQUESTS, (False, True), _DEMO_PROVIDERS):
+        if stream or provider != "dying":  # in mid-stream
+            right, shown, attempts = ask_demo(port, wire, stream, provider)
+            wrong += not right
+            kind = "streamed" if stream else "whole"
+            print("%-10s %-9s %-16s %s" % (wire, kind, provider + "/demo", attempts))
+            print("%20s %s %s" % ("", "right:" if right else "WRONG:", one_line(shown, 150)), flush=True)
     print("\n%s" % ("every answer was right" if not wrong else "%d answers were wrong" % wrong), flush=True)
     return wrong
 
@@ -16245,13 +16222,6 @@ _KEY_ONCE = "%s key (shown only now): %s"
 # ----- config -----
 
 
-def run_config(given: Given) -> int:
-    """`config` without an operation: the menu."""
-    if not set(given.flags) <= {"config", "json", "debug", "prompts"}:
-        raise UsageError("config: give --operation=, one of " + ", ".join(row.name for row in OPERATIONS))
-    return run_menu_command(given)
-
-
 def _edits(change: Callable[[Given, Json], Edit]) -> Callable[[Given], int]:
     """The operation that applies an edit."""
     return lambda given: given.edit(lambda document: change(given, document))
@@ -16609,6 +16579,8 @@ def read_start_options(given: Given) -> StartOptions:
 
 def run_menu_command(given: Given) -> int:
     """No command, and `config` without an operation: the menu on a terminal, elsewhere the masked summary."""
+    if not set(given.flags) <= {"config", "json", "debug", "prompts"}:
+        raise UsageError("config: give --operation=, one of " + ", ".join(row.name for row in OPERATIONS))
     if given.json or not (given.prompts or sys.stdin.isatty() and sys.stdout.isatty()):
         return run_list(given)
     loaded = load_config(given.path, {})
@@ -17228,7 +17200,7 @@ def _choose_account(given: Given, accounts: Sequence[Tuple[str, str]]) -> str:
 COMMANDS: Tuple[Command, ...] = (
     Command("", run_menu_command, "one local endpoint for every AI provider; alone on a terminal it opens the menu",
             (_CONFIG, _AS_JSON, _PROMPTS), "llm-router start"),
-    Command("config", run_config, "the menu, or with --operation= one change without any prompt", CONFIG_FLAGS,
+    Command("config", run_menu_command, "the menu, or with --operation= one change without any prompt", CONFIG_FLAGS,
             "llm-router config --operation=list"),
     Command("start", run_start, "serve, in the foreground or with --detach in the background", START_FLAGS,
             "llm-router start\nllm-router start --detach --port=8787 --require-auth=true"),
