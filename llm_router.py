@@ -12642,28 +12642,18 @@ def _iso_time(wall: float) -> str:
     return "%d-%02d-%02dT%02d:%02d:%02d.%03dZ" % (*time.gmtime(wall)[:6], wall % 1 * 1000)
 
 
-class TrailRing:
-    """The trails of the last `size` requests by id, for `explain`."""
-
-    def __init__(self, size: int) -> None:
-        self._size = size
-        self._trails: OrderedDict[str, Trail] = OrderedDict()
-
-    def add(self, trail: Trail) -> None:
-        """Remember a request that has ended; the oldest one gives way."""
-        self._trails[trail.id] = trail
-        if len(self._trails) > self._size:
-            self._trails.popitem(last=False)
+class TrailRing(BoundedMap):
+    """The trails of the last requests by id, for `explain`."""
 
     def find(self, id: str) -> Optional[Json]:
         """The trail of a request as a JSON value; `last` means the newest. None when it is not remembered."""
-        trail = self._trails.get(next(reversed(self._trails), "") if id == "last" else id)
+        trail = self.get(next(reversed(self._entries), "") if id == "last" else id)
         return None if trail is None else log_record(trail)
 
     def tally(self) -> Dict[str, Json]:
         """ref -> {"ok", "failed", "last_error"}: the attempts of the remembered requests, counted."""
         found: Dict[str, Json] = {}
-        attempts = ((trail, attempt) for trail in self._trails.values() for attempt in trail.attempts)
+        attempts = ((trail, attempt) for trail, _ in self._entries.values() for attempt in trail.attempts)
         for trail, (ref, _, label, kind, _, _, _, message) in attempts:
             counts = found.setdefault(ref, {"ok": 0, "failed": 0, "last_error": None})
             if kind == OK:
@@ -13628,7 +13618,7 @@ class LocalHost(CountingHost):
         self.counters.count(trail, self.known)
         self._log.add(trail)
         if trail.operation:  # not what was refused before it came to that: strangers could fill the ring
-            self._ring.add(trail)
+            self._ring.put(trail.id, trail)
             self.keep(trail)
 
     def failed(self, error: BaseException) -> None:
@@ -16321,9 +16311,10 @@ def _summary(config: Config, source: str) -> List[str]:
 
 
 def _plan_of(document: Json, wanted: str, environ: Environ, models: Sequence[str] = ()) -> ProbePlan:
-    """What to ask a provider of a document. UsageError when there is none of that id, or none that can be asked."""
+    """What to ask a provider of a document, "" for its only one. UsageError when there is none of that id, or none that
+    can be asked."""
     raws = [raw for _, raw in provider_entries("", get_field(document, "config", "providers"))]
-    raw = _find_provider(raws, wanted)
+    raw = _find_provider(raws, wanted) if wanted else raws[0]
     config, problems = scan_config(dict(document, providers=[raw]), environ)
     if not config.providers:
         raise UsageError(show_problem(problems[0]))
@@ -16598,20 +16589,11 @@ def menu_effects(path: str, environ: Environ) -> Effects:
     return {
         "key": lambda job: make_key(),
         "save": lambda job, base, document: _save_menu(path, base, document),
-        "models": lambda job, document: ask_models(_only_plan(document, environ), given.settings, environ),
-        "test": lambda job, document: _test_in_menu(job, _only_plan(document, environ), given),
+        "models": lambda job, document: ask_models(_plan_of(document, "", environ), given.settings, environ),
+        "test": lambda job, document: _test_in_menu(job, _plan_of(document, "", environ), given),
         "startup": lambda job, verb: _printed(run_startup, Given(environ, {"operation": verb, "config": path})),
         "deploy": lambda job: _deploy_in_menu(given),
     }
-
-
-def _only_plan(document: Json, environ: Environ) -> ProbePlan:
-    """What to ask the only provider of a document."""
-    config, problems = scan_config(document, environ)
-    errors = [problem for problem in problems if problem.level == "error"]
-    if errors or not config.providers:
-        raise UsageError(show_problem(errors[0]) if errors else "there is no provider")
-    return _plan_of(document, config.providers[0].id, environ)
 
 
 def _test_in_menu(job: Job, plan: ProbePlan, given: Given) -> Tuple[Any, ...]:
@@ -17040,7 +17022,9 @@ def run_deploy(given: Given) -> int:
     """`deploy`: this very file and the configuration to Cloudflare, or into files."""
     site = _read_site(given)
     if given.export_dir and not given.export_only:
-        return _export_project(given, site)
+        paths = write_project(given.export_dir, site)
+        hint = "there: wrangler deploy, then wrangler secret put %s < FILE, made by deploy --export-only=true"
+        return given.tell({"files": paths}, ["wrote " + ", ".join(map(one_line, paths)), hint % CONFIG_VARIABLES[0]])
     payload = _strong_payload(given)
     _warn("the variable %s is not set here: set it as a secret of the Worker" % name for name in payload.missing)
     if given.export_only:
@@ -17127,12 +17111,6 @@ def _strong_payload(given: Given) -> Payload:
     edit = edit_config_file(loaded.path, lambda document: set_master_key(document, key))
     print(_KEY_ONCE % ("master", key))
     return make_payload(edit.document, given.environ)
-
-
-def _export_project(given: Given, site: Site) -> int:
-    paths = write_project(given.export_dir, site)
-    hint = "there: wrangler deploy, then wrangler secret put %s < FILE, made by deploy --export-only=true"
-    return given.tell({"files": paths}, ["wrote " + ", ".join(map(one_line, paths)), hint % CONFIG_VARIABLES[0]])
 
 
 def _export_config(given: Given, payload: Payload, site: Site) -> int:

@@ -256,9 +256,9 @@ def test_what_is_remembered_of_requests_has_a_limit():
         trail = llm_router.Trail("req_%d" % number, 0.0, 0.0)
         trail.asked, trail.client = "made-up-%d" % number, "client-%d" % number
         trail.attempts.append(llm_router.Attempt("a/made-up-%d" % number, "openai", "404", "not_found", 0, 1, ""))
-        ring.add(trail)
+        ring.put(trail.id, trail)
         metrics.count(trail, ())
-    assert len(ring._trails) == 10 and ring.find("req_0") is None and ring.find("last")["id"] == "req_999"
+    assert len(ring._entries) == 10 and ring.find("req_0") is None and ring.find("last")["id"] == "req_999"
     assert len(metrics.render({}).split("\n")) < 60 and "made-up" not in metrics.render({})
 
 
