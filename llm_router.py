@@ -10947,9 +10947,6 @@ _EDIT_ATTEMPTS = 5
 class FileError(RouterError):
     """Reading or writing a file failed: the program ends with exit code 1."""
 
-    def __init__(self, message: str) -> None:
-        super().__init__(message, 500, "file_error")
-
 
 class Loaded(NamedTuple):
     """A configuration as found. document: None when there is none. source: where from, in words. path: its file, ""
@@ -11109,7 +11106,10 @@ def _write_temporary(target: str, data: bytes, durable: bool, mode: int) -> str:
     path = "%s.%s.tmp" % (target, secrets.token_hex(6))
     try:
         with open(path, "xb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
-            _keep_owner(file.fileno(), target)
+            with suppress(OSError, AttributeError):  # root that edits a user's file must not lock its owner out
+                old, new = os.stat(target), os.fstat(file.fileno())
+                if (old.st_uid, old.st_gid) != (new.st_uid, new.st_gid):
+                    os.fchown(file.fileno(), old.st_uid, old.st_gid)
             file.write(data)
             file.flush()
             if durable:
@@ -11120,14 +11120,6 @@ def _write_temporary(target: str, data: bytes, durable: bool, mode: int) -> str:
         _remove(path)
         raise
     return path
-
-
-def _keep_owner(descriptor: int, target: str) -> None:
-    """Root that edits a user's file must not lock its owner out."""
-    with suppress(OSError, AttributeError):
-        old, new = os.stat(target), os.fstat(descriptor)
-        if (old.st_uid, old.st_gid) != (new.st_uid, new.st_gid):
-            os.fchown(descriptor, old.st_uid, old.st_gid)
 
 
 def _remove(path: str) -> None:
@@ -11601,6 +11593,39 @@ class Deadlines:
             self.set(*min(self._moments.items(), key=lambda pair: pair[1]))
 
 
+class PlainBody:
+    """A body without its compression. Some upstreams compress although they were asked not to, a few without saying so
+    or say so without doing it (trap 18); its first three bytes show what it is. inflater: None while it is plain."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self.is_plain = False
+        self.inflater: Optional[Inflater] = None
+        self._max_bytes = max_bytes
+        self._held = b""
+
+    def feed(self, data: bytes, headers: Headers, is_whole: bool = False) -> bytes:
+        """The plain bytes that `data` brought; is_whole: nothing follows. UpstreamProtocolError when it is corrupt."""
+        if self.is_plain:
+            return data
+        if self.inflater is None:
+            data, self._held = self._held + data, b""
+            if len(data) < 3 and not is_whole:
+                self._held = data  # too little to tell
+                return b""
+            encoding = "gzip" if looks_gzipped(data) else header(headers, "content-encoding").strip().lower()
+            if encoding != "deflate" and not looks_gzipped(data):
+                self.is_plain = True
+                return data[3:] if data.startswith(b"\xef\xbb\xbf") else data
+            self.inflater = Inflater(encoding, self._max_bytes)
+        return self.inflater.feed(data)
+
+    def finish(self) -> bytes:
+        """The end: all of a body that is shorter than any mark. UpstreamProtocolError for one that is cut off."""
+        if self.inflater is not None:
+            self.inflater.finish()
+        return self._held
+
+
 class Reply:
     """An upstream's answer as it arrives: the head first, then the body, pulled with `read` or pushed with `pipe`."""
 
@@ -11610,10 +11635,7 @@ class Reply:
         self._deadlines = deadlines
         self._late = ("", 0.0)
         self._parser = ResponseParser()
-        self._max_body_bytes = max_body_bytes
-        self._inflater: Optional[Inflater] = None
-        self._is_plain = False  # what the body is shows in its first three bytes
-        self._held = b""
+        self._body = PlainBody(max_body_bytes)
         self._parts: List[bytes] = []
         self._buffered = 0
         self._waiter: Any = None
@@ -11691,8 +11713,8 @@ class Reply:
         except UpstreamProtocolError as error:
             body, fault = error.before, error  # what is whole in front of it counts, however the network cut it
         try:
-            if body and not self._is_plain:
-                body = self._inflate(body)
+            if body and not self._body.is_plain:
+                body = self._body.feed(body, self.headers, self._parser.complete)
         except RouterError as error:
             body, fault = b"", error
         if body and self._on_data is not None:
@@ -11717,9 +11739,7 @@ class Reply:
         try:
             if error is None:
                 self._parser.finish()
-                self._parts += [self._held] if self._held else []  # all of a body that is shorter than any mark
-                if self._inflater is not None:
-                    self._inflater.finish()
+                self._parts += filter(None, [self._body.finish()])
         except RouterError as broken:
             error = UpstreamError(broken.message, "truncated" if self._parser.head is not None else "reset")
         self._is_over, self._error = True, error
@@ -11734,21 +11754,6 @@ class Reply:
     def _take(self) -> bytes:
         data, self._parts, self._buffered = b"".join(self._parts), [], 0
         return data
-
-    def _inflate(self, body: bytes) -> bytes:
-        """Some upstreams compress although they were asked not to, a few without saying so or say so without doing it
-        (trap 18)."""
-        if self._inflater is None:
-            body, self._held = self._held + body, b""
-            if len(body) < 3 and not self._parser.complete:
-                self._held = body  # too little to tell
-                return b""
-            encoding = "gzip" if looks_gzipped(body) else header(self.headers, "content-encoding").strip().lower()
-            if encoding != "deflate" and not looks_gzipped(body):
-                self._is_plain = True
-                return body[3:] if body.startswith(b"\xef\xbb\xbf") else body
-            self._inflater = Inflater(encoding, self._max_body_bytes)
-        return self._inflater.feed(body)
 
     def _tell_end(self) -> None:
         on_end, self._on_data, self._on_end = self._on_end, None, None
@@ -12839,44 +12844,23 @@ class LogWriter:
 
 
 class LogFile:
-    """A log file as a stream for LogWriter: its owner's only, moved to `path`.1 when it is full (0 bytes: never); begun
-    anew when somebody else has moved or removed it, as logrotate does and a second router with the same file.
-
-    OSError from `write` when the disk is full or the folder gone: the next write opens it anew.
-    """
+    """A log file as a stream for LogWriter: its owner's only, moved to `path`.1 when it is full (0 bytes: never). It is
+    open only while it is written, so that others may move or remove it, as logrotate does."""
 
     def __init__(self, path: str, max_bytes: int) -> None:
         self._path = path
         self._max_bytes = max_bytes
-        self._file: Any = None
-        self._inode: List[int] = []
 
     def write(self, text: str) -> None:
-        """Append some lines."""
-        data = text.encode("utf-8", "backslashreplace")
-        _, size, *inode = file_stamp(self._path) or (0, 0)
-        if inode != self._inode:
-            self.close()
-        if self._file is not None and self._max_bytes and size + len(data) > self._max_bytes:
-            self.close()
+        """Append some lines. OSError when the disk is full or the folder gone."""
+        data, stamp = text.encode("utf-8", "backslashreplace"), file_stamp(self._path)
+        if stamp and 0 < self._max_bytes < stamp[1] + len(data):
             os.replace(self._path, self._path + ".1")
-        if self._file is None:
-            self._file = open_private(self._path, "ab")
-            self._inode = [os.fstat(self._file.fileno()).st_ino]
-        try:
-            self._file.write(data)
-        except OSError:
-            self.close()
-            raise
+        with open_private(self._path, "ab") as file:
+            file.write(data)
 
     def flush(self) -> None:
         """Nothing waits: the file has no buffer."""
-
-    def close(self) -> None:
-        """Let the file go; a later write opens it again."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
 
 
 # ==============================================================================
@@ -13126,7 +13110,7 @@ def _read_ledger(path: str, value: Any, *queries: str) -> List[Json]:
             queries = queries if _check_ledger(connection, path) else ()
             return [dict(row) for query in queries for row in connection.execute(query, (value,))]
     except sqlite3.Error as error:
-        raise RouterError("%s cannot be read: %s" % (one_line(path), error), 500) from None
+        raise RouterError("%s cannot be read: %s" % (one_line(path), error)) from None
 
 
 # ==============================================================================
@@ -13302,8 +13286,7 @@ class WorkerReply:
         self._answer = answer
         self._reader: Any = None
         self._is_over = not answer.body
-        self._is_first = True
-        self.inflater: Any = None
+        self.body = PlainBody(max_body_bytes)
 
     async def read(self, timeout_s: Optional[float]) -> bytes:
         """Some bytes of the body; b"" at its end. UpstreamError when it breaks off or stalls."""
@@ -13315,7 +13298,7 @@ class WorkerReply:
                 self._reader = self._reader or self._answer.body.getReader()
                 piece = await self._reader.read()
                 self._is_over = bool(piece.done)
-                data = self._plain(b"" if piece.done else piece.value.to_bytes())
+                data = self.body.finish() if piece.done else self.body.feed(piece.value.to_bytes(), self.headers)
         except JsException as error:
             limit.check("more of the answer")
             raise UpstreamError("the answer broke off: " + one_line(str(error), 160), "reset") from None
@@ -13326,17 +13309,6 @@ class WorkerReply:
         self._left -= len(data)
         if self._left < 0:
             raise UpstreamError("the answer is larger than allowed", "bad_response")
-        return data
-
-    def _plain(self, data: bytes) -> bytes:
-        """Without a compression that the runtime was not told of, or left as it was: deflate (trap 18)."""
-        if self._is_first:
-            self._is_first = False
-            coding = "gzip" if looks_gzipped(data) else header(self.headers, "content-encoding").strip().lower()
-            if coding == "deflate" or looks_gzipped(data):
-                self.inflater = Inflater(coding, self._left)
-        if self.inflater is not None:
-            data = self.inflater.feed(data) if data else self.inflater.finish() or b""
         return data
 
     def rest(self) -> Any:
@@ -13431,7 +13403,7 @@ class WorkerClient(PingingSink):
         import js
         from pyodide.ffi import JsException, create_proxy, to_js
 
-        passes = isinstance(processor, StreamRelay) and reply.inflater is None
+        passes = isinstance(processor, StreamRelay) and reply.body.inflater is None
         pump = _Pump(self, reply, processor, 0.0 if passes else idle_ms / 1000, left_s)
         self.write(processor.hand_over() if passes else b"")
         self._writer.releaseLock()
@@ -13522,7 +13494,7 @@ class _Pump:
         self._client = client
         self._reply = reply
         self._processor = processor
-        self._inflater = reply.inflater
+        self._inflater = reply.body.inflater
         self._controller: Any = None
         self._idle_s = idle_s
         self._loop = asyncio.get_event_loop()
@@ -14279,8 +14251,8 @@ def _wait_for_start(child: Any, log_path: str, began: int) -> str:
             return str(found.group(1))
         if has_ended:
             last = said.strip().split("\n")[-1].replace("llm-router: ", "")
-            raise RouterError("it ended at once: " + (last or "see " + log_path), 500)
-    raise RouterError("it did not listen within %d s, see %s" % (_DETACHED_START_S, log_path), 500)
+            raise RouterError("it ended at once: " + (last or "see " + log_path))
+    raise RouterError("it did not listen within %d s, see %s" % (_DETACHED_START_S, log_path))
 
 
 # ==============================================================================
@@ -14328,7 +14300,7 @@ def fetch_release(source: str) -> bytes:
     if "://" not in source:
         data = read_bytes(os.path.expanduser(source))[0]
         if data is None:
-            raise RouterError("there is no release at %s" % one_line(source, 160), 404, "no_release")
+            raise RouterError("there is no release at %s" % one_line(source, 160), code="no_release")
         return data
 
     _check_release_url(source)
@@ -14337,10 +14309,10 @@ def fetch_release(source: str) -> bytes:
     status, headers, data = fetch(request, _MAX_RELEASE_BYTES, _check_release_url)
     if status != 200:
         code = "no_release" if status in (404, 410) else "release_error"
-        raise RouterError("%s answers %d" % (shown, status), status, code)
+        raise RouterError("%s answers %d" % (shown, status), code=code)
     size = header([(name.lower(), value) for name, value in headers.items()], "content-length")
     if size and size != str(len(data)):
-        raise RouterError("the download of %s broke off" % shown, 502)
+        raise RouterError("the download of %s broke off" % shown)
     return data
 
 
@@ -14375,12 +14347,12 @@ def fetch(request: Any, max_bytes: int, check: Optional[Callable[[str], None]] =
                     return int(response.code), response.headers, data
                 if len(data) > max_bytes or time.monotonic() > until:
                     words = shown, "large" if len(data) > max_bytes else "slow"
-                    raise RouterError("the answer of %s is too %s" % words, 502, "bad_answer")
+                    raise RouterError("the answer of %s is too %s" % words)
     except (OSError, http.client.HTTPException) as error:
         why = one_line(str(getattr(error, "reason", error)), 160)  # urllib wraps it
-        raise RouterError("cannot read %s: %s" % (shown, why), 502, "unreachable") from None
+        raise RouterError("cannot read %s: %s" % (shown, why)) from None
     except ValueError:  # its text quotes the header, which may be a token
-        raise RouterError("cannot ask %s: its URL or a header has a character that HTTP forbids" % shown, 400) from None
+        raise RouterError("cannot ask %s: its URL or a header has a character that HTTP forbids" % shown) from None
 
 
 def _is_safe_url(url: str) -> bool:
@@ -14404,7 +14376,7 @@ def _check_digest(data: bytes, source: str) -> None:
             return
         raise
     if not said or not hmac.compare_digest(said[0].lower().encode(), hashlib.sha256(data).hexdigest().encode()):
-        raise RouterError("the release is not what its .sha256 says: nothing was changed", 502, "wrong_digest")
+        raise RouterError("the release is not what its .sha256 says: nothing was changed")
 
 
 def _check_version(data: bytes) -> str:
@@ -14417,7 +14389,7 @@ def _check_version(data: bytes) -> str:
         said = run_tool([sys.executable, "-I", path, "--version"], 60)[1]
     found = re.match(r"llm-router (\d+(?:\.\d+)*\S*)\s*$", said, re.MULTILINE)
     if found is None:
-        raise RouterError("the release does not run here: its --version gave no answer", 502, "bad_release")
+        raise RouterError("the release does not run here: its --version gave no answer")
     version = found.group(1)
     theirs, ours = ([int(number) for number in re.findall(r"\d+", text)] for text in (version, __version__))
     if theirs < ours:
@@ -14832,11 +14804,11 @@ class Cloudflare:
         try:
             status, _, data = fetch(request, _MAX_API_BYTES)
         except RouterError as error:
-            raise CloudflareError(error.message, 502, "cloudflare_error") from None
+            raise CloudflareError(error.message) from None
         answer = _read_json(data)
         if status < 300 and answer.get("success") is True:
             return answer.get("result")
-        raise CloudflareError(self._refusal(method, path, status, answer), status, "cloudflare_error")
+        raise CloudflareError(self._refusal(method, path, status, answer), status)
 
     def _refusal(self, method: str, path: str, status: int, answer: Json) -> str:
         errors = [as_dict(error) for error in as_list(answer.get("errors"))]
@@ -14861,7 +14833,7 @@ class Cloudflare:
             zones = as_list(self.call("GET", "/zones?name=" + ".".join(labels[at:])))
             if zones:
                 return _path_word(as_dict(zones[0]).get("id"))
-        raise CloudflareError("no zone of this account holds %s" % one_line(host, 100), 404, "no_zone")
+        raise CloudflareError("no zone of this account holds %s" % one_line(host, 100))
 
     def secret_names(self, site: Site) -> List[str]:
         """The names of the secrets that a Worker has; none when there is no such Worker."""
@@ -15457,7 +15429,7 @@ def run_program(agent: Agent, argv: Sequence[str], facts: Mapping[str, str], env
     program = shutil.which(agent.program or argv[0], path=env.get("PATH"))
     if program is None:
         hint = "; install it: " + agent.install if agent.install else ""
-        raise RouterError("%s is not on the PATH%s" % (one_line(agent.program or argv[0], 80), hint), 404, "no_program")
+        raise RouterError("%s is not on the PATH%s" % (one_line(agent.program or argv[0], 80), hint))
     rest = list(argv) if agent.program else list(argv[1:])
     with tempfile.TemporaryDirectory(prefix="llm-router-") as folder:
         if agent.file is not None:
@@ -16698,7 +16670,7 @@ def run_stop(given: Given) -> int:
         if has_ended(instance):
             done = {"stopped": True, "pid": instance.pid, "port": instance.port}
             return given.tell(done, ["stopped (pid %(pid)d, port %(port)d)" % done])
-    raise RouterError("pid %d still runs %g s after its grace" % (instance.pid, 5), 500, "still_running")
+    raise RouterError("pid %d still runs %g s after its grace" % (instance.pid, 5))
 
 
 def run_reload(given: Given) -> int:

@@ -107,7 +107,6 @@ def test_the_log_file_is_moved_when_it_is_full_and_private(tmp_path):
     file = r.LogFile(str(path), 100)
     for number in range(12):
         file.write("line %02d %s\n" % (number, "x" * 20))
-    file.close()
     kept = (tmp_path / "log.1").read_text() + path.read_text()
     assert kept.endswith("line 11 %s\n" % ("x" * 20))
     assert path.stat().st_size <= 100 and (tmp_path / "log.1").stat().st_size <= 100
@@ -129,8 +128,6 @@ def test_a_log_file_that_somebody_else_moves_or_removes_is_begun_anew(tmp_path):
     path.unlink()
     first.write("f\n")
     assert path.read_text() == "f\n"
-    first.close()
-    second.close()
 
 
 def test_a_log_file_that_fails_is_opened_anew_by_the_next_line(tmp_path):
@@ -140,7 +137,6 @@ def test_a_log_file_that_fails_is_opened_anew_by_the_next_line(tmp_path):
         file.write("lost\n")
     folder.mkdir()
     file.write("kept\n")
-    file.close()
     assert (folder / "log").read_text() == "kept\n"
 
 
