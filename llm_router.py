@@ -12875,6 +12875,7 @@ _LEDGER_COLUMNS = (
     " cache_write INTEGER, reasoning INTEGER, estimated INTEGER, cost REAL, first_content_ms INTEGER, total_ms INTEGER"
 )
 _LEDGER_INSERT = "INSERT INTO requests VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+_LEDGER_FIELDS = "began_wall id wire operation stream client asked model path status outcome".split()  # of a Trail
 _SHRINK = "DELETE FROM requests WHERE rowid <= (SELECT min(rowid) + (max(rowid) - min(rowid)) / 10 FROM requests)"
 _MOST_TOKENS = 2**53  # more is a lie, and SQLite takes 64 bits
 _LEDGER_BATCH_S = 0.5
@@ -12901,25 +12902,11 @@ def ledger_row(trail: Trail, costs: Mapping[str, Any]) -> Tuple[Any, ...]:
     that did not reach its end they are marked as an estimate. Half a surrogate pair, which a client's JSON may hold,
     becomes a question mark."""
     usage = trail.usage if any(trail.usage or ()) else None
-    row = (
-        trail.began_wall,
-        trail.id,
-        trail.wire,
-        trail.operation,
-        trail.stream,
-        trail.client,
-        trail.asked[:200],
-        trail.model,
-        trail.path[:2000],
-        trail.status,
-        trail.outcome,
-        *([min(count, _MOST_TOKENS) for count in usage] if usage else [None] * len(Usage._fields)),
-        usage is not None and trail.outcome != OK,
-        cost_of(trail.model, usage, costs),
-        trail.first_content_ms,
-        trail.total_ms,
-    )
-    return tuple(entry.encode("utf-8", "replace").decode() if isinstance(entry, str) else entry for entry in row)
+    row = [getattr(trail, name) for name in _LEDGER_FIELDS]
+    row += [min(count, _MOST_TOKENS) for count in usage] if usage else [None] * len(Usage._fields)
+    row += [usage is not None and trail.outcome != OK, cost_of(trail.model, usage, costs)]
+    row += [trail.first_content_ms, trail.total_ms]
+    return tuple(entry[:2000].encode("utf-8", "replace").decode() if isinstance(entry, str) else entry for entry in row)
 
 
 class Ledger:
@@ -14449,17 +14436,29 @@ def make_service(platform: str, home: str, argv: Sequence[str], variables: Mappi
     return _windows_task(argv) if platform == "win32" else _systemd_unit(home, argv, variables)
 
 
+_SYSTEMD_UNIT = """[Unit]
+Description=llm-router
+After=network-online.target
+
+[Service]
+ExecStart=%s
+%sExecReload=/bin/kill -HUP $MAINPID
+Restart=on-failure
+RestartSec=5
+
+[Install]
+WantedBy=default.target
+"""
+
+
 def _systemd_unit(home: str, argv: Sequence[str], variables: Mapping[str, str]) -> Service:
     """systemd.service(5): % and $ are its own in ExecStart, quotes and backslashes are C's."""
-    lines = ["[Unit]", "Description=llm-router", "After=network-online.target", "", "[Service]"]
-    lines += ["ExecStart=" + " ".join(_systemd_word(word).replace("$", "$$") for word in argv)]
-    lines += ["Environment=" + _systemd_word("%s=%s" % entry) for entry in variables.items()]
-    lines += ["ExecReload=/bin/kill -HUP $MAINPID", "Restart=on-failure", "RestartSec=5", ""]
-    lines += ["[Install]", "WantedBy=default.target", ""]
+    call = " ".join(_systemd_word(word).replace("$", "$$") for word in argv)
+    kept = "".join("Environment=%s\n" % _systemd_word("%s=%s" % entry) for entry in variables.items())
     unit, user = SERVICE_NAME + ".service", ("systemctl", "--user")
     return Service(
         home + "/.config/systemd/user/" + unit,
-        "\n".join(lines),
+        _SYSTEMD_UNIT % (call, kept),
         ((*user, "daemon-reload"), (*user, "enable", "--now", unit)),
         (*user, "is-active", unit),
         ((*user, "disable", "--now", unit),),
