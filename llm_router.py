@@ -10937,6 +10937,8 @@ def probe_table(report: ProbeReport) -> Tuple[Tuple[str, ...], List[Tuple[str, .
 # 23 FILES - configuration and state on disk: atomic, private, locked [host]
 # ==============================================================================
 
+Environ = Mapping[str, str]  # variables of a process
+
 CONFIG_PATH = "~/.llm-router.json"
 
 _COMMENTED = ".commented.bak"  # beside .bak, which the next edit replaces
@@ -10966,7 +10968,7 @@ def config_path(given: str = "") -> str:
     return os.path.abspath(os.path.expanduser(given or CONFIG_PATH))
 
 
-def load_config(given: str, environ: Mapping[str, str]) -> Loaded:
+def load_config(given: str, environ: Environ) -> Loaded:
     """The configuration from the first source that has one: --config (`given`), a variable, the usual file.
 
     ConfigError when it cannot be read or is no JSON object.
@@ -13551,7 +13553,7 @@ class StartOptions(NamedTuple):
     settings: Settings
     require_auth: bool
     watch_config: bool
-    environ: Mapping[str, str]
+    environ: Environ
     debug: bool
 
 
@@ -13636,7 +13638,7 @@ def read_instances(path: str) -> List[Instance]:
         return []
 
 
-def _is_instance(entry: Dict[str, Any]) -> bool:
+def _is_instance(entry: Json) -> bool:
     kinds = {"pid": int, "port": int, "started": (int, float), "ends": (int, float)}
     return set(entry) == set(Instance._fields) and all(isinstance(entry[key], kinds.get(key, str)) for key in entry)
 
@@ -13676,7 +13678,7 @@ def ask_instance(instance: Instance, verb: str, method: str = "GET") -> Json:
     return answer
 
 
-def running_instances() -> List[Tuple[Instance, Dict[str, Any]]]:
+def running_instances() -> List[Tuple[Instance, Json]]:
     """Every instance that answers, and its status."""
     found = []
     for instance in read_instances(state_path()):
@@ -14419,7 +14421,7 @@ class Service(NamedTuple):
     remove: Tuple[Tuple[str, ...], ...]
 
 
-def service_variables(environ: Mapping[str, str]) -> Dict[str, str]:
+def service_variables(environ: Environ) -> Dict[str, str]:
     """What a service must keep of the environment: proxies and certificates, in either case; never a key."""
     names = [name for upper in _SERVICE_VARIABLES for name in (upper, upper.lower())]
     return {name: environ[name] for name in names if environ.get(name)}
@@ -14473,7 +14475,7 @@ def _launchd_agent(home: str, argv: Sequence[str], variables: Mapping[str, str],
     """launchd.plist(5)."""
     import plistlib
 
-    entry: Dict[str, Any] = {"Label": _LAUNCHD_LABEL, "ProgramArguments": list(argv), "RunAtLoad": True}
+    entry: Json = {"Label": _LAUNCHD_LABEL, "ProgramArguments": list(argv), "RunAtLoad": True}
     entry.update({"KeepAlive": {"SuccessfulExit": False}, "EnvironmentVariables": dict(variables)})
     entry.update({"StandardOutPath": log, "StandardErrorPath": log})
     path = "%s/Library/LaunchAgents/%s.plist" % (home, _LAUNCHD_LABEL)
@@ -14662,7 +14664,7 @@ class Payload(NamedTuple):
     missing: Tuple[str, ...]
 
 
-def make_payload(document: Json, environ: Mapping[str, str]) -> Payload:
+def make_payload(document: Json, environ: Environ) -> Payload:
     """The secrets for a configuration. ConfigError when it cannot be used, UsageError when it is too large."""
     config = read_config(document, environ)
     entries = [raw for _, raw in provider_entries("", get_field(document, "config", "providers"))]
@@ -14788,7 +14790,7 @@ class CloudflareError(RouterError):
 class Cloudflare:
     """Cloudflare's API with a token (developers.cloudflare.com/fundamentals/api/how-to/make-api-calls)."""
 
-    def __init__(self, environ: Mapping[str, str], token: str) -> None:
+    def __init__(self, environ: Environ, token: str) -> None:
         self.base = api_url(environ)
         self._token = token
 
@@ -14886,7 +14888,7 @@ def _path_word(value: Any) -> str:
     return str(value)
 
 
-def api_url(environ: Mapping[str, str]) -> str:
+def api_url(environ: Environ) -> str:
     """Where Cloudflare's API is. UsageError for one that would get the token without TLS."""
     base = environ.get("CLOUDFLARE_API_BASE_URL", "").strip().rstrip("/") or _API_URL
     if not _is_safe_url(base):
@@ -14902,7 +14904,7 @@ def _stale_secrets(present: Iterable[str], secrets: Mapping[str, str]) -> List[s
 class Wrangler:
     """Cloudflare's own tool, which has its own way to log in (developers.cloudflare.com/workers/wrangler)."""
 
-    def __init__(self, program: str, environ: Mapping[str, str], account: str) -> None:
+    def __init__(self, program: str, environ: Environ, account: str) -> None:
         self._program = program
         self._environ = dict(environ, **_WRANGLER_VARIABLES)
         if account:
@@ -15118,9 +15120,7 @@ class ProbeRun:
     """A probe in a thread of its own, for whoever has to stay awake meanwhile. `report` is what it has found by now; it
     ends by itself after `limit_s`, or soon after `cancel()`, and keeps what it found."""
 
-    def __init__(
-        self, plan: ProbePlan, settings: Settings, environ: Mapping[str, str], limit_s: float = PROBE_LIMIT_S
-    ) -> None:
+    def __init__(self, plan: ProbePlan, settings: Settings, environ: Environ, limit_s: float = PROBE_LIMIT_S) -> None:
         import asyncio
         import threading
 
@@ -15184,7 +15184,7 @@ class ProbeRun:
             self._over.set()
 
 
-def ask_models(plan: ProbePlan, settings: Settings, environ: Mapping[str, str]) -> List[str]:
+def ask_models(plan: ProbePlan, settings: Settings, environ: Environ) -> List[str]:
     """The ids that a provider lists. RouterError with its status when it refuses, 502 when nobody answers."""
     run = ProbeRun(plan._replace(calls=0), settings, environ, _LISTING_LIMIT_S)
     run.wait()
@@ -15205,7 +15205,7 @@ class Finding(NamedTuple):
     cure: str = ""
 
 
-def examine(given: str, port: int, environ: Mapping[str, str], offline: bool) -> List[Finding]:
+def examine(given: str, port: int, environ: Environ, offline: bool) -> List[Finding]:
     """Everything that is looked at, in order. given: --config; port: where the router is to listen."""
     findings, config = _examine_config(given, environ)
     home = os.path.dirname(state_path())
@@ -15228,7 +15228,7 @@ def examine(given: str, port: int, environ: Mapping[str, str], offline: bool) ->
     return findings if offline else findings + _examine_providers(providers, environ)
 
 
-def _examine_config(given: str, environ: Mapping[str, str]) -> Tuple[List[Finding], Optional[Config]]:
+def _examine_config(given: str, environ: Environ) -> Tuple[List[Finding], Optional[Config]]:
     try:
         loaded = load_config(given, environ)
     except RouterError as error:
@@ -15257,7 +15257,7 @@ def _examine_running(running: Iterable[Tuple[Instance, Json]]) -> Iterator[Findi
             yield Finding("warning", "running", text, "llm-router stop, then start")
 
 
-def _examine_network(environ: Mapping[str, str]) -> Iterator[Finding]:
+def _examine_network(environ: Environ) -> Iterator[Finding]:
     for name in ("HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY", "NO_PROXY"):
         url = environ.get(name.lower(), "") or environ.get(name, "")
         if url:
@@ -15270,7 +15270,7 @@ def _examine_network(environ: Mapping[str, str]) -> Iterator[Finding]:
             yield Finding("problem", "certificates", "%s names no file: %s" % (name, bundle), "correct or unset it")
 
 
-def _examine_clients(environ: Mapping[str, str], ports: Set[int]) -> Iterator[Finding]:
+def _examine_clients(environ: Environ, ports: Set[int]) -> Iterator[Finding]:
     """Variables that lead clients somewhere."""
     for name in ("ANTHROPIC_BASE_URL", "OPENAI_BASE_URL", "OPENAI_API_BASE"):
         url = environ.get(name, "")
@@ -15287,7 +15287,7 @@ def _examine_clients(environ: Mapping[str, str], ports: Set[int]) -> Iterator[Fi
             yield Finding("warning", "clients", text + "not this router", cure)
 
 
-def _examine_providers(providers: Sequence[Provider], environ: Mapping[str, str]) -> List[Finding]:
+def _examine_providers(providers: Sequence[Provider], environ: Environ) -> List[Finding]:
     """Ask every provider for its models, all at once."""
     import concurrent.futures
 
@@ -15296,7 +15296,7 @@ def _examine_providers(providers: Sequence[Provider], environ: Mapping[str, str]
         return list(pool.map(lambda provider: _examine_provider(provider, settings, environ), providers))
 
 
-def _examine_provider(provider: Provider, settings: Settings, environ: Mapping[str, str]) -> Finding:
+def _examine_provider(provider: Provider, settings: Settings, environ: Environ) -> Finding:
     about = "provider " + provider.id
     try:
         models = ask_models(ProbePlan(provider, (), (provider.preferred,)), settings, environ)
@@ -15413,7 +15413,7 @@ def _is_filled(text: str, facts: Mapping[str, str]) -> bool:
     return all(facts[name] for name in re.findall(r"%\((\w+)\)s", text))
 
 
-def run_program(agent: Agent, argv: Sequence[str], facts: Mapping[str, str], environ: Mapping[str, str]) -> int:
+def run_program(agent: Agent, argv: Sequence[str], facts: Mapping[str, str], environ: Environ) -> int:
     """Run a program against the router; its exit code, 128 + n when the signal n ended it. RouterError when it is
     missing. Its own configuration is not touched: variables, arguments and a temporary file last as long as it runs."""
     import shutil
@@ -15438,7 +15438,7 @@ def run_program(agent: Agent, argv: Sequence[str], facts: Mapping[str, str], env
         return _wait_for([program, *words, *rest], env)
 
 
-def _wait_for(argv: Sequence[str], env: Mapping[str, str]) -> int:
+def _wait_for(argv: Sequence[str], env: Environ) -> int:
     """Ctrl-C reaches the child by the terminal itself; what asks us to end is passed on to it."""
     import signal
     import subprocess
@@ -15762,8 +15762,6 @@ def _run_prompts(menu: Menu, effects: Effects) -> int:
 # 37 COMMANDS - flags, help and what each command does [host]
 # ==============================================================================
 
-Environ = Mapping[str, str]
-
 
 class Flag(NamedTuple):
     """One flag. kind: text | bool | list (comma separated) | secret ("-" reads it from stdin) | json (an object) |
@@ -15779,7 +15777,7 @@ class Given:
     """What a command is run with: the flags that were given, {"log_format": "json"}, and the environment. Every flag is
     an attribute as well, None when it was not given."""
 
-    def __init__(self, environ: Environ, flags: Dict[str, Any]) -> None:
+    def __init__(self, environ: Environ, flags: Json) -> None:
         self.environ = environ
         self.flags = flags
 
@@ -15978,7 +15976,7 @@ def _find_named(name: str, rows: Sequence[Command], what: str, hint: str) -> Com
     return found
 
 
-def parse_flags(argv: Sequence[str], command: Command) -> Dict[str, Any]:
+def parse_flags(argv: Sequence[str], command: Command) -> Json:
     """The values of the flags that `argv` gives, {"log_format": "json"}: booleans, lists and objects already as such;
     "tail": what is another program's. UsageError for anything that is no flag of the command or has an unusable value.
 
@@ -15988,7 +15986,7 @@ def parse_flags(argv: Sequence[str], command: Command) -> Dict[str, Any]:
     known = {"--" + name: flag for flag in flags for name in (flag.name, *flag.aliases)}
     known["-h"] = known["--help"]
     bare = [flag for flag in flags if flag.kind == "word"]
-    given: Dict[str, Any] = {}
+    given: Json = {}
     waiting = list(argv)
     while waiting:
         word, equals, text = waiting[0].partition("=")
