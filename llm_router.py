@@ -5837,7 +5837,9 @@ def _responses_render_item(block: Any, customs: Set[str]) -> Optional[Json]:
         is_proof = block.wire == _RESPONSES and block.value.get("encrypted_content")
         return _without(block.value, "id") if is_proof else None
     bag = own_extra(block, _RESPONSES)
-    kind, proof = bag.get("part", "summary_text"), _responses_kept(bag, "encrypted_content")
+    # Open models' servers demand the id beside their reasoning (vLLM), OpenAI would look for it in vain (trap 65).
+    proof = _responses_kept(bag, "encrypted_content", *(["id"] if "part" in bag else []))
+    kind = bag.get("part", "summary_text")
     holder = {_RESPONSES_PARTS[kind].holder: [{"type": kind, "text": block.text}]}
     return {"type": "reasoning", "summary": [], **holder, **proof} if proof or "part" in bag else None
 

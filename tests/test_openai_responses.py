@@ -1059,13 +1059,14 @@ def test_requests_store_nothing_and_ask_for_encrypted_reasoning():
     assert "include" not in render_responses_request(ChatRequest("m", []))
 
 
-def test_history_keeps_encrypted_reasoning_but_no_ids():
+def test_history_keeps_encrypted_reasoning_but_no_ids_save_of_what_is_open():
     """trap 65, trap 84"""
     silent = {"type": "reasoning", "id": "rs_2", "summary": [], "encrypted_content": "f"}
     turn = [
         Thinking("why", {"responses": {"id": "rs_1", "encrypted_content": "e"}}),
         Thinking("foreign", {"anthropic": {"signature": "s"}}),
         Opaque("responses", silent),
+        Thinking("open", {"responses": {"id": "rs_3", "part": "reasoning_text"}}),
         ToolCall("c", "look", "{}", extra={"responses": {"id": "fc_1"}}),
     ]
     items = render_responses_request(
@@ -1074,6 +1075,8 @@ def test_history_keeps_encrypted_reasoning_but_no_ids():
     assert items == [
         {"type": "reasoning", "summary": [{"type": "summary_text", "text": "why"}], "encrypted_content": "e"},
         {"type": "reasoning", "summary": [], "encrypted_content": "f"},
+        # vLLM refuses reasoning without its id, which it made.
+        {"type": "reasoning", "summary": [], "content": [{"type": "reasoning_text", "text": "open"}], "id": "rs_3"},
         {"type": "function_call", "call_id": "c", "name": "look", "arguments": "{}"},
         {"type": "function_call_output", "call_id": "c", "output": "r"},
     ]
