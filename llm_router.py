@@ -3103,9 +3103,8 @@ class BoundedMap:
 
 def is_reasoning(block: Any) -> bool:
     """Whether a block is reasoning, be it readable or not (encrypted, redacted)."""
-    return isinstance(block, Thinking) or (
-        isinstance(block, Opaque) and block.value.get("type") in ("reasoning", "redacted_thinking")
-    )
+    kind = block.value.get("type") if isinstance(block, Opaque) else ""
+    return isinstance(block, Thinking) or kind in ("reasoning", "redacted_thinking")
 
 
 class ReasoningRecorder:
@@ -5513,8 +5512,6 @@ _RESPONSES_CHECKED: Dict[str, Tuple[type, ...]] = {
     "parallel_tool_calls": (bool,), "max_output_tokens": (int,), "temperature": (int, float), "top_p": (int, float),
     "instructions": (str,), "text": (dict,), "reasoning": (dict,), "input": (str, list),
 }  # fmt: skip
-
-
 _RESPONSES_FILES = {
     "txt": "text/plain", "md": "text/markdown", "csv": "text/csv", "html": "text/html", "json": "application/json",
 }  # fmt: skip
@@ -7017,7 +7014,9 @@ FIXES: Dict[str, Fix] = {
         r"response[_ ]format.{0,60}(?:un|not )(?:avail|supp)|not support response[_ ]format"
         r"|invalid value: 'json_schema'|allowed values \[[^\]]{0,40}json_object",
     ),
-    "no reasoning": Fix(_drop("reasoning", "include"), "reasoning", _names(r"reasoning(?:\.\w+)?")),
+    "no reasoning": Fix(
+        _drop("reasoning", "include"), "reasoning", _names(r"reasoning(?:\.\w+)?") + "|encrypted content is not"
+    ),
     # What DeepSeek and Moonshot ask for others refuse (traps 84, 87).
     "no reasoning_content": Fix(_drop("reasoning_content", among=_turns), "messages", _names("reasoning_content")),
     "no strict": Fix(_drop("strict", among=_tools_of), "tools", _names("strict")),

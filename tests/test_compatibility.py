@@ -104,6 +104,20 @@ def test_instructions_amid_the_conversation_are_the_user_s_where_a_template_want
     assert sent[1] == [*sent[0][:3], ("user", "c")]
 
 
+@pytest.mark.parametrize(
+    "message",
+    [
+        "Unsupported parameter: 'reasoning.effort' is not supported with this model.",
+        "Encrypted content is not supported with this model.",
+    ],
+)
+def test_a_model_that_does_not_reason_is_asked_for_no_reasoning_and_for_no_proof_of_it(message):
+    """OpenAI's words in the Responses API, of which it says the one or the other."""
+    asks = {"reasoning": {"effort": "high"}, "include": ["reasoning.encrypted_content"]}
+    fix = llm_router.learn_fix({"model": "m", "input": [], **asks}, [message], ())
+    assert llm_router.apply_fixes({"model": "m", **asks}, [fix]) == {"model": "m"}
+
+
 def test_a_lesson_is_learned_once():
     words = ["stream_options is not supported"]
     assert llm_router.learn_fix(translated(), words, ("no stream_options",)) == ""
