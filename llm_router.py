@@ -16661,14 +16661,18 @@ def run_stop(given: Given) -> int:
         if error.code != "not_running":
             raise
         return given.tell({"stopped": False}, [error.message])
-    grace_s = ask_instance(instance, "stop/%s" % given.flags.get("grace", ""), "POST").get("grace_s", 30)
-    until = time.monotonic() + grace_s + 5
-    while time.monotonic() < until:
+    _end_instance(instance, given.flags.get("grace", ""))
+    done = {"stopped": True, "pid": instance.pid, "port": instance.port}
+    return given.tell(done, ["stopped (pid %(pid)d, port %(port)d)" % done])
+
+
+def _end_instance(instance: Instance, grace_s: Any) -> None:
+    """Tell an instance to stop, with so much time for open requests ("": its own), and wait until it is gone."""
+    until = time.monotonic() + ask_instance(instance, "stop/%s" % grace_s, "POST").get("grace_s", 30) + 5
+    while not has_ended(instance):
+        if time.monotonic() > until:
+            raise RouterError("pid %d still runs %g s after its grace" % (instance.pid, 5))
         time.sleep(0.05)
-        if has_ended(instance):
-            done = {"stopped": True, "pid": instance.pid, "port": instance.port}
-            return given.tell(done, ["stopped (pid %(pid)d, port %(port)d)" % done])
-    raise RouterError("pid %d still runs %g s after its grace" % (instance.pid, 5))
 
 
 def run_reload(given: Given) -> int:
@@ -16952,7 +16956,7 @@ def _run_with_router(agent: Agent, argv: Sequence[str], given: Given) -> int:
         if given.keep:
             _warn(["the router stays: pid %d, %s; llm-router stop ends it" % (pid, base)])
         else:
-            ask_instance(find_instance(state_path(), "", port), "stop/2", "POST")
+            _end_instance(find_instance(state_path(), "", port), 2)
 
 
 def run_env(given: Given) -> int:

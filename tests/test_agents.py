@@ -79,6 +79,7 @@ def test_every_tool_reaches_a_router_that_was_started_for_it_and_is_gone_after_i
     assert done.returncode == 7, done.stderr
     told = json.loads(done.stdout)
     assert told["status"] == 200 and told["argv"][-4:] == ["say", "two words", "--json", "7"]
+    assert r.read_instances(str(home.folder / ".llm-router.runtime.json")) == []  # it did not only say that it will end
     assert "no llm-router is running" in home.run("status").stderr
     assert {path: path.read_bytes() for path in before} == before
     assert not Path(told["env"].get("OPENCODE_CONFIG", "/nowhere")).exists()
