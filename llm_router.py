@@ -5397,8 +5397,8 @@ class AnthropicStreamRenderer:
         out = self._make_way()
         self._state = "after"
         delta, usage, bag = _anthropic_end(event, bool(self._ids), self._usage)
-        delta.update(_without(bag, "context_management", "diagnostics", "input_transformations"))
-        rest = _told({"context_management": bag.get("context_management")})
+        rest = {key: bag.pop(key) for key in ("context_management", "input_transformations") if key in bag}
+        delta.update(_without(bag, "diagnostics"))
         out += _anthropic_event("message_delta", delta=delta, usage=usage, **rest)
         return out + _anthropic_event("message_stop")
 

@@ -829,6 +829,19 @@ def test_blocks_in_the_first_event_of_a_stream_are_part_of_the_answer():
         assert answer.stop_reason == "tool_use"
 
 
+def test_what_only_anthropic_says_of_an_answer_outlives_a_whole_answer_s_way_into_a_stream():
+    """BetaMessage, and BetaRawMessageDeltaEvent, which has two of its fields beside `delta`."""
+    beside = {"context_management": {"applied_edits": []}, "input_transformations": [{"type": "thinking_dropped"}]}
+    told = {"container": {"id": "c"}, "stop_details": {"type": "refusal", "category": "cyber"}, "stop_reason": "refusal"}
+    message = {**start()["message"], "model": "asked-for", "stop_sequence": None, **beside, **told}
+    answer = WIRE.parse_response(message, CONTEXT)
+    assert WIRE.render_response(answer, CONTEXT).items() >= {**beside, **told}.items()
+    stream = R.render_stream("anthropic", answer, CONTEXT)
+    delta = json.loads(R.parse_events(stream)[-2].data)
+    assert delta.items() >= beside.items() and delta["delta"].items() >= told.items()
+    assert R.fold_stream("anthropic", stream, CONTEXT) == answer
+
+
 @pytest.mark.parametrize("last", [None, end("end_turn")])
 def test_a_stream_without_message_stop_is_truncated(last):
     """trap 14"""
