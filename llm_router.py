@@ -6677,7 +6677,8 @@ class StreamTranslator:
             elif kind is Opened:
                 block, is_opaque = event.block, isinstance(event.block, Opaque)
                 shown = block.value if is_opaque and block.wire == self._target.name else {}
-                self.content = self.content or bool(getattr(block, "name", "") or shown.get("name"))
+                calls = shown.get("name") or as_text(shown.get("type")).endswith("_call")
+                self.content = self.content or bool(getattr(block, "name", "") or calls)
                 self._has_opaque = self._has_opaque or is_opaque
             elif kind is Finished:
                 self._stop_reason = event.stop_reason

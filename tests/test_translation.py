@@ -222,17 +222,18 @@ def test_content_is_seen_at_the_first_real_delta_and_not_before(source, target):
         assert processor.content
 
 
-SERVER_CALLS = {
-    "anthropic": {"type": "server_tool_use", "id": "s", "name": "web_search", "input": {"query": "q"}},
-    "responses": {"type": "mcp_call", "id": "m", "name": "ask", "server_label": "l", "arguments": "{}", "output": "o"},
-}
+SERVER_CALLS = [
+    ("anthropic", {"type": "server_tool_use", "id": "s", "name": "web_search", "input": {"query": "q"}}),
+    ("responses", {"type": "mcp_call", "id": "m", "name": "ask", "server_label": "l", "arguments": "{}", "output": "o"}),
+    ("responses", {"type": "web_search_call", "id": "w", "status": "completed", "action": {"type": "search"}}),
+]
 
 
-@pytest.mark.parametrize("source", sorted(SERVER_CALLS))
+@pytest.mark.parametrize("source, call", SERVER_CALLS)
 @pytest.mark.parametrize("target", WIRES)
-def test_the_call_of_a_tool_that_the_provider_runs_is_content_where_it_is_shown(source, target):
+def test_the_call_of_a_tool_that_the_provider_runs_is_content_where_it_is_shown(source, call, target):
     """traps 131 and 138: a search may take long, and whoever sees it begin is not to wait for its end."""
-    answer = R.ChatResponse("msg_1", "m", [R.Opaque(source, SERVER_CALLS[source])], "end_turn", usage=R.Usage(1, 2))
+    answer = R.ChatResponse("msg_1", "m", [R.Opaque(source, call)], "end_turn", usage=R.Usage(1, 2))
     processor = R.make_processor(source, target, CONTEXT)
     run(processor, stream_of(source, answer))
     assert processor.content == (source == target)
