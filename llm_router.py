@@ -174,13 +174,8 @@ class Value:
     defaults: Tuple[Any, ...] = ()
 
     def __init__(self, *values: Any, **named: Any) -> None:
-        names = self.__slots__
-        if named:
-            named = {**dict(zip(names[::-1], self.defaults[::-1])), **named}
-            values += tuple(named[name] for name in names[len(values) :])
-        elif len(values) < len(names):
-            values += self.defaults[len(values) - len(names) :]
-        for name, value in zip(names, values):
+        defaults = zip(self.__slots__[::-1], self.defaults[::-1])
+        for name, value in {**dict(defaults), **dict(zip(self.__slots__, values)), **named}.items():
             setattr(self, name, value)
 
     def _fields(self) -> Tuple[Any, ...]:
@@ -9145,19 +9140,18 @@ def _help(menu: Menu, item: Any) -> Menu:
     screen = SCREENS[menu.front.screen]
     pairs = [key.split(" ", 1) for key in screen.keys if " " in key and key[:5] != "enter"]
     lines = [screen.lead, ""] if screen.lead else []
-    return _show(menu, "Keys", *lines, *("%-8s %s" % tuple(pair) for pair in (*pairs, *_HELP)))
+    return _show(menu, "Keys", *lines, *("%-8s %s" % tuple(pair) for pair in pairs), _HELP)
 
 
-_HELP = (
-    ("enter", "open, or accept"),
-    ("esc", "back; at the first screen quit"),
-    ("arrows", "move, also j and k, page up and down, home, end"),
-    ("/", "show only the rows that contain a word"),
-    ("s", "see the changes and save them"),
-    ("u", "undo; nothing is written until it is saved"),
-    ("q", "quit; asks when there are changes"),
-    ("ctrl-c", "back, or quit"),
-)
+_HELP = """\
+enter    open, or accept
+esc      back; at the first screen quit
+arrows   move, also j and k, page up and down, home, end
+/        show only the rows that contain a word
+s        see the changes and save them
+u        undo; nothing is written until it is saved
+q        quit; asks when there are changes
+ctrl-c   back, or quit"""
 
 
 # ----- the first screen -----
