@@ -10625,7 +10625,6 @@ PROBE_CALLS = 24
 _PROBE_CALL_MS, _PROBE_LISTING_MS = 30_000, 10_000
 _PROBE_TRIES = 5  # of one model in one format
 _TINY, _AMPLE = 16, 1024  # tokens: 16 is the least that Responses takes (developers.openai.com/api/reference)
-_PAGES = 20
 _MAX_LISTING_BYTES = 10_000_000
 _MAX_LISTED = 5000
 
@@ -10780,11 +10779,11 @@ class Probe:
         return list(places.values())
 
     async def _list(self, wire: str) -> None:
-        """All pages of one list ({"data": [{"id"}]}, platform.claude.com/docs/en/api/models-list and
+        """One list ({"data": [{"id"}]}, platform.claude.com/docs/en/api/models-list and
         developers.openai.com/api/reference; bare at Together); a key that it refuses is shown in the next way."""
         auths = self._auths[wire]
         for auth in list(auths):
-            status, note, body = await self._get_page(wire, auth)
+            status, note, body = await self._get_list(wire, auth)
             if status not in (401, 403):
                 auths.sort(key=lambda other, good=auth: other != good)
                 break
@@ -10792,28 +10791,20 @@ class Probe:
             if self.report.listed is None:
                 self.report = self.report._replace(listing_status=502 if status == 200 else status, listing_note=note)
             return
-        found: Dict[str, None] = {}
-        for _ in range(_PAGES):
-            before = len(found)
-            entries = map(as_dict, as_list(body.get("data")) or as_list(body.get("models")))
-            names = (as_text(entry.get("id") or entry.get("name")) for entry in entries)  # the latter at Cohere
-            found.update(dict.fromkeys(filter(None, names)))
-            if body.get("has_more") is not True or not before < len(found) < _MAX_LISTED:
-                break
-            _, _, body = await self._get_page(wire, auths[0], as_text(body.get("last_id")) or list(found)[-1])
-        listed = tuple(dict.fromkeys((*(self.report.listed or ()), *found)))[:_MAX_LISTED]
-        self.report = self.report._replace(listed=listed, listing_status=200, listing_note="")
+        entries = map(as_dict, as_list(body.get("data")) or as_list(body.get("models")))
+        names = (as_text(entry.get("id") or entry.get("name")) for entry in entries)  # the latter at Cohere
+        listed = dict.fromkeys((*(self.report.listed or ()), *filter(None, names)))
+        self.report = self.report._replace(listed=tuple(listed)[:_MAX_LISTED], listing_status=200, listing_note="")
 
-    async def _get_page(self, wire: str, auth: Auth, cursor: str = "") -> Tuple[int, str, Json]:
-        """A page's status, what is wrong with it ("" for nothing), and its body."""
+    async def _get_list(self, wire: str, auth: Auth) -> Tuple[int, str, Json]:
+        """A list's status, what is wrong with it ("" for nothing), and its body."""
         target = self._target(wire, auth)
         path, question, query = target.path.partition("?")
         path = _FULL_ENDPOINT.sub("", path) + "/models"
         where = mask_url(target.origin + path + question + query)
-        after = ("after_id=" if wire == "anthropic" else "after=") + quote(cursor, "") if cursor else ""
-        words = list(filter(None, (query, "limit=1000" if wire == "anthropic" else "", after)))  # unasked it gives 20
+        words = "&".join(filter(None, (query, "limit=1000" if wire == "anthropic" else "")))  # unasked it gives 20
         try:
-            status, _, data = await self._exchange(target, wire, path + "?" * bool(words) + "&".join(words))
+            status, _, data = await self._exchange(target, wire, path + "?" * bool(words) + words)
         except RouterError as error:
             return 0, "%s: %s" % (where, error.message), {}
         body = _read_json(b'{"data":%s}' % data if data.lstrip()[:1] == b"[" else data)

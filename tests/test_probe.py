@@ -24,10 +24,10 @@ NO_ROUTE = text_answer(404, "404 page not found")
 
 
 class Account:
-    """A handler: speaks `wires`, takes the key as `auths` says, has `models`, lists them in pages of `page`."""
+    """A handler: speaks `wires`, takes the key as `auths` says, has `models` and lists them."""
 
-    def __init__(self, wires=r.WIRES, auths=("bearer", "x-api-key"), models=("m1", "m2"), page=0, lists=True):
-        self.wires, self.auths, self.models, self.page, self.lists = wires, auths, list(models), page, lists
+    def __init__(self, wires=r.WIRES, auths=("bearer", "x-api-key"), models=("m1", "m2"), lists=True):
+        self.wires, self.auths, self.models, self.lists = wires, auths, list(models), lists
         self.quirk = lambda call: None
 
     def __call__(self, call):
@@ -44,13 +44,7 @@ class Account:
         return self.quirk(call) or model_answer(call.wire, False, "ok")
 
     def listing(self, call):
-        query = dict(r.parse_qsl(call.path.partition("?")[2]))
-        after = query.get("after_id") or query.get("after")
-        start = self.models.index(after) + 1 if after else 0
-        ids = self.models[start : start + self.page] if self.page else self.models
-        more = start + len(ids) < len(self.models)
-        entries = [{"id": id} for id in ids]
-        return json_answer(200, {"data": entries, "has_more": more, "last_id": ids[-1] if ids else None})
+        return json_answer(200, {"data": [{"id": id} for id in self.models], "has_more": False})
 
 
 @pytest.fixture
@@ -88,12 +82,12 @@ def test_the_formats_that_answer_are_found_with_one_call_for_each_model(probe, w
     assert all(call.json.get("stream") in (None, False) for call in probe.upstream.calls if call.method == "POST")
 
 
-def test_the_list_of_models_is_read_page_by_page_in_either_style(probe):
+def test_a_list_of_models_is_asked_for_once_and_at_anthropic_with_as_many_as_it_gives(probe):
     names = ["m%d" % number for number in range(1, 8)]
-    for wire, cursor in (("anthropic", "after_id=m4"), ("openai", "after=m4")):
-        _, report = probe(Account(models=names, page=2), format=wire, formats=[wire])
+    for wire, query in (("anthropic", "?limit=1000"), ("openai", "")):
+        _, report = probe(Account(models=names), format=wire, formats=[wire])
         assert report.listed == tuple(names)
-        assert any(cursor in call.path for call in probe.upstream.calls)
+        assert [call.path for call in probe.upstream.calls if call.method == "GET"] == ["/v1/models" + query]
 
 
 @pytest.mark.parametrize("listing", [[{"id": "m1"}, {"id": "m2"}], {"models": [{"name": "m1"}, {"name": "m2"}]}])
