@@ -10445,8 +10445,9 @@ class Exchange:
 
     def _context(self) -> Context:
         request = _BARE_REQUEST if self._passes else self._requests.neutral
-        model = self._inbound.asked or "smart"
-        return Context(request._replace(model=model), self._trail.id, int(self._host.wall()))
+        model, options = self._inbound.asked or "smart", as_dict(self._inbound.body.value.get("stream_options"))
+        request = request._replace(model=model, include_usage=options.get("include_usage") is True)
+        return Context(request, self._trail.id, int(self._host.wall()))
 
     def _answer(self, reply: Any, body: bytes, usage: Optional[Usage]) -> Answer:
         headers = returned_headers(reply.headers) if self._passes else []

@@ -646,6 +646,17 @@ def test_a_json_answer_to_a_stream_request_becomes_a_stream(pair, client_wire, u
     assert b'"f"' in reply.body
 
 
+@UPSTREAMS
+def test_a_whole_answer_to_a_stream_request_ends_with_the_usage_that_was_asked_for(pair, upstream_wire):
+    """Traps 12, 56."""
+    always(pair.first, fake.json_answer(200, fake.WHOLES[upstream_wire]("whole")))
+    for wanted in (True, False):
+        options = {"stream_options": {"include_usage": wanted}}
+        reply = post(pair.router, "openai", "a-%s/solo" % upstream_wire, True, **options)
+        told = [data["usage"]["total_tokens"] for data in reply.datas if isinstance(data, dict) and data.get("usage")]
+        assert told == ([18] if wanted else [])
+
+
 @pytest.mark.parametrize("content_type", ["text/event-stream", "application/json", "text/plain"])
 @CLIENTS
 @UPSTREAMS
