@@ -10410,7 +10410,7 @@ class Exchange:
         held = b""
         is_over = False
         while not processor.content and not is_over and len(held) <= limits.max_hold_bytes:
-            wait_s = self._time_left(1000 if processor.done else timeouts.idle_ms, content_until)
+            wait_s = self._time_left(_LINGER_MS if processor.done else timeouts.idle_ms, content_until)
             try:
                 data = await reply.read(wait_s)
             except UpstreamError:
@@ -10484,7 +10484,8 @@ class Exchange:
         broken = "end"
         if answer.reply is not None and processor.failed is None:
             idle_ms = self._outbound.timeouts.idle_ms
-            broken = await client.relay(answer.reply, processor, idle_ms, self._time_left(0))
+            left_s = self._time_left(_LINGER_MS if processor.done else 0)  # of a complete answer no end need come
+            broken = await client.relay(answer.reply, processor, idle_ms, left_s)
         failure = processor.failed
         if broken == "end" or processor.done or failure is not None:
             client.write(processor.finish())
@@ -10541,6 +10542,7 @@ class Exchange:
 _BARE_REQUEST = ChatRequest("", [])
 _EVENT_LINE = re.compile(rb"(?:\xef\xbb\xbf)?\s*(?:data|event|id|retry)?:")  # a stream's first (traps 4, 5, 11)
 _ERROR_BODY_S = 5.0
+_LINGER_MS = 1000  # what follows a complete answer is at most accounting (trap 9)
 
 
 def _decision(action: Any, candidate: Candidate) -> str:

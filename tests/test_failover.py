@@ -646,6 +646,17 @@ def test_a_json_answer_to_a_stream_request_becomes_a_stream(pair, client_wire, u
     assert b'"f"' in reply.body
 
 
+@pytest.mark.parametrize(
+    ("client_wire", "upstream_wire"), [("openai", "openai"), ("anthropic", "responses"), ("responses", "anthropic")]
+)
+def test_a_complete_answer_whose_connection_stays_open_ends_for_the_client(pair, client_wire, upstream_wire):
+    """Traps 9, 10. All of it comes at once, while it is still held back."""
+    always(pair.first, fake.sse_answer([b"".join(fake.STREAMS[upstream_wire]("brief"))], end="hang"))
+    reply = post(pair.router, client_wire, "a-%s/solo" % upstream_wire, True)
+    assert assert_answer(client_wire, reply, "brief").complete
+    assert reply.ended == "clean"
+
+
 @UPSTREAMS
 def test_a_whole_answer_to_a_stream_request_ends_with_the_usage_that_was_asked_for(pair, upstream_wire):
     """Traps 12, 56."""
