@@ -628,7 +628,7 @@ FIELDS: Dict[str, Tuple[Field, ...]] = {
         formats,format   [wire]      wire formats of this model, when not all of the provider's
         enabled          flag        false keeps the entry and does not use it
         contextWindow    whole       tokens that input and output may have together
-        maxOutputTokens  whole       tokens that an answer may have
+        maxOutputTokens  whole       tokens that an answer may have; a translated request asks for no more
         cost             object      US dollars per million tokens: input, output, cacheRead, cacheWrite
         metadata         object      anything; kept, not used
         fallbackModels,fallbacks,silentFallbacks  [fallback]  what to try when it fails, in order
@@ -7075,8 +7075,21 @@ def find_compat(name: str, host: str, port: int = 0) -> Compat:
 def apply_fixes(body: Json, fixes: Iterable[str]) -> Json:
     """A translated body as the upstream wants it. `body` is changed in place."""
     for name in fixes:
-        FIXES[name].apply(body)
+        if name in FIXES:
+            FIXES[name].apply(body)
     return body
+
+
+def told_limit(body: Json, text: str) -> str:
+    """The fix for a body that asks for more tokens of an answer than the upstream says that it gives, else ""."""
+    asked = max(as_int(body.get(key)) for key in ("max_tokens", "max_completion_tokens", "max_output_tokens"))
+    is_bound = re.search(r"at most|less than|lower than|<=|> \d|range|maximum|too large", text)
+    is_other = re.search(r"greater|at least|minimum|stream", text)
+    if not is_bound or is_other or not re.search(r"max\w*[_ ]tokens", text):
+        return ""
+    numbers = (int(word.replace(",", "")) for word in re.findall(r"(?<![\w.-])\d[\d,]{2,8}(?!\w|\.\d)", text))
+    limit = max((number for number in numbers if number < asked), default=0)
+    return "at most %d tokens" % limit if limit else ""
 
 
 def _change_turns(body: Json, change: Callable[[Json, List[Json]], Json]) -> Optional[Json]:
@@ -7167,7 +7180,7 @@ def learn_fix(body: Json, words: Sequence[str], known: Iterable[str]) -> str:
     """The fix that a 400's words ask for, "" when it names nothing that the router added or that was not tried yet."""
     text = "\n".join(words).lower()
     untried = (name for name, fix in FIXES.items() if name not in known and fix.needs in body)
-    return next((name for name in untried if re.search(FIXES[name].refused, text)), "")
+    return told_limit(body, text) or next((name for name in untried if re.search(FIXES[name].refused, text)), "")
 
 
 # ==============================================================================
@@ -8031,9 +8044,14 @@ class Requests:
 
     def _translated(self, candidate: Candidate, wire: str, compat: Compat) -> Json:
         messages = restore_reasoning(self.neutral.messages, self._reasoning, self.issuer(candidate.provider.id))
-        request = self.neutral._replace(model=candidate.model_id, messages=messages)
+        lessons, asked = self._lessons.get(candidate.ref) or (), self.neutral.max_tokens
+        learned = (int(name.split()[2]) for name in lessons if name not in FIXES)  # "at most 8192 tokens"
+        most = min(filter(None, (candidate.model.max_output_tokens, *learned)), default=0)
+        if most and (asked or wire == "anthropic"):  # which demands a limit
+            asked = min(asked or most, most)
+        request = self.neutral._replace(model=candidate.model_id, messages=messages, max_tokens=asked)
         body = render_request(keep_cache_marks(request) if compat.caches and wire == "openai" else request, wire)
-        return apply_fixes(body, compat.fixes + (self._lessons.get(candidate.ref) or ()))
+        return apply_fixes(body, compat.fixes + lessons)
 
 
 def _operation_path(path: str, own: str, operation: str) -> str:
@@ -8077,27 +8095,16 @@ class Outcome(NamedTuple):
     wire: str = ""
 
 
-class Signal(NamedTuple):
-    """A row of SIGNALS: among `statuses` (empty: any), an error whose words match `pattern` is of `kind`."""
-
-    kind: str
-    statuses: Tuple[int, ...]
-    pattern: str
-
-
-def _words(*alternatives: str) -> str:
-    return "(?m)" + "|".join(alternatives)
-
-
-# First match wins; matched against the lower-cased codes, types and messages of the error, one a line. Texts are
-# those of the vendors' documentation and of errors that users pasted in public threads (traps 123, 128, 144, 155).
-SIGNALS: Tuple[Signal, ...] = (
+# (kind, statuses, patterns): an error of these statuses whose words match one is of that kind; the first row wins.
+# Words are the lower-cased codes, types and messages of the error, one a line; those here are of the vendors'
+# documentation and of errors that users pasted in public threads (traps 123, 128, 144, 155).
+SIGNALS: Tuple[Tuple[str, Tuple[int, ...], Tuple[str, ...]], ...] = (
     # What a provider no longer keeps says nothing about its model; the SDKs mend it.
-    Signal(INVALID, (400, 404), _words(r"^(?:thread_(?:not_found|unsupported_request)|previous_response_not_found)$")),
-    Signal(RATE_LIMITED, (413,), _words(r"tokens? per (?:min|minute|day)", r"\btp[md]\b", r"rate_limit")),
+    (INVALID, (400, 404), (r"^(?:thread_(?:not_found|unsupported_request)|previous_response_not_found)$",)),
+    (RATE_LIMITED, (413,), (r"tokens? per (?:min|minute|day)", r"\btp[md]\b", r"rate_limit")),
     # Gemini words its windows like an account without credit (ai.google.dev, Rate limits).
-    Signal(RATE_LIMITED, (429,), _words(r"quota exceeded for (?:quota )?metric", r"please retry in \d")),
-    Signal(OVERFLOW, (400, 403, 413, 422), _words(  # 403: Together
+    (RATE_LIMITED, (429,), (r"quota exceeded for (?:quota )?metric", r"please retry in \d")),
+    (OVERFLOW, (400, 403, 413, 422), (  # 403: Together
         r"maximum (?:context|prompt|model) length|context length of only",
         r"context[_ ](?:size|length|window)[^\n]{0,40}exceed",
         r"exceed(?:s|ed)?[^\n]{0,40}context[_ ](?:size|length|window|limit)",
@@ -8110,7 +8117,7 @@ SIGNALS: Tuple[Signal, ...] = (
         r"reduce the length of the (?:messages|input|prompt)",
         r"^(?:tokens_limit_reached|1261)$",  # GitHub Models, z.ai
     )),
-    Signal(BILLING, (400, 402, 403, 412, 429), _words(  # 412: Fireworks, of an account that is suspended
+    (BILLING, (400, 402, 403, 412, 429), (  # 412: Fireworks, of an account that is suspended
         r"insufficient[_ ](?:quota|balance|credits?|funds)",
         r"balance is (?:too low|insufficient)|balance[_ ]not[_ ]enough",
         r"exceeded(?: your|_)?[_ ]current[_ ]quota",
@@ -8125,7 +8132,7 @@ SIGNALS: Tuple[Signal, ...] = (
         r"budget (?:has been )?exceeded",
         r"^(?:1113|1309)$",  # z.ai
     )),
-    Signal(POLICY, (400, 403, 451), _words(
+    (POLICY, (400, 403, 451), (
         r"content_filter",
         r"responsibleaipolicyviolation",
         r"content[_ ](?:(?:management|filtering) )?policy",
@@ -8136,14 +8143,14 @@ SIGNALS: Tuple[Signal, ...] = (
         r"data_inspection_failed",
         r"^1301$",  # z.ai
     )),
-    Signal(AUTH, (400, 403), _words(
+    (AUTH, (400, 403), (
         r"(?:invalid|incorrect)[_ ]api[_ ]?key",
         r"api[_ ]key[_ ](?:not valid|invalid|expired|was reported)",
         r"authentication[_ ](?:error|failed)|bearer token has expired|organization_restricted",
         r"invalid (?:authentication|authorization|x-api-key)",
     )),
-    Signal(FORBIDDEN, (400,), _words(r"location is not supported", r"model_terms_required")),  # Gemini, Groq
-    Signal(NOT_FOUND, (400, 403, 422), _words(
+    (FORBIDDEN, (400,), (r"location is not supported", r"model_terms_required")),  # Gemini, Groq
+    (NOT_FOUND, (400, 403, 422), (
         r"model[_ ]not[_ ](?:found|exist)|model_not_(?:supported|available)",
         r"(?:unknown|no such|unavailable)[_ ]model|invalid[_ ]model(?:$|:| name| id| ['\"`])",
         r"model[^\n]{0,120}(?:does not exist|is not (?:found|available|a valid)|decommissioned)",
@@ -8204,9 +8211,9 @@ def _split_json(text: str) -> Tuple[str, Any, str]:
 def kind_of(status: int, words: Sequence[str]) -> str:
     """The kind of an error answer: by the first signal whose words match, else by its status."""
     text = "\n".join(words).lower()
-    for signal in SIGNALS:
-        if (not signal.statuses or status in signal.statuses) and re.search(signal.pattern, text):
-            return signal.kind
+    for kind, statuses, patterns in SIGNALS:
+        if status in statuses and re.search("(?m)" + "|".join(patterns), text):
+            return kind
     return _STATUS_KINDS.get(status) or _CLASS_KINDS.get(status // 100, TEMPORARY)
 
 
@@ -8270,11 +8277,8 @@ def read_retry_after(headers: Headers, words: Sequence[str], body: Any, now: flo
     anthropic-ratelimit window; then the same in the body's members, where they have further names and OpenRouter nests
     the provider's headers; then "try again in 9m38s" in its words.
     """
-    seconds = _from_members(headers, now)
-    if seconds is None:
-        seconds = _from_members(_members(body, 10), now)
-    if seconds is None:
-        seconds = _from_words(words, now)
+    waits = _from_members(headers, now), _from_members(_members(body, 10), now), _from_words(words, now)
+    seconds = next((wait for wait in waits if wait is not None), None)
     return None if seconds is None else min(max(seconds, 0.0), MAX_RETRY_AFTER_S)
 
 

@@ -118,6 +118,54 @@ def test_a_model_that_does_not_reason_is_asked_for_no_reasoning_and_for_no_proof
     assert llm_router.apply_fixes({"model": "m", **asks}, [fix]) == {"model": "m"}
 
 
+@pytest.mark.parametrize(
+    "words, most",
+    [
+        ("max_tokens is too large: 32000. This model supports at most 16384 completion tokens, you provided 32000.", 16384),
+        ("`max_tokens` must be less than or equal to `8192`, which is less than the `context_window`", 8192),
+        ("Invalid max_tokens value, the valid range of max_tokens is [1, 8192]", 8192),
+        ("max_completion_tokens: expected a value <= 12288, but got 32000. Request id: 0217752964393142fa5", 12288),
+        ("max_tokens: 32000 > 4,096, which is the maximum allowed for claude-x-20240307", 4096),
+        ("The maximum tokens you requested exceeds the model limit of 4096. Try a value that is lower than 4096.", 4096),
+        ("`max_tokens` must be greater than `thinking.budget_tokens`: 31999", 0),
+        ("Requests with max_tokens > 4096 must have stream=true", 0),
+        ("max_tokens must be at least 1, 320 was too large", 0),
+        ("the maximum of 200 tools is exceeded", 0),
+    ],
+)
+def test_the_most_that_an_upstream_gives_is_learned_from_its_refusal_of_more(words, most):
+    fix = llm_router.learn_fix(dict(translated(), max_tokens=32000), [words], ())
+    assert fix == "at most %d tokens" % most if most else not fix.startswith("at most")
+
+
+def test_no_more_is_asked_for_than_the_model_gives_by_its_entry_or_by_what_was_learned(router, make_upstream):
+    words, strict = "max_tokens is too large: 20000. This model supports at most 16384 completion tokens.", []
+
+    def upstream_answers(call):
+        if strict and call.json["max_tokens"] > 16384:
+            return fake.error_answer("openai", 400, words, "invalid_request_error")
+        return fake.model_answer(call.wire, False, "fine")
+
+    upstream = make_upstream(upstream_answers)
+    model = {"id": "m", "maxOutputTokens": 20000}
+    running = router(config_of(provider(upstream, "openai", "a", [model]), provider(upstream, "anthropic", "b", [model])))
+    turns = [{"role": "user", "content": "hi"}]
+
+    def sent(path, **body):
+        assert running.post(path, dict(body, messages=turns)).status == 200
+        return upstream.calls[-1].json.get("max_tokens")
+
+    assert sent("/v1/messages", model="a/m", max_tokens=32000) == 20000
+    assert sent("/v1/messages", model="a/m", max_tokens=9) == 9
+    assert sent("/v1/chat/completions", model="b/m", max_tokens=32000) == 20000
+    assert sent("/v1/chat/completions", model="a/m", max_tokens=32000) == 32000  # passed through
+    assert sent("/v1/responses", model="a/m", input="hi") is None
+    strict.append(True)
+    for _ in range(2):
+        assert sent("/v1/messages", model="a/m", max_tokens=32000) == 16384
+    assert "at most 16384 tokens" in running.wait_log("learned")
+
+
 def test_a_lesson_is_learned_once():
     words = ["stream_options is not supported"]
     assert llm_router.learn_fix(translated(), words, ("no stream_options",)) == ""
