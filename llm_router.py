@@ -8200,12 +8200,10 @@ def _telling(value: Any, depth: int) -> Iterator[str]:
 def _split_json(text: str) -> Tuple[str, Any, str]:
     """What stands before, in and after the JSON object inside a text, whose own text may echo the client's words."""
     start, end = text.find("{"), text.rfind("}") + 1
-    if start < 0 or len(text) > 100_000:
-        return text, None, ""
-    try:
-        return text[:start], load_json(text[start:end]), text[end:]
-    except RouterError:
-        return text, None, ""
+    with suppress(RouterError):
+        if start >= 0 and len(text) <= 100_000:
+            return text[:start], load_json(text[start:end]), text[end:]
+    return text, None, ""
 
 
 def kind_of(status: int, words: Sequence[str]) -> str:
@@ -8232,8 +8230,8 @@ def judge_in_band(info: ErrorInfo, headers: Headers, wire: str, now: float) -> O
     status = ERROR_STATUSES.get(info.code) or ERROR_STATUSES.get(info.type, 0)
     status = status or (int(info.code) if re.fullmatch(r"[45][0-9][0-9]", info.code) else 0)
     kind, wait = kind_of(status, words), read_retry_after([], words, None, now)
-    label = "200:" + re.sub("[ ,]", "_", one_line(info.code or info.type or "error", 40))
     kind = kind if kind in _IN_BAND_KINDS else TEMPORARY
+    label = "200:" + re.sub("[ ,]", "_", one_line(info.code or info.type or "error", 40))
     return Outcome(kind, status or 502, label, info, wait, tuple(headers), None, wire)
 
 
@@ -8314,9 +8312,8 @@ def _read_wait(text: str, now: float) -> Optional[float]:
     if number is None:
         seconds = read_duration(text)
         return _seconds_until(text, now) if seconds is None else seconds
-    if number > 1e9:
-        return (number / 1000.0 if number > 1e11 else number) - now
-    return number
+    number = number / 1000.0 if number > 1e11 else number
+    return number - now if number > 1e9 else number
 
 
 def _from_words(words: Sequence[str], now: float) -> Optional[float]:
