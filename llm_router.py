@@ -6913,10 +6913,8 @@ def plain_schema(schema: Any, place: str = "items") -> Any:
     """
     if isinstance(schema, bool) and place in _SCHEMA_PLACES:
         return {} if schema else {"not": {}}
-    if isinstance(schema, list):
-        return [plain_schema(one, place) for one in schema]
     if not isinstance(schema, dict):
-        return schema
+        return [plain_schema(one, place) for one in schema] if isinstance(schema, list) else schema
     is_map = place in _SCHEMA_MAPS
     words = {k: one for k, one in schema.items() if not (isinstance(one, str) and _ODD_IN_SCHEMA.match(k + ": " + one))}
     if "const" in words and not is_map:
@@ -7165,15 +7163,13 @@ def keep_cache_marks(request: ChatRequest) -> ChatRequest:
 
 def bare_cache_marks(value: Any) -> Any:
     """A Messages body whose cache_control says nothing but `type` and `ttl` (trap 69)."""
-    if isinstance(value, list):
-        return [bare_cache_marks(one) for one in value]
-    bare = dict(as_dict(value))
-    for key in ("system", "tools", "messages", "content"):
-        if isinstance(bare.get(key), list):
-            bare[key] = bare_cache_marks(bare[key])
+    if not isinstance(value, dict):
+        return [bare_cache_marks(one) for one in value] if isinstance(value, list) else value
+    nested = ("system", "tools", "messages", "content")
+    bare = {key: bare_cache_marks(one) if key in nested else one for key, one in value.items()}
     if "cache_control" in bare:
         bare["cache_control"] = {k: v for k, v in as_dict(bare["cache_control"]).items() if k in ("type", "ttl")}
-    return bare if isinstance(value, dict) else value
+    return bare
 
 
 def learn_fix(body: Json, words: Sequence[str], known: Iterable[str]) -> str:
