@@ -11001,7 +11001,10 @@ def edit_config_file(path: str, change: Callable[[Json], Edit]) -> Edit:
     then applied to what that program wrote. On any error the file stays as it was. A text with comments is kept beside
     it. Returns the edit, its notes extended by what else was done.
     """
-    target = _prepare(path)
+    target = os.path.realpath(path)  # a symbolic link stays a link, and what it leads to is replaced
+    make_folder(os.path.dirname(target))
+    if os.path.lexists(target) and not os.path.isfile(target):  # a link that is still there leads round in a circle
+        raise FileError("%s is not a regular file" % one_line(path))
     with file_lock(target):
         for _ in range(_EDIT_ATTEMPTS):
             data, mode = read_bytes(target)
@@ -11029,15 +11032,6 @@ def render_document(document: Json, indent: Optional[int] = 2) -> bytes:
         return (json.dumps(document, **how) + "\n").encode("ascii")
     except ValueError:
         raise ConfigError("the configuration holds a number that is too large to be stored") from None
-
-
-def _prepare(path: str) -> str:
-    """Where the file really is, its directory made: a symbolic link stays a link, and what it leads to is replaced."""
-    target = os.path.realpath(path)
-    make_folder(os.path.dirname(target))
-    if os.path.lexists(target) and not os.path.isfile(target):  # a link that is still there leads round in a circle
-        raise FileError("%s is not a regular file" % one_line(path))
-    return target
 
 
 def make_folder(path: str) -> None:
@@ -15460,9 +15454,7 @@ _SHELLS: Dict[str, Tuple[str, Callable[[str], str]]] = {
 
 
 def shell_lines(variables: Mapping[str, str], shell: str) -> List[str]:
-    """Variables as lines that a shell can read. UsageError for a shell that is not known."""
-    if shell not in _SHELLS:
-        raise UsageError("--shell: %s is not known; use %s" % (one_line(shell, 40), ", ".join(sorted(_SHELLS))))
+    """Variables as lines that one of _SHELLS can read."""
     line, quote = _SHELLS[shell]
     return [line % (name, quote(value)) for name, value in variables.items()]
 
@@ -15807,7 +15799,7 @@ class Given:
 
     def tell(self, record: Any, lines: Iterable[str], code: int = 0) -> int:
         """What there is to say, as JSON or in lines of text; the exit code."""
-        print(json.dumps(record, indent=2) if self.json else "\n".join(lines))
+        print(json.dumps(record, indent=2) if self.json else as_started("\n".join(lines)))
         return code
 
     def edit(self, change: Callable[[Json], Edit], lines: Sequence[str] = (), **told: Any) -> int:
@@ -15817,8 +15809,7 @@ class Given:
         done = [*map(one_line, (*edit.notes, "saved to " + self.path))]
         done += [_KEY_ONCE % (name[:-3], told[name]) for name in ("masterKey", "clientKey") if name in told]
         self.tell(dict({"path": self.path, "changes": list(edit.notes)}, **told), _spaced(lines, done))
-        hiding = self.hiding_variable()
-        _warn([_HIDES % hiding] if hiding else [])
+        _warn(_HIDES % name for name in [self.hiding_variable()] if name)
         _warn_of(find_problems(edit.document))
         return 0
 
@@ -15914,8 +15905,6 @@ START_FLAGS: Tuple[Flag, ...] = (
     *map(_setting_flag, SETTINGS),
 )
 _RUNNING_FLAGS = (_CONFIG, Flag("port", "port", "the port of the instance, when several run"))
-_BY = Flag("by", "|".join(LEDGER_GROUPS), ", ".join(LEDGER_GROUPS) + "; default model")
-_SHELL = Flag("shell", "|".join(_SHELLS), "bash, zsh, fish or powershell")
 _ID = Flag("id", "word", "the request's id, from the header x-llm-router-request-id; default: last")
 
 
@@ -15936,7 +15925,7 @@ def run_command(argv: Sequence[str], environ: Environ) -> int:
     if given.operation:
         command = _find_named(given.operation, OPERATIONS, "operation", "llm-router config --help lists them")
     if given.help:
-        print(_help_text(command))
+        print(as_started(_help_text(command)))
         return 0
     _check_flags(command, given.flags)
     return command.run(given)
@@ -16072,6 +16061,17 @@ def _flag_words(flag: Flag) -> str:
     return flag.name.upper() if flag.kind == "word" else ("-h, --" if flag.name == "help" else "--") + flag.name + value
 
 
+def as_started(text: str) -> str:
+    """`text` with the commands in it as they can be given here: without installation there is no `llm-router`."""
+    import shlex
+
+    if os.path.basename(sys.argv[0]) != os.path.basename(__file__):
+        return text
+    start = "%s %s " % (os.path.basename(sys.executable), shlex.quote(sys.argv[0]))
+    names = "|".join(row.name for row in COMMANDS if row.name)
+    return re.sub(r"\bllm-router (?=(--|%s)\b)" % names, lambda _: start, text)
+
+
 def _two_columns(rows: Iterable[Tuple[str, str]]) -> List[str]:
     rows = list(rows)
     width = max(len(left) for left, _ in rows)
@@ -16090,7 +16090,7 @@ def _labelled(**texts: str) -> List[str]:
 
 def _warn(lines: Iterable[str]) -> None:
     for line in lines:
-        print(line if line.startswith("error: ") else "warning: " + line, file=sys.stderr)
+        print(as_started(line if line.startswith("error: ") else "warning: " + line), file=sys.stderr)
 
 
 def _warn_of(problems: Iterable[Problem]) -> None:
@@ -16362,8 +16362,7 @@ def run_startup(given: Given) -> int:
     if verb == "install":  # a service that cannot start helps nobody
         _warn_of_lost_keys(read_start_options(Given(given.environ, {"config": given.path})))
     argv = [sys.executable, os.path.realpath(__file__), "start", "--config=" + given.path]
-    log = os.path.expanduser(LOG_PATH)
-    service = make_service(sys.platform, home, argv, service_variables(given.environ), log)
+    service = make_service(sys.platform, home, argv, service_variables(given.environ), os.path.expanduser(LOG_PATH))
     state = "" if verb == "install" else service_state(service)
     if verb == "status" or state == "not installed":
         return given.tell({"state": state, "path": service.path}, [state])
@@ -16490,9 +16489,8 @@ def run_start(given: Given) -> int:
     flags = dict(given.flags, log_file=path)
     words = ["--%s=%s" % (name.replace("_", "-"), show_setting(flags[name])) for name in flags if name != "detach"]
     pid, address = start_detached(words, path)
-    print("listening on %s\n  pid                 %d\n  log                 %s" % (address, pid, one_line(path)))
-    print("  stop it with        llm-router stop --port=" + address.rpartition(":")[2])
-    return 0
+    lines = ["listening on " + address, "  pid                 %d" % pid, "  log                 " + one_line(path)]
+    return given.tell(None, [*lines, "  stop it with        llm-router stop --port=" + address.rpartition(":")[2]])
 
 
 def read_start_options(given: Given) -> StartOptions:
@@ -17149,7 +17147,8 @@ COMMANDS: Tuple[Command, ...] = (
             "llm-router explain last\nllm-router explain req_0123456789abcdef01234567 --json"),
     Command("usage", run_usage, "show what requests used and cost, from the usage ledger", (
             Flag("since", "text", "7d, 12h or a date like 2026-01-31, default 30d"),
-            Flag("today", "bool", "since midnight"), _BY,
+            Flag("today", "bool", "since midnight"),
+            Flag("by", "|".join(LEDGER_GROUPS), ", ".join(LEDGER_GROUPS) + "; default model"),
             _AS_JSON, Flag("csv", "bool", "answer as CSV"), Flag("usage-db", "text", "the ledger's file")),
             "llm-router usage --since=7d --by=provider\nllm-router usage --today --json"),
     Command("reload", run_reload, "apply the edited configuration; open streams go on", (*_RUNNING_FLAGS, _AS_JSON),
@@ -17168,7 +17167,7 @@ COMMANDS: Tuple[Command, ...] = (
             "llm-router run -- python app.py", passes_on=True),
     Command("env", run_env, "print the variables that point a program at the running router",
             (Flag("tool", "word", "claude, aider, qwen or any (the default)"),
-             _SHELL, *_AGENT_FLAGS, *_RUNNING_FLAGS, _AS_JSON),
+             Flag("shell", "|".join(_SHELLS), ", ".join(_SHELLS)), *_AGENT_FLAGS, *_RUNNING_FLAGS, _AS_JSON),
             "llm-router env --shell=bash"),
     Command("deploy", run_deploy, "put this file and the configuration onto Cloudflare as a Worker",
             (_CONFIG, *_SITE_FLAGS, Flag("domain", "text", "a host name of its own, in a zone of the account"),
@@ -17220,7 +17219,7 @@ def _report(error: Exception, argv: Sequence[str]) -> int:
         traceback.print_exc()
     known = isinstance(error, RouterError)
     text = error.message if known else "%s: %s (--debug shows more)" % (type(error).__name__, error)
-    print("llm-router: " + printable(text), file=sys.stderr)
+    print("llm-router: " + as_started(printable(text)), file=sys.stderr)
     return 2 if isinstance(error, UsageError) else 1
 
 

@@ -212,6 +212,7 @@ def test_what_is_unknown_and_near_nothing_is_refused_with_a_hint(home, line):
         "config --operation=validate",
         "--json=perhaps",
         "demo --port=x",
+        "env --shell=tcsh",
     ],
 )
 def test_wrong_input_is_one_line_exit_2_and_makes_nothing(home, line):
@@ -715,6 +716,24 @@ def test_an_output_that_is_full_or_closed_gives_one_line_or_none_and_no_tracebac
         command = ["sh", "-c", line % (words, where), sys.executable, str(PROGRAM)]
         done = subprocess.run(command, env=_environment(tmp_path), stderr=subprocess.PIPE, text=True, timeout=60)
         assert (done.returncode, done.stderr.count("\n")) == (code, lines), done.stderr
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a symbolic link, and the words of a POSIX shell")
+def test_who_runs_the_file_itself_is_shown_commands_that_can_be_given_as_they_are(tmp_path):
+    """There is no `llm-router` without installation."""
+    program = tmp_path / "my gateway.py"
+    program.symlink_to(PROGRAM)
+
+    def run(*words):
+        command = [sys.executable, str(program), *words]
+        return subprocess.run(command, env=_environment(tmp_path), capture_output=True, text=True, timeout=60)
+
+    begin = "%s '%s' " % (os.path.basename(sys.executable), program)
+    hint = run("frobnicate").stderr.partition("; ")[2]
+    assert hint.startswith(begin + "--help lists")
+    assert begin + "config --operation=upsert-provider --help; or" in run().stdout
+    assert "example:\n  %sstop --grace=5\n" % begin in run("stop", "--help").stdout
+    assert run("stop").stdout == "no llm-router is running here\n"
 
 
 def test_a_terminal_without_utf8_does_not_stop_a_command(tmp_path):
