@@ -8104,9 +8104,9 @@ SIGNALS: Tuple[Tuple[str, Tuple[int, ...], Tuple[str, ...]], ...] = (
         r"maximum (?:context|prompt|model) length|context length of only",
         r"context[_ ](?:size|length|window)[^\n]{0,40}exceed",
         r"exceed(?:s|ed)?[^\n]{0,40}context[_ ](?:size|length|window|limit)",
-        r"exceed(?:s|ed)? (?:max length|model token limit)",
-        r"(?:prompt|input) is too long",
-        r"input length[^\n]{0,80}exceed|range of input length",
+        r"exceed(?:s|ed)? (?:max length|max message tokens|model token limit)",
+        r"(?:prompt|input) (?:is|tokens) too long",
+        r"input (?:length|tokens)[^\n]{0,80}exceed|range of input length",
         r"(?:longer|greater|less) than the (?:model's )?context",
         r"token count[^\n]{0,20} exceeds|token count is [\d,]+ but|exceeds the maximum number of tokens",
         r"max_new_tokens` must be <=|number of tokens in the prompt cannot exceed",
@@ -8121,9 +8121,9 @@ SIGNALS: Tuple[Tuple[str, Tuple[int, ...], Tuple[str, ...]], ...] = (
         r"arrearage|accountoverdueerror",
         r"account not in good standing",
         r"(?:requires more|used all available|doesn't have any) credits",
-        r"please recharge",
+        r"please recharge|freetieronly|free allocation",
         r"spend(?:ing)? limit",
-        r"specified (?:api |workspace )*usage limits",
+        r"specified (?:api |workspace )*usage limits|usage limit for this billing",
         r"(?:key|credit) limit exceeded",
         r"budget (?:has been )?exceeded",
         r"^(?:1113|1309)$",  # z.ai
@@ -8134,7 +8134,7 @@ SIGNALS: Tuple[Tuple[str, Tuple[int, ...], Tuple[str, ...]], ...] = (
         r"content[_ ](?:(?:management|filtering) )?policy",
         r"usage (?:polic(?:y|ies)|guidelines)",
         r"safety[_ ](?:system|filter|settings|policy|check)",
-        r"flagged|moderation",
+        r"flagged|moderation|limited access to this content",
         r"prohibited_content|inappropriate content|content exists risk|sensitivecontentdetected",
         r"data_inspection_failed",
         r"^1301$",  # z.ai
@@ -8142,14 +8142,14 @@ SIGNALS: Tuple[Tuple[str, Tuple[int, ...], Tuple[str, ...]], ...] = (
     (AUTH, (400, 403), (
         r"(?:invalid|incorrect)[_ ]api[_ ]?key",
         r"api[_ ]key[_ ](?:not valid|invalid|expired|was reported)",
-        r"authentication[_ ](?:error|failed)|bearer token has expired|organization_restricted",
+        r"authentication[_ ](?:error|failed)|bearer token has expired|security token|organization_restricted",
         r"invalid (?:authentication|authorization|x-api-key)",
     )),
     (FORBIDDEN, (400,), (r"location is not supported", r"model_terms_required")),  # Gemini, Groq
     (NOT_FOUND, (400, 403, 422), (
         r"model[_ ]not[_ ](?:found|exist)|model_not_(?:supported|available)",
         r"(?:unknown|no such|unavailable)[_ ]model|invalid[_ ]model(?:$|:| name| id| ['\"`])",
-        r"model[^\n]{0,120}(?:does not exist|is not (?:found|available|a valid)|decommissioned)",
+        r"model[^\n]{0,120}(?:does not exist|is not (?:found|available|a valid|supported for task)|decommissioned)",
         r"not a valid model",
         r"deploymentnotfound",
         r"^1211$",  # z.ai
