@@ -2545,7 +2545,11 @@ class Inflater:
 
 
 # Phrases for people who read raw answers; clients go by the number.
-_REASONS = {int(row[:3]): row[4:] for row in re.split(r",\s+", """
+_REASONS = {
+    int(row[:3]): row[4:]
+    for row in re.split(
+        r",\s+",
+        """
     100 Continue, 200 OK, 201 Created, 202 Accepted, 204 No Content, 304 Not Modified, 400 Bad Request,
     401 Unauthorized, 402 Payment Required, 403 Forbidden, 404 Not Found, 405 Method Not Allowed,
     408 Request Timeout, 409 Conflict, 410 Gone, 413 Content Too Large, 414 URI Too Long,
@@ -2553,7 +2557,9 @@ _REASONS = {int(row[:3]): row[4:] for row in re.split(r",\s+", """
     429 Too Many Requests, 431 Request Header Fields Too Large, 451 Unavailable For Legal Reasons,
     500 Internal Server Error, 501 Not Implemented, 502 Bad Gateway, 503 Service Unavailable,
     504 Gateway Timeout, 505 HTTP Version Not Supported, 529 Overloaded
-""".strip())}
+""".strip(),
+    )
+}
 LAST_CHUNK = b"0\r\n\r\n"
 _UNSAFE = re.compile(r"[^\t -~\x80-\xff]")
 _UPSTREAM_TARGET = re.compile(r"[!-~]+")
@@ -7017,7 +7023,8 @@ FIXES: Dict[str, Fix] = {
     "plain schemas": Fix(_plain_schemas, "tools", _names("(?:json_|input_)?schema") + "|function_declarations"),
     "no sampling": Fix(_drop_sampling, "model"),
     "strict turns": Fix(
-        lambda body: body.update(strict_turns(body) or {}), "messages",
+        lambda body: body.update(strict_turns(body) or {}),
+        "messages",
         r"length (?:of )?9|unexpected role|last role user|conversation roles must alternate",
     ),
     "system in front": Fix(_system_in_front, "messages", r"system message must be at the beginning"),
@@ -13185,24 +13192,20 @@ class WorkerHost(CountingHost):
     async def send(self, outbound: Outbound) -> WorkerReply:
         """Send one request and wait for the head of its answer. UpstreamError when there is none."""
         import js  # type: ignore[import-not-found]
-        from pyodide.ffi import JsException, to_js  # type: ignore[import-not-found]
+        from pyodide.ffi import to_js  # type: ignore[import-not-found]
 
-        limit = _Limit(js.AbortController.new(), _seconds(outbound.timeouts.first_byte_ms))
+        control = js.AbortController.new()
         headers = {name: value for name, value in outbound.headers if name not in ("host", "content-length")}
         options = {"method": "POST", "headers": headers, "body": outbound.body, "redirect": "manual"}
-        options = to_js(dict(options, signal=limit.control.signal), dict_converter=js.Object.fromEntries)
+        options = to_js(dict(options, signal=control.signal), dict_converter=js.Object.fromEntries)
+        first_s, fault = _seconds(outbound.timeouts.first_byte_ms), "cannot reach %s" % outbound.target.key.host
         try:
-            answer = await js.fetch(outbound.target.origin + outbound.path, options)
-        except JsException as error:
-            limit.check("an answer")
-            words = outbound.target.key.host, one_line(str(error), 160)
-            raise UpstreamError("cannot reach %s: %s" % words, "connect_failed") from None
+            with _limited(control, first_s, "an answer", fault, "connect_failed"):
+                answer = await js.fetch(outbound.target.origin + outbound.path, options)
         except BaseException:
-            limit.control.abort()
+            control.abort()
             raise
-        finally:
-            limit.stop()
-        return WorkerReply(answer, limit.control, self._settings.max_answer_bytes)
+        return WorkerReply(answer, control, self._settings.max_answer_bytes)
 
     def record(self, trail: Trail) -> None:
         """A request has ended: count it and write its line."""
@@ -13216,31 +13219,30 @@ class WorkerHost(CountingHost):
         print("internal error: " + one_line("%s: %s" % (type(error).__name__, error)))
 
 
-class _Limit:
-    """A time limit on the runtime's side: aborts what `control` controls. Costs a third of asyncio.wait_for, which
-    makes a task."""
+@contextmanager
+def _limited(control: Any, seconds: Optional[float], what: str, fault: str, label: str) -> Iterator[None]:
+    """A time limit on the runtime's side: aborts what `control` controls. Costs a third of asyncio.wait_for, which makes
+    a task. UpstreamError when it ends that, no sign of `what`, and for what else breaks it: `fault`, `label`."""
+    import asyncio
 
-    def __init__(self, control: Any, seconds: Optional[float]) -> None:
-        import asyncio
+    from pyodide.ffi import JsException
 
-        self.control = control
-        self._seconds = seconds
-        self._is_over = False
-        self._timer = None if seconds is None else asyncio.get_event_loop().call_later(seconds, self._end)
+    ended = []
 
-    def _end(self) -> None:
-        self._is_over = True
-        self.control.abort()
+    def end() -> None:
+        ended.append(True)
+        control.abort()
 
-    def check(self, what: str) -> None:
-        """UpstreamError when the limit has ended it."""
-        if self._is_over:
-            raise UpstreamError("no sign of %s within %g s" % (what, self._seconds or 0), "timeout", True)
-
-    def stop(self) -> None:
-        """It came in time, or failed in another way."""
-        if self._timer is not None:
-            self._timer.cancel()
+    timer = None if seconds is None else asyncio.get_event_loop().call_later(seconds, end)
+    try:
+        yield
+    except JsException as error:
+        if ended:
+            raise UpstreamError("no sign of %s within %g s" % (what, seconds or 0), "timeout", True) from None
+        raise UpstreamError("%s: %s" % (fault, one_line(str(error), 160)), label) from None
+    finally:
+        if timer is not None:
+            timer.cancel()
 
 
 class WorkerReply:
@@ -13260,22 +13262,16 @@ class WorkerReply:
 
     async def read(self, timeout_s: Optional[float]) -> bytes:
         """Some bytes of the body; b"" at its end. UpstreamError when it breaks off or stalls."""
-        from pyodide.ffi import JsException
-
-        limit, data = _Limit(self._control, timeout_s), b""
+        data = b""
         try:
-            while not data and not self._is_over:
-                self._reader = self._reader or self._answer.body.getReader()
-                piece = await self._reader.read()
-                self._is_over = bool(piece.done)
-                data = self.body.finish() if piece.done else self.body.feed(piece.value.to_bytes(), self.headers)
-        except JsException as error:
-            limit.check("more of the answer")
-            raise UpstreamError("the answer broke off: " + one_line(str(error), 160), "reset") from None
+            with _limited(self._control, timeout_s, "more of the answer", "the answer broke off", "reset"):
+                while not data and not self._is_over:
+                    self._reader = self._reader or self._answer.body.getReader()
+                    piece = await self._reader.read()
+                    self._is_over = bool(piece.done)
+                    data = self.body.finish() if piece.done else self.body.feed(piece.value.to_bytes(), self.headers)
         except UpstreamProtocolError as error:
             raise UpstreamError(error.message, "truncated") from None
-        finally:
-            limit.stop()
         self._left -= len(data)
         if self._left < 0:
             raise UpstreamError("the answer is larger than allowed", "bad_response")
@@ -13730,6 +13726,7 @@ class Router:
         self.grace_s = options.settings.drain_grace_ms / 1000
         self.restarts = self.is_told = False  # to run anew after the end; by whoever may, to end
         self.config_state = "ok"
+        self._entries: List[Instance] = []
         self._state_trouble = ""
         self.guests: Dict[str, str] = {}
         self.items = ItemMemory()
@@ -13864,27 +13861,20 @@ class Router:
         self.log.note("configuration reloaded" + (": %s changed" % ", ".join(notes) if notes else ""))
         return notes
 
-    def enroll(self, port: int) -> None:
-        """Have this instance in the state file, so that `stop`, `reload`, `status` and `explain` find it."""
-        host, path = self.options.settings.host, self.options.config_path
-        entry = Instance(self.id, os.getpid(), host, port, path, self.token, self.started)
-        if entry not in read_instances(state_path()):
-            self._change_state(lambda known: known + [entry] * (not self.stopping.is_set()))
+    def enroll(self, *entries: Instance) -> None:
+        """Have the state file say this of the instance, so that `stop`, `reload`, `status` and `explain` find it, and
+        without an entry nothing."""
+        self._entries = list(entries)
+        self.stay_enrolled()
 
-    def retire(self) -> None:
-        """Say in the state file until when this instance may go on, for it answers nobody any more."""
-        ends = self.host.wall() + self.grace_s
-        self._change_state(lambda known: [one._replace(ends=ends) if one.id == self.id else one for one in known])
-
-    def leave(self) -> None:
-        """Take this instance out of the state file."""
-        if any(instance.id == self.id for instance in read_instances(state_path())):
-            self._change_state(lambda known: [instance for instance in known if instance.id != self.id])
-
-    def _change_state(self, change: Callable[[List[Instance]], List[Instance]]) -> None:
+    def stay_enrolled(self) -> None:
+        """Write into the state file what it does not say of this instance (any more)."""
         trouble = ""
         try:
-            change_instances(state_path(), change)
+            if [one for one in read_instances(state_path()) if one.id == self.id] != self._entries:
+                change_instances(
+                    state_path(), lambda known: [one for one in known if one.id != self.id] + self._entries
+                )
         except RouterError as error:
             trouble = error.message
         if trouble and trouble != self._state_trouble:
@@ -13982,23 +13972,25 @@ async def _serve(options: StartOptions) -> Tuple[int, int]:
     try:
         port = await _listen(router.server, options.settings.host, options.settings.port)
         _on_signals(loop, router.stop, router.try_reload)
-        router.enroll(port)
-        tasks = [asyncio.ensure_future(_stay_enrolled(router, port))]
+        host, path = options.settings.host, options.config_path
+        entry = Instance(router.id, os.getpid(), host, port, path, router.token, router.started)
+        router.enroll(entry)
+        tasks = [asyncio.ensure_future(_stay_enrolled(router))]
         _announce(options, port)  # last: whoever reads it may stop, reload and ask for the status at once
         _import_ahead()
-        tasks += [asyncio.ensure_future(_watch_config(router))] if options.watch_config and options.config_path else []
+        tasks += [asyncio.ensure_future(_watch_config(router))] if options.watch_config and path else []
         _spare_collector()
         await router.stopping.wait()
         for task in tasks:
             task.cancel()
-        router.retire()
+        router.enroll(entry._replace(ends=router.host.wall() + router.grace_s))  # for it answers nobody any more
         log.note("stopping: open requests have %g s to finish" % router.grace_s)
         clean = await router.server.drain(router.grace_s)
     finally:
         router.upstreams.close()
         if router.ledger is not None:
             router.ledger.close()
-        router.leave()  # last: `stop` waits for it
+        router.enroll()  # last: `stop` waits for it
         log.close()
     # What was told to stop has done so, whatever had to be cut: a service's keeper would start it once more after a 1.
     return int(not clean and not router.is_told), port if router.restarts else 0
@@ -14045,13 +14037,13 @@ def _spare_collector() -> None:
     gc.set_threshold(5_000, 1, 1)
 
 
-async def _stay_enrolled(router: Router, port: int) -> None:
+async def _stay_enrolled(router: Router) -> None:
     """Look now and then, aside: a disk that was full may get room, the state file may have been removed or damaged."""
     import asyncio
 
     while True:
         await asyncio.sleep(_ENROLL_AGAIN_S)
-        await asyncio.get_running_loop().run_in_executor(None, router.enroll, port)
+        await asyncio.get_running_loop().run_in_executor(None, router.stay_enrolled)
 
 
 async def _watch_config(router: Router) -> None:
@@ -16110,9 +16102,9 @@ def _colored(text: str, word: str) -> str:
     return text if plain or word not in _COLORS else "\033[%sm%s\033[0m" % (_COLORS[word], text)
 
 
-def _table(rows: Iterable[Sequence[str]], numbers: Sequence[int] = ()) -> List[str]:
-    """Rows of text as lines of aligned columns. numbers: the columns that are aligned to the right."""
-    cells = [[one_line(cell, 120) for cell in row] for row in rows]
+def _table(rows: Iterable[Sequence[Any]], numbers: Sequence[int] = ()) -> List[str]:
+    """Rows of texts and numbers as lines of aligned columns. numbers: the columns that are aligned to the right."""
+    cells = [[one_line(str(cell), 120) for cell in row] for row in rows]
     columns = []
     for i, column in enumerate(zip(*cells)):
         width = max(map(text_width, column))
@@ -16617,8 +16609,8 @@ def run_status(given: Given) -> int:
     for one in status["candidates"]:
         name = one["model"] + (" (default)" if one["model"] == status["default_model"] else "")
         back = show_duration(one["left_s"] * 1000) if one["left_s"] else ""
-        counts = (str(one["ok"]), str(one["failed"]))
-        rows.append((name, one["state"], back, *counts, _plain(one["reason"]), _last_error(one)))
+        why = _plain(one["reason"]), _last_error(one)
+        rows.append((name, one["state"], back, one["ok"], one["failed"], *why))
     table = [_colored(line, row[1]) for line, row in zip(_table(rows, (2, 3, 4)), rows)]
     head = "llm-router %s on %s, pid %d, up %s" % (status["version"], where, status["pid"], up)
     note = "OK and FAILED count attempts of the requests that llm-router explain still knows"
@@ -16848,7 +16840,7 @@ def _all_tokens(row: Json) -> int:
     return sum(row[name] or 0 for name in ("input", "cache_read", "cache_write", "output"))
 
 
-def _usage_cells(row: Json, widest: int) -> Tuple[str, ...]:
+def _usage_cells(row: Json, widest: int) -> Tuple[Any, ...]:
     prompt = _all_tokens(row) - (row["output"] or 0)
     tokens = ("-", "-", "-")
     if row["input"] is not None:
@@ -16857,7 +16849,7 @@ def _usage_cells(row: Json, widest: int) -> Tuple[str, ...]:
     cost = "-" if row["cost"] is None else _dollars(row["cost"]) + "+" * bool(row["unknown_cost"])
     name = "total" if row["group"] is None else one_line(row["group"], 200)
     name = name if len(name) <= widest else name[: widest - 3] + "..."
-    return (name, str(row["requests"]), str(row["failed"] or ""), *tokens, cost)
+    return (name, row["requests"], row["failed"] or "", *tokens, cost)
 
 
 def _dollars(cost: float) -> str:
