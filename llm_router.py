@@ -11193,6 +11193,7 @@ _READ_BYTES = 65_536  # from 128 KB on malloc maps fresh pages for every read, w
 _PAUSE_BYTES = 1 << 20
 _ABORT_AGAIN_S = 0.05
 _NEXT_ADDRESS_S = 1.0
+_LATE_S = 0.1  # as exact as time limits are
 _LINGER_S = 2.0
 
 
@@ -11547,42 +11548,6 @@ class Connection:
             self._reply.end(error)
 
 
-class Deadlines:
-    """Callbacks by moment, nearly all of which are called off again. One timer serves them all, since a timer of the
-    loop's own for each read would cost more than the read."""
-
-    def __init__(self, loop: Any) -> None:
-        self._loop = loop
-        self._moments: Dict[Callable[[], None], float] = {}
-        self._timer: Any = None
-        self._next = math.inf
-
-    def set(self, callback: Callable[[], None], moment: float) -> None:
-        """Call `callback` at `moment` of the loop's clock, unless it is called off."""
-        self._moments[callback] = moment
-        if moment < self._next:
-            self.close()
-            self._next, self._timer = moment, self._loop.call_at(moment, self._ring)
-
-    def call_off(self, callback: Callable[[], None]) -> None:
-        """Forget a callback."""
-        self._moments.pop(callback, None)
-
-    def close(self) -> None:
-        """Ring no more."""
-        if self._timer is not None:
-            self._timer.cancel()
-        self._next = math.inf
-
-    def _ring(self) -> None:
-        now, self._next = self._loop.time(), math.inf
-        for callback in [callback for callback, moment in self._moments.items() if moment <= now]:
-            self.call_off(callback)
-            callback()
-        if self._moments:
-            self.set(*min(self._moments.items(), key=lambda pair: pair[1]))
-
-
 class PlainBody:
     """A body without its compression. Some upstreams compress although they were asked not to, a few without saying so
     or say so without doing it (trap 18); its first three bytes show what it is. inflater: None while it is plain."""
@@ -11619,18 +11584,18 @@ class PlainBody:
 class Reply:
     """An upstream's answer as it arrives: the head first, then the body, pulled with `read` or pushed with `pipe`."""
 
-    def __init__(self, loop: Any, connection: Connection, max_body_bytes: int, deadlines: Deadlines) -> None:
+    def __init__(self, loop: Any, connection: Connection, max_body_bytes: int) -> None:
         self._loop = loop
         self._connection = connection
-        self._deadlines = deadlines
-        self._late = ("", 0.0)
+        self._limit = ("", 0.0)
+        self.deadline = math.inf
         self._parser = ResponseParser()
         self._body = PlainBody(max_body_bytes)
         self._parts: List[bytes] = []
         self._buffered = 0
         self._waiter: Any = None
         self._error: Optional[UpstreamError] = None
-        self._is_over = False
+        self.is_over = False
         self._on_data: Optional[Callable[[bytes], None]] = None
         self._on_end: Optional[Callable[[str], None]] = None
         self.last_byte_at = 0.0
@@ -11660,7 +11625,7 @@ class Reply:
         """The body bytes there are, waiting for some; b"" at the exact end. UpstreamError when it breaks off or
         stalls."""
         while not self._parts:
-            if self._is_over and self._error is None:
+            if self.is_over and self._error is None:
                 return b""
             await self._wait(timeout_s, "more of the answer", self._loop.time())
         data = self._take()
@@ -11672,7 +11637,7 @@ class Reply:
         self._on_data, self._on_end = on_data, on_end
         if self._parts:
             on_data(self._take())
-        if self._is_over:
+        if self.is_over:
             self._tell_end()
         elif self._on_data is not None:
             self.resume()
@@ -11683,7 +11648,7 @@ class Reply:
 
     def resume(self) -> None:
         """Go on reading."""
-        if not self._is_over:
+        if not self.is_over:
             self._connection.resume()
 
     def close(self) -> None:
@@ -11694,7 +11659,7 @@ class Reply:
 
     def feed(self, data: bytes) -> None:
         """Bytes from the connection."""
-        if self._is_over:
+        if self.is_over:
             return
         self.last_byte_at = self._loop.time()
         fault: Optional[RouterError] = None
@@ -11724,7 +11689,7 @@ class Reply:
     def end(self, error: Optional[UpstreamError]) -> None:
         """The exchange is over: by an error, by the peer's FIN or at the answer's exact end, after which the connection
         may serve another; a broken one is never used again."""
-        if self._is_over:
+        if self.is_over:
             return
         try:
             if error is None:
@@ -11732,7 +11697,7 @@ class Reply:
                 self._parts += filter(None, [self._body.finish()])
         except RouterError as broken:
             error = UpstreamError(broken.message, "truncated" if self._parser.head is not None else "reset")
-        self._is_over, self._error = True, error
+        self.is_over, self._error = True, error
         connection = self._connection
         if error is None and self._parser.reusable and connection.unsent is None:
             connection.free()
@@ -11760,16 +11725,15 @@ class Reply:
             raise UpstreamError(self._error.message, self._error.label, self._error.is_timeout)
         self._waiter = self._loop.create_future()
         if timeout_s is not None:
-            self._late = (what, timeout_s)
-            self._deadlines.set(self._time_out, since + timeout_s)
+            self._limit, self.deadline = (what, timeout_s), since + timeout_s
         try:
             await self._waiter
         finally:
-            self._waiter = None
-            self._deadlines.call_off(self._time_out)
+            self._waiter, self.deadline = None, math.inf
 
-    def _time_out(self) -> None:
-        what, timeout_s = self._late
+    def expire(self) -> None:
+        """Nothing came until the deadline."""
+        what, timeout_s = self._limit
         self.end(UpstreamError("no sign of %s within %g s" % (what, round(timeout_s, 3)), "timeout", True))
 
 
@@ -11783,14 +11747,17 @@ class Upstreams:
         self._dialer = Dialer(loop, settings.dial_threads, settings.dial_threads_per_upstream, self._dialled)
         self._idle: Dict[UpstreamKey, List[Connection]] = {}
         self._waiting: Dict[UpstreamKey, OrderedDict[Any, None]] = {}
-        self._deadlines = Deadlines(loop)
-        self._sweeper: Any = None
+        self._open: List[Reply] = []
+        self._ticker: Any = None
 
     async def send(self, outbound: Outbound) -> Reply:
         """Send one request and wait for the head of its answer. UpstreamError when there is none."""
         while True:
             connection = self._take_idle(outbound.target) or await self._connect(outbound)
-            reply = Reply(self._loop, connection, self._settings.max_answer_bytes, self._deadlines)
+            reply = Reply(self._loop, connection, self._settings.max_answer_bytes)
+            self._open.append(reply)
+            if self._ticker is None:
+                self._tick()
             path, headers = connection.prefix + outbound.path, outbound.headers + connection.proxy_headers
             connection.start(render_upstream_request(outbound.method, path, headers, outbound.body), reply)
             try:
@@ -11806,7 +11773,8 @@ class Upstreams:
     def close(self) -> None:
         """Drop every kept connection and let the threads end."""
         self._sweep(math.inf)
-        self._deadlines.close()
+        if self._ticker is not None:
+            self._ticker.cancel()
         self._dialer.close()
 
     def _take_idle(self, target: Target) -> Optional[Connection]:
@@ -11870,15 +11838,18 @@ class Upstreams:
         idle.append(connection)
         if len(idle) > self._settings.pool_size:
             idle.pop(0).close()
-        if self._sweeper is None:
-            self._sweeper = self._loop.call_later(self._settings.pool_idle_ms / 2000, self._tick)
 
     def _tick(self) -> None:
-        """Close connections that were idle for too long, sooner than upstreams do."""
-        self._sweeper = None
-        self._sweep(self._loop.time() - self._settings.pool_idle_ms / 1000)
-        if self._idle:
-            self._sweeper = self._loop.call_later(self._settings.pool_idle_ms / 2000, self._tick)
+        """End the waits that are late, since a timer for each would cost more than a read, and close connections that
+        were idle for too long, sooner than upstreams do."""
+        now = self._loop.time()
+        for reply in self._open:
+            if reply.deadline <= now:
+                reply.expire()
+        self._open = [reply for reply in self._open if not reply.is_over]
+        self._sweep(now - self._settings.pool_idle_ms / 1000)
+        is_needed = self._open or self._idle
+        self._ticker = self._loop.call_later(_LATE_S, self._tick) if is_needed else None
 
     def _sweep(self, oldest: float) -> None:
         """Close connections that are idle since before `oldest`, and forget dead ones."""
@@ -13221,8 +13192,9 @@ class WorkerHost(CountingHost):
 
 @contextmanager
 def _limited(control: Any, seconds: Optional[float], what: str, fault: str, label: str) -> Iterator[None]:
-    """A time limit on the runtime's side: aborts what `control` controls. Costs a third of asyncio.wait_for, which makes
-    a task. UpstreamError when it ends that, no sign of `what`, and for what else breaks it: `fault`, `label`."""
+    """A time limit on the runtime's side that aborts what `control` controls; asyncio.wait_for would make a task and cost
+    thrice as much. UpstreamError when it ends that, no sign of `what`, and with `fault` and `label` for all other ends.
+    """
     import asyncio
 
     from pyodide.ffi import JsException
