@@ -13192,9 +13192,8 @@ class WorkerHost(CountingHost):
 
 @contextmanager
 def _limited(control: Any, seconds: Optional[float], what: str, fault: str, label: str) -> Iterator[None]:
-    """A time limit on the runtime's side that aborts what `control` controls; asyncio.wait_for would make a task and cost
-    thrice as much. UpstreamError when it ends that, no sign of `what`, and with `fault` and `label` for all other ends.
-    """
+    """A time limit on the runtime's side that aborts what `control` controls; asyncio.wait_for would make a task, for
+    thrice the cost. UpstreamError when it ends that, no sign of `what`, and with `fault` and `label` for other ends."""
     import asyncio
 
     from pyodide.ffi import JsException
@@ -13506,43 +13505,6 @@ class StartOptions(NamedTuple):
     debug: bool
 
 
-class LocalHost(CountingHost):
-    """The gateway's effects on this machine (see GATEWAY)."""
-
-    def __init__(self, upstreams: Upstreams, log: LogWriter, ring: TrailRing, debug: bool) -> None:
-        super().__init__()
-        self.send = upstreams.send
-        self.keep: Callable[[Trail], None] = lambda trail: None  # the ledger's, where there is one
-        self._log = log
-        self._ring = ring
-        self._debug = debug
-
-    async def aside(self, work: Callable[..., Any], *arguments: Any) -> Any:
-        """Work in a thread; the loop goes on wherever `work` returns to Python now and then."""
-        import asyncio
-
-        return await asyncio.get_running_loop().run_in_executor(None, work, *arguments)
-
-    def record(self, trail: Trail) -> None:
-        """A request has ended: remember its trail, count it, write its line."""
-        self.counters.count(trail, self.known)
-        self._log.add(trail)
-        if trail.operation:  # not what was refused before it came to that: strangers could fill the ring
-            self._ring.put(trail.id, trail)
-            self.keep(trail)
-
-    def failed(self, error: BaseException) -> None:
-        """An error of the router's own: one line, with `--debug` its traceback. Keys never stand in it."""
-        import traceback
-
-        where = traceback.extract_tb(error.__traceback__)[-1:]
-        place = " at line %s in %s" % (where[0].lineno, where[0].name) if where else ""
-        text = "internal error: %s%s" % (one_line("%s: %s" % (type(error).__name__, error)), place)
-        if self._debug:
-            text += "\n" + "".join(traceback.format_exception(type(error), error, error.__traceback__)).rstrip()
-        self._log.note(text, "error")
-
-
 # ----- the instances that run here -----
 
 RUNTIME_PATH = "~/.llm-router.runtime.json"
@@ -13674,12 +13636,14 @@ def has_ended(instance: Instance) -> bool:
 # ----- one running server -----
 
 
-class Router:
-    """One running instance: its gateway, what it remembers, and what its control channel can do."""
+class Router(CountingHost):
+    """One running instance: its gateway and the effects that has (see GATEWAY), what it remembers, and what its control
+    channel can do."""
 
     def __init__(self, loop: Any, options: StartOptions, log: LogWriter) -> None:
         import secrets
 
+        super().__init__()
         self.id = secrets.token_hex(8)
         self.token = secrets.token_urlsafe(32)
         self.options = options
@@ -13687,13 +13651,12 @@ class Router:
         self.ring = TrailRing(options.settings.trail_size)
         self.book = HealthBook()
         self.upstreams = Upstreams(loop, options.settings, options.environ)
-        self.host = LocalHost(self.upstreams, log, self.ring, options.debug)
+        self.send = self.upstreams.send
+        self.metrics = self._metrics
         path = ledger_path(options.settings)
         self.ledger = Ledger(path, options.settings, log.note) if path else None
-        if self.ledger is not None:
-            self.host.keep = self.ledger.add
-        self.server = Server(loop, options.settings, self.handle, self.host.failed)
-        self.started = self.host.wall()
+        self.server = Server(loop, options.settings, self.handle, self.failed)
+        self.started = self.wall()
         self.stopping: Any = None
         self.grace_s = options.settings.drain_grace_ms / 1000
         self.restarts = self.is_told = False  # to run anew after the end; by whoever may, to end
@@ -13707,15 +13670,40 @@ class Router:
 
     def _make_gateway(self) -> None:
         options = self.options
-        self.host.metrics = self._metrics
         models = [(one.id + "/" + model.id, model.cost) for one in options.config.providers for model in one.models]
         self.costs = {ref: cost for ref, cost in models if cost}
         if self.ledger is not None:
             self.ledger.costs = self.costs
         access = make_access(options.config, options.require_auth, self.guests.items())
-        self.gateway = Gateway(Routes(options.config), options.settings, access, self.host, self.book)
+        self.gateway = Gateway(Routes(options.config), options.settings, access, self, self.book)
         self.gateway.items, self.gateway.reasoning = self.items, self.reasoning
-        self.host.known = frozenset(self.gateway.routes.refs())
+        self.known = frozenset(self.gateway.routes.refs())
+
+    async def aside(self, work: Callable[..., Any], *arguments: Any) -> Any:
+        """Work in a thread; the loop goes on wherever `work` returns to Python now and then."""
+        import asyncio
+
+        return await asyncio.get_running_loop().run_in_executor(None, work, *arguments)
+
+    def record(self, trail: Trail) -> None:
+        """A request has ended: remember its trail, count it, write its line."""
+        self.counters.count(trail, self.known)
+        self.log.add(trail)
+        if trail.operation:  # not what was refused before it came to that: strangers could fill the ring
+            self.ring.put(trail.id, trail)
+            if self.ledger is not None:
+                self.ledger.add(trail)
+
+    def failed(self, error: BaseException) -> None:
+        """An error of the router's own: one line, with `--debug` its traceback. Keys never stand in it."""
+        import traceback
+
+        where = traceback.extract_tb(error.__traceback__)[-1:]
+        place = " at line %s in %s" % (where[0].lineno, where[0].name) if where else ""
+        text = "internal error: %s%s" % (one_line("%s: %s" % (type(error).__name__, error)), place)
+        if self.options.debug:
+            text += "\n" + "".join(traceback.format_exception(type(error), error, error.__traceback__)).rstrip()
+        self.log.note(text, "error")
 
     async def handle(self, call: Call, sink: Sink) -> None:
         """Answer one call: the control channel's here, every other one's in the gateway."""
@@ -13767,7 +13755,7 @@ class Router:
 
     def status(self) -> Json:
         """Everything an operator asks about, without any secret."""
-        options, now, refs = self.options, self.host.now(), self.gateway.routes.refs()
+        options, now, refs = self.options, self.now(), self.gateway.routes.refs()
         made_up = [key for key in self.book.known() if not key.endswith("/") and key not in refs]
         tally, none = self.ring.tally(), {"ok": 0, "failed": 0, "last_error": None}
         return {
@@ -13776,7 +13764,7 @@ class Router:
             "file": os.path.realpath(__file__),
             "host": options.settings.host,
             "port": self.server.port,
-            "uptime_s": int(self.host.wall() - self.started),
+            "uptime_s": int(self.wall() - self.started),
             "config": {"source": options.config_source, "state": self.config_state},
             "require_auth": options.require_auth,
             "connections": len(self.server.connections),
@@ -13785,7 +13773,7 @@ class Router:
         }
 
     def _metrics(self) -> str:
-        now = self.host.now()
+        now = self.now()
         states = {ref: show_health(ref, self.book, now) for ref in self.gateway.routes.refs()}
         gauges = {
             "llm_router_open_streams": {"": float(self.server.open_streams)},
@@ -13793,7 +13781,7 @@ class Router:
             "llm_router_cooldown_seconds": {ref: state["left_s"] for ref, state in states.items()},
             "llm_router_circuit_open": {ref: float(bool(self.book.read(ref).circuit_until)) for ref in states},
         }
-        return self.host.counters.render(gauges)
+        return self.counters.render(gauges)
 
     def try_reload(self) -> Tuple[int, Json]:
         """`reload` as the control channel answers it: status and body. A failure is logged and shown by `status`."""
@@ -13955,7 +13943,7 @@ async def _serve(options: StartOptions) -> Tuple[int, int]:
         await router.stopping.wait()
         for task in tasks:
             task.cancel()
-        router.enroll(entry._replace(ends=router.host.wall() + router.grace_s))  # for it answers nobody any more
+        router.enroll(entry._replace(ends=router.wall() + router.grace_s))  # for it answers nobody any more
         log.note("stopping: open requests have %g s to finish" % router.grace_s)
         clean = await router.server.drain(router.grace_s)
     finally:
@@ -14925,6 +14913,7 @@ _DEMO_SETTINGS = {
     "origin_fallback_cooldown_ms": 0,
     "origin_rate_limit_cooldown_ms": 0,
     "fallback_circuit_failures": 0,
+    "usage_db": "off",
 }
 
 
@@ -15008,27 +14997,25 @@ async def _demo(once: bool, port: int) -> int:
     loop = asyncio.get_running_loop()
     settings = Settings()._replace(**_DEMO_SETTINGS)
     log = LogWriter(sys.stderr, level="silent" if once else "info")  # the demonstration shows every trail itself
-    upstreams = Upstreams(loop, settings, {})
-    host = LocalHost(upstreams, log, TrailRing(100), False)
-    fakes = Server(loop, settings, _demo_provider, host.failed)
-    fake_port = await fakes.listen("127.0.0.1", 0)
-    config = read_config(demo_document("http://127.0.0.1:%d" % fake_port), {})
-    server = Server(loop, settings, Gateway(Routes(config), settings, Access(), host, HealthBook()).handle, host.failed)
-    stopping = asyncio.Event()
+    fakes = Server(loop, settings, _demo_provider, lambda error: log.note(str(error), "error"))
+    document = demo_document("http://127.0.0.1:%d" % await fakes.listen("127.0.0.1", 0))
+    config = read_config(document, {})
+    router = Router(loop, StartOptions("", (), "", document, config, settings, False, False, {}, False), log)
+    router.stopping = asyncio.Event()
     try:
-        port = await _listen(server, "127.0.0.1", port)
+        port = await _listen(router.server, "127.0.0.1", port)
         print("listening on http://127.0.0.1:%d, with fake providers behind it:" % port)
         for name, (wire, habit) in _DEMO_PROVIDERS.items():
             print("  %-10s %-10s %s" % (name, wire, habit))
         wrong = await loop.run_in_executor(None, _show_cases, port)
         if not once:
-            _on_signals(loop, stopping.set, stopping.set)  # first: whoever reads the line may press Ctrl-C at once
+            _on_signals(loop, router.stop, router.stop)  # first: whoever reads the line may press Ctrl-C at once
             print("\nstill serving on http://127.0.0.1:%d; Ctrl-C ends it" % port, flush=True)
-            await stopping.wait()
+            await router.stopping.wait()
     finally:
-        await server.drain(1.0)
+        await router.server.drain(1.0)
         await fakes.drain(1.0)
-        upstreams.close()
+        router.upstreams.close()
         log.close()
     return 1 if wrong else 0
 
