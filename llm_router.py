@@ -160,6 +160,7 @@ class UpstreamError(RouterError):
 
 Headers = List[Tuple[str, str]]
 Json = Dict[str, Any]  # a JSON object
+Texts = Tuple[str, ...]
 
 
 class Value:
@@ -335,7 +336,7 @@ class Setting(NamedTuple):
     low: int = 0
     high: int = _MOST
     clamp: bool = False
-    choices: Tuple[str, ...] = ()
+    choices: Texts = ()
     blank: str = ""
 
     @property
@@ -502,14 +503,14 @@ class Model(NamedTuple):
     """A model of a provider; the id "*" passes any id through. formats: () means the provider's."""
 
     id: str
-    aliases: Tuple[str, ...] = ()
-    formats: Tuple[str, ...] = ()
+    aliases: Texts = ()
+    formats: Texts = ()
     enabled: bool = True
     context_window: Optional[int] = None
     max_output_tokens: Optional[int] = None
     cost: Optional[Json] = None
     metadata: Optional[Json] = None
-    fallback_models: Tuple[str, ...] = ()
+    fallback_models: Texts = ()
 
 
 class Provider(NamedTuple):
@@ -522,12 +523,12 @@ class Provider(NamedTuple):
     enabled: bool = True
     base_urls: Dict[str, str] = {}
     api_key: str = ""
-    formats: Tuple[str, ...] = ("openai",)
+    formats: Texts = ("openai",)
     preferred: str = "openai"
     auths: Dict[str, Auth] = {}
     headers: Dict[str, Optional[str]] = {}
     anthropic_version: str = ""
-    anthropic_beta: Tuple[str, ...] = ()
+    anthropic_beta: Texts = ()
     compat: Any = None
     timeouts: Timeouts = Timeouts()
     proxy: str = ""
@@ -548,9 +549,9 @@ class Config(NamedTuple):
     master_key: str = ""
     client_keys: Tuple[ClientKey, ...] = ()
     default_model: str = ""
-    aliases: Dict[str, Tuple[str, ...]] = {}
-    cors_origins: Tuple[str, ...] = ()
-    allowed_hosts: Tuple[str, ...] = ()
+    aliases: Dict[str, Texts] = {}
+    cors_origins: Texts = ()
+    allowed_hosts: Texts = ()
     providers: Tuple[Provider, ...] = ()
 
 
@@ -574,7 +575,7 @@ class Field(NamedTuple):
     key: str
     kind: str
     help: str
-    aliases: Tuple[str, ...] = ()
+    aliases: Texts = ()
 
 
 def _read_table(table: str) -> Tuple[Field, ...]:
@@ -665,7 +666,7 @@ def _snake(name: str) -> str:
     return re.sub("[A-Z]", lambda match: "_" + match.group().lower(), name)
 
 
-def _spellings(field: Field) -> Tuple[str, ...]:
+def _spellings(field: Field) -> Texts:
     names = [field.key, *field.aliases]
     snakes = [_snake(name) for name in names]
     return tuple(dict.fromkeys(names + [name.replace("_", "-") for name in snakes] + snakes))
@@ -1251,7 +1252,7 @@ def _is_off(raw: Any) -> bool:
     return _flag_of(get_field(as_dict(raw), "model", "enabled")) is False
 
 
-def _formats_of(values: Json) -> Tuple[Tuple[str, ...], str]:
+def _formats_of(values: Json) -> Tuple[Texts, str]:
     """The wire formats of a provider and the preferred one, with the defaults for what is unsaid."""
     preferred, urls = values.get("format"), values.get("base_url_by_format", {})
     formats = values.get("formats") or [wire for wire in WIRES if wire in urls or wire == preferred]
@@ -1348,7 +1349,7 @@ class ModelIndex:
     aliases: name or pattern -> model refs. names: all a client may list: plain aliases, `provider/model`, and the
     models' own aliases that mean only one of them."""
 
-    def __init__(self, providers: Iterable[Provider], aliases: Mapping[str, Tuple[str, ...]]) -> None:
+    def __init__(self, providers: Iterable[Provider], aliases: Mapping[str, Texts]) -> None:
         self.aliases = aliases
         self.names = [alias for alias in aliases if "*" not in alias]
         self._models: Dict[Tuple[str, str], Tuple[Provider, Model]] = {}
@@ -1381,7 +1382,7 @@ class ModelIndex:
             found = (wild[0], wild[1]._replace(id=bare_name(model_id)))  # no upstream knows the suffix (trap 190)
         return [found] if found else list(self._owners.get(name, {}).values())
 
-    def find_pattern(self, name: str) -> Optional[Tuple[str, ...]]:
+    def find_pattern(self, name: str) -> Optional[Texts]:
         """The refs of the alias pattern with the longest literal part that `name` matches."""
         return next((refs for pattern, refs in self._patterns if pattern.fullmatch(name)), None)
 
@@ -1479,7 +1480,7 @@ class Edit(NamedTuple):
     """A changed document and what was done, one sentence each, without secrets."""
 
     document: Json
-    notes: Tuple[str, ...] = ()
+    notes: Texts = ()
 
 
 NEW_DOCUMENT: Json = {"version": 1, "providers": []}
@@ -1649,7 +1650,7 @@ def mask_url(url: str) -> str:
     return _SECRET_QUERY.sub(r"\1***", re.sub(r"//[^/?#]*@", "//***@", url))
 
 
-def secrets_of(provider: Provider) -> Tuple[str, ...]:
+def secrets_of(provider: Provider) -> Texts:
     """All that is shown to a provider and to nobody else: its key, its own headers, the keys in its URLs."""
     headers = [value for name, value in provider.headers.items() if value and name.lower() not in _PLAIN_HEADERS]
     found = [match for url in provider.base_urls.values() for match in _SECRET_QUERY.finditer(url)]
@@ -4580,7 +4581,7 @@ class AnthropicModel(NamedTuple):
 
     pattern: str
     thinking: str
-    efforts: Tuple[str, ...]
+    efforts: Texts
     sampling: bool
     prefill: bool
     max_tokens: int
@@ -6816,8 +6817,8 @@ class Compat(NamedTuple):
     """
 
     name: str
-    hosts: Tuple[str, ...]
-    fixes: Tuple[str, ...] = ()
+    hosts: Texts
+    fixes: Texts = ()
     signed_thinking: bool = False
     replays_reasoning: bool = False
     caches: bool = False
@@ -7201,7 +7202,7 @@ class Endpoint(NamedTuple):
     """
 
     operation: str
-    methods: Tuple[str, ...] = ("POST",)
+    methods: Texts = ("POST",)
     wire: str = ""
     argument: str = ""
     is_open: bool = False
@@ -7267,8 +7268,8 @@ class Access(NamedTuple):
 
     required: bool = False
     keys: Tuple[bytes, ...] = ()
-    origins: Tuple[str, ...] = ()
-    hosts: Tuple[str, ...] = ()
+    origins: Texts = ()
+    hosts: Texts = ()
     clients: Tuple[Tuple[str, str], ...] = ()
 
 
@@ -7679,7 +7680,7 @@ class Candidate(NamedTuple):
     model_id: str
 
     @property
-    def formats(self) -> Tuple[str, ...]:
+    def formats(self) -> Texts:
         """The wire formats it speaks."""
         return self.model.formats or self.provider.formats
 
@@ -7833,7 +7834,7 @@ class Target(NamedTuple):
     path: str
     headers: Mapping[str, Optional[str]]
     compat: Compat = _PLAIN
-    secrets: Tuple[str, ...] = ()
+    secrets: Texts = ()
 
     @property
     def origin(self) -> str:
@@ -8101,7 +8102,7 @@ class Outcome(NamedTuple):
 # (kind, statuses, patterns): an error of these statuses whose words match one is of that kind; the first row wins.
 # Words are the lower-cased codes, types and messages of the error, one a line; those here are of the vendors'
 # documentation and of errors that users pasted in public threads (traps 123, 128, 144, 155).
-SIGNALS: Tuple[Tuple[str, Tuple[int, ...], Tuple[str, ...]], ...] = (
+SIGNALS: Tuple[Tuple[str, Tuple[int, ...], Texts], ...] = (
     # What a provider no longer keeps says nothing about its model; the SDKs mend it.
     (INVALID, (400, 404), (r"^(?:thread_(?:not_found|unsupported_request)|previous_response_not_found)$",)),
     (RATE_LIMITED, (413,), (r"tokens? per (?:min|minute|day)", r"\btp[md]\b", r"rate_limit")),
@@ -8512,9 +8513,9 @@ class Run(NamedTuple):
     allowed: int = 1
     first: Optional[Outcome] = None
     last: Optional[Outcome] = None
-    blamed: Tuple[str, ...] = ()
-    counted: Tuple[str, ...] = ()
-    probes: Tuple[str, ...] = ()
+    blamed: Texts = ()
+    counted: Texts = ()
+    probes: Texts = ()
     waited_ms: int = 0
     fenced: bool = False
 
@@ -8756,7 +8757,7 @@ class Row(NamedTuple):
     """A line that can be selected. cells: its columns. item: what the keys of its screen work on, None for nothing.
     state: ok, off, warning, error or ""."""
 
-    cells: Tuple[str, ...]
+    cells: Texts
     item: Any = None
     hint: str = ""
     state: str = ""
@@ -8775,7 +8776,7 @@ class Frame(NamedTuple):
     lead: str = ""
     typed: str = ""
     hidden: bool = False
-    picked: Tuple[str, ...] = ()
+    picked: Texts = ()
     then: Any = None
     serial: int = 0
 
@@ -10650,11 +10651,11 @@ class ProbePlan(NamedTuple):
     learns: the fields of the provider that were not said, so that what is found can fill them."""
 
     provider: Provider
-    models: Tuple[str, ...] = ()
-    wires: Tuple[str, ...] = WIRES
+    models: Texts = ()
+    wires: Texts = WIRES
     auths: Dict[str, Tuple[Auth, ...]] = {}
     calls: int = PROBE_CALLS
-    learns: Tuple[str, ...] = ()
+    learns: Texts = ()
 
 
 class ProbeRow(NamedTuple):
@@ -10677,13 +10678,13 @@ class ProbeReport(NamedTuple):
     """What a probe has found so far. listed: the ids in the provider's list, None when it gave none, and then
     listing_status (0: nobody answered) and listing_note say why."""
 
-    listed: Optional[Tuple[str, ...]] = None
+    listed: Optional[Texts] = None
     listing_status: int = 0
     listing_note: str = ""
     rows: Tuple[ProbeRow, ...] = ()
 
     @property
-    def formats(self) -> Tuple[str, ...]:
+    def formats(self) -> Texts:
         """The formats in which a model answered; when none did, those that an answer has at least not refuted."""
         likely = {row.wire for row in self.rows if row.state == "tentative" and row.label[:1] == "4"}
         found = {row.wire for row in self.rows if row.state == "ok"} or likely
@@ -10695,7 +10696,7 @@ class ProbeReport(NamedTuple):
         return all(row.state != "ok" for row in self.rows)
 
     @property
-    def unconfirmed(self) -> Tuple[str, ...]:
+    def unconfirmed(self) -> Texts:
         """The models that answered in no format."""
         good = {row.model for row in self.rows if row.state == "ok"}
         return tuple(dict.fromkeys(row.model for row in self.rows if row.model not in good))
@@ -10844,7 +10845,7 @@ class Probe:
         self._put((model, wire), took_ms=took_ms, auth=auths[0], **found)
 
     async def _call(
-        self, model: str, wire: str, auth: Auth, limit: int, fixes: Tuple[str, ...]
+        self, model: str, wire: str, auth: Auth, limit: int, fixes: Texts
     ) -> Tuple[Outcome, Json]:
         """What one small question comes to, and the body that asked it."""
         body: Json = {}
@@ -10917,7 +10918,7 @@ def _read_outcome(outcome: Outcome, words: str) -> Json:
     return {"state": state, "label": outcome.label, "note": note, "kind": outcome.kind, "about": about}
 
 
-def probe_table(report: ProbeReport) -> Tuple[Tuple[str, ...], List[Tuple[str, ...]]]:
+def probe_table(report: ProbeReport) -> Tuple[Texts, List[Texts]]:
     """A report as a head and rows of text, for commands and menu."""
     rows = []
     for row in report.rows:
@@ -10952,7 +10953,7 @@ class Loaded(NamedTuple):
     document: Optional[Json]
     source: str
     path: str
-    warnings: Tuple[str, ...] = ()
+    warnings: Texts = ()
     text: str = ""
     stamp: Tuple[Any, ...] = ()
 
@@ -12573,7 +12574,7 @@ def log_level_of(trail: Trail) -> str:
     return "info" if trail.outcome == OK or trail.status == 499 else "warning"
 
 
-def wanted_levels(least: str) -> Tuple[str, ...]:
+def wanted_levels(least: str) -> Texts:
     """The levels that are logged when `least` is the setting."""
     return LOG_LEVELS[LOG_LEVELS.index(least) :]
 
@@ -12642,7 +12643,7 @@ class Metrics:
     """
 
     def __init__(self) -> None:
-        self._counts: Dict[Tuple[str, ...], int] = {}  # (name, label, its value, ...)
+        self._counts: Dict[Texts, int] = {}  # (name, label, its value, ...)
         self._times: Dict[Tuple[str, str], List[float]] = {}  # (name, format): the sum, then each bucket's count
 
     def count(self, trail: Trail, known: Any) -> None:
@@ -14349,9 +14350,9 @@ class Service(NamedTuple):
 
     path: str
     text: str
-    install: Tuple[Tuple[str, ...], ...]
-    status: Tuple[str, ...]
-    remove: Tuple[Tuple[str, ...], ...]
+    install: Tuple[Texts, ...]
+    status: Texts
+    remove: Tuple[Texts, ...]
 
 
 def service_variables(environ: Environ) -> Dict[str, str]:
@@ -14451,7 +14452,7 @@ def service_state(service: Service) -> str:
     return "installed, state unknown: " + words if code and service.path and " " in words else words
 
 
-def _give(commands: Sequence[Tuple[str, ...]]) -> Tuple[List[str], str]:
+def _give(commands: Sequence[Texts]) -> Tuple[List[str], str]:
     """Give commands; those that are left to the user, since a tool is missing or has failed, and what it said."""
     import shlex
 
@@ -14541,7 +14542,7 @@ class CloudStep(NamedTuple):
     """One thing to do: words are a method and a path of the API, or a command line. doing: what it is for."""
 
     doing: str
-    words: Tuple[str, ...]
+    words: Texts
     parts: Tuple[Part, ...] = ()
 
 
@@ -14594,7 +14595,7 @@ class Payload(NamedTuple):
 
     master_key: str
     secrets: Dict[str, str]
-    missing: Tuple[str, ...]
+    missing: Texts
 
 
 def make_payload(document: Json, environ: Environ) -> Payload:
@@ -15264,8 +15265,8 @@ class Agent(NamedTuple):
     program: str
     install: str
     variables: Tuple[Tuple[str, str], ...]
-    words: Tuple[str, ...] = ()
-    hidden: Tuple[str, ...] = ()
+    words: Texts = ()
+    hidden: Texts = ()
     file: Optional[Tuple[str, Callable[[Mapping[str, str]], str]]] = None
 
 
@@ -15700,7 +15701,7 @@ class Flag(NamedTuple):
     name: str
     kind: str
     help: str
-    aliases: Tuple[str, ...] = ()
+    aliases: Texts = ()
 
 
 class Given:
@@ -16152,7 +16153,7 @@ def _provider_change(given: Given) -> ProviderChange:  # type: ignore[valid-type
 
 
 def _remove_models(given: Given, document: Json) -> Edit:
-    notes: Tuple[str, ...] = ()
+    notes: Texts = ()
     for model in given.model:
         document, further = remove_model(document, given.provider_id, model)
         notes += further
