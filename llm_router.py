@@ -3501,7 +3501,7 @@ CHAT_LOSSES = {
     "user": "left out when longer than %d characters" % _CHAT_MAX_USER,
     "answers: stop text": "finish_reason does not tell which stop text ended the answer",
     "answers: signatures and citations of other formats": "left out",
-    "answers: n, logprobs, audio data": "only the first choice, without logprobs; of audio the transcript",
+    "answers: n, logprobs, audio data, images": "only the first choice; of audio the transcript, of the others nothing",
 }
 
 # ---- requests: Chat Completions -> neutral
@@ -3679,11 +3679,6 @@ def _read_source(item: Json, path: str) -> Any:
     return Text(value) if form == "text" else Media(item["type"], **{field: value}, **rest)
 
 
-def _read_tool_result(item: Json, path: str) -> ToolResult:
-    blocks = _chat_parts(item.get("content"), path + ".content")
-    return ToolResult(_text_at(item, "tool_use_id", path), blocks, item.get("is_error") is True)
-
-
 _CHAT_READERS: Dict[str, Callable[[Json, str], Any]] = {
     **dict.fromkeys(
         ("text", "input_text", "output_text"),
@@ -3698,7 +3693,11 @@ _CHAT_READERS: Dict[str, Callable[[Json, str], Any]] = {
     "tool_use": lambda item, path: ToolCall(
         as_text(item.get("id")), _text_at(item, "name", path), arguments_text(item.get("input") or {})
     ),
-    "tool_result": _read_tool_result,
+    "tool_result": lambda item, path: ToolResult(
+        _text_at(item, "tool_use_id", path),
+        _chat_parts(item.get("content"), path + ".content"),
+        item.get("is_error") is True,
+    ),
 }
 
 _DATED_TYPE = re.compile(r".*_20\d{6}$")  # Anthropic's own tools bear a date in their type (web_search_20250305)
@@ -4179,8 +4178,10 @@ class ChatStreamParser:
 
     def read(self, chunk: Json, field: str = "delta") -> List[Any]:
         """The neutral events of one chunk, or of a whole answer, whose text is in the `field` message (or in both)."""
-        for usage in (chunk.get("usage"), as_dict(chunk.get("x_groq")).get("usage")):
+        groq = as_dict(chunk.get("x_groq"))
+        for usage in (chunk.get("usage"), groq.get("usage")):
             self._count(usage)
+        chunk = {"error": groq["error"]} if groq.get("error") else chunk  # why it stopped early (groq.types, XGroq)
         choices = as_list(chunk.get("choices"))
         if self._is_ended or chunk.get("error") or not choices:
             return [] if self._is_ended else self._read_without_choice(chunk)

@@ -685,6 +685,15 @@ def test_an_error_in_base_resp_is_read_and_judged(code, status, kind):
         OPENAI_CHAT.parse_response(body, make_context())
 
 
+def test_a_stream_that_groq_stopped_early_is_no_complete_answer():
+    last = {**chunk({}, "stop"), "x_groq": {"id": "r", "error": "over capacity", "usage": USAGE}}
+    parser, events = run(chunk({"content": "Hel"}), last)
+    assert isinstance(events[-1], Failed) and events[-1].error.message == "over capacity" and parser.usage is not None
+    relay = router.make_processor("openai", "openai", make_context())
+    relay.feed(b"".join(b"data: %s\n\n" % json.dumps(one).encode() for one in (chunk({"content": "Hel"}), last)))
+    assert relay.failed is not None
+
+
 @pytest.mark.parametrize("code, status, kind", [(401, 401, "auth"), (1000, 401, "auth"), (1305, 429, "rate_limited"), (500, 500, "temporary")])
 def test_a_200_without_success_is_the_error_that_its_number_names(code, status, kind):
     """z.ai"""
