@@ -7402,8 +7402,7 @@ _MEMBER = r'[ \t\n\r]*%s[ \t\n\r]*"([^"\\\x00-\x1f]*(?:\\.[^"\\\x00-\x1f]*)*)"[ 
 _FIRST_MEMBER, _NEXT_MEMBER = re.compile(_MEMBER % "{"), re.compile(_MEMBER % ",")
 _OBJECT_END = re.compile(r"[ \t\n\r]*}[ \t\n\r]*")
 _FIRST_ITEM = re.compile(r"\[[ \t\n\r]*(?![ \t\n\r\]])")
-_NEXT_ITEM = re.compile(r"[ \t\n\r]*,[ \t\n\r]*")
-_NO_MORE_ITEMS = re.compile(r"[ \t\n\r]*\]")
+_ITEM_END = re.compile(r"[ \t\n\r]*(?:,[ \t\n\r]*|(\]))")
 _JSON_SCAN = _JSON_DECODER.scan_once  # type: ignore[attr-defined]
 LARGE_BODY_BYTES = 4 << 20  # from here on a host reads a body where it holds up nobody
 
@@ -7429,15 +7428,15 @@ def _scan_value(text: str, start: int) -> Tuple[Any, int]:
     mark = _FIRST_ITEM.match(text, start)
     if mark is None:
         return _JSON_SCAN(text, start)  # type: ignore[no-any-return]
-    items, end = [], start
-    while mark is not None:
+    items, is_open = [], True
+    while is_open:
         item, end = _JSON_SCAN(text, mark.end())
         items.append(item)
-        mark = _NEXT_ITEM.match(text, end)
-    close = _NO_MORE_ITEMS.match(text, end)
-    if close is None:
-        raise ValueError("the array is not closed")
-    return items, close.end()
+        mark = _ITEM_END.match(text, end)
+        if mark is None:
+            raise ValueError("the array is not closed")
+        is_open = mark.group(1) is None
+    return items, mark.end()
 
 
 def _scan_object(text: str) -> Tuple[Json, Dict[str, Tuple[int, int]]]:
@@ -9357,10 +9356,6 @@ def _edit_field(menu: Menu, item: Tuple[Field, Any]) -> Menu:
     return _EDITORS.get(field.kind, _edit_text)(menu, field, value, put)
 
 
-def _clear_field(menu: Menu, item: Tuple[Field, Any]) -> Menu:
-    return _apply(menu, set_field, menu.front.place, item[0].key, None)
-
-
 def _edit_text(menu: Menu, field: Field, value: Any, put: Any) -> Menu:
     typed = ", ".join(map(str, value)) if isinstance(value, list) else "" if value is None else value
     typed = typed if isinstance(typed, str) else json.dumps(typed, ensure_ascii=False)
@@ -9624,7 +9619,10 @@ _ENTRY_KEYS = {
     "K move up": lambda menu, place: _move(menu, place, -1),
     "J order": _move,
 }
-_FORM_KEYS = {"enter edit": _edit_field, "d clear": _clear_field}
+_FORM_KEYS = {
+    "enter edit": _edit_field,
+    "d clear": lambda menu, item: _apply(menu, set_field, menu.front.place, item[0].key, None),
+}
 _STOP = lambda menu, item: _pop(menu)._replace(effect=Effect("cancel"), note="stopped")  # noqa: E731
 _CHOOSE = {"enter choose": lambda menu, item: menu.front.then(_pop(menu), item)}
 _ASKED = {**_CHOOSE, "s": lambda menu, item: _save(_pop(menu)), "u": lambda menu, item: _undo(_pop(menu), item)}
