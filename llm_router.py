@@ -1169,16 +1169,8 @@ class _Scan:
         if raw.get("id") is None:
             self._error(path, "the provider has no id", 'add "id"')
         key = self._read_variable_value(values.get("api_key_env", ""), _join(path, "apiKeyEnv"))
-        provider = _made(Provider, dict({"id": ""}, **values))
-        formats, preferred = _formats_of(values)
-        provider = provider._replace(
-            name=provider.name or provider.id,
-            api_key=key or provider.api_key,
-            formats=formats,
-            preferred=preferred,
-            base_urls=_base_urls_of(values),
-            auths=_auths_of(values),
-        )
+        provider = _made(Provider, {"id": "", **values, **_facts_by_format(values)})
+        provider = provider._replace(name=provider.name or provider.id, api_key=key or provider.api_key)
         self._check_provider(path, raw, provider, values)
         return provider
 
@@ -1252,27 +1244,21 @@ def _is_off(raw: Any) -> bool:
     return _flag_of(get_field(as_dict(raw), "model", "enabled")) is False
 
 
-def _formats_of(values: Json) -> Tuple[Texts, str]:
-    """The wire formats of a provider and the preferred one, with the defaults for what is unsaid."""
-    preferred, urls = values.get("format"), values.get("base_url_by_format", {})
-    formats = values.get("formats") or [wire for wire in WIRES if wire in urls or wire == preferred]
-    host = urlsplit(values.get("base_url") or urls.get("") or "").hostname
-    formats = tuple(dict.fromkeys(formats)) or (_FORMAT_OF_HOST.get(host or "", "openai"),)
-    return formats, preferred if preferred in formats else formats[0]
-
-
-def _base_urls_of(values: Json) -> Dict[str, str]:
-    own = values.get("base_url_by_format", {})
+def _facts_by_format(values: Json) -> Json:
+    """What a provider's fields mean per wire format, with the defaults for what is unsaid."""
+    own, preferred = values.get("base_url_by_format", {}), values.get("format")
     base = values.get("base_url") or own.get("")
+    formats = values.get("formats") or [wire for wire in WIRES if wire in own or wire == preferred]
+    formats = tuple(dict.fromkeys(formats)) or (_FORMAT_OF_HOST.get(urlsplit(base or "").hostname or "", "openai"),)
     urls = {wire: own.get(wire) or base for wire in WIRES}
     urls["responses"] = urls["responses"] or urls["openai"]
-    return {wire: url for wire, url in urls.items() if url}
-
-
-def _auths_of(values: Json) -> Dict[str, Auth]:
-    common = values.get("auth")
-    auths = {wire: common or Auth("x-api-key" if wire == "anthropic" else "bearer") for wire in WIRES}
-    return dict(auths, **values.get("auth_by_format", {}))
+    auths = {wire: values.get("auth") or Auth("x-api-key" if wire == "anthropic" else "bearer") for wire in WIRES}
+    return {
+        "formats": formats,
+        "preferred": preferred if preferred in formats else formats[0],
+        "base_urls": {wire: url for wire, url in urls.items() if url},
+        "auths": {**auths, **values.get("auth_by_format", {})},
+    }
 
 
 # ----- the same table as a JSON Schema -----
