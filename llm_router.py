@@ -1105,7 +1105,9 @@ class _Scan:
             field = _FIELD_OF[kind].get(name)
             first = find_key(raw, kind, field.key) if field else None
             if field is None:
-                self._note_unknown_key(where, name, kind)
+                if name[:1] not in ("_", "$", "#") and name[:2] != "//":  # a comment, a schema
+                    cure = did_you_mean(name, SPELLINGS[kind], "remove it: it has no effect")
+                    self._warn(where, "is not a known key", cure)
             elif value is not None and first != name:
                 self._warn(where, "says again what %s says" % first, "remove one of them")
             elif value is not None:
@@ -1114,11 +1116,6 @@ class _Scan:
             if isinstance(raw, dict) and find_key(raw, kind, name) is None:
                 self._error(_join(path, name), "is missing", "add it: " + _FIELD_OF[kind][name].help)
         return {name: value for name, value in values.items() if value is not None}
-
-    def _note_unknown_key(self, path: str, name: str, kind: str) -> None:
-        if name[:1] in ("_", "$", "#") or name[:2] == "//":  # the usual ways to write a comment or a schema reference
-            return
-        self._warn(path, "is not a known key", did_you_mean(name, SPELLINGS[kind], "remove it: it has no effect"))
 
     def _check_ids(self, kind: str, found: Sequence[Tuple[str, Any]]) -> None:
         """No two entries may have the same id, the first of their fields; those of models count case."""
@@ -1493,7 +1490,10 @@ def upsert_provider(document: Json, change: ProviderChange) -> Edit:
         if field.key == "models":
             notes += _put_models(provider, value) if value is not None else []
         elif isinstance(value, dict):
-            _merge_into(provider, field.key, value)
+            old = _as_object(provider, field.key, get_field(provider, "provider", field.key))
+            given = {name.lower() for name in value}
+            kept = {name: entry for name, entry in old.items() if _wire_of(name) not in given}
+            _put(provider, "provider", field.key, {**kept, **value} or None)
         elif value is not None:
             _put(provider, "provider", field.key, None if value in ("", []) else value)
     _take_in_format(provider, change)
@@ -1733,13 +1733,6 @@ def _take_in_format(provider: Json, change: ProviderChange) -> None:
     if change.format and formats and _wire_of(change.format) not in map(_wire_of, filter(as_text, formats)):
         kept = [] if len(formats) == 1 and change.formats is None else formats
         _put(provider, "provider", "formats", kept + [change.format])
-
-
-def _merge_into(provider: Json, key: str, entries: Json) -> None:
-    changed = {name.lower() for name in entries}
-    old = _as_object(provider, key, get_field(provider, "provider", key))
-    kept = {name: value for name, value in old.items() if _wire_of(name) not in changed}
-    _put(provider, "provider", key, dict(kept, **entries) or None)
 
 
 def _as_object(holder: Json, key: str, value: Any) -> Json:
@@ -7465,16 +7458,11 @@ def detect_wire(headers: Headers, body: Json) -> str:
         return "anthropic"
     if "input" in body and "messages" not in body:
         return "responses"
-    if any(field in body for field in _ANTHROPIC_FIELDS) or _has_anthropic_parts(body):
-        return "anthropic"
-    return "openai"
-
-
-def _has_anthropic_parts(body: Json) -> bool:
-    if any("input_schema" in as_dict(tool) for tool in as_list(body.get("tools"))):
-        return True
     blocks = (block for message in as_list(body.get("messages")) for block in as_list(as_dict(message).get("content")))
-    return any(as_dict(block).get("type") in _ANTHROPIC_BLOCKS for block in blocks)
+    is_anthropic = any(field in body for field in _ANTHROPIC_FIELDS)
+    is_anthropic = is_anthropic or any("input_schema" in as_dict(tool) for tool in as_list(body.get("tools")))
+    is_anthropic = is_anthropic or any(as_dict(block).get("type") in _ANTHROPIC_BLOCKS for block in blocks)
+    return "anthropic" if is_anthropic else "openai"
 
 
 class Inbound(NamedTuple):
@@ -9183,22 +9171,20 @@ def _count(number: int, word: str) -> str:
 
 
 def _provider_rows(menu: Menu) -> List[Row]:
-    found = find_problems(menu.document)
-    return [_provider_row(as_dict(raw), i, found) for i, raw in enumerate(_at(menu, ("providers",)))]
-
-
-def _provider_row(raw: Json, index: int, problems: Sequence[Problem]) -> Row:
-    config = scan_config({"providers": [dict(raw, enabled=True)]}, {})[0]
-    one = config.providers[0] if config.providers else Provider("")
-    own = [problem for problem in problems if re.match(r"providers\[%d\]" % index, problem.path)]
-    worst = min(own, key=lambda problem: problem.level, default=None)  # error before warning
-    state = "off" if _is_off(raw) else worst.level if worst else "ok"
-    variable = as_text(get_field(raw, "provider", "apiKeyEnv"))
-    key = mask(one.api_key) or ("$" + variable if variable else "no key")
-    hosts = " ".join(dict.fromkeys(urlsplit(url).netloc for url in one.base_urls.values()))
-    cells = (_id_of(raw) or "?", _count(len(_models_of(raw)), "model"), ",".join(one.formats), key, hosts)
-    hint = show_problem(worst) if worst else "%s: %s" % (one.name, "switched off" if state == "off" else "ready")
-    return Row(cells, ("providers", index), hint, state)
+    rows, problems = [], find_problems(menu.document)
+    for i, raw in enumerate(map(as_dict, _at(menu, ("providers",)))):
+        config = scan_config({"providers": [dict(raw, enabled=True)]}, {})[0]
+        one = config.providers[0] if config.providers else Provider("")
+        own = [problem for problem in problems if problem.path.startswith("providers[%d]" % i)]
+        worst = min(own, key=lambda problem: problem.level, default=None)  # error before warning
+        state = "off" if _is_off(raw) else worst.level if worst else "ok"
+        variable = as_text(get_field(raw, "provider", "apiKeyEnv"))
+        key = mask(one.api_key) or ("$" + variable if variable else "no key")
+        hosts = " ".join(dict.fromkeys(urlsplit(url).netloc for url in one.base_urls.values()))
+        cells = (_id_of(raw) or "?", _count(len(_models_of(raw)), "model"), ",".join(one.formats), key, hosts)
+        hint = show_problem(worst) if worst else "%s: %s" % (one.name, "switched off" if state == "off" else "ready")
+        rows.append(Row(cells, ("providers", i), hint, state))
+    return rows
 
 
 def _preset_rows(menu: Menu) -> List[Row]:
