@@ -11039,7 +11039,7 @@ def write_private(
     try:
         written[_write_temporary(target, data, durable, mode)] = target
         if expected is not None and backup:
-            written[_write_temporary(target + ".bak", expected, durable, mode)] = target + ".bak"
+            written[_write_temporary(target, expected, durable, mode)] = target + ".bak"
         if backup and read_bytes(target)[0] != expected:
             return False
         for temporary in reversed(list(written)):
@@ -14172,6 +14172,8 @@ def update_file(target: str, source: str) -> Update:
     target = os.path.realpath(target)
     if {"site-packages", "dist-packages"} & set(target.replace("\\", "/").split("/")):
         raise RouterError("this program was installed by pip: update it with pip install --upgrade llm-router")
+    if not source:
+        raise UsageError("update: give --from=URL or FILE, or set LLM_ROUTER_UPDATE_URL")
     data = fetch_release(source)
     _check_digest(data, source)
     try:
@@ -14280,10 +14282,10 @@ def _check_version(data: bytes) -> str:
     with tempfile.TemporaryDirectory(prefix="llm-router-") as folder:
         path = os.path.join(folder, "llm_router.py")
         write_private(path, data, durable=False)
-        said = run_tool([sys.executable, "-I", path, "--version"], 60)[1]
+        code, said = run_tool([sys.executable, "-I", path, "--version"], 60)
     found = re.match(r"llm-router (\d+(?:\.\d+)*\S*)\s*$", said, re.MULTILINE)
-    if found is None:
-        raise RouterError("the release does not run here: its --version gave no answer")
+    if found is None or code:
+        raise RouterError("the release does not run here: its --version failed or gave no version")
     version = found.group(1)
     theirs, ours = ([int(number) for number in re.findall(r"\d+", text)] for text in (version, __version__))
     if theirs < ours:
@@ -16602,10 +16604,7 @@ def run_doctor(given: Given) -> int:
 
 def run_update(given: Given) -> int:
     """`update`: this file replaced by a newer release; running instances of it follow after they have drained."""
-    source = given.flags.get("from") or given.environ.get("LLM_ROUTER_UPDATE_URL", "").strip()
-    if not source:
-        raise UsageError("update: give --from=URL or FILE, or set LLM_ROUTER_UPDATE_URL")
-    update = update_file(__file__, source)
+    update = update_file(__file__, given.flags.get("from") or given.environ.get("LLM_ROUTER_UPDATE_URL", "").strip())
     told = _restart_instances() if update.changed else []
     lines = ["updated %s to %s; the file before is kept as .bak" % (update.before, update.after)]
     lines += ["pid %d continues with it once its open requests have ended" % pid for pid in told]

@@ -120,6 +120,7 @@ BAD = {
     "half a file": (NEWER[: len(NEWER) // 2], b"", "not"),
     "another program": (b"print('hello')\n", b"", "does not run"),
     "a program that fails": (b"raise SystemExit(3)\n", b"", "does not run"),
+    "a version that fails": (b"print('llm-router 99.0.0')\nraise SystemExit(3)\n", b"", "does not run"),
     "no text": (b"\x00\xff\xfe", b"", "not a Python program"),
 }
 
@@ -178,8 +179,9 @@ def test_a_failure_to_write_leaves_the_file_and_no_rest(installed, monkeypatch):
 
 def test_an_installation_by_pip_is_told_pips_own_command(tmp_path):
     target = tmp_path / "lib" / "site-packages" / "llm_router.py"
-    with pytest.raises(r.RouterError, match="pip install --upgrade"):
-        r.update_file(str(target), "anything")
+    for source in ("anything", ""):
+        with pytest.raises(r.RouterError, match="pip install --upgrade"):
+            r.update_file(str(target), source)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="a process becomes another only on POSIX")
