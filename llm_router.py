@@ -4115,7 +4115,7 @@ class ChatStreamParser:
     """
 
     def __init__(self, context: Context) -> None:
-        self.done = self._is_started = self._is_ended = False
+        self.done = self._is_started = self.is_ended = False
         self.skipped = 0
         self.said = ""
         self.usage: Optional[Usage] = None
@@ -4150,7 +4150,7 @@ class ChatStreamParser:
 
     def finish(self) -> List[Any]:
         """The end of the bytes: without a finish_reason or `[DONE]` the answer was cut off (trap 14)."""
-        if not self.done and not self._is_ended:
+        if not self.done and not self.is_ended:
             message = "the upstream's stream ended before its answer was complete"
             self._fail(ErrorInfo(502, message, "server_error", "truncated"))
         return self.end()
@@ -4162,8 +4162,8 @@ class ChatStreamParser:
             self._count(usage)
         chunk = {"error": groq["error"]} if groq.get("error") else chunk  # why it stopped early (groq.types, XGroq)
         choices = as_list(chunk.get("choices"))
-        if self._is_ended or chunk.get("error") or not choices:
-            return [] if self._is_ended else self._read_without_choice(chunk)
+        if self.is_ended or chunk.get("error") or not choices:
+            return [] if self.is_ended else self._read_without_choice(chunk)
         # Only the first of n answers is read. GitHub Copilot shares it out to several choices (HKUDS/nanobot#1481).
         own = [item for item in choices if type(item) is dict and not item.get("index")]
         for choice in own:
@@ -4202,13 +4202,13 @@ class ChatStreamParser:
 
     def end(self) -> List[Any]:
         """The end of the answer: whatever is held, closed blocks, and Finished once."""
-        if not self._is_ended:
+        if not self.is_ended:
             self._start({})
             self._flush()
             if self._details:
                 self._add_slot(Thinking("", {_CHAT: {"reasoning_details": self._details}}))
             self._advance(True)
-            self._is_ended = True
+            self.is_ended = True
             extra = {_CHAT: self._extra} if self._extra else None
             self._out.append(Finished(self._stop_reason(), self._stop_sequence, self.usage, extra))
         return self._take()
@@ -4265,7 +4265,7 @@ class ChatStreamParser:
         self._flush()
         if self._active < len(self._slots) and self._slots[self._active].is_open:
             self._out.append(Closed())
-        self._is_ended = True
+        self.is_ended = True
         self._out.append(Failed(error))
 
     # -- blocks
@@ -5093,7 +5093,7 @@ class TypedEventParser:
     END = ""  # what the last event is called
 
     def __init__(self, context: Context) -> None:
-        self.done = self._is_ended = self._is_started = False
+        self.done = self.is_ended = self._is_started = False
         self.skipped = 0
         self.said = ""
         self._context = context
@@ -5102,7 +5102,7 @@ class TypedEventParser:
     def feed(self, event: SseEvent) -> List[Any]:
         """The neutral events that `event` completes. Never raises."""
         self.said = ""
-        if self._is_ended:
+        if self.is_ended:
             return []
         try:
             data = _JSON_DECODER.decode(event.data)
@@ -5113,7 +5113,7 @@ class TypedEventParser:
 
     def finish(self) -> List[Any]:
         """The end of the bytes: without its last event an answer was cut off, whatever was said before (trap 62)."""
-        if self._is_ended:
+        if self.is_ended:
             return []
         return self._fail(ErrorInfo(502, "the upstream's stream ended before " + self.END, "api_error", "truncated"))
 
@@ -5247,7 +5247,7 @@ class AnthropicStreamParser(TypedEventParser):
 
     def _stop(self, data: Json) -> List[Any]:
         events = self._make_way()
-        self.done = self._is_ended = True
+        self.done = self.is_ended = True
         reason = self._answer.get("stop_reason")
         if reason not in STOP_REASONS:
             reason = "tool_use" if ToolCall in self._kinds else "end_turn"
@@ -5255,7 +5255,7 @@ class AnthropicStreamParser(TypedEventParser):
         return events + [Finished(reason, as_text(self._answer.get("stop_sequence")), self.usage, extra)]
 
     def _fail(self, error: ErrorInfo) -> List[Any]:
-        self._is_ended = True
+        self.is_ended = True
         return self._close() + [Failed(error)]
 
     _HANDLERS: Dict[Any, Callable[..., List[Any]]] = {
@@ -6133,7 +6133,7 @@ class ResponsesParser(TypedEventParser):
         if status == "incomplete":
             reason = as_text(as_dict(response.get("incomplete_details")).get("reason"))
             stop = _RESPONSES_REASONS.get(reason, "max_tokens")
-        self.done = self._is_ended = True
+        self.done = self.is_ended = True
         later = {_RESPONSES: {"status": "queued"}} if response.get("status") == "queued" else None
         return [*self._flush(), Finished(stop, "", self.usage, later)]
 
@@ -6149,7 +6149,7 @@ class ResponsesParser(TypedEventParser):
 
     def _fail(self, info: ErrorInfo) -> List[Any]:
         start = [] if self._is_started else [self._start({})]
-        self._is_ended = True
+        self.is_ended = True
         return [*start, *([Closed()] if self._active is not None else []), Failed(info)]
 
 
@@ -6591,6 +6591,10 @@ class StreamTranslator:
         """Whether the answer ended properly."""
         return self._parser.done and self.failed is None
 
+    def patience_ms(self, idle_ms: int) -> int:
+        """How long silence is borne: `idle_ms`, but of a complete answer only usage and its end may follow (trap 9)."""
+        return idle_ms if not self.done else 2000 if self._parser.is_ended else 10_000
+
     @property
     def usage(self) -> Optional[Usage]:
         """The tokens told so far."""
@@ -6620,7 +6624,7 @@ class StreamTranslator:
             try:
                 data = self._splitter.feed(data)
             except RouterError as error:
-                return self._fail(ErrorInfo(error.status, error.message, code=error.code))
+                return self.fail(ErrorInfo(error.status, error.message, code=error.code))
         return self._take(data) if data else b""
 
     def finish(self) -> bytes:
@@ -6667,7 +6671,8 @@ class StreamTranslator:
             elif kind is Failed:
                 self.failed = event.error._replace(message=mask_in(event.error.message, self._secrets))
 
-    def _fail(self, error: ErrorInfo) -> bytes:
+    def fail(self, error: ErrorInfo) -> bytes:
+        """The target's bytes for an answer that cannot go on."""
         return self._write([Failed(error)])
 
     def _hide(self, out: bytes) -> bytes:
@@ -6684,12 +6689,13 @@ class StreamRelay(StreamTranslator):
     """
 
     _is_named = False  # whether the event that names the model went by
+    _last = b""  # what was passed on last
 
     def _watch(self, raw: bytes) -> Any:
         return self._target.watch.search(raw) or b"[DONE]" in raw or _ERROR_EVENT.search(raw)
 
     def _take(self, whole: bytes) -> bytes:
-        sees_all = self.recorder is not None
+        self._last, sees_all = whole, self.recorder is not None
         if self.content and not sees_all and not self._watch(whole):
             return whole
         passed = []
@@ -6714,14 +6720,17 @@ class StreamRelay(StreamTranslator):
 
     def _end(self, events: Sequence[Any]) -> bytes:
         self._look(events)
-        return b"" if self.failed is None else self._fail(self.failed)
+        return b"" if self.failed is None else self.fail(self.failed)
 
-    def _fail(self, error: ErrorInfo) -> bytes:
-        self.failed = error
-        return self._target.error_event(error, self._context.id)
+    def fail(self, error: ErrorInfo) -> bytes:
+        """The error as the format has it, in Responses with the number that is due."""
+        self.failed, numbers = error, _EVENT_NUMBER.findall(self._last)
+        due = b'"sequence_number":%d' % (int(numbers[-1]) + 1 if numbers else 0)
+        return _EVENT_NUMBER.sub(due, self._target.error_event(error, self._context.id), 1)
 
 
 _ERROR_EVENT = re.compile(rb"event:\s*error")
+_EVENT_NUMBER = re.compile(rb'"sequence_number"\s*:\s*([0-9]+)')
 
 
 def make_processor(
@@ -9990,7 +9999,6 @@ _STREAM_HEADERS: Headers = [
     ("x-accel-buffering", "no"),
 ]
 _PINGS = {"anthropic": sse_event(b'{"type": "ping"}', "ping")}
-
 _NOT_SOON: Headers = [("x-should-retry", "false")]
 
 # What a client of the upstream's own format gets to see of its headers, by their beginnings; all others stay here.
@@ -10276,7 +10284,7 @@ class Exchange:
         if left_ms <= 0:
             raise UpstreamError("the request's total time is used up", "timeout", True)
         own = outbound.timeouts
-        connect_ms, first_byte_ms = _sooner(own.connect_ms, left_ms), _sooner(own.first_byte_ms, left_ms)
+        connect_ms, first_byte_ms = (min(limit or left_ms, left_ms) for limit in (own.connect_ms, own.first_byte_ms))
         return outbound._replace(timeouts=own._replace(connect_ms=connect_ms, first_byte_ms=first_byte_ms))
 
     def _note(self, delay_ms: int, result: Union[Outcome, Answer, None], plight: str) -> None:
@@ -10386,7 +10394,7 @@ class Exchange:
         held = b""
         is_over = False
         while not processor.content and not is_over and len(held) <= limits.max_hold_bytes:
-            wait_s = self._time_left(_LINGER_MS if processor.done else timeouts.idle_ms, content_until)
+            wait_s = self._time_left(processor.patience_ms(timeouts.idle_ms), content_until)
             try:
                 data = await reply.read(wait_s)
             except UpstreamError:
@@ -10460,16 +10468,14 @@ class Exchange:
         broken = "end"
         if answer.reply is not None and processor.failed is None:
             idle_ms = self._outbound.timeouts.idle_ms
-            left_s = self._time_left(_LINGER_MS if processor.done else 0)  # of a complete answer no end need come
+            left_s = self._time_left(processor.patience_ms(0))  # it may all be there, and its end never come
             broken = await client.relay(answer.reply, processor, idle_ms, left_s)
-        failure = processor.failed
-        if broken == "end" or processor.done or failure is not None:
+        if broken == "end" or processor.done or processor.failed is not None:
             client.write(processor.finish())
-            failure = processor.failed
         elif broken != UNWATCHED:
-            status = 504 if broken == "timeout" else 502
-            failure = ErrorInfo(status, "the upstream's answer broke off: " + broken, code="upstream_" + broken)
-            client.write(self._wire.error_event(failure, trail.id))
+            status, words = 504 if broken == "timeout" else 502, "the upstream's answer broke off: " + broken
+            client.write(processor.fail(ErrorInfo(status, words, code="upstream_" + broken)))
+        failure = processor.failed
         if failure is None:
             book.apply(succeed(run, self._asked_at, book) if run is not None else ())
             await client.finish()
@@ -10518,7 +10524,6 @@ class Exchange:
 _BARE_REQUEST = ChatRequest("", [])
 _EVENT_LINE = re.compile(rb"(?:\xef\xbb\xbf)?\s*(?:data|event|id|retry)?:")  # a stream's first (traps 4, 5, 11)
 _ERROR_BODY_S = 5.0
-_LINGER_MS = 1000  # what follows a complete answer is at most accounting (trap 9)
 
 
 def _decision(action: Any, candidate: Candidate) -> str:
@@ -10532,10 +10537,6 @@ def _decision(action: Any, candidate: Candidate) -> str:
 def _why_not_first(origin: Candidate, book: Any) -> str:
     reason = book.read(origin.ref).reason or book.read(provider_key(origin)).reason or "failures"
     return "%s, which cools after: %s" % (origin.ref, reason.replace("_", " "))
-
-
-def _sooner(limit_ms: int, left_ms: int) -> int:
-    return min(limit_ms, left_ms) if limit_ms else left_ms
 
 
 def _read_json(body: bytes) -> Json:
@@ -10839,7 +10840,7 @@ class Probe:
         """Status, headers and body of the answer to a question, or to GET."""
         method, most_ms = ("POST", _PROBE_CALL_MS) if body else ("GET", _PROBE_LISTING_MS)
         limits = resolve_timeouts(self._plan.provider, self._settings, False)
-        first_byte_ms, idle_ms = (_sooner(ms, most_ms) for ms in (limits.first_byte_ms, limits.idle_ms))
+        first_byte_ms, idle_ms = (min(ms or most_ms, most_ms) for ms in (limits.first_byte_ms, limits.idle_ms))
         limits = limits._replace(first_byte_ms=first_byte_ms, idle_ms=idle_ms)
         headers = merge_headers(target, [], wire, wire, False)
         reply = await self._host.send(Outbound(target, path, headers, body, wire, False, limits, method))
@@ -12041,9 +12042,10 @@ class _Relay:
             return
         if processor.failed is not None:
             self._stop("failed")
-        elif processor.done and "linger" not in self._timers:
-            # The answer is complete; what follows is at most accounting.
-            self._timers["linger"] = self._loop.call_later(_LINGER_S, self._stop, "end")
+        elif processor.done:
+            name = "linger %d" % processor.patience_ms(0)  # shorter from the terminator on
+            if name not in self._timers:
+                self._timers[name] = self._loop.call_later(processor.patience_ms(0) / 1000, self._stop, "end")
 
     def _stop(self, label: str) -> None:
         self._end = self._end or label
@@ -13425,7 +13427,7 @@ class _Pump:
             self.end = "failed"
             controller.terminate()
         elif self._processor.done:  # the body may go on, or never end
-            self._timers.append(self._loop.call_later(_LINGER_S, self._abort, "end"))
+            self._timers.append(self._loop.call_later(self._processor.patience_ms(0) / 1000, self._abort, "end"))
 
     def stop(self) -> None:
         """Nothing is to come any more."""

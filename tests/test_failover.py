@@ -568,6 +568,19 @@ def test_a_failure_after_content_is_remembered_and_logged(remembering):
     assert_answer("openai", post(pair.router, "openai", "a-openai/to-openai", True), "second")
 
 
+@pytest.mark.parametrize("end", ["cut", "reset", "clean"])
+@UPSTREAMS
+def test_the_error_event_of_a_broken_responses_stream_bears_the_number_that_is_due(pair, upstream_wire, end):
+    events = fake.STREAMS[upstream_wire]("half of it")
+    start = events[: next(n for n, event in enumerate(events) if b"half" in event) + 1]
+    always(pair.first, fake.sse_answer(start, end=end))
+    reply = post(pair.router, "responses", "a-%s/solo" % upstream_wire, True)
+    assert [data["sequence_number"] for data in reply.datas] == list(range(len(reply.datas)))
+    assert (reply.datas[-1]["type"], reply.ended) == ("response.failed", "cut")
+    if upstream_wire != "responses":
+        assert reply.datas[-1]["response"]["id"] == reply.datas[0]["response"]["id"]
+
+
 def cuts(events, thorough):
     """Offsets at which a stream may break off: all of them, or those around the end of every line and some between."""
     raw = b"".join(events)

@@ -552,7 +552,22 @@ def test_a_relayed_stream_that_breaks_off_gets_an_error_and_not_the_cut_event(wi
     relay = R.StreamRelay(wire, wire, CONTEXT)
     out = run(relay, raw + b'data: {"type":"conte')
     assert relay.failed is not None and relay.failed.code == "truncated"
-    assert out == raw + R.WIRE_FORMATS[wire].error_event(relay.failed, CONTEXT.id)
+    told = R.WIRE_FORMATS[wire].error_event(relay.failed, CONTEXT.id)
+    number = [json.loads(event.data).get("sequence_number") for event in R.parse_events(raw) if wire == "responses"][-1:]
+    assert out == raw + told.replace(b'"sequence_number":0', b'"sequence_number":%d' % (number[0] + 1 if number else 0))
+
+
+@pytest.mark.parametrize("target", WIRES)
+def test_silence_is_borne_for_usage_and_end_but_not_for_long_behind_the_end(target):
+    """trap 9"""
+    raw = stream_of("openai", ANSWERS["text"])
+    processor = R.make_processor("openai", target, CONTEXT)
+    waits = [processor.patience_ms(99_000)]
+    for event in raw.split(b"\n\n")[:-1]:
+        processor.feed(event + b"\n\n")
+        waits.append(processor.patience_ms(99_000))
+    assert list(dict.fromkeys(waits)) == [99_000, 10_000, 2000]
+    assert waits[-1] == 2000 and waits[-2] == 10_000
 
 
 @pytest.mark.parametrize("wire", WIRES)
