@@ -12690,14 +12690,14 @@ class CountingHost:
 
 
 class Batches:
-    """Does `work(is_last)` in a thread of its own, `pause_s` after it was woken, so that there is much to do at once,
-    and a last time at the end. What `work` returns: after how many seconds it wants to try again, None for not at all.
-    """
+    """Does `_work(is_last)` in a thread of its own, `pause_s` after it was woken, so that there is much to do at once,
+    and a last time at the end. What it returns: after how many seconds it wants to try again, None for not at all."""
 
-    def __init__(self, name: str, work: Callable[[bool], Optional[float]], pause_s: float) -> None:
+    _work: Callable[[bool], Optional[float]]
+
+    def __init__(self, name: str, pause_s: float) -> None:
         import threading
 
-        self._work = work
         self._pause_s = pause_s
         self._wake = threading.Event()
         self._closing = threading.Event()
@@ -12709,7 +12709,7 @@ class Batches:
         if not self._wake.is_set():
             self._wake.set()
 
-    def close(self, most_s: float) -> None:
+    def close(self, most_s: float = 2.0) -> None:
         """Have the rest done, within so many seconds."""
         self._closing.set()
         self._wake.set()
@@ -12725,7 +12725,7 @@ class Batches:
             again_s = self._work(is_last)
 
 
-class LogWriter:
+class LogWriter(Batches):
     """Writes lines to a stream from a thread of its own: a full disk or a stopped pipe delays no request.
 
     At most `limit` lines wait; further ones are dropped and counted, and the count is logged when there is room again.
@@ -12740,7 +12740,7 @@ class LogWriter:
         self._lines: Any = deque()
         self._limit = limit
         self._dropped = 0
-        self._batches = Batches("llm-router-log", self._flush, 0.05)  # one line costs more than a request's own work
+        super().__init__("llm-router-log", 0.05)  # one line costs more than a request's own work
 
     def add(self, trail: Trail) -> None:
         """Queue the line of a request that has ended."""
@@ -12759,13 +12759,9 @@ class LogWriter:
             self._dropped += 1
             return
         self._lines.append(line)
-        self._batches.wake()
+        self.wake()
 
-    def close(self) -> None:
-        """Write what is queued, for a second at most."""
-        self._batches.close(1.0)
-
-    def _flush(self, is_last: bool) -> None:
+    def _work(self, is_last: bool) -> None:
         dropped, self._dropped = self._dropped, 0
         lines = []
         while self._lines:
@@ -12844,7 +12840,7 @@ def ledger_row(trail: Trail, costs: Mapping[str, Any]) -> Tuple[Any, ...]:
     return tuple(entry[:2000].encode("utf-8", "replace").decode() if isinstance(entry, str) else entry for entry in row)
 
 
-class Ledger:
+class Ledger(Batches):
     """Rows of requests in an SQLite file, written in batches by a thread of its own.
 
     Whatever is wrong with the file disturbs no request: `note(text, level)` is told once, and the newest `limit` rows
@@ -12864,18 +12860,14 @@ class Ledger:
         self._trouble = ""
         self._file: Any = None
         self._connection: Any = None
-        self._batches = Batches("llm-router-ledger", self._take, _LEDGER_BATCH_S)
+        super().__init__("llm-router-ledger", _LEDGER_BATCH_S)
 
     def add(self, trail: Trail) -> None:
         """A request has ended: all else is the thread's work."""
         self._trails.append(trail)
-        self._batches.wake()
+        self.wake()
 
-    def close(self) -> None:
-        """Write what waits, for two seconds at most."""
-        self._batches.close(2.0)
-
-    def _take(self, is_last: bool) -> Optional[float]:
+    def _work(self, is_last: bool) -> Optional[float]:
         """Write all that waits; what cannot be written now goes on waiting."""
         try:
             while self._trails:
@@ -16290,11 +16282,13 @@ def run_startup(given: Given) -> int:
         _warn_of_lost_keys(read_start_options(Given(given.environ, {"config": given.path})))
     argv = [sys.executable, os.path.realpath(__file__), "start", "--config=" + given.path]
     service = make_service(sys.platform, home, argv, service_variables(given.environ), os.path.expanduser(LOG_PATH))
-    state = "" if verb == "install" else service_state(service)
-    if verb == "status" or state == "not installed":
-        return given.tell({"state": state, "path": service.path}, [state])
-    left, said = install_service(service) if verb == "install" else remove_service(service)
-    state = "installed" if verb == "install" else "removed"
+    if verb == "install":
+        state, (left, said) = "installed", install_service(service)
+    else:
+        state = service_state(service)
+        if verb == "status" or state == "not installed":
+            return given.tell({"state": state, "path": service.path}, [state])
+        state, (left, said) = "removed", remove_service(service)
     lines = ["%s %s" % (state, one_line(service.path) or "the task " + SERVICE_NAME)]
     lines += ["now run: " + " && ".join(left), "which failed here: " + said] if left else []
     return given.tell({"state": state, "path": service.path, "left": left, "reason": said}, lines)
@@ -16409,15 +16403,19 @@ def run_settings(given: Given) -> int:
 
 def run_start(given: Given) -> int:
     """`start`: serve in the foreground until told to stop, or in the background."""
-    options = read_start_options(given)  # what is wrong is better said here than in a log
     if not given.detach:
-        return run_server(options)
-    path = os.path.expanduser(options.settings.log_file or LOG_PATH)
-    flags = dict(given.flags, log_file=path)
-    words = ["--%s=%s" % (name.replace("_", "-"), show_setting(flags[name])) for name in flags if name != "detach"]
-    pid, address = start_detached(words, path)
+        return run_server(read_start_options(given))
+    pid, address, path = _start_in_background(given)
     lines = ["listening on " + address, "  pid                 %d" % pid, "  log                 " + one_line(path)]
     return given.tell(None, [*lines, "  stop it with        llm-router stop --port=" + address.rpartition(":")[2]])
+
+
+def _start_in_background(given: Given) -> Tuple[int, str, str]:
+    """The pid, address and log of a server with these flags; what is wrong with them is better said here than there."""
+    path = os.path.expanduser(read_start_options(given).settings.log_file or LOG_PATH)
+    flags = dict(given.flags, log_file=path)
+    words = ["--%s=%s" % (name.replace("_", "-"), show_setting(flags[name])) for name in flags if name != "detach"]
+    return (*start_detached(words, path), path)
 
 
 def read_start_options(given: Given) -> StartOptions:
@@ -16853,9 +16851,7 @@ def _run_with_router(agent: Agent, argv: Sequence[str], given: Given) -> int:
     for name in {"SIGTERM", "SIGHUP"} & set(dir(signal)):  # end it as Ctrl-C does: the router must not stay behind
         signal.signal(getattr(signal, name), signal.default_int_handler)
     flags = {"port": 0, **{name: given.flags[name] for name in ("config", "port") if name in given.flags}}
-    options = read_start_options(Given(given.environ, flags))
-    log = os.path.expanduser(options.settings.log_file or LOG_PATH)
-    pid, base = start_detached(["--%s=%s" % entry for entry in flags.items()], log)
+    pid, base, _ = _start_in_background(Given(given.environ, flags))
     port = int(base.rpartition(":")[2])
     try:
         return _run_as_guest(agent, argv, find_instance(state_path(), "", port), given)

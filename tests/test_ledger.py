@@ -88,7 +88,7 @@ def ledger(tmp_path, monkeypatch):
         noted = Noted()
         one = r.Ledger(str(tmp_path / "u.db"), r.Settings(**settings), noted, limit)
         one.path, one.noted = tmp_path / "u.db", noted
-        one.close = lambda: one._batches.close(30.0)  # a busy disk may take longer than a stop waits for it
+        one.close = lambda: r.Ledger.close(one, 30.0)  # a busy disk may take longer than a stop waits for it
         made.append(one)
         return one
 
@@ -630,7 +630,7 @@ def test_a_request_that_ends_while_a_batch_is_written_is_entered_before_the_end(
     ledger.add(a_trail(2))
     closing = threading.Thread(target=ledger.close)
     closing.start()
-    assert until(ledger._batches._closing.is_set)
+    assert until(ledger._closing.is_set)
     may_go_on.set()
     closing.join(30)
     assert [row["id"] for row in entered(tmp_path / "u.db", 2)] == ["req_1", "req_2"]

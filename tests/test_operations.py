@@ -156,7 +156,7 @@ def test_what_is_logged_before_the_end_is_written_though_the_writer_is_busy_just
     log.write("last")
     closing = threading.Thread(target=log.close)
     closing.start()
-    assert until(log._batches._closing.is_set)
+    assert until(log._closing.is_set)
     may_go_on.set()
     closing.join(30)
     assert until(lambda: "".join(written) == "first\nlast\n")
@@ -172,13 +172,13 @@ def test_lines_that_nobody_could_write_are_counted_until_somebody_can():
             written.append(text)
 
     log = r.LogWriter(Stream(), limit=2)
-    log._batches.close(30)  # its thread would write at moments of its own
+    log.close(30)  # its thread would write at moments of its own
     for _ in range(5):
         log.write("lost")
-    log._flush(False)
-    log._flush(False)
+    log._work(False)
+    log._work(False)
     is_full[0] = False
-    log._flush(True)
+    log._work(True)
     assert written == ["5 log lines were dropped: the log could not be written fast enough\n"]
 
 
