@@ -7668,11 +7668,7 @@ class Candidate(NamedTuple):
         return self.model.formats or self.provider.formats
 
 
-class Plan(NamedTuple):
-    """Who may serve a request, the origin first."""
-
-    asked: str
-    candidates: Tuple[Candidate, ...]
+Plan = Tuple[Candidate, ...]  # who may serve a request, the origin first
 
 
 class Routes:
@@ -7707,7 +7703,7 @@ class Routes:
         for known in dict.fromkeys((name, bare_name(name))):
             targets = self._find_targets(known)
             if targets is not None:
-                return Plan(asked, self._resolve(asked, targets))
+                return self._resolve(asked, targets)
         hint = did_you_mean(name, self.names(), "GET /v1/models lists what there is", 3)
         raise _not_found("the model %s is not configured; %s" % (one_line(name, 80), hint))
 
@@ -7717,7 +7713,7 @@ class Routes:
             targets = (name,) if self.find_candidate(name) is not None else self._index.find_pattern(name)
         return targets
 
-    def _resolve(self, asked: str, targets: Sequence[str]) -> Tuple[Candidate, ...]:
+    def _resolve(self, asked: str, targets: Sequence[str]) -> Plan:
         """The candidates that targets mean, each once; a single one brings its own fallbacks."""
         found = self._find_all(targets)
         if not found:
@@ -7777,12 +7773,6 @@ def model_entry(name: str, anthropic: bool) -> Json:
         created = "2025-01-01T00:00:00Z"
         return {"type": "model", "id": name, "display_name": name, "created_at": created, "lifecycle": "active"}
     return {"id": name, "object": "model", "created": 1735689600, "owned_by": name.partition("/")[0]}
-
-
-def find_model_entry(routes: Routes, name: str, anthropic: bool) -> Json:
-    """The entry of one model, under the name it was asked for. RouterError 404 when no request could use it."""
-    routes.find_plan(name)
-    return model_entry(name, anthropic)
 
 
 # ==============================================================================
@@ -8563,7 +8553,7 @@ def is_half_open(candidate: Candidate, book: Any, now: float) -> bool:
 
 def begin(id: str, plan: Plan, settings: Settings, book: Any, now: float) -> Step:
     """The first step of a request. id: the request's, unique."""
-    return _next_candidate(Run(id, plan, settings, plan.candidates), book, now)
+    return _next_candidate(Run(id, plan, settings, plan), book, now)
 
 
 def follow(run: Run, outcome: Outcome, book: Any, now: float, jitter: float) -> Step:
@@ -8572,7 +8562,7 @@ def follow(run: Run, outcome: Outcome, book: Any, now: float, jitter: float) -> 
     The changes that this outcome makes count for the order of what comes next.
     """
     candidate, rule = run.current, rule_for(outcome.kind, run.settings)
-    first = outcome if candidate is run.plan.candidates[0] else run.first
+    first = outcome if candidate is run.plan[0] else run.first
     run = run._replace(last=outcome, first=first, tries=run.tries + 1)
     if outcome.kind == EMPTY and run.accepts_empty:
         return _end(run, Deliver(outcome))
@@ -8597,7 +8587,7 @@ def _still_to_ask(run: Run, kind: str, rule: Rule) -> Tuple[Candidate, ...]:
     current = run.current
     if rule.falls_back == "provider":
         return tuple(c for c in run.remaining if c.provider.id == current.provider.id)
-    if rule.falls_back == "all" or current is not run.plan.candidates[0]:
+    if rule.falls_back == "all" or current is not run.plan[0]:
         return run.remaining
     if kind != OVERFLOW or not run.settings.context_fallback:
         return ()
@@ -8612,7 +8602,7 @@ def _changes(run: Run, kind: str, retry_after: Optional[float], book: Any, now: 
     seconds = getattr(settings, rule.cooldown) / 1000.0 if rule.cooldown else 0.0
     if rule.comes_back and retry_after is not None:
         seconds = retry_after
-    elif rule.counts and len(run.plan.candidates) == 1:
+    elif rule.counts and len(run.plan) == 1:
         seconds = 0.0  # "once the router had to fall back": an only candidate is left in its place
     if seconds > 0:
         key = provider_key(run.current) if rule.blames else ref
@@ -8653,7 +8643,7 @@ def _next_candidate(run: Run, book: Any, now: float) -> Step:
         candidate = _first_of(run, book, now)
         ready, others = ready_at(candidate, book), tuple(c for c in run.remaining if c is not candidate)
     half_open = ready > 0 and is_half_open(candidate, book, now)
-    is_steady = candidate is run.plan.candidates[0] and ready <= now and not half_open
+    is_steady = candidate is run.plan[0] and ready <= now and not half_open
     delay_ms = _wait_ms(ready, run, now)
     changes = []
     if half_open and not book.read(candidate.ref).probe:
@@ -8681,10 +8671,10 @@ def _exhausted(run: Run, book: Any, now: float) -> Step:
     if not rule.cooldown:
         return _end(run, Deliver(outcome))
     if rule.comes_back:
-        cooling = [candidate for candidate in run.plan.candidates if ready_at(candidate, book) > now]
+        cooling = [candidate for candidate in run.plan if ready_at(candidate, book) > now]
         soonest = min(cooling, key=lambda candidate: ready_at(candidate, book), default=None)
         back_at = now if soonest is None else ready_at(soonest, book)
-        may_wait = len(cooling) == len(run.plan.candidates) and not run.fenced and not run.waited_ms
+        may_wait = len(cooling) == len(run.plan) and not run.fenced and not run.waited_ms
         if may_wait and _wait_ms(back_at, run, now):
             return _next_candidate(run._replace(remaining=(soonest,)), book, now)
         retry_after = max(1.0, back_at - now)
@@ -10099,7 +10089,8 @@ class Gateway:
             after = query.get("after_id") or query.get("after") or ""
             return 200, list_models(self.routes, anthropic, after, limit, query.get("before_id") or "")
         if endpoint.operation == "model":
-            return 200, find_model_entry(self.routes, endpoint.argument, anthropic)
+            self.routes.find_plan(endpoint.argument)  # 404 for a model that no request could use
+            return 200, model_entry(endpoint.argument, anthropic)
         if endpoint.operation == "health":
             return 200, {"status": "ok", **(self.info if authorized else {})}
         if endpoint.operation == "ready":
@@ -10179,20 +10170,19 @@ class Exchange:
         """Find the candidates and serve the request by its operation. RefusedError when nobody has an answer."""
         inbound, client, trail = self._inbound, self._client, self._trail
         plan = self._gateway.routes.find_plan(inbound.asked)
-        origin = plan.candidates[0]
+        origin = plan[0]
         home = self._requests.home = origin.provider.id
         if inbound.operation == "count_tokens":
             await self._count_tokens(origin)
             return
         if inbound.operation == "embeddings":
-            same = tuple(c for c in plan.candidates if c.model_id == origin.model_id and "openai" in c.formats)
-            if not same:
+            plan = tuple(c for c in plan if c.model_id == origin.model_id and "openai" in c.formats)
+            if not plan:
                 words = "%s does not speak the openai format, which this endpoint needs" % origin.ref
                 raise RouterError(words, 400, "unsupported_format")
-            plan = plan._replace(candidates=same)
         elif inbound.wire == "responses" and needs_server_state(inbound.body.value):
             # What a provider keeps, no other one has (trap 63).
-            plan = plan._replace(candidates=tuple(c for c in plan.candidates if c.provider.id == home))
+            plan = tuple(c for c in plan if c.provider.id == home)
         if self._settings.total_timeout_ms:
             self._deadline = self._host.now() + self._settings.total_timeout_ms / 1000
         if inbound.stream:
@@ -10203,8 +10193,8 @@ class Exchange:
     async def _serve(self, plan: Plan) -> None:
         book, settings, host, trail = self._book, self._settings, self._host, self._trail
         run, action, changes = begin(trail.id, plan, settings, book, host.now())
-        if action.candidate is not plan.candidates[0]:
-            trail.passed_over = _why_not_first(plan.candidates[0], book)
+        if action.candidate is not plan[0]:
+            trail.passed_over = _why_not_first(plan[0], book)
         try:
             while True:
                 book.apply(changes)
@@ -15294,7 +15284,7 @@ def agent_facts(base: str, key: str, config: Config, chosen: Mapping[str, str]) 
     facts = {"base": base, "key": key or _NO_KEY, "model": model, "small": chosen.get("small_model") or model}
     facts.update({name: chosen.get(name) or model for name in ("opus", "sonnet")}, window="", output="")
     with suppress(RouterError):  # the program will be told when it asks for that model
-        found = Routes(config).find_plan(model).candidates[0].model
+        found = Routes(config).find_plan(model)[0].model
         facts.update(window=str(found.context_window or ""), output=str(found.max_output_tokens or ""))
     return dict(facts, haiku=chosen.get("haiku") or facts["small"])
 

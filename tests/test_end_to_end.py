@@ -430,6 +430,7 @@ def test_the_model_list_is_paged(pair):
 def test_one_model_is_found_under_its_whole_name(pair):
     assert pair.router.get("/v1/models/a-openai/solo").json["id"] == "a-openai/solo"
     assert pair.router.get("/v1/models/a-openai%2Fsolo").json["id"] == "a-openai/solo"
+    assert pair.router.get("/v1/models/a-openai/solo[1m]").json["id"] == "a-openai/solo[1m]"
     assert pair.router.get("/v1/models/nobody/has-it").status == 404
 
 

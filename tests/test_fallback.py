@@ -18,7 +18,7 @@ def candidate(ref, **fields):
 
 
 def plan(*refs):
-    return R.Plan("asked", tuple(ref if isinstance(ref, R.Candidate) else candidate(ref) for ref in refs))
+    return tuple(ref if isinstance(ref, R.Candidate) else candidate(ref) for ref in refs)
 
 
 def known(book):
@@ -108,7 +108,7 @@ class Teller:
         self.plan = plan(*refs)
         self.settings = its_settings
         self.accepts_empty = accepts_empty
-        self.origin = self.plan.candidates[0]
+        self.origin = self.plan[0]
         self.steps = 0
         self.told = set()  # where a request began: stories that meet there go on alike
 
@@ -155,8 +155,8 @@ class Teller:
         for key in set(known(before)) | set(known(book)):
             assert book.read(key).cooldown_until >= before.read(key).cooldown_until  # never shortened
             assert book.read(key).failures <= before.read(key).failures + 1
-        counts = {c.ref: sum(1 for t, _ in tried if t is c) for c in self.plan.candidates}
-        for one in self.plan.candidates[1:]:
+        counts = {c.ref: sum(1 for t, _ in tried if t is c) for c in self.plan}
+        for one in self.plan[1:]:
             assert counts[one.ref] <= 1
         if isinstance(action, R.Try):
             self.check_try(book, run, action, now, tried, last, counts)
@@ -175,7 +175,7 @@ class Teller:
             return
         assert counts[chosen.ref] == 0
         assert action.delay_ms == 0
-        left = [c for c in self.plan.candidates if counts[c.ref] == 0]
+        left = [c for c in self.plan if counts[c.ref] == 0]
         blamed = {c.provider.id for c, kind in tried if kind in (R.AUTH, R.BILLING)}
         fences = {c.provider.id for c, kind in tried if kind == R.POLICY and not self.settings.allow_policy_fallback}
         if fences:
@@ -204,7 +204,7 @@ class Teller:
             assert action.outcome is last
             return
         fences = {c.provider.id for c, kind in tried if kind == R.POLICY and not self.settings.allow_policy_fallback}
-        for one in self.plan.candidates:
+        for one in self.plan:
             assert counts[one.ref] or fences and one.provider.id not in fences  # nobody is refused
         origins = [kind for c, kind in tried if c is self.origin]
         decides = origins[-1] if origins else last.kind
@@ -854,12 +854,12 @@ def test_an_upstream_that_breaks_off_every_stream_opens_its_circuit():
     settings = R.Settings()
     book = R.HealthBook()
     provider = R.Provider(id="a", models=(R.Model(id="m"),))
-    plan = R.Plan("a/m", (R.Candidate("a/m", provider, provider.models[0], "m"),))
+    plan = (R.Candidate("a/m", provider, provider.models[0], "m"),)
     for at in (1.0, 2.0):
         run, _, changes = R.begin("r%d" % at, plan, settings, book, at)
         book.apply(changes)
         book.apply(R.proceed(run, at, book))
-        assert R.ready_at(plan.candidates[0], book) <= at
+        assert R.ready_at(plan[0], book) <= at
         book.apply(R.fail_late(run, R.TEMPORARY, book, at + 0.5))
     assert book.read("a/m").circuit_until == 2.5 + settings.fallback_circuit_cooldown_ms / 1000
     run, _, _ = R.begin("r3", plan, settings, book, 100.0)

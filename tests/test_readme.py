@@ -115,7 +115,7 @@ def test_the_example_configuration_has_no_problem():
     document = llm_router.parse_config_text(example, "README.md")
     assert [problem for problem in llm_router.find_problems(document) if problem.level == "error"] == []
     config = llm_router.read_config(document, {})
-    assert llm_router.Routes(config).find_plan("claude-anything").candidates[0].ref == "anthropic/claude-3-7-sonnet"
+    assert llm_router.Routes(config).find_plan("claude-anything")[0].ref == "anthropic/claude-3-7-sonnet"
 
 
 FAKE_CLAUDE = """#!%s
