@@ -995,6 +995,7 @@ _VERDICTS = {  # of ModelIndex.judge: what is said of the name, and the cure
     "unknown": ("names the model %s, which is not configured", "write provider/model, both as they are configured"),
     "ambiguous": ("names the model %s, which several providers have", "write one of "),
     "disabled": ("names the model %s, which is disabled", "enable it or name another"),
+    "alias": ("names the alias %s, and an alias leads to models only", "write the models that one leads to"),
 }
 
 
@@ -1370,14 +1371,16 @@ class ModelIndex:
         return next((refs for pattern, refs in self._patterns if pattern.fullmatch(name)), None)
 
     def judge(self, name: str, aliases: bool = True, patterns: bool = False) -> str:
-        """ "" when `name` means one enabled model, else unknown, disabled or ambiguous. aliases, patterns: whether it
-        may also be an alias, or match an alias pattern."""
+        """ "" when `name` means one enabled model, else the word for it in _VERDICTS. aliases, patterns: whether it may
+        also be an alias, or match an alias pattern."""
         found = self.find(name)
         if len(found) == 1 or aliases and name in self.aliases or patterns and self.find_pattern(name) is not None:
             return ""
         provider_id, _, model_id = name.partition("/")
         is_off = self._disabled.intersection({(provider_id.lower(), model_id), (provider_id.lower(), "*")})
-        return "ambiguous" if found else "disabled" if model_id and is_off else "unknown"
+        if found or name in self.aliases:
+            return "ambiguous" if found else "alias"
+        return "disabled" if model_id and is_off else "unknown"
 
 
 # ----- well-known providers -----

@@ -571,7 +571,8 @@ def test_the_default_model_may_be_anything_a_client_may_ask_for(ref):
 
 def test_an_alias_cannot_lead_to_an_alias_but_a_fallback_can():
     document = dict(changed(), modelAliases={"fast": "gpt4o", "faster": "fast"})
-    only_problem(document, "modelAliases.faster")
+    found = only_problem(document, "modelAliases.faster")
+    assert "names the alias fast" in found.message and "did you mean" not in found.cure
     document = dict(
         changed(providers__0__models__0__fallbackModels=["fast"]), modelAliases={"fast": "claude-3-7-sonnet"}
     )

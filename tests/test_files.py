@@ -324,7 +324,10 @@ def test_a_directory_that_cannot_be_written_is_one_clear_line(path):
 @posix
 @pytest.mark.skipif(hasattr(os, "geteuid") and os.geteuid() != 0, reason="only root can give files away")
 def test_roots_edit_of_a_users_file_leaves_file_and_backup_to_the_user(path):
-    os.chown(path, 65534, 65534)
+    try:
+        os.chown(path, 65534, 65534)
+    except OSError:
+        pytest.skip("no such user in this namespace")
     r.edit_config_file(str(path), set_key())
     backup = path.with_name(path.name + ".bak")
     assert [(os.stat(file).st_uid, os.stat(file).st_gid) for file in (path, backup)] == [(65534, 65534)] * 2
