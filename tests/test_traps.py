@@ -90,7 +90,7 @@ TRAPS = {
     62: "test_openai_responses.py::test_a_cut_off_call_never_looks_complete",
     63: "test_compatibility.py::test_a_conversation_that_a_provider_keeps_never_moves_to_another",
     64: "test_compatibility.py::test_reasoning_that_an_upstream_did_not_issue_is_left_out_after_its_400_once",
-    65: "test_openai_responses.py::test_history_keeps_encrypted_reasoning_but_no_ids",
+    65: "test_openai_responses.py::test_history_keeps_encrypted_reasoning_but_no_ids_save_of_what_is_open",
     66: "test_openai_chat.py::test_input_stands_for_missing_messages",
     67: "test_compatibility.py::test_cache_control_goes_where_it_is_known_and_nowhere_else",
     68: "test_compatibility.py::test_cache_control_goes_where_it_is_known_and_nowhere_else",
