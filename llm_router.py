@@ -4020,7 +4020,7 @@ def _chat_usage(usage: Json) -> Usage:
     elsewhere = map(get, ("cached_tokens", "prompt_cache_hit_tokens", "num_cached_tokens"))
     cached = min(_first_count(details("cached_tokens"), *elsewhere), prompt)
     written = min(as_int(details("cache_write_tokens")), prompt - cached)
-    return Usage(prompt - cached - written, output, cached, written, thought)
+    return Usage(prompt - cached - written, output, cached, written, min(thought, output))  # Kimi's may be one more
 
 
 def _write_openai_usage(usage: Usage, prompt: str = "prompt_tokens", output: str = "completion_tokens") -> Json:
@@ -6857,19 +6857,23 @@ def _system_in_front(body: Json) -> None:
 
 
 def _drop_sampling(body: Json) -> None:
-    """OpenAI's reasoning models refuse what steers sampling, unless they are told not to reason (trap 72)."""
+    """OpenAI's and Kimi's models that reason refuse what steers sampling, unless they are told not to (trap 72)."""
     efforts = body.get("reasoning_effort"), as_dict(body.get("reasoning")).get("effort")
-    if _OPENAI_REASONING.search(as_text(body.get("model"))) and "none" not in efforts:
+    if _FIXED_SAMPLING.search(as_text(body.get("model"))) and "none" not in efforts:
         _drop("temperature", "top_p")(body)
 
 
-_OPENAI_REASONING = re.compile(r"(?:^|/)(?:o\d|gpt-(?:[5-9])(?!.*chat))")
+_FIXED_SAMPLING = re.compile(r"(?:^|/)(?:o\d|gpt-(?:[5-9])(?!.*chat)|kimi-)")
 
 
 def _think_only_if_replayed(body: Json) -> None:
-    """Thinking is off for this request when a turn with calls lacks its reasoning: another provider made it, or nobody
-    remembers (api-docs.deepseek.com, Thinking mode; platform.moonshot.ai, Thinking models)."""
-    if not all(turn.get("reasoning_content") for turn in _turns(body) if turn.get("tool_calls")):
+    """Thinking is off for a request in which a turn with calls lacks its reasoning: by another provider, or forgotten
+    (api-docs.deepseek.com, platform.moonshot.ai). Who always thinks takes a dot for it (anomalyco/opencode#10996)."""
+    lacking = [turn for turn in _turns(body) if turn.get("tool_calls") and not turn.get("reasoning_content")]
+    if re.search(r"kimi-k(?:2\.[7-9]|[3-9])", as_text(body.get("model"))):
+        for turn in lacking:
+            turn["reasoning_content"] = "."
+    elif lacking:
         body["thinking"] = {"type": "disabled"}
         body.pop("reasoning_effort", None)  # both at once are refused
 
@@ -7034,6 +7038,7 @@ _CLOUD_BETAS = re.compile(
 _CLOUD_FIXES = ("plain schemas", "closed schemas")
 _MISTRAL_FIXES = ("no stream_options", "no reasoning_content", "no reasoning_effort", "strict turns")
 _OPENAI_FIXES = ("max_completion_tokens", "no reasoning_content", "no sampling")
+_KIMI_FIXES = ("think if replayed", "plain schemas", "no sampling")
 
 COMPATS: Tuple[Compat, ...] = (
     Compat("openai", ("api.openai.com",), _OPENAI_FIXES),
@@ -7043,7 +7048,7 @@ COMPATS: Tuple[Compat, ...] = (
     Compat("vertex", ("aiplatform.googleapis.com",), _CLOUD_FIXES, signed_thinking=True, betas=_CLOUD_BETAS),
     Compat("openrouter", ("openrouter.ai",), caches=True),
     Compat("deepseek", ("api.deepseek.com",), ("think if replayed", "schema in words"), replays_reasoning=True),
-    Compat("moonshot", ("api.moonshot.ai", "api.moonshot.cn"), ("think if replayed", "plain schemas"), False, True),
+    Compat("moonshot", ("api.moonshot.ai", "api.moonshot.cn"), _KIMI_FIXES, replays_reasoning=True),
     Compat("zai", ("api.z.ai", "open.bigmodel.cn"), ("plain schemas",)),
     Compat("qwen", ("dashscope.aliyuncs.com", "dashscope-intl.aliyuncs.com", "dashscope-us.aliyuncs.com"), caches=True),
     Compat("groq", ("api.groq.com",), ("no reasoning_content", "plain schemas")),
@@ -7072,9 +7077,8 @@ def find_compat(name: str, host: str, port: int = 0) -> Compat:
 
 def apply_fixes(body: Json, fixes: Iterable[str]) -> Json:
     """A translated body as the upstream wants it. `body` is changed in place."""
-    for name in fixes:
-        if name in FIXES:
-            FIXES[name].apply(body)
+    for fix in filter(None, map(FIXES.get, fixes)):
+        fix.apply(body)
     return body
 
 
@@ -8102,25 +8106,20 @@ SIGNALS: Tuple[Tuple[str, Tuple[int, ...], Texts], ...] = (
         r"balance is (?:too low|insufficient)|balance[_ ]not[_ ]enough",
         r"exceeded(?: your|_)?[_ ]current[_ ]quota",
         r"billing_(?:error|hard_limit|not_active)",
-        r"arrearage|accountoverdueerror",
-        r"account not in good standing",
+        r"arrearage|accountoverdueerror|account not in good standing",
         r"(?:requires more|used all available|doesn't have any) credits",
-        r"please recharge|freetieronly|free allocation",
-        r"spend(?:ing)? limit",
+        r"please recharge|freetieronly|free allocation|spend(?:ing)? limit",
         r"specified (?:api |workspace )*usage limits|usage limit for this billing",
-        r"(?:key|credit) limit exceeded",
-        r"budget (?:has been )?exceeded",
+        r"(?:key|credit) limit exceeded|budget (?:has been )?exceeded",
         r"^(?:1113|1309)$",  # z.ai
     )),
     (POLICY, (400, 403, 451), (
-        r"content_filter",
-        r"responsibleaipolicyviolation",
+        r"content_filter|responsibleaipolicyviolation",
         r"content[_ ](?:(?:management|filtering) )?policy",
         r"usage (?:polic(?:y|ies)|guidelines)",
         r"safety[_ ](?:system|filter|settings|policy|check)",
-        r"flagged|moderation|limited access to this content",
+        r"flagged|moderation|data_inspection_failed|limited access to this content",
         r"prohibited_content|inappropriate content|content exists risk|sensitivecontentdetected",
-        r"data_inspection_failed",
         r"^1301$",  # z.ai
     )),
     (AUTH, (400, 403), (
@@ -8134,8 +8133,7 @@ SIGNALS: Tuple[Tuple[str, Tuple[int, ...], Texts], ...] = (
         r"model[_ ]not[_ ](?:found|exist)|model_not_(?:supported|available)",
         r"(?:unknown|no such|unavailable)[_ ]model|invalid[_ ]model(?:$|:| name| id| ['\"`])",
         r"model[^\n]{0,120}(?:does not exist|is not (?:found|available|a valid|supported for task)|decommissioned)",
-        r"not a valid model",
-        r"deploymentnotfound",
+        r"not a valid model|deploymentnotfound",
         r"^1211$",  # z.ai
     )),
 )  # fmt: skip
@@ -10857,8 +10855,7 @@ def _judge_probe(wire: str, status: int, headers: Headers, data: bytes, now: flo
     context = Context(request, "probe", int(now))
     if _is_error_body(parsed):
         outcome = judge_in_band(WIRE_FORMATS[wire].parse_error(502, parsed), headers, wire, now)
-        is_no_path = "404 NOT_FOUND" in outcome.error.message  # how z.ai words it, inside a 200
-        return outcome._replace(kind=NOT_FOUND) if is_no_path else outcome
+        return outcome._replace(kind=NOT_FOUND) if "404 NOT_FOUND" in outcome.error.message else outcome  # z.ai
     try:
         if parsed:
             parse_answer(parsed, wire, context)

@@ -241,6 +241,18 @@ def test_models_that_reason_get_no_temperature_from_openai_s_row(model, left):
     assert llm_router.apply_fixes(dict(quiet), ("no sampling",)) == quiet
 
 
+@pytest.mark.parametrize("model, is_on", [("kimi-k2.6", False), ("kimi-k2.7-code", True), ("moonshotai/kimi-k3", True)])
+def test_kimi_s_sampling_is_fixed_and_some_of_its_models_always_think(model, is_on):
+    """Its 400s: "invalid temperature: only 1 is allowed", "invalid thinking: only type=enabled is allowed", and
+    "reasoning_content is missing in assistant tool call message", which a dot satisfies."""
+    calls = [{"role": "assistant", "tool_calls": [{"id": "a"}]}, {"role": "tool", "tool_call_id": "a", "content": "r"}]
+    body = {"model": model, "temperature": 0.2, "top_p": 0.9, "messages": calls}
+    sent = llm_router.apply_fixes(body, llm_router.find_compat("moonshot", "").fixes)
+    assert "temperature" not in sent and "top_p" not in sent
+    assert (sent["messages"][0].get("reasoning_content"), "thinking" in sent) == (("." if is_on else None), not is_on)
+    assert llm_router.apply_fixes({"model": "moonshot-v1-8k", "temperature": 1}, ("no sampling",))["temperature"] == 1
+
+
 def test_ollama_is_told_not_to_think_unless_the_client_asked_for_it():
     """Trap 112."""
     row = llm_router.find_compat("", "127.0.0.1", 11434)

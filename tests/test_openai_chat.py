@@ -597,6 +597,10 @@ def test_usage_after_done_is_counted_and_says_nothing():
             },
             Usage(1, 9, 0, 0, 7),
         ),
+        (
+            {"prompt_tokens": 1, "completion_tokens": 6, "completion_tokens_details": {"reasoning_tokens": 7}},  # Kimi K3
+            Usage(1, 6, 0, 0, 6),
+        ),
         ({"prompt_tokens": None, "completion_tokens": "3", "prompt_tokens_details": 1}, Usage()),
     ],
 )
