@@ -11801,18 +11801,19 @@ class Upstreams:
         idle.append(connection)
         if len(idle) > self._settings.pool_size:
             idle.pop(0).close()
+        if self._ticker is None:  # its request has ended, it was dialled for nothing
+            self._tick()
 
     def _tick(self) -> None:
         """End the waits that are late, since a timer for each would cost more than a read, and close connections that
         were idle for too long, sooner than upstreams do."""
         now = self._loop.time()
+        self._ticker = self._loop.call_later(_LATE_S, self._tick) if self._open or self._idle else None
         for reply in self._open:
             if reply.deadline <= now:
                 reply.expire()
         self._open = [reply for reply in self._open if not reply.is_over]
         self._sweep(now - self._settings.pool_idle_ms / 1000)
-        is_needed = self._open or self._idle
-        self._ticker = self._loop.call_later(_LATE_S, self._tick) if is_needed else None
 
     def _sweep(self, oldest: float) -> None:
         """Close connections that are idle since before `oldest`, and forget dead ones."""
@@ -11872,7 +11873,7 @@ class PingingSink:
         `head`."""
         if every_ms > 0:
             self._every_s, self._early_headers, self.sent_at = every_ms / 1000, head, at
-            self._tick()
+            self._timer = self._loop.call_later(max(0.0, at + self._every_s - self._loop.time()), self._tick)
 
     def begin(self, headers: Headers, ping: bytes) -> None:
         """Send the head of a stream, unless a keep-alive has done so."""
@@ -12776,7 +12777,8 @@ class LogFile:
         """Append some lines. OSError when the disk is full or the folder gone."""
         data, stamp = text.encode("utf-8", "backslashreplace"), file_stamp(self._path)
         if stamp and 0 < self._max_bytes < stamp[1] + len(data):
-            os.replace(self._path, self._path + ".1")
+            with suppress(OSError):  # a folder that only root may write: the file grows, and nothing is lost
+                os.replace(self._path, self._path + ".1")
         with open_private(self._path, "ab") as file:
             file.write(data)
 
@@ -15114,7 +15116,7 @@ def examine(given: str, port: int, environ: Environ, offline: bool) -> List[Find
     providers = [provider for provider in config.providers if provider.enabled] if config is not None else []
     for one in providers:  # a base URL may have come from anywhere
         hosts = dict.fromkeys(urlsplit(url).netloc for url in one.base_urls.values())
-        findings += [Finding("ok", "key of " + one.id, "goes to " + ", ".join(hosts))] if one.api_key else []
+        findings += [Finding("ok", "key of " + one.id, "goes to " + ", ".join(hosts))] if one.api_key and hosts else []
     return findings if offline else findings + _examine_providers(providers, environ)
 
 

@@ -85,6 +85,12 @@ def test_a_provider_that_refuses_is_a_problem_with_its_cure(doctor, account, sta
     assert ("apiKey" in text) == (status < 500)
 
 
+def test_a_key_that_goes_nowhere_is_not_told_to_go_somewhere(doctor):
+    broken = {"id": "acct", "baseUrl": "https://user:pass@api.example.com", "apiKey": "k", "models": ["m"]}
+    code, levels, text = doctor({"providers": [broken]}, "--offline")
+    assert code == 1 and "key of acct" not in levels and "user:pass" not in text
+
+
 def test_a_provider_without_a_list_of_models_is_only_a_warning(doctor, account):
     account.status = 404
     code, levels, _ = doctor(document(account))

@@ -5,6 +5,7 @@ import gzip
 import json
 import math
 import re
+import socket
 import threading
 import time
 import zlib
@@ -944,6 +945,17 @@ def test_after_an_early_commit_an_invalid_request_is_told_in_the_stream(committe
     told = assert_stream_error(client_wire, reply)
     assert "no such field" in told.error["message"]
     assert committed.calls() == (1, 0)
+
+
+def test_a_request_that_took_long_to_arrive_is_still_refused_by_its_status(committed):
+    """The silence counts from its head on, but nobody asks an upstream."""
+    body = json.dumps(dict(ask("anthropic", "a-openai/to-openai", stream=True), thread={"type": "new"})).encode()
+    head = "POST %s HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\ncontent-length: %d\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", committed.router.port), timeout=30) as client:
+        client.sendall((head % (PATHS["anthropic"], len(body))).encode() + body[:9])
+        time.sleep(0.1)  # more than 30 ms
+        client.sendall(body[9:])
+        assert client.recv(1000).startswith(b"HTTP/1.1 400 ")
 
 
 # --- where the bytes come from: nothing but the configured place ---

@@ -140,6 +140,16 @@ def test_a_log_file_that_fails_is_opened_anew_by_the_next_line(tmp_path):
     assert (folder / "log").read_text() == "kept\n"
 
 
+def test_a_log_file_that_cannot_be_moved_grows_rather_than_lose_lines(tmp_path):
+    """In /var/log the file may be a user's, and the folder is not."""
+    path = tmp_path / "log"
+    (tmp_path / "log.1").mkdir()
+    file = r.LogFile(str(path), 20)
+    for line in ("a" * 15, "b" * 15, "c" * 15):
+        file.write(line + "\n")
+    assert path.read_text().split() == ["a" * 15, "b" * 15, "c" * 15]
+
+
 def test_what_is_logged_before_the_end_is_written_though_the_writer_is_busy_just_then():
     """The stream is in the middle of a write when the last line comes and the log is closed."""
     is_writing, may_go_on, written = threading.Event(), threading.Event(), []

@@ -205,6 +205,25 @@ def test_idle_connections_are_closed_after_a_while_and_never_too_many_kept(singl
     assert_answer("openai", post(running, "openai", "fake/fake-model"), TEXT)
 
 
+def test_a_connection_that_was_dialled_for_nothing_is_closed_after_a_while():
+    """Another one served its request meanwhile, and no other request is open."""
+
+    async def come_late(sock):
+        loop = asyncio.get_running_loop()
+        upstreams = r.Upstreams(loop, r.Settings()._replace(pool_idle_ms=1), {})
+        dial = r.Dial(SimpleNamespace(key=r.UpstreamKey("http", "a", 80, "", "")), 60, loop.create_future(), None)
+        dial.waiter.set_result(None)
+        dial.sock = sock
+        upstreams._dialled(dial)
+        await loop.run_in_executor(None, until, lambda: sock.fileno() == -1)
+        upstreams.close()
+
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    with theirs:
+        asyncio.run(come_late(ours))
+
+
 # --- odd but valid answers ---
 
 
