@@ -13787,12 +13787,10 @@ class Router(CountingHost):
 
     def stay_enrolled(self) -> None:
         """Write into the state file what it does not say of this instance (any more)."""
-        trouble = ""
+        path, trouble = state_path(), ""
         try:
-            if [one for one in read_instances(state_path()) if one.id == self.id] != self._entries:
-                change_instances(
-                    state_path(), lambda known: [one for one in known if one.id != self.id] + self._entries
-                )
+            if [one for one in read_instances(path) if one.id == self.id] != self._entries:
+                change_instances(path, lambda known: [one for one in known if one.id != self.id] + self._entries)
         except RouterError as error:
             trouble = error.message
         if trouble and trouble != self._state_trouble:
@@ -13829,7 +13827,6 @@ def run_server(options: StartOptions) -> int:
     code, port = run_loop(_serve(options))
     if port:  # become the program that this file holds by now, with the same flags, environment, pid and port
         told = "--port=%d" % port
-        sys.stdout.flush()
         os.execv(sys.executable, [*interpreter_words(), *(word for word in sys.argv if word != told), told])  # noqa: S606
     return code
 
