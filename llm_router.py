@@ -715,7 +715,10 @@ def parse_config_text(text: Union[str, bytes], source: str) -> Json:
         raise _syntax_error(source, text, error.pos, error.msg + _hint(text, error.pos)) from None
     except (ValueError, RecursionError) as error:
         constants = (piece.start() for piece in _JSON_PIECE.finditer(_plain_json(text)) if piece.group() in _NO_JSON)
-        raise _syntax_error(source, text, next(constants, 0), one_line(str(error), 120)) from None
+        at, words = next(constants, None), one_line(str(error), 120)
+        if at is None:  # no place is better than a wrong one
+            raise ConfigError("%s is not usable JSON: %s" % (source, words)) from None
+        raise _syntax_error(source, text, at, words) from None
     if not isinstance(document, dict):
         raise ConfigError("%s must hold a JSON object, it holds %s" % (source, _TYPES.get(type(document), "null")))
     if nests_too_deep(plain.encode("utf-8", "surrogatepass"), _MAX_DEPTH):
@@ -2528,21 +2531,15 @@ class Inflater:
 
 
 # Phrases for people who read raw answers; clients go by the number.
-_REASONS = {
-    int(row[:3]): row[4:]
-    for row in re.split(
-        r",\s+",
-        """
+_REASON_ROWS = """\
     100 Continue, 200 OK, 201 Created, 202 Accepted, 204 No Content, 304 Not Modified, 400 Bad Request,
     401 Unauthorized, 402 Payment Required, 403 Forbidden, 404 Not Found, 405 Method Not Allowed,
     408 Request Timeout, 409 Conflict, 410 Gone, 413 Content Too Large, 414 URI Too Long,
     415 Unsupported Media Type, 417 Expectation Failed, 421 Misdirected Request, 422 Unprocessable Content,
     429 Too Many Requests, 431 Request Header Fields Too Large, 451 Unavailable For Legal Reasons,
     500 Internal Server Error, 501 Not Implemented, 502 Bad Gateway, 503 Service Unavailable,
-    504 Gateway Timeout, 505 HTTP Version Not Supported, 529 Overloaded
-""".strip(),
-    )
-}
+    504 Gateway Timeout, 505 HTTP Version Not Supported, 529 Overloaded"""
+_REASONS = {int(row[:3]): row[4:] for row in re.split(r",\s+", _REASON_ROWS.strip())}
 LAST_CHUNK = b"0\r\n\r\n"
 _UNSAFE = re.compile(r"[^\t -~\x80-\xff]")
 _UPSTREAM_TARGET = re.compile(r"[!-~]+")
@@ -3522,7 +3519,9 @@ def parse_chat_request(body: Json) -> ChatRequest:
         said["temperature"], said["top_p"], None if top_k is None or top_k < 0 else top_k,
         stop=[stop] if isinstance(stop, str) else [text for text in stop if isinstance(text, str)],
         stream=bool(said["stream"]), include_usage=(said["stream_options"] or {}).get("include_usage") is True,
-        output=_read_output(form, form.get("json_schema", form), "response_format.json_schema"),
+        output=_read_output(
+            form, form.get("json_schema", form if "schema" in form else None), "response_format.json_schema"
+        ),
         reasoning=_chat_reasoning(said["reasoning_effort"] or "", said["reasoning"] or {}, said["thinking"] or {}),
         user=said["user"] or "", fields=_chat_rest(body, _CHAT_KINDS),
     )  # fmt: skip
@@ -4641,7 +4640,7 @@ def parse_anthropic_request(body: Json) -> ChatRequest:
         said["model"] or "",
         _numbered(_anthropic_message, said["messages"], "messages"),
         _anthropic_blocks(said["system"], "system"),
-        _numbered(_anthropic_tool, (said["tools"] or []) + _added_tools(said["messages"]), "tools"),
+        _numbered(_anthropic_tool, _anthropic_tools(said["tools"] or [], said["messages"]), "tools"),
         ToolChoice(mode, as_text(choice.get("name")) if mode == "tool" else "") if mode else None,
         parallel_tools=False if choice.get("disable_parallel_tool_use") is True else None,
         **{name: said[name] for name in ("max_tokens", "temperature", "top_p", "top_k")},
@@ -4654,11 +4653,13 @@ def parse_anthropic_request(body: Json) -> ChatRequest:
     )
 
 
-def _added_tools(messages: List[Any]) -> List[Json]:
-    """The tools that are defined in mid-conversation (BetaToolChangeToolDefinitionParam)."""
+def _anthropic_tools(tools: List[Any], messages: List[Any]) -> List[Any]:
+    """The tools, and behind them what is defined in mid-conversation (BetaToolChangeToolDefinitionParam), each once."""
     parts = [as_dict(part) for turn in messages for part in as_list(as_dict(turn).get("content"))]
     added = [as_dict(part.get("tool")).get("definition") for part in parts if part.get("type") == "tool_addition"]
-    return list({as_text(tool.get("name")): tool for tool in map(as_dict, added) if tool}.values())
+    known = {as_text(as_dict(tool).get("name")) for tool in tools}
+    new = {as_text(tool.get("name")): tool for tool in map(as_dict, added) if tool}
+    return tools + [tool for name, tool in new.items() if name not in known]
 
 
 def _without(item: Mapping[str, Any], *keys: str) -> Json:
@@ -5626,7 +5627,7 @@ def _responses_turn(item: Json, where: str, names: Dict[Tuple[str, str], str]) -
     if kind in _RESPONSES_CALLS or kind == "reasoning":
         return "assistant", _responses_blocks(item, names)
     # What tools of other providers left (trap 107). Lists of tools and requests for leave say nothing of what was done.
-    words = "" if "tools" in item or kind.startswith("mcp_approval") else readable(item)
+    words = "" if not kind or "tools" in item or kind.startswith("mcp_approval") else readable(item)
     role = "user" if kind.endswith("_output") else "assistant"
     return role, [Text("[%s] %s\n" % (kind, words))] if words else []
 
@@ -9424,7 +9425,7 @@ def _add_models(menu: Menu, item: Any) -> Menu:
 
 def _refs(menu: Menu) -> List[str]:
     """Every model that can be named, as provider/model."""
-    return ModelIndex(scan_config(menu.document, {})[0].providers, {}).names
+    return [ref for ref in Routes(scan_config(menu.document, {})[0]).refs() if not ref.endswith("/*")]
 
 
 def _aliases(menu: Menu) -> Dict[str, List[str]]:
@@ -10222,8 +10223,8 @@ class Exchange:
         tells what the model's template refuses."""
         self._candidate = action.candidate
         result = await self._call(self._requests.make(action.candidate), action.delay_ms, has_more)
-        is_named = isinstance(result, Outcome) and result.kind in (INVALID, TEMPORARY)
-        mended = self._mended(result) if is_named else None
+        is_told = isinstance(result, Outcome) and result.status and result.kind in (INVALID, TEMPORARY)
+        mended = self._mended(result) if is_told else None
         return result if mended is None else await self._call(mended, 0, has_more)
 
     def _mended(self, outcome: Outcome) -> Optional[Outbound]:

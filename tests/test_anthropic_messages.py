@@ -269,6 +269,8 @@ def test_a_tool_that_is_defined_in_mid_conversation_is_a_tool():
     request = parse(messages=turns, tools=[{"name": "early", "input_schema": {"type": "object"}}])
     assert [tool.name for tool in request.tools] == ["early", "late"]
     assert request.tools[1] == R.Tool("late", "d", late["input_schema"])
+    again = parse(messages=turns, tools=[late])  # a tool told twice would be refused
+    assert [tool.name for tool in again.tools] == ["late"]
 
 
 def test_no_tokens_at_all_warm_a_cache_of_anthropic_only():

@@ -1147,6 +1147,13 @@ def test_what_is_no_json_is_shown_at_its_place(text, where, words):
     assert [(one.line, one.column) for one in caught.value.problems] == [where]
 
 
+@pytest.mark.parametrize("value", ["[" * 3000 + "]" * 3000, "NaNs"], ids=["deep", "constant"])
+def test_what_has_no_place_of_its_own_is_told_without_one(value):
+    with pytest.raises(r.ConfigError, match="file is not usable JSON: ") as caught:
+        r.parse_config_text('{"version": 1,\n "metadata": %s}' % value, "file")
+    assert not [one for one in caught.value.problems if one.line]
+
+
 def test_problems_come_in_the_order_of_the_text():
     text = '{"defaultModel": "x",\n "providers": [{"id": "a",\n "baseUrl": "http://localhost", "models": [5],\n "compat": 1, "compat": 2}]}'
     found = r.locate_problems(r.find_problems(json.loads(text)), text)

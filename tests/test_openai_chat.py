@@ -1345,6 +1345,7 @@ def test_input_stands_for_missing_messages():
         ({"messages": [user()], "max_tokens": True}, "max_tokens"),
         ({"messages": [user()], "tools": [{"type": "function", "function": {}}]}, "tools[0].function.name"),
         ({"messages": [user()], "tools": [{"name": "f", "parameters": []}]}, "tools[0].parameters"),
+        ({"messages": [user()], "response_format": {"type": "json_schema"}}, "response_format.json_schema"),
     ],
 )
 def test_a_wrong_value_is_refused_with_its_path(body, path):

@@ -1105,6 +1105,11 @@ def test_what_hosted_tools_left_in_the_history_is_text_where_it_can_be_read():
     ]
 
 
+def test_what_says_neither_its_type_nor_who_speaks_is_nobodys_words():
+    items = [{"content": [{"type": "input_text", "text": "How?"}]}, {"name": "look", "arguments": "{}"}]
+    assert parse_responses_request({"model": "m", "input": items}).messages == []
+
+
 @pytest.mark.parametrize("mode", [ToolChoice("any"), ToolChoice("tool", "web_search"), ToolChoice("auto")])
 def test_nothing_is_asked_of_tools_that_had_to_be_left_out(mode):
     """Claude Code forces its web search, which only Anthropic runs; OpenAI refuses a choice without its tool."""

@@ -471,6 +471,12 @@ def test_fallbacks_are_picked_and_reordered():
     assert host.document["providers"][0]["models"][0]["fallbackModels"] == ["anthropic/sonnet"]
 
 
+def test_models_to_choose_from_are_named_once_and_no_model_is_its_own_fallback():
+    host = Host({"providers": [{"id": "p", "baseUrl": "https://p.example", "models": [{"id": "m", "aliases": ["n"]}, "o", "*"]}]})
+    host.open("Fallbacks", "p/m")
+    assert [row.cells[0] for row in r.rows_of(host.menu)] == ["p/o"]
+
+
 def test_a_model_without_an_id_gets_no_fallbacks_and_ends_nothing():
     host = Host({"providers": [{"id": "p", "baseUrl": "https://p.example", "models": [7, "m"]}]})
     host.open("Fallbacks").press("enter")
