@@ -13578,7 +13578,7 @@ def find_instance(path: str, config: str, port: int) -> Instance:
     fits = [one for one in alive if (not config or one.config == config) and (not port or one.port == port)]
     ports = " or ".join("--port=%d" % one.port for one in fits or alive)
     if not fits:
-        others = " with that port or configuration, only %s" % ports if alive else ""
+        others = " with that port or configuration, only %s" % ports if alive else "; llm-router start starts one"
         raise RouterError("no llm-router is running here" + others + ending, 503, "not_running")
     if len(fits) > 1:
         raise UsageError("several run here: choose one with " + ports)
@@ -16536,7 +16536,7 @@ def run_status(given: Given) -> int:
         rows.append((name, one["state"], back, one["ok"], one["failed"], *why))
     table = [_colored(line, row[1]) for line, row in zip(_table(rows, (2, 3, 4)), rows)]
     head = "llm-router %s on %s, pid %d, up %s" % (status["version"], where, status["pid"], up)
-    note = "OK and FAILED count attempts of the requests that llm-router explain still knows"
+    note = "OK and FAILED count attempts of the requests that `explain` still knows"
     return given.tell(status, _spaced([head, *facts], table, [note]))
 
 
@@ -16624,7 +16624,7 @@ def run_explain(given: Given) -> int:
     except RouterError as error:
         trail = None if isinstance(error, UsageError) else find_in_ledger(ledger_path(given.settings), id)
         if trail is None:
-            error.message += ", and the usage ledger does not know it" if error.code == "not_running" else ""
+            error.message += "; the usage ledger does not know the request" if error.code == "not_running" else ""
             raise
     return given.tell(trail, _explanation(trail))
 

@@ -733,7 +733,7 @@ def test_who_runs_the_file_itself_is_shown_commands_that_can_be_given_as_they_ar
     assert hint.startswith(begin + "--help lists")
     assert begin + "config --operation=upsert-provider --help; or" in run().stdout
     assert "example:\n  %sstop --grace=5\n" % begin in run("stop", "--help").stdout
-    assert run("stop").stdout == "no llm-router is running here\n"
+    assert run("stop").stdout == "no llm-router is running here; %sstart starts one\n" % begin
 
 
 def test_a_terminal_without_utf8_does_not_stop_a_command(tmp_path):
