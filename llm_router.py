@@ -15214,14 +15214,14 @@ _CURES = {
 
 
 class Agent(NamedTuple):
-    """How a program is pointed at the router. variables and words (arguments before the user's own) are templates, see
-    `agent_facts`; one that needs a fact that is empty is left out. hidden: variables that must not reach it. file: the
-    variable that gets the path of a temporary file, and what makes its text of the facts. install: where to get it."""
+    """How a program is pointed at the router. variables (NAME=VALUE) and words (arguments before the user's own) are
+    templates, see `agent_facts`; one that needs a fact that is empty is left out. hidden: variables that must not reach
+    it. file: the variable that gets the path of a temporary file, and what makes its text of the facts. install: where
+    to get it."""
 
     name: str
-    program: str
     install: str
-    variables: Tuple[Tuple[str, str], ...]
+    variables: str
     words: Texts = ()
     hidden: Texts = ()
     file: Optional[Tuple[str, Callable[[Mapping[str, str]], str]]] = None
@@ -15249,25 +15249,25 @@ PROXY_VARIABLES = ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy", "AL
 # TOML); opencode.ai/docs/config (OPENCODE_CONFIG); aider.chat/docs/llms/openai-compat.html; Qwen Code's README.
 # fmt: off
 AGENTS: Tuple[Agent, ...] = (
-    Agent("claude", "claude", "npm install -g @anthropic-ai/claude-code", (
-        ("ANTHROPIC_BASE_URL", "%(base)s"), ("ANTHROPIC_AUTH_TOKEN", "%(key)s"), ("ANTHROPIC_MODEL", "%(model)s"),
-        ("ANTHROPIC_DEFAULT_OPUS_MODEL", "%(opus)s"), ("ANTHROPIC_DEFAULT_SONNET_MODEL", "%(sonnet)s"),
-        ("ANTHROPIC_DEFAULT_HAIKU_MODEL", "%(haiku)s"), ("ANTHROPIC_SMALL_FAST_MODEL", "%(small)s"),
-        ("CLAUDE_CODE_MAX_CONTEXT_TOKENS", "%(window)s"), ("CLAUDE_CODE_ENABLE_GATEWAY_MODEL_DISCOVERY", "1")),
+    Agent("claude", "npm install -g @anthropic-ai/claude-code",
+          "ANTHROPIC_BASE_URL=%(base)s ANTHROPIC_AUTH_TOKEN=%(key)s ANTHROPIC_MODEL=%(model)s"
+          " ANTHROPIC_DEFAULT_OPUS_MODEL=%(opus)s ANTHROPIC_DEFAULT_SONNET_MODEL=%(sonnet)s"
+          " ANTHROPIC_DEFAULT_HAIKU_MODEL=%(haiku)s ANTHROPIC_SMALL_FAST_MODEL=%(small)s"
+          " CLAUDE_CODE_MAX_CONTEXT_TOKENS=%(window)s CLAUDE_CODE_ENABLE_GATEWAY_MODEL_DISCOVERY=1",
           hidden=("ANTHROPIC_API_KEY",)),
-    Agent("codex", "codex", "npm install -g @openai/codex", (("ROUTER_API_KEY", "%(key)s"),),
+    Agent("codex", "npm install -g @openai/codex", "ROUTER_API_KEY=%(key)s",
           ("-c", 'model_provider="llm-router"', "-c", _CODEX_PROVIDER, "-c", 'model="%(model)s"',
            "-c", "model_context_window=%(window)s")),
-    Agent("opencode", "opencode", "npm install -g opencode-ai", (), file=("OPENCODE_CONFIG", _opencode_config)),
-    Agent("aider", "aider", "pipx install aider-chat",
-          (("OPENAI_API_BASE", "%(base)s/v1"), ("OPENAI_API_KEY", "%(key)s")), ("--model", "openai/%(model)s")),
-    Agent("qwen", "qwen", "npm install -g @qwen-code/qwen-code",
-          (("OPENAI_BASE_URL", "%(base)s/v1"), ("OPENAI_API_KEY", "%(key)s"), ("OPENAI_MODEL", "%(model)s")),
+    Agent("opencode", "npm install -g opencode-ai", "", file=("OPENCODE_CONFIG", _opencode_config)),
+    Agent("aider", "pipx install aider-chat", "OPENAI_API_BASE=%(base)s/v1 OPENAI_API_KEY=%(key)s",
+          ("--model", "openai/%(model)s")),
+    Agent("qwen", "npm install -g @qwen-code/qwen-code",
+          "OPENAI_BASE_URL=%(base)s/v1 OPENAI_API_KEY=%(key)s OPENAI_MODEL=%(model)s",
           ("--auth-type", "openai"), hidden=PROXY_VARIABLES),  # it sends even 127.0.0.1 to a proxy
 )
-ANY_AGENT = Agent("any", "", "", (
-    ("ANTHROPIC_BASE_URL", "%(base)s"), ("ANTHROPIC_AUTH_TOKEN", "%(key)s"), ("OPENAI_BASE_URL", "%(base)s/v1"),
-    ("OPENAI_API_BASE", "%(base)s/v1"), ("OPENAI_API_KEY", "%(key)s")), hidden=("ANTHROPIC_API_KEY",))
+ANY_AGENT = Agent(
+    "any", "", "ANTHROPIC_BASE_URL=%(base)s ANTHROPIC_AUTH_TOKEN=%(key)s OPENAI_BASE_URL=%(base)s/v1"
+    " OPENAI_API_BASE=%(base)s/v1 OPENAI_API_KEY=%(key)s", hidden=("ANTHROPIC_API_KEY",))
 # fmt: on
 _NO_KEY = "no-key-needed"  # clients insist on some key
 
@@ -15291,7 +15291,8 @@ def agent_facts(base: str, key: str, config: Config, chosen: Mapping[str, str]) 
 
 def fill_templates(agent: Agent, facts: Mapping[str, str]) -> Tuple[Dict[str, str], List[str]]:
     """The variables and the words of an agent; what needs an empty fact is left out, a word with its flag."""
-    variables = {name: text % facts for name, text in agent.variables if _is_filled(text, facts)}
+    pairs = (word.partition("=")[::2] for word in agent.variables.split())
+    variables = {name: text % facts for name, text in pairs if _is_filled(text, facts)}
     words: List[str] = []
     inside = {name: json.dumps(text, ensure_ascii=False)[1:-1] for name, text in facts.items()}
     for flag, text in zip(agent.words[::2], agent.words[1::2]):  # in quotes it is a string of TOML, which is JSON's
@@ -15315,17 +15316,16 @@ def run_program(agent: Agent, argv: Sequence[str], facts: Mapping[str, str], env
     if any(env.get(name) for name in PROXY_VARIABLES):  # the router itself is reached directly
         own = urlsplit(facts["base"]).hostname or ""
         env.update({name: ",".join(filter(None, (env.get(name), own))) for name in ("NO_PROXY", "no_proxy")})
-    program = shutil.which(agent.program or argv[0], path=env.get("PATH"))
+    program = shutil.which(argv[0], path=env.get("PATH"))
     if program is None:
         hint = "; install it: " + agent.install if agent.install else ""
-        raise RouterError("%s is not on the PATH%s" % (one_line(agent.program or argv[0], 80), hint))
-    rest = list(argv) if agent.program else list(argv[1:])
+        raise RouterError("%s is not on the PATH%s" % (one_line(argv[0], 80), hint))
     with tempfile.TemporaryDirectory(prefix="llm-router-") as folder:
         if agent.file is not None:
             variable, make = agent.file
             env[variable] = os.path.join(folder, agent.name + ".json")
             write_private(env[variable], make(facts).encode())
-        return _wait_for([program, *words, *rest], env)
+        return _wait_for([program, *words, *argv[1:]], env)
 
 
 def _wait_for(argv: Sequence[str], env: Environ) -> int:
@@ -16794,11 +16794,12 @@ _AGENT_FLAGS = (
 
 def run_agent(given: Given) -> int:
     """`run TOOL [args...]`, `run -- COMMAND`: a program against the running router, or one of its own."""
-    name, *argv = given.tail or [""]
-    agent = ANY_AGENT if name == "--" and argv else next((row for row in AGENTS if row.name == name), None)
+    name, *further = given.tail or [""]
+    agent = ANY_AGENT if name == "--" and further else next((row for row in AGENTS if row.name == name), None)
     if agent is None:
         names = ", ".join(row.name for row in AGENTS)
         raise UsageError("run: name one of %s, or -- and any command; run claude, run -- python app.py" % names)
+    argv = further if agent is ANY_AGENT else given.tail
     try:
         return _run_as_guest(agent, argv, given.find_instance(), given)
     except RouterError as error:
@@ -16812,7 +16813,7 @@ def _run_as_guest(agent: Agent, argv: Sequence[str], instance: Instance, given: 
     ledger name it."""
     import secrets
 
-    name = re.sub(r"[^A-Za-z0-9._-]", "-", agent.program or argv[0].replace("\\", "/").rpartition("/")[2])
+    name = re.sub(r"[^A-Za-z0-9._-]", "-", argv[0].replace("\\", "/").rpartition("/")[2])
     key = "run-" + secrets.token_urlsafe(24)
     sha256 = hashlib.sha256(key.encode()).hexdigest()
     _, base, config = _reach_running(instance, given.environ)
@@ -16856,7 +16857,7 @@ def _run_with_router(agent: Agent, argv: Sequence[str], given: Given) -> int:
 def run_env(given: Given) -> int:
     """`env [TOOL]`: the variables that point a program at the running router, for a shell to read."""
     name = one_line(given.tool or "any", 40)
-    led = {row.name: row for row in (*AGENTS, ANY_AGENT) if any("%(base)s" in text for _, text in row.variables)}
+    led = {row.name: row for row in (*AGENTS, ANY_AGENT) if "%(base)s" in row.variables}
     if name not in led:
         words = name, ", ".join(led), name
         raise UsageError("env: variables do not lead %s anywhere, only %s; try llm-router run %s" % words)

@@ -52,7 +52,7 @@ class Home:
         self.env = clean_environment(folder)
         tools = folder / "tools"
         tools.mkdir()
-        for name in [agent.program for agent in r.AGENTS] + ["my-app"]:
+        for name in [agent.name for agent in r.AGENTS] + ["my-app"]:
             (tools / name).write_text(TOOL % sys.executable)
             (tools / name).chmod(0o755)
         self.env["PATH"] = "%s%s%s" % (tools, os.pathsep, self.env.get("PATH", os.defpath))
