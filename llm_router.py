@@ -7275,7 +7275,7 @@ def make_access(config: Config, required: bool, guests: Iterable[Tuple[str, str]
     clients' keys."""
     keys = (config.master_key.encode("utf-8", "surrogateescape"),) if config.master_key else ()
     clients = tuple((key.sha256, key.name) for key in config.client_keys) + tuple(guests)
-    return Access(required, keys, tuple(config.cors_origins), tuple(config.allowed_hosts), clients)
+    return Access(required, keys, config.cors_origins, config.allowed_hosts, clients)
 
 
 _LOCAL_HOST = re.compile(
@@ -7905,11 +7905,9 @@ def auth_header(provider: Provider, wire: str) -> Tuple[str, str]:
     auth = provider.auths.get(wire) or Auth("x-api-key" if wire == "anthropic" else "bearer")
     if not provider.api_key or auth.type == "none":
         return "", ""
-    if auth.type == "bearer":
-        return "authorization", "Bearer " + provider.api_key
-    if auth.type == "x-api-key":
-        return "x-api-key", provider.api_key
-    return (auth.header_name or "authorization").lower(), (auth.prefix or "") + provider.api_key
+    ways = {"bearer": ("authorization", "Bearer "), "x-api-key": ("x-api-key", "")}
+    name, prefix = ways.get(auth.type, (auth.header_name.lower(), auth.prefix))
+    return name, prefix + provider.api_key
 
 
 def choose_wire(candidate: Candidate, client_wire: str) -> str:
