@@ -5389,9 +5389,8 @@ class AnthropicStreamRenderer:
         return out + _anthropic_event("message_stop")
 
     def _fail(self, event: Failed) -> bytes:
-        out = self._close()
-        self._state = "after"
-        return out + anthropic_error_event(event.error, self._context.id)
+        self._state = "after"  # an open block stays so: its stop would have a client run half a tool call
+        return anthropic_error_event(event.error, self._context.id)
 
     _HANDLERS: Dict[type, Callable[..., bytes]] = {
         Started: _start, Opened: _open, Closed: _close, Finished: _finish, Failed: _fail,
@@ -6693,13 +6692,14 @@ class StreamRelay(StreamTranslator):
     """
 
     _is_named = False  # whether the event that names the model went by
-    _last = b""  # what was passed on last
+    _last = b""  # what was passed on last that bears a number, as comments do not
 
     def _watch(self, raw: bytes) -> Any:
         return self._target.watch.search(raw) or b"[DONE]" in raw or _ERROR_EVENT.search(raw)
 
     def _take(self, whole: bytes) -> bytes:
-        self._last, sees_all = whole, self.recorder is not None
+        self._last = whole if b'"sequence_number"' in whole else self._last
+        sees_all = self.recorder is not None
         if self.content and not sees_all and not self._watch(whole):
             return whole
         passed = []

@@ -557,6 +557,23 @@ def test_a_relayed_stream_that_breaks_off_gets_an_error_and_not_the_cut_event(wi
     assert out == raw + told.replace(b'"sequence_number":0', b'"sequence_number":%d' % (number[0] + 1 if number else 0))
 
 
+def test_a_comment_does_not_start_the_numbers_of_a_broken_stream_anew():
+    relay = R.StreamRelay("responses", "responses", CONTEXT)
+    relay.feed(b'event: response.created\ndata: {"type": "response.created", "sequence_number": 4}\n\n')
+    relay.feed(b": OPENROUTER PROCESSING\n\n")
+    assert b'"sequence_number":5,' in relay.fail(R.ErrorInfo(502, "the upstream's answer broke off: reset"))
+
+
+def test_half_a_tool_call_is_not_called_complete_when_the_connection_breaks():
+    """trap 22: clients run a tool at its block's stop."""
+    call = {"index": 0, "id": "c", "type": "function", "function": {"name": "rm", "arguments": '{"path": "/tm'}}
+    chunk = {"id": "x", "model": "m", "choices": [{"index": 0, "delta": {"tool_calls": [call]}}]}
+    processor = R.make_processor("openai", "anthropic", CONTEXT)
+    assert b"/tm" in processor.feed(b"data: %s\n\n" % json.dumps(chunk).encode())
+    told = processor.fail(R.ErrorInfo(502, "the upstream's answer broke off: reset"))
+    assert [event.name for event in R.parse_events(told)] == ["error"] and processor.finish() == b""
+
+
 @pytest.mark.parametrize("target", WIRES)
 def test_silence_is_borne_for_usage_and_end_but_not_for_long_behind_the_end(target):
     """trap 9"""
