@@ -175,8 +175,13 @@ class Value:
     defaults: Tuple[Any, ...] = ()
 
     def __init__(self, *values: Any, **named: Any) -> None:
-        defaults = zip(self.__slots__[::-1], self.defaults[::-1])
-        for name, value in {**dict(defaults), **dict(zip(self.__slots__, values)), **named}.items():
+        names = self.__slots__
+        if named:
+            named = {**dict(zip(names[::-1], self.defaults[::-1])), **named}
+            values += tuple(named[name] for name in names[len(values) :])
+        elif len(values) < len(names):
+            values += self.defaults[len(values) - len(names) :]
+        for name, value in zip(names, values):
             setattr(self, name, value)
 
     def _fields(self) -> Tuple[Any, ...]:
