@@ -827,8 +827,9 @@ def test_a_silent_origin_times_out_once_and_the_fallback_answers(impatient, stre
     assert_answer("openai", reply, TEXT)
     assert 0.3 <= time.monotonic() - began < 30  # it may take 120 s by default
     assert attempts_of(reply)[0] == ("a-openai/to-openai", "timeout")
-    assert impatient.calls() == (1, 1)
-    assert impatient.first.calls[0].closed.wait(20)
+    assert len(attempts_of(reply)) == 2 and len(impatient.second.calls) == 1
+    for call in impatient.first.calls:  # none where a busy machine had no time to take it
+        assert call.closed.wait(20)
 
 
 def test_comments_and_life_cycle_events_do_not_stop_the_clock_for_the_first_content(router, make_upstream):
