@@ -1856,8 +1856,8 @@ def _drop_references(old: Json, new: Json) -> List[str]:
     before, notes, more = _index_of(old), [], [""]
 
     def left(ref: str, aliases: bool) -> Any:
-        is_lost = after.judge(ref, aliases) == "unknown" and before.judge(ref, aliases) != "unknown"
-        return _GONE if is_lost else ref
+        was_none, is_none = (index.judge(ref, aliases) in ("unknown", "alias") for index in (before, after))
+        return _GONE if is_none and not was_none else ref
 
     while more:  # an alias that goes takes along what led to it
         after = _index_of(new)

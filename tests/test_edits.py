@@ -308,6 +308,11 @@ def test_removing_a_model_removes_references_by_any_of_its_names():
     assert document["modelAliases"] == {"both": ["b/m2"], "only": ["a/m3"]}
 
 
+def test_a_removed_model_leaves_no_reference_that_now_reads_as_an_alias():
+    document = {**DOCUMENT, "modelAliases": {"m3": "a/m1", "both": ["m3", "b/m2"]}, "defaultModel": "both"}
+    assert r.remove_model(document, "a", "m3").document["modelAliases"] == {"m3": "a/m1", "both": ["b/m2"]}
+
+
 def test_a_reference_that_was_unknown_before_is_not_touched_by_a_removal():
     document = dict(copy.deepcopy(DOCUMENT), modelAliases={"fast": "a/m1", "typo": "b/m22"})
     assert r.remove_model(document, "a", "m3").document["modelAliases"]["typo"] == "b/m22"
