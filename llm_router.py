@@ -1432,7 +1432,7 @@ PRESETS = _read_presets("""
     together | Together | TOGETHER | meta-llama/Llama-3.3-70B-Instruct-Turbo | api.together.ai/settings/api-keys \
         | api.together.xyz/v1
     cerebras | Cerebras | CEREBRAS | llama-3.3-70b | cloud.cerebras.ai | api.cerebras.ai/v1
-    moonshot | Moonshot | MOONSHOT | kimi-latest | platform.moonshot.ai/console/api-keys \
+    moonshot | Moonshot | MOONSHOT | kimi-k2.6 | platform.moonshot.ai/console/api-keys \
         | api.moonshot.ai/v1 | api.moonshot.ai/anthropic
     zai | Z.ai | ZAI | glm-4.6 | z.ai/manage-apikey/apikey-list | api.z.ai/api/paas/v4 | api.z.ai/api/anthropic
 """)
@@ -3751,7 +3751,8 @@ def _chat_reasoning(effort: str, own: Json, thinking: Json) -> Optional[Reasonin
     `auto` and `default` say nothing."""
     if thinking.get("type") == "disabled" or own.get("enabled") is False:
         return Reasoning("none")
-    effort = next((word for word in (effort, as_text(own.get("effort"))) if word in EFFORT_BUDGETS), "")
+    words = effort.lower(), as_text(own.get("effort")).lower()
+    effort = next((word for word in words if word in EFFORT_BUDGETS), "")
     budget = as_int(own.get("max_tokens")) or as_int(thinking.get("budget_tokens"))
     is_on = own.get("enabled") is True or thinking.get("type") == "enabled"  # the latter at DeepSeek and z.ai
     adaptive = thinking.get("type") == "adaptive" or (is_on and not effort and not budget)
@@ -7035,6 +7036,7 @@ FIXES: Dict[str, Fix] = {
     "think if asked": Fix(lambda body: body.setdefault("reasoning_effort", "none"), "messages"),
     "think if replayed": Fix(_think_only_if_replayed, "messages"),
 }
+TEMPLATE_FIXES = ("strict turns", "system in front")  # what a local model's template refuses may be told with a 500
 
 # Amazon Bedrock's and Vertex AI's documentation of Claude name these; whatever else is "invalid beta flag".
 _CLOUD_BETAS = re.compile(
@@ -10241,7 +10243,7 @@ class Exchange:
             return sent._replace(body=dump_json(repaired))
         known = self._gateway.lessons.get(ref) or ()
         fix = "" if self._passes else learn_fix(body, words, known)
-        if not fix:
+        if not fix or (outcome.kind == TEMPORARY and fix not in TEMPLATE_FIXES):
             return None
         self._gateway.lessons.put(ref, known + (fix,))
         self._trail.amend(decision="learned, again: " + fix)

@@ -104,6 +104,17 @@ def test_instructions_amid_the_conversation_are_the_user_s_where_a_template_want
     assert sent[1] == [*sent[0][:3], ("user", "c")]
 
 
+def test_a_server_s_own_fault_teaches_nothing_whatever_field_it_names(router, make_upstream):
+    upstream = make_upstream()
+    words = "unknown error while reading max_tokens"
+    upstream.answer(fake.error_answer("openai", 500, words, "server_error"), fake.model_answer("openai", False, "fine"))
+    running = router(config_of(provider(upstream, "openai", "a", ["m"])))
+    body = {"model": "a/m", "max_tokens": 9, "messages": [{"role": "user", "content": "a"}]}
+    assert "fine" in running.post("/v1/messages", body).text
+    assert [call.json["max_tokens"] for call in upstream.calls] == [9, 9]
+    assert "learned" not in running.wait_log("a/m=500")
+
+
 @pytest.mark.parametrize(
     "message",
     [

@@ -1121,6 +1121,7 @@ def test_every_field_finds_its_place():
         ("top_k", -1, "top_k", None),  # vLLM: off
         ("reasoning_effort", "default", "reasoning", None),  # Groq
         ("reasoning", {"effort": "auto"}, "reasoning", None),
+        ("reasoning_effort", "HIGH", "reasoning", Reasoning("high")),
         ("reasoning", {"enabled": True}, "reasoning", Reasoning(adaptive=True)),
         ("thinking", {"type": "enabled"}, "reasoning", Reasoning(adaptive=True)),  # DeepSeek, z.ai: without a budget
         ("thinking", {"type": "enabled", "budget_tokens": 2000}, "reasoning", Reasoning(budget=2000)),
