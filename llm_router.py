@@ -11161,7 +11161,7 @@ def _lock_descriptor(descriptor: int) -> bool:
 _READ_BYTES = 65_536  # from 128 KB on malloc maps fresh pages for every read, which costs 15 us however little comes
 _PAUSE_BYTES = 1 << 20
 _ABORT_AGAIN_S = 0.05
-_NEXT_ADDRESS_S = 1.0
+_NEXT_ADDRESS_S = 0.25
 _LATE_S = 0.1  # as exact as time limits are
 _LINGER_S = 2.0
 
@@ -11228,28 +11228,68 @@ class Dial:
             self.sock.do_handshake()
 
     def _open(self, address: Tuple[str, int], timeout: float, source: Any = None) -> Any:
-        """A socket to the first of the host's addresses that answers. Each but the last has a moment for that, so that
-        IPv6 that leads nowhere costs no more."""
+        """A socket to the first of the host's addresses that answers. Each is asked a quarter of a second after the one
+        before, or at its failure, so that IPv6 that leads nowhere costs no more than that (RFC 8305)."""
+        import selectors
         import socket
 
-        failure = OSError("the name has no address")
+        failure, until = OSError("the name has no address"), time.monotonic() + timeout
         places = socket.getaddrinfo(address[0], address[1], 0, socket.SOCK_STREAM)
-        for at, (family, kind, proto, _, place) in enumerate(places, 1):
-            self._check()
+        with selectors.DefaultSelector() as asked:
             try:
-                self.sock = socket.socket(family, kind, proto)
-                self.sock.settimeout(timeout if at == len(places) else min(timeout, _NEXT_ADDRESS_S))
-                self.sock.connect(place)
-                self.sock.settimeout(timeout)
-                return self.sock
-            except OSError as error:
-                failure = error
-                self.close()
+                while places or asked.get_map():
+                    self._check()
+                    if time.monotonic() > until:
+                        raise TimeoutError("timed out")
+                    try:
+                        if places:
+                            _ask_address(asked, *places.pop(0))
+                        self.sock = _first_connected(asked)
+                    except OSError as error:
+                        failure = error
+                    if self.sock is not None:
+                        self.sock.settimeout(timeout)
+                        return self.sock
+            finally:
+                for key in list(asked.get_map().values()):
+                    key.fileobj.close()
         raise failure
 
     def _check(self) -> None:
         if self.is_aborted:
             raise OSError("the request was cancelled")
+
+
+def _ask_address(asked: Any, family: int, kind: int, proto: int, _: str, place: Any) -> None:
+    """Begin to connect to one address; `asked` is the selector that learns of the end. OSError."""
+    import selectors
+    import socket
+
+    sock = socket.socket(family, kind, proto)
+    sock.setblocking(False)
+    try:
+        sock.connect(place)
+    except BlockingIOError:
+        pass  # under way
+    except OSError:
+        sock.close()
+        raise
+    asked.register(sock, selectors.EVENT_WRITE)
+
+
+def _first_connected(asked: Any) -> Any:
+    """The first socket that connects within the moment that the next address has to wait, or None. OSError when one of
+    them fails."""
+    import socket
+
+    for key, _ in asked.select(_NEXT_ADDRESS_S):
+        asked.unregister(key.fileobj)
+        code = key.fileobj.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if not code:
+            return key.fileobj
+        key.fileobj.close()
+        raise OSError(code, os.strerror(code))
+    return None
 
 
 def _dial_error(error: Exception, where: str) -> RouterError:

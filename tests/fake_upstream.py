@@ -950,22 +950,35 @@ _DEAD = []  # bound and never listening, to the end of the process
 
 
 @contextlib.contextmanager
-def blackhole():
-    """The port of a listener that never completes a connection: its queue is full (Linux drops the SYN)."""
+def blackhole(for_s=None):
+    """The port of a listener that completes no connection, or none `for_s` seconds long: its queue is full (Linux drops
+    the SYN)."""
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
     listener.listen(0)
-    fillers = []
+    ends = []
+
+    def take_all():
+        with contextlib.suppress(OSError):
+            while True:
+                ends.append(listener.accept()[0])
+
     try:
         for _ in range(8):
             filler = socket.socket()
             filler.setblocking(False)
             filler.connect_ex(listener.getsockname())
-            fillers.append(filler)
+            ends.append(filler)
         time.sleep(0.1)
+        taker = threading.Timer(for_s or 0, take_all)
+        taker.daemon = True
+        if for_s is not None:
+            taker.start()
         yield listener.getsockname()[1]
     finally:
-        for connection in fillers + [listener]:
+        with contextlib.suppress(OSError):
+            listener.shutdown(socket.SHUT_RDWR)  # ends accept, too
+        for connection in ends + [listener]:
             connection.close()
 
 

@@ -548,6 +548,19 @@ def test_an_address_that_leads_nowhere_delays_the_next_one_only_a_moment(upstrea
         dial.close()
 
 
+def test_a_slow_address_is_not_given_up_for_one_behind_it_that_fails(monkeypatch):
+    """Where there is no IPv6 its addresses come last and fail at once; one lost packet must not cost the only way."""
+    with fake.blackhole(for_s=1.2) as slow:
+        found = [(socket.AF_INET, socket.SOCK_STREAM, 0, "", ("127.0.0.1", at)) for at in (slow, fake.dead_port())]
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *_: list(found))
+        target = SimpleNamespace(key=r.UpstreamKey("http", "api.example.com", 80, "", ""))
+        dial = r.Dial(target, 60, None, r.Network({}))
+        dial.run()
+        assert dial.error is None
+        assert dial.sock.getpeername() == ("127.0.0.1", slow)
+        dial.close()
+
+
 def test_the_last_address_that_fails_says_why(monkeypatch):
     found = [(socket.AF_INET, socket.SOCK_STREAM, 0, "", ("127.0.0.1", fake.dead_port())) for _ in range(2)]
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_: list(found))
