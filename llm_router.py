@@ -2627,7 +2627,7 @@ class ResponseParser:
     complete = property(lambda self: self.decoder.complete)
     surplus = property(lambda self: self.decoder.surplus)
     # Whether the connection may carry another request: the answer ended exactly, and nobody said close.
-    reusable = property(lambda self: self.complete and self._persistent and not self.surplus)
+    reusable = property(lambda self: self.decoder.complete and self._persistent and not self.decoder.surplus)
 
     def feed(self, data: bytes) -> bytes:
         """The body bytes that `data` brought, without any chunking; b"" in the head. UpstreamProtocolError (502)."""
@@ -2639,8 +2639,9 @@ class ResponseParser:
 
     def finish(self) -> None:
         """The upstream closed the connection. UpstreamProtocolError (502, "upstream_truncated") if it was too early."""
-        self.decoder.complete = self.complete or self._until_close
-        if not self.complete:
+        decoder = self.decoder
+        decoder.complete = decoder.complete or self._until_close
+        if not decoder.complete:
             what = "within its answer" if self.head or self._held else "without an answer"
             raise UpstreamProtocolError("the connection was closed " + what, 502, "upstream_truncated")
 
@@ -3127,11 +3128,12 @@ def recall(memory: BoundedMap, issuer: str, call_ids: Iterable[Any]) -> List[Any
     return [block for call_id in call_ids for block in memory.get((issuer, call_id)) or ()]
 
 
-def restore_reasoning(messages: List[Message], memory: BoundedMap, issuer: str) -> List[Message]:
+def restore_reasoning(messages: List[Message], memory: BoundedMap, issuer: Callable[[], str]) -> List[Message]:
     """A conversation for `issuer`: turns with calls that it made begin with what it thought then."""
     restored = []
     for message in messages:
-        known = recall(memory, issuer, [block.id for block in message.blocks if isinstance(block, ToolCall)])
+        calls = [block.id for block in message.blocks if isinstance(block, ToolCall)]
+        known = recall(memory, issuer(), calls) if calls else []
         restored.append(message._replace(blocks=_as_issued(message.blocks, known)) if known else message)
     return restored
 
@@ -3163,9 +3165,7 @@ def tool_grammar(tool: Tool) -> Tuple[str, str]:
 
 def custom_as_function(tool: Any) -> Any:
     """A custom tool, or a call of one (free text), as that of a function of one string, `input`; the grammar goes into
-    the description (trap 60). Any other tool or block as it is."""
-    if getattr(tool, "kind", "") != "custom":
-        return tool
+    the description (trap 60)."""
     if isinstance(tool, ToolCall):
         return tool._replace(arguments=json.dumps({"input": tool.arguments}), kind="function")
     syntax, definition = tool_grammar(tool)
@@ -4005,7 +4005,10 @@ def parse_chat_response(body: Json, context: Context) -> ChatResponse:
 
 
 def _first_count(*values: Any) -> int:
-    return next(filter(None, map(as_int, values)), 0)
+    for value in values:
+        if value and as_int(value):
+            return as_int(value)
+    return 0
 
 
 def _chat_usage(usage: Json) -> Usage:
@@ -6430,17 +6433,32 @@ _FILE_TYPES = ("image", "document", "file", "video_url", "audio_url", "container
 def render_request(request: ChatRequest, target: str) -> Json:
     """A neutral request as a body of the format `target`: tidy, and with tools that every provider takes."""
 
-    def noted(block: Any) -> Any:
-        is_lost = isinstance(block, Opaque) and block.wire != target and block.value.get("type") in _FILE_TYPES
-        return Text("[%s left out]" % block.value["type"]) if is_lost else block
+    def fitted(value: Any) -> Any:
+        if isinstance(value, Opaque):
+            is_lost = value.wire != target and value.value.get("type") in _FILE_TYPES
+            return Text("[%s left out]" % value.value["type"]) if is_lost else value
+        if not isinstance(value, (ToolCall, Tool)) or value.kind == "server":
+            return value
+        name = short_tool_name(value.name)
+        value = value if name == value.name else value._replace(name=name)
+        # Few servers of the other formats know tools of free text.
+        return value if target == "responses" or value.kind != "custom" else custom_as_function(value)
 
-    request = shorten_tools(map_request(request, noted))
+    choice = request.tool_choice and request.tool_choice._replace(name=short_tool_name(request.tool_choice.name))
     # No tokens at all are Anthropic's way to warm its cache; others refuse that.
     limit = request.max_tokens if request.max_tokens != 0 else 1
-    request = request._replace(messages=tidy_messages(request.messages), max_tokens=limit)
-    # Few servers of the other formats know tools of free text.
-    request = request if target == "responses" else map_request(request, custom_as_function)
+    request = map_request(request, fitted)
+    request = request._replace(messages=tidy_messages(request.messages), tool_choice=choice, max_tokens=limit)
     return WIRE_FORMATS[target].render_request(request)
+
+
+def map_request(request: ChatRequest, change: Callable[[Any], Any]) -> ChatRequest:
+    """The request with a function applied to each of its tools and blocks, those of the instructions too."""
+    return request._replace(
+        system=list(map(change, request.system)),
+        tools=list(map(change, request.tools)),
+        messages=[Message(role, list(map(change, blocks)), extra) for role, blocks, extra in request.messages],
+    )
 
 
 def parse_answer(body: Json, source: str, context: Context) -> ChatResponse:
@@ -6497,27 +6515,6 @@ def short_tool_name(name: str) -> str:
         return name
     digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:10]
     return re.sub(r"[^a-zA-Z0-9_-]+", "_", name)[:53] + "_" + digest
-
-
-def map_request(request: ChatRequest, change: Callable[[Any], Any]) -> ChatRequest:
-    """The request with a function applied to each of its tools and blocks, those of the instructions too."""
-    return request._replace(
-        system=list(map(change, request.system)),
-        tools=list(map(change, request.tools)),
-        messages=[turn._replace(blocks=list(map(change, turn.blocks))) for turn in request.messages],
-    )
-
-
-def shorten_tools(request: ChatRequest) -> ChatRequest:
-    """The request with short_tool_name applied to tools, tool_choice and the calls in the history."""
-
-    def renamed(value: Any) -> Any:
-        is_named = isinstance(value, (Tool, ToolCall)) and value.kind != "server"
-        name = short_tool_name(value.name) if is_named else ""
-        return value._replace(name=name) if is_named and name != value.name else value
-
-    choice = request.tool_choice and request.tool_choice._replace(name=short_tool_name(request.tool_choice.name))
-    return map_request(request, renamed)._replace(tool_choice=choice)
 
 
 class ToolRestorer:
@@ -7997,7 +7994,8 @@ class Requests:
                 first = next(filter(None, texts), "")
             except RouterError:
                 first = ""  # what cannot be read here is passed through all the same
-            self._conversation = hashlib.sha256(dump_json([self._owner, first])).hexdigest()
+            words = "%s\0%s" % (self._owner, first)
+            self._conversation = hashlib.sha256(words.encode("utf-8", "surrogatepass")).hexdigest()
         return "%s %s" % (provider, self._conversation)
 
     def make(self, candidate: Candidate) -> Outbound:
@@ -8033,7 +8031,8 @@ class Requests:
         return self._inbound.body if changed is None else JsonObject(changed)
 
     def _translated(self, candidate: Candidate, wire: str, compat: Compat) -> Json:
-        messages = restore_reasoning(self.neutral.messages, self._reasoning, self.issuer(candidate.provider.id))
+        provider = candidate.provider.id
+        messages = restore_reasoning(self.neutral.messages, self._reasoning, lambda: self.issuer(provider))
         lessons, asked = self._lessons.get(candidate.ref) or (), self.neutral.max_tokens
         learned = (int(name.split()[2]) for name in lessons if name not in FIXES)  # "at most 8192 tokens"
         most = min(filter(None, (candidate.model.max_output_tokens, *learned)), default=0)
@@ -8458,6 +8457,9 @@ class Try(Value):
 
     __slots__ = ("candidate", "delay_ms")
 
+    def __init__(self, candidate: Candidate, delay_ms: int) -> None:
+        self.candidate, self.delay_ms = candidate, delay_ms
+
 
 class Deliver(Value):
     """Action: the answer that `outcome` brought is the client's answer."""
@@ -8651,19 +8653,17 @@ def _next_candidate(run: Run, book: Any, now: float) -> Step:
         ready, others = ready_at(candidate, book), tuple(c for c in run.remaining if c is not candidate)
     half_open = ready > 0 and is_half_open(candidate, book, now)
     is_steady = candidate is run.plan[0] and ready <= now and not half_open
-    delay_ms = _wait_ms(ready, run, now)
-    changes = []
-    if half_open and not book.read(candidate.ref).probe:
-        changes.append(HealthChange(candidate.ref, probe=run.id))
+    delay_ms = _wait_ms(ready, run, now) if ready > now else 0
+    probes = (candidate.ref,) if half_open and not book.read(candidate.ref).probe else ()
     run = run._replace(
         current=candidate,
         tries=0,
         allowed=run.settings.origin_retry_attempts if is_steady else 1,
         remaining=others,
-        probes=run.probes + tuple(change.key for change in changes),
+        probes=run.probes + probes,
         waited_ms=run.waited_ms + delay_ms,
     )
-    return run, Try(candidate, delay_ms), changes
+    return run, Try(candidate, delay_ms), [HealthChange(ref, probe=run.id) for ref in probes]
 
 
 def _wait_ms(ready: float, run: Run, now: float) -> int:
@@ -10147,7 +10147,8 @@ def own_headers(trail: Trail) -> Headers:
     headers = [("x-llm-router-request-id", trail.id)]
     for name, text in (("x-llm-router-attempts", trail.path), ("x-llm-router-model", trail.model)):
         if text:
-            headers.append((name, text.encode("ascii", "backslashreplace").decode()[:2000]))
+            text = text if text.isascii() else text.encode("ascii", "backslashreplace").decode()
+            headers.append((name, text[:2000]))
     return headers
 
 
@@ -10328,9 +10329,11 @@ class Exchange:
 
     def _time_left(self, limit_ms: int, until: float = math.inf) -> Optional[float]:
         """Seconds to wait at most: a limit (0: none), a moment, and the deadline of the attempt; None for no end."""
-        end = min(until, self._until)
-        left = min(end - self._host.now() if end < math.inf else end, limit_ms / 1000 if limit_ms else math.inf)
-        return None if left == math.inf else max(left, 0.0)
+        limit_s, end = limit_ms / 1000 if limit_ms else None, min(until, self._until)
+        if end == math.inf:
+            return limit_s
+        left_s = max(end - self._host.now(), 0.0)
+        return left_s if limit_s is None else min(left_s, limit_s)
 
     def _judge_whole(self, reply: Any, body: bytes) -> Union[Outcome, Answer]:
         source, is_chat = WIRE_FORMATS[self._outbound.wire], self._inbound.operation == "chat"
@@ -10537,14 +10540,15 @@ def _why_not_first(origin: Candidate, book: Any) -> str:
 
 
 def _read_json(body: bytes) -> Json:
-    with suppress(RouterError):
+    try:
         return as_dict(load_json(body))
-    return {}
+    except RouterError:
+        return {}
 
 
 def _is_error_body(body: Json) -> bool:
     """Whether a 200's body is an error all the same: an error without any answer beside it."""
-    if any(body.get(key) for key in ("choices", "content", "output", "data")):
+    if body.get("choices") or body.get("content") or body.get("output") or body.get("data"):
         return False
     told = body.get("error") or "error" in (body.get("type"), body.get("object")) or body.get("status") == "failed"
     told = told or as_dict(body.get("base_resp")).get("status_code") or body.get("success") is False
@@ -11576,8 +11580,9 @@ class PlainBody:
             if len(data) < 3 and not is_whole:
                 self._held = data  # too little to tell
                 return b""
-            encoding = "gzip" if looks_gzipped(data) else header(headers, "content-encoding").strip().lower()
-            if encoding != "deflate" and not looks_gzipped(data):
+            is_gzip = looks_gzipped(data)
+            encoding = "gzip" if is_gzip else header(headers, "content-encoding").strip().lower()
+            if not is_gzip and encoding != "deflate":
                 self.is_plain = True
                 return data[3:] if data.startswith(b"\xef\xbb\xbf") else data
             self.inflater = Inflater(encoding, self._max_bytes)
@@ -11664,7 +11669,8 @@ class Reply:
         """The answer is not wanted any further. A connection whose answer was not read to its end is cut, which is what
         stops the upstream from working on."""
         self._on_data = self._on_end = None
-        self.end(UpstreamError("nobody wants the rest of the answer", "closed"))
+        if not self.is_over:
+            self.end(UpstreamError("nobody wants the rest of the answer", "closed"))
 
     def feed(self, data: bytes) -> None:
         """Bytes from the connection."""
@@ -11703,7 +11709,9 @@ class Reply:
         try:
             if error is None:
                 self._parser.finish()
-                self._parts += filter(None, [self._body.finish()])
+                rest = self._body.finish()
+                if rest:
+                    self._parts.append(rest)
         except RouterError as broken:
             error = UpstreamError(broken.message, "truncated" if self._parser.head is not None else "reset")
         self.is_over, self._error = True, error
@@ -11965,8 +11973,8 @@ class Sink(PingingSink):
         keep_alive = connection.may_keep_alive(self._head)
         connection.closes = not keep_alive
         bare, date = self._head.method == "HEAD", connection.server.date()
-        connection.send(render_response(status, headers, body, head_only=bare, keep_alive=keep_alive, date=date))
-        await connection.drain()
+        if connection.send(render_response(status, headers, body, head_only=bare, keep_alive=keep_alive, date=date)):
+            await connection.drain()
 
     def write(self, data: bytes) -> bool:
         """Send a piece of the stream; whether the client is behind with reading."""
@@ -12206,10 +12214,12 @@ class ClientConnection:
         """The body of the present request, inflated. RouterError 413, 415, 400 or 503 when it cannot be had."""
         head, parser = self._head, self._parser
         encoding = header(head.headers, "content-encoding").strip().lower()
-        Inflater(encoding, 0, RouterError)  # one that cannot be read is refused before the client sends it all
-        if parser.expects_continue and not parser.body_size:
-            self.send(_CONTINUE)
-        await self._receive_body()
+        if encoding:
+            Inflater(encoding, 0, RouterError)  # one that cannot be read is refused before the client sends it all
+        if not self.body_is_read:
+            if parser.expects_continue and not parser.body_size:
+                self.send(_CONTINUE)
+            await self._receive_body()
         body = parser.body() or b""
         self._reserve(len(body))
         if not encoding or encoding == "identity":
@@ -12712,18 +12722,16 @@ class CountingHost:
     def __init__(self) -> None:
         import asyncio
         import random
-        import secrets
 
         self.now, self.wall, self.sleep = time.monotonic, time.time, asyncio.sleep
         self.jitter = random.Random().random  # noqa: S311  it spreads retries, it guards nothing
         self.counters = Metrics()
         self.known: Any = ()
         self.metrics: Callable[[], str] = lambda: self.counters.render({})
-        self._token = secrets.token_hex
 
     def new_id(self) -> str:
         """A request id: unique, not guessable."""
-        return "req_" + self._token(12)
+        return "req_" + os.urandom(12).hex()
 
 
 class Batches:

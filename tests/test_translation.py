@@ -678,8 +678,10 @@ def test_tool_names_are_shortened_in_every_place_and_restored_in_every_answer(so
     assert folded(target, out).blocks[0].name == LONG
 
 
-def test_an_ordinary_request_is_left_as_it_is():
-    assert R.shorten_tools(REQUEST) == REQUEST and R.tool_restorer(REQUEST) is None
+@pytest.mark.parametrize("target", R.WIRE_FORMATS)
+def test_an_ordinary_request_is_left_as_it_is(target):
+    assert R.render_request(REQUEST, target) == R.WIRE_FORMATS[target].render_request(REQUEST)
+    assert R.tool_restorer(REQUEST) is None
 
 
 @pytest.mark.parametrize("pieces", [['{"input":"a\\nb"}'], list('{"input":"a\\nb"}'), ["a\nb"]])
