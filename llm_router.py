@@ -7388,13 +7388,12 @@ def cors_headers(access: Access, headers: Headers) -> Headers:
 
 
 class JsonObject(NamedTuple):
-    """A JSON object from outside. spans: the place of every top-level value in its text, `text[start:end]`, where the
-    text is known; data: the text as bytes."""
+    """A JSON object from outside. data: its text, b"" when it is to be written anew; model: where the value of `model`
+    stands in that, `data[start:end]`, (0, 0) for nowhere."""
 
     value: Json
-    spans: Mapping[str, Tuple[int, int]] = {}
-    text: str = ""
     data: bytes = b""
+    model: Tuple[int, int] = (0, 0)
 
 
 # Up to a member's value, whose key is the group; behind the last one.
@@ -7411,16 +7410,20 @@ def read_json_object(data: bytes) -> JsonObject:
     """Parse a request body. RouterError 400 when it is not a JSON object.
 
     Costs little more than json.loads: the values are parsed by the same C scanner, only the outermost level is walked
-    here, which proves where each top-level value stands, so that `model` can be replaced without dumping the rest.
+    here, which proves where the value of `model` stands, so that it can be replaced without dumping the rest.
     """
     try:
         text = _decoded(data)
-        return JsonObject(*_scan_object(text), text, data[3:] if data.startswith(b"\xef\xbb\xbf") else data)
+        value, model = _scan_object(text)
     except (ValueError, RecursionError, StopIteration):
         value = load_json(data, "request body")
-    if not isinstance(value, dict):
-        raise RouterError("the request body is not a JSON object", 400, "invalid_json")
-    return JsonObject(value)
+        if not isinstance(value, dict):
+            raise RouterError("the request body is not a JSON object", 400, "invalid_json") from None
+        return JsonObject(value)
+    data = data[3:] if data.startswith(b"\xef\xbb\xbf") else data
+    if len(text) != len(data):  # not ASCII alone: the same places in bytes
+        model = len(text[: model[0]].encode()), len(text[: model[1]].encode())
+    return JsonObject(value, data, model)
 
 
 def _scan_value(text: str, start: int) -> Tuple[Any, int]:
@@ -7439,9 +7442,11 @@ def _scan_value(text: str, start: int) -> Tuple[Any, int]:
     return items, mark.end()
 
 
-def _scan_object(text: str) -> Tuple[Json, Dict[str, Tuple[int, int]]]:
+def _scan_object(text: str) -> Tuple[Json, Tuple[int, int]]:
+    """The object and the place of its `model`. ValueError, RecursionError or StopIteration when it is none, is empty, or
+    has a key twice."""
     value: Json = {}
-    spans: Dict[str, Tuple[int, int]] = {}
+    model = 0, 0
     scan = _JSON_SCAN if len(text) < LARGE_BODY_BYTES else _scan_value
     end, member = 0, _FIRST_MEMBER.match(text)
     while member is not None:
@@ -7451,22 +7456,20 @@ def _scan_object(text: str) -> Tuple[Json, Dict[str, Tuple[int, int]]]:
         if key in value:
             raise ValueError("a key stands twice")
         value[key], end = scan(text, start)
-        spans[key] = start, end
+        if key == "model":
+            model = start, end
         member = _NEXT_MEMBER.match(text, end)
     if not value or _OBJECT_END.fullmatch(text, end) is None:
         raise ValueError("not an object, or an empty one")
-    return value, spans
+    return value, model
 
 
-def replace_field(body: JsonObject, name: str, value: Any) -> bytes:
-    """The object's bytes with its top-level field `name` set to `value`, everything else as it came."""
-    span = body.spans.get(name)
-    if span is None:
-        return dump_json(dict(body.value, **{name: value}))
-    start = len(body.text[: span[0]].encode())
-    end = start + len(body.text[span[0] : span[1]].encode())
-    new = _JSON_ENCODER.encode(value).encode("utf-8", "surrogatepass")
-    return b"".join((body.data[:start], new, memoryview(body.data)[end:]))
+def replace_model(body: JsonObject, model: str) -> bytes:
+    """The object's bytes with another `model`, everything else as it came."""
+    start, end = body.model
+    if not end:
+        return dump_json(dict(body.value, model=model))
+    return b"".join((body.data[:start], dump_json(model), memoryview(body.data)[end:]))
 
 
 _ANTHROPIC_FIELDS = ("system", "thinking", "stop_sequences", "top_k")
@@ -8012,7 +8015,7 @@ class Requests:
         else:
             if provider.id != self.home and as_dict(thread).get("type") == "continue":
                 refuse_thread(thread)
-            body = replace_field(self._passed(provider.id, wire, target.compat), "model", candidate.model_id)
+            body = replace_model(self._passed(provider.id, wire, target.compat), candidate.model_id)
         headers = merge_headers(target, inbound.headers, inbound.wire, wire, inbound.stream)
         timeouts = resolve_timeouts(provider, self._settings, inbound.stream)
         return Outbound(target, path, headers, body, wire, inbound.stream, timeouts)

@@ -301,5 +301,5 @@ def test_a_large_body_is_parsed_once_and_not_logged(pair, monkeypatch):
     monkeypatch.setattr(llm_router, "_scan_object", lambda text: parsed.append(1) or scan(text))
     monkeypatch.setattr(llm_router, "load_json", lambda *_: pytest.fail("parsed in another way"))
     inbound = llm_router.read_inbound(llm_router.find_endpoint(PATHS["openai"]), [], data)
-    llm_router.replace_field(inbound.body, "model", "to-openai")
+    llm_router.replace_model(inbound.body, "to-openai")
     assert len(parsed) == 1
