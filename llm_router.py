@@ -2153,8 +2153,10 @@ class RequestParser:
         if self._body is None and decoder is not None:
             start, end = self._start, min(len(self._buffer), self._start + decoder.wanted)
             self._awaits_continue = self._awaits_continue and start == end
-            self._start = end
             data = decoder.feed(bytes(self._buffer[start:end]))
+            self._start = end
+            if end == len(self._buffer):
+                self._buffer, self._start = b"", 0  # a large body is not to be held twice
             if self._collected or not decoder.complete:
                 # Not a list of parts: millions of one-byte chunks would cost 50 times their size in objects.
                 self._collected += data
@@ -2163,6 +2165,11 @@ class RequestParser:
                 if decoder.surplus:
                     self._buffer, self._start = decoder.surplus, 0
         return self._body
+
+    def take_body(self) -> bytes:
+        """The whole body, once: who takes it says how long it is kept."""
+        body, self._body = self._body, b""
+        return body or b""
 
     def next(self) -> None:
         """Go on to the next request. Only after `body()` gave the last one's: RouterError (500) otherwise."""
@@ -2907,7 +2914,8 @@ class ErrorInfo(NamedTuple):
 class Context(NamedTuple):
     """What parsing and rendering an answer needs besides the answer: the client's request, an id and the time.
 
-    id: the router's request id, from which ids that an upstream left out are derived. created: Unix seconds.
+    request: its conversation, and what its tools are for, may be left out. id: the router's request id, from which ids
+    that an upstream left out are derived. created: Unix seconds.
     """
 
     request: ChatRequest
@@ -7443,8 +7451,8 @@ def _scan_value(text: str, start: int) -> Tuple[Any, int]:
 
 
 def _scan_object(text: str) -> Tuple[Json, Tuple[int, int]]:
-    """The object and the place of its `model`. ValueError, RecursionError or StopIteration when it is none, is empty, or
-    has a key twice."""
+    """The object and the place of its `model`. ValueError, RecursionError or StopIteration for what is no object, is
+    empty, or has a key twice."""
     value: Json = {}
     model = 0, 0
     scan = _JSON_SCAN if len(text) < LARGE_BODY_BYTES else _scan_value
@@ -10109,6 +10117,11 @@ class Gateway:
         return 200, {"name": "llm-router", **more}
 
     async def _post(self, endpoint: Endpoint, call: Call, client: Any, trail: Trail, cors: Headers) -> None:
+        await Exchange(self, await self._read_inbound(endpoint, call, trail), client, trail, cors).run()
+        self._record(trail)
+
+    async def _read_inbound(self, endpoint: Endpoint, call: Call, trail: Trail) -> Inbound:
+        """What a POST asks for. Whoever holds this holds its body, which may be large: an Exchange lets go of it."""
         read = endpoint, call.headers, await call.read_body()
         is_large = len(read[-1]) >= LARGE_BODY_BYTES
         inbound = await self.host.aside(read_inbound, *read) if is_large else read_inbound(*read)
@@ -10116,8 +10129,7 @@ class Gateway:
         if resolved is not None:
             inbound = inbound._replace(body=JsonObject(resolved))
         trail.operation, trail.wire, trail.asked, trail.stream = inbound[:4]
-        await Exchange(self, inbound, client, trail, cors).run()
-        self._record(trail)
+        return inbound
 
 
 def _allowed(methods: Sequence[str]) -> Tuple[str, str]:
@@ -10173,19 +10185,30 @@ class Exchange:
         self._host, self._settings, self._book = gateway.host, gateway.settings, gateway.book
         self._wire = WIRE_FORMATS[inbound.wire]
         targets, lessons, reasoning = gateway.targets, gateway.lessons, gateway.reasoning
-        self._requests = Requests(inbound, gateway.settings, targets, lessons, reasoning, trail.client)
+        self._requests: Any = Requests(inbound, gateway.settings, targets, lessons, reasoning, trail.client)
+        self._stores = inbound.body.value.get("store") is not False
         self._empty: Optional[Answer] = None
         self._deadline = self._until = math.inf
 
     async def run(self) -> None:
         """Find the candidates and serve the request by its operation. RefusedError when nobody has an answer."""
-        inbound, client, trail = self._inbound, self._client, self._trail
+        plan, client, trail = self._find_plan(), self._client, self._trail
+        if self._inbound.operation == "count_tokens":
+            await self._count_tokens(plan[0])
+            return
+        if self._settings.total_timeout_ms:
+            self._deadline = self._host.now() + self._settings.total_timeout_ms / 1000
+        if self._inbound.stream:
+            head = [*_STREAM_HEADERS, ("x-llm-router-request-id", trail.id), *self._cors]
+            client.keep_alive(trail.began, self._settings.keepalive_ms, head)
+        await self._serve(plan)
+
+    def _find_plan(self) -> Plan:
+        """Who may be asked. RouterError 404 or 400 when that is nobody."""
+        inbound = self._inbound
         plan = self._gateway.routes.find_plan(inbound.asked)
         origin = plan[0]
         home = self._requests.home = origin.provider.id
-        if inbound.operation == "count_tokens":
-            await self._count_tokens(origin)
-            return
         if inbound.operation == "embeddings":
             plan = tuple(c for c in plan if c.model_id == origin.model_id and "openai" in c.formats)
             if not plan:
@@ -10194,12 +10217,7 @@ class Exchange:
         elif inbound.wire == "responses" and needs_server_state(inbound.body.value):
             # What a provider keeps, no other one has (trap 63).
             plan = tuple(c for c in plan if c.provider.id == home)
-        if self._settings.total_timeout_ms:
-            self._deadline = self._host.now() + self._settings.total_timeout_ms / 1000
-        if inbound.stream:
-            head = [*_STREAM_HEADERS, ("x-llm-router-request-id", trail.id), *self._cors]
-            client.keep_alive(trail.began, self._settings.keepalive_ms, head)
-        await self._serve(plan)
+        return plan
 
     async def _serve(self, plan: Plan) -> None:
         book, settings, host, trail = self._book, self._settings, self._host, self._trail
@@ -10427,13 +10445,15 @@ class Exchange:
     @property
     def _remembers(self) -> bool:
         """Whether the client may refer to what it gets: it is the router's own writing, and to be stored."""
-        inbound = self._inbound
-        return inbound.wire == "responses" and not self._passes and inbound.body.value.get("store") is not False
+        return self._inbound.wire == "responses" and not self._passes and self._stores
 
     def _context(self) -> Context:
+        """What reading and writing the answer need of the request: not what was said, nor what its tools are for."""
         request = _BARE_REQUEST if self._passes else self._requests.neutral
         model, options = self._inbound.asked or "smart", as_dict(self._inbound.body.value.get("stream_options"))
-        request = request._replace(model=model, include_usage=options.get("include_usage") is True)
+        tools = [Tool(tool.name, kind=tool.kind, extra=tool.extra) for tool in request.tools]
+        counts = options.get("include_usage") is True
+        request = request._replace(model=model, include_usage=counts, messages=[], system=[], tools=tools)
         return Context(request, self._trail.id, int(self._host.wall()))
 
     def _answer(self, reply: Any, body: bytes, usage: Optional[Usage]) -> Answer:
@@ -10447,6 +10467,7 @@ class Exchange:
         trail.model, trail.status, trail.outcome, trail.usage = answer.ref, 200, OK, answer.usage
         trail.first_content_ms = int((self._host.now() - trail.began) * 1000)
         headers = own_headers(trail) + self._cors + answer.headers
+        self._let_go()
         if not self._inbound.stream:
             await client.respond(200, _JSON_HEADERS + headers, answer.body)
             return
@@ -10463,6 +10484,12 @@ class Exchange:
             if processor is not None:
                 trail.usage = processor.usage or trail.usage
                 self._gateway.items.keep(processor.items if self._remembers else (), trail.client)
+
+    def _let_go(self) -> None:
+        """Drop the request: nobody else will be asked, and there may be hundreds of long ones behind streams that take
+        minutes."""
+        self._requests = None
+        self._inbound, self._outbound = self._inbound._replace(body=_NO_BODY), self._outbound._replace(body=b"")
 
     async def _relay(self, answer: Answer, run: Optional[Run]) -> None:
         """The rest of a stream, and an honest end: after content a failure is told in the stream, then the connection
@@ -10525,6 +10552,7 @@ class Exchange:
 
 
 _BARE_REQUEST = ChatRequest("", [])
+_NO_BODY = JsonObject({})
 _EVENT_LINE = re.compile(rb"(?:\xef\xbb\xbf)?\s*(?:data|event|id|retry)?:")  # a stream's first (traps 4, 5, 11)
 _ERROR_BODY_S = 5.0
 
@@ -11979,6 +12007,11 @@ class Sink(PingingSink):
         if connection.send(render_response(status, headers, body, head_only=bare, keep_alive=keep_alive, date=date)):
             await connection.drain()
 
+    def begin(self, headers: Headers, ping: bytes) -> None:
+        """Send the head of a stream; the gateway has let go of the request's body."""
+        super().begin(headers, ping)
+        self._connection.forget_body()
+
     def write(self, data: bytes) -> bool:
         """Send a piece of the stream; whether the client is behind with reading."""
         if not data:
@@ -12223,7 +12256,7 @@ class ClientConnection:
             if parser.expects_continue and not parser.body_size:
                 self.send(_CONTINUE)
             await self._receive_body()
-        body = parser.body() or b""
+        body = parser.take_body()
         self._reserve(len(body))
         if not encoding or encoding == "identity":
             return body
@@ -12271,8 +12304,8 @@ class ClientConnection:
         try:
             await self.server.handle(Call(head.method, head.path, head.query, head.headers, self.read_body), self.sink)
         finally:
-            self.server.reserve(-self._reserved)
-            self._reserved, self.phase, self.sink = 0, "idle", None
+            self.forget_body()
+            self.phase, self.sink = "idle", None
         if not self.body_is_read:
             await self._skip_body()
         if not self.closes:
@@ -12307,6 +12340,10 @@ class ClientConnection:
             head = parser.head()
         self.phase, self.deadline = "serving", math.inf
         return head
+
+    def forget_body(self) -> None:
+        """The body of the present request is no longer in memory."""
+        self._reserve(0)
 
     def _reserve(self, size: int) -> None:
         self.server.reserve(size - self._reserved)

@@ -681,6 +681,30 @@ def test_a_client_that_only_closed_its_half_still_gets_its_answer(pair, stream, 
     assert received.endswith(b"0\r\n\r\n" if stream else b"}")
 
 
+# --- what a stream holds ---
+
+
+@pytest.mark.parametrize("client_wire", ["openai", "anthropic"])
+def test_a_stream_that_has_begun_holds_nothing_of_its_request(router, upstream, client_wire):
+    """An agent's requests are long and their answers take minutes: a body is in memory as long as somebody may be asked
+    with it, and counts as long. Twelve of 2 MB would be some 120 MB."""
+    running = router(config_of(provider(upstream)), "--max-inflight-bytes=5000000")
+    gate = threading.Event()
+    events = fake.chat_stream("answer")
+    upstream.handler = lambda call: fake.sse_answer([*events[:2], fake.Gate(gate), *events[2:]])
+    before, streams = 0, []
+    for number in range(14):
+        streams.append(running.open(PATHS[client_wire], ask(client_wire, text="words " * 350_000, stream=True)))
+        assert streams[-1].status == 200
+        del upstream.calls[:]
+        before = before or (memory_kb(running.process.pid) if number == 1 else 0)
+    assert memory_kb(running.process.pid) - before < 40_000
+    gate.set()
+    for stream in streams:
+        assert stream.read_rest().ended == "clean"
+        stream.close()
+
+
 # --- clients that do not read ---
 
 
