@@ -486,8 +486,7 @@ _FORMAT_OF_HOST = {"api.anthropic.com": "anthropic"}
 
 
 class Auth(NamedTuple):
-    """How a provider is shown its key. type: one of AUTH_TYPES. header_name: for the type header; prefix: what stands
-    before the key in it."""
+    """How a provider is shown its key. type: of AUTH_TYPES; header_name: for the type header; prefix: put before it."""
 
     type: str = "bearer"
     header_name: str = ""
@@ -1236,8 +1235,7 @@ def _join(path: str, key: str) -> str:
 
 
 def provider_entries(path: str, value: Any) -> List[Tuple[str, Any]]:
-    """The providers of a file as (path, raw provider). They may stand in a list, alone, or in an object id -> provider,
-    where each gets its id when it has none of its own."""
+    """The providers of a file as (path, raw provider): of a list, one alone, or of an object id -> provider."""
     if isinstance(value, list):
         return [("%s[%d]" % (path, i), raw) for i, raw in enumerate(value)]
     if not isinstance(value, dict) or value.get("id") or not all(isinstance(raw, dict) for raw in value.values()):
@@ -1337,9 +1335,8 @@ def bare_name(name: str) -> str:
 
 
 class ModelIndex:
-    """What model names mean in a configuration, indexed so that no look-up grows with its size; disabled ones nothing.
-    aliases: name or pattern -> model refs. names: all a client may list: plain aliases, `provider/model`, and the
-    models' own aliases that mean only one of them."""
+    """What model names mean in a configuration, indexed for any size; disabled ones nothing. aliases: name (pattern) ->
+    model refs. names: all a client may list: plain aliases, `provider/model`, and unambiguous aliases of models."""
 
     def __init__(self, providers: Iterable[Provider], aliases: Mapping[str, Texts]) -> None:
         self.aliases = aliases
@@ -1379,8 +1376,7 @@ class ModelIndex:
         return next((refs for pattern, refs in self._patterns if pattern.fullmatch(name)), None)
 
     def judge(self, name: str, aliases: bool = True, patterns: bool = False) -> str:
-        """ "" when `name` means one enabled model, else the word for it in _VERDICTS. aliases, patterns: whether it may
-        also be an alias, or match an alias pattern."""
+        """ "" when `name` means one enabled model, or, if it may, an alias or a pattern; else a key of _VERDICTS."""
         found = self.find(name)
         if len(found) == 1 or aliases and name in self.aliases or patterns and self.find_pattern(name) is not None:
             return ""
@@ -1490,7 +1486,7 @@ Objects (headers, auth, URLs by format) are merged into what is there; a header'
 def upsert_provider(document: Json, change: ProviderChange) -> Edit:
     """Add the provider or change what is given of it. UsageError when the result would not be usable.
 
-    models: the list becomes the given one; models that were there keep their objects, disabled ones stay.
+    models: the list becomes the given one; what was there keeps its object, if disabled its place; references go along.
     """
     new, providers = _open(document)
     is_new = change.id.lower() not in [_id_of(entry).lower() for entry in providers]
@@ -1512,7 +1508,7 @@ def upsert_provider(document: Json, change: ProviderChange) -> Edit:
         providers.append(provider)
         is_first = len(providers) == 1 and change.models[0] != "*"
         notes += _default_to(new, "%s/%s" % (change.id, change.models[0]) if is_first else "")
-    return _finish(document, new, notes)
+    return _finish(document, new, notes, change.models is not None)
 
 
 def add_provider(document: Json, provider: Json, default: str = "") -> Edit:
@@ -1889,8 +1885,7 @@ def _index_of(document: Json) -> ModelIndex:
 
 
 def _references_in(document: Json) -> List[Tuple[Json, str, bool, str, str]]:
-    """Where references stand: the object, its key, whether they may name aliases, what to say of one that is dropped,
-    and of a key that goes with its last one."""
+    """Where references stand: object, key, whether aliases may, what to say of a dropped one, and of an emptied key."""
     aliases = as_dict(get_field(document, "config", "modelAliases"))
     rows = [(aliases, a, False, "alias %s no longer leads to" % a, "removed alias %s" % a) for a in aliases]
     for provider in map(as_dict, as_list(get_field(document, "config", "providers"))):
@@ -2924,7 +2919,8 @@ class Context(NamedTuple):
 
 
 # Stream events. Order: Started (Opened (Delta | Extended)* Closed)* (Finished | Failed). At most one block
-# is open; every Opened is Closed before the next Opened, before Finished, and before Failed.
+# is open; every Opened is Closed before the next Opened and before Finished, but what Failed cuts off stays open: a
+# client would run the half of a tool call.
 
 
 class Started(Value):
@@ -3211,8 +3207,7 @@ _ARGUMENTS_ENCODER = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False)
 
 
 def arguments_object(arguments: str) -> Json:
-    """Arguments as an object (trap 42): nothing and null are {}, an object in a string (encoded twice) is unwrapped,
-    anything else is kept under RAW_ARGUMENTS."""
+    """Arguments as an object (trap 42): nothing is {}, one encoded twice is unwrapped, all else is RAW_ARGUMENTS."""
     if not arguments.strip():
         return {}
     try:
@@ -3755,8 +3750,7 @@ def _read_output(form: Json, inner: Any, at: str) -> Optional[JsonOutput]:
 
 
 def _chat_reasoning(effort: str, own: Json, thinking: Json) -> Optional[Reasoning]:
-    """`reasoning_effort`, or OpenRouter's `reasoning`, or `thinking` in the shape of the Messages API. Efforts like
-    `auto` and `default` say nothing."""
+    """`reasoning_effort`, OpenRouter's `reasoning`, or Messages' `thinking`. Efforts like `auto` say nothing."""
     if thinking.get("type") == "disabled" or own.get("enabled") is False:
         return Reasoning("none")
     words = effort.lower(), as_text(own.get("effort")).lower()
@@ -3926,7 +3920,7 @@ def _answer_fields(blocks: List[Any], call_id: str) -> Json:
     fields: Json = {}
     for block in blocks:
         bag = {} if isinstance(block, Opaque) else own_extra(block, _CHAT)
-        text = _plain_text(block)
+        text = "\n\n" * bool(bag.get("apart")) + _plain_text(block)
         if isinstance(block, ToolCall):
             calls = fields.setdefault("tool_calls", [])
             calls.append(_write_chat_call(block, block.id or "%s_%d" % (call_id, len(calls))))
@@ -4040,8 +4034,7 @@ def _chat_usage(usage: Json) -> Usage:
 
 
 def _write_openai_usage(usage: Usage, prompt: str = "prompt_tokens", output: str = "completion_tokens") -> Json:
-    """SDK: CompletionUsage; ResponseUsage names the two counts otherwise. The prompt includes what was read from and
-    written to the cache (trap 113)."""
+    """SDK: CompletionUsage; ResponseUsage names two counts otherwise. The prompt includes the cache's (trap 113)."""
     total = usage.input + usage.cache_read + usage.cache_write
     counts = {prompt: total, output: usage.output, "total_tokens": total + usage.output}
     cached = {"cached_tokens": usage.cache_read, "cache_write_tokens": usage.cache_write}
@@ -4282,8 +4275,6 @@ class ChatStreamParser:
 
     def _fail(self, error: ErrorInfo) -> None:
         self._flush()
-        if self._active < len(self._slots) and self._slots[self._active].is_open:
-            self._out.append(Closed())
         self.is_ended = True
         self._out.append(Failed(error))
 
@@ -5173,8 +5164,7 @@ class AnthropicStreamParser(TypedEventParser):
         return self._start({"message": message}) + self._stop({})
 
     def _note(self, *parts: Json) -> List[Any]:
-        """What is said of the answer. Later counts win, except that a zero never hides a number: some upstreams repeat
-        the fields empty."""
+        """What is said of the answer. Later counts win, but a zero hides no number: some repeat the fields empty."""
         for part in parts:
             self._answer.update(_told(part))
             for key, value in as_dict(part.get("usage")).items():
@@ -5277,7 +5267,7 @@ class AnthropicStreamParser(TypedEventParser):
 
     def _fail(self, error: ErrorInfo) -> List[Any]:
         self.is_ended = True
-        return self._close() + [Failed(error)]
+        return [Failed(error)]
 
     _HANDLERS: Dict[Any, Callable[..., List[Any]]] = {
         "message_start": _start, "content_block_start": _open, "content_block_stop": _close,
@@ -5406,7 +5396,7 @@ class AnthropicStreamRenderer:
         return out + _anthropic_event("message_stop")
 
     def _fail(self, event: Failed) -> bytes:
-        self._state = "after"  # an open block stays so: its stop would have a client run half a tool call
+        self._state = "after"
         return anthropic_error_event(event.error, self._context.id)
 
     _HANDLERS: Dict[type, Callable[..., bytes]] = {
@@ -5434,8 +5424,7 @@ _ANTHROPIC_DETAILS: Dict[str, Json] = {
 
 
 def render_anthropic_error(info: ErrorInfo, request_id: str) -> Json:
-    """anthropic.types.shared.ErrorResponse. The type is the error's own if this format has it, else the one of its
-    status (traps 121, 122)."""
+    """anthropic.types.shared.ErrorResponse. The type is the error's own if known here, else its status's (121, 122)."""
     other = _ANTHROPIC_ERROR_TYPES[500 if info.status >= 500 else 400]
     kind = info.type if info.type in _ANTHROPIC_ERROR_TYPES.values() else _ANTHROPIC_ERROR_TYPES.get(info.status, other)
     details = {"details": _ANTHROPIC_DETAILS[info.code]} if info.code in _ANTHROPIC_DETAILS else {}
@@ -5624,10 +5613,17 @@ def _responses_turns(items: List[Json], names: Dict[Tuple[str, str], str]) -> Li
     for index, item in enumerate(items):
         role, blocks = _responses_turn(item, "input[%d]" % index, names)
         if turns[-1].role == role:
-            turns[-1].blocks.extend(blocks)
+            follows = role == "assistant" and Text in map(type, turns[-1].blocks) and "content" in item
+            turns[-1].blocks.extend([*map(set_apart, blocks[:1]), *blocks[1:]] if follows else blocks)
         elif blocks:
             turns.append(Message(role, blocks))
     return turns
+
+
+def set_apart(block: Any) -> Any:
+    """A text that begins a further message of an answer: where messages become one, as in Chat, a paragraph of its own,
+    as in microsoft/vscode#312173; a preamble (`phase`) would run into what follows it."""
+    return block._replace(extra={**(block.extra or {}), _CHAT: {"apart": True}}) if type(block) is Text else block
 
 
 def _responses_turn(item: Json, where: str, names: Dict[Tuple[str, str], str]) -> Tuple[str, List[Any]]:
@@ -5715,9 +5711,8 @@ def _responses_thinking(item: Json, bag: Mapping[str, Any]) -> Thinking:
 
 
 def _responses_tools(tools: List[Any]) -> List[Tool]:
-    """The tools that a client runs: functions (flat; Chat's nested shape is taken, too: trap 66), custom tools, and the
-    members of a namespace (SDK: NamespaceTool) under flat names, "space__name". One told twice, deferred and found by a
-    search, is one."""
+    """The tools that a client runs: functions (flat, or nested as in Chat: trap 66), custom tools, and the members of a
+    namespace (SDK: NamespaceTool) under flat names, "space__name". One told twice, found by a search, is one."""
     result: Dict[Tuple[str, str], Tool] = {}
     used = {as_text(as_dict(tool).get("name")) for tool in tools}
     for index, tool in enumerate(map(as_dict, tools)):
@@ -6078,6 +6073,7 @@ class ResponsesParser(TypedEventParser):
         """Opens a block, of the newest part when none is given. A call without a name cannot be opened yet."""
         block = self._blank(state) if block is None else block
         if block is not None:
+            block = block if state.sent or Text not in self._kinds else set_apart(block)
             self._kinds.append(type(block))
             state.block = with_text(block, "") if block_text(block) else block
             state.waiting += [Opened(state.block), *map(Delta, filter(None, ["".join(state.pieces)]))]
@@ -6170,7 +6166,7 @@ class ResponsesParser(TypedEventParser):
     def _fail(self, info: ErrorInfo) -> List[Any]:
         start = [] if self._is_started else [self._start({})]
         self.is_ended = True
-        return [*start, *([Closed()] if self._active is not None else []), Failed(info)]
+        return [*start, Failed(info)]
 
 
 # --- Answers, writing -------------------------------------------------------------------------------------
@@ -7748,8 +7744,7 @@ class Routes:
         return (origin, *[candidate for candidate in others if candidate.ref != origin.ref])
 
     def find_candidate(self, name: str) -> Optional[Candidate]:
-        """The model that `name` (`provider/model`, or a bare id or alias) means; None when there is none. RouterError
-        404 when several providers have it."""
+        """The model that `name` (a ref, bare id or alias) means, or None. RouterError 404 when several have it."""
         found = self._index.find(name)
         if len(found) > 1:
             refs = ", ".join(sorted("%s/%s" % (provider.id, model.id) for provider, model in found))
@@ -8745,8 +8740,7 @@ def backoff_ms(retry: int, settings: Settings, jitter: float) -> int:
 
 
 class Row(NamedTuple):
-    """A line that can be selected. cells: its columns. item: what the keys of its screen work on, None for nothing.
-    state: ok, off, warning, error or ""."""
+    """A line that can be selected. cells: its columns; item: what keys work on; state: ok, off, warning, error, ""."""
 
     cells: Texts
     item: Any = None
@@ -9555,10 +9549,6 @@ def _show_setting(menu: Menu, item: Tuple[Json, str, str]) -> Menu:
     return _show(menu, row["flag"], *lines, "or in the environment:", "  export %s=..." % row["variable"])
 
 
-def _check_rows(menu: Menu) -> List[Row]:
-    return [Row((p.path or "configuration", p.message), p, p.cure, p.level) for p in find_problems(menu.document)]
-
-
 def _startup(menu: Menu) -> Menu:
     words, title = "Asking the system", "Start with the machine"
     told = lambda menu, text: _show(menu, title, text)  # noqa: E731
@@ -9652,7 +9642,9 @@ SCREENS: Dict[str, Screen] = {
         "d remove": lambda menu, name: _apply(menu, remove_client_key, name),
     }, empty="No keys yet: press a to make one."),
     "settings": Screen("Settings", _setting_rows, {"enter open": _show_setting}),
-    "check": Screen("Check", _check_rows, {
+    "check": Screen("Check", lambda menu: [
+        Row((p.path or "configuration", p.message), p, p.cure, p.level) for p in find_problems(menu.document)
+    ], {
         "enter open": lambda menu, one: _show(menu, one.level, one.path, "", one.message, "", one.cure),
     }, empty="Nothing is wrong."),
     "choose": Screen(keys=_CHOOSE),
@@ -9929,7 +9921,7 @@ def answer_keys(menu: Menu, answer: str) -> Tuple[Menu, List[str]]:
 #         await send(outbound) -> reply: status, headers, await read(timeout_s) -> bytes (b"" at the exact end),
 #             close(); send and read raise UpstreamError
 #         record(trail): the request has ended; failed(error): an error of the router's own
-# client: is_open: the head was sent by a keep-alive already
+# client: is_open: the head was sent by a keep-alive already; fail: what writes an error into the stream under way
 #         await respond(status, headers, body): a whole answer
 #         keep_alive(at, every_ms, head): from `at` on open the stream and send comments while nothing else is sent
 #         begin(headers, ping): the head of a stream; ping: what is sent in silence from now on
@@ -10087,7 +10079,7 @@ class Gateway:
         """An error as the client's format has it; inside the stream when a keep-alive opened it already."""
         wire = WIRE_FORMATS[trail.wire]
         if client.is_open:
-            client.write(wire.error_event(error.info, trail.id))
+            client.write(client.fail(error.info) if client.fail else wire.error_event(error.info, trail.id))
             client.cut()
             return
         body = dump_json(wire.render_error(error.info, trail.id)) if error.body is None else error.body
@@ -10338,15 +10330,30 @@ class Exchange:
         return body
 
     async def _read_whole(self, reply: Any) -> bytes:
+        """All of a body; of a stream that nobody asked for, what comes until its own end and a moment later."""
         parts: List[bytes] = []
-        size, idle_ms = 0, self._outbound.timeouts.idle_ms
+        size, source, watch = 0, self._outbound.wire, None
         while size <= self._settings.max_answer_bytes:
-            data = await reply.read(self._time_left(idle_ms))
+            data = await self._read_on(reply, watch)
             if not data:
                 return b"".join(parts)
+            if not parts and _EVENT_LINE.match(data):
+                watch = make_processor(source, source, Context(_BARE_REQUEST, "", 0), self._settings.max_event_bytes)
+            if watch is not None:
+                watch.feed(data)
             parts.append(data)
             size += len(data)
         raise UpstreamError("the answer is larger than max_answer_bytes", "too_large")
+
+    async def _read_on(self, reply: Any, processor: Any, until: float = math.inf) -> bytes:
+        """More of an answer; nothing once it has told its end, whatever becomes of the connection (trap 9)."""
+        idle_ms = self._outbound.timeouts.idle_ms
+        try:
+            return await reply.read(self._time_left(processor.patience_ms(idle_ms) if processor else idle_ms, until))
+        except UpstreamError:
+            if processor is None or not processor.done:
+                raise
+        return b""
 
     def _time_left(self, limit_ms: int, until: float = math.inf) -> Optional[float]:
         """Seconds to wait at most: a limit (0: none), a moment, and the deadline of the attempt; None for no end."""
@@ -10415,13 +10422,7 @@ class Exchange:
         held = b""
         is_over = False
         while not processor.content and not is_over and len(held) <= limits.max_hold_bytes:
-            wait_s = self._time_left(processor.patience_ms(timeouts.idle_ms), content_until)
-            try:
-                data = await reply.read(wait_s)
-            except UpstreamError:
-                if not processor.done:
-                    raise
-                data = b""  # the answer had ended, whatever became of the connection
+            data = await self._read_on(reply, processor, content_until)
             is_over = not data
             held += processor.feed(data) if data else processor.finish()
             if processor.content:
@@ -10497,7 +10498,7 @@ class Exchange:
         client, processor, trail, book = self._client, answer.processor, self._trail, self._book
         broken = "end"
         if answer.reply is not None and processor.failed is None:
-            idle_ms = self._outbound.timeouts.idle_ms
+            idle_ms, client.fail = self._outbound.timeouts.idle_ms, processor.fail  # which knows the event's number
             left_s = self._time_left(processor.patience_ms(0))  # it may all be there, and its end never come
             broken = await client.relay(answer.reply, processor, idle_ms, left_s)
         if broken == "end" or processor.done or processor.failed is not None:
@@ -10848,9 +10849,7 @@ class Probe:
         took_ms = int((self._host.now() - began) * 1000)
         self._put((model, wire), took_ms=took_ms, auth=auths[0], **found)
 
-    async def _call(
-        self, model: str, wire: str, auth: Auth, limit: int, fixes: Texts
-    ) -> Tuple[Outcome, Json]:
+    async def _call(self, model: str, wire: str, auth: Auth, limit: int, fixes: Texts) -> Tuple[Outcome, Json]:
         """What one small question comes to, and the body that asked it."""
         body: Json = {}
         try:
@@ -10949,9 +10948,8 @@ class FileError(RouterError):
 
 
 class Loaded(NamedTuple):
-    """A configuration as found. document: None when there is none. source: where from, in words. path: its file, ""
-    when it came from a variable. warnings: what is wrong with the file itself. text: as it was read. stamp: the file's
-    (see file_stamp), taken before it was read."""
+    """A configuration as found. document: None when there is none. source: where from, in words. path: its file, or "".
+    warnings: of the file itself. text: as it was read. stamp: the file's (file_stamp), from before it was read."""
 
     document: Optional[Json]
     source: str
@@ -10984,8 +10982,7 @@ def load_config(given: str, environ: Environ) -> Loaded:
 
 
 def file_stamp(path: str) -> Tuple[Any, ...]:
-    """What changes whenever a file is written or replaced, also where its time is set back (`cp -p`): times, size,
-    inode. Empty while there is none."""
+    """What changes whenever a file is written or replaced, also if its time is set back. () while there is none."""
     try:
         status = os.stat(path)
     except OSError:
@@ -10995,14 +10992,34 @@ def file_stamp(path: str) -> Tuple[Any, ...]:
 
 def read_bytes(path: str) -> Tuple[Optional[bytes], int]:
     """A file's content, None without one, and its mode where others may use it, else 0. ConfigError if unreadable."""
+    at_once = lambda path, flags: os.open(path, flags | os.O_NONBLOCK)  # noqa: E731  nobody may write to a pipe
     try:
-        with open(path, "rb") as file:
+        is_file = os.name != "posix" or os.path.isfile(path)
+        with open(path, "rb", opener=None if is_file else at_once) as file:
             mode = os.fstat(file.fileno()).st_mode & 0o777
-            return file.read(), mode if os.name == "posix" and mode & 0o077 else 0  # Windows has no such bits
+            data = file.read() if is_file else _read_pipe(file.fileno(), path)
+            return data, mode if os.name == "posix" and mode & 0o077 else 0  # Windows has no such bits
     except FileNotFoundError:
         return None, 0
     except OSError as error:
         raise ConfigError("cannot read %s: %s" % (one_line(path), error.strerror or error)) from None
+
+
+def _read_pipe(descriptor: int, path: str) -> bytes:
+    """What comes from a pipe (`--config=<(sops -d FILE)`) or device. ConfigError when it does not come to an end."""
+    import select
+
+    poll, data = select.poll(), b""
+    poll.register(descriptor, select.POLLIN)
+    while len(data) < _PIPE_BYTES and poll.poll(_PIPE_SILENCE_S * 1000):
+        piece = os.read(descriptor, 65_536)
+        if not piece:
+            return data
+        data += piece
+    raise ConfigError("cannot read %s: it is no file, and its end does not come" % one_line(path))
+
+
+_PIPE_BYTES, _PIPE_SILENCE_S = 2**24, 10
 
 
 def edit_config_file(path: str, change: Callable[[Json], Edit]) -> Edit:
@@ -11034,8 +11051,7 @@ def edit_config_file(path: str, change: Callable[[Json], Edit]) -> Edit:
 
 
 def render_document(document: Json, indent: Optional[int] = 2) -> bytes:
-    """A document as it is stored: readable JSON, without an indent short. ConfigError for what JSON cannot say
-    (1e999)."""
+    """A document as it is stored: readable JSON, or short. ConfigError for what JSON cannot say (1e999)."""
     how: Dict[str, Any] = {"indent": indent, "separators": (",", ":" if indent is None else ": ")}
     try:
         return (json.dumps(document, ensure_ascii=False, allow_nan=False, **how) + "\n").encode("utf-8")
@@ -11122,8 +11138,7 @@ def _remove(path: str) -> None:
 
 
 def open_private(path: str, mode: str) -> Any:
-    """The file `path` opened without a buffer, made when it is not there, mode 0600, never through a symbolic link.
-    OSError otherwise."""
+    """The file `path` opened unbuffered, made if it is not there, 0600, never through a symbolic link. OSError."""
     import stat
 
     more = os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
@@ -11946,6 +11961,7 @@ class PingingSink:
 
     def __init__(self, loop: Any) -> None:
         self.is_open = self.ended = self.host_stops = False
+        self.fail: Optional[Callable[[ErrorInfo], bytes]] = None
         self.sent_at = 0.0
         self._loop = loop
         self._ping = SSE_COMMENT
@@ -12412,8 +12428,8 @@ class ClientConnection:
 
 
 def open_listeners(host: str, port: int) -> List[Any]:
-    """A listening socket for every address that `host` has on this machine, all with one port (0: a free one). OSError
-    when the port is taken at one of them, or when there is none."""
+    """A listening socket for every address that `host` has on this machine, all with one port (0: a free one); that of
+    `::` takes IPv4, too, as nearly all servers' does. OSError when the port is taken at one, or when there is none."""
     import socket
 
     found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
@@ -12421,7 +12437,8 @@ def open_listeners(host: str, port: int) -> List[Any]:
     try:
         for family, place in dict.fromkeys((family, place) for family, _, _, _, place in found):
             shared = sockets[0].getsockname()[1] if sockets else port
-            sockets += _listen_at(family, (place[0], shared, *place[2:]))
+            is_dual = host == "::" and socket.has_dualstack_ipv6()
+            sockets += _listen_at(family, (place[0], shared, *place[2:]), is_dual)
     except OSError:
         for sock in sockets:
             sock.close()
@@ -12431,12 +12448,12 @@ def open_listeners(host: str, port: int) -> List[Any]:
     return sockets
 
 
-def _listen_at(family: int, place: Tuple[Any, ...]) -> List[Any]:
+def _listen_at(family: int, place: Tuple[Any, ...], is_dual: bool) -> List[Any]:
     """One socket, or none where this machine has no such address or a kernel without IPv6. OSError."""
     import socket
 
     try:
-        return [socket.create_server(place, family=family, backlog=_BACKLOG)]
+        return [socket.create_server(place, family=family, backlog=_BACKLOG, dualstack_ipv6=is_dual)]
     except OSError as error:
         if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
             raise
@@ -12733,7 +12750,8 @@ class Metrics:
         families: Dict[str, List[str]] = {}
 
         def tell(kind: str, name: str, labels: Sequence[str], value: float, suffix: str = "") -> None:
-            shown = ",".join('%s="%s"' % (key, _label(text)) for key, text in zip(labels[::2], labels[1::2]))
+            pairs = zip(labels[::2], labels[1::2])
+            shown = ",".join('%s="%s"' % (key, text.translate(_IN_LABELS)) for key, text in pairs)
             family = families.setdefault(name, ["# TYPE %s %s\n" % (name, kind)])
             family.append("%s%s%s %.12g\n" % (name, suffix, "{%s}" % shown if shown else "", value))
 
@@ -12751,13 +12769,11 @@ class Metrics:
         return "".join(line for name in sorted(families) for line in families[name])
 
 
-def _label(text: str) -> str:
-    return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+_IN_LABELS = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
 
 
 class CountingHost:
-    """Those of the gateway's effects that are the same on every host (see GATEWAY). known: the refs that are
-    configured."""
+    """Those of the gateway's effects that every host shares (see GATEWAY). known: the refs that are configured."""
 
     def __init__(self) -> None:
         import asyncio
@@ -12905,8 +12921,7 @@ def ledger_path(settings: Settings) -> str:
 
 
 def cost_of(ref: str, usage: Optional[Iterable[int]], costs: Mapping[str, Any]) -> Optional[float]:
-    """What tokens (the fields of Usage) cost, by the `cost` of the model `ref` in `costs`, prices per million of them;
-    None when a price that is needed is unknown."""
+    """What tokens (a Usage's) cost by the `cost` of `ref` in `costs`, per million; None without a needed price."""
     cost = costs.get(ref) or costs.get(ref.partition("/")[0] + "/*") or {}
     needed = [(tokens, cost.get(key)) for tokens, key in zip(usage or (), COST_KEYS) if tokens]
     if not needed or not all(type(price) in (int, float) and price >= 0 for _, price in needed):
@@ -12915,9 +12930,8 @@ def cost_of(ref: str, usage: Optional[Iterable[int]], costs: Mapping[str, Any]) 
 
 
 def ledger_row(trail: Trail, costs: Mapping[str, Any]) -> Tuple[Any, ...]:
-    """A request as a row of the ledger. costs: ref -> `cost`. Tokens that nobody told are None; told by an answer
-    that did not reach its end they are marked as an estimate. Half a surrogate pair, which a client's JSON may hold,
-    becomes a question mark."""
+    """A request as a row of the ledger. costs: ref -> `cost`. Untold tokens are None, those of an unfinished answer are
+    marked as an estimate. Half a surrogate pair, which a client's JSON may hold, becomes a question mark."""
     usage = trail.usage if any(trail.usage or ()) else None
     row = [getattr(trail, name) for name in _LEDGER_FIELDS]
     row += [min(count, _MOST_TOKENS) for count in usage] if usage else [None] * len(Usage._fields)
@@ -13074,8 +13088,7 @@ _LEDGER_SUMS = {
 
 def sum_ledger(path: str, by: str, since: float) -> List[Json]:
     """The ledger's rows from `since` (Unix seconds) on, summed by a key of LEDGER_GROUPS: {"group", "requests", ...},
-    the last one the total with the group None; [] when there is nothing. count_tokens calls are left out. RouterError
-    when the file cannot be read."""
+    the last one the total of group None; [] for nothing; no count_tokens. RouterError for an unreadable file."""
     sums = ", ".join("%s AS %s" % (sql, name) for name, sql in _LEDGER_SUMS.items())
     source = "FROM requests WHERE time >= ? AND operation <> 'count_tokens'"
     order = '"group"' if by == "day" else "coalesce(cost, 0) DESC, requests DESC"
@@ -13085,8 +13098,7 @@ def sum_ledger(path: str, by: str, since: float) -> List[Json]:
 
 
 def find_in_ledger(path: str, id: str) -> Optional[Json]:
-    """A request's row of the ledger in the shape of `log_record`, with "cost", and with "path" in place of attempts;
-    "last" means the newest. None when it is not there."""
+    """A request's row, or with "last" the newest, shaped as by `log_record`, with "cost", and "path" for attempts."""
     rows = _read_ledger(path, id, "SELECT * FROM requests WHERE ? IN (id, 'last') ORDER BY rowid DESC LIMIT 1")
     if not rows:
         return None
@@ -13387,8 +13399,7 @@ class WorkerClient(PingingSink):
             self._written.catch(self._gone)
 
     async def relay(self, reply: WorkerReply, processor: Any, idle_ms: int, left_s: Optional[float]) -> str:
-        """The rest of a reply to the client: UNWATCHED when the runtime passes it on, "end" or the label of what broke
-        it when it was translated."""
+        """The rest of a reply to the client: UNWATCHED if the runtime passes it on, else "end" or what broke it."""
         import js
         from pyodide.ffi import JsException, create_proxy, to_js
 
@@ -13471,8 +13482,7 @@ class WorkerClient(PingingSink):
 
 
 class _Pump:
-    """The rest of a stream in a Worker. For a translated one the runtime calls `transform` for every chunk. end: why it
-    was stopped before the upstream's end, "" when it was not."""
+    """The rest of a stream in a Worker; a translated one is `transform`ed. end: why it was stopped, or ""."""
 
     def __init__(
         self, client: WorkerClient, reply: WorkerReply, processor: Any, idle_s: float, left_s: Optional[float]
@@ -13573,8 +13583,7 @@ def state_path() -> str:
 
 
 class Instance(NamedTuple):
-    """One running server as the state file tells it. token: the bearer of its control channel; started, and ends, for
-    one that stops: Unix seconds."""
+    """A running server in the state file. token: its control channel's; started, ends (0: not yet): Unix seconds."""
 
     id: str
     pid: int
@@ -13679,8 +13688,7 @@ def find_instance(path: str, config: str, port: int) -> Instance:
 
 
 def has_ended(instance: Instance) -> bool:
-    """Whether an instance that was told to stop is gone: taking its entry out is the last thing it does, unless it was
-    killed (Linux: /proc)."""
+    """Whether an instance that was told to stop is gone: its entry goes last, unless it was killed (Linux: /proc)."""
     is_killed = os.path.exists("/proc/self") and not os.path.exists("/proc/%d" % instance.pid)
     return is_killed or all(one.id != instance.id for one in read_instances(state_path()))
 
@@ -13689,8 +13697,7 @@ def has_ended(instance: Instance) -> bool:
 
 
 class Router(CountingHost):
-    """One running instance: its gateway and the effects that has (see GATEWAY), what it remembers, and what its control
-    channel can do."""
+    """One running instance: its gateway, its effects (see GATEWAY), its memory, and what its control channel can do."""
 
     def __init__(self, loop: Any, options: StartOptions, log: LogWriter) -> None:
         import secrets
@@ -13774,6 +13781,8 @@ class Router(CountingHost):
         name, _, argument = verb.partition("/")
         if method == "GET" and name == "status":
             return 200, self.status()
+        if method == "GET" and name == "model":
+            return 200, {"problem": self._problem_of(unquote(argument))}
         if method == "GET" and name == "trail":
             record = self.ring.find(argument)
             if record and record["usage"]:
@@ -13789,6 +13798,14 @@ class Router(CountingHost):
             self.stop(argument)
             return 200, {"pid": self.status()["pid"], "grace_s": self.grace_s}
         return 404, {"error": "unknown verb"}
+
+    def _problem_of(self, model: str) -> str:
+        """Why no request for that model could be served, "" when one could."""
+        try:
+            self.gateway.routes.find_plan(model)
+        except RouterError as error:
+            return error.message
+        return ""
 
     def _change_guests(self, verb: str, argument: str) -> None:
         """Let a client in by the SHA-256 of its key, `admit/SHA256/NAME`, or out, `dismiss/SHA256`; not stored."""
@@ -13874,8 +13891,7 @@ class Router(CountingHost):
         return notes
 
     def enroll(self, *entries: Instance) -> None:
-        """Have the state file say this of the instance, so that `stop`, `reload`, `status` and `explain` find it, and
-        without an entry nothing."""
+        """Have the state file say this of the instance, by which `stop`, `reload`, ... find it; no entry: nothing."""
         self._entries = list(entries)
         self.stay_enrolled()
 
@@ -14020,8 +14036,7 @@ def _loop_trouble(context: Dict[str, Any]) -> str:
 
 
 def _descriptors_for_clients() -> int:
-    """Raise the limit of open files as far as the system lets us; how many may be clients: the rest is for upstreams,
-    files and the answer that there is no room. 0: unknown."""
+    """Raise the limit of open files; how many may be clients, the rest being for upstreams and files. 0: unknown."""
     try:
         import resource
     except ImportError:  # Windows has no such limit
@@ -14142,8 +14157,7 @@ def _announce(options: StartOptions, port: int) -> None:
 
 
 def _on_signals(loop: Any, stop: Callable[[], Any], reload: Callable[[], Any]) -> None:
-    """The first SIGINT or SIGTERM stops; after it both have their plain meaning: a second one ends the process. SIGHUP
-    reloads; Windows has none."""
+    """The first SIGINT or SIGTERM stops, a second one ends the process at once. SIGHUP (not Windows) reloads."""
     import signal
 
     numbers = (signal.SIGINT, signal.SIGTERM)
@@ -14291,8 +14305,7 @@ def fetch_release(source: str) -> bytes:
 
 def fetch(request: Any, max_bytes: int, check: Optional[Callable[[str], None]] = None) -> Tuple[int, Any, bytes]:
     """(status, headers, body) of the answer to a request of urllib's, whatever its status; a redirection is followed
-    when `check` lets its URL pass. RouterError for none, one that is too slow or too large. What stays on this machine
-    goes through no proxy."""
+    when `check` lets its URL pass. RouterError for none, too slow or too large a one. No proxy for this machine's."""
     import http.client
     import urllib.error
     import urllib.request
@@ -14372,8 +14385,7 @@ def _check_version(data: bytes) -> str:
 
 
 def run_tool(argv: Sequence[str], limit_s: float, data: bytes = b"", **where: Any) -> Tuple[int, str]:
-    """(exit code, output and errors) of another program that gets `data` over stdin; 127 when it is missing or hangs.
-    where: cwd, env."""
+    """(exit code, output and errors) of a program given `data` over stdin; 127: none, or it hangs. where: cwd, env."""
     import subprocess
 
     try:
@@ -14548,8 +14560,7 @@ _WRANGLER_VARIABLES = {"CI": "1", "WRANGLER_SEND_METRICS": "false", "WRANGLER_HI
 
 
 class Site(NamedTuple):
-    """Where a Worker goes. account: "" for the only one of the token. domain: a host of its own; route: a pattern in a
-    zone of the account; neither: NAME.SUBDOMAIN.workers.dev."""
+    """Where a Worker goes. account: "": the token's only one. domain, or route: a pattern; neither: on workers.dev."""
 
     name: str = WORKER_NAME
     account: str = ""
@@ -14607,8 +14618,7 @@ def check_site(site: Site) -> Site:
 
 
 def key_weakness(key: str) -> str:
-    """Why a master key is too weak for a router that everybody can reach, "" when it is strong. Words that lists of
-    passwords hold count for nothing."""
+    """Why a master key is too weak where everybody can reach it, "" if it is strong. Well-known words do not count."""
     words = "0123456789|abcdef|change|default|letmein|master|passw[o0]rd|private|qwerty|router|secret|welcome|worker"
     core = re.sub(words, "", key, flags=re.IGNORECASE)
     kinds = sum(bool(re.search(kind, core)) for kind in ("[a-z]", "[A-Z]", "[0-9]", "[^a-zA-Z0-9]"))
@@ -14640,8 +14650,7 @@ def config_secrets(text: str) -> Dict[str, str]:
 
 
 class Payload(NamedTuple):
-    """What the Worker gets to know. secrets: by name, the configuration's first. missing: variables that it names and
-    that are not set here."""
+    """What the Worker gets to know. secrets: by name, the configuration's first; missing: variables not set here."""
 
     master_key: str
     secrets: Dict[str, str]
@@ -14715,8 +14724,7 @@ def wrangler_steps(site: Site, secrets: Mapping[str, str]) -> List[CloudStep]:
 
 
 def key_step(site: Site, key: str, wrangler: bool) -> CloudStep:
-    """The one step of `worker-key`: a new master key, which goes before the configuration's and stays when deployed
-    anew."""
+    """The step of `worker-key`: a new master key, which goes before the configuration's and outlives a `deploy`."""
     name = "LLM_ROUTER_MASTER_KEY"
     if wrangler:
         words = ("wrangler", "secret", "put", name, "--name", site.name)
@@ -14751,8 +14759,7 @@ def show_step(step: CloudStep, base: str) -> Json:
 
 
 def encode_parts(parts: Sequence[Part]) -> Tuple[str, bytes]:
-    """(content type, body) of a request: the one part without a name as it is, others as multipart/form-data
-    (RFC 7578)."""
+    """(content type, body) of a request: one part without a name as it is, else multipart/form-data (RFC 7578)."""
     if len(parts) == 1 and not parts[0].name:
         return parts[0].type, parts[0].data
     boundary = "llm-router-" + hashlib.sha256(b"".join(part.data for part in parts)).hexdigest()
@@ -14895,8 +14902,7 @@ class Wrangler:
             self._environ["CLOUDFLARE_ACCOUNT_ID"] = account
 
     def call(self, step: CloudStep, site: Site) -> str:
-        """What a call printed; it is made in a folder with the project, which is gone afterwards. CloudflareError with
-        its last words when it failed."""
+        """What a call printed, made in a temporary folder with the project. CloudflareError with its last words."""
         import tempfile
 
         data = b"".join(part.data for part in step.parts if not part.name)
@@ -15029,10 +15035,9 @@ def ask_demo(port: int, wire: str, stream: bool, provider: str) -> Tuple[bool, s
 def _read_demo_answer(wire: str, stream: bool, data: bytes) -> Union[str, ErrorInfo]:
     context = Context(ChatRequest("", []), "demo", 0)
     try:
-        if stream:
-            folded = fold_stream(wire, data, context)
-            return folded if isinstance(folded, ErrorInfo) else join_text(folded.blocks)
-        return join_text(WIRE_FORMATS[wire].parse_response(load_json(data), context).blocks)
+        whole = WIRE_FORMATS[wire].parse_response
+        answer = fold_stream(wire, data, context) if stream else whole(load_json(data), context)
+        return answer if isinstance(answer, ErrorInfo) else join_text(answer.blocks)
     except RouterError as error:
         return ErrorInfo(502, error.message)
 
@@ -15309,8 +15314,7 @@ _CURES = {
 class Agent(NamedTuple):
     """How a program is pointed at the router. variables (NAME=VALUE) and words (arguments before the user's own) are
     templates, see `agent_facts`; one that needs a fact that is empty is left out. hidden: variables that must not reach
-    it. file: the variable that gets the path of a temporary file, and what makes its text of the facts. install: where
-    to get it."""
+    it. file: the variable with the path of a temporary file, and what makes its text. install: where to get it."""
 
     name: str
     install: str
@@ -15362,7 +15366,6 @@ ANY_AGENT = Agent(
     "any", "", "ANTHROPIC_BASE_URL=%(base)s ANTHROPIC_AUTH_TOKEN=%(key)s OPENAI_BASE_URL=%(base)s/v1"
     " OPENAI_API_BASE=%(base)s/v1 OPENAI_API_KEY=%(key)s", hidden=("ANTHROPIC_API_KEY",))
 # fmt: on
-_NO_KEY = "no-key-needed"  # clients insist on some key
 
 
 def agent_facts(base: str, key: str, config: Config, chosen: Mapping[str, str]) -> Dict[str, str]:
@@ -15374,7 +15377,8 @@ def agent_facts(base: str, key: str, config: Config, chosen: Mapping[str, str]) 
     refs = [one.id + "/" + model.id for one in config.providers if one.enabled for model in one.models]
     first = next((ref for ref in refs if not ref.endswith("/*")), "")
     model = chosen.get("model") or config.default_model or first
-    facts = {"base": base, "key": key or _NO_KEY, "model": model, "small": chosen.get("small_model") or model}
+    key = key or "no-key-needed"  # clients insist on some
+    facts = {"base": base, "key": key, "model": model, "small": chosen.get("small_model") or model}
     facts.update({name: chosen.get(name) or model for name in ("opus", "sonnet")}, window="", output="")
     with suppress(RouterError):  # the program will be told when it asks for that model
         found = Routes(config).find_plan(model)[0].model
@@ -15755,8 +15759,7 @@ class Flag(NamedTuple):
 
 
 class Given:
-    """What a command is run with: the flags that were given, {"log_format": "json"}, and the environment. Every flag is
-    an attribute as well, None when it was not given."""
+    """What a command is run with: flags, {"log_format": "json"}, each also an attribute (or None), and environment."""
 
     def __init__(self, environ: Environ, flags: Json) -> None:
         self.environ = environ
@@ -15805,8 +15808,7 @@ class Given:
         return code
 
     def edit(self, change: Callable[[Json], Edit], lines: Sequence[str] = (), **told: Any) -> int:
-        """Apply an edit to the file and tell what was done; a key that was made is shown here and nowhere else. lines,
-        told: what else to tell, as text and as JSON."""
+        """Apply an edit to the file; tell what was done, and a key that was made. lines, told: what else to tell."""
         edit = edit_config_file(self.path, change)
         done = [*map(one_line, (*edit.notes, "saved to " + self.path))]
         done += [_KEY_ONCE % (name[:-3], told[name]) for name in ("masterKey", "clientKey") if name in told]
@@ -15974,7 +15976,10 @@ def parse_flags(argv: Sequence[str], command: Command) -> Json:
         if flag is None and bare and not word.startswith("-"):
             flag, equals, text = bare.pop(), "=", waiting[0]
         if flag is None:
-            raise UsageError(_unknown_word(word, known, command.title))
+            hint = command.title + " --help shows its flags"
+            hint = did_you_mean(word.lower(), known if word.startswith("--") else (), hint)
+            kind = "unknown flag" if word.startswith("-") else "unexpected"
+            raise UsageError("%s %s; %s" % (kind, one_line(word, 60), hint))
         del waiting[0]
         following = waiting[0] if waiting else "--"
         if not equals and flag.kind == "bool":
@@ -15985,11 +15990,6 @@ def parse_flags(argv: Sequence[str], command: Command) -> Json:
             text = waiting.pop(0)
         given[flag.name.replace("-", "_")] = _read_flag_value(flag, text)
     return dict(given, tail=[]) if command.passes_on else given
-
-
-def _unknown_word(word: str, known: Iterable[str], title: str) -> str:
-    hint = did_you_mean(word.lower(), known if word.startswith("--") else (), title + " --help shows its flags")
-    return "%s %s; %s" % ("unknown flag" if word.startswith("-") else "unexpected", one_line(word, 60), hint)
 
 
 def _read_flag_value(flag: Flag, text: str) -> Any:
@@ -16269,8 +16269,7 @@ def _summary(config: Config, source: str) -> List[str]:
 
 
 def _plan_of(document: Json, wanted: str, environ: Environ, models: Sequence[str] = ()) -> ProbePlan:
-    """What to ask a provider of a document, "" for its only one. UsageError when there is none of that id, or none that
-    can be asked."""
+    """What to ask a provider of a document, "" for its only one. UsageError when none of that id can be asked."""
     raws = [raw for _, raw in provider_entries("", get_field(document, "config", "providers"))]
     raw = _find_provider(raws, wanted) if wanted else raws[0]
     config, problems = scan_config(dict(document, providers=[raw]), environ)
@@ -16303,19 +16302,18 @@ def run_test_provider(given: Given) -> int:
 def _ask_provider(plan: ProbePlan, given: Given) -> ProbeReport:
     """Probe, with progress where somebody watches; Ctrl-C ends it at once."""
 
+    is_watched = sys.stderr.isatty()
+
     def show(report: ProbeReport) -> bool:
         asked = sum(row.state not in ("waiting", "asking") for row in report.rows)
-        say("\rasking %s: %d of %d" % (plan.provider.id, asked, len(report.rows)))
+        words = "\rasking %s: %d of %d" % (plan.provider.id, asked, len(report.rows))
+        print(words * is_watched, end="", file=sys.stderr, flush=True)
         return False
-
-    def say(text: str) -> None:
-        if sys.stderr.isatty():
-            print(text, end="", file=sys.stderr, flush=True)
 
     try:
         return _watch_probe(plan, given, show)
     finally:
-        say("\r\033[K")
+        print("\r\033[K" * is_watched, end="", file=sys.stderr, flush=True)
 
 
 def _watch_probe(plan: ProbePlan, given: Given, show: Callable[[ProbeReport], bool]) -> ProbeReport:
@@ -16580,8 +16578,7 @@ def _deploy_in_menu(given: Given) -> Json:
 
 
 def _save_menu(path: str, base: Json, document: Json) -> Tuple[str, Any]:
-    """("saved", words), or ("conflict", what the file holds by now) when it is no longer `base`; then it is untouched.
-    A file that was removed is made again."""
+    """("saved", words), or ("conflict", what the file holds) when it is not `base` any more. A removed one is made."""
     theirs: List[Json] = []
 
     def change(found: Json) -> Edit:
@@ -16768,8 +16765,7 @@ def _explanation(trail: Json) -> List[str]:
 
 
 def _attempt_lines(trail: Json) -> List[str]:
-    """Each attempt with its place in the request's time: dotted a wait, solid the attempt, light the rest of an answer
-    that streams."""
+    """Each attempt with its place in the request's time: a wait dotted, the attempt solid, a stream's rest light."""
     attempts, whole, began = trail["attempts"], max(trail["total_ms"], 1), 0
     rows, bars = [], []
     for number, one in enumerate(attempts, 1):
@@ -16902,14 +16898,13 @@ def run_agent(given: Given) -> int:
 
 
 def _run_as_guest(agent: Agent, argv: Sequence[str], instance: Instance, given: Given) -> int:
-    """Run a program with a key of its own, which the running router knows while the program runs, and by which log and
-    ledger name it."""
+    """Run a program with a key of its own, by which log and ledger name it; the router knows it for as long."""
     import secrets
 
     name = re.sub(r"[^A-Za-z0-9._-]", "-", argv[0].replace("\\", "/").rpartition("/")[2])
     key = "run-" + secrets.token_urlsafe(24)
     sha256 = hashlib.sha256(key.encode()).hexdigest()
-    _, base, config = _reach_running(instance, given.environ)
+    _, base, config = _reach_running(instance, given)
     ask_instance(instance, "admit/%s/run-%s" % (sha256, name), "POST")
     try:
         return run_program(agent, argv, agent_facts(base, key, config, given.flags), given.environ)
@@ -16918,9 +16913,14 @@ def _run_as_guest(agent: Agent, argv: Sequence[str], instance: Instance, given: 
             ask_instance(instance, "dismiss/" + sha256, "POST")
 
 
-def _reach_running(instance: Instance, environ: Environ) -> Tuple[Json, str, Config]:
-    """The status of a running instance, its URL and its configuration, as far as this shell can read it."""
-    status = ask_instance(instance, "status")
+def _reach_running(instance: Instance, given: Given) -> Tuple[Json, str, Config]:
+    """A running instance's status, URL and configuration, if it can be read here. UsageError for a model it has not."""
+    status, environ = ask_instance(instance, "status"), given.environ
+    for flag in _AGENT_FLAGS:
+        name = given.flags.get(flag.name.replace("-", "_"))
+        problem = name and ask_instance(instance, "model/" + quote(name, "", errors="replace"))["problem"]
+        if problem:
+            raise UsageError("--%s: %s" % (flag.name, problem))
     try:
         config = read_config(Given(environ, {"config": instance.config}).load(presets=True).document, environ)
     except RouterError:  # made of key variables that this shell does not have, or broken since
@@ -16954,7 +16954,7 @@ def run_env(given: Given) -> int:
     if name not in led:
         words = name, ", ".join(led), name
         raise UsageError("env: variables do not lead %s anywhere, only %s; try llm-router run %s" % words)
-    status, base, config = _reach_running(given.find_instance(), given.environ)
+    status, base, config = _reach_running(given.find_instance(), given)
     if status["require_auth"] and not config.master_key:
         raise UsageError("the running router wants a key: set LLM_ROUTER_MASTER_KEY to one")
     key = config.master_key if status["require_auth"] else ""
@@ -17053,8 +17053,7 @@ def _ask_user(given: Given, question: str, otherwise: str) -> str:
 
 
 def _strong_payload(given: Given) -> Payload:
-    """What the Worker gets to know, with a new master key in place of a weak or missing one, if the user wants that.
-    UsageError when he does not, or cannot be asked."""
+    """What the Worker gets to know, if wanted with a new master key for a weak or missing one, else UsageError."""
     loaded = given.load()
     payload, config = make_payload(loaded.document, given.environ), read_config(loaded.document, given.environ)
     weakness = "" if config.client_keys else "there is none"

@@ -92,7 +92,9 @@ def test_any_command_gets_the_variables_of_both_formats(home):
     assert told["env"]["OPENAI_BASE_URL"] == told["env"]["OPENAI_API_BASE"] == base + "/v1"
 
 
-def test_the_models_that_the_user_names_reach_the_tiers_of_claude_code(home):
+def test_the_models_that_the_user_names_reach_the_tiers_of_claude_code(home, upstream):
+    document = config_of(provider(upstream, models=["fake-model", "big", "small", "huge"]))
+    (home.folder / ".llm-router.json").write_text(json.dumps(document))
     home.env["ANTHROPIC_API_KEY"] = "the-user's-own"
     env = json.loads(home.run("run --model big --small-model=small --opus=huge claude").stdout)["env"]
     assert (env["ANTHROPIC_MODEL"], env["ANTHROPIC_DEFAULT_OPUS_MODEL"]) == ("big", "huge")
@@ -226,6 +228,21 @@ def test_a_program_that_is_missing_is_named_with_how_to_get_it(home):
 def test_what_cannot_be_run_is_refused(home, line):
     done = home.run(line)
     assert done.returncode == 2 and done.stderr.startswith("llm-router: ")
+
+
+def test_a_model_that_no_request_could_be_served_by_is_said_at_once_and_nothing_is_started(home):
+    """By the router that is to serve it: this shell may not know its configuration."""
+    assert home.run("start --detach --port=0").returncode == 0
+    for line, near in (
+        ("run --model=fake/fake-modle claude", "--model: .*fake/fake-modle.*fake/fake-model?"),
+        ("run --model=smart --haiku=nobody/x -- my-app", "--haiku: .*nobody/x"),
+        ("env --opus=fakemodel claude", "--opus: .*fake-model"),
+    ):
+        done = home.run(line)
+        assert (done.returncode, done.stdout) == (2, "") and re.match("llm-router: " + near, done.stderr)
+    assert home.run("run --model=fake-model[1m] claude").returncode == 0
+    (home.folder / ".llm-router.json").write_text("{broken")
+    assert home.run("run --model=nobody/x claude").returncode == 2
 
 
 def test_the_signal_that_ended_the_program_is_its_exit_code_and_ours_is_passed_on(home):

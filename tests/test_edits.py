@@ -162,9 +162,12 @@ def test_models_no_longer_given_leave_the_list_and_are_named():
     assert "no longer listed: m2" in edit.notes
 
 
-def test_an_upsert_that_would_leave_a_dangling_reference_is_refused():
-    with pytest.raises(r.UsageError, match="b/m2"):
-        upsert(DOCUMENT, "b", models=["m5"])
+def test_references_to_models_no_longer_given_go_with_them_and_are_named():
+    edit = r.upsert_provider({**DOCUMENT, "defaultModel": "b/m2"}, r.ProviderChange("b", models=["m5"]))
+    assert "defaultModel" not in edit.document and edit.document["modelAliases"]["both"] == ["a/m1"]
+    assert provider(edit.document, "a")["models"][0]["fallbackModels"] == ["a/m3"]
+    assert edit.notes[-3:] == ("a/m1 no longer falls back to b/m2", "the default model was b/m2", "there is no default model")
+    assert not [problem for problem in r.find_problems(edit.document) if problem.level == "error"]
 
 
 def test_a_changed_field_gets_its_canonical_spelling():

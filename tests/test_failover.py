@@ -1048,6 +1048,37 @@ def test_an_error_that_drips_is_read_for_a_moment_only():
     assert 0 < len(asyncio.run(exchange._read_error(SimpleNamespace(read=read)))) < 10
 
 
+@pytest.mark.parametrize("wire", WIRES)
+def test_a_stream_answer_to_a_plain_request_is_over_at_its_own_end_though_its_connection_goes_on(wire):
+    """Traps 9, 11: the idle timeout is for what has not said its end."""
+    pieces, answers, waits = fake.STREAMS[wire]("all of it"), [], []
+
+    async def read(timeout_s):
+        waits.append(timeout_s)
+        if len(waits) > len(pieces):
+            raise r.UpstreamError("silence", "timeout", True)
+        return pieces[len(waits) - 1]
+
+    async def send(outbound):
+        return SimpleNamespace(status=200, headers=[], read=read, close=lambda: None)
+
+    async def respond(status, headers, body):
+        answers.append((status, body))
+
+    async def read_body():
+        return json.dumps(ask("openai", "a/m")).encode()
+
+    config = r.read_config(config_of(provider("http://127.0.0.1:1/v1", id="a", formats=[wire], models=["m"])), {})
+    host = SimpleNamespace(now=lambda: 1.0, wall=lambda: 1.0, jitter=lambda: 0.5, new_id=lambda: "req_1", send=send)
+    host.record = lambda trail: None
+    gateway = r.Gateway(r.Routes(config), r.Settings(), r.Access(), host, r.HealthBook())
+    client = SimpleNamespace(respond=respond, is_open=False, host_stops=False)
+    asyncio.run(gateway.handle(r.Call("POST", PATHS["openai"], "", [("host", "localhost")], read_body), client))
+    ((status, body),) = answers
+    assert (status, json.loads(body)["choices"][0]["message"]["content"]) == (200, "all of it")
+    assert waits[0] == 120 and waits[-1] == 2
+
+
 @pytest.mark.parametrize("operation", ["count_tokens", "chat"])
 def test_a_plight_of_the_routers_own_is_told_as_that_and_counting_goes_on(operation):
     """Without a free file descriptor a count of tokens is estimated, and no upstream or client is blamed."""

@@ -29,6 +29,21 @@ def path(tmp_path):
     return file
 
 
+@posix
+def test_a_pipe_or_device_is_read_to_its_end_and_not_waited_for_without_one(tmp_path, monkeypatch):
+    """`--config=<(sops -d FILE)` is a pipe whose writer is slow."""
+    reader, writer = os.pipe()
+    late = threading.Timer(0.2, lambda: (os.write(writer, OLD_TEXT), os.close(writer)))
+    late.start()
+    assert r.read_bytes("/dev/fd/%d" % reader)[0] == OLD_TEXT
+    os.close(reader)
+    monkeypatch.setattr(r, "_PIPE_SILENCE_S", 0.1)
+    os.mkfifo(tmp_path / "nobody-writes")
+    for path in (tmp_path / "nobody-writes", "/dev/zero"):
+        with pytest.raises(r.ConfigError, match="it is no file, and its end does not come"):
+            r.read_bytes(str(path))
+
+
 def set_key(key="new"):
     return lambda document: r.set_master_key(document, key)
 

@@ -118,7 +118,7 @@ def check_order(events):
         elif isinstance(event, (Delta, Extended)):
             assert is_open and (not isinstance(event, Delta) or event.text)
         elif isinstance(event, (Finished, Failed)):
-            assert not is_open
+            assert isinstance(event, Failed) or not is_open
             ended = True
     assert ended
 
@@ -534,10 +534,19 @@ ROUND = ChatResponse(
 )
 
 
+def unmarked(answer):
+    """The answer without the marks of texts that are a further message's."""
+    bags = [{**(getattr(block, "extra", None) or {})} for block in answer.blocks]
+    marks = [bag.pop("openai", None) for bag in bags]
+    return answer._replace(
+        blocks=[b._replace(extra=bag or None) if mark else b for b, bag, mark in zip(answer.blocks, bags, marks)]
+    )
+
+
 def test_a_rendered_answer_reads_back_as_it_was():
     where = context([PATCH_TOOL, FUNCTION, NAMESPACE])
-    assert fold(read(write(unfold(ROUND), where), where)) == ROUND
-    assert parse_responses_response(render_responses_response(ROUND, where), where) == ROUND
+    assert unmarked(fold(read(write(unfold(ROUND), where), where))) == ROUND
+    assert unmarked(parse_responses_response(render_responses_response(ROUND, where), where)) == ROUND
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -560,7 +569,7 @@ def test_random_answers_read_back_as_they_were(seed):
     )
     answer = ChatResponse("resp_x", "asked", blocks, stop, "", Usage(1, 2), 5)
     data = write(unfold(answer), where)
-    assert fold(read(data, where)) == answer
+    assert unmarked(fold(read(data, where))) == answer
     check_life_cycle(data)
 
 

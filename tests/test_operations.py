@@ -303,6 +303,17 @@ def test_all_addresses_of_a_name_share_one_port(two_addresses):
 
 
 @both_kinds
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="this machine's IPv6 sockets take no IPv4")
+def test_who_listens_on_every_address_of_ipv6_is_reached_by_ipv4_too():
+    """As nearly every other server is with `::`; asyncio's own make it IPv6 alone (Kludex/uvicorn#2945)."""
+    (listener,) = r.open_listeners("::", 0)
+    with listener:
+        for host in ("127.0.0.1", "::1"):
+            with socket.create_connection((host, listener.getsockname()[1]), 30):
+                pass
+
+
+@both_kinds
 def test_a_name_of_which_one_address_is_taken_is_refused_and_the_holder_stays(two_addresses):
     with socket.create_server(("::1", free_port()), family=socket.AF_INET6) as holder:
         port = holder.getsockname()[1]

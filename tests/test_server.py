@@ -793,8 +793,12 @@ def test_a_stream_that_outlives_the_grace_ends_in_an_error_event_and_the_exit_co
     stream = running.open(PATHS[wire], ask(wire, stream=True))
     assert stream.read_until("An ")
     running.process.send_signal(signal.SIGTERM)
-    told = assert_stream_error(wire, stream.read_rest())
+    reply = stream.read_rest()
+    told = assert_stream_error(wire, reply)
     assert "stopping" in told.error["message"]
+    if wire == "responses":
+        numbers = [json.loads(data)["sequence_number"] for _, data in reply.events]
+        assert numbers == list(range(len(numbers)))
     assert running.process.wait(20) == 1  # 30 s are the grace by default
     assert upstream.calls[0].closed.wait(20)
 

@@ -564,14 +564,37 @@ def test_a_comment_does_not_start_the_numbers_of_a_broken_stream_anew():
     assert b'"sequence_number":5,' in relay.fail(R.ErrorInfo(502, "the upstream's answer broke off: reset"))
 
 
-def test_half_a_tool_call_is_not_called_complete_when_the_connection_breaks():
+@pytest.mark.parametrize("end", ["reset", "end of input", "error event"])
+def test_half_a_tool_call_is_not_called_complete_when_the_answer_breaks_off(end):
     """trap 22: clients run a tool at its block's stop."""
     call = {"index": 0, "id": "c", "type": "function", "function": {"name": "rm", "arguments": '{"path": "/tm'}}
     chunk = {"id": "x", "model": "m", "choices": [{"index": 0, "delta": {"tool_calls": [call]}}]}
     processor = R.make_processor("openai", "anthropic", CONTEXT)
     assert b"/tm" in processor.feed(b"data: %s\n\n" % json.dumps(chunk).encode())
-    told = processor.fail(R.ErrorInfo(502, "the upstream's answer broke off: reset"))
+    if end == "reset":
+        told = processor.fail(R.ErrorInfo(502, "the upstream's answer broke off: reset"))
+    else:
+        told = processor.finish() if end == "end of input" else processor.feed(b'data: {"error": {"message": "no"}}\n\n')
     assert [event.name for event in R.parse_events(told)] == ["error"] and processor.finish() == b""
+
+
+def test_a_further_message_of_an_answer_is_a_paragraph_of_its_own_where_messages_are_one():
+    """A preamble (`phase`) ran into what followed it; the parts of one message are one text (microsoft/vscode#312173)."""
+    words = [{"type": "output_text", "text": text} for text in ("Let me look.", "Here it ", "is.")]
+    items = [{"type": "message", "role": "assistant", "content": parts} for parts in (words[:1], words[1:])]
+    whole = {"object": "response", "status": "completed", "output": items}
+    answer = R.parse_answer(whole, "responses", CONTEXT)
+    chat = R.WIRE_FORMATS["openai"].render_response(answer, CONTEXT)
+    assert chat["choices"][0]["message"]["content"] == "Let me look.\n\nHere it is."
+    stream = R.render_stream("responses", answer._replace(blocks=[b._replace(extra={"responses": {"id": "m%d" % (i > 0)}})
+                                                                  for i, b in enumerate(answer.blocks)]), CONTEXT)
+    processor = R.make_processor("responses", "openai", CONTEXT)
+    told = R.fold_stream("openai", processor.feed(stream) + processor.finish(), CONTEXT)
+    assert R.join_text(told.blocks) == "Let me look.\n\nHere it is."
+    _, sent = R.translate_request({"input": [{"role": "user", "content": "go"}, *items]}, "responses", "openai")
+    assert sent["messages"][1] == {"role": "assistant", "content": "Let me look.\n\nHere it is."}
+    told = R.translate_response(whole, "responses", "anthropic", CONTEXT)
+    assert [block["text"] for block in told["content"]] == ["Let me look.", "Here it ", "is."]
 
 
 @pytest.mark.parametrize("target", WIRES)
