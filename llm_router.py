@@ -8488,7 +8488,7 @@ class Run(NamedTuple):
     accepts_empty: an empty answer is as good as any; first: the origin's last outcome; last: the last outcome of all;
     blamed: providers whose key or account failed; counted: refs whose circuit was counted; probes: refs whose
     half-open slot this request holds; waited_ms: spent waiting for a cooling candidate; fenced: a policy block keeps
-    it inside one provider.
+    it inside one provider; until: when its total time is up, and nobody is asked, or blamed, any more.
     """
 
     id: str
@@ -8506,6 +8506,7 @@ class Run(NamedTuple):
     probes: Texts = ()
     waited_ms: int = 0
     fenced: bool = False
+    until: float = math.inf
 
 
 Step = Tuple[Run, Any, List[HealthChange]]
@@ -8568,7 +8569,8 @@ def is_half_open(candidate: Candidate, book: Any, now: float) -> bool:
 
 def begin(id: str, plan: Plan, settings: Settings, book: Any, now: float) -> Step:
     """The first step of a request. id: the request's, unique."""
-    return _next_candidate(Run(id, plan, settings, plan), book, now)
+    total_s = settings.total_timeout_ms / 1000.0 or math.inf
+    return _next_candidate(Run(id, plan, settings, plan, until=now + total_s), book, now)
 
 
 def follow(run: Run, outcome: Outcome, book: Any, now: float, jitter: float) -> Step:
@@ -8582,7 +8584,8 @@ def follow(run: Run, outcome: Outcome, book: Any, now: float, jitter: float) -> 
     if outcome.kind == EMPTY and run.accepts_empty:
         return _end(run, Deliver(outcome))
     delay_ms = backoff_ms(run.tries, run.settings, jitter)
-    if rule.retries and run.tries < run.allowed and (outcome.retry_after or 0) * 1000 <= delay_ms:
+    in_time = (outcome.retry_after or 0) * 1000 <= delay_ms and now + delay_ms / 1000.0 < run.until
+    if rule.retries and run.tries < run.allowed and in_time:
         return run, Try(candidate, delay_ms), []
     changes = _changes(run, outcome.kind, outcome.retry_after, book, now)
     run = run._replace(
@@ -8650,7 +8653,7 @@ def _first_of(run: Run, book: Any, now: float) -> Candidate:
 
 
 def _next_candidate(run: Run, book: Any, now: float) -> Step:
-    if not run.remaining:
+    if not run.remaining or now >= run.until:
         return _exhausted(run, book, now)
     candidate, others = run.remaining[0], run.remaining[1:]
     ready = ready_at(candidate, book)
@@ -8674,8 +8677,8 @@ def _next_candidate(run: Run, book: Any, now: float) -> Step:
 
 def _wait_ms(ready: float, run: Run, now: float) -> int:
     """How long to wait for a candidate that cools, when that is short enough to be worth it."""
-    wait_ms = math.ceil((ready - now) * 1000)
-    return wait_ms if 0 < wait_ms <= run.settings.retry_after_wait_ms - run.waited_ms else 0
+    wait_ms, left_s = math.ceil((ready - now) * 1000), run.until - now
+    return wait_ms if 0 < wait_ms <= min(run.settings.retry_after_wait_ms - run.waited_ms, left_s * 1000 - 1) else 0
 
 
 def _exhausted(run: Run, book: Any, now: float) -> Step:
@@ -10188,8 +10191,6 @@ class Exchange:
         if self._inbound.operation == "count_tokens":
             await self._count_tokens(plan[0])
             return
-        if self._settings.total_timeout_ms:
-            self._deadline = self._host.now() + self._settings.total_timeout_ms / 1000
         if self._inbound.stream:
             head = [*_STREAM_HEADERS, ("x-llm-router-request-id", trail.id), *self._cors]
             client.keep_alive(trail.began, self._settings.keepalive_ms, head)
@@ -10214,6 +10215,7 @@ class Exchange:
     async def _serve(self, plan: Plan) -> None:
         book, settings, host, trail = self._book, self._settings, self._host, self._trail
         run, action, changes = begin(trail.id, plan, settings, book, host.now())
+        self._deadline = run.until
         if action.candidate is not plan[0]:
             trail.passed_over = _why_not_first(plan[0], book)
         try:
@@ -10223,7 +10225,7 @@ class Exchange:
                     await self._conclude(action)
                     return
                 if action.delay_ms:
-                    await host.sleep(min(action.delay_ms / 1000, max(0.0, self._deadline - host.now())))
+                    await host.sleep(action.delay_ms / 1000)
                 result = await self._attempt(action, bool(run.remaining))
                 if isinstance(result, Answer):
                     is_whole = result.processor is None
@@ -10241,25 +10243,26 @@ class Exchange:
         """An attempt at a candidate; once more at once when its 400 names what can be mended, or its 500: so llama.cpp
         tells what the model's template refuses."""
         self._candidate = action.candidate
+        known = self._gateway.lessons.get(action.candidate.ref) or ()
         result = await self._call(self._requests.make(action.candidate), action.delay_ms, has_more)
         is_told = isinstance(result, Outcome) and result.status and result.kind in (INVALID, TEMPORARY)
-        mended = self._mended(result) if is_told else None
+        mended = self._mended(result, known) if is_told else None
         return result if mended is None else await self._call(mended, 0, has_more)
 
-    def _mended(self, outcome: Outcome) -> Optional[Outbound]:
+    def _mended(self, outcome: Outcome, known: Texts) -> Optional[Outbound]:
         """The request without the field that its 400 names and the router itself had added, or without reasoning that
-        another provider issued; None when it is neither."""
+        another provider issued; None when it is neither. known: the lessons that it was made with."""
         sent, ref = self._outbound, self._candidate.ref
         body, words = load_json(sent.body), [*error_words(parse_body(outcome.body or b"")), outcome.error.message]
         repaired = repair_history(body, sent.wire, words)
         if repaired is not None:
             self._trail.amend(decision="again, its history without the proofs of others")
             return sent._replace(body=dump_json(repaired))
-        known = self._gateway.lessons.get(ref) or ()
         fix = "" if self._passes else learn_fix(body, words, known)
         if not fix or (outcome.kind == TEMPORARY and fix not in TEMPLATE_FIXES):
             return None
-        self._gateway.lessons.put(ref, known + (fix,))
+        learned = self._gateway.lessons.get(ref) or ()  # by now, from others that were under way, too
+        self._gateway.lessons.put(ref, tuple(dict.fromkeys((*learned, fix))))
         self._trail.amend(decision="learned, again: " + fix)
         return self._requests.make(self._candidate)
 
@@ -10291,9 +10294,7 @@ class Exchange:
     def _within_deadline(self, outbound: Outbound) -> Outbound:
         if self._until == math.inf:
             return outbound
-        left_ms = int((self._until - self._host.now()) * 1000)
-        if left_ms <= 0:
-            raise UpstreamError("the request's total time is used up", "timeout", True)
+        left_ms = max(int((self._until - self._host.now()) * 1000), 1)
         own = outbound.timeouts
         connect_ms, first_byte_ms = (min(limit or left_ms, left_ms) for limit in (own.connect_ms, own.first_byte_ms))
         return outbound._replace(timeouts=own._replace(connect_ms=connect_ms, first_byte_ms=first_byte_ms))
@@ -11530,10 +11531,8 @@ class Connection:
         """
         try:
             self._sock.recv(1, self._peek)
-        except self._not_yet:
-            return not self.is_closed
-        except OSError:
-            pass
+        except OSError as error:
+            return isinstance(error, self._not_yet) and not self.is_closed
         return False
 
     def pause(self) -> None:
@@ -11563,6 +11562,7 @@ class Connection:
         """The exchange ended exactly: the connection may serve another."""
         self._reply = None
         self.reused = True
+        self.resume()  # who gets it now waits for an answer, and would not know that the last client was slow
         self._on_free(self)
 
     def _send(self) -> None:
@@ -11897,7 +11897,6 @@ class Upstreams:
                 return
         idle = self._idle.setdefault(connection.key, [])
         connection.idle_since = self._loop.time()
-        connection.resume()
         idle.append(connection)
         if len(idle) > self._settings.pool_size:
             idle.pop(0).close()
@@ -12215,6 +12214,8 @@ class ClientConnection:
             await self._refuse(error)
         finally:
             self._transport.abort() if self.was_cut and self.is_blocked() else self._writer.close()
+            if self._transport.get_write_buffer_size():  # the rest of an answer, for a client that takes its time
+                await self._until_sent(self._writer.wait_closed)
 
     def may_keep_alive(self, head: HttpRequest) -> bool:
         """Whether the connection can serve another request after this one: not with much of a body unread, nor in a
@@ -12241,12 +12242,14 @@ class ClientConnection:
 
     async def drain(self) -> None:
         """Wait until a slow client has taken what was written. ClientGoneError when it takes too long or leaves."""
-        if not self._transport.get_write_buffer_size():
-            return
+        if self._transport.get_write_buffer_size():
+            await self._until_sent(self._writer.drain)
+
+    async def _until_sent(self, wait: Callable[[], Any]) -> None:
         before, self.phase = self.phase, "sending"
         self.deadline = self.loop.time() + self.server.settings.send_timeout_ms / 1000
         try:
-            await self._writer.drain()
+            await wait()
         except ConnectionError:
             raise ClientGoneError from None
         finally:
@@ -12258,7 +12261,7 @@ class ClientConnection:
         if self.phase == "sending":
             self._transport.abort()
         elif self.phase == "idle":
-            self._writer.close()
+            self._expire_read(ClientGoneError())
         else:
             self._expire_read(HttpError("the request took too long to arrive", 408, "request_timeout"))
 
@@ -12501,10 +12504,10 @@ class Server:
         if not self.draining:
             self.loop.add_reader(listener.fileno(), self._take, listener)
 
-    def _take(self, listener: Any) -> None:
+    def _take(self, listener: Any, most: int = _ACCEPTS_AT_ONCE) -> None:
         """Accept who waits. Without a free descriptor the listener rests a while: asyncio's own servers try on as often
         as their backlog is long, and log each time."""
-        for _ in range(_ACCEPTS_AT_ONCE):
+        for _ in range(most):
             try:
                 sock, address = listener.accept()
             except (BlockingIOError, InterruptedError, ConnectionError):
@@ -12600,11 +12603,11 @@ class Server:
 
         self.draining = True
         for listener in self._listeners:
-            self._take(listener)  # who is connected already would see a reset
+            self._take(listener, _BACKLOG)  # who is connected already would see a reset
             self.loop.remove_reader(listener.fileno())
             listener.close()
         until = self.loop.time() + grace_s
-        while self.connections and self.loop.time() < until:
+        while self._tasks and self.loop.time() < until:  # some may not be connections yet
             for connection in self.connections:
                 if connection.phase == "idle":
                     connection.deadline = min(connection.deadline, self.loop.time() + 0.2)

@@ -1,6 +1,8 @@
 """COMPATIBILITY: rows for known upstreams, and what a 400 teaches about fields that the router itself added."""
 
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -180,6 +182,22 @@ def test_no_more_is_asked_for_than_the_model_gives_by_its_entry_or_by_what_was_l
 def test_a_lesson_is_learned_once():
     words = ["stream_options is not supported"]
     assert llm_router.learn_fix(translated(), words, ("no stream_options",)) == ""
+
+
+def test_requests_that_are_refused_for_one_field_at_the_same_time_are_all_mended(router, make_upstream):
+    both, refusal = threading.Barrier(2), "stream_options is not supported here"
+
+    def answers(call):
+        if "stream_options" not in call.json:
+            return fake.model_answer("openai", True, "mended")
+        both.wait(30)  # the second one is refused when the first one has learned, or is about to
+        return fake.error_answer("openai", 400, refusal, "invalid_request_error")
+
+    running = router(config_of(provider(make_upstream(answers), "openai", "a", ["m"])))
+    body = {"model": "a/m", "max_tokens": 9, "stream": True, "messages": [{"role": "user", "content": "hi"}]}
+    with ThreadPoolExecutor(2) as pool:
+        replies = list(pool.map(lambda _: running.post("/v1/messages", body), range(2)))
+    assert [(reply.status, "mended" in reply.text) for reply in replies] == [(200, True)] * 2
 
 
 def test_a_lesson_needs_its_field_in_the_request():

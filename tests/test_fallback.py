@@ -583,6 +583,28 @@ def test_nobody_waits_for_what_waiting_does_not_cure():
         assert not isinstance(Request(R.HealthBook(), plan("a/1"), its).fail(kind), R.Try)
 
 
+# ---- the total time
+
+
+def test_when_the_total_time_is_up_nobody_is_asked_any_more_and_who_was_not_asked_is_not_blamed():
+    request = Request(R.HealthBook(), plan("a/1", "b/1"), settings(total_timeout_ms=1000, retry_after_wait_ms=60_000))
+    action = request.fail(R.TIMEOUT, after=1.0)
+    assert (type(action), action.outcome.kind, known(request.book)) == (R.GiveUp, R.TIMEOUT, ["a/1"])
+
+
+@pytest.mark.parametrize("failed_after_s, follows", [(0.7, "a/1"), (0.8, "b/1")])
+def test_a_retry_that_would_come_after_the_total_time_leaves_it_to_a_fallback(failed_after_s, follows):
+    request = Request(R.HealthBook(), plan("a/1", "b/1"), settings(total_timeout_ms=1000))
+    request.fail(R.TEMPORARY, jitter=1.0, after=failed_after_s)
+    assert request.ref == follows
+
+
+def test_nobody_waits_for_a_candidate_that_is_back_after_the_total_time():
+    for total_ms, follows in ((2000, R.Try), (1000, R.GiveUp)):
+        request = Request(R.HealthBook(), plan("a/1"), settings(total_timeout_ms=total_ms, retry_after_wait_ms=60_000))
+        assert isinstance(request.fail(R.RATE_LIMITED, 1.0), follows)
+
+
 # ---- the circuit
 
 

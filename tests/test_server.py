@@ -760,6 +760,80 @@ def test_a_client_that_never_reads_again_is_cut_after_the_send_timeout(router, u
         running.wait_log(" 499 client_gone ")
 
 
+HASTY = llm_router.Settings()._replace(client_idle_timeout_ms=100, send_timeout_ms=100)
+
+
+async def unread_answer(settings, closes, work):
+    """Await `work(server, client)` when an answer of 60,000 bytes stands partly in the kernel, partly in the transport,
+    which is not enough to wait for the client."""
+    loop, answered = asyncio.get_running_loop(), asyncio.Event()
+
+    async def handle(call, sink):
+        sink._connection._transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        await sink.respond(200, [], b"x" * 60_000)
+        assert sink._connection._transport.get_write_buffer_size()
+        answered.set()
+
+    server = llm_router.Server(loop, settings, handle, lambda error: None)
+    port = await server.listen("127.0.0.1", 0)
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.settimeout(30)
+        client.connect(("127.0.0.1", port))
+        client.sendall(b"GET / HTTP/1.1\r\nhost: a\r\nconnection: %b\r\n\r\n" % (b"close" if closes else b"keep-alive"))
+        await answered.wait()
+        await work(server, client)
+
+
+def bytes_left(client):
+    """How many bytes come until the other side closes."""
+    return len(b"".join(iter(lambda: client.recv(65536), b"")))
+
+
+BOTH_ENDS = pytest.mark.parametrize("closes", [True, False], ids=["close", "keep-alive"])
+
+
+@BOTH_ENDS
+def test_a_client_that_takes_the_rest_of_its_answer_slowly_gets_it_also_when_the_router_stops(closes):
+    async def read_late(server, client):
+        drained = asyncio.ensure_future(server.drain(30.0))
+        done, _ = await asyncio.wait([drained], timeout=0.5)
+        assert not done
+        assert await asyncio.get_running_loop().run_in_executor(None, bytes_left, client) > 60_000
+        assert await drained
+
+    asyncio.run(unread_answer(llm_router.Settings(), closes, read_late))
+
+
+@BOTH_ENDS
+def test_a_client_that_never_takes_the_rest_of_its_answer_is_cut_after_the_send_timeout(closes):
+    """Else whoever reads nothing holds a connection for as long as it likes."""
+
+    async def never_read(server, client):
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(None, until, lambda: not server.connections)
+        assert await loop.run_in_executor(None, bytes_left, client) < 60_000
+        assert await server.drain(1.0)
+
+    asyncio.run(unread_answer(HASTY, closes, never_read))
+
+
+def test_who_has_connected_before_the_router_stops_is_answered():
+    """Also when nobody else is there, and it has not been accepted yet."""
+
+    async def run():
+        async def handle(call, sink):
+            await sink.respond(200, [], b"ok")
+
+        server = llm_router.Server(asyncio.get_running_loop(), llm_router.Settings(), handle, lambda error: None)
+        with socket.create_connection(("127.0.0.1", await server.listen("127.0.0.1", 0)), 30) as client:
+            client.sendall(b"GET / HTTP/1.1\r\nhost: a\r\n\r\n")
+            assert await server.drain(30.0)
+            return client.recv(1000)
+
+    assert asyncio.run(run()).startswith(b"HTTP/1.1 200 ")
+
+
 # --- the process ---
 
 

@@ -224,6 +224,34 @@ def test_a_connection_that_was_dialled_for_nothing_is_closed_after_a_while():
         asyncio.run(come_late(ours))
 
 
+def test_a_connection_whose_client_was_slow_to_the_last_is_read_for_the_next_one():
+    """Who waits for a connection to be dialled gets it at once, paused as it may have been."""
+    answer = b"HTTP/1.1 200 Ok\r\ncontent-length: 2\r\n\r\n{}"
+
+    async def hand_over(ours, theirs):
+        loop = asyncio.get_running_loop()
+        upstreams = r.Upstreams(loop, r.Settings(), {})
+        dial = SimpleNamespace(key="a", prefix="", proxy_headers=[], sock=ours)
+        connection = r.Connection(loop, dial, upstreams._free)
+        first, second = r.Reply(loop, connection, 1000), r.Reply(loop, connection, 1000)
+        waiter = loop.create_future()
+        upstreams._waiting["a"] = {waiter: None}
+        connection.start(b"one", first)
+        first.pipe(lambda data: first.pause(), str)
+        theirs.sendall(answer)
+        assert await asyncio.wait_for(waiter, 30) is connection
+        connection.start(b"two", second)
+        theirs.sendall(answer)
+        await asyncio.wait_for(second.wait_for_head(None), 30)
+        second.close()
+        upstreams.close()
+
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    with theirs:
+        asyncio.run(hand_over(ours, theirs))
+
+
 # --- odd but valid answers ---
 
 
