@@ -8398,22 +8398,30 @@ class HealthBook:
 
     def __init__(self, limit: int = 10_000) -> None:
         self._entries: Dict[str, Health] = {}
+        self._renewed: Dict[str, float] = {}
         self._limit = limit
 
     def read(self, key: str) -> Health:
         """The health of a key; HEALTHY when nothing is remembered."""
         return self._entries.get(key, HEALTHY)
 
-    def apply(self, changes: Iterable[HealthChange]) -> None:
-        """Carry out changes, in order."""
+    def apply(self, changes: Iterable[HealthChange], since: float = math.inf) -> None:
+        """Carry out changes, in order. since: when the request began that brings them."""
         for change in changes:
-            changed = changed_health(self.read(change.key), change)
-            if changed == HEALTHY:
-                self._entries.pop(change.key, None)
-            else:
-                self._entries[change.key] = changed
+            if since < self._renewed.get(change.key.partition("/")[0], 0.0):
+                continue
+            changed = changed_health(self._entries.pop(change.key, HEALTHY), change)
+            if changed != HEALTHY:
+                self._entries[change.key] = changed  # the newest now
         while len(self._entries) > self._limit:
             del self._entries[next(iter(self._entries))]
+
+    def renew(self, providers: Sequence[str], now: float) -> None:
+        """Forget what is known of providers that were configured anew, and what older requests still bring of them."""
+        self._renewed.update(dict.fromkeys(providers, now))
+        for key in self.known():
+            if key.partition("/")[0] in providers:
+                del self._entries[key]
 
     def known(self) -> List[str]:
         """The keys that something is remembered of."""
@@ -8642,10 +8650,9 @@ def _first_of(run: Run, book: Any, now: float) -> Candidate:
 
     def rank(candidate: Candidate) -> Tuple[int, float]:
         until = ready_at(candidate, book)
-        if candidate.provider.id in run.blamed:
-            return 3, until
-        if until > now:
-            return 2, until
+        is_blamed = candidate.provider.id in run.blamed
+        if is_blamed or until > now:
+            return 2 + is_blamed, until
         probed = book.read(candidate.ref).probe not in ("", run.id)
         return int(probed and is_half_open(candidate, book, now)), 0.0
 
@@ -10220,7 +10227,7 @@ class Exchange:
             trail.passed_over = _why_not_first(plan[0], book)
         try:
             while True:
-                book.apply(changes)
+                book.apply(changes, trail.began)
                 if not isinstance(action, Try):
                     await self._conclude(action)
                     return
@@ -10515,7 +10522,7 @@ class Exchange:
         kind = TIMEOUT if broken == "timeout" else TEMPORARY
         trail.outcome, trail.message = kind, one_line(failure.message)
         trail.amend(kind=kind, decision="too late to fall back", message=trail.message)
-        book.apply(fail_late(run, kind, book, self._host.now()) if run is not None else ())
+        book.apply(fail_late(run, kind, book, self._host.now()) if run is not None else (), trail.began)
         client.cut()
 
     async def _conclude(self, action: Union[Deliver, GiveUp]) -> None:
@@ -12546,7 +12553,6 @@ class Server:
             self._peers[peer] -= 1
             if not self._peers[peer]:
                 del self._peers[peer]
-            writer.close()
 
     async def _turn_away(self, reader: Any, writer: Any) -> None:
         """There is no room: say so, and take what comes for a moment, or the client may see a reset instead, see
@@ -12867,9 +12873,7 @@ class LogWriter(Batches):
 
     def _work(self, is_last: bool) -> None:
         dropped, self._dropped = self._dropped, 0
-        lines = []
-        while self._lines:
-            lines.append(self._lines.popleft())
+        lines = [self._lines.popleft() for _ in range(len(self._lines))]
         said = ["%d log lines were dropped: the log could not be written fast enough" % dropped] if dropped else []
         try:
             self._stream.write("".join(line + "\n" for line in lines + said))
@@ -13884,9 +13888,7 @@ class Router(CountingHost):
         if options.require_auth and not config.master_key and not config.client_keys:
             raise ConfigError("the new configuration has no masterKey, which --require-auth needs")
         notes = changed_providers(options.config, config)
-        for key in self.book.known():
-            if key.partition("/")[0] in notes:
-                self.book.apply([HealthChange(key, clear=True, at=math.inf)])
+        self.book.renew(notes, self.now())
         self.options = options._replace(config=config, document=document, config_source=source)
         self._make_gateway()
         self.config_state = "ok"

@@ -838,6 +838,24 @@ def test_healthy_entries_are_forgotten_and_made_up_names_do_not_fill_the_book():
     assert known(book) == []
 
 
+def test_what_is_told_again_is_not_the_oldest_that_gives_way():
+    book = R.HealthBook(limit=2)
+    for at, key in enumerate(("a/", "b/", "a/", "c/")):
+        book.apply([R.HealthChange(key, cooldown_until=NOW + at, at=NOW)])
+    assert known(book) == ["a/", "c/"]
+
+
+def test_a_provider_that_is_configured_anew_is_healthy_whatever_older_requests_bring():
+    book = R.HealthBook()
+    changes = [R.HealthChange(key, cooldown_until=NOW + 60, at=NOW) for key in ("a/1", "a/", "ab/1")]
+    book.apply(changes, NOW)
+    book.renew(["a"], NOW + 1)
+    book.apply(changes, NOW)
+    assert known(book) == ["ab/1"]
+    book.apply(changes, NOW + 1)
+    assert len(known(book)) == 3
+
+
 def test_decisions_do_not_change_the_book_or_the_run_they_were_given():
     book = R.HealthBook()
     break_circuit(book)

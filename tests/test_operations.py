@@ -370,6 +370,31 @@ def test_hundreds_of_edits_under_load_lose_no_request(router, upstream):
 
 
 @posix
+def test_a_key_that_was_set_right_is_not_blamed_for_the_wrong_one_by_requests_under_way(router, make_upstream):
+    """Else its provider would be passed over for ten minutes."""
+    wrong, gate = "not the key", threading.Event()
+
+    def knows_the_key(call):
+        if wrong in call.header("authorization"):
+            return fake.gated(fake.error_answer("openai", 401), gate)
+        return fake.final_text("the right key")(call)
+
+    upstream = make_upstream(knows_the_key)
+    running = router(config_of(provider(upstream, apiKey=wrong)), "--watch-config=false")
+    late = threading.Thread(target=post, args=(running, "openai"))
+    late.start()
+    upstream.wait_calls(1)
+    running.write_config(config_of(provider(upstream)))
+    running.process.send_signal(signal.SIGHUP)
+    running.wait_log("reloaded")
+    assert "the right key" in post(running, "openai").text
+    gate.set()
+    late.join(30)
+    running.wait_log("fake/fake-model=401")
+    assert "llm_router_cooldown_seconds{model=\"fake/fake-model\"} 0" in running.get("/metrics").text
+
+
+@posix
 def test_fifty_streams_outlive_a_reload_that_takes_their_provider_away(router, upstream, make_upstream):
     gate, events = threading.Event(), fake.chat_stream("first and last")
     upstream.handler = lambda call: fake.sse_answer(events[:2] + [fake.Gate(gate)] + events[2:])
