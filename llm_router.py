@@ -3395,6 +3395,7 @@ _STATUS_WORDS = {
     504: "timeout_error vector_store_timeout",
     529: "overloaded_error",
 }
+OVERFLOW_CODE = "context_length_exceeded"  # by this code Codex and others know that they have to compact
 ERROR_STATUSES = {word: status for status, words in _STATUS_WORDS.items() for word in words.split()}
 # MiniMax: numbers of base_resp.status_code inside a 200, 0 in all other answers (platform.minimax.io, Error codes).
 _BASE_CODES = {
@@ -4662,12 +4663,22 @@ def parse_anthropic_request(body: Json) -> ChatRequest:
 
 
 def _anthropic_tools(tools: List[Any], messages: List[Any]) -> List[Any]:
-    """The tools, and behind them what is defined in mid-conversation (BetaToolChangeToolDefinitionParam), each once."""
-    parts = [as_dict(part) for turn in messages for part in as_list(as_dict(turn).get("content"))]
-    added = [as_dict(part.get("tool")).get("definition") for part in parts if part.get("type") == "tool_addition"]
-    known = {as_text(as_dict(tool).get("name")) for tool in tools}
-    new = {as_text(tool.get("name")): tool for tool in map(as_dict, added) if tool}
-    return tools + [tool for name, tool in new.items() if name not in known]
+    """The tools, and behind them what is defined in mid-conversation (BetaToolChangeToolDefinitionParam), each once.
+
+    Without those that are withdrawn in the end (BetaRequestToolRemovalBlockParam), and without deferred ones that no
+    tool_reference or call names yet, unless Anthropic's own search was to find them, which nobody else has.
+    """
+    known, new = {as_text(as_dict(tool).get("name")): as_dict(tool) for tool in tools}, {}
+    searches = any(as_text(tool.get("type")).startswith("tool_search_tool_") for tool in known.values())
+    offered = {name: searches or tool.get("defer_loading") is not True for name, tool in known.items()}
+    for part in (as_dict(part) for turn in messages for part in as_list(as_dict(turn).get("content"))):
+        change = as_dict(part.get("tool"))
+        definition = as_dict(change.get("definition"))
+        for item in map(as_dict, [definition or change or part, *as_list(part.get("content"))]):
+            offered[as_text(item.get("name") or item.get("tool_name"))] = part.get("type") != "tool_removal"
+        new.update({as_text(definition.get("name")): definition} if definition else {})
+    every = tools + [tool for name, tool in new.items() if name not in known]
+    return [tool for tool in every if offered.get(as_text(as_dict(tool).get("name")), True)]
 
 
 def _without(item: Mapping[str, Any], *keys: str) -> Json:
@@ -4812,6 +4823,7 @@ _ANTHROPIC_READERS: Dict[str, Callable[[Json, str], Any]] = {
     "text": lambda item, path: Text(
         check_field(item.get("text"), (str,), path + ".text"), rest_of(item, ("type", "text"), _ANTHROPIC)
     ),
+    "tool_reference": lambda item, path: _anthropic_shown(item, "tool loaded: %s" % as_text(item.get("tool_name"))),
     "image": _anthropic_media, "document": _anthropic_media, "tool_result": _anthropic_result,
     "search_result": lambda item, path: _anthropic_shown(
         item, as_text(item.get("title")), as_text(item.get("source")), readable(item.get("content"))
@@ -5417,18 +5429,21 @@ _ANTHROPIC_ERROR_TYPES = {
 }  # fmt: skip
 
 # error.details that clients act on, by error code (_refuse_thread): the SDKs send the whole conversation then.
-_ANTHROPIC_DETAILS: Dict[str, Json] = {
-    "thread_unsupported_request": {"error_code": "thread_unsupported_request", "unsupported": ["thread"]},
-    "thread_not_found": {"error_code": "thread_not_found"},
-}
+_ANTHROPIC_DETAILS: Json = {"thread_unsupported_request": {"unsupported": ["thread"]}, "thread_not_found": {}}
+_TOO_LONG = "prompt is too long"  # by these words Claude Code knows that it has to compact
 
 
 def render_anthropic_error(info: ErrorInfo, request_id: str) -> Json:
-    """anthropic.types.shared.ErrorResponse. The type is the error's own if known here, else its status's (121, 122)."""
+    """anthropic.types.shared.ErrorResponse. The type is the error's own if this format has it, else the one of its
+    status (traps 121, 122); OpenAI calls every refusal invalid, and an overflow is known by its words (trap 156)."""
     other = _ANTHROPIC_ERROR_TYPES[500 if info.status >= 500 else 400]
-    kind = info.type if info.type in _ANTHROPIC_ERROR_TYPES.values() else _ANTHROPIC_ERROR_TYPES.get(info.status, other)
-    details = {"details": _ANTHROPIC_DETAILS[info.code]} if info.code in _ANTHROPIC_DETAILS else {}
-    return {"type": "error", "error": {"type": kind, "message": info.message, **details}, "request_id": request_id}
+    is_own = info.type in _ANTHROPIC_ERROR_TYPES.values() and info.type != _ANTHROPIC_ERROR_TYPES[400]
+    kind = info.type if is_own else _ANTHROPIC_ERROR_TYPES.get(info.status, other)
+    is_unsaid = info.code == OVERFLOW_CODE and _TOO_LONG not in info.message.lower()
+    message = "%s: %s" % (_TOO_LONG, info.message) if is_unsaid else info.message
+    further = _ANTHROPIC_DETAILS.get(info.code)
+    details = {} if further is None else {"details": {"error_code": info.code, **further}}
+    return {"type": "error", "error": {"type": kind, "message": message, **details}, "request_id": request_id}
 
 
 def anthropic_error_event(info: ErrorInfo, request_id: str) -> bytes:
@@ -6592,6 +6607,7 @@ class StreamTranslator:
         self._restorer = tool_restorer(context.request)
         self._stop_reason = ""
         self._has_opaque = False
+        self._answer_id = ""
         self._stencil: Optional[Stencil] = None
         self._tries = _STENCIL_TRIES
         self.recorder: Optional[ReasoningRecorder] = None
@@ -6676,6 +6692,8 @@ class StreamTranslator:
                 calls = shown.get("name") or as_text(shown.get("type")).endswith("_call")
                 self.content = self.content or bool(getattr(block, "name", "") or calls)
                 self._has_opaque = self._has_opaque or is_opaque
+            elif kind is Started:
+                self._answer_id = event.id
             elif kind is Finished:
                 self._stop_reason = event.stop_reason
             elif kind is Failed:
@@ -6734,10 +6752,13 @@ class StreamRelay(StreamTranslator):
         return b"" if self.failed is None else self.fail(self.failed)
 
     def fail(self, error: ErrorInfo) -> bytes:
-        """The error as the format has it, in Responses with the number that is due."""
+        """The error as the format has it, in Responses with the number that is due, of the answer that began: the
+        OpenAI SDK accepts no other (lib.streaming.responses)."""
         self.failed, numbers = error, _EVENT_NUMBER.findall(self._last)
         due = b'"sequence_number":%d' % (int(numbers[-1]) + 1 if numbers else 0)
-        return _EVENT_NUMBER.sub(due, self._target.error_event(error, self._context.id), 1)
+        id = "resp_" + self._context.id
+        out = self._target.error_event(error, self._context.id).replace(dump_json(id), dump_json(self._answer_id or id))
+        return _EVENT_NUMBER.sub(due, out, 1)
 
 
 _ERROR_EVENT = re.compile(rb"event:\s*error")
@@ -8209,8 +8230,9 @@ def judge_error(wire: str, status: int, headers: Headers, body: bytes, now: floa
     parsed = parse_body(body)
     words = error_words(parsed)
     info = WIRE_FORMATS[wire].parse_error(status, parsed)
-    wait = read_retry_after(headers, words, parsed, now)
-    return Outcome(kind_of(status, words), status, str(status), info, wait, tuple(headers), body, wire)
+    wait, kind = read_retry_after(headers, words, parsed, now), kind_of(status, words)
+    info = info._replace(code=OVERFLOW_CODE) if kind == OVERFLOW else info
+    return Outcome(kind, status, str(status), info, wait, tuple(headers), body, wire)
 
 
 def judge_in_band(info: ErrorInfo, headers: Headers, wire: str, now: float) -> Outcome:
@@ -8221,6 +8243,7 @@ def judge_in_band(info: ErrorInfo, headers: Headers, wire: str, now: float) -> O
     kind, wait = kind_of(status, words), read_retry_after([], words, None, now)
     kind = kind if kind in _IN_BAND_KINDS else TEMPORARY
     label = "200:" + re.sub("[ ,]", "_", one_line(info.code or info.type or "error", 40))
+    info = info._replace(code=OVERFLOW_CODE) if kind == OVERFLOW else info
     return Outcome(kind, status or 502, label, info, wait, tuple(headers), None, wire)
 
 

@@ -273,6 +273,64 @@ def test_a_tool_that_is_defined_in_mid_conversation_is_a_tool():
     assert [tool.name for tool in again.tools] == ["late"]
 
 
+def deferred(name):
+    return {"name": name, "input_schema": {"type": "object"}, "defer_loading": True}
+
+
+def loading(name):
+    content = [{"type": "tool_reference", "tool_name": name}]
+    return {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t", "content": content}]}
+
+
+CALLS_FAR = {"role": "assistant", "content": [{"type": "tool_use", "id": "u", "name": "far", "input": {}}]}
+
+
+@pytest.mark.parametrize(
+    "further, tools, offered",
+    [
+        ([], [], ["near"]),  # as Claude Code's DeferredToolPlaceholder, which is never to be called
+        ([loading("far")], [], ["near", "far"]),
+        ([CALLS_FAR], [], ["near", "far"]),  # what loaded it may have left the history
+        ([], [{"type": "tool_search_tool_regex_20251119", "name": "search"}], ["near", "far", "search"]),
+    ],
+)
+def test_a_deferred_tool_is_offered_to_others_once_it_was_found(further, tools, offered):
+    """Claude Code finds tools itself (ToolSearch); nobody but Anthropic has the search that it runs on its servers."""
+    near = {"name": "near", "input_schema": {"type": "object"}}
+    request = parse(messages=[{"role": "user", "content": "hi"}, *further], tools=[near, deferred("far"), *tools])
+    assert [tool.name for tool in request.tools] == offered
+
+
+def test_a_tool_that_is_withdrawn_in_mid_conversation_is_none_until_it_is_added_again():
+    """BetaRequestToolRemovalBlockParam: no longer offered from this point on."""
+
+    def change(kind, tool):
+        return {"role": "system", "content": [{"type": kind, "tool": tool}]}
+
+    early = {"name": "early", "input_schema": {"type": "object"}}
+    late = {"name": "late", "input_schema": {"type": "object"}}
+    reference = {"type": "tool_reference", "name": "early"}
+    turns = [
+        {"role": "user", "content": "hi"},
+        change("tool_addition", {"type": "tool_definition", "definition": late}),
+        change("tool_removal", reference),
+    ]
+    assert [tool.name for tool in parse(messages=turns, tools=[early]).tools] == ["late"]
+    turns.append(change("tool_removal", {"type": "tool_reference", "name": "late"}))
+    assert parse(messages=turns, tools=[early]).tools == []
+    turns.append(change("tool_addition", reference))
+    assert [tool.name for tool in parse(messages=turns, tools=[early]).tools] == ["early"]
+
+
+def test_a_tool_that_was_found_is_named_in_words():
+    """What Claude Code's ToolSearch answers (BetaToolReferenceBlockParam)."""
+    body = {"model": "m", "max_tokens": 9, "tools": [deferred("far")], "messages": [CALLS_FAR, loading("far")]}
+    body["messages"][1]["content"][0]["tool_use_id"] = "u"
+    sent = R.translate_request(body, "anthropic", "openai")[1]["messages"]
+    assert sent[-1] == {"role": "tool", "tool_call_id": "u", "content": "tool loaded: far"}
+    assert WIRE.render_request(parse(**body))["messages"][-1] == body["messages"][1]
+
+
 def test_no_tokens_at_all_warm_a_cache_of_anthropic_only():
     """MessageCreateParams.max_tokens: others refuse a limit of 0."""
     body = {"model": "m", "max_tokens": 0, "messages": [{"role": "user", "content": "hi"}]}
@@ -1160,6 +1218,21 @@ def test_every_status_has_an_error_type_of_the_api(status):
     known.update({413: "request_too_large", 429: "rate_limit_error", 503: "overloaded_error", 529: "overloaded_error"})
     known.update({504: "timeout_error", 408: "timeout_error"})
     assert kind == known.get(status, "invalid_request_error" if status < 500 else "api_error")
+
+
+def test_the_status_says_more_than_openais_word_for_every_refusal():
+    """OpenAI types all its 4xx `invalid_request_error`; anthropic.types.shared has a type for most of them."""
+    assert WIRE.render_error(R.ErrorInfo(413, "m", "invalid_request_error"), "r")["error"]["type"] == "request_too_large"
+    assert WIRE.render_error(R.ErrorInfo(200, "m", "overloaded_error"), "r")["error"]["type"] == "overloaded_error"
+
+
+def test_an_overflow_says_the_words_on_which_claude_code_compacts():
+    """trap 156"""
+    info = R.ErrorInfo(400, "Requested 9 tokens of 8", "BadRequest", "context_length_exceeded")
+    words = "prompt is too long: Requested 9 tokens of 8"
+    assert WIRE.render_error(info, "r")["error"] == {"type": "invalid_request_error", "message": words}
+    own = info._replace(message="Prompt is too long: 9 tokens > 8 maximum")
+    assert WIRE.render_error(own, "r")["error"]["message"] == own.message
 
 
 @pytest.mark.parametrize(

@@ -303,6 +303,22 @@ def test_an_error_inside_a_200_is_temporary_unless_it_says_better(info, kind, st
     assert not set(outcome.label) & set(" ,")
 
 
+@pytest.mark.parametrize("status", [400, 200])
+def test_an_overflow_has_the_code_on_which_agents_compact_whoever_tells_it(status):
+    """Codex knows it by no other sign; Anthropic's errors have no code (trap 156)."""
+    words = "prompt is too long: 210000 tokens > 200000 maximum"
+    body = {"type": "error", "error": {"type": "invalid_request_error", "message": words}}
+    info = R.ErrorInfo(400, words, "invalid_request_error")
+    outcome = (
+        R.judge_error("anthropic", status, [], json.dumps(body).encode(), 0.0)
+        if status == 400
+        else R.judge_in_band(info, [], "anthropic", 0.0)
+    )
+    assert outcome.kind == R.OVERFLOW
+    assert R.WIRE_FORMATS["responses"].render_error(outcome.error, "r")["error"]["code"] == "context_length_exceeded"
+    assert R.WIRE_FORMATS["anthropic"].render_error(outcome.error, "r")["error"]["message"] == words
+
+
 def test_an_error_inside_a_200_may_tell_when_to_come_back():
     info = R.ErrorInfo(502, "Rate limited, try again in 20 seconds", "rate_limit_error")
     assert R.judge_in_band(info, [("x-ratelimit-reset", "3")], "openai", NOW).retry_after == 20

@@ -554,7 +554,9 @@ def test_a_relayed_stream_that_breaks_off_gets_an_error_and_not_the_cut_event(wi
     assert relay.failed is not None and relay.failed.code == "truncated"
     told = R.WIRE_FORMATS[wire].error_event(relay.failed, CONTEXT.id)
     number = [json.loads(event.data).get("sequence_number") for event in R.parse_events(raw) if wire == "responses"][-1:]
-    assert out == raw + told.replace(b'"sequence_number":0', b'"sequence_number":%d' % (number[0] + 1 if number else 0))
+    told = told.replace(b'"sequence_number":0', b'"sequence_number":%d' % (number[0] + 1 if number else 0))
+    own = R.WIRE_FORMATS[wire].parser(CONTEXT).feed(R.parse_events(raw)[0])[0].id
+    assert out == raw + told.replace(b"resp_" + CONTEXT.id.encode(), own.encode())
 
 
 def test_a_comment_does_not_start_the_numbers_of_a_broken_stream_anew():
@@ -562,6 +564,15 @@ def test_a_comment_does_not_start_the_numbers_of_a_broken_stream_anew():
     relay.feed(b'event: response.created\ndata: {"type": "response.created", "sequence_number": 4}\n\n')
     relay.feed(b": OPENROUTER PROCESSING\n\n")
     assert b'"sequence_number":5,' in relay.fail(R.ErrorInfo(502, "the upstream's answer broke off: reset"))
+
+
+def test_a_broken_responses_stream_fails_as_the_answer_that_began():
+    """openai-python 3.57, lib.streaming.responses: another id is "Lifecycle response identity changed"."""
+    relay = R.StreamRelay("responses", "responses", CONTEXT)
+    begun = {"type": "response.created", "sequence_number": 0, "response": {"id": 'gen-"1"', "status": "in_progress"}}
+    relay.feed(R.sse_event(json.dumps(begun).encode(), "response.created"))
+    (failed,) = R.parse_events(relay.fail(R.ErrorInfo(502, "the upstream's answer broke off: reset")))
+    assert json.loads(failed.data)["response"]["id"] == 'gen-"1"'
 
 
 @pytest.mark.parametrize("end", ["reset", "end of input", "error event"])
