@@ -2867,8 +2867,7 @@ class ChatRequest(NamedTuple):
 
 
 class Usage(NamedTuple):
-    """Tokens. `input` is without the cached ones (OpenAI's prompt_tokens = input + cache_read + cache_write);
-    `output` includes `reasoning`."""
+    """Tokens. OpenAI's prompt_tokens are `input` + `cache_read` + `cache_write`; `output` includes `reasoning`."""
 
     input: int = 0
     output: int = 0
@@ -3168,14 +3167,12 @@ def tool_grammar(tool: Tool) -> Tuple[str, str]:
 
 
 def custom_as_function(tool: Any) -> Any:
-    """A custom tool, or a call of one (free text), as that of a function of one string, `input`; the grammar goes into
-    the description (trap 60)."""
+    """A custom tool, or a call of one, as that of a function of one string; its grammar is described (trap 60)."""
     if isinstance(tool, ToolCall):
         return tool._replace(arguments=json.dumps({"input": tool.arguments}), kind="function")
     syntax, definition = tool_grammar(tool)
-    notes = [tool.description] if tool.description else []
-    if definition:
-        notes.append("The input must follow this %s grammar:\n%s" % (syntax or "lark", definition))
+    note = "The input must follow this %s grammar:\n%s" % (syntax or "lark", definition) if definition else ""
+    notes = filter(None, (tool.description, note))
     return tool._replace(description="\n\n".join(notes), schema=_CUSTOM_SCHEMA, kind="function", strict=None)
 
 
@@ -3198,9 +3195,7 @@ RAW_ARGUMENTS = "_raw"
 
 def arguments_text(value: Any) -> str:
     """Arguments as text; some clients and servers send the object itself."""
-    if value is None or isinstance(value, str):
-        return value or ""
-    return _ARGUMENTS_ENCODER.encode(value)
+    return value or "" if value is None or isinstance(value, str) else _ARGUMENTS_ENCODER.encode(value)
 
 
 _ARGUMENTS_ENCODER = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False)
@@ -3253,21 +3248,12 @@ def _without_blanks(blocks: Iterable[Any]) -> List[Any]:
 def _join_turns(messages: Iterable[Message]) -> List[Message]:
     """Blocks are added to the lists that turns came with."""
     merged: List[Message] = []
-    role, extra = "", None
-    for message in messages:
-        if not message.blocks:
-            continue
-        if message.role == role and message.extra == extra:
+    for message in (message for message in messages if message.blocks):
+        if merged and message.role == merged[-1].role and message.extra == merged[-1].extra:
             merged[-1].blocks.extend(message.blocks)
         else:
             merged.append(message)
-            role, _, extra = message
     return merged
-
-
-def _with_own_id(call: ToolCall, taken: Set[str]) -> ToolCall:
-    own = unique_id(call.id or "call_%d" % len(taken), taken)
-    return call if own == call.id else call._replace(id=own)
 
 
 def _place_results(messages: List[Message]) -> List[Message]:
@@ -3286,7 +3272,7 @@ def _place_results(messages: List[Message]) -> List[Message]:
             elif waiting[block.call_id]:
                 place = waiting[block.call_id].pop(0)
                 place.blocks, place.is_error, place.extra = block.blocks, block.is_error, block.extra
-        named = [_with_own_id(call, taken) for call in calls]
+        named = [call._replace(id=unique_id(call.id or "call_%d" % len(taken), taken)) for call in calls]
         turns.append(Message(role, rest + named, extra))
         if calls:
             # An error where the format has a flag for it; elsewhere the words are enough.
@@ -3395,7 +3381,7 @@ _STATUS_WORDS = {
     504: "timeout_error vector_store_timeout",
     529: "overloaded_error",
 }
-OVERFLOW_CODE = "context_length_exceeded"  # by this code Codex and others know that they have to compact
+OVERFLOW_CODE = "context_length_exceeded"  # by this code Codex knows that it has to compact (trap 156)
 ERROR_STATUSES = {word: status for status, words in _STATUS_WORDS.items() for word in words.split()}
 # MiniMax: numbers of base_resp.status_code inside a 200, 0 in all other answers (platform.minimax.io, Error codes).
 _BASE_CODES = {
@@ -3740,8 +3726,7 @@ def _chosen_name(item: Json) -> str:
 
 
 def _read_output(form: Json, inner: Any, at: str) -> Optional[JsonOutput]:
-    """SDK: ResponseFormatJSONSchema, ResponseFormatTextConfig, ResponseFormatJSONObject. inner: what has the schema,
-    which stands beside `json_object` at Together, Fireworks and llama.cpp."""
+    """SDK: ResponseFormatJSONSchema, ResponseFormatTextConfig. inner: has the schema, Together's beside json_object."""
     if form.get("type") not in ("json_schema", "json_object"):
         return None
     inner = check_field(inner, (dict,), at) if form["type"] == "json_schema" else form
@@ -4663,11 +4648,9 @@ def parse_anthropic_request(body: Json) -> ChatRequest:
 
 
 def _anthropic_tools(tools: List[Any], messages: List[Any]) -> List[Any]:
-    """The tools, and behind them what is defined in mid-conversation (BetaToolChangeToolDefinitionParam), each once.
-
-    Without those that are withdrawn in the end (BetaRequestToolRemovalBlockParam), and without deferred ones that no
-    tool_reference or call names yet, unless Anthropic's own search was to find them, which nobody else has.
-    """
+    """The tools, and behind them what is defined in mid-conversation (BetaToolChangeToolDefinitionParam), each once;
+    without withdrawn ones (BetaRequestToolRemovalBlockParam), and without deferred ones that no tool_reference or call
+    names, unless Anthropic's own search was to find them, which nobody else has."""
     known, new = {as_text(as_dict(tool).get("name")): as_dict(tool) for tool in tools}, {}
     searches = any(as_text(tool.get("type")).startswith("tool_search_tool_") for tool in known.values())
     offered = {name: searches or tool.get("defer_loading") is not True for name, tool in known.items()}
@@ -4983,8 +4966,7 @@ def _write_anthropic_block(block: Any, bag: Json) -> Json:
 
 
 def _with_legal_ids(message: Any) -> Any:
-    """A message whose calls and results bear ids as Anthropic wants them: those of other providers reach clients as
-    they are, since these want theirs back (Kimi's are functions.NAME:0)."""
+    """A message with ids of calls as Anthropic wants them: clients have other providers' as such (functions.NAME:0)."""
 
     def legal(part: Any) -> Any:
         field = {"tool_use": "id", "tool_result": "tool_use_id"}.get(as_text(as_dict(part).get("type")), "")
@@ -5430,12 +5412,11 @@ _ANTHROPIC_ERROR_TYPES = {
 
 # error.details that clients act on, by error code (_refuse_thread): the SDKs send the whole conversation then.
 _ANTHROPIC_DETAILS: Json = {"thread_unsupported_request": {"unsupported": ["thread"]}, "thread_not_found": {}}
-_TOO_LONG = "prompt is too long"  # by these words Claude Code knows that it has to compact
+_TOO_LONG = "prompt is too long"  # by these words Claude Code knows that it has to compact (trap 156)
 
 
 def render_anthropic_error(info: ErrorInfo, request_id: str) -> Json:
-    """anthropic.types.shared.ErrorResponse. The type is the error's own if this format has it, else the one of its
-    status (traps 121, 122); OpenAI calls every refusal invalid, and an overflow is known by its words (trap 156)."""
+    """anthropic.types.shared.ErrorResponse, of the error's type if not one for all, else its status's (121, 122)."""
     other = _ANTHROPIC_ERROR_TYPES[500 if info.status >= 500 else 400]
     is_own = info.type in _ANTHROPIC_ERROR_TYPES.values() and info.type != _ANTHROPIC_ERROR_TYPES[400]
     kind = info.type if is_own else _ANTHROPIC_ERROR_TYPES.get(info.status, other)
@@ -6752,8 +6733,7 @@ class StreamRelay(StreamTranslator):
         return b"" if self.failed is None else self.fail(self.failed)
 
     def fail(self, error: ErrorInfo) -> bytes:
-        """The error as the format has it, in Responses with the number that is due, of the answer that began: the
-        OpenAI SDK accepts no other (lib.streaming.responses)."""
+        """The error as the format has it; in Responses with the number due, of the answer begun (SDK: no other)."""
         self.failed, numbers = error, _EVENT_NUMBER.findall(self._last)
         due = b'"sequence_number":%d' % (int(numbers[-1]) + 1 if numbers else 0)
         id = "resp_" + self._context.id
@@ -6812,8 +6792,7 @@ def rename_model(data: bytes, name: str) -> bytes:
     holder["model"] = name
     text = dump_json(name)
     spliced = _MODEL_MEMBER.sub(lambda match: match.group(1) + text, data[start:end], 1)
-    same = load_json(spliced) == value
-    return data[:start] + (spliced if same else dump_json(value)) + data[end:]
+    return data[:start] + (spliced if load_json(spliced) == value else dump_json(value)) + data[end:]
 
 
 # ==============================================================================
@@ -6961,8 +6940,7 @@ _SCHEMA_BOUNDS = frozenset(
 
 
 def closed_schema(schema: Any, place: str = "items") -> Any:
-    """A JSON schema as Anthropic's structured outputs take it: objects are closed, bounds become words of the
-    description (the SDK's transform_schema). place: where it stands."""
+    """A JSON schema as Anthropic's outputs take it, objects closed and bounds described, as by its transform_schema."""
     if isinstance(schema, list):
         return [closed_schema(one, place) for one in schema]
     if not isinstance(schema, dict) or place not in _SCHEMA_MAPS + _SCHEMA_PLACES:
@@ -7009,8 +6987,7 @@ _REFUSAL = (
 
 
 def _names(field: str) -> str:
-    """An error that says no to `field`: its name as a word of its own, however it is spelled (xAI: reasoningEffort),
-    alone or at the end of its place in the body, and a word of refusal."""
+    """An error that says no to `field`: a word of its own in any spelling, or the end of its place, and a refusal."""
     word = r"(?<![\w.])(?:(?:body|tools|messages)\.(?:[\w-]+\.)*)?%s(?!\w)" % field.replace("_", "[_ ]?")
     return r"(?s)(?=.*%s)(?=.*(?:%s))" % (word, _REFUSAL)
 
