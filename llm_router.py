@@ -7715,7 +7715,7 @@ class Routes:
         name = self.config.default_model if bare_name(asked) in ("", "smart") else asked
         if not name:
             raise _not_found("no model was asked for and no defaultModel is configured")
-        if len(name) > _MAX_NAME or not name.isprintable():  # it would end up in headers, logs and the health book
+        if len(asked) > _MAX_NAME or not asked.isprintable():  # it would end up in headers, logs and the health book
             raise _not_found("the model's name is too long or holds control characters")
         for known in dict.fromkeys((name, bare_name(name))):
             targets = self._find_targets(known)
@@ -10130,7 +10130,8 @@ class Gateway:
         resolved = self.items.resolve(inbound.body.value, trail.client) if inbound.wire == "responses" else None
         if resolved is not None:
             inbound = inbound._replace(body=JsonObject(resolved))
-        trail.operation, trail.wire, trail.asked, trail.stream = inbound[:4]
+        trail.operation, trail.wire, asked, trail.stream = inbound[:4]
+        trail.asked = asked[:_MAX_NAME]  # it is remembered, logged and stored
         return inbound
 
 

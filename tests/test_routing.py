@@ -206,6 +206,13 @@ def test_a_name_that_could_break_a_header_or_a_log_line_is_refused(name):
     assert message.isprintable()
 
 
+def test_the_mark_of_a_variant_is_no_longer_than_a_name():
+    """Plans are kept by the name that was asked for."""
+    routes = R.Routes(config({"a": ["m"]}, default="a/m"))
+    assert refs(routes, "smart[1m]") == ["a/m"]
+    not_found(routes, "smart[%s]" % ("x" * 1000))
+
+
 @pytest.mark.parametrize(
     "name", ["w/{{7*7}}", "w/${x}", "w/{0.__class__}", "w/%(x)s", "w/../../etc", "w/a b", "w/%2e%2e"]
 )

@@ -1095,6 +1095,18 @@ def test_an_error_of_the_routers_own_is_a_500_in_the_clients_format(wire, upstre
     assert errors == []
 
 
+def test_a_name_of_megabytes_is_not_kept_with_the_request_that_asked_for_it(upstream):
+    """Five hundred requests are remembered, ten thousand lines of the log may wait."""
+    host = ScriptedHost(None)
+
+    def work(port):
+        return post(Caller(port), "openai", "x" * 1_000_000)
+
+    reply, errors = in_process(host.gateway(upstream).handle, work)
+    assert (reply.status, errors) == (404, [])
+    assert [(trail.asked[:3], len(trail.asked) < 1000) for trail in host.recorded] == [("xxx", True)]
+
+
 def test_the_shared_routers_had_no_errors_of_their_own(shared, shared_locked):
     """Hardening, proxies 32; hardening 15: after all that was thrown at them, no traceback, no key that was tried."""
     for pair in (shared, shared_locked):
