@@ -701,9 +701,7 @@ _TYPES = {bool: "a boolean", dict: "an object", list: "a list", str: "text", int
 
 def parse_config_text(text: Union[str, bytes], source: str) -> Json:
     """The JSON object in `text`, which may hold // and /* comments and a comma before a closing bracket (trap 181).
-
-    ConfigError names `source`, line and column and shows the place, keys hidden; its problem has the same apart.
-    """
+    ConfigError names `source`, line and column and shows the place, keys hidden; its problem has the same apart."""
     try:
         text = plain = (text if isinstance(text, str) else str(text, "utf-8")).removeprefix("\ufeff")
         try:
@@ -875,8 +873,16 @@ def read_config(document: Json, environ: Mapping[str, str]) -> Config:
     return config
 
 
+def read_usable_config(document: Json, environ: Mapping[str, str]) -> Config:
+    """The same for what is to serve: ConfigError without an enabled provider, too."""
+    config = read_config(document, environ)
+    if not any(provider.enabled for provider in config.providers):
+        raise ConfigError("the configuration has no enabled provider")
+    return config
+
+
 def scan_config(document: Json, environ: Mapping[str, str]) -> Tuple[Config, List[Problem]]:
-    """What can be read of a configuration, however broken, and everything wrong in it."""
+    """What can be read of a configuration, however broken, and everything wrong in it; {}: of no known environment."""
     scan = _Scan(environ)
     return scan.scan(document), scan.problems
 
@@ -1185,9 +1191,11 @@ class _Scan:
             message = "there is no base URL for the format %s" % missing[0]
             self._error(_join(path, "baseUrl"), message, "add baseUrl, or baseUrlByFormat.%s" % missing[0])
         hosts = [urlsplit(url).hostname or "" for url in provider.base_urls.values()]
-        has_key = provider.api_key or "api_key_env" in values or provider.headers
-        wants_key = any(provider.auths[wire].type != "none" for wire in provider.formats)
-        if wants_key and not has_key and not all(map(is_loopback, hosts)):
+        has_key, variable = provider.api_key or provider.headers, values.get("api_key_env")
+        wants_key = any(provider.auths[wire].type != "none" for wire in provider.formats) and not has_key
+        if wants_key and variable and self._environ and not _is_off(raw):
+            self._warn(_join(path, "apiKeyEnv"), "the variable %s is not set here" % variable, "set it, or add apiKey")
+        elif wants_key and not variable and not all(map(is_loopback, hosts)):
             self._warn(path, "the provider has no key", 'add apiKey or apiKeyEnv, or auth {"type": "none"}')
         if values.get("format", provider.preferred) not in provider.formats:
             self._warn(path, "its preferred format %s is not one of its formats" % values["format"], "add it there")
@@ -1270,9 +1278,7 @@ def _facts_by_format(values: Json) -> Json:
 
 def config_schema() -> Json:
     """The shape of the configuration file as a JSON Schema (draft 7, which editors know), made of FIELDS.
-
-    What it accepts has no problem of shape; the router itself also takes odd spellings of a value (" True ").
-    """
+    What it accepts has no problem of shape; the router itself also takes odd spellings of a value (" True ")."""
     schema = {"$schema": "http://json-schema.org/draft-07/schema#", "title": "llm-router configuration"}
     named = {kind: _object_schema(kind) for kind in FIELDS if kind != "config"}
     return dict(schema, **_object_schema("config"), definitions=named)
@@ -1700,9 +1706,7 @@ def _models_of(provider: Json) -> List[Any]:
 
 def _open_model(document: Json, provider_id: str, model: str) -> Tuple[Json, List[Any], Any, str]:
     """A copy of the document, the models of a provider in it, one of them as an object, and its ref.
-
-    `model`: its id or an alias, with or without the provider's id in front. A plain name becomes an object.
-    """
+    `model`: its id or an alias, with or without the provider's id in front. A plain name becomes an object."""
     new, providers = _open(document)
     provider = _find_provider(providers, provider_id)
     models, names = _models_of(provider), [model]
@@ -5571,9 +5575,7 @@ class ItemMemory(BoundedMap):
 
 def parse_responses_request(body: Json) -> ChatRequest:
     """A request body of POST /v1/responses (SDK: ResponseCreateParams).
-
-    RouterError (400) when it is none, or needs state of its provider: what it refers to would be lost (trap 63).
-    """
+    RouterError (400) when it is none, or needs state of its provider: what it refers to would be lost (trap 63)."""
     missing = needs_server_state(body)
     if missing:
         raise RouterError(missing, 400, "unsupported_parameter")
@@ -5922,9 +5924,7 @@ _RESPONSES_REASONS = {"content_filter": "refusal", "max_messages": "pause_turn",
 
 def parse_responses_response(body: Json, context: Context) -> ChatResponse:
     """A whole answer (SDK: Response): the end of a stream of which nothing else was seen.
-
-    RouterError when it is none, or when it tells of a failure.
-    """
+    RouterError when it is none, or when it tells of a failure."""
     body = as_dict(body)
     failed = body.get("status") in ("failed", "cancelled") or bool(body.get("error"))
     if not failed and not isinstance(body.get("output"), list):
@@ -10718,9 +10718,7 @@ class ProbeReport(NamedTuple):
 
 def plan_probe(provider: Provider, raw: Json, models: Sequence[str] = ()) -> ProbePlan:
     """The plan for a provider whose entry in the file is `raw`: what that fixes is not tried in other ways.
-
-    models: () for the provider's own; "*" stands for one that it lists.
-    """
+    models: () for the provider's own; "*" stands for one that it lists."""
     says = [key for key in ("formats", "auth", "authByFormat") if get_field(raw, "provider", key)]
     wires = tuple(wire for wire in (provider.formats if "formats" in says else WIRES) if provider.base_urls.get(wire))
     open_auth = says in ([], ["formats"]) and bool(provider.api_key)
@@ -10975,9 +10973,7 @@ def config_path(given: str = "") -> str:
 
 def load_config(given: str, environ: Environ) -> Loaded:
     """The configuration from the first source that has one: --config (`given`), a variable, the usual file.
-
-    ConfigError when it cannot be read or is no JSON object.
-    """
+    ConfigError when it cannot be read or is no JSON object."""
     name, text = ("", "") if given else find_config_variable(environ)
     if name:
         text = unpack_config(text)
@@ -11160,9 +11156,7 @@ def open_private(path: str, mode: str) -> Any:
 @contextmanager
 def file_lock(target: str) -> Iterator[None]:
     """`with file_lock(path):` one writer of `path` at a time, through a lock file beside it that goes with its owner.
-
-    FileError when the directory cannot be written or another writer holds the lock for ten seconds.
-    """
+    FileError when the directory cannot be written or another writer holds the lock for ten seconds."""
     path, deadline = target + ".lock", time.monotonic() + _LOCK_WAIT_S
     try:
         file = _try_lock(path)
@@ -13183,13 +13177,14 @@ class WorkerRouter:
         if self._made_of != made_of:
             if not text:
                 raise ConfigError("the secret %s is not set" % CONFIG_VARIABLES[0])
-            config = read_config(parse_config_text(unpack_config(text), name), environ)
+            document = parse_config_text(unpack_config(text), name)
+            config, problems = read_usable_config(document, environ), scan_config(document, environ)[1]
             access = make_access(config, True)
             if not access.keys and not access.clients:
                 raise ConfigError("the Worker has no master key: set the secret LLM_ROUTER_MASTER_KEY")
             settings, warnings = read_settings({}, environ)
-            for warning in warnings:
-                print("warning: " + warning)
+            for warning in [*warnings, *map(show_problem, problems)]:
+                print("warning: " + one_line(warning))
             self._gateway = Gateway(Routes(config), settings, access, WorkerHost(config, settings), self._book)
             self._made_of = made_of
         return self._gateway
@@ -13669,9 +13664,7 @@ def running_instances() -> List[Tuple[Instance, Json]]:
 
 def find_instance(path: str, config: str, port: int) -> Instance:
     """The running instance with that configuration file and port ("" and 0: any); stale entries are removed.
-
-    RouterError 503 when none runs, UsageError when several do.
-    """
+    RouterError 503 when none runs, UsageError when several do."""
     alive, stale, ending = [], [], ""
     for instance in read_instances(path):
         try:
@@ -13883,9 +13876,7 @@ class Router(CountingHost):
             document, source = found.document, found.source
         elif found is not None and source == found.source:  # else it was made of key variables, for want of a file
             raise ConfigError("%s is not there (any more)" % one_line(options.config_path))
-        config = read_config(document, options.environ)
-        if not any(provider.enabled for provider in config.providers):
-            raise ConfigError("the new configuration has no enabled provider")
+        config = read_usable_config(document, options.environ)
         if options.require_auth and not config.master_key and not config.client_keys:
             raise ConfigError("the new configuration has no masterKey, which --require-auth needs")
         notes = changed_providers(options.config, config)
@@ -13985,8 +13976,8 @@ def _open_log(path: str) -> Any:
     try:
         return open_private(path, "ab")
     except OSError as error:
-        words = one_line(path, 160), error.strerror or error
-        raise RouterError("cannot write the log file %s: %s; choose another with --log-file" % words) from None
+        words = one_line(path, 160), error.strerror or error, "--log-file or LLM_ROUTER_LOG_FILE"
+        raise RouterError("cannot write the log file %s: %s; choose another with %s" % words) from None
 
 
 async def _serve(options: StartOptions) -> Tuple[int, int]:
@@ -14665,7 +14656,7 @@ class Payload(NamedTuple):
 
 def make_payload(document: Json, environ: Environ) -> Payload:
     """The secrets for a configuration. ConfigError when it cannot be used, UsageError when it is too large."""
-    config = read_config(document, environ)
+    config = read_usable_config(document, environ)
     entries = [raw for _, raw in provider_entries("", get_field(document, "config", "providers"))]
     names = list(filter(None, (as_text(get_field(as_dict(raw), "provider", "apiKeyEnv")).strip() for raw in entries)))
     keys = {name: environ.get(name, "").strip() for name in names}
@@ -15901,7 +15892,7 @@ CONFIG_FLAGS: Tuple[Flag, ...] = (
 
 def _setting_flag(row: Setting) -> Flag:
     kind = "port" if row.name == "port" else "bool" if row.type is bool else "|".join(row.choices) or "text"
-    return Flag(row.flag[2:], kind, row.help)
+    return Flag(row.flag[2:], kind, "%s, default %s" % (row.help, show_setting(row.default) or "none"))
 
 
 _GRACE = Flag("grace", "seconds", "seconds that open streams may go on after stop, default that of start: 30")
@@ -16526,7 +16517,7 @@ def read_start_options(given: Given) -> StartOptions:
         cure = "add --require-auth=true, or --allow-unauthenticated=true if you want that"
         raise UsageError("%s can be reached by others: %s" % (one_line(settings.host, 80), cure))
     _warn(warnings + list(loaded.warnings))
-    _warn_of(find_problems(loaded.document))
+    _warn_of(scan_config(loaded.document, given.environ)[1])
     found = (loaded.path, loaded.stamp, loaded.source, loaded.document, config, settings)
     return StartOptions(*found, auth, given.watch_config is not False, given.environ, bool(given.debug))
 
@@ -16941,6 +16932,7 @@ def _run_with_router(agent: Agent, argv: Sequence[str], given: Given) -> int:
     for name in {"SIGTERM", "SIGHUP"} & set(dir(signal)):  # end it as Ctrl-C does: the router must not stay behind
         signal.signal(getattr(signal, name), signal.default_int_handler)
     flags = {"port": 0, **{name: given.flags[name] for name in ("config", "port") if name in given.flags}}
+    change_instances(state_path(), lambda known: known)  # where that cannot be written, nobody would find it again
     pid, base, _ = _start_in_background(Given(given.environ, flags))
     port = int(base.rpartition(":")[2])
     try:

@@ -245,6 +245,14 @@ def test_a_model_that_no_request_could_be_served_by_is_said_at_once_and_nothing_
     assert home.run("run --model=nobody/x claude").returncode == 2
 
 
+def test_no_router_is_started_where_it_could_not_be_found_again(home):
+    """As in a read-only home: it would go on for ever, and `stop` would not know of it."""
+    (home.folder / ".llm-router.runtime.json").mkdir()
+    done = home.run("run -- my-app")
+    assert (done.returncode, done.stdout) == (1, "") and ".llm-router.runtime.json" in done.stderr
+    assert not (home.folder / ".llm-router.log").exists()
+
+
 def test_the_signal_that_ended_the_program_is_its_exit_code_and_ours_is_passed_on(home):
     (home.folder / "tools" / "my-app").write_text("#!/bin/sh\necho ready\nexec sleep 60\n")
     line = [sys.executable, PROGRAM, "run", "--", "my-app"]

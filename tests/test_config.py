@@ -637,6 +637,21 @@ def test_a_provider_without_a_key_warns_unless_it_is_local_or_wants_none():
     assert r.find_problems(changed(providers__0__apiKey=None, providers__0__baseUrl="http://localhost:1/v1")) == []
 
 
+def test_a_variable_that_is_to_hold_a_key_and_is_not_set_is_a_warning_where_the_environment_is_known():
+    document = changed(providers__0__apiKey=None, providers__0__apiKeyEnv="NOBODY_SET_IT")
+    assert r.find_problems(document) == []
+    (found,) = r.scan_config(document, {"ANTHROPIC_API_KEY": "k"})[1]
+    assert (found.path, found.level) == ("providers[0].apiKeyEnv", "warning") and "NOBODY_SET_IT is not set" in found.message
+    for good in (
+        changed(providers__0__apiKeyEnv="NOBODY_SET_IT"),
+        changed(providers__0__apiKey=None, providers__0__apiKeyEnv="NOBODY_SET_IT", providers__0__enabled=False),
+        dict(document, providers=[{**document["providers"][0], "auth": {"type": "none"}}]),
+    ):
+        said = r.scan_config(good, {"ANTHROPIC_API_KEY": "k", "OTHER": "v"})[1]
+        assert not [problem for problem in said if "NOBODY" in problem.message]
+    assert r.scan_config(document, {"NOBODY_SET_IT": "k", "ANTHROPIC_API_KEY": "k"})[1] == []
+
+
 def test_no_provider_is_a_warning_and_a_newer_version_too():
     only_problem({}, "providers", "warning")
     only_problem(changed(version=9), "version", "warning")

@@ -47,6 +47,7 @@ def test_without_a_usable_configuration_all_but_the_root_is_a_503_that_says_why(
         ("{broken", KEY, "LLM_ROUTER_CONFIG_JSON:1:2"),
         ("", KEY, "not set"),
         ('{"providers": [{"id": "x"}]}', KEY, "providers[0]"),
+        ('{"providers": []}', KEY, "no enabled provider"),
     ):
         running = start_worker(config, env={"LLM_ROUTER_MASTER_KEY": key})
         assert running.get("/").json == {"name": "llm-router"}
@@ -62,13 +63,15 @@ def test_without_a_usable_configuration_all_but_the_root_is_a_503_that_says_why(
 def test_variables_of_wrangler_toml_need_not_be_text_and_wrong_ones_are_named(start_worker, upstream):
     """A table, a number and a switch; the configuration that cannot be used is told in the log as well."""
     upstream.handler = fake.final_text(TEXT)
-    env = {"LLM_ROUTER_CONFIG_JSON": config_of(provider(upstream)), "LLM_ROUTER_MAX_BODY_BYTES": 2000}
+    config = config_of(provider(upstream, apiKey="", apiKeyEnv="NOBODY_SET_IT"))
+    env = {"LLM_ROUTER_CONFIG_JSON": config, "LLM_ROUTER_MAX_BODY_BYTES": 2000}
     env.update(LLM_ROUTER_ALLOW_POLICY_FALLBACK=True, LLM_ROUTER_TRAIL_SIZE="many", LLM_ROUTER_KEEPALIVE_MS=-1)
     running = start_worker("", env=env)
     assert_answer("openai", post(running, "openai"), TEXT)
     assert post(running, "openai", text="x" * 2000).status == 413
     assert running.wait_log("warning: LLM_ROUTER_TRAIL_SIZE: many is not a whole number")
     assert running.wait_log("warning: LLM_ROUTER_KEEPALIVE_MS: -1 is outside")
+    assert running.wait_log("warning: providers[0].apiKeyEnv: the variable NOBODY_SET_IT is not set here")
     assert not [line for line in running.log() if "POLICY" in line]
     broken = start_worker("{broken")
     assert post(broken, "openai").status == 503
