@@ -10234,7 +10234,7 @@ class Exchange:
                     return
                 if action.delay_ms:
                     await host.sleep(action.delay_ms / 1000)
-                result = await self._attempt(action, bool(run.remaining))
+                result = await self._attempt(action, run)
                 if isinstance(result, Answer):
                     is_whole = result.processor is None
                     book.apply((succeed if is_whole else proceed)(run, self._asked_at, book))
@@ -10247,12 +10247,19 @@ class Exchange:
         finally:
             book.apply(release(run))
 
-    async def _attempt(self, action: Try, has_more: bool) -> Union[Outcome, Answer]:
+    async def _attempt(self, action: Try, run: Run) -> Union[Outcome, Answer]:
         """An attempt at a candidate; once more at once when its 400 names what can be mended, or its 500: so llama.cpp
-        tells what the model's template refuses."""
-        self._candidate = action.candidate
-        known = self._gateway.lessons.get(action.candidate.ref) or ()
-        result = await self._call(self._requests.make(action.candidate), action.delay_ms, has_more)
+        tells what the model's template refuses. A fallback whose format cannot say what was asked refuses it."""
+        self._candidate, ref, has_more = action.candidate, action.candidate.ref, bool(run.remaining)
+        known = self._gateway.lessons.get(ref) or ()
+        try:
+            outbound = self._requests.make(action.candidate)
+        except RouterError as error:  # a thread's make the SDKs send all that there is, with which others can go on
+            if action.candidate is run.plan[0] or error.code.startswith("thread_"):
+                raise
+            self._trail.attempts.append(Attempt(ref, "", "not_sent", INVALID, 0, 0, "", one_line(error.message)))
+            return Outcome(INVALID, error.status, "not_sent", _error_info(error))
+        result = await self._call(outbound, action.delay_ms, has_more)
         is_told = isinstance(result, Outcome) and result.status and result.kind in (INVALID, TEMPORARY)
         mended = self._mended(result, known) if is_told else None
         return result if mended is None else await self._call(mended, 0, has_more)
@@ -12414,20 +12421,14 @@ class ClientConnection:
         sink = self.sink
         if sink is None or sink.ended or self._transport.is_closing():
             return
-        try:
-            sink.probe()
-        except ClientGoneError:
-            self._on_gone()
-            return
+        sink.probe()
         self.loop.call_later(_PROBE_WAIT_S, self._check_probe)
 
     def _check_probe(self) -> None:
         import socket
 
-        sock = self._transport.get_extra_info("socket")
-        if sock is None or self._transport.is_closing():
-            self._on_gone()
-        elif self.sink is not None and sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+        sock, is_gone = self._transport.get_extra_info("socket"), self._transport.is_closing()
+        if self.sink is not None and (is_gone or sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)):
             self._transport.abort()
             self._on_gone()
 

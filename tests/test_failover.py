@@ -264,6 +264,25 @@ def test_an_invalid_request_keeps_its_status_and_words_in_the_clients_own_format
     assert pair.calls() == (1, 0)
 
 
+def test_a_fallback_whose_format_cannot_say_what_was_asked_does_not_end_the_chain(router, make_upstream):
+    """The origin takes what is not of the standard, and so does the third, to which it goes as it came."""
+    origin, last = make_upstream(lambda call: fake.error_answer("openai", 503)), make_upstream(fake.final_text(TEXT))
+    other = make_upstream()
+    models = [{"id": "m", "fallbackModels": ["other/m", "last/m"]}, {"id": "n", "fallbackModels": ["other/m"]}]
+    config = config_of(
+        provider(origin, id="origin", models=models),
+        provider(other, "anthropic", id="other", models=["m"]),
+        provider(last, id="last", models=["m"]),
+    )
+    running = router(config, *QUICK, "--origin-retry-attempts=1")
+    critic = {"messages": [{"role": "critic", "content": "hi"}]}
+    reply = running.post(PATHS["openai"], dict(critic, model="origin/m"))
+    assert_answer("openai", reply, TEXT)
+    assert [label for _, label in attempts_of(reply)] == ["503", "not_sent", "ok"]
+    assert running.post(PATHS["openai"], dict(critic, model="origin/n")).status == 503
+    assert other.calls == []
+
+
 def test_an_invalid_request_at_a_fallback_does_not_end_the_chain(remembering):
     pair = remembering(modelAliases={"chain": ["a-openai/solo", "b-openai/m", "b-anthropic/m"]})
     always(pair.first, fake.error_answer("openai", 429))
