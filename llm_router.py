@@ -12856,8 +12856,11 @@ class LogWriter(Batches):
     def note(self, text: str, level: str = "info") -> None:
         """Queue what the router itself has to say, a sentence (with a traceback, several lines)."""
         if level in self._wanted:
-            record = {"time": _iso_time(time.time()), "level": level, "message": text}
-            self.write(dump_json(record).decode() if self._as_json else "%(time)s %(level)s: %(message)s" % record)
+            self.write(self._sentence(text, level))
+
+    def _sentence(self, text: str, level: str) -> str:
+        record = {"time": _iso_time(time.time()), "level": level, "message": text}
+        return dump_json(record).decode() if self._as_json else "%(time)s %(level)s: %(message)s" % record
 
     def write(self, line: str) -> None:
         """Queue one line."""
@@ -12870,7 +12873,8 @@ class LogWriter(Batches):
     def _work(self, is_last: bool) -> None:
         dropped, self._dropped = self._dropped, 0
         lines = [self._lines.popleft() for _ in range(len(self._lines))]
-        said = ["%d log lines were dropped: the log could not be written fast enough" % dropped] if dropped else []
+        words = "%d log lines were dropped: the log could not be written fast enough" % dropped
+        said = [self._sentence(words, "warning")] if dropped else []
         try:
             self._stream.write("".join(line + "\n" for line in lines + said))
             self._stream.flush()
@@ -12893,7 +12897,10 @@ class LogFile:
             with suppress(OSError):  # a folder that only root may write: the file grows, and nothing is lost
                 os.replace(self._path, self._path + ".1")
         with open_private(self._path, "ab") as file:
-            file.write(data)
+            written = file.write(data)
+            if written < len(data):  # the disk is full: half a line would spoil the one behind it
+                file.truncate(file.tell() - written)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def flush(self) -> None:
         """Nothing waits: the file has no buffer."""

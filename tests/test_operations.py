@@ -150,6 +150,24 @@ def test_a_log_file_that_cannot_be_moved_grows_rather_than_lose_lines(tmp_path):
     assert path.read_text().split() == ["a" * 15, "b" * 15, "c" * 15]
 
 
+@posix
+def test_lines_that_find_no_room_leave_no_half_of_one_behind(tmp_path):
+    """A full disk takes what fits. RLIMIT_FSIZE stands in for it, of which Python ignores the signal."""
+    import resource
+
+    path, file = tmp_path / "log", r.LogFile(str(tmp_path / "log"), 0)
+    file.write("a\n")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, before[1]))
+    try:
+        with pytest.raises(OSError, match="space"):
+            file.write("b" * 20 + "\n")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    file.write("c\n")
+    assert path.read_text() == "a\nc\n"
+
+
 def test_what_is_logged_before_the_end_is_written_though_the_writer_is_busy_just_then():
     """The stream is in the middle of a write when the last line comes and the log is closed."""
     is_writing, may_go_on, written = threading.Event(), threading.Event(), []
@@ -181,7 +199,7 @@ def test_lines_that_nobody_could_write_are_counted_until_somebody_can():
                 raise OSError("no space left")
             written.append(text)
 
-    log = r.LogWriter(Stream(), limit=2)
+    log = r.LogWriter(Stream(), "json", limit=2)
     log.close(30)  # its thread would write at moments of its own
     for _ in range(5):
         log.write("lost")
@@ -189,7 +207,9 @@ def test_lines_that_nobody_could_write_are_counted_until_somebody_can():
     log._work(False)
     is_full[0] = False
     log._work(True)
-    assert written == ["5 log lines were dropped: the log could not be written fast enough\n"]
+    (line,) = written
+    told = json.loads(line)  # like every other line
+    assert (told["level"], told["message"].partition(":")[0]) == ("warning", "5 log lines were dropped")
 
 
 @posix
