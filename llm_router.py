@@ -7832,7 +7832,8 @@ class Target(NamedTuple):
 
 
 class Outbound(NamedTuple):
-    """One upstream request as a value. wire: its format; timeouts already resolved to milliseconds."""
+    """One upstream request as a value. wire: its format; timeouts already resolved to milliseconds; until: the moment
+    on the host's clock when the time for all of it is up."""
 
     target: Target
     path: str
@@ -7842,6 +7843,7 @@ class Outbound(NamedTuple):
     stream: bool
     timeouts: Timeouts
     method: str = "POST"
+    until: float = math.inf
 
 
 _VERSION_SEGMENT = re.compile(r"/v\d+[a-z0-9]*(?:/openai)?$", re.IGNORECASE)
@@ -10312,7 +10314,8 @@ class Exchange:
         left_ms = max(int((self._until - self._host.now()) * 1000), 1)
         own = outbound.timeouts
         connect_ms, first_byte_ms = (min(limit or left_ms, left_ms) for limit in (own.connect_ms, own.first_byte_ms))
-        return outbound._replace(timeouts=own._replace(connect_ms=connect_ms, first_byte_ms=first_byte_ms))
+        timeouts = own._replace(connect_ms=connect_ms, first_byte_ms=first_byte_ms)
+        return outbound._replace(timeouts=timeouts, until=self._until)
 
     def _note(self, delay_ms: int, result: Union[Outcome, Answer, None], plight: str) -> None:
         took_ms = int((self._host.now() - self._asked_at) * 1000)
@@ -10435,8 +10438,7 @@ class Exchange:
         processor.recorder = self._recorder() if self._records else None
         content_ms = timeouts.first_content_ms if has_more else 0  # the last one gets all the time there is (trap 158)
         content_until = self._asked_at + content_ms / 1000 if content_ms else math.inf
-        held = b""
-        is_over = False
+        held, is_over = b"", False
         while not processor.content and not is_over and len(held) <= limits.max_hold_bytes:
             data = await self._read_on(reply, processor, content_until)
             is_over = not data
@@ -11832,8 +11834,11 @@ class Upstreams:
                 self._tick()
             path, headers = connection.prefix + outbound.path, outbound.headers + connection.proxy_headers
             connection.start(render_upstream_request(outbound.method, path, headers, outbound.body), reply)
+            first_s = _seconds(outbound.timeouts.first_byte_ms)
+            if first_s and outbound.until < math.inf:  # connecting has taken its part
+                first_s = min(first_s, max(outbound.until - self._loop.time(), 0.0))
             try:
-                await reply.wait_for_head(_seconds(outbound.timeouts.first_byte_ms))
+                await reply.wait_for_head(first_s)
                 return reply
             except UpstreamError as error:
                 if error.is_timeout or not reply.was_untouched:
@@ -11883,18 +11888,14 @@ class Upstreams:
             waiter.set_exception(UpstreamError("cannot connect to %s:%d in time" % key[1:3], "connect_timeout"))
 
     def _dialled(self, dial: Dial) -> None:
-        if dial.error is not None:
-            if not dial.waiter.done():
+        is_awaited = not dial.waiter.done()
+        if dial.error is not None or dial.is_aborted:  # one that was shut down half-way is of no use to anybody
+            dial.close()
+            if is_awaited:
                 dial.waiter.set_exception(dial.error)
             return
-        if dial.is_aborted:  # it may have been shut down half-way: of no use to anybody
-            dial.sock.close()
-            return
         connection = Connection(self._loop, dial, self._free)
-        if not dial.waiter.done():
-            dial.waiter.set_result(connection)
-        else:
-            self._free(connection)
+        dial.waiter.set_result(connection) if is_awaited else self._free(connection)
 
     def _free(self, connection: Connection) -> None:
         """Give a connection to whoever waits longest, else keep it."""
@@ -12621,8 +12622,7 @@ class Server:
             connection.task.cancel()
         if cut:
             await asyncio.sleep(0.05)
-        if self._ticker is not None:
-            self._ticker.cancel()
+        self._ticker.cancel()
         return not cut
 
     def _tick(self) -> None:

@@ -252,6 +252,31 @@ def test_a_connection_whose_client_was_slow_to_the_last_is_read_for_the_next_one
         asyncio.run(hand_over(ours, theirs))
 
 
+def test_the_first_byte_is_waited_for_only_as_long_as_connecting_has_left_of_all_the_time():
+    limits = r.Timeouts(60_000, 60_000, 60_000, 60_000, 60_000)
+
+    async def ask_who_is_silent(sock):
+        loop = asyncio.get_running_loop()
+        upstreams = r.Upstreams(loop, r.Settings(), {})
+
+        async def connect(outbound):
+            dial = SimpleNamespace(key=outbound.target.key, prefix="", proxy_headers=[], sock=sock)
+            return r.Connection(loop, dial, upstreams._free)
+
+        upstreams._connect = connect
+        target = r.Target(r.UpstreamKey("http", "a", 80), "/", {})
+        outbound = r.Outbound(target, "/", [], b"", "openai", True, limits, until=loop.time() + 0.2)
+        with pytest.raises(r.UpstreamError, match="first byte") as told:
+            await asyncio.wait_for(upstreams.send(outbound), 30)
+        upstreams.close()
+        return told.value.is_timeout
+
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    with theirs:
+        assert asyncio.run(ask_who_is_silent(ours))
+
+
 # --- odd but valid answers ---
 
 
