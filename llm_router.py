@@ -3779,9 +3779,7 @@ _CHAT_SHARED = {
 
 def render_chat_request(request: ChatRequest) -> Json:
     """The request as a body of POST /v1/chat/completions, in OpenAI's own words, with `max_tokens` for the limit.
-
-    Its messages must be tidy (tidy_messages): each turn of calls is followed by all their results.
-    """
+    Its messages must be tidy (tidy_messages): each turn of calls is followed by all their results."""
     turns = [Message("system", request.system), *request.messages]
     fields = {
         "model": request.model, "messages": [item for turn in turns for item in _write_chat_turn(turn)],
@@ -3983,9 +3981,7 @@ _CHAT_ANSWER_KEYS = ("service_tier", "system_fingerprint", "provider", "citation
 
 def parse_chat_response(body: Json, context: Context) -> ChatResponse:
     """A whole answer (SDK: ChatCompletion): its message is read like the only delta of a stream.
-
-    RouterError for an error in place of an answer (its status, else 502) and for what has no choice (502).
-    """
+    RouterError for an error in place of an answer (its status, else 502) and for what has no choice (502)."""
     parser = ChatStreamParser(context)
     events = parser.read(as_dict(body), "message")
     if not events:
@@ -4623,9 +4619,7 @@ _ANTHROPIC_KINDS = {name: kinds for kinds, names in _ANTHROPIC_TYPES.items() for
 
 def parse_anthropic_request(body: Json) -> ChatRequest:
     """The body of POST /v1/messages (MessageCreateParams, beta ones too) as a ChatRequest.
-
-    RouterError 400 with the path of the value in Anthropic's way of writing it ("messages.3.content.0: ...").
-    """
+    RouterError 400 with the path of the value in Anthropic's way of writing it ("messages.3.content.0: ...")."""
     said = {name: check_field(body.get(name), kinds, name, need=False) for name, kinds in _ANTHROPIC_KINDS.items()}
     if said["messages"] is None:
         raise field_error("messages", "Field required")
@@ -4823,9 +4817,7 @@ _ANTHROPIC_READERS: Dict[str, Callable[[Json, str], Any]] = {
 
 def render_anthropic_request(request: ChatRequest) -> Json:
     """A ChatRequest as the body of POST /v1/messages; `request.model` decides the row of ANTHROPIC_MODELS.
-
-    The conversation must be tidy (tidy_messages): calls answered in the turn that follows them.
-    """
+    The conversation must be tidy (tidy_messages): calls answered in the turn that follows them."""
     row = next(row for row in ANTHROPIC_MODELS if re.search(row.pattern, request.model))
     own, output = (request.fields or {}).get(_ANTHROPIC) or {}, request.output
     system, messages = list(request.system), list(request.messages)
@@ -12720,9 +12712,7 @@ _BOUNDS = (*["%g" % bound for bound in _BUCKETS_S], "+Inf")
 
 class Metrics:
     """Counters of everything that was recorded, as Prometheus text (exposition format 0.0.4).
-
-    Labels come from the configuration and the contract only, never from what a client may make up without limit.
-    """
+    Labels come from the configuration and the contract only, never from what a client may make up without limit."""
 
     def __init__(self) -> None:
         self._counts: Dict[Texts, int] = {}  # (name, label, its value, ...)
@@ -14189,9 +14179,7 @@ _DETACHED_START_S = 30.0
 
 def start_detached(flags: Sequence[str], log_path: str) -> Tuple[int, str]:
     """Start this very file in the background with the flags of `start`; (pid, its address) once it accepts connections.
-
-    What it prints goes to `log_path`. RouterError with its last words when it ends before that.
-    """
+    What it prints goes to `log_path`. RouterError with its last words when it ends before that."""
     import subprocess
 
     log = _open_log(log_path)
@@ -16577,8 +16565,8 @@ def _deploy_in_menu(given: Given) -> Json:
     """Deploy, asking what there is to ask; what the file holds then, since a new key may have been stored."""
     try:
         run_deploy(given)
-    except RouterError as error:
-        print("llm-router: " + error.message)
+    except (RouterError, KeyboardInterrupt, EOFError) as error:  # Ctrl-C and Ctrl-D at a question
+        print("\nllm-router: " + getattr(error, "message", "interrupted"))
     return load_config(given.path, {}).document or {}
 
 
@@ -17062,15 +17050,16 @@ def _strong_payload(given: Given) -> Payload:
     """What the Worker gets to know, if wanted with a new master key for a weak or missing one, else UsageError."""
     loaded = given.load()
     payload, config = make_payload(loaded.document, given.environ), read_config(loaded.document, given.environ)
-    weakness = "" if config.client_keys else "there is none"
+    fault = "" if config.client_keys else "there is no master key, and everybody can reach a Worker"
     if payload.master_key:
         weakness = "" if given.allow_weak_master_key else key_weakness(payload.master_key)
-    if not weakness:
+        fault = weakness and _WEAK % weakness
+    if not fault:
         return payload
     cures = "config --operation=set-master-key --generate makes a strong one"
     cures += ", --allow-weak-master-key=true takes it as it is" if payload.master_key else ""
-    question = _WEAK % weakness + "\nmake a new one and store it in the configuration? [Y/n] "
-    if _ask_user(given, question, "%s; %s" % (_WEAK % weakness, cures)).lower() not in ("", "y", "yes"):
+    question = fault + "\nmake a new one and store it in the configuration? [Y/n] "
+    if _ask_user(given, question, "%s; %s" % (fault, cures)).lower() not in ("", "y", "yes"):
         raise UsageError("nothing was deployed")
     if not loaded.path or given.environ.get("LLM_ROUTER_MASTER_KEY", "").strip():
         raise UsageError("the key, or all of the configuration, comes from a variable: set a strong key there")

@@ -464,6 +464,14 @@ def test_who_wants_no_new_key_deploys_nothing(desk, terminal):
     assert desk.cloudflare.calls == []
 
 
+def test_a_missing_key_is_not_called_a_weak_one_and_without_a_provider_nothing_is_deployed(desk):
+    desk.configure(document_of(masterKey=""))
+    assert "there is no master key" in desk.run("deploy", "--use-wrangler=false", code=2).stderr
+    desk.configure(document_of(providers=[], defaultModel=""))
+    assert "no enabled provider" in desk.run("deploy", "--use-wrangler=false", code=2).stderr
+    assert desk.cloudflare.calls == []
+
+
 # --- an API that means harm ---
 
 

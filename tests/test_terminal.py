@@ -166,6 +166,17 @@ def test_the_whole_way_from_a_key_to_the_file(home):
     assert menu.note.startswith("saved to")
 
 
+@pytest.mark.parametrize("key", [KeyboardInterrupt, EOFError])
+def test_a_deployment_given_up_at_a_question_leaves_the_menu_with_what_was_stored_before_it(home, monkeypatch, key):
+    def deploy(given):
+        given.edit(lambda document: r.set_master_key(document, "made-meanwhile"))
+        raise key
+
+    monkeypatch.setattr(r, "run_deploy", deploy)
+    document = r.menu_effects(str(home / ".llm-router.json"), {})["deploy"](None)
+    assert document["masterKey"] == "made-meanwhile"
+
+
 def test_an_effect_that_breaks_becomes_a_note_and_not_a_traceback():
     told = queue.SimpleQueue()
 
