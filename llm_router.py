@@ -10080,11 +10080,12 @@ class Gateway:
         self.host.record(trail)
 
     async def _refuse(self, error: RefusedError, client: Any, trail: Trail, cors: Headers) -> None:
-        """An error as the client's format has it; inside the stream when a keep-alive opened it already."""
+        """An error as the client's format has it; inside the stream when a keep-alive opened it already. A failed
+        Response is an end like any other: behind a cut Codex forgets why, and asks again."""
         wire = WIRE_FORMATS[trail.wire]
         if client.is_open:
             client.write(client.fail(error.info) if client.fail else wire.error_event(error.info, trail.id))
-            client.cut()
+            await client.finish() if wire.name == "responses" and not client.fail else client.cut()
             return
         body = dump_json(wire.render_error(error.info, trail.id)) if error.body is None else error.body
         await client.respond(error.status, _JSON_HEADERS + own_headers(trail) + cors + error.headers, body)

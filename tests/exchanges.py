@@ -184,13 +184,13 @@ def assert_answer(wire, reply, text):
     return told
 
 
-def assert_stream_error(wire, reply):
-    """The reply is a stream that ended in an error of its format: no terminator, and the connection was cut."""
+def assert_stream_error(wire, reply, ended="cut"):
+    """The reply is a stream that ended in an error of its format: no terminator, and the connection was cut, or not."""
     assert reply.status == 200, reply
     told = read_answer(wire, reply)
     assert told.error, reply
     assert not told.complete, reply
-    assert reply.ended == "cut", reply
+    assert reply.ended == ended, reply
     return told
 
 
