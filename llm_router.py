@@ -6981,7 +6981,7 @@ _REFUSAL = (
 def _names(field: str) -> str:
     """An error that says no to `field`: a word of its own in any spelling, or the end of its place, and a refusal."""
     word = r"(?<![\w.])(?:(?:body|tools|messages)\.(?:[\w-]+\.)*)?%s(?!\w)" % field.replace("_", "[_ ]?")
-    return r"(?s)(?=.*%s)(?=.*(?:%s))" % (word, _REFUSAL)
+    return r"(?s)\A(?=.*%s)(?=.*(?:%s))" % (word, _REFUSAL)  # at the start only, or long texts take minutes
 
 
 _LEFT_OUT = "stream_options parallel_tool_calls reasoning_effort thinking output_config store stop tool_choice"
@@ -7086,7 +7086,7 @@ def told_limit(body: Json, text: str) -> str:
     asked = max(as_int(body.get(key)) for key in ("max_tokens", "max_completion_tokens", "max_output_tokens"))
     is_bound = re.search(r"at most|less than|lower than|<=|> \d|range|maximum|too large", text)
     is_other = re.search(r"greater|at least|minimum|stream", text)
-    if not is_bound or is_other or not re.search(r"max\w*[_ ]tokens", text):
+    if not is_bound or is_other or not re.search(r"max\w{0,40}[_ ]tokens", text):
         return ""
     numbers = (int(word.replace(",", "")) for word in re.findall(r"(?<![\w.-])\d[\d,]{2,8}(?!\w|\.\d)", text))
     limit = max((number for number in numbers if number < asked), default=0)
@@ -8293,8 +8293,8 @@ def _read_wait(text: str, now: float) -> Optional[float]:
     """Seconds from a number of them, a duration, or a moment: a date or Unix time, in milliseconds too (OpenRouter)."""
     number = _number(text)
     if number is None:
-        seconds = read_duration(text)
-        return _seconds_until(text, now) if seconds is None else seconds
+        seconds = read_duration(text[:100])  # what is longer is no time, and might cost one
+        return _seconds_until(text[:100], now) if seconds is None else seconds
     number = number / 1000.0 if number > 1e11 else number
     return number - now if number > 1e9 else number
 
@@ -10652,7 +10652,7 @@ _TINY, _AMPLE = 16, 1024  # tokens: 16 is the least that Responses takes (develo
 _MAX_LISTING_BYTES = 10_000_000
 _MAX_LISTED = 5000
 
-_WANTS_MORE = re.compile(r"(?s)(?=.*max\w*_tokens)(?=.*(?:minimum|at least|>|greater|too (?:small|low)|below))")
+_WANTS_MORE = re.compile(r"(?s)\A(?=.*max\w{0,40}_tokens)(?=.*(?:minimum|at least|>|greater|too (?:small|low)|below))")
 _NO_CHAT = re.compile(
     "embed|rerank|bge|minilm|whisper|tts|speech|audio|transcri|realtime|image|dall|flux|diffusion|video|sora|veo"
     "|moderation|guard|ocr|search|davinci|babbage",

@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -182,6 +183,15 @@ def test_no_more_is_asked_for_than_the_model_gives_by_its_entry_or_by_what_was_l
 def test_a_lesson_is_learned_once():
     words = ["stream_options is not supported"]
     assert llm_router.learn_fix(translated(), words, ("no stream_options",)) == ""
+
+
+@pytest.mark.parametrize("words", ["the quick brown fox ", "range max"])
+def test_a_long_refusal_is_read_in_a_moment(words):
+    """Validation errors may list a whole request. Steps that grow with its square take minutes, for every client."""
+    body = dict(translated(), **dict.fromkeys(("tools", "stop", "store", "thinking", "reasoning_effort"), "x"))
+    began = time.process_time()
+    assert llm_router.learn_fix(body, [words * (60_000 // len(words))], ()) == ""
+    assert time.process_time() - began < 10
 
 
 def test_requests_that_are_refused_for_one_field_at_the_same_time_are_all_mended(router, make_upstream):

@@ -2,6 +2,7 @@
 
 import json
 import random
+import time
 from email.utils import formatdate
 from pathlib import Path
 
@@ -549,3 +550,10 @@ def test_what_an_upstream_says_of_a_thread_is_for_the_client_and_benches_no_mode
     body = json.dumps({"type": "error", "error": error}).encode()
     assert R.judge_error("anthropic", status, [], body, 0.0).kind == R.INVALID
     assert R.judge_error("anthropic", 404, [], body.replace(code.encode(), b"other"), 0.0).kind == R.NOT_FOUND
+
+
+def test_a_time_to_wait_of_a_hundred_thousand_digits_is_none_and_takes_none():
+    """Steps that grow with its square take minutes, for every client."""
+    began = time.process_time()
+    assert R.read_retry_after([("retry-after", "1" * 100_000)], [], None, 0.0) is None
+    assert time.process_time() - began < 10
