@@ -313,6 +313,24 @@ def as_int(value: Any) -> int:
     return value if type(value) is int and value > 0 else 0
 
 
+def get_text(item: Mapping[str, Any], key: str) -> str:
+    """as_text of a member."""
+    value = item.get(key)
+    return value if isinstance(value, str) else ""
+
+
+def get_dict(item: Mapping[str, Any], key: str) -> Json:
+    """as_dict of a member."""
+    value = item.get(key)
+    return value if isinstance(value, dict) else {}
+
+
+def get_list(item: Mapping[str, Any], key: str) -> List[Any]:
+    """as_list of a member."""
+    value = item.get(key)
+    return value if isinstance(value, list) else []
+
+
 def did_you_mean(name: str, known: Iterable[str], otherwise: str, count: int = 1) -> str:
     """The question for up to `count` of the `known` words that look most like `name`; `otherwise` when none does."""
     import difflib  # costs milliseconds and is only needed once something went wrong
@@ -2716,6 +2734,8 @@ def _read_answer_head(text: str) -> ResponseHead:
 # only that format knows about the value. A renderer writes its own bag back and no other.
 
 Extra = Optional[Dict[str, Json]]
+Blocks = List[Any]  # of a turn or an answer, in order: Text, Thinking, Media, ToolCall, ...
+Events = List[Any]  # of a stream, in order: Started, Opened, Delta, ...
 
 
 class _Words(Value):
@@ -2764,7 +2784,7 @@ class ToolResult(Value):
 
     __slots__ = ("call_id", "blocks", "is_error", "extra")
 
-    def __init__(self, call_id: str, blocks: List[Any], is_error: bool = False, extra: Extra = None) -> None:
+    def __init__(self, call_id: str, blocks: Blocks, is_error: bool = False, extra: Extra = None) -> None:
         self.call_id, self.blocks, self.is_error, self.extra = call_id, blocks, is_error, extra
 
 
@@ -2778,7 +2798,7 @@ class Message(NamedTuple):
     """One turn. role: "system" (developer too), "user" or "assistant"; tool results are blocks of a user turn."""
 
     role: str
-    blocks: List[Any]
+    blocks: Blocks
     extra: Extra = None
 
 
@@ -2853,7 +2873,7 @@ class ChatRequest(NamedTuple):
 
     model: str
     messages: List[Message]
-    system: List[Any] = []
+    system: Blocks = []
     tools: List[Tool] = []
     tool_choice: Optional[ToolChoice] = None
     parallel_tools: Optional[bool] = None
@@ -2891,7 +2911,7 @@ class ChatResponse(NamedTuple):
 
     id: str
     model: str
-    blocks: List[Any]
+    blocks: Blocks
     stop_reason: str = "end_turn"
     stop_sequence: str = ""
     usage: Optional[Usage] = None
@@ -3112,7 +3132,7 @@ class ReasoningRecorder:
     def __init__(self, memory: BoundedMap, issuer: str) -> None:
         self._memory = memory
         self._issuer = issuer
-        self._events: List[Any] = []
+        self._events: Events = []
         self._is_inside = False
 
     def see(self, events: Iterable[Any]) -> None:
@@ -3130,7 +3150,7 @@ class ReasoningRecorder:
                 self._events.append(event)
 
 
-def recall(memory: BoundedMap, issuer: str, call_ids: Iterable[Any]) -> List[Any]:
+def recall(memory: BoundedMap, issuer: str, call_ids: Iterable[Any]) -> Blocks:
     """What `issuer` had put before these calls, and the proofs of them, as far as they are remembered."""
     return [block for call_id in call_ids for block in memory.get((issuer, call_id)) or ()]
 
@@ -3145,7 +3165,7 @@ def restore_reasoning(messages: List[Message], memory: BoundedMap, issuer: Calla
     return restored
 
 
-def _as_issued(blocks: List[Any], known: List[Any]) -> List[Any]:
+def _as_issued(blocks: Blocks, known: Blocks) -> Blocks:
     thoughts, bags = list(filter(is_reasoning, known)), {b.id: b.extra for b in known if isinstance(b, ToolCall)}
     rest = [block for block in blocks if not (thoughts and is_reasoning(block))]
     return thoughts + [b._replace(extra=bags[b.id]) if getattr(b, "id", None) in bags else b for b in rest]
@@ -3157,25 +3177,25 @@ def _as_issued(blocks: List[Any], known: List[Any]) -> List[Any]:
 _CUSTOM_SCHEMA = {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}
 
 
-def tool_grammar(tool: Tool) -> Tuple[str, str]:
-    """(syntax, definition) of the grammar a custom tool's input must follow, ("", "") when any text will do.
+def tool_grammar(tool: Tool) -> Json:
+    """`syntax` and `definition` of the grammar a custom tool's input must follow, {} when any text will do.
 
     Responses says {"format": {"type": "grammar", "syntax", "definition"}}, Chat nests the two under "grammar".
     """
     for bag in (tool.extra or {}).values():
-        form = as_dict(as_dict(bag).get("format"))
-        grammar = as_dict(form.get("grammar")) or form
-        if as_text(grammar.get("definition")):
-            return as_text(grammar.get("syntax")), grammar["definition"]
-    return "", ""
+        form = get_dict(as_dict(bag), "format")
+        grammar = get_dict(form, "grammar") or form
+        if get_text(grammar, "definition"):
+            return {"syntax": get_text(grammar, "syntax") or "lark", "definition": grammar["definition"]}
+    return {}
 
 
 def custom_as_function(tool: Any) -> Any:
     """A custom tool, or a call of one, as that of a function of one string; its grammar is described (trap 60)."""
     if isinstance(tool, ToolCall):
         return tool._replace(arguments=json.dumps({"input": tool.arguments}), kind="function")
-    syntax, definition = tool_grammar(tool)
-    note = "The input must follow this %s grammar:\n%s" % (syntax or "lark", definition) if definition else ""
+    grammar = tool_grammar(tool)
+    note = "The input must follow this %(syntax)s grammar:\n%(definition)s" % grammar if grammar else ""
     notes = filter(None, (tool.description, note))
     return tool._replace(description="\n\n".join(notes), schema=_CUSTOM_SCHEMA, kind="function", strict=None)
 
@@ -3245,7 +3265,7 @@ def tidy_messages(messages: Iterable[Message]) -> List[Message]:
     return _join_turns(_place_results(_join_turns(said)))
 
 
-def _without_blanks(blocks: Iterable[Any]) -> List[Any]:
+def _without_blanks(blocks: Iterable[Any]) -> Blocks:
     return [block for block in blocks if getattr(block, "text", "-").strip() or block.extra]
 
 
@@ -3342,6 +3362,7 @@ def readable(value: Any) -> str:
 
 # Readers that every format shares.
 
+Kinds = Tuple[type, ...]
 _KINDS = {str: "a string", list: "an array", dict: "an object", int: "an integer", float: "a number", bool: "a boolean"}
 
 
@@ -3350,14 +3371,38 @@ def field_error(path: str, message: str) -> RouterError:
     return RouterError("%s: %s" % (path, message), 400, "invalid_request")
 
 
-def check_field(value: Any, kinds: Tuple[type, ...], path: str, need: bool = True) -> Any:
-    """`value` if it is of one of `kinds`, or null where there is no `need`; else RouterError 400.
-
-    A boolean is a number to Python, but not to the APIs.
-    """
-    if isinstance(value, kinds) and (type(value) is not bool or bool in kinds) or (value is None and not need):
+def check_kind(value: Any, kinds: Kinds, path: str) -> Any:
+    """`value` if it is of one of `kinds`, else RouterError 400. A boolean is a number to Python, not to the APIs."""
+    if isinstance(value, kinds) and (type(value) is not bool or bool in kinds):
         return value
     raise field_error(path, "expected %s" % " or ".join(_KINDS[kind] for kind in kinds))
+
+
+def check_field(item: Json, key: str, kinds: Kinds, path: str) -> Any:
+    """A member of the object at `path`: None, or of one of `kinds` (check_kind)."""
+    value = item.get(key)
+    return value if value is None else check_kind(value, kinds, "%s.%s" % (path, key))
+
+
+def need_text(item: Json, key: str, path: str) -> str:
+    """A member of the object at `path` that must be a string."""
+    value = item.get(key)
+    return value if isinstance(value, str) else check_kind(value, (str,), "%s.%s" % (path, key))
+
+
+def read_each(read: Callable[[Any, str], Any], items: Optional[List[Any]], paths: str) -> List[Any]:
+    """What `read(item, path)` makes of each item; the number of one goes into `paths` ("tools[%d]")."""
+    return [read(item, paths % number) for number, item in enumerate(items or ())]
+
+
+def field_kinds(table: Dict[Kinds, str]) -> Dict[str, Kinds]:
+    """Name of a field -> its types, from a table of types -> names."""
+    return {key: kinds for kinds, keys in table.items() for key in keys.split()}
+
+
+def read_fields(body: Json, known: Dict[str, Kinds]) -> Json:
+    """The `known` fields of a request (field_kinds), each None or of one of its types."""
+    return {key: None if body.get(key) is None else check_kind(body[key], kinds, key) for key, kinds in known.items()}
 
 
 def rest_of(item: Json, known: Iterable[str], wire: str) -> Extra:
@@ -3402,10 +3447,10 @@ def read_error(status: int, body: Any, unknown: int = 502) -> ErrorInfo:
     is replaced by the one that the error names, or by that of its code or type, else by `unknown`.
     """
     error = _innermost_error(body, 8)
-    message, raw = error["message"], _innermost_error(as_dict(error.get("metadata")).get("raw"), 4)["message"]
+    message, raw = error["message"], _innermost_error(get_dict(error, "metadata").get("raw"), 4)["message"]
     message = "%s: %s" % (message, raw) if message and raw else message or raw  # OpenRouter: the words of who answered
-    kind = as_text(error.get("type")) or as_text(error.get("status"))
-    code = as_dict(error.get("details")).get("error_code") if error.get("code") is None else error["code"]
+    kind = get_text(error, "type") or get_text(error, "status")
+    code = get_dict(error, "details").get("error_code") if error.get("code") is None else error["code"]
     code = code or _BASE_CODES.get(as_int(error.get("status_code")))
     code = str(code) if isinstance(code, int) and not isinstance(code, bool) else as_text(code)
     if status >= 400:
@@ -3415,7 +3460,7 @@ def read_error(status: int, body: Any, unknown: int = 502) -> ErrorInfo:
         number = next((int(word) for word in named if re.fullmatch(r"[45]\d\d", word)), 0)
         status = number or ERROR_STATUSES.get(code) or ERROR_STATUSES.get(kind.lower()) or unknown
     message = message or "the upstream answered with status %d" % status
-    return ErrorInfo(status, message, "" if kind == "error" else kind, code, as_text(error.get("param")))
+    return ErrorInfo(status, message, "" if kind == "error" else kind, code, get_text(error, "param"))
 
 
 def _innermost_error(value: Any, depth: int) -> Json:
@@ -3433,7 +3478,7 @@ def _innermost_error(value: Any, depth: int) -> Json:
     outer = as_dict(value)
     for key in ("error", "message", "detail", "msg", "error_message", "title", "errors", "base_resp"):
         inner = _innermost_error(outer[key], depth - 1) if outer.get(key) and depth else {}
-        if key == "msg" and as_list(outer.get("loc")):  # pydantic: which field it is
+        if key == "msg" and get_list(outer, "loc"):  # pydantic: which field it is
             inner["message"] = "%s: %s" % (".".join(map(str, outer["loc"])), inner["message"])
         if inner.get("message"):
             return {**outer, **inner} if key == "error" else {**inner, **outer, "message": inner["message"]}
@@ -3485,13 +3530,12 @@ CHAT_LOSSES = {
 # ---- requests: Chat Completions -> neutral
 
 # Types -> the fields of a request that are read, those of other formats and of routers among them.
-_CHAT_FIELDS: Dict[Tuple[type, ...], str] = {
+_CHAT_FIELDS = field_kinds({
     (str,): "model user instructions reasoning_effort", (int,): "max_tokens max_completion_tokens top_k",
     (int, float): "temperature top_p", (bool,): "stream parallel_tool_calls", (list,): "messages tools functions",
     (dict,): "stream_options response_format reasoning thinking", (str, list): "input system stop",
     (str, dict): "tool_choice function_call",
-}  # fmt: skip
-_CHAT_KINDS = {key: kinds for kinds, keys in _CHAT_FIELDS.items() for key in keys.split()}
+})  # fmt: skip
 
 
 def parse_chat_request(body: Json) -> ChatRequest:
@@ -3500,45 +3544,33 @@ def parse_chat_request(body: Json) -> ChatRequest:
     Bodies mixed with the other formats' shapes, as some editors send them, are read by shape (trap 66): content blocks
     and tools of the Messages API, flat tools, `input` for `messages`. RouterError 400 with the path of a wrong value.
     """
-    check_field(body, (dict,), "body")
-    said = {key: check_field(body.get(key), kinds, key, False) for key, kinds in _CHAT_KINDS.items()}
+    said = read_fields(check_kind(body, (dict,), "body"), _CHAT_FIELDS)
     system, messages = _chat_turns(said)
-    choice, allowed = _chat_tool_choice(said["tool_choice"] or said["function_call"])
-    tools = [
-        _chat_tool(item, "%s[%d]" % (key, index))
-        for key in ("tools", "functions")
-        for index, item in enumerate(said[key] or [])
-    ]
+    tools = [tool for key in ("tools", "functions") for tool in read_each(_chat_tool, said[key], key + "[%d]")]
+    choice, tools = _chat_tool_choice(said["tool_choice"] or said["function_call"], tools)
     stop, form = said["stop"] or [], said["response_format"] or {}
+    inner = form.get("json_schema", form if "schema" in form else None)
     limits = (said[key] for key in ("max_completion_tokens", "max_tokens") if said[key] is not None)
     limit, top_k = next(limits, -1), said["top_k"]  # clients of local servers say -1 for no limit
     return ChatRequest(
-        said["model"] or "", messages, system, [tool for tool in tools if allowed is None or tool.name in allowed],
-        choice, said["parallel_tool_calls"], None if limit < 0 else limit,
-        said["temperature"], said["top_p"], None if top_k is None or top_k < 0 else top_k,
+        said["model"] or "", messages, system, tools, choice, said["parallel_tool_calls"],
+        None if limit < 0 else limit, said["temperature"], said["top_p"], None if top_k is None or top_k < 0 else top_k,
         stop=[stop] if isinstance(stop, str) else [text for text in stop if isinstance(text, str)],
         stream=bool(said["stream"]), include_usage=(said["stream_options"] or {}).get("include_usage") is True,
-        output=_read_output(
-            form, form.get("json_schema", form if "schema" in form else None), "response_format.json_schema"
-        ),
+        output=_read_output(form, inner, "response_format.json_schema"),
         reasoning=_chat_reasoning(said["reasoning_effort"] or "", said["reasoning"] or {}, said["thinking"] or {}),
-        user=said["user"] or "", fields=_chat_rest(body, _CHAT_KINDS),
+        user=said["user"] or "", fields=_chat_rest(body, _CHAT_FIELDS),
     )  # fmt: skip
-
-
-def _text_at(item: Json, key: str, path: str) -> str:
-    return check_field(item.get(key), (str,), "%s.%s" % (path, key))
 
 
 def _chat_rest(item: Json, known: Iterable[str]) -> Extra:
     """What `item` says besides the `known` keys. `cache_control`, which some providers take, has Anthropic's shape."""
-    cache = {"cache_control": as_dict(item.get("cache_control"))}
-    bags = rest_of(cache, (), "anthropic"), rest_of(item, (*known, *cache), _CHAT)
-    return {wire: bag for found in bags for wire, bag in (found or {}).items()} or None
+    mark, rest = get_dict(item, "cache_control"), rest_of(item, (*known, "cache_control"), _CHAT)
+    return {"anthropic": {"cache_control": mark}, **(rest or {})} if mark else rest
 
 
-def _chat_turns(said: Json) -> Tuple[List[Any], List[Message]]:
-    """(instructions in front, turns). Tool messages and the user's words after them become one user turn."""
+def _chat_turns(said: Json) -> Tuple[Blocks, List[Message]]:
+    """(instructions in front, turns), one for each message: what belongs together tidy_messages joins."""
     name = "messages" if said["messages"] is not None or not said["input"] else "input"
     if not said[name]:
         raise field_error("messages", "expected at least one message")
@@ -3548,11 +3580,8 @@ def _chat_turns(said: Json) -> Tuple[List[Any], List[Message]]:
     items = [{"role": "user", "content": said[name]}] if isinstance(said[name], str) else said[name]
     for index, item in enumerate(items):
         message = _chat_message(item, "%s[%d]" % (name, index), legacy)
-        last = turns[-1].blocks if turns and turns[-1].role == message.role == "user" and not message.extra else []
         if message.role == "system" and not turns:
             system += message.blocks
-        elif last and all(isinstance(block, ToolResult) for block in last):
-            last += message.blocks
         else:
             turns.append(message)
     return system, turns
@@ -3564,64 +3593,68 @@ _CHAT_ROLES = {"system": "system", "developer": "system", "user": "user", "assis
 
 def _chat_message(value: Any, path: str, legacy: Dict[str, str]) -> Message:
     """A message; items `function_call` and `function_call_output` of the Responses API are the messages they mean."""
-    item = check_field(value, (dict,), path)
+    item = check_kind(value, (dict,), path)
     kind = None if "role" in item else item.get("type")
     if kind == "function_call":
         item = {"role": "assistant", "tool_calls": [{"id": item.get("call_id"), "function": item}]}
     elif kind == "function_call_output":
         item = {"role": "tool", "tool_call_id": item.get("call_id"), "content": item.get("output")}
-    role, name = _CHAT_ROLES.get(as_text(item.get("role"))), as_text(item.get("name"))
+    role, name = get_text(item, "role"), get_text(item, "name")
     blocks = _chat_parts(item.get("content"), path + ".content")
-    if item.get("role") in ("tool", "function"):
-        call_id = as_text(item.get("tool_call_id")) or legacy.get(name) or "call_" + (name or "0")
+    if role in ("tool", "function"):
+        call_id = get_text(item, "tool_call_id") or legacy.get(name) or "call_" + (name or "0")
         return Message("user", [ToolResult(call_id, blocks)])
-    if role is None:
+    if role not in _CHAT_ROLES:
         raise field_error(path + ".role", "expected system, developer, user, assistant or tool")
     if role == "assistant":
-        field = next((key for key in _THOUGHT_FIELDS if as_text(item.get(key))), "reasoning_content")
-        details = {"reasoning_details": as_list(item.get("reasoning_details"))}
-        if as_text(item.get(field)) or details["reasoning_details"]:
-            blocks.insert(0, Thinking(as_text(item.get(field)), rest_of({"field": field, **details}, (), _CHAT)))
-        if as_text(item.get("refusal")):
+        field = next((key for key in _THOUGHT_FIELDS if get_text(item, key)), "reasoning_content")
+        thought, details = get_text(item, field), get_list(item, "reasoning_details")
+        if thought or details:
+            blocks.insert(0, Thinking(thought, rest_of({"field": field, "reasoning_details": details}, (), _CHAT)))
+        if get_text(item, "refusal"):
             blocks.append(Refusal(item["refusal"]))
-        calls = check_field(item.get("tool_calls"), (list,), path + ".tool_calls", False) or []
-        blocks += [_chat_call(call, "%s.tool_calls[%d]" % (path, index)) for index, call in enumerate(calls)]
+        calls = check_field(item, "tool_calls", (list,), path)
+        blocks += read_each(_chat_call, calls, path + ".tool_calls[%d]")
         if item.get("function_call") and not calls:  # what came before tool_calls has no id: it gets one
             call = _chat_call({"function": item["function_call"]}, path)
             call.id = legacy[call.name] = "call_" + "".join(filter(str.isdigit, path))
             blocks.append(call)
-    return Message(role, blocks, {_CHAT: {"name": name}} if name else None)
+    return Message(_CHAT_ROLES[role], blocks, {_CHAT: {"name": name}} if name else None)
 
 
-_CHAT_CALL_KEYS = frozenset(("index", "id", "type", "function", "custom"))
+# Kind of a call, which is the name of its object -> the field in there with its arguments.
+_CHAT_CALLS = {"function": "arguments", "custom": "input"}
+_CHAT_CALL_KEYS = frozenset(("index", "id", "type", *_CHAT_CALLS))
 
 
 def _chat_call(value: Any, path: str) -> ToolCall:
-    item = check_field(value, (dict,), path)
-    kind, field = ("custom", "input") if isinstance(item.get("custom"), dict) else ("function", "arguments")
-    inner = check_field(item.get(kind), (dict,), "%s.%s" % (path, kind))
-    name, arguments = _text_at(inner, "name", "%s.%s" % (path, kind)), arguments_text(inner.get(field))
-    return ToolCall(as_text(item.get("id")), name, arguments, kind, _chat_rest(item, _CHAT_CALL_KEYS))
+    item = check_kind(value, (dict,), path)
+    kind = "custom" if isinstance(item.get("custom"), dict) else "function"
+    path = "%s.%s" % (path, kind)
+    inner = check_kind(item.get(kind), (dict,), path)
+    name, arguments = need_text(inner, "name", path), arguments_text(inner.get(_CHAT_CALLS[kind]))
+    return ToolCall(get_text(item, "id"), name, arguments, kind, _chat_rest(item, _CHAT_CALL_KEYS))
 
 
-def _chat_parts(content: Any, path: str) -> List[Any]:
+def _chat_parts(content: Any, path: str) -> Blocks:
     """Content parts (SDK: ChatCompletionContentPartParam), blocks of other formats among them (trap 66)."""
     if isinstance(content, str):
         return [Text(content)] if content else []
-    blocks: List[Any] = []
-    for index, value in enumerate(check_field(content, (str, list), path, False) or []):
-        at = "%s[%d]" % (path, index)
-        item = {"text": value} if isinstance(value, str) else check_field(value, (dict,), at)
-        kind = item.get("type", "text" if isinstance(item.get("text"), str) else "")
-        reader = _CHAT_READERS.get(as_text(kind))
-        blocks.append(reader(item, at) if reader else Opaque(_CHAT, item))
-    return blocks
+    items = None if content is None else check_kind(content, (str, list), path)
+    return read_each(_chat_part, items, path + "[%d]")
+
+
+def _chat_part(value: Any, path: str) -> Any:
+    item = {"text": value} if isinstance(value, str) else check_kind(value, (dict,), path)
+    kind = item.get("type", "text" if isinstance(item.get("text"), str) else "")
+    reader = _CHAT_READERS.get(as_text(kind))
+    return reader(item, path) if reader else Opaque(_CHAT, item)
 
 
 def _thinking_text(item: Json) -> str:
     """`thinking` is a string in the Messages API, a list of text parts at Mistral, and called summary at Databricks."""
     value = item.get("thinking") or item.get("summary")
-    return as_text(value) or "".join(as_text(as_dict(part).get("text")) for part in as_list(value))
+    return as_text(value) or "".join(get_text(as_dict(part), "text") for part in as_list(value))
 
 
 # Type of a part -> kind of Media, the part's object, and its field with the data or a URL.
@@ -3637,44 +3670,45 @@ def _read_chat_media(item: Json, path: str) -> Any:
     inner = value if isinstance(value, dict) else {**item, field: item.get(field, value)}
     if kind == "document" and not inner.get(field):
         return Opaque(_CHAT, item)
-    url = _text_at(inner, field, "%s.%s" % (path, key))
+    url = need_text(inner, field, "%s.%s" % (path, key))
     if kind != "image" and not url.startswith(("data:", "http://", "https://")):
-        form = "audio/" + (as_text(inner.get("format")) or "wav") if kind == "audio" else "application/pdf"
+        form = "audio/" + (get_text(inner, "format") or "wav") if kind == "audio" else "application/pdf"
         url = "data:%s;base64,%s" % (form, url)
     rest = _chat_rest({**item, "detail": inner.get("detail")}, ("type", key, field, "filename"))
     match = _DATA_URL.match(url)
     data = (match.group(1).lower(), url[match.end() :], "") if match else ("", "", url)
-    return Media(kind, *data, as_text(inner.get("filename")), rest)
+    return Media(kind, *data, get_text(inner, "filename"), rest)
 
 
 def _read_source(item: Json, path: str) -> Any:
     """An `image` or `document` block of the Messages API."""
-    source = check_field(item.get("source"), (dict,), path + ".source")
-    form = as_text(source.get("type"))
+    path += ".source"
+    source = check_kind(item.get("source"), (dict,), path)
+    form = get_text(source, "type")
     if form not in ("text", "base64", "url"):
         return Opaque("anthropic", item)
     field = "url" if form == "url" else "data"
-    value = _text_at(source, field, path + ".source")
-    rest = {"media_type": as_text(source.get("media_type")), "name": as_text(item.get("title"))}
+    value = need_text(source, field, path)
+    rest = {"media_type": get_text(source, "media_type"), "name": get_text(item, "title")}
     return Text(value) if form == "text" else Media(item["type"], **{field: value}, **rest)
 
 
 _CHAT_READERS: Dict[str, Callable[[Json, str], Any]] = {
     **dict.fromkeys(
         ("text", "input_text", "output_text"),
-        lambda item, path: Text(_text_at(item, "text", path), _chat_rest(item, ("type", "text"))),
+        lambda item, path: Text(need_text(item, "text", path), _chat_rest(item, ("type", "text"))),
     ),
     **dict.fromkeys(_CHAT_MEDIA, _read_chat_media),
     **dict.fromkeys(("image", "document"), _read_source),
-    "refusal": lambda item, path: Refusal(_text_at(item, "refusal", path)),
+    "refusal": lambda item, path: Refusal(need_text(item, "refusal", path)),
     "thinking": lambda item, path: Thinking(
-        _thinking_text(item), rest_of({"signature": as_text(item.get("signature")) or None}, (), "anthropic")
+        _thinking_text(item), rest_of({"signature": get_text(item, "signature") or None}, (), "anthropic")
     ),
     "tool_use": lambda item, path: ToolCall(
-        as_text(item.get("id")), _text_at(item, "name", path), arguments_text(item.get("input") or {})
+        get_text(item, "id"), need_text(item, "name", path), arguments_text(item.get("input") or {})
     ),
     "tool_result": lambda item, path: ToolResult(
-        _text_at(item, "tool_use_id", path),
+        need_text(item, "tool_use_id", path),
         _chat_parts(item.get("content"), path + ".content"),
         item.get("is_error") is True,
     ),
@@ -3686,7 +3720,7 @@ _CHAT_TOOL_KEYS = frozenset(("type", "function", "name", "description", "paramet
 
 def _chat_tool(value: Any, path: str) -> Tool:
     """SDK: ChatCompletionToolUnionParam, nested or flat; or a tool in Anthropic's shape (trap 66)."""
-    item = check_field(value, (dict,), path)
+    item = check_kind(value, (dict,), path)
     kind = item.get("type")
     is_custom = kind == "custom" and "input_schema" not in item
     field = "custom" if is_custom else "function"
@@ -3697,14 +3731,13 @@ def _chat_tool(value: Any, path: str) -> Tool:
         inner = item
     else:
         wire = "anthropic" if _DATED_TYPE.match(as_text(kind)) else _CHAT
-        return Tool(as_text(item.get("name")) or as_text(kind), kind="server", extra={wire: item})
-    name, description = _text_at(inner, "name", path), as_text(inner.get("description"))
+        return Tool(get_text(item, "name") or as_text(kind), kind="server", extra={wire: item})
+    name, description = need_text(inner, "name", path), get_text(inner, "description")
     if is_custom:
-        form = rest_of({"format": as_dict(inner.get("format"))}, (), _CHAT)
+        form = rest_of({"format": get_dict(inner, "format")}, (), _CHAT)
         return Tool(name, description, kind="custom", extra=form)
     key = "parameters" if inner.get("parameters") is not None else "input_schema"
-    schema = check_field(inner.get(key), (dict,), "%s.%s" % (path, key), False)
-    strict = check_field(inner.get("strict"), (bool,), path + ".strict", False)
+    schema, strict = check_field(inner, key, (dict,), path), check_field(inner, "strict", (bool,), path)
     marked = {"cache_control": inner.get("cache_control"), **item}  # inside the function by Goose
     return Tool(name, description, schema, "function", strict, _chat_rest(marked, _CHAT_TOOL_KEYS))
 
@@ -3712,42 +3745,43 @@ def _chat_tool(value: Any, path: str) -> Tool:
 _CHAT_CHOICES = {"auto": "auto", "none": "none", "required": "any", "any": "any"}
 
 
-def _chat_tool_choice(value: Any) -> Tuple[Optional[ToolChoice], Optional[Set[str]]]:
-    """(the choice, names of the only tools allowed or None). SDK: ChatCompletionToolChoiceOptionParam."""
+def _chat_tool_choice(value: Any, tools: List[Tool]) -> Tuple[Optional[ToolChoice], List[Tool]]:
+    """(the choice, the tools that it leaves). SDK: ChatCompletionToolChoiceOptionParam."""
     item = as_dict(value)
-    kind = as_text(value) or as_text(item.get("type"))
-    if kind in _CHAT_CHOICES:
-        return ToolChoice(_CHAT_CHOICES[kind]), None
+    kind, name = as_text(value) or get_text(item, "type"), _chosen_name(item)
     if kind == "allowed_tools":
-        inner = as_dict(item.get("allowed_tools")) or item
-        mode = _CHAT_CHOICES.get(as_text(inner.get("mode")), "auto")
-        return ToolChoice(mode), {_chosen_name(as_dict(tool)) for tool in as_list(inner.get("tools"))}
-    return (ToolChoice("tool", _chosen_name(item)) if _chosen_name(item) else None), None
+        inner = get_dict(item, "allowed_tools") or item
+        kind = get_text(inner, "mode")
+        allowed = {_chosen_name(as_dict(tool)) for tool in get_list(inner, "tools")}
+        return ToolChoice(_CHAT_CHOICES.get(kind, "auto")), [tool for tool in tools if tool.name in allowed]
+    if kind in _CHAT_CHOICES:
+        return ToolChoice(_CHAT_CHOICES[kind]), tools
+    return ToolChoice("tool", name) if name else None, tools
 
 
 def _chosen_name(item: Json) -> str:
-    return as_text((as_dict(item.get("function")) or as_dict(item.get("custom")) or item).get("name"))
+    return get_text(get_dict(item, "function") or get_dict(item, "custom") or item, "name")
 
 
 def _read_output(form: Json, inner: Any, at: str) -> Optional[JsonOutput]:
     """SDK: ResponseFormatJSONSchema, ResponseFormatTextConfig. inner: has the schema, Together's beside json_object."""
     if form.get("type") not in ("json_schema", "json_object"):
         return None
-    inner = check_field(inner, (dict,), at) if form["type"] == "json_schema" else form
-    schema = check_field(inner.get("schema"), (dict,), at + ".schema", False)
-    strict = check_field(inner.get("strict"), (bool,), at + ".strict", False)
-    return JsonOutput(schema, as_text(inner.get("name")), strict, as_text(inner.get("description")))
+    inner = check_kind(inner, (dict,), at) if form["type"] == "json_schema" else form
+    schema, strict = check_field(inner, "schema", (dict,), at), check_field(inner, "strict", (bool,), at)
+    return JsonOutput(schema, get_text(inner, "name"), strict, get_text(inner, "description"))
 
 
 def _chat_reasoning(effort: str, own: Json, thinking: Json) -> Optional[Reasoning]:
     """`reasoning_effort`, OpenRouter's `reasoning`, or Messages' `thinking`. Efforts like `auto` say nothing."""
-    if thinking.get("type") == "disabled" or own.get("enabled") is False:
+    kind = thinking.get("type")
+    if kind == "disabled" or own.get("enabled") is False:
         return Reasoning("none")
-    words = effort.lower(), as_text(own.get("effort")).lower()
+    words = effort.lower(), get_text(own, "effort").lower()
     effort = next((word for word in words if word in EFFORT_BUDGETS), "")
     budget = as_int(own.get("max_tokens")) or as_int(thinking.get("budget_tokens"))
-    is_on = own.get("enabled") is True or thinking.get("type") == "enabled"  # the latter at DeepSeek and z.ai
-    adaptive = thinking.get("type") == "adaptive" or (is_on and not effort and not budget)
+    is_on = own.get("enabled") is True or kind == "enabled"  # the latter at DeepSeek and z.ai
+    adaptive = kind == "adaptive" or (is_on and not effort and not budget)
     return Reasoning(effort, budget, adaptive) if effort or budget or adaptive else None
 
 
@@ -3784,8 +3818,7 @@ def render_chat_request(request: ChatRequest) -> Json:
     fields = {
         "model": request.model, "messages": [item for turn in turns for item in _write_chat_turn(turn)],
         **_write_chat_tools(request), "max_tokens": request.max_tokens, "temperature": request.temperature,
-        "top_p": request.top_p, "stop": request.stop or None,
-        "user": request.user if 0 < len(request.user) <= _CHAT_MAX_USER else None,
+        "top_p": request.top_p, "stop": request.stop or None, "user": _openai_user(request),
         "reasoning_effort": _write_chat_effort(request.reasoning or Reasoning(), request.model),
         "response_format": _write_chat_output(request.output) if request.output else None,
         "stream": request.stream or None, "stream_options": {"include_usage": True} if request.stream else None,
@@ -3793,14 +3826,18 @@ def render_chat_request(request: ChatRequest) -> Json:
     return {**_chat_shared_fields(request.fields or {}), **_told(fields)}
 
 
+def _openai_user(request: ChatRequest) -> Optional[str]:
+    return request.user if 0 < len(request.user) <= _CHAT_MAX_USER else None
+
+
 def _told(fields: Json) -> Json:
     return {key: value for key, value in fields.items() if value is not None}
 
 
 def _chat_shared_fields(fields: Dict[str, Json]) -> Json:
-    found = {"verbosity": as_dict((fields.get("responses") or {}).get("text")).get("verbosity")}
+    found = {"verbosity": get_dict(get_dict(fields, "responses"), "text").get("verbosity")}
     for wire, keys in _CHAT_SHARED.items():
-        bag = fields.get(wire) or {}
+        bag = get_dict(fields, wire)
         found.update((key, bag[key]) for key in (keys.split() if keys else bag) if key in bag)
     if found.get("service_tier") == "standard_only":  # Anthropic's word
         found["service_tier"] = "default"
@@ -3822,27 +3859,36 @@ def _write_chat_output(output: JsonOutput) -> Json:
 
 def _write_chat_tools(request: ChatRequest) -> Json:
     """tools, tool_choice and parallel_tool_calls; the latter two are errors without the first (traps 96, 97)."""
-    tools = [item for item in map(_write_chat_tool, request.tools) if item]
-    choice = request.tool_choice
-    value: Any = {"any": "required"}.get(choice.mode, choice.mode) if choice else None
-    if choice and choice.mode == "tool":
-        kind = next((tool.kind for tool in request.tools if tool.name == choice.name), "server")
-        value = {"type": kind, kind: {"name": choice.name}} if kind != "server" else None
-    return {"tools": tools, "tool_choice": value, "parallel_tool_calls": request.parallel_tools} if tools else {}
+    tools, choice = [item for item in map(_write_chat_tool, request.tools) if item], _openai_choice(request)
+    if isinstance(choice, dict):
+        choice = {"type": choice["type"], choice["type"]: {"name": choice["name"]}}
+    return {"tools": tools, "tool_choice": choice, "parallel_tool_calls": request.parallel_tools} if tools else {}
+
+
+def _openai_choice(request: ChatRequest) -> Any:
+    """`tool_choice` as in OPENAI RESPONSES; Chat nests the name. A tool that had to be left out cannot be forced."""
+    mode, name = request.tool_choice or (None, "")
+    if mode != "tool":
+        return "required" if mode == "any" else mode
+    kinds = [tool.kind for tool in request.tools if tool.name == name and tool.kind != "server"]
+    return {"type": kinds[0], "name": name} if kinds else None
 
 
 def _write_chat_tool(tool: Tool) -> Json:
-    own = own_extra(tool, _CHAT)
-    inner: Json = {"name": tool.name, "description": tool.description or None}
-    if tool.kind == "server":
+    own, kind, grammar = own_extra(tool, _CHAT), tool.kind, tool_grammar(tool)
+    if kind == "server":
         return own
+    inner = _openai_tool(tool, tool.strict, {"grammar": grammar} if grammar else {})
+    return {**(own if kind == "function" else {}), "type": kind, kind: inner}
+
+
+def _openai_tool(tool: Tool, strict: Optional[bool], grammar: Json) -> Json:
+    """What both of OpenAI's formats say of a tool beside its type. grammar: of a custom tool, if it has one."""
     if tool.kind == "custom":
-        syntax, definition = tool_grammar(tool)
-        grammar = {"syntax": syntax or "lark", "definition": definition}
-        inner["format"] = {"type": "grammar", "grammar": grammar} if definition else None
-        return {"type": "custom", "custom": _told(inner)}
-    inner.update(parameters=_openai_schema(tool.schema or {}), strict=tool.strict)
-    return {**own, "type": "function", "function": _told(inner)}
+        more = {"format": {"type": "grammar", **grammar} if grammar else None}
+    else:
+        more = {"parameters": _openai_schema(tool.schema or {}), "strict": strict}
+    return _told({"name": tool.name, "description": tool.description or None, **more})
 
 
 def _openai_schema(schema: Json) -> Json:
@@ -3886,9 +3932,12 @@ def _write_chat_result(result: ToolResult) -> Tuple[Json, List[Json]]:
     if rest:
         rest.insert(0, {"type": "text", "text": "[from the result of tool call %s]" % result.call_id})
         text = text or "(see the next message)"
-    if result.is_error and not text.lower().startswith("error"):
-        text = "Error: " + text
-    return {"role": "tool", "tool_call_id": result.call_id, "content": text}, rest
+    return {"role": "tool", "tool_call_id": result.call_id, "content": _result_text(result, text)}, rest
+
+
+def _result_text(result: ToolResult, text: str) -> str:
+    """The text of a result, where the format has no flag for an error."""
+    return "Error: " + text if result.is_error and not text.lower().startswith("error") else text
 
 
 def _joined(parts: List[Json], separator: str) -> str:
@@ -3903,7 +3952,7 @@ def _plain_text(block: Any) -> str:
 _CHAT_TEXT_FIELDS: Dict[type, str] = {Text: "content", Refusal: "refusal", Thinking: "reasoning_content"}
 
 
-def _answer_fields(blocks: List[Any], call_id: str) -> Json:
+def _answer_fields(blocks: Blocks, call_id: str) -> Json:
     """What an assistant says, as fields of its message. call_id: the beginning of ids for calls without one."""
     fields: Json = {}
     for block in blocks:
@@ -3915,9 +3964,9 @@ def _answer_fields(blocks: List[Any], call_id: str) -> Json:
         elif isinstance(block, Opaque) and block.wire == _CHAT and block.value.get("type") == "image_url":
             fields.setdefault("images", []).append(block.value)
         elif text:
-            field = as_text(bag.get("field")) or _CHAT_TEXT_FIELDS.get(type(block), "content")
+            field = get_text(bag, "field") or _CHAT_TEXT_FIELDS.get(type(block), "content")
             fields[field] = fields.get(field, "") + text
-        if as_list(bag.get("reasoning_details")):
+        if get_list(bag, "reasoning_details"):
             fields.setdefault("reasoning_details", []).extend(bag["reasoning_details"])
     return fields
 
@@ -3926,8 +3975,8 @@ def _write_chat_call(call: ToolCall, call_id: str) -> Json:
     """Arguments that were cut off become an object (trap 42): vLLM and others parse the history's."""
     text = call.arguments.strip() or "{}"
     text = text if text[0] == "{" and text[-1] == "}" else arguments_text(arguments_object(text))
-    inner = {"input": call.arguments} if call.kind == "custom" else {"arguments": text}
-    return {**own_extra(call, _CHAT), "id": call_id, "type": call.kind, call.kind: {"name": call.name, **inner}}
+    inner = {"name": call.name, _CHAT_CALLS[call.kind]: text if call.kind == "function" else call.arguments}
+    return {**own_extra(call, _CHAT), "id": call_id, "type": call.kind, call.kind: inner}
 
 
 def _write_chat_part(block: Any) -> List[Json]:
@@ -4031,7 +4080,7 @@ def render_chat_response(response: ChatResponse, context: Context) -> Json:
     """SDK: ChatCompletion. `model` is what the client asked for (trap 44); `usage` is left out when nobody told it."""
     bag, fields = own_extra(response, _CHAT), _answer_fields(response.blocks, "call_" + context.id)
     content = None if "tool_calls" in fields or "refusal" in fields else ""
-    annotations = {"annotations": bag["annotations"]} if bag.get("annotations") else {}
+    annotations = _told({"annotations": bag.get("annotations") or None})
     message = {"role": "assistant", "content": content, "refusal": None, **fields, **annotations}
     reason = _shown_finish(response.stop_reason, "tool_calls" in fields, "refusal" in fields)
     answer = {
@@ -4046,6 +4095,11 @@ def _chat_head(start: Union[ChatResponse, Started], context: Context, kind: str)
     answer_id = start.id if start.id.startswith("chatcmpl-") else "chatcmpl-" + context.id
     created = context.created or start.created
     return {"id": answer_id, "object": kind, "created": created, "model": context.request.model}
+
+
+def _shown_end(kinds: Iterable[type], otherwise: str = "end_turn") -> str:
+    """Why an answer ended of its own accord, by the types of its blocks."""
+    return "tool_use" if ToolCall in kinds else "refusal" if Refusal in kinds else otherwise
 
 
 def _shown_finish(reason: str, has_calls: bool, has_refusal: bool) -> str:
@@ -4106,7 +4160,7 @@ class _Slot:
 class ChatStreamParser:
     """Chunks (SDK: ChatCompletionChunk) and their dialects to neutral stream events, one block open at a time.
 
-    Every block is a slot, in the order in which they began. The first unfinished one streams; those behind it are held
+    Every unfinished block is a slot, in the order in which they began. The first one streams; those behind it are held
     and follow whole (trap 33). Finished is told at `[DONE]` or at the end of the bytes, so that usage sent last is in
     it. done: a finish_reason or `[DONE]` was seen. usage: the last counts told, or None. skipped: events and parts that
     could not be read. said: see WireFormat.
@@ -4118,9 +4172,8 @@ class ChatStreamParser:
         self.said = ""
         self.usage: Optional[Usage] = None
         self._context = context
-        self._out: List[Any] = []
-        self._slots: List[_Slot] = []
-        self._active = 0  # the slot that streams; those before it are closed
+        self._out: Events = []
+        self._slots: List[_Slot] = []  # the last one stays until the end
         self._types: Set[type] = set()  # of all blocks opened so far
         self._calls: Dict[Any, _Slot] = {}  # by index, by id, and the last one
         self._ids: Set[str] = set()
@@ -4129,7 +4182,7 @@ class ChatStreamParser:
         self._reason = self._stop_sequence = ""
         self._extra: Json = {}
 
-    def feed(self, event: SseEvent) -> List[Any]:
+    def feed(self, event: SseEvent) -> Events:
         """The neutral events that `event` completes."""
         self.said = ""
         if event.data.strip() == "[DONE]":
@@ -4146,22 +4199,24 @@ class ChatStreamParser:
         self.skipped += bool(event.data.strip())
         return []
 
-    def finish(self) -> List[Any]:
+    def finish(self) -> Events:
         """The end of the bytes: without a finish_reason or `[DONE]` the answer was cut off (trap 14)."""
         if not self.done and not self.is_ended:
             message = "the upstream's stream ended before its answer was complete"
             self._fail(ErrorInfo(502, message, "server_error", "truncated"))
         return self.end()
 
-    def read(self, chunk: Json, field: str = "delta") -> List[Any]:
+    def read(self, chunk: Json, field: str = "delta") -> Events:
         """The neutral events of one chunk, or of a whole answer, whose text is in the `field` message (or in both)."""
-        groq = as_dict(chunk.get("x_groq"))
+        groq = get_dict(chunk, "x_groq")
         for usage in (chunk.get("usage"), groq.get("usage")):
             self._count(usage)
         chunk = {"error": groq["error"]} if groq.get("error") else chunk  # why it stopped early (groq.types, XGroq)
-        choices = as_list(chunk.get("choices"))
-        if self.is_ended or chunk.get("error") or not choices:
-            return [] if self.is_ended else self._read_without_choice(chunk)
+        choices = get_list(chunk, "choices")
+        if self.is_ended:
+            return []
+        if chunk.get("error") or not choices:
+            return self._read_without_choice(chunk)
         # Only the first of n answers is read. GitHub Copilot shares it out to several choices (HKUDS/nanobot#1481).
         own = [item for item in choices if type(item) is dict and not item.get("index")]
         for choice in own:
@@ -4170,7 +4225,7 @@ class ChatStreamParser:
             if type(delta) is not dict:
                 # MiniMax ends a stream with all of its answer (ENTERPILOT/GoModel#1068).
                 is_repeated = self._slots and chunk.get("object") == "chat.completion"
-                delta = {} if is_repeated else as_dict(choice.get("message" if field == "delta" else "delta"))
+                delta = {} if is_repeated else get_dict(choice, "message" if field == "delta" else "delta")
             if delta.get("role") == "tool":  # MiniMax: what its own web search found
                 continue
             self._read_delta(delta)
@@ -4180,7 +4235,7 @@ class ChatStreamParser:
                 self.said = self._only_text(delta)
         return self._take()
 
-    def more(self, text: str) -> List[Any]:
+    def more(self, text: str) -> Events:
         """See WireFormat."""
         if self._flowing is not ToolCall:
             return [] if text.strip() == _THINK_CLOSE else [Delta(text)]
@@ -4194,11 +4249,11 @@ class ChatStreamParser:
         key, value = parts[0] if len(parts) == 1 else ("", None)
         calls = as_list(value) if key == "tool_calls" and self._flowing is ToolCall else []
         if len(calls) == 1:
-            inner = as_dict(as_dict(calls[0]).get(self._slots[-1].block.kind))
+            inner = get_dict(as_dict(calls[0]), self._slots[-1].block.kind)
             return "" if inner.get("name") else as_text(inner.get("arguments") or inner.get("input"))
         return as_text(value) if _CHAT_FLOWS.get(key) is self._flowing and not (self._tag and key == "content") else ""
 
-    def end(self) -> List[Any]:
+    def end(self) -> Events:
         """The end of the answer: whatever is held, closed blocks, and Finished once."""
         if not self.is_ended:
             self._start({})
@@ -4211,7 +4266,7 @@ class ChatStreamParser:
             self._out.append(Finished(self._stop_reason(), self._stop_sequence, self.usage, extra))
         return self._take()
 
-    def _take(self) -> List[Any]:
+    def _take(self) -> Events:
         out, self._out = self._out, []
         return out
 
@@ -4219,23 +4274,23 @@ class ChatStreamParser:
         if not self._is_started:
             self._is_started = True
             self._extra.update((key, chunk[key]) for key in _CHAT_ANSWER_KEYS if chunk.get(key) is not None)
-            answer_id = as_text(chunk.get("id")) or "chatcmpl-" + self._context.id
+            answer_id = get_text(chunk, "id") or "chatcmpl-" + self._context.id
             created = as_int(chunk.get("created")) or self._context.created
-            self._out.append(Started(answer_id, as_text(chunk.get("model")), self.usage, created))
+            self._out.append(Started(answer_id, get_text(chunk, "model"), self.usage, created))
 
-    def _read_without_choice(self, chunk: Json) -> List[Any]:
+    def _read_without_choice(self, chunk: Json) -> Events:
         """An error, with or without its envelope, usage alone (trap 15), or Azure's prompt_filter_results (trap 16)."""
         is_bare = "choices" not in chunk and not chunk.get("usage")
         is_named = "error" in (chunk.get("object"), chunk.get("type")) or chunk.get("success") is False  # z.ai
-        told = chunk.get("error") or as_dict(chunk.get("base_resp")).get("status_code")
-        if told or (is_bare and (is_named or as_text(chunk.get("message")) or as_text(chunk.get("detail")))):
+        told = chunk.get("error") or get_dict(chunk, "base_resp").get("status_code")
+        if told or (is_bare and (is_named or get_text(chunk, "message") or get_text(chunk, "detail"))):
             self._fail(read_error(200, chunk))
         return self._take()
 
     def _read_end_of_choice(self, choice: Json) -> None:
         """What rides with the last delta, read after it (trap 25); the first of two reasons counts (trap 50)."""
         self._count(choice.get("usage"))
-        reason = as_text(choice.get("finish_reason")).lower().partition(":")[0]  # Gemini: "content_filter: RECITATION"
+        reason = get_text(choice, "finish_reason").lower().partition(":")[0]  # Gemini: "content_filter: RECITATION"
         if choice.get("error") or reason in _CHAT_FAILURES:
             error = choice.get("error") or "the upstream ended its answer with finish_reason %s" % reason
             self._fail(read_error(_CHAT_FAILURES.get(reason, 200), {"error": error}))
@@ -4255,9 +4310,8 @@ class ChatStreamParser:
         reason = _CHAT_STOPS.get(self._reason, "end_turn")
         if reason not in ("end_turn", "tool_use", "stop_sequence"):
             return reason
-        if ToolCall in self._types or Refusal in self._types:
-            return "tool_use" if ToolCall in self._types else "refusal"
-        return "stop_sequence" if self._stop_sequence or reason == "stop_sequence" else "end_turn"
+        is_met = self._stop_sequence or reason == "stop_sequence"
+        return _shown_end(self._types, "stop_sequence" if is_met else "end_turn")
 
     def _fail(self, error: ErrorInfo) -> None:
         self._flush()
@@ -4269,8 +4323,8 @@ class ChatStreamParser:
     @property
     def _flowing(self) -> Any:
         """The type of the open block, when no other waits behind it: its text may go out at once."""
-        slot = self._slots[-1] if self._active + 1 == len(self._slots) else None
-        return type(slot.block) if slot and slot.is_open else None
+        is_open = len(self._slots) == 1 and self._slots[0].is_open
+        return type(self._slots[0].block) if is_open else None
 
     def _add_slot(self, block: Any) -> _Slot:
         self._slots.append(_Slot(block))
@@ -4279,14 +4333,14 @@ class ChatStreamParser:
     def _advance(self, is_end: bool = False) -> None:
         """Opens the first unfinished block, passes on what it holds, and goes on when nothing can follow in it.
         White space alone is no text (trap 32), unless it is all there is."""
-        while self._active < len(self._slots):
-            slot, is_last = self._slots[self._active], self._active + 1 == len(self._slots)
-            kind = type(slot.block)
-            text = "".join(slot.waiting)
-            is_all = is_end and is_last and not self._types
-            can_open = kind is not Text or text.strip() or len(text) >= _MAX_HELD or is_all
-            if kind is ToolCall:  # needs its name, and gets an id of its own
+        while self._slots:
+            slot, is_last = self._slots[0], len(self._slots) == 1
+            kind, text = type(slot.block), "".join(slot.waiting)
+            if kind is ToolCall:
                 can_open = slot.block.name and (slot.id or slot.pieces or is_end)
+            else:
+                is_all = is_end and is_last and not self._types
+                can_open = kind is not Text or text.strip() or len(text) >= _MAX_HELD or is_all
             if can_open and not slot.is_open:
                 if kind is ToolCall:
                     made_up = "call_%s_%d" % (self._context.id, len(self._ids))
@@ -4302,7 +4356,7 @@ class ChatStreamParser:
             if slot.is_open:
                 self._out.append(Closed())
             self.skipped += kind is ToolCall and not slot.is_open  # a call without a name
-            self._active += 1
+            del self._slots[0]
 
     def _add_text(self, kind: type, text: Any) -> None:
         if text and type(text) is str:
@@ -4317,14 +4371,14 @@ class ChatStreamParser:
         told = as_list(get("reasoning_details"))
         details = [item for item in told if any(map(as_dict(item).get, _DETAIL_KEYS))] if told else told
         if thought or details:
-            texts = [as_text(item.get("text")) or as_text(item.get("summary")) for item in details]
+            texts = [get_text(item, "text") or get_text(item, "summary") for item in details]
             self._add_text(Thinking, thought or "".join(texts))
         if details and not self._slots:
             self._add_slot(Thinking(""))
             self._advance()
         if details and self._flowing is Thinking:
             self._out.append(Extended(_CHAT, {"reasoning_details": details}))
-        elif details:
+        else:
             self._details += details
         self._read_content(get("content"))
         self._add_text(Refusal, get("refusal"))
@@ -4344,7 +4398,7 @@ class ChatStreamParser:
         if as_text(value).strip() != _THINK_CLOSE:
             self._add_text(Text, value)
         for part in map(as_dict, as_list(value)):  # Mistral sends thinking as parts
-            fields = {"reasoning_content": _thinking_text(part), "content": as_text(part.get("text"))}
+            fields = {"reasoning_content": _thinking_text(part), "content": get_text(part, "text")}
             images = {"images": [part]} if part.get("type") == "image_url" else {}
             self._read_delta({**fields, **images, "refusal": part.get("refusal")})
 
@@ -4381,16 +4435,15 @@ class ChatStreamParser:
     def _read_calls(self, value: Any) -> None:
         touched: List[_Slot] = []
         for entry in map(as_dict, as_list(value) or [value]):  # one call is no list at TGI and Spark
-            inner, kind, field = entry.get("function"), "function", "arguments"
-            if type(inner) is not dict:
-                inner, kind, field = as_dict(entry.get("custom")), "custom", "input"
+            kind = "function" if type(entry.get("function")) is dict else "custom"
+            inner = get_dict(entry, kind)
             if not inner and not entry.get("id"):
                 self.skipped += 1
                 continue
-            name, text = as_text(inner.get("name")), arguments_text(inner.get(field))
+            name, text = get_text(inner, "name"), arguments_text(inner.get(_CHAT_CALLS[kind]))
             slot = self._find_call(entry, name, text, touched)
             touched.append(slot)
-            slot.id = slot.id or as_text(entry.get("id"))
+            slot.id = slot.id or get_text(entry, "id")
             call = slot.block
             if not slot.is_open:
                 if not call.name:  # in every chunk, at some servers: the first counts (trap 39)
@@ -4401,17 +4454,17 @@ class ChatStreamParser:
 
     def _find_call(self, entry: Json, name: str, text: str, touched: List[_Slot]) -> _Slot:
         """The call that an entry continues, or a new one: `index` and `id` may be missing, or the same for all."""
-        call_id, key = as_text(entry.get("id")), entry.get("index")
-        keys = [("index", key)] if type(key) in (int, str) else []
-        slot = self._calls.get(("index", key)) if keys else None
-        if slot is None and not (keys and name):
-            slot = self._calls.get(("id", call_id)) if call_id else self._calls.get("last")
+        call_id, index = get_text(entry, "id"), entry.get("index")
+        place = ("index", index) if type(index) in (int, str) else None
+        slot = self._calls.get(place)
+        if slot is None and not (place and name):
+            slot = self._calls.get(("id", call_id) if call_id else "last")
         if slot is None or (name and self._is_new_call(slot, call_id, name, text, touched)):
             self._flush()
             slot = self._add_slot(ToolCall("", ""))
             self._calls["last"] = slot
-        if keys:
-            self._calls["index", key] = slot
+        if place:
+            self._calls[place] = slot
         if call_id:
             self._calls.setdefault(("id", call_id), slot)
         return slot
@@ -4468,9 +4521,8 @@ class ChatStreamRenderer:
         shown = _answer_fields([block], "call_%s_%d" % (self._context.id, self._calls))
         hole: Optional[Json] = None
         if isinstance(block, ToolCall):
-            field = "input" if block.kind == "custom" else "arguments"
-            shown["tool_calls"][0]["index"] = self._calls
-            shown["tool_calls"][0][block.kind][field] = block.arguments
+            field, (call,) = _CHAT_CALLS[block.kind], shown["tool_calls"]
+            call["index"], call[block.kind][field] = self._calls, block.arguments
             hole = {"tool_calls": [{"index": self._calls, block.kind: {field: _HOLE}}]}
             self._calls += 1
             self._lacks_arguments = block.kind == "function" and not block.arguments
@@ -4609,38 +4661,38 @@ ANTHROPIC_LOSSES = {
 
 # ---- requests: Anthropic -> neutral
 
-_ANTHROPIC_TYPES: Dict[Tuple[type, ...], str] = {
+_ANTHROPIC_KINDS = field_kinds({
     (str,): "model", (list,): "messages tools stop_sequences", (str, list): "system", (int,): "max_tokens top_k",
     (dict,): "tool_choice thinking output_config output_format metadata thread", (int, float): "temperature top_p",
     (bool,): "stream",
-}  # fmt: skip
-_ANTHROPIC_KINDS = {name: kinds for kinds, names in _ANTHROPIC_TYPES.items() for name in names.split()}
+})  # fmt: skip
 
 
 def parse_anthropic_request(body: Json) -> ChatRequest:
     """The body of POST /v1/messages (MessageCreateParams, beta ones too) as a ChatRequest.
     RouterError 400 with the path of the value in Anthropic's way of writing it ("messages.3.content.0: ...")."""
-    said = {name: check_field(body.get(name), kinds, name, need=False) for name, kinds in _ANTHROPIC_KINDS.items()}
+    said = read_fields(body, _ANTHROPIC_KINDS)
     if said["messages"] is None:
         raise field_error("messages", "Field required")
     refuse_thread(said["thread"])
+    messages = read_each(_anthropic_message, said["messages"], "messages.%d")
     choice, config = said["tool_choice"] or {}, said["output_config"] or {}
     mode = choice.get("type") if choice.get("type") in ("auto", "any", "none", "tool") else ""
     schema = as_dict(config.get("format") or said["output_format"]).get("schema")
     rest = {**body, **dict.fromkeys(_ANTHROPIC_KINDS), "output_config": _without(config, "effort", "format")}
     return ChatRequest(
         said["model"] or "",
-        _numbered(_anthropic_message, said["messages"], "messages"),
+        messages,
         _anthropic_blocks(said["system"], "system"),
-        _numbered(_anthropic_tool, _anthropic_tools(said["tools"] or [], said["messages"]), "tools"),
-        ToolChoice(mode, as_text(choice.get("name")) if mode == "tool" else "") if mode else None,
+        read_each(_anthropic_tool, _anthropic_tools(said["tools"] or [], said["messages"]), "tools.%d"),
+        ToolChoice(mode, get_text(choice, "name") if mode == "tool" else "") if mode else None,
         parallel_tools=False if choice.get("disable_parallel_tool_use") is True else None,
         **{name: said[name] for name in ("max_tokens", "temperature", "top_p", "top_k")},
         stop=list(filter(as_text, said["stop_sequences"] or [])),
         stream=bool(said["stream"]),
         output=JsonOutput(schema) if isinstance(schema, dict) else None,
-        reasoning=_anthropic_reasoning(said["thinking"] or {}, as_text(config.get("effort"))),
-        user=as_text((said["metadata"] or {}).get("user_id")),
+        reasoning=_anthropic_reasoning(said["thinking"] or {}, get_text(config, "effort")),
+        user=get_text(said["metadata"] or {}, "user_id"),
         fields=rest_of(rest, (), _ANTHROPIC),
     )
 
@@ -4649,25 +4701,21 @@ def _anthropic_tools(tools: List[Any], messages: List[Any]) -> List[Any]:
     """The tools, and behind them what is defined in mid-conversation (BetaToolChangeToolDefinitionParam), each once;
     without withdrawn ones (BetaRequestToolRemovalBlockParam), and without deferred ones that no tool_reference or call
     names, unless Anthropic's own search was to find them, which nobody else has."""
-    known, new = {as_text(as_dict(tool).get("name")): as_dict(tool) for tool in tools}, {}
-    searches = any(as_text(tool.get("type")).startswith("tool_search_tool_") for tool in known.values())
+    known, new = {get_text(as_dict(tool), "name"): as_dict(tool) for tool in tools}, {}
+    searches = any(get_text(tool, "type").startswith("tool_search_tool_") for tool in known.values())
     offered = {name: searches or tool.get("defer_loading") is not True for name, tool in known.items()}
-    for part in (as_dict(part) for turn in messages for part in as_list(as_dict(turn).get("content"))):
-        change = as_dict(part.get("tool"))
-        definition = as_dict(change.get("definition"))
-        for item in map(as_dict, [definition or change or part, *as_list(part.get("content"))]):
+    for part in (as_dict(part) for turn in messages for part in get_list(as_dict(turn), "content")):
+        change = get_dict(part, "tool")
+        definition = get_dict(change, "definition")
+        for item in map(as_dict, [definition or change or part, *get_list(part, "content")]):
             offered[as_text(item.get("name") or item.get("tool_name"))] = part.get("type") != "tool_removal"
-        new.update({as_text(definition.get("name")): definition} if definition else {})
+        new.update({get_text(definition, "name"): definition} if definition else {})
     every = tools + [tool for name, tool in new.items() if name not in known]
-    return [tool for tool in every if offered.get(as_text(as_dict(tool).get("name")), True)]
+    return [tool for tool in every if offered.get(get_text(as_dict(tool), "name"), True)]
 
 
 def _without(item: Mapping[str, Any], *keys: str) -> Json:
     return {key: value for key, value in item.items() if key not in keys}
-
-
-def _numbered(read: Callable[[Any, str], Any], items: Optional[List[Any]], path: str) -> List[Any]:
-    return [read(item, "%s.%d" % (path, index)) for index, item in enumerate(items or [])]
 
 
 def refuse_thread(thread: Optional[Json]) -> None:
@@ -4692,30 +4740,29 @@ def _anthropic_reasoning(thinking: Json, effort: str) -> Optional[Reasoning]:
 
 def _anthropic_tool(item: Any, path: str) -> Tool:
     """A custom tool (ToolParam), or one that Anthropic defines by its `type` (web_search_20250305, ...)."""
-    kind, name = check_field(item, (dict,), path).get("type"), as_text(item.get("name"))
+    kind, name = check_kind(item, (dict,), path).get("type"), get_text(item, "name")
     if kind not in (None, "custom"):
         return Tool(name or as_text(kind), kind="server", extra={_ANTHROPIC: item})
     if not name:
         raise field_error(path + ".name", "Field required")
-    schema = check_field(item.get("input_schema"), (dict,), path + ".input_schema", need=False)
-    strict = check_field(item.get("strict"), (bool,), path + ".strict", need=False)
+    schema, strict = check_field(item, "input_schema", (dict,), path), check_field(item, "strict", (bool,), path)
     extra = rest_of(item, ("type", "name", "description", "input_schema", "strict"), _ANTHROPIC)
-    return Tool(name, as_text(item.get("description")), schema, "function", strict, extra)
+    return Tool(name, get_text(item, "description"), schema, "function", strict, extra)
 
 
 def _anthropic_message(item: Any, path: str) -> Message:
     """One message. Role system occurs in mid-conversation (SystemMessageParam, Claude Code; trap 73)."""
-    role = _CHAT_ROLES.get(as_text(check_field(item, (dict,), path).get("role")))
+    role = _CHAT_ROLES.get(get_text(check_kind(item, (dict,), path), "role"))
     if role is None:
         raise field_error(path + ".role", "Input should be 'user', 'assistant' or 'system'")
-    content = check_field(item.get("content"), (str, list), path + ".content")
-    return Message(role, _anthropic_blocks(content, path + ".content"))
+    path += ".content"
+    return Message(role, _anthropic_blocks(check_kind(item.get("content"), (str, list), path), path))
 
 
-def _anthropic_blocks(content: Any, path: str) -> List[Any]:
+def _anthropic_blocks(content: Any, path: str) -> Blocks:
     if isinstance(content, str):
         return [Text(content)] if content else []
-    return _numbered(_anthropic_block, content, path)
+    return read_each(_anthropic_block, content, path + ".%d")
 
 
 class AnthropicBlock(NamedTuple):
@@ -4746,23 +4793,25 @@ _ANTHROPIC_BY_BLOCK = {Refusal: ANTHROPIC_BLOCKS[0], **{row.block: row for row i
 
 def _anthropic_part(item: Json) -> Any:
     """A block that an answer can hold."""
-    row = _ANTHROPIC_BY_KIND.get(as_text(item.get("type")))
+    row = _ANTHROPIC_BY_KIND.get(get_text(item, "type"))
     if row is None:
         return Opaque(_ANTHROPIC, item)
-    said = [as_text(item.get(name)) if name != "input" else arguments_text(item.get(name) or {}) for name in row.fields]
+    said = [get_text(item, name) if name != "input" else arguments_text(item.get(name) or {}) for name in row.fields]
     return row.block(*said, extra=rest_of(item, ("type", *row.fields), _ANTHROPIC))
 
 
 def _anthropic_block(item: Any, path: str) -> Any:
     """One content block of a request as a neutral value."""
-    kind = check_field(check_field(item, (dict,), path).get("type"), (str,), path + ".type")
+    kind = need_text(check_kind(item, (dict,), path), "type", path)
     if kind in _ANTHROPIC_READERS:
         return _ANTHROPIC_READERS[kind](item, path)
     if kind in ("server_tool_use", "mcp_tool_use", "compaction") or kind.endswith("_tool_result"):
         return _anthropic_shown(item, "[%s] %s\n" % (kind, readable(item)))
     for name in _ANTHROPIC_BY_KIND[kind].fields if kind in _ANTHROPIC_BY_KIND else ():
-        is_object = name == "input"
-        check_field(item.get(name), (dict if is_object else str,), "%s.%s" % (path, name), need=not is_object)
+        if name == "input":
+            check_field(item, name, (dict,), path)
+        else:
+            need_text(item, name, path)
     return _anthropic_part(item)
 
 
@@ -4777,23 +4826,22 @@ _ANTHROPIC_SOURCES = {"base64": "data", "url": "url", "text": "data", "content":
 
 def _anthropic_media(item: Json, path: str) -> Any:
     """ImageBlockParam, DocumentBlockParam."""
-    kind, source, title = item["type"], as_dict(item.get("source")), as_text(item.get("title"))
-    form = as_text(source.get("type"))
+    kind, source, title = item["type"], get_dict(item, "source"), get_text(item, "title")
+    form = get_text(source, "type")
     field = _ANTHROPIC_SOURCES.get(form, "")
     value = source.get(field)
     if form in ("text", "content"):
         words = value if isinstance(value, str) else readable(value)
-        return _anthropic_shown(item, title, as_text(item.get("context")), words)
+        return _anthropic_shown(item, title, get_text(item, "context"), words)
     if not field:
         return Opaque(_ANTHROPIC, item)
-    data = {field: check_field(value, (str,), "%s.source.%s" % (path, field))}
-    media_type = as_text(source.get("media_type")) or ("application/pdf" if kind == "document" else "")
+    data = {field: need_text(source, field, path + ".source")}
+    media_type = get_text(source, "media_type") or ("application/pdf" if kind == "document" else "")
     return Media(kind, media_type, **data, name=title, extra=rest_of(item, ("type", "source", "title"), _ANTHROPIC))
 
 
 def _anthropic_result(item: Json, path: str) -> ToolResult:
-    call_id = check_field(item.get("tool_use_id"), (str,), path + ".tool_use_id")
-    content = check_field(item.get("content"), (str, list), path + ".content", need=False)
+    call_id, content = need_text(item, "tool_use_id", path), check_field(item, "content", (str, list), path)
     blocks = _anthropic_blocks(content, path + ".content")
     blocks = [_anthropic_shown(b.value, dump_json(b.value).decode()) if isinstance(b, Opaque) else b for b in blocks]
     extra = rest_of(item, ("type", "tool_use_id", "content", "is_error"), _ANTHROPIC)
@@ -4801,13 +4849,11 @@ def _anthropic_result(item: Json, path: str) -> ToolResult:
 
 
 _ANTHROPIC_READERS: Dict[str, Callable[[Json, str], Any]] = {
-    "text": lambda item, path: Text(
-        check_field(item.get("text"), (str,), path + ".text"), rest_of(item, ("type", "text"), _ANTHROPIC)
-    ),
-    "tool_reference": lambda item, path: _anthropic_shown(item, "tool loaded: %s" % as_text(item.get("tool_name"))),
+    "text": lambda item, path: Text(need_text(item, "text", path), rest_of(item, ("type", "text"), _ANTHROPIC)),
+    "tool_reference": lambda item, path: _anthropic_shown(item, "tool loaded: %s" % get_text(item, "tool_name")),
     "image": _anthropic_media, "document": _anthropic_media, "tool_result": _anthropic_result,
     "search_result": lambda item, path: _anthropic_shown(
-        item, as_text(item.get("title")), as_text(item.get("source")), readable(item.get("content"))
+        item, get_text(item, "title"), get_text(item, "source"), readable(item.get("content"))
     ),
 }  # fmt: skip
 
@@ -4819,19 +4865,19 @@ def render_anthropic_request(request: ChatRequest) -> Json:
     """A ChatRequest as the body of POST /v1/messages; `request.model` decides the row of ANTHROPIC_MODELS.
     The conversation must be tidy (tidy_messages): calls answered in the turn that follows them."""
     row = next(row for row in ANTHROPIC_MODELS if re.search(row.pattern, request.model))
-    own, output = (request.fields or {}).get(_ANTHROPIC) or {}, request.output
+    own, output = get_dict(request.fields or {}, _ANTHROPIC), request.output or JsonOutput()
     system, messages = list(request.system), list(request.messages)
     while messages and messages[0].role == "system":
         system += messages.pop(0).blocks
-    if output is not None and output.schema is None:
+    if request.output and output.schema is None:
         system.append(Text("Answer with one valid JSON object and nothing else."))
     turns = _anthropic_turns(messages, row.prefill)
     tools = [tool for tool in map(_write_anthropic_tool, request.tools) if tool]
     choice = _write_anthropic_choice(request, [tool.get("name") for tool in tools]) if tools else {}
     max_tokens = row.max_tokens if request.max_tokens is None else request.max_tokens
     thinking, effort = _write_anthropic_reasoning(request.reasoning, row, max_tokens, choice, turns)
-    schema = output.schema if output is not None else None
-    config = _told({"effort": effort or None, "format": schema and {"type": "json_schema", "schema": schema}})
+    form = output.schema and {"type": "json_schema", "schema": output.schema}
+    config = _told({"effort": effort or None, "format": form})
     samples: Json = {}
     if row.sampling and as_dict(thinking).get("type") in (None, "disabled"):  # trap 72
         samples = {"top_p": request.top_p, "top_k": request.top_k}
@@ -4841,7 +4887,7 @@ def render_anthropic_request(request: ChatRequest) -> Json:
         "model": request.model, "messages": list(map(_with_legal_ids, turns)), **own,
         "system": _anthropic_content([part for part in _anthropic_parts(system) if part.get("type") == "text"]),
         "tools": tools, "tool_choice": choice, "max_tokens": max_tokens, "thinking": thinking,
-        "output_config": {**as_dict(own.get("output_config")), **config}, **samples,
+        "output_config": {**get_dict(own, "output_config"), **config}, **samples,
         "stop_sequences": [text for text in request.stop if text.strip()],
         "metadata": {"user_id": request.user} if request.user else None, "stream": request.stream or None,
     }  # fmt: skip
@@ -4895,7 +4941,7 @@ def _write_anthropic_reasoning(
 def _lacks_thinking(turns: Sequence[Any]) -> bool:
     """Whether the tool turn that goes on has no thinking block in front, which budgeted thinking refuses (trap 86)."""
     last = next((turn for turn in reversed(turns) if as_dict(turn).get("role") == "assistant"), {})
-    kinds = [as_dict(part).get("type") for part in as_list(last.get("content"))]
+    kinds = [as_dict(part).get("type") for part in get_list(last, "content")]
     return "tool_use" in kinds and kinds[0] not in ("thinking", "redacted_thinking")
 
 
@@ -4904,21 +4950,22 @@ def _anthropic_turns(messages: List[Message], prefill: bool) -> List[Json]:
 
     A conversation that ends with the assistant: a prefill without white space behind it, or one more user turn.
     """
-    turns: List[Tuple[str, List[Json]]] = []
+    first: List[Json] = []
+    turns = [("user", first)]
     for message in messages:
         role, parts = "assistant" if message.role == "assistant" else "user", _anthropic_parts(message.blocks)
-        if parts and turns and turns[-1][0] == role:
+        if turns[-1][0] == role:
             turns[-1][1].extend(parts)
         elif parts:
             turns.append((role, parts))
-    filler = ("user", [{"type": "text", "text": "(continue)"}])
-    if not turns or turns[0][0] != "user":
-        turns.insert(0, filler)
+    filler = {"type": "text", "text": "(continue)"}
+    if not first:
+        first.append(filler)
     role, parts = turns[-1]
     if role == "assistant" and prefill and parts[-1].get("type") == "text":
         parts[-1]["text"] = parts[-1]["text"].rstrip()
     elif role == "assistant":
-        turns.append(filler)
+        turns.append(("user", [filler]))
     return [{"role": role, "content": _anthropic_content(parts)} for role, parts in turns]
 
 
@@ -4961,16 +5008,18 @@ def _write_anthropic_block(block: Any, bag: Json) -> Json:
     return {**item, **row.default, **bag}
 
 
+_ANTHROPIC_IDS = {"tool_use": "id", "tool_result": "tool_use_id"}
+
+
 def _with_legal_ids(message: Any) -> Any:
     """A message with ids of calls as Anthropic wants them: clients have other providers' as such (functions.NAME:0)."""
-
-    def legal(part: Any) -> Any:
-        field = {"tool_use": "id", "tool_result": "tool_use_id"}.get(as_text(as_dict(part).get("type")), "")
-        id = as_text(part.get(field)) if field else ""
-        return {**part, field: re.sub(r"[^a-zA-Z0-9_-]", "_", id)} if id else part
-
     parts = as_dict(message).get("content")
-    return {**message, "content": list(map(legal, parts))} if isinstance(parts, list) else message
+    return {**message, "content": list(map(_with_legal_id, parts))} if isinstance(parts, list) else message
+
+
+def _with_legal_id(part: Any) -> Any:
+    field = _ANTHROPIC_IDS.get(get_text(as_dict(part), "type"))
+    return {**part, field: re.sub(r"[^a-zA-Z0-9_-]", "_", part[field])} if field and get_text(part, field) else part
 
 
 _ANTHROPIC_MEDIA = {"image": ("image/jpeg", "image/png", "image/gif", "image/webp"), "document": ("application/pdf",)}
@@ -5000,15 +5049,15 @@ def drop_thinking(body: Json, keeps_signed: bool = True) -> Optional[Json]:
     """
     kinds = ("thinking",) if keeps_signed else ("thinking", "redacted_thinking")
     messages: List[Any] = []
-    for message in as_list(body.get("messages")):
-        parts = list(map(as_dict, as_list(as_dict(message).get("content"))))
+    for message in get_list(body, "messages"):
+        parts = list(map(as_dict, get_list(as_dict(message), "content")))
         kept = [part for part in parts if part.get("type") not in kinds or (keeps_signed and part.get("signature"))]
         if kept or not parts:
             messages.append(_with_legal_ids({**message, "content": kept} if len(kept) < len(parts) else message))
-    if as_dict(body.get("thinking")).get("type") == "enabled" and _lacks_thinking(messages):
+    if get_dict(body, "thinking").get("type") == "enabled" and _lacks_thinking(messages):
         # To clear old thinking is an error without thinking.
         return {**_without(body, "thinking", "context_management"), "messages": messages}
-    return {**body, "messages": messages} if messages != as_list(body.get("messages")) else None
+    return {**body, "messages": messages} if messages != get_list(body, "messages") else None
 
 
 # ---- answers
@@ -5030,12 +5079,12 @@ def parse_anthropic_response(body: Json, context: Context) -> ChatResponse:
 def _anthropic_usage(usage: Json) -> Usage:
     """anthropic.types.Usage: input_tokens are already without the cached ones (trap 113)."""
     counts = (as_int(usage.get(key)) for key in _ANTHROPIC_COUNTS)
-    return Usage(*counts, as_int(as_dict(usage.get("output_tokens_details")).get("thinking_tokens")))
+    return Usage(*counts, as_int(get_dict(usage, "output_tokens_details").get("thinking_tokens")))
 
 
 def _anthropic_answer_extra(answer: Json, usage: Json) -> Extra:
     """What an answer says besides text, calls and counts, and its stop_reason, if others do not know that."""
-    reason = as_text(answer.get("stop_reason"))
+    reason = get_text(answer, "stop_reason")
     further = rest_of(usage, (*_ANTHROPIC_COUNTS, "output_tokens_details"), _ANTHROPIC) or {}
     odd = {"usage": further.get(_ANTHROPIC), "stop_reason": None if reason in STOP_REASONS else reason or None}
     return rest_of({**{key: answer.get(key) for key in _ANTHROPIC_ANSWER_KEYS}, **odd}, (), _ANTHROPIC)
@@ -5101,7 +5150,7 @@ class TypedEventParser:
         self._context = context
         self._kinds: List[type] = []  # of the blocks so far
 
-    def feed(self, event: SseEvent) -> List[Any]:
+    def feed(self, event: SseEvent) -> Events:
         """The neutral events that `event` completes. Never raises."""
         self.said = ""
         if self.is_ended:
@@ -5113,7 +5162,7 @@ class TypedEventParser:
             self.skipped += event.data.strip() != "[DONE]"
             return []
 
-    def finish(self) -> List[Any]:
+    def finish(self) -> Events:
         """The end of the bytes: without its last event an answer was cut off, whatever was said before (trap 62)."""
         if self.is_ended:
             return []
@@ -5142,43 +5191,43 @@ class AnthropicStreamParser(TypedEventParser):
         """message_start's usage with message_delta's laid over it, field by field (trap 114)."""
         return _anthropic_usage(self._counts) if self._counts else None
 
-    def take(self, data: Json, kind: Any) -> List[Any]:
+    def take(self, data: Json, kind: Any) -> Events:
         """The neutral events that an event of a type completes."""
         if kind == "content_block_delta":
             return self._delta(data["delta"], data.get("index", self._index))
         handler = self._HANDLERS.get(kind)
         return handler(self, data) if handler else []
 
-    def read(self, message: Json) -> List[Any]:
+    def read(self, message: Json) -> Events:
         """The events of a whole Message."""
         return self._start({"message": message}) + self._stop({})
 
-    def _note(self, *parts: Json) -> List[Any]:
+    def _note(self, *parts: Json) -> Events:
         """What is said of the answer. Later counts win, but a zero hides no number: some repeat the fields empty."""
         for part in parts:
             self._answer.update(_told(part))
-            for key, value in as_dict(part.get("usage")).items():
+            for key, value in get_dict(part, "usage").items():
                 if value or self._counts.get(key) is None:
                     self._counts[key] = value
         return []
 
-    def _start(self, data: Json) -> List[Any]:
-        message = as_dict(data.get("message"))
+    def _start(self, data: Json) -> Events:
+        message = get_dict(data, "message")
         self._note(message)
         if self._is_started:
             return []
         self._is_started = True
-        answer_id = as_text(message.get("id")) or "msg_" + self._context.id
-        events = [Started(answer_id, as_text(message.get("model")), self.usage, self._context.created)]
+        answer_id = get_text(message, "id") or "msg_" + self._context.id
+        events = [Started(answer_id, get_text(message, "model"), self.usage, self._context.created)]
         # All of it, or, where a program goes on that the model wrote, what that did meanwhile.
-        for item in filter(as_dict, as_list(message.get("content"))):
+        for item in filter(as_dict, get_list(message, "content")):
             events += self._open({"content_block": item})
         return events
 
-    def _make_way(self) -> List[Any]:
+    def _make_way(self) -> Events:
         return ([] if self._is_started else self._start({})) + self._close()
 
-    def _open(self, data: Json) -> List[Any]:
+    def _open(self, data: Json) -> Events:
         item = data["content_block"]
         block, events = _anthropic_part(item), self._make_way()
         self._index = data.get("index")
@@ -5193,7 +5242,7 @@ class AnthropicStreamParser(TypedEventParser):
         self._kinds.append(type(block))
         return events
 
-    def _delta(self, delta: Json, index: Any) -> List[Any]:
+    def _delta(self, delta: Json, index: Any) -> Events:
         field, block_type = _ANTHROPIC_DELTAS.get(delta["type"], ("", None))
         text = delta.get(field)
         if type(self._block) is not block_type or index != self._index:
@@ -5206,11 +5255,11 @@ class AnthropicStreamParser(TypedEventParser):
             text = text if block_type is ToolCall or text.startswith(begun) else begun + text
         return [Delta(text)]
 
-    def more(self, text: str) -> List[Any]:
+    def more(self, text: str) -> Events:
         """See WireFormat."""
         return [Delta(text)]
 
-    def _other_delta(self, delta: Json, text: str, block_type: Any, index: Any) -> List[Any]:
+    def _other_delta(self, delta: Json, text: str, block_type: Any, index: Any) -> Events:
         """A delta of an Opaque block, one that adds no text, or one without its start, which opens what it says."""
         is_open = index == self._index and self._block is not None
         if is_open and isinstance(self._block, dict):
@@ -5225,17 +5274,17 @@ class AnthropicStreamParser(TypedEventParser):
         self.skipped += 1
         return []
 
-    def _add_to_opaque(self, delta: Json) -> List[Any]:
+    def _add_to_opaque(self, delta: Json) -> Events:
         """`input` comes as JSON text; other deltas name the block's own fields (compaction_delta: content)."""
         if delta.pop("type") == "input_json_delta":
-            self._pieces.append(as_text(delta.get("partial_json")))
+            self._pieces.append(get_text(delta, "partial_json"))
             return []
         for key, value in delta.items():
             old = self._block.get(key)
             self._block[key] = old + value if isinstance(old, str) and isinstance(value, str) else value
         return []
 
-    def _close(self, data: Mapping[str, Any] = {}) -> List[Any]:
+    def _close(self, data: Mapping[str, Any] = {}) -> Events:
         block, text = self._block, "".join(self._pieces)
         if block is None or data.get("index", self._index) != self._index:
             return []
@@ -5246,22 +5295,21 @@ class AnthropicStreamParser(TypedEventParser):
             block["input"] = arguments_object(text)
         return [Opened(Opaque(_ANTHROPIC, block)), Closed()]
 
-    def _stop(self, data: Json) -> List[Any]:
+    def _stop(self, data: Json) -> Events:
         events = self._make_way()
         self.done = self.is_ended = True
-        reason = self._answer.get("stop_reason")
-        if reason not in STOP_REASONS:
-            reason = "tool_use" if ToolCall in self._kinds else "end_turn"
+        told = self._answer.get("stop_reason")
+        reason = told if told in STOP_REASONS else _shown_end(self._kinds)
         extra = _anthropic_answer_extra(self._answer, self._counts)
-        return events + [Finished(reason, as_text(self._answer.get("stop_sequence")), self.usage, extra)]
+        return events + [Finished(reason, get_text(self._answer, "stop_sequence"), self.usage, extra)]
 
-    def _fail(self, error: ErrorInfo) -> List[Any]:
+    def _fail(self, error: ErrorInfo) -> Events:
         self.is_ended = True
         return [Failed(error)]
 
-    _HANDLERS: Dict[Any, Callable[..., List[Any]]] = {
+    _HANDLERS: Dict[Any, Callable[..., Events]] = {
         "message_start": _start, "content_block_start": _open, "content_block_stop": _close,
-        "message_delta": lambda self, data: self._note(data, as_dict(data.get("delta"))), "message_stop": _stop,
+        "message_delta": lambda self, data: self._note(data, get_dict(data, "delta")), "message_stop": _stop,
         "ping": lambda self, data: [Ping()], "error": lambda self, data: self._fail(read_error(200, data, 500)),
     }  # fmt: skip
 
@@ -5316,7 +5364,7 @@ class AnthropicStreamRenderer:
         self._block, self._pieces = block, []
         if isinstance(block, ToolCall):
             call_id = unique_id(block.id or "toolu_%s_%d" % (self._context.id, self._index), self._ids)
-            self._pieces += filter(None, [block.arguments])
+            self._pieces += [block.arguments] if block.arguments else []
             item = {"type": "tool_use", "id": call_id, "name": block.name, "input": {}, **own_extra(block, _ANTHROPIC)}
             return out + self._show(item)
         if not isinstance(block, Opaque):
@@ -5327,8 +5375,7 @@ class AnthropicStreamRenderer:
         if not isinstance(given, dict):
             return out + self._show(block.value)
         # The SDKs look for the input in a delta.
-        out += self._show({**block.value, "input": {}})
-        return out + self._delta("input_json_delta", partial_json=arguments_text(given))
+        return out + self._show({**block.value, "input": {}}) + self._input_delta(given)
 
     def _show(self, item: Json) -> bytes:
         self._is_shown = True
@@ -5350,8 +5397,11 @@ class AnthropicStreamRenderer:
         self._prefix = event % (self._index, row.delta, row.piece)
         return out + self.render(Delta(text))
 
-    def _delta(self, kind: str, **fields: Any) -> bytes:
-        return _anthropic_event("content_block_delta", index=self._index, delta={"type": kind, **fields})
+    def _delta(self, kind: str, field: str, value: Any) -> bytes:
+        return _anthropic_event("content_block_delta", index=self._index, delta={"type": kind, field: value})
+
+    def _input_delta(self, given: Json) -> bytes:
+        return self._delta("input_json_delta", "partial_json", arguments_text(given))
 
     def _prove(self, bag: Json) -> bytes:
         """Deltas for what a block has besides its text."""
@@ -5359,7 +5409,7 @@ class AnthropicStreamRenderer:
         for kind, (field, key, owner) in _ANTHROPIC_PROOFS.items():
             values = bag.get(key) or [] if type(self._block) is owner else []
             for value in values if isinstance(values, list) else [values]:
-                out += self._show_text() + self._delta(kind, **{field: value})
+                out += self._show_text() + self._delta(kind, field, value)
         return out
 
     def _close(self, event: Optional[Closed] = None) -> bytes:
@@ -5367,8 +5417,7 @@ class AnthropicStreamRenderer:
         if isinstance(block, Thinking) or (isinstance(block, Text) and self._is_shown):
             out = self._prove(own_extra(block, _ANTHROPIC))
         elif isinstance(block, ToolCall) and self._pieces:
-            arguments = arguments_object("".join(self._pieces))
-            out = self._delta("input_json_delta", partial_json=arguments_text(arguments))
+            out = self._input_delta(arguments_object("".join(self._pieces)))
         self._block, self._prefix = None, ""
         if not self._is_shown:
             return b""
@@ -5449,6 +5498,7 @@ ANTHROPIC_MESSAGES = WireFormat(
 # formats can say; of answers it keeps all, since a stream may have to become a whole answer or the reverse.
 
 _RESPONSES = "responses"
+_FlatNames = Dict[Tuple[str, str], str]  # (namespace, name) -> flat name of each tool that came in a namespace
 
 
 class _ResponsesPart(NamedTuple):
@@ -5486,15 +5536,11 @@ _RESPONSES_KINDS: Dict[Any, str] = {
 }  # fmt: skip
 _RESPONSES_RESULTS = ("function_call_output", "custom_tool_call_output")
 
-# Request fields that have an attribute of the neutral request of their own, and the types of those that are checked.
-_RESPONSES_FIELDS = {
-    "parallel_tool_calls": "parallel_tools", "max_output_tokens": "max_tokens", "temperature": "temperature",
-    "top_p": "top_p",
-}  # fmt: skip
-_RESPONSES_CHECKED: Dict[str, Tuple[type, ...]] = {
-    "parallel_tool_calls": (bool,), "max_output_tokens": (int,), "temperature": (int, float), "top_p": (int, float),
-    "instructions": (str,), "text": (dict,), "reasoning": (dict,), "input": (str, list),
-}  # fmt: skip
+# The request fields whose types are checked.
+_RESPONSES_CHECKED = field_kinds({
+    (bool,): "parallel_tool_calls", (int,): "max_output_tokens", (int, float): "temperature top_p",
+    (str,): "instructions", (dict,): "text reasoning", (str, list): "input",
+})  # fmt: skip
 _RESPONSES_FILES = {
     "txt": "text/plain", "md": "text/markdown", "csv": "text/csv", "html": "text/html", "json": "application/json",
 }  # fmt: skip
@@ -5534,10 +5580,10 @@ def needs_server_state(body: Json) -> Optional[str]:
     for field in ("previous_response_id", "conversation", "prompt", "background"):
         if body.get(field):
             return "`%s` needs state that only the provider keeps: leave it out, send the whole `input`" % field
-    for index, item in enumerate(map(as_dict, as_list(body.get("input")))):
+    for index, item in enumerate(map(as_dict, get_list(body, "input"))):
         if _responses_type(item) == "item_reference":
             return "`input[%d]` is an item_reference, which only the provider can resolve: send the item itself" % index
-        for part in map(as_dict, as_list(item.get("content")) + as_list(item.get("output"))):
+        for part in map(as_dict, get_list(item, "content") + get_list(item, "output")):
             if part.get("file_id"):
                 return "`input[%d]` has a `file_id`, which only the provider can read: send the data or a URL" % index
     return None
@@ -5557,12 +5603,13 @@ class ItemMemory(BoundedMap):
 
     def resolve(self, body: Json, owner: str = "") -> Optional[Json]:
         """The request with what is remembered in place of references to it; None when it has no such reference."""
-        source, found = as_list(body.get("input")), {}
-        for index, item in enumerate(map(as_dict, source)):
-            data = self.get((owner, as_text(item.get("id")))) if _responses_type(item) == "item_reference" else None
-            if data:
-                found[index] = load_json(data)
-        return {**body, "input": [found.get(index, item) for index, item in enumerate(source)]} if found else None
+        source = get_list(body, "input")
+        items = [self._remembered(as_dict(item), owner) or item for item in source]
+        return {**body, "input": items} if items != source else None
+
+    def _remembered(self, item: Json, owner: str) -> Optional[Json]:
+        data = self.get((owner, get_text(item, "id"))) if _responses_type(item) == "item_reference" else None
+        return load_json(data) if data else None
 
 
 def parse_responses_request(body: Json) -> ChatRequest:
@@ -5571,33 +5618,32 @@ def parse_responses_request(body: Json) -> ChatRequest:
     missing = needs_server_state(body)
     if missing:
         raise RouterError(missing, 400, "unsupported_parameter")
-    said = {field: check_field(body.get(field), kinds, field, False) for field, kinds in _RESPONSES_CHECKED.items()}
+    said = read_fields(body, _RESPONSES_CHECKED)
     text, reasoning, source = said["text"] or {}, said["reasoning"], said["input"] or []
     source = [{"role": "user", "content": source}] if isinstance(source, str) else source
-    items = [check_field(item, (dict,), "input[%d]" % index) for index, item in enumerate(source)]
-    adding = [item for item in items if item.get("type") in ("additional_tools", "tool_search_output")]
-    added = [tool for item in adding for tool in as_list(item.get("tools"))]
-    tools = _responses_tools(as_list(body.get("tools")) + added)
+    items = [check_kind(item, (dict,), "input[%d]" % index) for index, item in enumerate(source)]
+    adding = ("additional_tools", "tool_search_output")
+    added = [tool for item in items if item.get("type") in adding for tool in get_list(item, "tools")]
+    tools = _responses_tools(get_list(body, "tools") + added)
     choice, tools = _responses_choice(body.get("tool_choice"), tools)
     turns = _responses_turns(items, _responses_flat_names(tools))
     return ChatRequest(
-        as_text(body.get("model")), turns[1:],
-        [*([Text(said["instructions"])] if said["instructions"] else []), *turns[0].blocks], tools, choice,
+        get_text(body, "model"), turns[1:], _chat_parts(said["instructions"], "") + turns[0].blocks, tools, choice,
+        said["parallel_tool_calls"], said["max_output_tokens"], said["temperature"], said["top_p"],
         stream=body.get("stream") is True,
-        output=_read_output(as_dict(text.get("format")), text.get("format"), "text.format"),
-        reasoning=Reasoning(as_text(reasoning.get("effort"))) if reasoning is not None else None,
-        user=as_text(body.get("user")) or as_text(body.get("safety_identifier")),
+        output=_read_output(get_dict(text, "format"), text.get("format"), "text.format"),
+        reasoning=Reasoning(get_text(reasoning, "effort")) if reasoning is not None else None,
+        user=get_text(body, "user") or get_text(body, "safety_identifier"),
         fields={_RESPONSES: _without(body, "input")},
-        **{name: said[field] for field, name in _RESPONSES_FIELDS.items()},
     )  # fmt: skip
 
 
 def _responses_type(item: Json) -> str:
     """The type of an input item: messages and references may leave it out (EasyInputMessage, ItemReference)."""
-    return as_text(item.get("type")) or ("message" if "role" in item else "item_reference" if "id" in item else "")
+    return get_text(item, "type") or ("message" if "role" in item else "item_reference" if "id" in item else "")
 
 
-def _responses_turns(items: List[Json], names: Dict[Tuple[str, str], str]) -> List[Message]:
+def _responses_turns(items: List[Json], names: _FlatNames) -> List[Message]:
     """The conversation behind a turn of the instructions in front; items of one role in a row are one turn."""
     turns = [Message("system", [])]
     for index, item in enumerate(items):
@@ -5616,15 +5662,15 @@ def set_apart(block: Any) -> Any:
     return block._replace(extra={**(block.extra or {}), _CHAT: {"apart": True}}) if type(block) is Text else block
 
 
-def _responses_turn(item: Json, where: str, names: Dict[Tuple[str, str], str]) -> Tuple[str, List[Any]]:
+def _responses_turn(item: Json, where: str, names: _FlatNames) -> Tuple[str, Blocks]:
     """(role, blocks) of an item, no blocks for what cannot be read."""
-    kind, role = _responses_type(item), _CHAT_ROLES.get(as_text(item.get("role")))
+    kind, role = _responses_type(item), _CHAT_ROLES.get(get_text(item, "role"))
     if kind == "message":
         if role is None:
             raise field_error(where + ".role", "expected user, assistant, system or developer")
         return role, _responses_parts(item.get("content"), where + ".content")
     if kind in _RESPONSES_RESULTS:
-        call_id = as_text(item.get("call_id")) or as_text(item.get("id"))
+        call_id = get_text(item, "call_id") or get_text(item, "id")
         return "user", [ToolResult(call_id, _responses_parts(item.get("output"), where + ".output"))]
     if kind in _RESPONSES_CALLS or kind == "reasoning":
         return "assistant", _responses_blocks(item, names)
@@ -5634,7 +5680,7 @@ def _responses_turn(item: Json, where: str, names: Dict[Tuple[str, str], str]) -
     return role, [Text("[%s] %s\n" % (kind, words))] if words else []
 
 
-def _responses_parts(content: Any, where: str) -> List[Any]:
+def _responses_parts(content: Any, where: str) -> Blocks:
     """Content of a request, which Chat's reader knows by shape, without what is empty (trap 82) or unknown to it."""
     if isinstance(content, list):
         content = [_responses_file(part) if as_dict(part).get("type") == "input_file" else part for part in content]
@@ -5644,45 +5690,37 @@ def _responses_parts(content: Any, where: str) -> List[Any]:
 
 def _responses_file(part: Json) -> Json:
     """A file by URL as if that were its data; bare base64 with the type that its name tells."""
-    data, ending = as_text(part.get("file_data")), as_text(part.get("filename")).rpartition(".")[2].lower()
+    data, ending = get_text(part, "file_data"), get_text(part, "filename").rpartition(".")[2].lower()
     if data and not data.startswith("data:"):
         data = "data:%s;base64,%s" % (_RESPONSES_FILES.get(ending, "application/pdf"), data)
-    return {**_without(part, "file_url"), "file_data": data or as_text(part.get("file_url"))}
+    return {**_without(part, "file_url"), "file_data": data or get_text(part, "file_url")}
 
 
 def _responses_words(part: Json, bag: Mapping[str, Any]) -> Any:
     """A part of an answer as a block that keeps `bag`, too; None when it is empty or unknown."""
-    kind = as_text(part.get("type"))
+    kind = get_text(part, "type")
     block, field = (Refusal, "refusal") if kind == "refusal" else (Text, "text")
-    text = as_text(part.get(field)) if kind in ("output_text", "input_text", "text", "refusal") else ""
-    return _responses_with(block(text, rest_of(part, ("type", field), _RESPONSES)), bag) if text else None
+    text = get_text(part, field) if kind in ("output_text", "input_text", "text", "refusal") else ""
+    return block(text, rest_of({**part, **bag}, ("type", field), _RESPONSES)) if text else None
 
 
 def _responses_kept(item: Json, *fields: str) -> Json:
-    return {field: item[field] for field in fields if as_text(item.get(field))}
+    return {field: item[field] for field in fields if get_text(item, field)}
 
 
-def _responses_with(block: Any, bag: Mapping[str, Any]) -> Any:
-    """The block with `bag` added to its own bag; Opaque blocks have none."""
-    if bag and not isinstance(block, Opaque):
-        block.extra = {_RESPONSES: {**own_extra(block, _RESPONSES), **bag}}
-    return block
-
-
-def _responses_blocks(
-    item: Json, names: Dict[Tuple[str, str], str], call_id: str = "", bag: Mapping[str, Any] = {}
-) -> List[Any]:
+def _responses_blocks(item: Json, names: _FlatNames, call_id: str = "", bag: Mapping[str, Any] = {}) -> Blocks:
     """The blocks of an item the model made. call_id: for a call without one; bag: what else their own bags keep."""
-    kind = as_text(item.get("type"))
+    kind = get_text(item, "type")
     if kind in _RESPONSES_CALLS:
-        space, name = as_text(item.get("namespace")), as_text(item.get("name"))
-        call_id = as_text(item.get("call_id")) or as_text(item.get("id")) or call_id
-        arguments = as_text(item.get(_RESPONSES_PARTS[kind].field))
-        call = ToolCall(call_id, names.get((space, name), name), arguments, _RESPONSES_CALLS[kind])
-        return [_responses_with(call, {**_responses_kept(item, "namespace"), **bag})] if name else []
+        space, name = get_text(item, "namespace"), get_text(item, "name")
+        call_id = get_text(item, "call_id") or get_text(item, "id") or call_id
+        arguments = get_text(item, _RESPONSES_PARTS[kind].field)
+        extra = rest_of({**_responses_kept(item, "namespace"), **bag}, (), _RESPONSES)
+        call = ToolCall(call_id, names.get((space, name), name), arguments, _RESPONSES_CALLS[kind], extra)
+        return [call] if name else []
     if kind == "message":
         bag = {**_responses_kept(item, "phase"), **bag}
-        blocks = [_responses_words(as_dict(part), bag) for part in as_list(item.get("content"))]
+        blocks = [_responses_words(as_dict(part), bag) for part in get_list(item, "content")]
         return [block for block in blocks if block is not None]
     thinking = _responses_thinking(item, bag) if kind == "reasoning" else Thinking("")
     return [thinking if thinking.text else Opaque(_RESPONSES, item)] if kind else []
@@ -5690,25 +5728,24 @@ def _responses_blocks(
 
 def _responses_thinking(item: Json, bag: Mapping[str, Any]) -> Thinking:
     """A reasoning item: its summary, else the reasoning itself (open models), and what proves and continues it."""
-    kept, text = _responses_kept(item, "encrypted_content"), ""
     for kind in ("summary_text", "reasoning_text"):
-        parts = map(as_dict, as_list(item.get(_RESPONSES_PARTS[kind].holder)))
-        text = text or "\n\n".join(filter(None, [as_text(part.get("text")) for part in parts]))
+        parts = map(as_dict, get_list(item, _RESPONSES_PARTS[kind].holder))
+        text = "\n\n".join(filter(None, [get_text(part, "text") for part in parts]))
         if text:
             break
     own = {"part": kind} if text and kind == "reasoning_text" else {}
-    return _responses_with(Thinking(text), {**kept, **own, **bag})
+    return Thinking(text, rest_of({**_responses_kept(item, "encrypted_content"), **own, **bag}, (), _RESPONSES))
 
 
 def _responses_tools(tools: List[Any]) -> List[Tool]:
     """The tools that a client runs: functions (flat, or nested as in Chat: trap 66), custom tools, and the members of a
     namespace (SDK: NamespaceTool) under flat names, "space__name". One told twice, found by a search, is one."""
     result: Dict[Tuple[str, str], Tool] = {}
-    used = {as_text(as_dict(tool).get("name")) for tool in tools}
+    used = {get_text(as_dict(tool), "name") for tool in tools}
     for index, tool in enumerate(map(as_dict, tools)):
-        kind, space = as_text(tool.get("type")), as_text(tool.get("name"))
+        kind, space = get_text(tool, "type"), get_text(tool, "name")
         if kind == "namespace":
-            members = _responses_tools(as_list(tool.get("tools")))
+            members = _responses_tools(get_list(tool, "tools"))
             for member in (member for member in members if (space, member.name) not in result):
                 bag = {**own_extra(member, _RESPONSES), "namespace": space, "name": member.name}
                 flat = unique_id("%s__%s" % (space, member.name), used)
@@ -5721,14 +5758,8 @@ def _responses_tools(tools: List[Any]) -> List[Tool]:
     return list(result.values())
 
 
-def _responses_bags(tools: Iterable[Tool]) -> Dict[str, Json]:
-    """What this format keeps of each tool, by name."""
-    return {tool.name: own_extra(tool, _RESPONSES) for tool in tools}
-
-
-def _responses_flat_names(tools: Iterable[Tool]) -> Dict[Tuple[str, str], str]:
-    """(namespace, name) -> flat name of each tool that came in a namespace."""
-    bags = _responses_bags(tools).items()
+def _responses_flat_names(tools: Iterable[Tool]) -> _FlatNames:
+    bags = ((tool.name, own_extra(tool, _RESPONSES)) for tool in tools)
     return {(bag["namespace"], bag["name"]): flat for flat, bag in bags if "namespace" in bag}
 
 
@@ -5737,13 +5768,12 @@ def _responses_choice(choice: Any, tools: List[Tool]) -> Tuple[Optional[ToolChoi
     flat = _responses_flat_names(tools)
 
     def named(item: Json) -> Json:
-        name = flat.get((as_text(item.get("namespace")), as_text(item.get("name"))))
+        name = flat.get((get_text(item, "namespace"), get_text(item, "name")))
         return {**item, "name": name} if name else item
 
     if isinstance(choice, dict):
-        choice = {**named(choice), "tools": [named(as_dict(tool)) for tool in as_list(choice.get("tools"))]}
-    mode, allowed = _chat_tool_choice(choice)
-    return mode, [tool for tool in tools if allowed is None or tool.name in allowed]
+        choice = {**named(choice), "tools": [named(as_dict(tool)) for tool in get_list(choice, "tools")]}
+    return _chat_tool_choice(choice, tools)
 
 
 # --- Requests, writing ------------------------------------------------------------------------------------
@@ -5756,7 +5786,7 @@ def render_responses_request(request: ChatRequest) -> Json:
     Dropped, as the API has no place for them: stop, top_k, thinking of other providers (trap 84), foreign Opaque
     blocks; an error result says so in its text.
     """
-    chat = as_dict((request.fields or {}).get("openai"))
+    chat = get_dict(request.fields or {}, "openai")
     tools = [tool for tool in request.tools if tool.kind != "server"]
     images = [block for block in request.system if isinstance(block, Media)]
     items = _responses_items([Message("system", images), *request.messages])
@@ -5766,14 +5796,14 @@ def render_responses_request(request: ChatRequest) -> Json:
         items, instructions = [{"type": "message", "role": role, "content": words}], None
     thinks = request.reasoning is not None and request.reasoning.effort != "none"
     body = {
-        **{field: getattr(request, name) for field, name in _RESPONSES_FIELDS.items()},
-        "model": request.model, "input": items, "instructions": instructions,
-        "tools": list(map(_responses_render_tool, tools)) or None,
-        "tool_choice": _responses_render_choice(request.tool_choice, tools),
         "parallel_tool_calls": request.parallel_tools if tools else None,
         "max_output_tokens": request.max_tokens and max(16, request.max_tokens),  # OpenAI: "Expected a value >= 16"
+        "temperature": request.temperature, "top_p": request.top_p,
+        "model": request.model, "input": items, "instructions": instructions,
+        "tools": list(map(_responses_render_tool, tools)) or None,
+        "tool_choice": _openai_choice(request) if tools else None,
         "text": {**_responses_kept(chat, "verbosity"), **_responses_format(request.output)} or None,
-        "user": request.user if 0 < len(request.user) <= _CHAT_MAX_USER else None, "stream": request.stream or None,
+        "user": _openai_user(request), "stream": request.stream or None,
         "reasoning": _responses_render_reasoning(request.reasoning, request.model),
         "include": ["reasoning.encrypted_content"] if thinks else None,
     }  # fmt: skip
@@ -5802,7 +5832,7 @@ def _responses_items(messages: Iterable[Message]) -> List[Json]:
             if part:
                 parts.append(part)
     for item in items:
-        parts = as_list(item.get("content")) if item["type"] == "message" else []
+        parts = get_list(item, "content") if item["type"] == "message" else []
         is_plain = all([key for key, value in part.items() if value] == ["type", "text"] for part in parts)
         if parts and is_plain and (len(parts) == 1 or item["role"] == "assistant"):
             item["content"] = "".join(part["text"] for part in parts)
@@ -5828,25 +5858,18 @@ def _responses_render_item(block: Any, customs: Set[str]) -> Optional[Json]:
     return {"type": "reasoning", "summary": [], **holder, **proof} if proof or "part" in bag else None
 
 
-def _responses_kind(block: Any) -> str:
-    """The kind of part as which a block is told."""
-    return _RESPONSES_KINDS[block.kind if isinstance(block, ToolCall) else type(block)]
-
-
 def _responses_call(call: ToolCall, bag: Json, arguments: str) -> Json:
     """The item of a call; one of a tool from a namespace, which `bag` tells, names both."""
-    row = _RESPONSES_PARTS[_responses_kind(call)]
+    row = _RESPONSES_PARTS[_RESPONSES_KINDS[call.kind]]
     item = {"type": row.item, "call_id": call.id, "name": call.name, row.field: arguments}
     return {**item, **_responses_kept(bag, "namespace", "name")}
 
 
 def _responses_render_output(result: ToolResult) -> Any:
-    text = join_text(result.blocks, "\n")
-    if result.is_error and not text.lower().startswith("error"):
-        text = "Error: " + text
-    rest = [_responses_render_part(block, "user") for block in result.blocks if not isinstance(block, (Text, Refusal))]
-    parts = [{"type": "input_text", "text": text}] if text else []
-    return parts + list(filter(None, rest)) if any(rest) else text
+    text = _result_text(result, join_text(result.blocks, "\n"))
+    others = [block for block in result.blocks if not isinstance(block, (Text, Refusal))]
+    rest = [part for part in (_responses_render_part(block, "user") for block in others) if part]
+    return ([{"type": "input_text", "text": text}] if text else []) + rest if rest else text
 
 
 def _responses_render_part(block: Any, role: str) -> Optional[Json]:
@@ -5861,34 +5884,22 @@ def _responses_render_part(block: Any, role: str) -> Optional[Json]:
     if block.kind == "audio":  # no content of ResponseInputContentParam: refused
         return {"type": "input_text", "text": note_of_media(block)}
     if block.kind == "image":
-        detail = as_text(own_extra(block, _CHAT).get("detail")) or "auto"
+        detail = get_text(own_extra(block, _CHAT), "detail") or "auto"
         return {"type": "input_image", "image_url": url_of_media(block), "detail": detail}
     name = {"filename": block.name or "document"} if block.name or not block.url else {}
     return {"type": "input_file", "file_url" if block.url else "file_data": url_of_media(block), **name}
 
 
 def _responses_render_tool(tool: Tool) -> Json:
-    syntax, definition = tool_grammar(tool)
-    form: Json = {}
-    if tool.kind != "custom":
-        # Left out, OpenAI tries strict mode; other formats are not strict unless they say so.
-        form = {"parameters": _openai_schema(tool.schema or {}), "strict": bool(tool.strict)}
-    elif definition:
-        form = {"format": {"type": "grammar", "syntax": syntax or "lark", "definition": definition}}
-    return {"type": tool.kind, "name": tool.name, **_told({"description": tool.description or None}), **form}
-
-
-def _responses_render_choice(choice: Optional[ToolChoice], tools: List[Tool]) -> Any:
-    """A choice without tools is refused, and so is one of a tool that had to be left out."""
-    kinds = {tool.name: tool.kind for tool in tools}
-    if choice is None or not tools or choice.mode != "tool":
-        return ("required" if choice.mode == "any" else choice.mode) if choice and tools else None
-    return {"type": kinds[choice.name], "name": choice.name} if choice.name in kinds else None
+    """Left out, `strict` makes OpenAI try strict mode; other formats are not strict unless they say so."""
+    return {"type": tool.kind, **_openai_tool(tool, bool(tool.strict), tool_grammar(tool))}
 
 
 def _responses_format(output: Optional[JsonOutput]) -> Json:
-    form = _write_chat_output(output) if output is not None else {}
-    return {"format": {"type": form["type"], **form.get("json_schema", {})}} if form else {}
+    if output is None:
+        return {}
+    form = _write_chat_output(output)
+    return {"format": {"type": form["type"], **form.get("json_schema", {})}}
 
 
 def _responses_render_reasoning(reasoning: Optional[Reasoning], model: str) -> Optional[Json]:
@@ -5943,7 +5954,7 @@ class _ResponsesItem:
     def __init__(self, index: int, item: Json) -> None:
         self.index, self.item = index, item
         self.pieces: List[str] = []
-        self.waiting: List[Any] = []
+        self.waiting: Events = []
 
 
 class ResponsesParser(TypedEventParser):
@@ -5964,14 +5975,14 @@ class ResponsesParser(TypedEventParser):
         self._items: Dict[int, _ResponsesItem] = OrderedDict()
         self._active: Optional[_ResponsesItem] = None
 
-    def take(self, value: Json, kind: str) -> List[Any]:
+    def take(self, value: Json, kind: str) -> Events:
         """The neutral events that an event of a type completes."""
         if kind == "error":
-            return self._fail(_responses_error(as_dict(value.get("error")) or value))
+            return self._fail(_responses_error(get_dict(value, "error") or value))
         if not kind.startswith("response."):
             self.skipped += not kind
             return [Ping()] if kind and self._is_started else []
-        response = as_dict(value.get("response"))
+        response = get_dict(value, "response")
         start = [] if self._is_started else [self._start(response)]
         if kind in _RESPONSES_ENDS:
             return start + self._terminate(_RESPONSES_ENDS[kind], response)
@@ -5983,8 +5994,8 @@ class ResponsesParser(TypedEventParser):
 
     def _start(self, response: Json) -> Started:
         self._is_started = True
-        model = as_text(response.get("model")) or self._context.request.model
-        return Started(as_text(response.get("id")), model, None, as_int(response.get("created_at")))
+        model = get_text(response, "model") or self._context.request.model
+        return Started(get_text(response, "id"), model, None, as_int(response.get("created_at")))
 
     # -- what one event says of its item
 
@@ -5992,31 +6003,31 @@ class ResponsesParser(TypedEventParser):
         """The item an event belongs to; one that was never announced is made up, of type `kind`."""
         index = value.get("output_index")
         if not isinstance(index, int):
-            name = value.get("item_id") or as_dict(value.get("item")).get("id")
+            name = value.get("item_id") or get_dict(value, "item").get("id")
             newest = len(self._items) - bool(kind and self._items)
             index = next((i for i, state in self._items.items() if name and state.item.get("id") == name), newest)
         if index not in self._items:
-            self._items[index] = _ResponsesItem(index, as_dict(value.get("item")) or {"type": kind})
+            self._items[index] = _ResponsesItem(index, get_dict(value, "item") or {"type": kind})
         return self._items[index]
 
     def _text(self, value: Json, event: str) -> None:
         kind, item, index, field = _RESPONSES_TEXTS[event]
-        text = as_text(value.get(field))
+        text = get_text(value, field)
         if text:
             state = self._item(value, item)
             if self._reach(state, kind, as_int(value.get(index))):
                 self._add(state, text, field != "delta")
 
     def _item_added(self, value: Json, event: str) -> None:
-        state, item = self._item(value), as_dict(value.get("item"))
+        state, item = self._item(value), get_dict(value, "item")
         state.item = item or state.item
-        kind = as_text(state.item.get("type"))
+        kind = get_text(state.item, "type")
         if kind in _RESPONSES_CALLS and self._reach(state, kind, 0) and state.block is None:
             self._open(state)
 
     def _part_done(self, value: Json, event: str) -> None:
         """A content part is complete: message parts end here, with their annotations."""
-        block, state = _responses_words(as_dict(value.get("part")), {}), self._item(value, "message")
+        block, state = _responses_words(get_dict(value, "part"), {}), self._item(value, "message")
         kind = _RESPONSES_KINDS.get(type(block), "")
         if kind and self._reach(state, kind, as_int(value.get("content_index"))):
             self._settle(state, block)
@@ -6026,7 +6037,7 @@ class ResponsesParser(TypedEventParser):
         **dict.fromkeys(("response.created", "response.content_part.added"), lambda *event: None),
         "response.output_item.added": _item_added,
         "response.content_part.done": _part_done,
-        "response.output_item.done": lambda self, value, _: self._end(self._item(value), as_dict(value.get("item"))),
+        "response.output_item.done": lambda self, value, _: self._end(self._item(value), get_dict(value, "item")),
     }
 
     # -- the blocks of an item
@@ -6082,10 +6093,10 @@ class ResponsesParser(TypedEventParser):
             state.block, state.pieces, state.mark, state.part = None, [], 0, ("", state.part[1] + 1)
             state.sent += 1
 
-    def _blocks(self, state: _ResponsesItem, item: Json) -> List[Any]:
+    def _blocks(self, state: _ResponsesItem, item: Json) -> Blocks:
         """The blocks of an item; they keep its id, unless the router made it, and its phase."""
         tail = "_%s_%d" % (self._context.id, state.index)
-        is_ours = as_text(item.get("id")).endswith(tail)
+        is_ours = get_text(item, "id").endswith(tail)
         bag = _responses_kept(item, *(("phase",) if is_ours else ("id", "phase")))
         if isinstance(state.block, Thinking):
             return [_responses_thinking(item, bag)]
@@ -6111,9 +6122,9 @@ class ResponsesParser(TypedEventParser):
             self._close(state, own_extra(block, _RESPONSES))
         self._close(state)
 
-    def _flush(self) -> List[Any]:
+    def _flush(self) -> Events:
         """What can be sent on: while a block is open, the events of all other items wait (trap 33)."""
-        events: List[Any] = []
+        events: Events = []
         while True:
             state = self._active or next((state for state in self._items.values() if state.waiting), None)
             if state is None:
@@ -6126,16 +6137,16 @@ class ResponsesParser(TypedEventParser):
 
     # -- the end
 
-    def _terminate(self, status: str, response: Json) -> List[Any]:
-        counts = _chat_usage(as_dict(response.get("usage")))
+    def _terminate(self, status: str, response: Json) -> Events:
+        counts = _chat_usage(get_dict(response, "usage"))
         self.usage = counts if any(counts) else None  # zeros stand where nothing is known
         status = response["status"] if response.get("status") in ("failed", "cancelled", "incomplete") else status
         if status in ("failed", "cancelled"):
-            return self._fail(_responses_error(as_dict(response.get("error")), status))
-        self._catch_up(list(map(as_dict, as_list(response.get("output")))))
-        stop = "tool_use" if ToolCall in self._kinds else "refusal" if Refusal in self._kinds else "end_turn"
+            return self._fail(_responses_error(get_dict(response, "error"), status))
+        self._catch_up(list(map(as_dict, get_list(response, "output"))))
+        stop = _shown_end(self._kinds)
         if status == "incomplete":
-            reason = as_text(as_dict(response.get("incomplete_details")).get("reason"))
+            reason = get_text(get_dict(response, "incomplete_details"), "reason")
             stop = _RESPONSES_REASONS.get(reason, "max_tokens")
         self.done = self.is_ended = True
         later = {_RESPONSES: {"status": "queued"}} if response.get("status") == "queued" else None
@@ -6148,10 +6159,10 @@ class ResponsesParser(TypedEventParser):
             self._end(state, item)
         known = [state.item.get("call_id") for state in seen]
         for item in output if len(output) > len(seen) else ():
-            if not seen or (as_text(item.get("type")) in _RESPONSES_CALLS and item.get("call_id") not in known):
+            if not seen or (get_text(item, "type") in _RESPONSES_CALLS and item.get("call_id") not in known):
                 self._end(self._item({"output_index": max(self._items, default=-1) + 1, "item": item}), item)
 
-    def _fail(self, info: ErrorInfo) -> List[Any]:
+    def _fail(self, info: ErrorInfo) -> Events:
         start = [] if self._is_started else [self._start({})]
         self.is_ended = True
         return [*start, Failed(info)]
@@ -6159,10 +6170,8 @@ class ResponsesParser(TypedEventParser):
 
 # --- Answers, writing -------------------------------------------------------------------------------------
 
-_RESPONSES_INCOMPLETE = {
-    **dict.fromkeys(("max_tokens", "model_context_window_exceeded"), "max_output_tokens"),
-    "refusal": "content_filter",
-}
+# Why an answer is incomplete, by its finish_reason in Chat Completions.
+_RESPONSES_INCOMPLETE = {"length": "max_output_tokens", "content_filter": "content_filter"}
 
 
 def render_responses_response(response: ChatResponse, context: Context) -> Json:
@@ -6188,7 +6197,7 @@ def _responses_snapshot(request: ChatRequest, id: str, created: int, model: str)
     """A Response (SDK) in progress, which repeats its request."""
     said = _told((request.fields or {}).get(_RESPONSES) or {})
     echo = {
-        key: {**value, **as_dict(said.get(key))} if isinstance(value, dict) else said.get(key, value)
+        key: {**value, **get_dict(said, key)} if isinstance(value, dict) else said.get(key, value)
         for key, value in _RESPONSES_ECHO.items()
     }
     start = {"id": id, "object": "response", "created_at": created, "status": "in_progress", "model": model}
@@ -6206,14 +6215,14 @@ class ResponsesRenderer:
 
     def __init__(self, context: Context) -> None:
         self._context = context
-        self._tools = _responses_bags(context.request.tools)
+        self._tools = {tool.name: own_extra(tool, _RESPONSES) for tool in context.request.tools}
         self.snapshot: Json = {}
         self._sequence = 0
         self._items: List[Json] = []
         self._item: Json = {}  # the open item, empty when there is none
         self._block: Any = None
         self._kind = ""  # of the open block's part, "" until it has something to show
-        self._place: Dict[str, int] = {}
+        self._place: Json = {}  # of the open item, or of its open part, as events tell it
         self._bag: Json = {}
         self._pieces: List[str] = []
         self._head = self._middle = b""
@@ -6238,8 +6247,7 @@ class ResponsesRenderer:
 
     def _tell(self, kind: str, **values: Any) -> bytes:
         """An event about the open item, or its open part."""
-        where = {"item_id": self._item.get("id"), "output_index": len(self._items), **self._place}
-        return self._event("response." + kind, **where, **values)
+        return self._event("response." + kind, **self._place, **values)
 
     def _start(self, event: Started) -> bytes:
         if self.snapshot:
@@ -6263,18 +6271,18 @@ class ResponsesRenderer:
     def _begin(self) -> bytes:
         """The open block has something to show: its item, unless it joins the message before it, and its part."""
         block, bag, item = self._block, self._bag, self._item
-        self._kind = bag.get("part") if isinstance(block, Thinking) and "part" in bag else _responses_kind(block)
+        key = block.kind if isinstance(block, ToolCall) else type(block)
+        self._kind = bag["part"] if key is Thinking and "part" in bag else _RESPONSES_KINDS[key]
         row, out = _RESPONSES_PARTS[self._kind], b""
         joins = row.item == "message" == item.get("type") and item.get("phase") == bag.get("phase")
         if not joins or bag.get("id", item["id"]) != item["id"]:
             out = self._next_item(self._new_item(row))
-        self._place = {row.index: len(self._item[row.holder])} if row.index else {}
         if row.frame:
+            self._place[row.index] = len(self._item[row.holder])
             out += self._tell(row.frame + ".added", part=self._part(""))
         event = b"response.%s.delta" % row.stem.encode()
-        where = {"item_id": self._item["id"], "output_index": len(self._items), **self._place, **row.more}
         self._head = b'event: %s\ndata: {"type":"%s","sequence_number":' % (event, event)
-        self._middle = b",%s," % dump_json(where)[1:-1] + b'"delta":'
+        self._middle = b',%s,"delta":' % dump_json({**self._place, **row.more})[1:-1]
         return out
 
     def _new_item(self, row: _ResponsesPart) -> Json:
@@ -6289,13 +6297,13 @@ class ResponsesRenderer:
 
     def _next_item(self, item: Json) -> bytes:
         out = self._end_item()
-        self._item, self._place = item, {}
+        self._item, self._place = item, {"item_id": item.get("id"), "output_index": len(self._items)}
         return out + self._event("response.output_item.added", output_index=len(self._items), item=item)
 
     def _part(self, text: str) -> Json:
         part = {"type": self._kind, _RESPONSES_PARTS[self._kind].field: text}
         if self._kind == "output_text":
-            part.update((key, as_list(self._bag.get(key))) for key in ("annotations", "logprobs"))
+            part.update((key, get_list(self._bag, key)) for key in ("annotations", "logprobs"))
         return part
 
     def _extend(self, event: Extended) -> bytes:
@@ -6304,17 +6312,14 @@ class ResponsesRenderer:
         return b""
 
     def _close(self, event: Closed) -> bytes:
-        out, proof, text = b"", _responses_kept(self._bag, "encrypted_content"), "".join(self._pieces)
-        if isinstance(self._block, Thinking):
-            if proof and not self._kind:
-                out = self._next_item(self._new_item(_RESPONSES_PARTS["summary_text"]))
-            self._item.update(proof)
         if not self._kind:
-            return out
-        row = _RESPONSES_PARTS[self._kind]
+            return b""
+        row, text, out = _RESPONSES_PARTS[self._kind], "".join(self._pieces), b""
         if not row.frame:  # the end of a call is told with that of its item
             self._item[row.field] = text or ("{}" if self._kind == "function_call" else "")
             return out
+        if isinstance(self._block, Thinking):
+            self._item.update(_responses_kept(self._bag, "encrypted_content"))
         part = self._part(text)
         for number, annotation in enumerate(part.get("annotations", ())):
             out += self._tell("output_text.annotation.added", annotation_index=number, annotation=annotation)
@@ -6328,7 +6333,7 @@ class ResponsesRenderer:
         item, out = self._item, b""
         if not item:
             return out
-        row = _RESPONSES_PARTS.get(as_text(item.get("type")))
+        row = _RESPONSES_PARTS.get(get_text(item, "type"))
         if item.get("status") == "in_progress":
             item["status"] = status
             if row is not None:
@@ -6340,24 +6345,20 @@ class ResponsesRenderer:
         return out
 
     def _finish(self, event: Finished) -> bytes:
-        reason = _RESPONSES_INCOMPLETE.get(event.stop_reason)
-        if event.stop_reason == "refusal" and self._refused:
-            reason = None
+        reason = _RESPONSES_INCOMPLETE.get(_shown_finish(event.stop_reason, False, self._refused))
         status = "incomplete" if reason else "completed"
-        out = self._start(Started("", ""))
-        out += self._end_item("incomplete" if reason == "max_output_tokens" else "completed")
+        out = self._start(Started("", "")) + self._end_item("completed" if reason == "content_filter" else status)
         done = None if reason else max(self.snapshot["created_at"], self._context.created)
-        told = {"status": status, "completed_at": done, "incomplete_details": reason and {"reason": reason}}
         # Zeros when nothing is known: the SDKs demand all counts.
         usage = _write_openai_usage(event.usage or Usage(), "input_tokens", "output_tokens")
-        return out + self._conclude(status, told, usage=usage)
+        told = {"completed_at": done, "incomplete_details": reason and {"reason": reason}, "usage": usage}
+        return out + self._conclude(status, told)
 
     def _fail(self, event: Failed) -> bytes:
-        out = self._start(Started("", ""))
-        return out + self._conclude("failed", {"status": "failed", "error": _responses_failure(event.error)})
+        return self._start(Started("", "")) + self._conclude("failed", {"error": _responses_failure(event.error)})
 
-    def _conclude(self, status: str, told: Json, **more: Any) -> bytes:
-        self.snapshot.update(told, output=self._items, **more)
+    def _conclude(self, status: str, told: Json) -> bytes:
+        self.snapshot.update(told, status=status, output=self._items)
         return self._event("response." + status, response=self.snapshot)
 
     _HANDLERS: Dict[type, Callable[..., bytes]] = {
@@ -6372,8 +6373,8 @@ _RESPONSES_STATUS_CODES = {**dict.fromkeys((400, 413, 422), "invalid_prompt"), 4
 
 def _responses_error(error: Json, status: str = "failed") -> ErrorInfo:
     """The error of a `response.failed` or `error` event (SDK: ResponseError, ResponseErrorEvent)."""
-    message = as_text(error.get("message")) or "the upstream ended its answer with the status %s" % status
-    return read_error(200, {**error, "message": message}, 400 if "image" in as_text(error.get("code")) else 500)
+    message = get_text(error, "message") or "the upstream ended its answer with the status %s" % status
+    return read_error(200, {**error, "message": message}, 400 if "image" in get_text(error, "code") else 500)
 
 
 def _responses_failure(info: ErrorInfo) -> Json:
@@ -6602,7 +6603,7 @@ class StreamTranslator:
     @property
     def items(self) -> Sequence[Json]:
         """The items of a complete answer to a Responses client."""
-        return as_list(getattr(self._renderer, "snapshot", {}).get("output")) if self.done else ()
+        return get_list(getattr(self._renderer, "snapshot", {}), "output") if self.done else ()
 
     @property
     def is_empty(self) -> bool:
@@ -6662,7 +6663,7 @@ class StreamTranslator:
             elif kind is Opened:
                 block, is_opaque = event.block, isinstance(event.block, Opaque)
                 shown = block.value if is_opaque and block.wire == self._target.name else {}
-                calls = shown.get("name") or as_text(shown.get("type")).endswith("_call")
+                calls = shown.get("name") or get_text(shown, "type").endswith("_call")
                 self.content = self.content or bool(getattr(block, "name", "") or calls)
                 self._has_opaque = self._has_opaque or is_opaque
             elif kind is Started:
@@ -6847,7 +6848,7 @@ def _drop(*names: str, among: Callable[[Json], List[Json]] = lambda body: [body]
 
 
 def _turns(body: Json) -> List[Json]:
-    return [as_dict(turn) for turn in as_list(body.get("messages"))]
+    return [as_dict(turn) for turn in get_list(body, "messages")]
 
 
 def _system_in_front(body: Json) -> None:
@@ -6858,8 +6859,8 @@ def _system_in_front(body: Json) -> None:
 
 def _drop_sampling(body: Json) -> None:
     """OpenAI's and Kimi's models that reason refuse what steers sampling, unless they are told not to (trap 72)."""
-    efforts = body.get("reasoning_effort"), as_dict(body.get("reasoning")).get("effort")
-    if _FIXED_SAMPLING.search(as_text(body.get("model"))) and "none" not in efforts:
+    efforts = body.get("reasoning_effort"), get_dict(body, "reasoning").get("effort")
+    if _FIXED_SAMPLING.search(get_text(body, "model")) and "none" not in efforts:
         _drop("temperature", "top_p")(body)
 
 
@@ -6870,7 +6871,7 @@ def _think_only_if_replayed(body: Json) -> None:
     """Thinking is off for a request in which a turn with calls lacks its reasoning: by another provider, or forgotten
     (api-docs.deepseek.com, platform.moonshot.ai). Who always thinks takes a dot for it (anomalyco/opencode#10996)."""
     lacking = [turn for turn in _turns(body) if turn.get("tool_calls") and not turn.get("reasoning_content")]
-    if re.search(r"kimi-k(?:2\.[7-9]|[3-9])", as_text(body.get("model"))):
+    if re.search(r"kimi-k(?:2\.[7-9]|[3-9])", get_text(body, "model")):
         for turn in lacking:
             turn["reasoning_content"] = "."
     elif lacking:
@@ -6887,13 +6888,15 @@ def strict_turns(body: Json) -> Optional[Json]:
         return call_id if re.fullmatch(rb"[a-zA-Z0-9]{9}", text) else hashlib.sha256(text).hexdigest()[:9]
 
     turns: List[Json] = []
+    role = None  # of the turn before
     for turn in _turns(body):
-        if turns and turns[-1].get("role") == "tool" and turn.get("role") not in ("tool", "assistant"):
+        if role == "tool" and turn.get("role") not in ("tool", "assistant"):
             turns.append({"role": "assistant", "content": "(noted)"})
-        calls = [{**call, "id": nine(call.get("id"))} for call in map(as_dict, as_list(turn.get("tool_calls")))]
+        role = turn.get("role")
+        calls = [{**call, "id": nine(call.get("id"))} for call in map(as_dict, get_list(turn, "tool_calls"))]
         turn = {**turn, "tool_call_id": nine(turn["tool_call_id"])} if "tool_call_id" in turn else turn
         turns.append({**turn, "tool_calls": calls} if calls else turn)
-    if turns and turns[-1].get("role") == "assistant":
+    if role == "assistant":
         turns[-1] = {**turns[-1], "prefix": True}
     return {**body, "messages": turns} if turns != body.get("messages") else None
 
@@ -6942,29 +6945,29 @@ def closed_schema(schema: Any, place: str = "items") -> Any:
     bounds = {key: one for key, one in schema.items() if key in _SCHEMA_BOUNDS}
     words = {key: closed_schema(one, key) for key, one in schema.items() if key not in bounds}
     if bounds:
-        words["description"] = ("%s\n\n%s" % (as_text(words.get("description")), dump_json(bounds).decode())).strip()
-    kinds = [words.get("type"), *as_list(words.get("type"))]
+        words["description"] = ("%s\n\n%s" % (get_text(words, "description"), dump_json(bounds).decode())).strip()
+    kinds = [words.get("type"), *get_list(words, "type")]
     return {**words, "additionalProperties": False} if "object" in kinds else words
 
 
 def _close_output(body: Json) -> None:
-    form = as_dict(as_dict(body.get("output_config")).get("format"))
+    form = get_dict(get_dict(body, "output_config"), "format")
     if "schema" in form:
         form["schema"] = closed_schema(form["schema"])
 
 
 def _tell_schema(body: Json) -> None:
     """Where JSON mode is all there is, as at DeepSeek, the schema is told in words."""
-    schema = as_dict(as_dict(body.get("response_format")).get("json_schema")).get("schema")
+    schema = get_dict(get_dict(body, "response_format"), "json_schema").get("schema")
     if schema:
         words = "Answer with JSON that follows this JSON schema:\n" + dump_json(schema).decode()
-        body["messages"] = [{"role": "system", "content": words}, *as_list(body.get("messages"))]
+        body["messages"] = [{"role": "system", "content": words}, *get_list(body, "messages")]
         body["response_format"] = {"type": "json_object"}
 
 
 def _tools_of(body: Json) -> List[Json]:
-    tools = [as_dict(tool) for tool in as_list(body.get("tools"))]
-    return tools + [as_dict(tool.get("function")) for tool in tools]
+    tools = [as_dict(tool) for tool in get_list(body, "tools")]
+    return tools + [get_dict(tool, "function") for tool in tools]
 
 
 def _plain_schemas(body: Json) -> None:
@@ -7095,9 +7098,9 @@ def told_limit(body: Json, text: str) -> str:
 
 def _change_turns(body: Json, change: Callable[[Json, List[Json]], Json]) -> Optional[Json]:
     """A Chat body with its turns of calls changed; None when they stay as they are."""
-    messages, changed = as_list(body.get("messages")), []
+    messages, changed = get_list(body, "messages"), []
     for message in messages:
-        calls = list(map(as_dict, as_list(as_dict(message).get("tool_calls"))))
+        calls = list(map(as_dict, get_list(as_dict(message), "tool_calls")))
         changed.append(change(message, calls) if calls else message)
     return {**body, "messages": changed} if changed != messages else None
 
@@ -7129,7 +7132,7 @@ def sign_calls(body: Json) -> Optional[Json]:
 
 def drop_encrypted(body: Json) -> Optional[Json]:
     """A Responses body without the encrypted items in it, which only their issuer can read; None if it has none."""
-    items = as_list(body.get("input"))
+    items = get_list(body, "input")
     kept = [item for item in items if "encrypted_content" not in as_dict(item)]
     return {**body, "input": kept} if len(kept) < len(items) else None
 
