@@ -237,8 +237,10 @@ def expected(wire, response):
     tokens = tokens or (None if wire == "openai" else (0, 0))
     if wire != "anthropic" and any(isinstance(block, R.Refusal) for block in blocks):
         end = "stop" if wire == "openai" else "completed"  # a refusal in words is an answer like any other
+    said = [block for block in blocks if isinstance(block, (R.Text, R.Refusal))]
+    apart = [wire == "openai" and R.own_extra(block, "openai").get("apart") for block in said]  # messages of their own
     return (
-        "".join(block.text for block in blocks if isinstance(block, (R.Text, R.Refusal))),
+        "".join("\n\n" * bool(parted) + block.text for parted, block in zip(apart, said)),
         "".join(block.text for block in blocks if isinstance(block, R.Thinking)),
         [(block.name, json.loads(block.arguments or "{}")) for block in blocks if isinstance(block, R.ToolCall)],
         end,
