@@ -8250,6 +8250,9 @@ _TRY_AGAIN = (
     r"((?:\d+(?:\.\d+)?\s*[a-z]+[\s,]*(?:and\s+)?){1,4})"
 )
 _RESET_AT = r"reset[^\n]{0,30}?(?:at|on)\s+(\d{4}-\d\d-\d\d[t ]\d\d:\d\d(?::\d\d)?(?:\.\d+)?(?:z|[+-]\d\d:?\d\d)?)"
+# Every answer to a Claude subscription tells when windows of hours and days end; `-status` whether one is used up, and
+# `-reset` when that is over (Claude Code gateway protocol, Usage-limit headers).
+_UNIFIED = "anthropic-ratelimit-unified-"
 _DELAYS = "retry-after retrydelay retry_after retry_after_seconds retryafter retry_after_s resets_in_seconds resets_at"
 
 
@@ -8285,9 +8288,10 @@ def _from_members(members: Iterable[Tuple[str, str]], now: float) -> Optional[fl
     if milliseconds is not None and (milliseconds > 0 or seconds is None):
         return milliseconds / 1000.0
     if seconds is None:
-        resets = [name for name in told if "ratelimit" in name and "reset" in name]
+        resets = [name for name in told if "ratelimit" in name and "reset" in name and not name.startswith(_UNIFIED)]
         spent = [name for name in resets if _number(told.get(name.replace("reset", "remaining")) or "0") == 0]
-        waits = (_read_wait(told[name], now) for name in spent)
+        spent += [] if told.get(_UNIFIED + "status", "allowed").startswith("allowed") else [_UNIFIED + "reset"]
+        waits = (_read_wait(told.get(name, ""), now) for name in spent)
         seconds = max((wait for wait in waits if wait is not None), default=None)
     return seconds
 
@@ -8337,8 +8341,7 @@ def _seconds_until(text: str, now: float) -> Optional[float]:
             moment = parsedate_to_datetime(text)
     except (TypeError, ValueError, IndexError, OverflowError):
         return None
-    zone = moment.tzinfo or timezone.utc
-    return moment.replace(tzinfo=zone).timestamp() - now
+    return moment.replace(tzinfo=moment.tzinfo or timezone.utc).timestamp() - now
 
 
 # ==============================================================================
@@ -11108,14 +11111,13 @@ def write_private(
     finally:
         for temporary in written:
             _remove(temporary)
-    if not durable:
-        return True
-    with suppress(OSError):  # makes the rename durable; some systems cannot, and the file itself is safe by now
-        descriptor = os.open(os.path.dirname(target), os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    if durable:
+        with suppress(OSError):  # makes the rename durable; some systems cannot, and the file itself is safe by now
+            descriptor = os.open(os.path.dirname(target), os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
     return True
 
 

@@ -542,6 +542,16 @@ def test_hostile_bodies_are_only_an_error(body):
     assert len(R.error_words(R.parse_body(body))) <= 40
 
 
+@pytest.mark.parametrize("status, wait_s", [("allowed", None), ("allowed_warning", None), ("rejected", 600), ("", None)])
+def test_the_windows_of_a_subscription_count_only_when_one_is_used_up(status, wait_s):
+    """Every answer tells when they end (Claude Code gateway protocol): an overload is not to rest for days."""
+    ends = {"reset": 600, "5h-reset": 600, "7d-reset": 500_000, "overage-reset": 2_000_000}
+    headers = [("anthropic-ratelimit-unified-" + name, "%d" % (NOW + after)) for name, after in ends.items()]
+    headers += [("anthropic-ratelimit-unified-status", status)] if status else []
+    headers += [("anthropic-ratelimit-unified-5h-utilization", "0.42")]
+    assert R.read_retry_after(headers, [], None, NOW) == wait_s
+
+
 @pytest.mark.parametrize("status", [400, 404])
 @pytest.mark.parametrize("code", ["thread_not_found", "thread_unsupported_request"])
 def test_what_an_upstream_says_of_a_thread_is_for_the_client_and_benches_no_model(status, code):
