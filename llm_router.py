@@ -2626,7 +2626,7 @@ class ResponseHead(NamedTuple):
 _STATUS_LINE = re.compile(r"HTTP/(1\.[01]) ([1-5][0-9]{2})(?: %s)?(?=\r?\n|\Z)" % _VALUE)
 # Repaired as RFC 9112 2.2, 5.1 and 5.2 let a client do: lone LF, blanks before the colon, folded lines.
 _ANSWER_FIELDS = re.compile(r"\n(%s)[ \t]*:(%s)(?=\r?\n|\Z)" % (_TCHARS, _VALUE))
-_FOLD = re.compile(r"(?<=[^\r\n])[ \t]*\r?\n[ \t]+")
+_FOLD = re.compile(r"(?<=[^\r\n \t])(?:[ \t]*\r?\n[ \t]+)+")
 _ANSWER_HEAD_END = re.compile(rb"\r?\n\r?\n")
 _MAX_INTERIM_ANSWERS, _MAX_ANSWER_HEAD_BYTES = 20, 262144
 
@@ -7180,7 +7180,7 @@ def bare_cache_marks(value: Any) -> Any:
 
 def learn_fix(body: Json, words: Sequence[str], known: Iterable[str]) -> str:
     """The fix that a 400's words ask for, "" when it names nothing that the router added or that was not tried yet."""
-    text = "\n".join(words).lower()
+    text = "\n".join(words).lower()[:50_000]  # some repeat the request
     untried = (name for name, fix in FIXES.items() if name not in known and fix.needs in body)
     return told_limit(body, text) or next((name for name in untried if re.search(FIXES[name].refused, text)), "")
 
@@ -10847,7 +10847,7 @@ class Probe:
         self._put((model, wire), state="asking")
         for _ in range(_PROBE_TRIES):
             outcome, body = await self._call(model, wire, auths[0], limit, fixes)
-            words = [*error_words(parse_body(outcome.body or b"")), outcome.error.message]
+            words = [*error_words(parse_body(outcome.body or b"")), outcome.error.message[:20_000]]
             text = "\n".join(words).lower()
             found = _read_outcome(outcome, text)
             fix = learn_fix(body, words, fixes) if outcome.kind == INVALID else ""

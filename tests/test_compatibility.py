@@ -1,9 +1,12 @@
 """COMPATIBILITY: rows for known upstreams, and what a 400 teaches about fields that the router itself added."""
 
 import json
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -178,6 +181,32 @@ def test_no_more_is_asked_for_than_the_model_gives_by_its_entry_or_by_what_was_l
     for _ in range(2):
         assert sent("/v1/messages", model="a/m", max_tokens=32000) == 16384
     assert "at most 16384 tokens" in running.wait_log("learned")
+
+
+LONG = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import llm_router as r
+body = {fix.needs: 1 for fix in r.FIXES.values()}
+for piece in ("a_b ", "e", " ", "max_", "max_tokens ", "messages.", "tools.a.", "invalid ", "encrypted content "):
+    text = piece * (100_000 // len(piece))
+    assert r.learn_fix(body, [text], ()) == "", piece
+    assert all(r.repair_history({}, wire, [text]) is None for wire in r.WIRES)
+    for status in (400, 429, 500):
+        r.judge_error("openai", status, [], r.dump_json({"detail": [{"msg": text, "input": text}]}), 0.0)
+    r._WANTS_MORE.search(text)
+head = "HTTP/1.1 200 OK\\r\\ncontent-length: 0\\r\\nx: y\\r\\n" + " " * 250_000 + "z\\r\\n\\r\\n"
+parser = r.ResponseParser()
+parser.feed(head.encode())
+assert ("x", "y z") in parser.head.headers
+"""
+
+
+def test_an_error_or_a_head_as_long_as_a_request_is_read_in_no_time():
+    """Some repeat all of a request in their 400 (FastAPI's `detail[].input`): patterns that were tried anew at each of its
+    characters held every other request up for minutes."""
+    folder = str(Path(llm_router.__file__).parent)
+    subprocess.run([sys.executable, "-c", LONG, folder], check=True, timeout=120)
 
 
 def test_a_lesson_is_learned_once():
