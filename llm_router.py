@@ -3271,13 +3271,14 @@ def _without_blanks(blocks: Iterable[Any]) -> Blocks:
 
 def _join_turns(messages: Iterable[Message]) -> List[Message]:
     """Blocks are added to the lists that turns came with."""
-    merged: List[Message] = []
-    for message in (message for message in messages if message.blocks):
-        if merged and message.role == merged[-1].role and message.extra == merged[-1].extra:
-            merged[-1].blocks.extend(message.blocks)
-        else:
+    merged = [Message("", [])]
+    for message in messages:
+        last = merged[-1]
+        if message.role == last.role and message.extra == last.extra:
+            last.blocks.extend(message.blocks)
+        elif message.blocks:
             merged.append(message)
-    return merged
+    return merged[1:]
 
 
 def _place_results(messages: List[Message]) -> List[Message]:
@@ -3296,7 +3297,8 @@ def _place_results(messages: List[Message]) -> List[Message]:
             elif waiting[block.call_id]:
                 place = waiting[block.call_id].pop(0)
                 place.blocks, place.is_error, place.extra = block.blocks, block.is_error, block.extra
-        named = [call._replace(id=unique_id(call.id or "call_%d" % len(taken), taken)) for call in calls]
+        ids = [unique_id(call.id or "call_%d" % len(taken), taken) for call in calls]
+        named = [call if call.id == own else call._replace(id=own) for call, own in zip(calls, ids)]
         turns.append(Message(role, rest + named, extra))
         if calls:
             # An error where the format has a flag for it; elsewhere the words are enough.
@@ -4704,7 +4706,11 @@ def _anthropic_tools(tools: List[Any], messages: List[Any]) -> List[Any]:
     known, new = {get_text(as_dict(tool), "name"): as_dict(tool) for tool in tools}, {}
     searches = any(get_text(tool, "type").startswith("tool_search_tool_") for tool in known.values())
     offered = {name: searches or tool.get("defer_loading") is not True for name, tool in known.items()}
+    # Of most parts only the deferred ones could be meant: a long conversation is not to be searched for nothing.
+    idle = ("text", "thinking", *(("tool_use", "tool_result") if all(offered.values()) else ()))
     for part in (as_dict(part) for turn in messages for part in get_list(as_dict(turn), "content")):
+        if part.get("type") in idle:
+            continue
         change = get_dict(part, "tool")
         definition = get_dict(change, "definition")
         for item in map(as_dict, [definition or change or part, *get_list(part, "content")]):
