@@ -7155,10 +7155,10 @@ REPAIRS = {
 }
 
 
-def repair_history(body: Json, wire: str, words: Sequence[str]) -> Optional[Json]:
-    """The body without the foreign reasoning that a 400 of the format `wire` complains of; None if that is not it."""
+def repair_history(data: bytes, wire: str, words: Sequence[str]) -> Optional[Json]:
+    """A body as JSON without the foreign reasoning that a 400 of its format complains of; None if that is not it."""
     refused, apply = REPAIRS.get(wire, (_NEVER, drop_encrypted))
-    return apply(body) if re.search(refused, "\n".join(words).lower()) else None
+    return apply(load_json(data)) if re.search(refused, "\n".join(words).lower()) else None
 
 
 def keep_cache_marks(request: ChatRequest) -> ChatRequest:
@@ -10269,18 +10269,21 @@ class Exchange:
         result = await self._call(outbound, action.delay_ms, has_more)
         is_told = isinstance(result, Outcome) and result.status and result.kind in (INVALID, TEMPORARY)
         mended = self._mended(result, known) if is_told else None
-        return result if mended is None else await self._call(mended, 0, has_more)
+        again = result if mended is None else await self._call(mended, 0, has_more)
+        if again is not result and isinstance(again, Outcome) and again.error == result.error:  # it was not that
+            self._gateway.lessons.put(ref, known)
+        return again
 
     def _mended(self, outcome: Outcome, known: Texts) -> Optional[Outbound]:
         """The request without the field that its 400 names and the router itself had added, or without reasoning that
         another provider issued; None when it is neither. known: the lessons that it was made with."""
         sent, ref = self._outbound, self._candidate.ref
-        body, words = load_json(sent.body), [*error_words(parse_body(outcome.body or b"")), outcome.error.message]
-        repaired = repair_history(body, sent.wire, words)
+        words = [*error_words(parse_body(outcome.body or b"")), outcome.error.message]
+        repaired = repair_history(sent.body, sent.wire, words)
         if repaired is not None:
             self._trail.amend(decision="again, its history without the proofs of others")
             return sent._replace(body=dump_json(repaired))
-        fix = "" if self._passes else learn_fix(body, words, known)
+        fix = "" if self._passes else learn_fix(load_json(sent.body), words, known)
         if not fix or (outcome.kind == TEMPORARY and fix not in TEMPLATE_FIXES):
             return None
         learned = self._gateway.lessons.get(ref) or ()  # by now, from others that were under way, too
@@ -11513,7 +11516,6 @@ class Connection:
     """One connection to an upstream, driven by the loop. One exchange at a time; its Reply gets what arrives."""
 
     def __init__(self, loop: Any, dial: Dial, on_free: Callable[[Connection], None]) -> None:
-        import socket
         import ssl
 
         self.key = dial.key
@@ -11528,7 +11530,6 @@ class Connection:
         self._on_free = on_free
         self._reply: Optional[Reply] = None
         self._is_tls = isinstance(dial.sock, ssl.SSLSocket)
-        self._peek = 0 if self._is_tls else socket.MSG_PEEK
         self._not_yet = (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
         self._reads = self._writes = False
         self.resume()
@@ -11540,12 +11541,9 @@ class Connection:
         self._send()
 
     def is_alive(self) -> bool:
-        """Whether a kept connection can still be used: nothing may have arrived on it, least of all its end.
-
-        TLS has no MSG_PEEK; there a read that would block means alive, and what it reads otherwise is unasked for.
-        """
+        """Whether a kept connection can still be used: nothing may have arrived on it, least of all its end."""
         try:
-            self._sock.recv(1, self._peek)
+            self._sock.recv(1)  # whatever there may be, nobody has asked for it
         except OSError as error:
             return isinstance(error, self._not_yet) and not self.is_closed
         return False
@@ -11930,13 +11928,12 @@ class Upstreams:
 
     def _sweep(self, oldest: float) -> None:
         """Close connections that are idle since before `oldest`, and forget dead ones."""
-        for key, connections in list(self._idle.items()):
+        for connections in self._idle.values():
             for connection in connections:
                 if connection.idle_since < oldest:
                     connection.close()
-            self._idle[key] = [connection for connection in connections if not connection.is_closed]
-            if not self._idle[key]:
-                del self._idle[key]
+        alive = {key: [one for one in connections if not one.is_closed] for key, connections in self._idle.items()}
+        self._idle = {key: connections for key, connections in alive.items() if connections}
 
 
 def _seconds(milliseconds: int) -> Optional[float]:

@@ -239,6 +239,23 @@ def test_requests_that_are_refused_for_one_field_at_the_same_time_are_all_mended
     assert [(reply.status, "mended" in reply.text) for reply in replies] == [(200, True)] * 2
 
 
+def test_what_was_no_help_is_not_remembered(router, make_upstream):
+    """A refusal may name a field by chance; the requests behind it are to have theirs."""
+
+    def answers(call):
+        if "odd" in call.body.decode():
+            words = "Invalid conversation: it cannot stop with an assistant's turn"
+            return fake.error_answer("openai", 400, words, "invalid_request_error")
+        return fake.model_answer("openai", False, "fine")
+
+    upstream = make_upstream(answers)
+    running = router(config_of(provider(upstream, "openai", "a", ["m"])))
+    body = {"model": "a/m", "max_tokens": 9, "stop_sequences": ["END"]}
+    for text, status in (("odd", 400), ("even", 200)):
+        assert running.post("/v1/messages", dict(body, messages=[{"role": "user", "content": text}])).status == status
+    assert ["stop" in call.json for call in upstream.calls] == [True, False, True]
+
+
 def test_a_lesson_needs_its_field_in_the_request():
     assert llm_router.learn_fix({"messages": []}, ["stream_options is not supported"], ()) == ""
 
