@@ -5880,11 +5880,12 @@ def _responses_render_output(result: ToolResult) -> Any:
 
 def _responses_render_part(block: Any, role: str) -> Optional[Json]:
     """The content part of one block, None when it is no part but an item."""
-    if isinstance(block, Refusal) and role == "assistant":
+    if isinstance(block, (Text, Refusal)) and role != "assistant":
+        return {"type": "input_text", "text": block.text}
+    if isinstance(block, Text):
+        return {"type": "output_text", "text": block.text, "annotations": []}
+    if isinstance(block, Refusal):
         return {"type": "refusal", "refusal": block.text}
-    if isinstance(block, (Text, Refusal)):
-        more = {"type": "output_text", "annotations": []} if role == "assistant" else {"type": "input_text"}
-        return {"type": "", "text": block.text, **more}
     if not isinstance(block, Media):
         return None
     if block.kind == "audio":  # no content of ResponseInputContentParam: refused
@@ -5902,10 +5903,8 @@ def _responses_render_tool(tool: Tool) -> Json:
 
 
 def _responses_format(output: Optional[JsonOutput]) -> Json:
-    if output is None:
-        return {}
-    form = _write_chat_output(output)
-    return {"format": {"type": form["type"], **form.get("json_schema", {})}}
+    form = _write_chat_output(output) if output else {}
+    return {"format": {"type": form["type"], **form.get("json_schema", {})}} if form else {}
 
 
 def _responses_render_reasoning(reasoning: Optional[Reasoning], model: str) -> Optional[Json]:
@@ -6076,12 +6075,12 @@ class ResponsesParser(TypedEventParser):
 
     def _open(self, state: _ResponsesItem, block: Any = None) -> None:
         """Opens a block, of the newest part when none is given. A call without a name cannot be opened yet."""
-        block = self._blank(state) if block is None else block
+        block = block or self._blank(state)
         if block is not None:
             block = block if state.sent or Text not in self._kinds else set_apart(block)
             self._kinds.append(type(block))
             state.block = with_text(block, "") if block_text(block) else block
-            state.waiting += [Opened(state.block), *map(Delta, filter(None, ["".join(state.pieces)]))]
+            state.waiting += [Opened(state.block), *([Delta("".join(state.pieces))] if state.pieces else [])]
 
     def _blank(self, state: _ResponsesItem) -> Any:
         """The block of the newest part as it begins; the proof of reasoning is final at its end only."""
@@ -6093,8 +6092,7 @@ class ResponsesParser(TypedEventParser):
     def _close(self, state: _ResponsesItem, bag: Mapping[str, Any] = {}) -> None:
         """Closes the open block, if there is one. bag: what its own bag must hold in the end."""
         if state.block is not None:
-            known = () if isinstance(state.block, Opaque) else own_extra(state.block, _RESPONSES)
-            more = _without(bag, *known)
+            more = bag and _without(bag, *own_extra(state.block, _RESPONSES))
             state.waiting += [Extended(_RESPONSES, more), Closed()] if more else [Closed()]
             state.block, state.pieces, state.mark, state.part = None, [], 0, ("", state.part[1] + 1)
             state.sent += 1
@@ -6131,15 +6129,12 @@ class ResponsesParser(TypedEventParser):
     def _flush(self) -> Events:
         """What can be sent on: while a block is open, the events of all other items wait (trap 33)."""
         events: Events = []
-        while True:
-            state = self._active or next((state for state in self._items.values() if state.waiting), None)
-            if state is None:
-                return events
+        for state in [*([self._active] if self._active else []), *self._items.values()]:
             events += state.waiting
-            state.waiting = []
-            self._active = state if state.block is not None else None
+            state.waiting, self._active = [], state if state.block is not None else None
             if self._active is not None:
-                return events
+                break
+        return events
 
     # -- the end
 
@@ -6161,8 +6156,8 @@ class ResponsesParser(TypedEventParser):
     def _catch_up(self, output: List[Json]) -> None:
         """What the snapshot has and no event brought: everything, the ends of items, or calls nobody announced."""
         seen = [self._items[index] for index in sorted(self._items)]
-        for state, item in zip(seen, output if len(output) == len(seen) else [{}] * len(seen)):
-            self._end(state, item)
+        for number, state in enumerate(seen):
+            self._end(state, output[number] if len(output) == len(seen) else {})
         known = [state.item.get("call_id") for state in seen]
         for item in output if len(output) > len(seen) else ():
             if not seen or (get_text(item, "type") in _RESPONSES_CALLS and item.get("call_id") not in known):
