@@ -2792,6 +2792,7 @@ class Opaque(Value):
     """A block that only the format `wire` knows, kept as it came. Other formats drop it, as their LOSSES declare."""
 
     __slots__ = ("wire", "value")
+    extra: Extra = None  # no bag: the format's words are the value
 
 
 class Message(NamedTuple):
@@ -2951,6 +2952,9 @@ class Started(Value):
 
     __slots__ = ("id", "model", "usage", "created")
     defaults = (None, 0)
+
+
+UNTOLD_START = Started("", "")  # of an answer whose first event brings something else
 
 
 class Opened(Value):
@@ -3958,7 +3962,7 @@ def _answer_fields(blocks: Blocks, call_id: str) -> Json:
     """What an assistant says, as fields of its message. call_id: the beginning of ids for calls without one."""
     fields: Json = {}
     for block in blocks:
-        bag = {} if isinstance(block, Opaque) else own_extra(block, _CHAT)
+        bag = own_extra(block, _CHAT)
         text = "\n\n" * bool(bag.get("apart")) + _plain_text(block)
         if isinstance(block, ToolCall):
             calls = fields.setdefault("tool_calls", [])
@@ -4005,7 +4009,7 @@ def _write_chat_part(block: Any) -> List[Json]:
 
 def _text_part(block: Any, text: str) -> List[Json]:
     """`cache_control` stands where COMPATIBILITY put it: a text that bears it stays a part."""
-    mark = own_extra(block, _CHAT).get("cache_control") if isinstance(block, Text) else None
+    mark = own_extra(block, _CHAT).get("cache_control")
     part = {"type": "text", "text": text}
     return [part if mark is None else {**part, "cache_control": mark}] if text else []
 
@@ -4519,7 +4523,7 @@ class ChatStreamRenderer:
         return sse_event(dump_json({**chunk, "usage": None} if self._context.request.include_usage else chunk))
 
     def _open(self, event: Opened) -> bytes:
-        out, block = self._start(Started("", "")), event.block
+        out, block = self._start(UNTOLD_START), event.block
         shown = _answer_fields([block], "call_%s_%d" % (self._context.id, self._calls))
         hole: Optional[Json] = None
         if isinstance(block, ToolCall):
@@ -4547,7 +4551,7 @@ class ChatStreamRenderer:
 
     def _finish(self, event: Finished) -> bytes:
         reason = _shown_finish(event.stop_reason, self._calls > 0, self._has_refusal)
-        out = self._start(Started("", "")) + self._chunk({}, reason)
+        out = self._start(UNTOLD_START) + self._chunk({}, reason)
         self._is_ended = True
         if event.usage is not None and self._context.request.include_usage:
             out += sse_event(dump_json({**self._head, "choices": [], "usage": _write_openai_usage(event.usage)}))
@@ -4677,7 +4681,10 @@ def parse_anthropic_request(body: Json) -> ChatRequest:
     if said["messages"] is None:
         raise field_error("messages", "Field required")
     refuse_thread(said["thread"])
-    messages = read_each(_anthropic_message, said["messages"], "messages.%d")
+    messages, tools = read_each(_anthropic_message, said["messages"], "messages.%d"), said["tools"] or []
+    may_change = any(isinstance(block, Opaque) for message in messages for block in message.blocks)
+    if may_change or any(as_dict(tool).get("defer_loading") for tool in tools):
+        tools = _anthropic_tools(tools, said["messages"])
     choice, config = said["tool_choice"] or {}, said["output_config"] or {}
     mode = choice.get("type") if choice.get("type") in ("auto", "any", "none", "tool") else ""
     schema = as_dict(config.get("format") or said["output_format"]).get("schema")
@@ -4686,7 +4693,7 @@ def parse_anthropic_request(body: Json) -> ChatRequest:
         said["model"] or "",
         messages,
         _anthropic_blocks(said["system"], "system"),
-        read_each(_anthropic_tool, _anthropic_tools(said["tools"] or [], said["messages"]), "tools.%d"),
+        read_each(_anthropic_tool, tools, "tools.%d"),
         ToolChoice(mode, get_text(choice, "name") if mode == "tool" else "") if mode else None,
         parallel_tools=False if choice.get("disable_parallel_tool_use") is True else None,
         **{name: said[name] for name in ("max_tokens", "temperature", "top_p", "top_k")},
@@ -4809,11 +4816,17 @@ def _anthropic_part(item: Json) -> Any:
 def _anthropic_block(item: Any, path: str) -> Any:
     """One content block of a request as a neutral value."""
     kind = need_text(check_kind(item, (dict,), path), "type", path)
-    if kind in _ANTHROPIC_READERS:
-        return _ANTHROPIC_READERS[kind](item, path)
+    reader = _ANTHROPIC_READERS.get(kind)
+    if reader is not None:
+        return reader(item, path)
     if kind in ("server_tool_use", "mcp_tool_use", "compaction") or kind.endswith("_tool_result"):
         return _anthropic_shown(item, "[%s] %s\n" % (kind, readable(item)))
-    for name in _ANTHROPIC_BY_KIND[kind].fields if kind in _ANTHROPIC_BY_KIND else ():
+    return Opaque(_ANTHROPIC, item)
+
+
+def _anthropic_said(item: Json, path: str) -> Any:
+    """A block that an answer held (ThinkingBlockParam, ToolUseBlockParam)."""
+    for name in _ANTHROPIC_BY_KIND[item["type"]].fields:
         if name == "input":
             check_field(item, name, (dict,), path)
         else:
@@ -4857,7 +4870,8 @@ def _anthropic_result(item: Json, path: str) -> ToolResult:
 _ANTHROPIC_READERS: Dict[str, Callable[[Json, str], Any]] = {
     "text": lambda item, path: Text(need_text(item, "text", path), rest_of(item, ("type", "text"), _ANTHROPIC)),
     "tool_reference": lambda item, path: _anthropic_shown(item, "tool loaded: %s" % get_text(item, "tool_name")),
-    "image": _anthropic_media, "document": _anthropic_media, "tool_result": _anthropic_result,
+    "thinking": _anthropic_said, "tool_use": _anthropic_said, "tool_result": _anthropic_result,
+    "image": _anthropic_media, "document": _anthropic_media,
     "search_result": lambda item, path: _anthropic_shown(
         item, get_text(item, "title"), get_text(item, "source"), readable(item.get("content"))
     ),
@@ -5015,6 +5029,7 @@ def _write_anthropic_block(block: Any, bag: Json) -> Json:
 
 
 _ANTHROPIC_IDS = {"tool_use": "id", "tool_result": "tool_use_id"}
+_ODD_IN_IDS = r"[^a-zA-Z0-9_-]"
 
 
 def _with_legal_ids(message: Any) -> Any:
@@ -5025,7 +5040,8 @@ def _with_legal_ids(message: Any) -> Any:
 
 def _with_legal_id(part: Any) -> Any:
     field = _ANTHROPIC_IDS.get(get_text(as_dict(part), "type"))
-    return {**part, field: re.sub(r"[^a-zA-Z0-9_-]", "_", part[field])} if field and get_text(part, field) else part
+    id = get_text(part, field) if field else ""
+    return {**part, field: re.sub(_ODD_IN_IDS, "_", id)} if re.search(_ODD_IN_IDS, id) else part
 
 
 _ANTHROPIC_MEDIA = {"image": ("image/jpeg", "image/png", "image/gif", "image/webp"), "document": ("application/pdf",)}
@@ -5363,7 +5379,7 @@ class AnthropicStreamRenderer:
         return _anthropic_event("message_start", message=shell)
 
     def _make_way(self) -> bytes:
-        return self._start(Started("", "")) + self._close()
+        return self._start(UNTOLD_START) + self._close()
 
     def _open(self, event: Opened) -> bytes:
         out, block = self._make_way(), event.block
@@ -6092,7 +6108,7 @@ class ResponsesParser(TypedEventParser):
     def _close(self, state: _ResponsesItem, bag: Mapping[str, Any] = {}) -> None:
         """Closes the open block, if there is one. bag: what its own bag must hold in the end."""
         if state.block is not None:
-            more = bag and _without(bag, *own_extra(state.block, _RESPONSES))
+            more = _without(bag, *own_extra(state.block, _RESPONSES))
             state.waiting += [Extended(_RESPONSES, more), Closed()] if more else [Closed()]
             state.block, state.pieces, state.mark, state.part = None, [], 0, ("", state.part[1] + 1)
             state.sent += 1
@@ -6348,7 +6364,7 @@ class ResponsesRenderer:
     def _finish(self, event: Finished) -> bytes:
         reason = _RESPONSES_INCOMPLETE.get(_shown_finish(event.stop_reason, False, self._refused))
         status = "incomplete" if reason else "completed"
-        out = self._start(Started("", "")) + self._end_item("completed" if reason == "content_filter" else status)
+        out = self._start(UNTOLD_START) + self._end_item("completed" if reason == "content_filter" else status)
         done = None if reason else max(self.snapshot["created_at"], self._context.created)
         # Zeros when nothing is known: the SDKs demand all counts.
         usage = _write_openai_usage(event.usage or Usage(), "input_tokens", "output_tokens")
@@ -6356,7 +6372,7 @@ class ResponsesRenderer:
         return out + self._conclude(status, told)
 
     def _fail(self, event: Failed) -> bytes:
-        return self._start(Started("", "")) + self._conclude("failed", {"error": _responses_failure(event.error)})
+        return self._start(UNTOLD_START) + self._conclude("failed", {"error": _responses_failure(event.error)})
 
     def _conclude(self, status: str, told: Json) -> bytes:
         self.snapshot.update(told, status=status, output=self._items)
