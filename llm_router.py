@@ -3824,16 +3824,13 @@ def render_chat_request(request: ChatRequest) -> Json:
     fields = {
         "model": request.model, "messages": [item for turn in turns for item in _write_chat_turn(turn)],
         **_write_chat_tools(request), "max_tokens": request.max_tokens, "temperature": request.temperature,
-        "top_p": request.top_p, "stop": request.stop or None, "user": _openai_user(request),
+        "top_p": request.top_p, "stop": request.stop or None,
+        "user": request.user if 0 < len(request.user) <= _CHAT_MAX_USER else None,
         "reasoning_effort": _write_chat_effort(request.reasoning or Reasoning(), request.model),
         "response_format": _write_chat_output(request.output) if request.output else None,
         "stream": request.stream or None, "stream_options": {"include_usage": True} if request.stream else None,
     }  # fmt: skip
     return {**_chat_shared_fields(request.fields or {}), **_told(fields)}
-
-
-def _openai_user(request: ChatRequest) -> Optional[str]:
-    return request.user if 0 < len(request.user) <= _CHAT_MAX_USER else None
 
 
 def _told(fields: Json) -> Json:
@@ -3890,10 +3887,9 @@ def _write_chat_tool(tool: Tool) -> Json:
 
 def _openai_tool(tool: Tool, strict: Optional[bool], grammar: Json) -> Json:
     """What both of OpenAI's formats say of a tool beside its type. grammar: of a custom tool, if it has one."""
+    more = {"parameters": _openai_schema(tool.schema or {}), "strict": strict}
     if tool.kind == "custom":
         more = {"format": {"type": "grammar", **grammar} if grammar else None}
-    else:
-        more = {"parameters": _openai_schema(tool.schema or {}), "strict": strict}
     return _told({"name": tool.name, "description": tool.description or None, **more})
 
 
@@ -3925,7 +3921,7 @@ def _write_chat_turn(message: Message) -> List[Json]:
             else:
                 parts += _write_chat_part(block) if message.role == "user" else _text_part(block, _plain_text(block))
         is_text = all(len(part) == 2 and part.get("type") == "text" for part in parts)
-        fields = {"content": _joined(parts, "\n\n") if is_text else parts}
+        fields = {"content": "\n\n".join(part["text"] for part in parts) if is_text else parts}
     if fields.get("content") or fields.get("tool_calls") or fields.get("refusal"):
         items.append({"role": message.role, **fields, **_told({"name": own_extra(message, _CHAT).get("name")})})
     return items
@@ -3934,7 +3930,8 @@ def _write_chat_turn(message: Message) -> List[Json]:
 def _write_chat_result(result: ToolResult) -> Tuple[Json, List[Json]]:
     """The tool message, and the parts that it cannot hold."""
     inner = [part for block in result.blocks for part in _write_chat_part(block)]
-    text, rest = _joined(inner, "\n"), [part for part in inner if part.get("type") != "text"]
+    rest = [part for part in inner if part.get("type") != "text"]
+    text = "\n".join(part["text"] for part in inner if part.get("type") == "text")
     if rest:
         rest.insert(0, {"type": "text", "text": "[from the result of tool call %s]" % result.call_id})
         text = text or "(see the next message)"
@@ -3944,10 +3941,6 @@ def _write_chat_result(result: ToolResult) -> Tuple[Json, List[Json]]:
 def _result_text(result: ToolResult, text: str) -> str:
     """The text of a result, where the format has no flag for an error."""
     return "Error: " + text if result.is_error and not text.lower().startswith("error") else text
-
-
-def _joined(parts: List[Json], separator: str) -> str:
-    return separator.join(part["text"] for part in parts if part.get("type") == "text")
 
 
 def _plain_text(block: Any) -> str:
@@ -4329,8 +4322,8 @@ class ChatStreamParser:
     @property
     def _flowing(self) -> Any:
         """The type of the open block, when no other waits behind it: its text may go out at once."""
-        is_open = len(self._slots) == 1 and self._slots[0].is_open
-        return type(self._slots[0].block) if is_open else None
+        slot = self._slots[0] if len(self._slots) == 1 else None
+        return type(slot.block) if slot and slot.is_open else None
 
     def _add_slot(self, block: Any) -> _Slot:
         self._slots.append(_Slot(block))
@@ -4824,16 +4817,6 @@ def _anthropic_block(item: Any, path: str) -> Any:
     return Opaque(_ANTHROPIC, item)
 
 
-def _anthropic_said(item: Json, path: str) -> Any:
-    """A block that an answer held (ThinkingBlockParam, ToolUseBlockParam)."""
-    for name in _ANTHROPIC_BY_KIND[item["type"]].fields:
-        if name == "input":
-            check_field(item, name, (dict,), path)
-        else:
-            need_text(item, name, path)
-    return _anthropic_part(item)
-
-
 def _anthropic_shown(item: Json, *words: str) -> Text:
     """A block that others see as text (trap 107), and this format as it came."""
     return Text("\n".join(filter(None, words)), {_ANTHROPIC: {"block": item}})
@@ -4870,8 +4853,15 @@ def _anthropic_result(item: Json, path: str) -> ToolResult:
 _ANTHROPIC_READERS: Dict[str, Callable[[Json, str], Any]] = {
     "text": lambda item, path: Text(need_text(item, "text", path), rest_of(item, ("type", "text"), _ANTHROPIC)),
     "tool_reference": lambda item, path: _anthropic_shown(item, "tool loaded: %s" % get_text(item, "tool_name")),
-    "thinking": _anthropic_said, "tool_use": _anthropic_said, "tool_result": _anthropic_result,
-    "image": _anthropic_media, "document": _anthropic_media,
+    "thinking": lambda item, path: Thinking(
+        need_text(item, "thinking", path), rest_of(item, ("type", "thinking"), _ANTHROPIC)
+    ),
+    "tool_use": lambda item, path: ToolCall(
+        need_text(item, "id", path), need_text(item, "name", path),
+        arguments_text(check_field(item, "input", (dict,), path) or {}),
+        extra=rest_of(item, ("type", "id", "name", "input"), _ANTHROPIC),
+    ),
+    "image": _anthropic_media, "document": _anthropic_media, "tool_result": _anthropic_result,
     "search_result": lambda item, path: _anthropic_shown(
         item, get_text(item, "title"), get_text(item, "source"), readable(item.get("content"))
     ),
@@ -5825,7 +5815,7 @@ def render_responses_request(request: ChatRequest) -> Json:
         "tools": list(map(_responses_render_tool, tools)) or None,
         "tool_choice": _openai_choice(request) if tools else None,
         "text": {**_responses_kept(chat, "verbosity"), **_responses_format(request.output)} or None,
-        "user": _openai_user(request), "stream": request.stream or None,
+        "user": request.user if 0 < len(request.user) <= _CHAT_MAX_USER else None, "stream": request.stream or None,
         "reasoning": _responses_render_reasoning(request.reasoning, request.model),
         "include": ["reasoning.encrypted_content"] if thinks else None,
     }  # fmt: skip
