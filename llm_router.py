@@ -3600,11 +3600,11 @@ _CHAT_ROLES = {"system": "system", "developer": "system", "user": "user", "assis
 def _chat_message(value: Any, path: str, legacy: Dict[str, str]) -> Message:
     """A message; items `function_call` and `function_call_output` of the Responses API are the messages they mean."""
     item = check_kind(value, (dict,), path)
-    kind = None if "role" in item else item.get("type")
+    kind, call_id = None if "role" in item else item.get("type"), item.get("call_id")
     if kind == "function_call":
-        item = {"role": "assistant", "tool_calls": [{"id": item.get("call_id"), "function": item}]}
+        item = {"role": "assistant", "tool_calls": [{"id": call_id, "function": item}]}
     elif kind == "function_call_output":
-        item = {"role": "tool", "tool_call_id": item.get("call_id"), "content": item.get("output")}
+        item = {"role": "tool", "tool_call_id": call_id, "content": item.get("output")}
     role, name = get_text(item, "role"), get_text(item, "name")
     blocks = _chat_parts(item.get("content"), path + ".content")
     if role in ("tool", "function"):
@@ -4397,9 +4397,9 @@ class ChatStreamParser:
         if as_text(value).strip() != _THINK_CLOSE:
             self._add_text(Text, value)
         for part in map(as_dict, as_list(value)):  # Mistral sends thinking as parts
-            fields = {"reasoning_content": _thinking_text(part), "content": get_text(part, "text")}
-            images = {"images": [part]} if part.get("type") == "image_url" else {}
-            self._read_delta({**fields, **images, "refusal": part.get("refusal")})
+            said = {"content": get_text(part, "text"), "refusal": part.get("refusal")}
+            images = [part] if part.get("type") == "image_url" else None
+            self._read_delta({"reasoning_content": _thinking_text(part), "images": images, **said})
 
     def _read_tagged(self, text: str) -> None:
         """Content that begins, or may begin, with a <think> tag; both tags may be cut anywhere."""
@@ -4774,27 +4774,26 @@ def _anthropic_blocks(content: Any, path: str) -> Blocks:
 class AnthropicBlock(NamedTuple):
     """One row of ANTHROPIC_BLOCKS: a block type, what it is in the neutral form, and how streams tell its text.
 
-    fields: name -> attribute of the neutral block. default: what stands for fields that only this format has.
-    delta, piece: type of the deltas that add to the block's text, and their field with it.
+    delta, piece: type of the deltas that add to the block's text, and their field with it, as it is called in a block
+    of words, too. more: what stands for fields that only this format has.
     """
 
     kind: str
     block: type
-    fields: Dict[str, str]
-    default: Json
     delta: str
     piece: str
+    more: Json = {}
 
 
 # The block types that an answer can hold and other formats know, too (anthropic.types.RawContentBlockDelta).
 ANTHROPIC_BLOCKS = (
-    AnthropicBlock("text", Text, {"text": "text"}, {}, "text_delta", "text"),
-    AnthropicBlock("thinking", Thinking, {"thinking": "text"}, {"signature": ""}, "thinking_delta", "thinking"),
-    AnthropicBlock("tool_use", ToolCall, {"id": "id", "name": "name", "input": "arguments"}, {}, "input_json_delta",
-                   "partial_json"),
-)  # fmt: skip
+    AnthropicBlock("text", Text, "text_delta", "text"),
+    AnthropicBlock("thinking", Thinking, "thinking_delta", "thinking", {"signature": ""}),
+    AnthropicBlock("tool_use", ToolCall, "input_json_delta", "partial_json"),
+)
 _ANTHROPIC_BY_KIND = {row.kind: row for row in ANTHROPIC_BLOCKS}
 _ANTHROPIC_BY_BLOCK = {Refusal: ANTHROPIC_BLOCKS[0], **{row.block: row for row in ANTHROPIC_BLOCKS}}
+_ANTHROPIC_CALL_KEYS = ("type", "id", "name", "input")
 
 
 def _anthropic_part(item: Json) -> Any:
@@ -4802,8 +4801,10 @@ def _anthropic_part(item: Json) -> Any:
     row = _ANTHROPIC_BY_KIND.get(get_text(item, "type"))
     if row is None:
         return Opaque(_ANTHROPIC, item)
-    said = [get_text(item, name) if name != "input" else arguments_text(item.get(name) or {}) for name in row.fields]
-    return row.block(*said, extra=rest_of(item, ("type", *row.fields), _ANTHROPIC))
+    if row.block is not ToolCall:
+        return row.block(get_text(item, row.piece), rest_of(item, ("type", row.piece), _ANTHROPIC))
+    arguments, extra = arguments_text(item.get("input") or {}), rest_of(item, _ANTHROPIC_CALL_KEYS, _ANTHROPIC)
+    return ToolCall(get_text(item, "id"), get_text(item, "name"), arguments, extra=extra)
 
 
 def _anthropic_block(item: Any, path: str) -> Any:
@@ -4859,7 +4860,7 @@ _ANTHROPIC_READERS: Dict[str, Callable[[Json, str], Any]] = {
     "tool_use": lambda item, path: ToolCall(
         need_text(item, "id", path), need_text(item, "name", path),
         arguments_text(check_field(item, "input", (dict,), path) or {}),
-        extra=rest_of(item, ("type", "id", "name", "input"), _ANTHROPIC),
+        extra=rest_of(item, _ANTHROPIC_CALL_KEYS, _ANTHROPIC),
     ),
     "image": _anthropic_media, "document": _anthropic_media, "tool_result": _anthropic_result,
     "search_result": lambda item, path: _anthropic_shown(
@@ -5011,11 +5012,11 @@ def _write_anthropic_block(block: Any, bag: Json) -> Json:
         content = _anthropic_content(_anthropic_parts(block.blocks))
         said = _told({"content": content or None, "is_error": block.is_error or None})
         return {"type": "tool_result", "tool_use_id": block.call_id, **said, **bag}
-    row = _ANTHROPIC_BY_BLOCK[type(block)]
-    item = {"type": row.kind, **{name: getattr(block, attribute) for name, attribute in row.fields.items()}}
     if isinstance(block, ToolCall):
-        item.update(id=block.id, input=arguments_object(block.arguments))
-    return {**item, **row.default, **bag}
+        said = {"id": block.id, "name": block.name, "input": arguments_object(block.arguments)}
+        return {"type": "tool_use", **said, **bag}
+    row = _ANTHROPIC_BY_BLOCK[type(block)]
+    return {"type": row.kind, row.piece: block.text, **row.more, **bag}
 
 
 _ANTHROPIC_IDS = {"tool_use": "id", "tool_result": "tool_use_id"}
