@@ -5900,7 +5900,7 @@ def _responses_render_part(block: Any, role: str) -> Optional[Json]:
     if block.kind == "image":
         detail = get_text(own_extra(block, _CHAT), "detail") or "auto"
         return {"type": "input_image", "image_url": url_of_media(block), "detail": detail}
-    name = {"filename": block.name or "document"} if block.name or not block.url else {}
+    name = {"filename": block.name or "document.pdf"} if block.name or not block.url else {}  # OpenAI wants an ending
     return {"type": "input_file", "file_url" if block.url else "file_data": url_of_media(block), **name}
 
 

@@ -945,6 +945,15 @@ def test_parts_become_media():
     assert rendered[:4] == [*parts[:3], {"type": "input_text", "text": "[audio left out: audio/mp3]"}]
 
 
+def test_a_pdf_without_a_name_gets_one_with_its_ending():
+    """As the AI SDK's `part-0.pdf`: OpenAI goes by the ending of the name. Anthropic's documents often have no title."""
+    source = {"type": "base64", "media_type": "application/pdf", "data": "QUJD"}
+    said = {"role": "user", "content": [{"type": "document", "source": source}]}
+    body = router.translate_request({"model": "m", "max_tokens": 9, "messages": [said]}, "anthropic", "responses")[1]
+    data = {"file_data": "data:application/pdf;base64,QUJD", "filename": "document.pdf"}
+    assert body["input"][0]["content"] == [{"type": "input_file", **data}]
+
+
 def test_instructions_alone_are_the_input():
     """An empty `input` is refused; Chat Completions knows no such rule."""
     body = render_responses_request(ChatRequest("m", [], [Text("be brief")]))
