@@ -6363,7 +6363,8 @@ class ResponsesRenderer:
         return out + self._conclude(status, told)
 
     def _fail(self, event: Failed) -> bytes:
-        return self._start(UNTOLD_START) + self._conclude("failed", {"error": _responses_failure(event.error)})
+        out = self._start(UNTOLD_START) + self._event("error", **_responses_told(event.error))
+        return out + self._conclude("failed", {"error": _responses_failure(event.error)})
 
     def _conclude(self, status: str, told: Json) -> bytes:
         self.snapshot.update(told, status=status, output=self._items)
@@ -6392,12 +6393,20 @@ def _responses_failure(info: ErrorInfo) -> Json:
     return {"code": code, "message": info.message}
 
 
+def _responses_told(info: ErrorInfo) -> Json:
+    """The `error` event in front of `response.failed`, as OpenAI sends it: with a member `error`, by which the SDKs
+    raise it (openai._streaming), besides the fields of ResponseErrorEvent. Codex knows nothing but the other."""
+    error = {**render_chat_error(info, "")["error"], **_responses_failure(info)}
+    return {**_without(error, "type"), "error": error}
+
+
 def responses_error_event(info: ErrorInfo, request_id: str) -> bytes:
-    """The error as the last event of a stream that was relayed so far: `response.failed` (Codex ignores `error`)."""
+    """The error as the last two events of a stream that was relayed so far."""
     response = _responses_snapshot(ChatRequest("", []), "resp_" + request_id, 0, "")
     response.update(status="failed", error=_responses_failure(info))
-    event = {"type": "response.failed", "sequence_number": 0, "response": response}
-    return sse_event(dump_json(event), "response.failed")
+    events = {"error": _responses_told(info), "response.failed": {"response": response}}
+    told = ({"type": kind, "sequence_number": i, **event} for i, (kind, event) in enumerate(events.items()))
+    return b"".join([sse_event(dump_json(event), event["type"]) for event in told])
 
 
 OPENAI_RESPONSES = WireFormat(
@@ -6709,8 +6718,8 @@ class StreamRelay(StreamTranslator):
         sees_all = self.recorder is not None
         if self.content and not sees_all and not self._watch(whole):
             return whole
-        passed = []
-        for raw in _split_events(whole):
+        passed, rest = [], _split_events(whole)
+        for index, raw in enumerate(rest, 1):
             if sees_all or not self.content or self._watch(raw):
                 for event in parse_events(raw):
                     events = self._parser.feed(event)
@@ -6721,7 +6730,8 @@ class StreamRelay(StreamTranslator):
                 if mark and mark in raw and model and not self._is_named:
                     raw, self._is_named = rename_model(raw, model), True
             passed.append(raw)
-            if self.failed is not None:
+            if self.failed is not None:  # OpenAI tells an error twice, the second time as Codex reads it
+                passed += [last for last in rest[index : index + 1] if b'"response.failed"' in last]
                 return self._hide(b"".join(passed))
         return b"".join(passed)
 
@@ -6736,10 +6746,10 @@ class StreamRelay(StreamTranslator):
     def fail(self, error: ErrorInfo) -> bytes:
         """The error as the format has it; in Responses with the number due, of the answer begun (SDK: no other)."""
         self.failed, numbers = error, _EVENT_NUMBER.findall(self._last)
-        due = b'"sequence_number":%d' % (int(numbers[-1]) + 1 if numbers else 0)
+        due = int(numbers[-1]) + 1 if numbers else 0
         id = "resp_" + self._context.id
         out = self._target.error_event(error, self._context.id).replace(dump_json(id), dump_json(self._answer_id or id))
-        return _EVENT_NUMBER.sub(due, out, 1)
+        return _EVENT_NUMBER.sub(lambda found: b'"sequence_number":%d' % (due + int(found.group(1))), out)
 
 
 _ERROR_EVENT = re.compile(rb"event:\s*error")

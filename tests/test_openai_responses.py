@@ -786,6 +786,19 @@ def test_failures_have_a_code_that_clients_know(info, code):
         assert last["type"] == "response.failed" and last["response"]["error"] == {"code": code, "message": "m"}
 
 
+def test_a_failure_is_told_as_openai_tells_it_by_an_error_event_first():
+    """openai-python raises an `error` event with a member `error`, and hands on `response.failed`, which nobody looks at
+    who iterates over the events; ResponseErrorEvent has the fields of the first beside it."""
+    info = ErrorInfo(429, "slow down", "tokens", "rate_limit_exceeded", "model")
+    for data in (write([Failed(info)]), responses_error_event(info, "rid")):
+        told, failed = payloads(data)[-2:]
+        said = {"code": "rate_limit_exceeded", "message": "slow down", "param": "model"}
+        number = failed["sequence_number"] - 1
+        assert told == {"type": "error", "sequence_number": number, **said, "error": {"type": "tokens", **said}}
+        assert failed["type"] == "response.failed"
+        assert b"event: error\n" in data
+
+
 def test_awkward_text_survives_the_templates():
     """trap 17"""
     text = 'quote " back \\ line \n\u2028 \x00 % %s {} \ud800'

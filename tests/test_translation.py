@@ -553,8 +553,9 @@ def test_a_relayed_stream_that_breaks_off_gets_an_error_and_not_the_cut_event(wi
     out = run(relay, raw + b'data: {"type":"conte')
     assert relay.failed is not None and relay.failed.code == "truncated"
     told = R.WIRE_FORMATS[wire].error_event(relay.failed, CONTEXT.id)
-    number = [json.loads(event.data).get("sequence_number") for event in R.parse_events(raw) if wire == "responses"][-1:]
-    told = told.replace(b'"sequence_number":0', b'"sequence_number":%d' % (number[0] + 1 if number else 0))
+    last = json.loads(R.parse_events(raw)[-1].data).get("sequence_number", -1)
+    for number in (0, 1):
+        told = told.replace(b'"sequence_number":%d,' % number, b'"sequence_number":%d,' % (last + 1 + number), 1)
     own = R.WIRE_FORMATS[wire].parser(CONTEXT).feed(R.parse_events(raw)[0])[0].id
     assert out == raw + told.replace(b"resp_" + CONTEXT.id.encode(), own.encode())
 
@@ -571,8 +572,9 @@ def test_a_broken_responses_stream_fails_as_the_answer_that_began():
     relay = R.StreamRelay("responses", "responses", CONTEXT)
     begun = {"type": "response.created", "sequence_number": 0, "response": {"id": 'gen-"1"', "status": "in_progress"}}
     relay.feed(R.sse_event(json.dumps(begun).encode(), "response.created"))
-    (failed,) = R.parse_events(relay.fail(R.ErrorInfo(502, "the upstream's answer broke off: reset")))
+    told, failed = R.parse_events(relay.fail(R.ErrorInfo(502, "the upstream's answer broke off: reset")))
     assert json.loads(failed.data)["response"]["id"] == 'gen-"1"'
+    assert [json.loads(event.data)["sequence_number"] for event in (told, failed)] == [1, 2]
 
 
 @pytest.mark.parametrize("end", ["reset", "end of input", "error event"])
