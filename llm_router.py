@@ -4639,7 +4639,8 @@ ANTHROPIC_LOSSES = {
     "`advisor_*` `bash_*` `browser_*` `code_execution_*` `computer_*` `mcp_toolset` `memory_*` `text_editor_*`"
     " `tool_search_tool_*` `web_fetch_*` `web_search_*`": "tools that only Anthropic's models know: not sent",
     "`*_tool_result` `compaction` `fallback` `mcp_tool_listing` `mcp_tool_use` `server_tool_use` `tool_addition`"
-    " `tool_removal`": "what such tools left in the history: text where it can be read, else not sent",
+    " `tool_removal`": "what such tools left in the history: text where it can be read, else not sent; what adds or "
+    "withdraws a tool is carried out",
     "`is_error`": "of tool results: becomes the word Error in front of their text",
     "`redacted_thinking` `thinking`": "in the history: to OpenAI Chat on turns with tool calls, else not sent",
     "`allowed_callers` `caller` `citations` `context` `defer_loading` `eager_input_streaming` `input_examples`"
@@ -4703,21 +4704,19 @@ def _anthropic_tools(tools: List[Any], messages: List[Any]) -> List[Any]:
     """The tools, and behind them what is defined in mid-conversation (BetaToolChangeToolDefinitionParam), each once;
     without withdrawn ones (BetaRequestToolRemovalBlockParam), and without deferred ones that no tool_reference or call
     names, unless Anthropic's own search was to find them, which nobody else has."""
-    known, new = {get_text(as_dict(tool), "name"): as_dict(tool) for tool in tools}, {}
-    searches = any(get_text(tool, "type").startswith("tool_search_tool_") for tool in known.values())
-    offered = {name: searches or tool.get("defer_loading") is not True for name, tool in known.items()}
+    known: Dict[Any, Any] = {get_text(as_dict(tool), "name") or index: tool for index, tool in enumerate(tools)}
+    searches = any(get_text(as_dict(tool), "type").startswith("tool_search_tool_") for tool in tools)
+    offered = {name: searches or as_dict(tool).get("defer_loading") is not True for name, tool in known.items()}
     # Of most parts only the deferred ones could be meant: a long conversation is not to be searched for nothing.
     idle = ("text", "thinking", *(("tool_use", "tool_result") if all(offered.values()) else ()))
     for part in (as_dict(part) for turn in messages for part in get_list(as_dict(turn), "content")):
         if part.get("type") in idle:
             continue
-        change = get_dict(part, "tool")
-        definition = get_dict(change, "definition")
+        change, definition = get_dict(part, "tool"), get_dict(get_dict(part, "tool"), "definition")
         for item in map(as_dict, [definition or change or part, *get_list(part, "content")]):
             offered[as_text(item.get("name") or item.get("tool_name"))] = part.get("type") != "tool_removal"
-        new.update({get_text(definition, "name"): definition} if definition else {})
-    every = tools + [tool for name, tool in new.items() if name not in known]
-    return [tool for tool in every if offered.get(get_text(as_dict(tool), "name"), True)]
+        known = {**known, get_text(definition, "name"): definition, **known} if definition else known
+    return [tool for name, tool in known.items() if offered.get(name, True)]
 
 
 def _without(item: Mapping[str, Any], *keys: str) -> Json:
@@ -5478,11 +5477,11 @@ def render_anthropic_error(info: ErrorInfo, request_id: str) -> Json:
     other = _ANTHROPIC_ERROR_TYPES[500 if info.status >= 500 else 400]
     is_own = info.type in _ANTHROPIC_ERROR_TYPES.values() and info.type != _ANTHROPIC_ERROR_TYPES[400]
     kind = info.type if is_own else _ANTHROPIC_ERROR_TYPES.get(info.status, other)
-    is_unsaid = info.code == OVERFLOW_CODE and _TOO_LONG not in info.message.lower()
-    message = "%s: %s" % (_TOO_LONG, info.message) if is_unsaid else info.message
+    before = _TOO_LONG + ": " if info.code == OVERFLOW_CODE and _TOO_LONG not in info.message.lower() else ""
     further = _ANTHROPIC_DETAILS.get(info.code)
     details = {} if further is None else {"details": {"error_code": info.code, **further}}
-    return {"type": "error", "error": {"type": kind, "message": message, **details}, "request_id": request_id}
+    told = {"type": kind, "message": before + info.message, **details}
+    return {"type": "error", "error": told, "request_id": request_id}
 
 
 def anthropic_error_event(info: ErrorInfo, request_id: str) -> bytes:
@@ -5938,8 +5937,7 @@ _RESPONSES_REASONS = {"content_filter": "refusal", "max_messages": "pause_turn",
 
 
 def parse_responses_response(body: Json, context: Context) -> ChatResponse:
-    """A whole answer (SDK: Response): the end of a stream of which nothing else was seen.
-    RouterError when it is none, or when it tells of a failure."""
+    """A whole answer (SDK: Response): a stream's end of which nothing else was seen. RouterError for a failure."""
     body = as_dict(body)
     failed = body.get("status") in ("failed", "cancelled") or bool(body.get("error"))
     if not failed and not isinstance(body.get("output"), list):
@@ -6218,14 +6216,14 @@ class ResponsesRenderer:
 
     The end of an item is only told once the next one begins: after a failure a tool call that was cut off must
     not look complete, since clients run a call as soon as its item is done (trap 62). Texts in a row are parts of
-    one message. snapshot: the answer as it stands, as the SDK's Response.
+    one message. snapshot: the answer as it stands, as the SDK's Response. number: of the next event.
     """
 
     def __init__(self, context: Context) -> None:
         self._context = context
         self._tools = {tool.name: own_extra(tool, _RESPONSES) for tool in context.request.tools}
         self.snapshot: Json = {}
-        self._sequence = 0
+        self.number = 0
         self._items: List[Json] = []
         self._item: Json = {}  # the open item, empty when there is none
         self._block: Any = None
@@ -6244,14 +6242,13 @@ class ResponsesRenderer:
         if not self._kind:
             return self._begin() + self.render(event) if self._block is not None else b""
         self._pieces.append(event.text)
-        self._sequence += 1
+        self.number += 1
         text = _quote_json(event.text).encode("ascii")
-        return b"%s%d%s%s}\n\n" % (self._head, self._sequence - 1, self._middle, text)
+        return b"%s%d%s%s}\n\n" % (self._head, self.number - 1, self._middle, text)
 
     def _event(self, kind: str, **values: Any) -> bytes:
-        number = self._sequence
-        self._sequence += 1
-        return sse_event(dump_json({"type": kind, "sequence_number": number, **values}), kind)
+        self.number += 1
+        return sse_event(dump_json({"type": kind, "sequence_number": self.number - 1, **values}), kind)
 
     def _tell(self, kind: str, **values: Any) -> bytes:
         """An event about the open item, or its open part."""
@@ -6394,19 +6391,15 @@ def _responses_failure(info: ErrorInfo) -> Json:
 
 
 def _responses_told(info: ErrorInfo) -> Json:
-    """The `error` event in front of `response.failed`, as OpenAI sends it: with a member `error`, by which the SDKs
-    raise it (openai._streaming), besides the fields of ResponseErrorEvent. Codex knows nothing but the other."""
+    """The `error` event in front of `response.failed`, which is all that Codex reads: the SDKs raise it by its member
+    `error` (openai._streaming), beside which their type, ResponseErrorEvent, has the same."""
     error = {**render_chat_error(info, "")["error"], **_responses_failure(info)}
     return {**_without(error, "type"), "error": error}
 
 
 def responses_error_event(info: ErrorInfo, request_id: str) -> bytes:
-    """The error as the last two events of a stream that was relayed so far."""
-    response = _responses_snapshot(ChatRequest("", []), "resp_" + request_id, 0, "")
-    response.update(status="failed", error=_responses_failure(info))
-    events = {"error": _responses_told(info), "response.failed": {"response": response}}
-    told = ({"type": kind, "sequence_number": i, **event} for i, (kind, event) in enumerate(events.items()))
-    return b"".join([sse_event(dump_json(event), event["type"]) for event in told])
+    """A whole stream of nothing but the error."""
+    return ResponsesRenderer(Context(ChatRequest("", []), request_id, 0)).render(Failed(info))
 
 
 OPENAI_RESPONSES = WireFormat(
@@ -6598,7 +6591,7 @@ class StreamTranslator:
         self._restorer = tool_restorer(context.request)
         self._stop_reason = ""
         self._has_opaque = False
-        self._answer_id = ""
+        self._begun = UNTOLD_START
         self._stencil: Optional[Stencil] = None
         self._tries = _STENCIL_TRIES
         self.recorder: Optional[ReasoningRecorder] = None
@@ -6684,7 +6677,7 @@ class StreamTranslator:
                 self.content = self.content or bool(getattr(block, "name", "") or calls)
                 self._has_opaque = self._has_opaque or is_opaque
             elif kind is Started:
-                self._answer_id = event.id
+                self._begun = event
             elif kind is Finished:
                 self._stop_reason = event.stop_reason
             elif kind is Failed:
@@ -6746,10 +6739,10 @@ class StreamRelay(StreamTranslator):
     def fail(self, error: ErrorInfo) -> bytes:
         """The error as the format has it; in Responses with the number due, of the answer begun (SDK: no other)."""
         self.failed, numbers = error, _EVENT_NUMBER.findall(self._last)
-        due = int(numbers[-1]) + 1 if numbers else 0
-        id = "resp_" + self._context.id
-        out = self._target.error_event(error, self._context.id).replace(dump_json(id), dump_json(self._answer_id or id))
-        return _EVENT_NUMBER.sub(lambda found: b'"sequence_number":%d' % (due + int(found.group(1))), out)
+        self._renderer.render(self._begun)  # which the client has
+        if numbers:
+            self._renderer.number = int(numbers[-1]) + 1
+        return self._renderer.render(Failed(error))
 
 
 _ERROR_EVENT = re.compile(rb"event:\s*error")
@@ -10104,8 +10097,7 @@ class Gateway:
         self.host.record(trail)
 
     async def _refuse(self, error: RefusedError, client: Any, trail: Trail, cors: Headers) -> None:
-        """An error as the client's format has it; inside the stream when a keep-alive opened it already. A failed
-        Response is an end like any other: behind a cut Codex forgets why, and asks again."""
+        """An error as the client's format has it, or in the stream that a keep-alive opened (a cut: Codex forgets)."""
         wire = WIRE_FORMATS[trail.wire]
         if client.is_open:
             client.write(client.fail(error.info) if client.fail else wire.error_event(error.info, trail.id))
