@@ -5661,7 +5661,7 @@ def _responses_turns(items: List[Json], names: _FlatNames) -> List[Message]:
     for index, item in enumerate(items):
         role, blocks = _responses_turn(item, "input[%d]" % index, names)
         if turns[-1].role == role:
-            follows = role == "assistant" and Text in map(type, turns[-1].blocks) and "content" in item
+            follows = role == "assistant" and "content" in item and Text in map(type, turns[-1].blocks)
             turns[-1].blocks.extend([*map(set_apart, blocks[:1]), *blocks[1:]] if follows else blocks)
         elif blocks:
             turns.append(Message(role, blocks))
