@@ -17213,7 +17213,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     try:
         code = run_command(argv, os.environ)
         sys.stdout.flush()
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, EOFError):  # Ctrl-C, or Ctrl-D at a question
         code = 130
     except Exception as error:
         code = 1 if isinstance(error, BrokenPipeError) else _report(error, argv)

@@ -664,6 +664,7 @@ def _fail(error):
         (KeyError("bug"), 1, "llm-router: KeyError: 'bug' (--debug shows more)\n"),
         (r.RouterError("a\x1b[31m\rb"), 1, "llm-router: a\\x1b[31m\\rb\n"),
         (KeyboardInterrupt(), 130, ""),
+        (EOFError(), 130, ""),
     ],
 )
 def test_main_turns_errors_into_exit_codes_and_one_line(home, error, code, text):
