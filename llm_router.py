@@ -11468,12 +11468,12 @@ class Dialer:
         if len(line) <= self._max_per_upstream:
             self._start(dial)
 
-    def cancel(self, dial: Dial) -> None:
-        """Nobody waits for this dial any more."""
+    def cancel(self, dial: Dial, aborts: bool = True) -> None:
+        """Nobody waits for this dial any more: it is not begun. aborts: nor finished, if it was."""
         line = self._lines.get(dial.key, [])
         if dial in line[self._max_per_upstream :]:
             line.remove(dial)
-        elif dial in line:
+        elif aborts and dial in line:
             dial.abort()
             self._loop.call_later(_ABORT_AGAIN_S, self.cancel, dial)
 
@@ -11885,6 +11885,7 @@ class Upstreams:
                 self._free(waiter.result())  # it came in the moment the client left
             raise
         finally:
+            self._dialer.cancel(dial, False)  # it is no longer needed where another connection came free first
             waiting.pop(waiter, None)
             if timer is not None:
                 timer.cancel()

@@ -675,6 +675,40 @@ def test_without_a_free_thread_a_dial_waits_for_one_of_those_that_there_are(monk
         dial.close()
 
 
+def test_a_dial_that_has_not_begun_is_not_made_when_another_connection_came_free(monkeypatch):
+    """A burst of requests leaves no queue of dials behind, which would open connections that nobody needs."""
+    begun, may_end = [], threading.Event()
+
+    def run(dial):
+        begun.append(dial)
+        may_end.wait(30)
+        dial.error = r.UpstreamError("too late", "refused")
+
+    async def connect_twice(pairs):
+        loop = asyncio.get_running_loop()
+        upstreams = r.Upstreams(loop, r.Settings()._replace(dial_threads_per_upstream=1), {})
+        target = r.Target(r.UpstreamKey("http", "a", 80), "/", {})
+        outbound = r.Outbound(target, "/", [], b"", "openai", True, r.Timeouts(60_000, 0, 0, 0, 0))
+        waiting = [asyncio.ensure_future(upstreams._connect(outbound)) for _ in pairs]
+        await asyncio.sleep(0)
+        for ours, _ in pairs:
+            ours.setblocking(False)
+            dial = SimpleNamespace(key=target.key, prefix="", proxy_headers=[], sock=ours)
+            upstreams._free(r.Connection(loop, dial, upstreams._free))
+        for connection in await asyncio.gather(*waiting):
+            connection.close()
+        may_end.set()
+        await loop.run_in_executor(None, until, lambda: not upstreams._dialer._lines)
+        upstreams.close()
+
+    monkeypatch.setattr(r.Dial, "run", run)
+    pairs = [socket.socketpair() for _ in range(2)]
+    asyncio.run(connect_twice(pairs))
+    assert len(begun) == 1
+    for _, theirs in pairs:
+        theirs.close()
+
+
 @needs_proc
 @pytest.mark.parametrize("leave", ["close", "reset"])
 def test_clients_that_leave_while_their_upstream_is_dialled_free_everything_at_once(router, leave):
