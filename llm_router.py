@@ -12628,7 +12628,8 @@ class Server:
             connection.task.cancel()
         if cut:
             await asyncio.sleep(0.05)
-        self._ticker.cancel()
+        if self._ticker is not None:  # else it never listened
+            self._ticker.cancel()
         return not cut
 
     def _tick(self) -> None:
