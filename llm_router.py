@@ -307,10 +307,10 @@ def as_text(value: Any) -> str:
 
 
 def as_int(value: Any) -> int:
-    """`value` when it is a whole number of at least 0, else 0 (booleans are no numbers)."""
+    """`value` when it is a whole number of at least 0, else 0 (no boolean is one); 2**53 for more, which is a lie."""
     if type(value) is float and math.isfinite(value):
         value = int(value)
-    return value if type(value) is int and value > 0 else 0
+    return min(value, 2**53) if type(value) is int and value > 0 else 0
 
 
 def get_text(item: Mapping[str, Any], key: str) -> str:

@@ -95,6 +95,15 @@ def test_health_and_open_streams_are_shown_as_they_are_now(router, upstream):
     assert until(lambda: numbers(running).of("llm_router_open_streams") == 0)
 
 
+def test_a_count_of_tokens_that_no_float_can_hold_leaves_the_metrics_readable(router, upstream):
+    answer = json.dumps(fake.chat_whole("hi")).replace('"prompt_tokens": 11', '"prompt_tokens": ' + "9" * 400)
+    upstream.handler = lambda call: fake.text_answer(200, answer, content_type="application/json")
+    running = router(config_of(provider(upstream)))
+    assert post(running, "anthropic").status == 200
+    told = running.get("/metrics")
+    assert (told.status, 'llm_router_tokens_total{kind="output"} 7' in told.text) == (200, True)
+
+
 def test_names_that_a_client_makes_up_are_no_labels(router, upstream):
     running = router(config_of(provider(upstream, models=["*"])), *QUICK)
     for name in ("one", "two", 'th"ree'):
