@@ -781,7 +781,7 @@ async def unread_answer(settings, closes, work):
         client.settimeout(30)
         client.connect(("127.0.0.1", port))
         client.sendall(b"GET / HTTP/1.1\r\nhost: a\r\nconnection: %b\r\n\r\n" % (b"close" if closes else b"keep-alive"))
-        await answered.wait()
+        await asyncio.wait_for(answered.wait(), 30)
         await work(server, client)
 
 
