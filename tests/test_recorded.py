@@ -123,7 +123,7 @@ def check_error(info):
         assert body["error"]["message"].endswith(info.message)  # behind words by which a client knows an overflow
         assert body["error"]["type"]
         assert (body.get("type"), body.get("request_id")) == (("error", "r1") if target == "anthropic" else (None, None))
-        event = json.loads(R.parse_events(wire.error_event(info, "r1"))[0].data)
+        event = json.loads(R.parse_events(wire.error_event(info, "r1"))[-1].data)
         assert (event.get("error") or event["response"]["error"])["message"].endswith(info.message)
 
 
