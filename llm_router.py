@@ -6397,16 +6397,12 @@ def _responses_told(info: ErrorInfo) -> Json:
     return {**_without(error, "type"), "error": error}
 
 
-def responses_error_event(info: ErrorInfo, request_id: str) -> bytes:
-    """A whole stream of nothing but the error."""
-    return ResponsesRenderer(Context(ChatRequest("", []), request_id, 0)).render(Failed(info))
-
-
 OPENAI_RESPONSES = WireFormat(
     name=_RESPONSES, path="/responses", parse_request=parse_responses_request, render_request=render_responses_request,
     parse_response=parse_responses_response, render_response=render_responses_response, parser=ResponsesParser,
     renderer=ResponsesRenderer, parse_error=read_error, render_error=render_chat_error,
-    error_event=responses_error_event, losses=RESPONSES_LOSSES, answer="output", read_usage=_chat_usage,
+    error_event=lambda info, own: ResponsesRenderer(Context(ChatRequest("", []), own, 0)).render(Failed(info)),
+    losses=RESPONSES_LOSSES, answer="output", read_usage=_chat_usage,
     # Quotes inside JSON strings are escaped, so these words match no text that the model wrote.
     watch=re.compile(rb'"(?:response\.(?:completed|incomplete|failed|cancelled)|error|usage)"'),
 )  # fmt: skip
@@ -15357,7 +15353,8 @@ AGENTS: Tuple[Agent, ...] = (
     Agent("claude", "npm install -g @anthropic-ai/claude-code",
           "ANTHROPIC_BASE_URL=%(base)s ANTHROPIC_AUTH_TOKEN=%(key)s ANTHROPIC_MODEL=%(model)s"
           " ANTHROPIC_DEFAULT_OPUS_MODEL=%(opus)s ANTHROPIC_DEFAULT_SONNET_MODEL=%(sonnet)s"
-          " ANTHROPIC_DEFAULT_HAIKU_MODEL=%(haiku)s ANTHROPIC_SMALL_FAST_MODEL=%(small)s"
+          " ANTHROPIC_DEFAULT_FABLE_MODEL=%(fable)s ANTHROPIC_DEFAULT_HAIKU_MODEL=%(haiku)s"
+          " ANTHROPIC_SMALL_FAST_MODEL=%(small)s"
           " CLAUDE_CODE_MAX_CONTEXT_TOKENS=%(window)s CLAUDE_CODE_ENABLE_GATEWAY_MODEL_DISCOVERY=1",
           hidden=("ANTHROPIC_API_KEY",)),
     Agent("codex", "npm install -g @openai/codex", "ROUTER_API_KEY=%(key)s",
@@ -15377,8 +15374,8 @@ ANY_AGENT = Agent(
 
 
 def agent_facts(base: str, key: str, config: Config, chosen: Mapping[str, str]) -> Dict[str, str]:
-    """What the templates of AGENTS may use: base (the router's URL), key, and model, small, opus, sonnet, haiku; window
-    and output: the model's limits in tokens, where the configuration has them.
+    """What the templates of AGENTS may use: base (the router's URL), key, model, small, Claude Code's tiers; window and
+    output: the model's limits in tokens, where the configuration has them.
 
     chosen: the models the user named. The others are the default model, or else the first there is.
     """
@@ -15387,7 +15384,7 @@ def agent_facts(base: str, key: str, config: Config, chosen: Mapping[str, str]) 
     model = chosen.get("model") or config.default_model or first
     key = key or "no-key-needed"  # clients insist on some
     facts = {"base": base, "key": key, "model": model, "small": chosen.get("small_model") or model}
-    facts.update({name: chosen.get(name) or model for name in ("opus", "sonnet")}, window="", output="")
+    facts.update({name: chosen.get(name) or model for name in ("opus", "sonnet", "fable")}, window="", output="")
     with suppress(RouterError):  # the program will be told when it asks for that model
         found = Routes(config).find_plan(model)[0].model
         facts.update(window=str(found.context_window or ""), output=str(found.max_output_tokens or ""))
@@ -16885,6 +16882,7 @@ _AGENT_FLAGS = (
     Flag("small-model", "text", "the model for small tasks"),
     Flag("opus", "text", "the model for Claude Code's tier opus"),
     Flag("sonnet", "text", "the same for sonnet"),
+    Flag("fable", "text", "the same for fable"),
     Flag("haiku", "text", "the same for haiku"),
 )
 

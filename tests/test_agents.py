@@ -99,6 +99,7 @@ def test_the_models_that_the_user_names_reach_the_tiers_of_claude_code(home, ups
     env = json.loads(home.run("run --model big --small-model=small --opus=huge claude").stdout)["env"]
     assert (env["ANTHROPIC_MODEL"], env["ANTHROPIC_DEFAULT_OPUS_MODEL"]) == ("big", "huge")
     assert (env["ANTHROPIC_DEFAULT_SONNET_MODEL"], env["ANTHROPIC_DEFAULT_HAIKU_MODEL"]) == ("big", "small")
+    assert env["ANTHROPIC_DEFAULT_FABLE_MODEL"] == "big"  # a tier since Claude Code 2.1.3xx; its subagents may ask for it
     assert "ANTHROPIC_API_KEY" not in env
 
 

@@ -44,7 +44,6 @@ from llm_router import (
     parse_responses_response,
     render_responses_request,
     render_responses_response,
-    responses_error_event,
     unfold,
 )
 from sse_decoder import SseDecoder
@@ -781,7 +780,7 @@ def test_a_cut_off_call_never_looks_complete():
     ],
 )
 def test_failures_have_a_code_that_clients_know(info, code):
-    for data in (write([Failed(info)]), responses_error_event(info, "rid")):
+    for data in (write([Failed(info)]), router.WIRE_FORMATS["responses"].error_event(info, "rid")):
         last = payloads(data)[-1]
         assert last["type"] == "response.failed" and last["response"]["error"] == {"code": code, "message": "m"}
 
@@ -790,7 +789,7 @@ def test_a_failure_is_told_as_openai_tells_it_by_an_error_event_first():
     """openai-python raises an `error` event with a member `error`, and hands on `response.failed`, which nobody looks at
     who iterates over the events; ResponseErrorEvent has the fields of the first beside it."""
     info = ErrorInfo(429, "slow down", "tokens", "rate_limit_exceeded", "model")
-    for data in (write([Failed(info)]), responses_error_event(info, "rid")):
+    for data in (write([Failed(info)]), router.WIRE_FORMATS["responses"].error_event(info, "rid")):
         told, failed = payloads(data)[-2:]
         said = {"code": "rate_limit_exceeded", "message": "slow down", "param": "model"}
         number = failed["sequence_number"] - 1
@@ -1389,7 +1388,7 @@ def test_the_watch_sees_ends_and_errors_and_no_text():
     watch = router.OPENAI_RESPONSES.watch
     events = router.parse_events(stream([ANSWER]))
     assert watch.search(sse([json.loads(events[-1].data)]))
-    assert watch.search(responses_error_event(ErrorInfo(500, "m"), "r"))
+    assert watch.search(router.WIRE_FORMATS["responses"].error_event(ErrorInfo(500, "m"), "r"))
     text = write(
         [Started("r", "m"), Opened(Text("")), Delta('say "error" or "response.completed" or "usage":1')]
     ).split(b"\n\n")[-2]
