@@ -3849,7 +3849,7 @@ def _chat_shared_fields(fields: Dict[str, Json]) -> Json:
 
 def _write_chat_effort(reasoning: Reasoning, model: str) -> Optional[str]:
     """Thinking that a switch turned off is no effort: models that never think refuse the word `none`."""
-    is_switch = reasoning.effort == "none" and any("thinking" in bag for bag in (reasoning.extra or {}).values())
+    is_switch = reasoning.effort == "none" and "thinking" in own_extra(reasoning, "anthropic")
     return None if is_switch else _openai_effort(reasoning, model) or None
 
 
@@ -4907,9 +4907,9 @@ def render_anthropic_request(request: ChatRequest) -> Json:
 def _write_anthropic_choice(request: ChatRequest, names: List[Any]) -> Json:
     """Traps 96 and 97. A forced tool that had to be left out cannot be forced."""
     mode, name = request.tool_choice or ("", "")
-    choice = {"type": mode, "name": name} if mode == "tool" else {"type": mode}
-    if not mode or (mode == "tool" and name not in names):
-        choice = {}
+    choice = {"type": mode} if mode else {}
+    if mode == "tool":
+        choice = {"type": mode, "name": name} if name in names else {}
     if request.parallel_tools is False and mode != "none":
         return {"type": "auto", **choice, "disable_parallel_tool_use": True}
     return choice
@@ -5810,9 +5810,8 @@ def render_responses_request(request: ChatRequest) -> Json:
     body = {
         "parallel_tool_calls": request.parallel_tools if tools else None,
         "max_output_tokens": request.max_tokens and max(16, request.max_tokens),  # OpenAI: "Expected a value >= 16"
-        "temperature": request.temperature, "top_p": request.top_p,
-        "model": request.model, "input": items, "instructions": instructions,
-        "tools": list(map(_responses_render_tool, tools)) or None,
+        "temperature": request.temperature, "top_p": request.top_p, "model": request.model, "input": items,
+        "instructions": instructions, "tools": list(map(_responses_render_tool, tools)) or None,
         "tool_choice": _openai_choice(request) if tools else None,
         "text": {**_responses_kept(chat, "verbosity"), **_responses_format(request.output)} or None,
         "user": request.user if 0 < len(request.user) <= _CHAT_MAX_USER else None, "stream": request.stream or None,
@@ -6182,7 +6181,7 @@ _RESPONSES_INCOMPLETE = {"length": "max_output_tokens", "content_filter": "conte
 
 def render_responses_response(response: ChatResponse, context: Context) -> Json:
     """A whole answer as the body of POST /v1/responses: the snapshot that ends its stream."""
-    renderer = ResponsesRenderer(context)
+    renderer = ResponsesRenderer(context, is_read=False)
     for event in unfold(response):
         renderer.render(event)
     return renderer.snapshot
@@ -6201,7 +6200,7 @@ _RESPONSES_ECHO: Json = {
 
 def _responses_snapshot(request: ChatRequest, id: str, created: int, model: str) -> Json:
     """A Response (SDK) in progress, which repeats its request."""
-    said = _told((request.fields or {}).get(_RESPONSES) or {})
+    said = _told(get_dict(request.fields or {}, _RESPONSES))
     echo = {
         key: {**value, **get_dict(said, key)} if isinstance(value, dict) else said.get(key, value)
         for key, value in _RESPONSES_ECHO.items()
@@ -6216,11 +6215,13 @@ class ResponsesRenderer:
 
     The end of an item is only told once the next one begins: after a failure a tool call that was cut off must
     not look complete, since clients run a call as soon as its item is done (trap 62). Texts in a row are parts of
-    one message. snapshot: the answer as it stands, as the SDK's Response. number: of the next event.
+    one message. snapshot: the answer as it stands, as the SDK's Response. number: of the next event. is_read: whether
+    anybody reads the events, some of which repeat the request with all its tools.
     """
 
-    def __init__(self, context: Context) -> None:
+    def __init__(self, context: Context, is_read: bool = True) -> None:
         self._context = context
+        self._is_read = is_read
         self._tools = {tool.name: own_extra(tool, _RESPONSES) for tool in context.request.tools}
         self.snapshot: Json = {}
         self.number = 0
@@ -6248,7 +6249,8 @@ class ResponsesRenderer:
 
     def _event(self, kind: str, **values: Any) -> bytes:
         self.number += 1
-        return sse_event(dump_json({"type": kind, "sequence_number": self.number - 1, **values}), kind)
+        event = {"type": kind, "sequence_number": self.number - 1, **values}
+        return sse_event(dump_json(event), kind) if self._is_read else b""
 
     def _tell(self, kind: str, **values: Any) -> bytes:
         """An event about the open item, or its open part."""
