@@ -4096,7 +4096,7 @@ def _chat_head(start: Union[ChatResponse, Started], context: Context, kind: str)
     return {"id": answer_id, "object": kind, "created": created, "model": context.request.model}
 
 
-def _shown_end(kinds: Iterable[type], otherwise: str = "end_turn") -> str:
+def _own_end(kinds: Iterable[type], otherwise: str = "end_turn") -> str:
     """Why an answer ended of its own accord, by the types of its blocks."""
     return "tool_use" if ToolCall in kinds else "refusal" if Refusal in kinds else otherwise
 
@@ -4212,10 +4212,8 @@ class ChatStreamParser:
             self._count(usage)
         chunk = {"error": groq["error"]} if groq.get("error") else chunk  # why it stopped early (groq.types, XGroq)
         choices = get_list(chunk, "choices")
-        if self.is_ended:
-            return []
-        if chunk.get("error") or not choices:
-            return self._read_without_choice(chunk)
+        if self.is_ended or chunk.get("error") or not choices:
+            return [] if self.is_ended else self._read_without_choice(chunk)
         # Only the first of n answers is read. GitHub Copilot shares it out to several choices (HKUDS/nanobot#1481).
         own = [item for item in choices if type(item) is dict and not item.get("index")]
         for choice in own:
@@ -4310,7 +4308,7 @@ class ChatStreamParser:
         if reason not in ("end_turn", "tool_use", "stop_sequence"):
             return reason
         is_met = self._stop_sequence or reason == "stop_sequence"
-        return _shown_end(self._types, "stop_sequence" if is_met else "end_turn")
+        return _own_end(self._types, "stop_sequence" if is_met else "end_turn")
 
     def _fail(self, error: ErrorInfo) -> None:
         self._flush()
@@ -4335,11 +4333,10 @@ class ChatStreamParser:
         while self._slots:
             slot, is_last = self._slots[0], len(self._slots) == 1
             kind, text = type(slot.block), "".join(slot.waiting)
-            if kind is ToolCall:
+            is_all = is_end and is_last and not self._types
+            can_open = kind is not Text or text.strip() or len(text) >= _MAX_HELD or is_all
+            if kind is ToolCall:  # needs its name, and gets an id of its own
                 can_open = slot.block.name and (slot.id or slot.pieces or is_end)
-            else:
-                is_all = is_end and is_last and not self._types
-                can_open = kind is not Text or text.strip() or len(text) >= _MAX_HELD or is_all
             if can_open and not slot.is_open:
                 if kind is ToolCall:
                     made_up = "call_%s_%d" % (self._context.id, len(self._ids))
@@ -5311,7 +5308,7 @@ class AnthropicStreamParser(TypedEventParser):
         events = self._make_way()
         self.done = self.is_ended = True
         told = self._answer.get("stop_reason")
-        reason = told if told in STOP_REASONS else _shown_end(self._kinds)
+        reason = told if told in STOP_REASONS else _own_end(self._kinds)
         extra = _anthropic_answer_extra(self._answer, self._counts)
         return events + [Finished(reason, get_text(self._answer, "stop_sequence"), self.usage, extra)]
 
@@ -6149,7 +6146,7 @@ class ResponsesParser(TypedEventParser):
         if status in ("failed", "cancelled"):
             return self._fail(_responses_error(get_dict(response, "error"), status))
         self._catch_up(list(map(as_dict, get_list(response, "output"))))
-        stop = _shown_end(self._kinds)
+        stop = _own_end(self._kinds)
         if status == "incomplete":
             reason = get_text(get_dict(response, "incomplete_details"), "reason")
             stop = _RESPONSES_REASONS.get(reason, "max_tokens")
