@@ -504,7 +504,8 @@ _FORMAT_OF_HOST = {"api.anthropic.com": "anthropic"}
 
 
 class Auth(NamedTuple):
-    """How a provider is shown its key. type: of AUTH_TYPES; header_name: for the type header; prefix: put before it."""
+    """How a provider is shown its key. type: one of AUTH_TYPES. header_name: for the type header; prefix: what stands
+    before the key in it."""
 
     type: str = "bearer"
     header_name: str = ""
@@ -1261,7 +1262,8 @@ def _join(path: str, key: str) -> str:
 
 
 def provider_entries(path: str, value: Any) -> List[Tuple[str, Any]]:
-    """The providers of a file as (path, raw provider): of a list, one alone, or of an object id -> provider."""
+    """The providers of a file as (path, raw provider). They may stand in a list, alone, or in an object id -> provider,
+    where each gets its id when it has none of its own."""
     if isinstance(value, list):
         return [("%s[%d]" % (path, i), raw) for i, raw in enumerate(value)]
     if not isinstance(value, dict) or value.get("id") or not all(isinstance(raw, dict) for raw in value.values()):
@@ -1359,8 +1361,9 @@ def bare_name(name: str) -> str:
 
 
 class ModelIndex:
-    """What model names mean in a configuration, indexed for any size; disabled ones nothing. aliases: name (pattern) ->
-    model refs. names: all a client may list: plain aliases, `provider/model`, and unambiguous aliases of models."""
+    """What model names mean in a configuration, indexed so that no look-up grows with its size; disabled ones nothing.
+    aliases: name or pattern -> model refs. names: all a client may list: plain aliases, `provider/model`, and the
+    models' own aliases that mean only one of them."""
 
     def __init__(self, providers: Iterable[Provider], aliases: Mapping[str, Texts]) -> None:
         self.aliases = aliases
@@ -1907,7 +1910,8 @@ def _index_of(document: Json) -> ModelIndex:
 
 
 def _references_in(document: Json) -> List[Tuple[Json, str, bool, str, str]]:
-    """Where references stand: object, key, whether aliases may, what to say of a dropped one, and of an emptied key."""
+    """Where references stand: the object, its key, whether they may name aliases, what to say of one that is dropped,
+    and of a key that goes with its last one."""
     aliases = as_dict(get_field(document, "config", "modelAliases"))
     rows = [(aliases, a, False, "alias %s no longer leads to" % a, "removed alias %s" % a) for a in aliases]
     for provider in map(as_dict, as_list(get_field(document, "config", "providers"))):
@@ -2892,7 +2896,8 @@ class ChatRequest(NamedTuple):
 
 
 class Usage(NamedTuple):
-    """Tokens. OpenAI's prompt_tokens are `input` + `cache_read` + `cache_write`; `output` includes `reasoning`."""
+    """Tokens. `input` is without the cached ones (OpenAI's prompt_tokens = input + cache_read + cache_write);
+    `output` includes `reasoning`."""
 
     input: int = 0
     output: int = 0
@@ -3230,7 +3235,8 @@ _ARGUMENTS_ENCODER = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False)
 
 
 def arguments_object(arguments: str) -> Json:
-    """Arguments as an object (trap 42): nothing is {}, one encoded twice is unwrapped, all else is RAW_ARGUMENTS."""
+    """Arguments as an object (trap 42): nothing and null are {}, an object in a string (encoded twice) is unwrapped,
+    anything else is kept under RAW_ARGUMENTS."""
     if not arguments.strip():
         return {}
     try:
@@ -3770,7 +3776,8 @@ def _chosen_name(item: Json) -> str:
 
 
 def _read_output(form: Json, inner: Any, at: str) -> Optional[JsonOutput]:
-    """SDK: ResponseFormatJSONSchema, ResponseFormatTextConfig. inner: has the schema, Together's beside json_object."""
+    """SDK: ResponseFormatJSONSchema, ResponseFormatTextConfig, ResponseFormatJSONObject. inner: what has the schema,
+    which stands beside `json_object` at Together, Fireworks and llama.cpp."""
     if form.get("type") not in ("json_schema", "json_object"):
         return None
     inner = check_kind(inner, (dict,), at) if form["type"] == "json_schema" else form
@@ -3779,7 +3786,8 @@ def _read_output(form: Json, inner: Any, at: str) -> Optional[JsonOutput]:
 
 
 def _chat_reasoning(effort: str, own: Json, thinking: Json) -> Optional[Reasoning]:
-    """`reasoning_effort`, OpenRouter's `reasoning`, or Messages' `thinking`. Efforts like `auto` say nothing."""
+    """`reasoning_effort`, or OpenRouter's `reasoning`, or `thinking` in the shape of the Messages API. Efforts like
+    `auto` and `default` say nothing."""
     kind = thinking.get("type")
     if kind == "disabled" or own.get("enabled") is False:
         return Reasoning("none")
@@ -4068,7 +4076,8 @@ def _chat_usage(usage: Json) -> Usage:
 
 
 def _write_openai_usage(usage: Usage, prompt: str = "prompt_tokens", output: str = "completion_tokens") -> Json:
-    """SDK: CompletionUsage; ResponseUsage names two counts otherwise. The prompt includes the cache's (trap 113)."""
+    """SDK: CompletionUsage; ResponseUsage names the two counts otherwise. The prompt includes what was read from and
+    written to the cache (trap 113)."""
     total = usage.input + usage.cache_read + usage.cache_write
     counts = {prompt: total, output: usage.output, "total_tokens": total + usage.output}
     cached = {"cached_tokens": usage.cache_read, "cache_write_tokens": usage.cache_write}
@@ -5020,7 +5029,8 @@ _ODD_IN_IDS = r"[^a-zA-Z0-9_-]"
 
 
 def _with_legal_ids(message: Any) -> Any:
-    """A message with ids of calls as Anthropic wants them: clients have other providers' as such (functions.NAME:0)."""
+    """A message whose calls and results bear ids as Anthropic wants them: those of other providers reach clients as
+    they are, since these want theirs back (Kimi's are functions.NAME:0)."""
     parts = as_dict(message).get("content")
     return {**message, "content": list(map(_with_legal_id, parts))} if isinstance(parts, list) else message
 
@@ -5212,7 +5222,8 @@ class AnthropicStreamParser(TypedEventParser):
         return self._start({"message": message}) + self._stop({})
 
     def _note(self, *parts: Json) -> Events:
-        """What is said of the answer. Later counts win, but a zero hides no number: some repeat the fields empty."""
+        """What is said of the answer. Later counts win, except that a zero never hides a number: some upstreams repeat
+        the fields empty."""
         for part in parts:
             self._answer.update(_told(part))
             for key, value in get_dict(part, "usage").items():
@@ -6941,7 +6952,8 @@ _SCHEMA_BOUNDS = frozenset(
 
 
 def closed_schema(schema: Any, place: str = "items") -> Any:
-    """A JSON schema as Anthropic's outputs take it, objects closed and bounds described, as by its transform_schema."""
+    """A JSON schema as Anthropic's structured outputs take it: objects are closed, bounds become words of the
+    description (the SDK's transform_schema). place: where it stands."""
     if isinstance(schema, list):
         return [closed_schema(one, place) for one in schema]
     if not isinstance(schema, dict) or place not in _SCHEMA_MAPS + _SCHEMA_PLACES:
@@ -6988,7 +7000,8 @@ _REFUSAL = (
 
 
 def _names(field: str) -> str:
-    """An error that says no to `field`: a word of its own in any spelling, or the end of its place, and a refusal."""
+    """An error that says no to `field`: its name as a word of its own, however it is spelled (xAI: reasoningEffort),
+    alone or at the end of its place in the body, and a word of refusal."""
     word = r"(?<![\w.])(?:(?:body|tools|messages)\.(?:[\w-]+\.)*)?%s(?!\w)" % field.replace("_", "[_ ]?")
     return r"(?s)\A(?=.*%s)(?=.*(?:%s))" % (word, _REFUSAL)  # at the start only, or long texts take minutes
 
@@ -7743,7 +7756,8 @@ class Routes:
         return (origin, *[candidate for candidate in others if candidate.ref != origin.ref])
 
     def find_candidate(self, name: str) -> Optional[Candidate]:
-        """The model that `name` (a ref, bare id or alias) means, or None. RouterError 404 when several have it."""
+        """The model that `name` (`provider/model`, or a bare id or alias) means; None when there is none. RouterError
+        404 when several providers have it."""
         found = self._index.find(name)
         if len(found) > 1:
             refs = ", ".join(sorted("%s/%s" % (provider.id, model.id) for provider, model in found))
@@ -8756,7 +8770,8 @@ def backoff_ms(retry: int, settings: Settings, jitter: float) -> int:
 
 
 class Row(NamedTuple):
-    """A line that can be selected. cells: its columns; item: what keys work on; state: ok, off, warning, error, ""."""
+    """A line that can be selected. cells: its columns. item: what the keys of its screen work on, None for nothing.
+    state: ok, off, warning, error or ""."""
 
     cells: Texts
     item: Any = None
@@ -10971,8 +10986,9 @@ class FileError(RouterError):
 
 
 class Loaded(NamedTuple):
-    """A configuration as found. document: None when there is none. source: where from, in words. path: its file, or "".
-    warnings: of the file itself. text: as it was read. stamp: the file's (file_stamp), from before it was read."""
+    """A configuration as found. document: None when there is none. source: where from, in words. path: its file, ""
+    when it came from a variable. warnings: what is wrong with the file itself. text: as it was read. stamp: the file's
+    (see file_stamp), taken before it was read."""
 
     document: Optional[Json]
     source: str
@@ -11003,7 +11019,8 @@ def load_config(given: str, environ: Environ) -> Loaded:
 
 
 def file_stamp(path: str) -> Tuple[Any, ...]:
-    """What changes whenever a file is written or replaced, also if its time is set back. () while there is none."""
+    """What changes whenever a file is written or replaced, also where its time is set back (`cp -p`): times, size,
+    inode. Empty while there is none."""
     try:
         status = os.stat(path)
     except OSError:
@@ -11072,7 +11089,8 @@ def edit_config_file(path: str, change: Callable[[Json], Edit]) -> Edit:
 
 
 def render_document(document: Json, indent: Optional[int] = 2) -> bytes:
-    """A document as it is stored: readable JSON, or short. ConfigError for what JSON cannot say (1e999)."""
+    """A document as it is stored: readable JSON, without an indent short. ConfigError for what JSON cannot say
+    (1e999)."""
     how: Dict[str, Any] = {"indent": indent, "separators": (",", ":" if indent is None else ": ")}
     try:
         return (json.dumps(document, ensure_ascii=False, allow_nan=False, **how) + "\n").encode("utf-8")
@@ -11158,7 +11176,8 @@ def _remove(path: str) -> None:
 
 
 def open_private(path: str, mode: str) -> Any:
-    """The file `path` opened unbuffered, made if it is not there, 0600, never through a symbolic link. OSError."""
+    """The file `path` opened without a buffer, made when it is not there, mode 0600, never through a symbolic link.
+    OSError otherwise."""
     import stat
 
     more = os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
@@ -11540,7 +11559,10 @@ class Connection:
         self._send()
 
     def is_alive(self) -> bool:
-        """Whether a kept connection can still be used: nothing may have arrived on it, least of all its end."""
+        """Whether a kept connection can still be used: nothing may have arrived on it, least of all its end.
+
+        TLS has no MSG_PEEK; there a read that would block means alive, and what it reads otherwise is unasked for.
+        """
         try:
             self._sock.recv(1)  # whatever there may be, nobody has asked for it
         except OSError as error:
@@ -12931,7 +12953,8 @@ def ledger_path(settings: Settings) -> str:
 
 
 def cost_of(ref: str, usage: Optional[Iterable[int]], costs: Mapping[str, Any]) -> Optional[float]:
-    """What tokens (a Usage's) cost by the `cost` of `ref` in `costs`, per million; None without a needed price."""
+    """What tokens (the fields of Usage) cost, by the `cost` of the model `ref` in `costs`, prices per million of them;
+    None when a price that is needed is unknown."""
     cost = costs.get(ref) or costs.get(ref.partition("/")[0] + "/*") or {}
     needed = [(tokens, cost.get(key)) for tokens, key in zip(usage or (), COST_KEYS) if tokens]
     if not needed or not all(type(price) in (int, float) and price >= 0 for _, price in needed):
@@ -12940,8 +12963,9 @@ def cost_of(ref: str, usage: Optional[Iterable[int]], costs: Mapping[str, Any]) 
 
 
 def ledger_row(trail: Trail, costs: Mapping[str, Any]) -> Tuple[Any, ...]:
-    """A request as a row of the ledger. costs: ref -> `cost`. Untold tokens are None, those of an unfinished answer are
-    marked as an estimate. Half a surrogate pair, which a client's JSON may hold, becomes a question mark."""
+    """A request as a row of the ledger. costs: ref -> `cost`. Tokens that nobody told are None; told by an answer
+    that did not reach its end they are marked as an estimate. Half a surrogate pair, which a client's JSON may hold,
+    becomes a question mark."""
     usage = trail.usage if any(trail.usage or ()) else None
     row = [getattr(trail, name) for name in _LEDGER_FIELDS]
     row += [min(count, _MOST_TOKENS) for count in usage] if usage else [None] * len(Usage._fields)
@@ -13098,7 +13122,8 @@ _LEDGER_SUMS = {
 
 def sum_ledger(path: str, by: str, since: float) -> List[Json]:
     """The ledger's rows from `since` (Unix seconds) on, summed by a key of LEDGER_GROUPS: {"group", "requests", ...},
-    the last one the total of group None; [] for nothing; no count_tokens. RouterError for an unreadable file."""
+    the last one the total with the group None; [] when there is nothing. count_tokens calls are left out. RouterError
+    when the file cannot be read."""
     sums = ", ".join("%s AS %s" % (sql, name) for name, sql in _LEDGER_SUMS.items())
     source = "FROM requests WHERE time >= ? AND operation <> 'count_tokens'"
     order = '"group"' if by == "day" else "coalesce(cost, 0) DESC, requests DESC"
@@ -13108,7 +13133,8 @@ def sum_ledger(path: str, by: str, since: float) -> List[Json]:
 
 
 def find_in_ledger(path: str, id: str) -> Optional[Json]:
-    """A request's row, or with "last" the newest, shaped as by `log_record`, with "cost", and "path" for attempts."""
+    """A request's row of the ledger in the shape of `log_record`, with "cost", and with "path" in place of attempts;
+    "last" means the newest. None when it is not there."""
     rows = _read_ledger(path, id, "SELECT * FROM requests WHERE ? IN (id, 'last') ORDER BY rowid DESC LIMIT 1")
     if not rows:
         return None
@@ -13410,7 +13436,8 @@ class WorkerClient(PingingSink):
             self._written.catch(self._gone)
 
     async def relay(self, reply: WorkerReply, processor: Any, idle_ms: int, left_s: Optional[float]) -> str:
-        """The rest of a reply to the client: UNWATCHED if the runtime passes it on, else "end" or what broke it."""
+        """The rest of a reply to the client: UNWATCHED when the runtime passes it on, "end" or the label of what broke
+        it when it was translated."""
         import js
         from pyodide.ffi import JsException, create_proxy, to_js
 
@@ -13493,7 +13520,8 @@ class WorkerClient(PingingSink):
 
 
 class _Pump:
-    """The rest of a stream in a Worker; a translated one is `transform`ed. end: why it was stopped, or ""."""
+    """The rest of a stream in a Worker. For a translated one the runtime calls `transform` for every chunk. end: why it
+    was stopped before the upstream's end, "" when it was not."""
 
     def __init__(
         self, client: WorkerClient, reply: WorkerReply, processor: Any, idle_s: float, left_s: Optional[float]
@@ -13594,7 +13622,8 @@ def state_path() -> str:
 
 
 class Instance(NamedTuple):
-    """A running server in the state file. token: its control channel's; started, ends (0: not yet): Unix seconds."""
+    """One running server as the state file tells it. token: the bearer of its control channel; started, and ends, for
+    one that stops: Unix seconds."""
 
     id: str
     pid: int
@@ -13697,7 +13726,8 @@ def find_instance(path: str, config: str, port: int) -> Instance:
 
 
 def has_ended(instance: Instance) -> bool:
-    """Whether an instance that was told to stop is gone: its entry goes last, unless it was killed (Linux: /proc)."""
+    """Whether an instance that was told to stop is gone: taking its entry out is the last thing it does, unless it was
+    killed (Linux: /proc)."""
     is_killed = os.path.exists("/proc/self") and not os.path.exists("/proc/%d" % instance.pid)
     return is_killed or all(one.id != instance.id for one in read_instances(state_path()))
 
@@ -13706,7 +13736,8 @@ def has_ended(instance: Instance) -> bool:
 
 
 class Router(CountingHost):
-    """One running instance: its gateway, its effects (see GATEWAY), its memory, and what its control channel can do."""
+    """One running instance: its gateway and the effects that has (see GATEWAY), what it remembers, and what its control
+    channel can do."""
 
     def __init__(self, loop: Any, options: StartOptions, log: LogWriter) -> None:
         import secrets
@@ -13896,7 +13927,8 @@ class Router(CountingHost):
         return notes
 
     def enroll(self, *entries: Instance) -> None:
-        """Have the state file say this of the instance, by which `stop`, `reload`, ... find it; no entry: nothing."""
+        """Have the state file say this of the instance, so that `stop`, `reload`, `status` and `explain` find it, and
+        without an entry nothing."""
         self._entries = list(entries)
         self.stay_enrolled()
 
@@ -14041,7 +14073,8 @@ def _loop_trouble(context: Dict[str, Any]) -> str:
 
 
 def _descriptors_for_clients() -> int:
-    """Raise the limit of open files; how many may be clients, the rest being for upstreams and files. 0: unknown."""
+    """Raise the limit of open files as far as the system lets us; how many may be clients: the rest is for upstreams,
+    files and the answer that there is no room. 0: unknown."""
     try:
         import resource
     except ImportError:  # Windows has no such limit
@@ -14162,7 +14195,8 @@ def _announce(options: StartOptions, port: int) -> None:
 
 
 def _on_signals(loop: Any, stop: Callable[[], Any], reload: Callable[[], Any]) -> None:
-    """The first SIGINT or SIGTERM stops, a second one ends the process at once. SIGHUP (not Windows) reloads."""
+    """The first SIGINT or SIGTERM stops; after it both have their plain meaning: a second one ends the process. SIGHUP
+    reloads; Windows has none."""
     import signal
 
     numbers = (signal.SIGINT, signal.SIGTERM)
@@ -14308,7 +14342,8 @@ def fetch_release(source: str) -> bytes:
 
 def fetch(request: Any, max_bytes: int, check: Optional[Callable[[str], None]] = None) -> Tuple[int, Any, bytes]:
     """(status, headers, body) of the answer to a request of urllib's, whatever its status; a redirection is followed
-    when `check` lets its URL pass. RouterError for none, too slow or too large a one. No proxy for this machine's."""
+    when `check` lets its URL pass. RouterError for none, one that is too slow or too large. What stays on this machine
+    goes through no proxy."""
     import http.client
     import urllib.error
     import urllib.request
@@ -14388,7 +14423,8 @@ def _check_version(data: bytes) -> str:
 
 
 def run_tool(argv: Sequence[str], limit_s: float, data: bytes = b"", **where: Any) -> Tuple[int, str]:
-    """(exit code, output and errors) of a program given `data` over stdin; 127: none, or it hangs. where: cwd, env."""
+    """(exit code, output and errors) of another program that gets `data` over stdin; 127 when it is missing or hangs.
+    where: cwd, env."""
     import subprocess
 
     try:
@@ -14563,7 +14599,8 @@ _WRANGLER_VARIABLES = {"CI": "1", "WRANGLER_SEND_METRICS": "false", "WRANGLER_HI
 
 
 class Site(NamedTuple):
-    """Where a Worker goes. account: "": the token's only one. domain, or route: a pattern; neither: on workers.dev."""
+    """Where a Worker goes. account: "" for the only one of the token. domain: a host of its own; route: a pattern in a
+    zone of the account; neither: NAME.SUBDOMAIN.workers.dev."""
 
     name: str = WORKER_NAME
     account: str = ""
@@ -14621,7 +14658,8 @@ def check_site(site: Site) -> Site:
 
 
 def key_weakness(key: str) -> str:
-    """Why a master key is too weak where everybody can reach it, "" if it is strong. Well-known words do not count."""
+    """Why a master key is too weak for a router that everybody can reach, "" when it is strong. Words that lists of
+    passwords hold count for nothing."""
     words = "0123456789|abcdef|change|default|letmein|master|passw[o0]rd|private|qwerty|router|secret|welcome|worker"
     core = re.sub(words, "", key, flags=re.IGNORECASE)
     kinds = sum(bool(re.search(kind, core)) for kind in ("[a-z]", "[A-Z]", "[0-9]", "[^a-zA-Z0-9]"))
@@ -14653,7 +14691,8 @@ def config_secrets(text: str) -> Dict[str, str]:
 
 
 class Payload(NamedTuple):
-    """What the Worker gets to know. secrets: by name, the configuration's first; missing: variables not set here."""
+    """What the Worker gets to know. secrets: by name, the configuration's first. missing: variables that it names and
+    that are not set here."""
 
     master_key: str
     secrets: Dict[str, str]
@@ -14905,7 +14944,8 @@ class Wrangler:
             self._environ["CLOUDFLARE_ACCOUNT_ID"] = account
 
     def call(self, step: CloudStep, site: Site) -> str:
-        """What a call printed, made in a temporary folder with the project. CloudflareError with its last words."""
+        """What a call printed; it is made in a folder with the project, which is gone afterwards. CloudflareError with
+        its last words when it failed."""
         import tempfile
 
         data = b"".join(part.data for part in step.parts if not part.name)
@@ -15317,7 +15357,8 @@ _CURES = {
 class Agent(NamedTuple):
     """How a program is pointed at the router. variables (NAME=VALUE) and words (arguments before the user's own) are
     templates, see `agent_facts`; one that needs a fact that is empty is left out. hidden: variables that must not reach
-    it. file: the variable with the path of a temporary file, and what makes its text. install: where to get it."""
+    it. file: the variable that gets the path of a temporary file, and what makes its text of the facts. install: where
+    to get it."""
 
     name: str
     install: str
@@ -15763,7 +15804,8 @@ class Flag(NamedTuple):
 
 
 class Given:
-    """What a command is run with: flags, {"log_format": "json"}, each also an attribute (or None), and environment."""
+    """What a command is run with: the flags that were given, {"log_format": "json"}, and the environment. Every flag is
+    an attribute as well, None when it was not given."""
 
     def __init__(self, environ: Environ, flags: Json) -> None:
         self.environ = environ
@@ -15812,7 +15854,8 @@ class Given:
         return code
 
     def edit(self, change: Callable[[Json], Edit], lines: Sequence[str] = (), **told: Any) -> int:
-        """Apply an edit to the file; tell what was done, and a key that was made. lines, told: what else to tell."""
+        """Apply an edit to the file and tell what was done; a key that was made is shown here and nowhere else. lines,
+        told: what else to tell, as text and as JSON."""
         edit = edit_config_file(self.path, change)
         done = [*map(one_line, (*edit.notes, "saved to " + self.path))]
         done += [_KEY_ONCE % (name[:-3], told[name]) for name in ("masterKey", "clientKey") if name in told]
@@ -16582,7 +16625,8 @@ def _deploy_in_menu(given: Given) -> Json:
 
 
 def _save_menu(path: str, base: Json, document: Json) -> Tuple[str, Any]:
-    """("saved", words), or ("conflict", what the file holds) when it is not `base` any more. A removed one is made."""
+    """("saved", words), or ("conflict", what the file holds by now) when it is no longer `base`; then it is untouched.
+    A file that was removed is made again."""
     theirs: List[Json] = []
 
     def change(found: Json) -> Edit:
@@ -16769,7 +16813,8 @@ def _explanation(trail: Json) -> List[str]:
 
 
 def _attempt_lines(trail: Json) -> List[str]:
-    """Each attempt with its place in the request's time: a wait dotted, the attempt solid, a stream's rest light."""
+    """Each attempt with its place in the request's time: dotted a wait, solid the attempt, light the rest of an answer
+    that streams."""
     attempts, whole, began = trail["attempts"], max(trail["total_ms"], 1), 0
     rows, bars = [], []
     for number, one in enumerate(attempts, 1):
@@ -16903,7 +16948,8 @@ def run_agent(given: Given) -> int:
 
 
 def _run_as_guest(agent: Agent, argv: Sequence[str], instance: Instance, given: Given) -> int:
-    """Run a program with a key of its own, by which log and ledger name it; the router knows it for as long."""
+    """Run a program with a key of its own, which the running router knows while the program runs, and by which log and
+    ledger name it."""
     import secrets
 
     name = re.sub(r"[^A-Za-z0-9._-]", "-", argv[0].replace("\\", "/").rpartition("/")[2])
@@ -17059,7 +17105,8 @@ def _ask_user(given: Given, question: str, otherwise: str) -> str:
 
 
 def _strong_payload(given: Given) -> Payload:
-    """What the Worker gets to know, if wanted with a new master key for a weak or missing one, else UsageError."""
+    """What the Worker gets to know, with a new master key in place of a weak or missing one, if the user wants that.
+    UsageError when he does not, or cannot be asked."""
     loaded = given.load()
     payload, config = make_payload(loaded.document, given.environ), read_config(loaded.document, given.environ)
     fault = "" if config.client_keys else "there is no master key, and everybody can reach a Worker"

@@ -22,7 +22,7 @@ PROGRAM = Path(__file__).resolve().parent.parent / "llm_router.py"
 # --- tables --------------------------------------------------------------------
 
 KINDS = ("pure", "async", "host")
-MAX_LINES = 17_295
+MAX_LINES = 17_360
 MAX_FUNCTION_LINES = 50
 MEDIAN_FUNCTION_LINES = 8
 
