@@ -6141,7 +6141,9 @@ class ResponsesParser(TypedEventParser):
     def _flush(self) -> Events:
         """What can be sent on: while a block is open, the events of all other items wait (trap 33)."""
         events: Events = []
-        for state in [*([self._active] if self._active else []), *self._items.values()]:
+        states = [self._active] if self._active is not None else []
+        states += self._items.values() if not states or states[0].block is None else []
+        for state in states:
             events += state.waiting
             state.waiting, self._active = [], state if state.block is not None else None
             if self._active is not None:
