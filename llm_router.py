@@ -335,7 +335,9 @@ def did_you_mean(name: str, known: Iterable[str], otherwise: str, count: int = 1
     """The question for up to `count` of the `known` words that look most like `name`; `otherwise` when none does."""
     import difflib  # costs milliseconds and is only needed once something went wrong
 
-    near = difflib.get_close_matches(name, list(known), count, 0.5)
+    parts = [name[at : at + 4] for at in range(0, min(len(name), 80), 4)]
+    likely = sorted(known, key=lambda word: -sum(part in word for part in parts))[:500]  # each takes a tenth of a ms
+    near = difflib.get_close_matches(name, likely, count, 0.5)
     return "did you mean %s?" % " or ".join(near) if near else otherwise
 
 
@@ -713,8 +715,10 @@ def get_field(raw: Json, kind: str, key: str) -> Any:
 # ----- reading text -----
 
 _MAX_DEPTH = 60  # far below the recursion limit, so that no walk of a document needs to fear it
-_SECRET_VALUE = re.compile(r'("[^"]*(?:key|secret|token|auth|credential|password)[^"]*"\s*:\s*")([^"]*)', re.IGNORECASE)
-_LONG_TOKEN = re.compile(r"()([A-Za-z0-9_+/=-]{24,}|\bsk-[A-Za-z0-9_-]+)")
+_SECRET_VALUE = re.compile(  # also where the mistake is JavaScript's: {masterKey: 'x'}
+    r"""((?:key|secret|token|auth|credential|password)[^"':,{}]{0,80}["']?\s*:\s*(["']))((?:\\.|(?!\2).)*)""", re.I
+)
+_LONG_TOKEN = re.compile(r"(())([A-Za-z0-9_+/=-]{24,}|\bsk-[A-Za-z0-9_-]+)")
 _TYPES = {bool: "a boolean", dict: "an object", list: "a list", str: "text", int: "a whole number", float: "a number"}
 
 
@@ -747,7 +751,7 @@ def parse_config_text(text: Union[str, bytes], source: str) -> Json:
     return document
 
 
-_COMMENTS = re.compile(r'"(?:[^"\\\n]|\\.)*"?|(?P<extra>//[^\n]*|/\*.*?\*/)', re.DOTALL)
+_COMMENTS = re.compile(r'"(?:[^"\\\n]|\\.)*"?|(?P<extra>//[^\n]*|/\*.*?\*/)|/\*.*', re.DOTALL)
 _LAST_COMMAS = re.compile(r'"(?:[^"\\\n]|\\.)*"?|[\[{]\s*,|(?P<extra>,)(?=\s*[]}])', re.DOTALL)
 
 
@@ -763,13 +767,8 @@ def _plain_json(text: str) -> str:
     return text
 
 
-def _position(text: str, at: int) -> Tuple[int, int]:
-    """The line and column of the character `at`, both from 1."""
-    return text.count("\n", 0, at) + 1, at - text.rfind("\n", 0, at)
-
-
 def _syntax_error(source: str, text: str, at: int, message: str) -> ConfigError:
-    line, column = _position(text, at)
+    line, column = text.count("\n", 0, at) + 1, at - text.rfind("\n", 0, at)
     shown = _hide_secrets(text.split("\n")[line - 1])
     start = max(0, column - 71)
     shown = "".join(c if c.isprintable() else " " for c in shown[start : start + 100])
@@ -793,7 +792,7 @@ def _hint(text: str, at: int) -> str:
 def _hide_secrets(line: str) -> str:
     """`line` with what may be a key as asterisks of the same length, so that a caret still points right."""
     for pattern in (_SECRET_VALUE, _LONG_TOKEN):
-        line = pattern.sub(lambda match: match.group(1) + "*" * len(match.group(2)), line)
+        line = pattern.sub(lambda match: match.group(1) + "*" * len(match.group(3)), line)
     return line
 
 
@@ -806,13 +805,13 @@ def locate_problems(problems: Iterable[Problem], text: str) -> List[Problem]:
     is missing is shown at what should hold it. Keys that are written twice are further problems, seen in text only."""
     places, twice = _find_places(text)
     doubled = [Problem(path, "is written twice, the last one counts", "remove one", "warning") for path in twice]
-    located = []
+    located, starts = [], [0, *(found.end() for found in re.finditer("\n", text))]  # of each line
     for problem in [*problems, *doubled]:
         path = problem.path
         while path not in places:
             path = path[: max(0, path.rfind("."), path.rfind("["))]
-        line, column = _position(text, places[path])
-        located.append(problem._replace(line=line, column=column))
+        line = bisect_left(starts, places[path] + 1)
+        located.append(problem._replace(line=line, column=places[path] + 1 - starts[line - 1]))
     return sorted(located, key=lambda problem: (problem.line, problem.column))
 
 
@@ -1385,8 +1384,7 @@ class ModelIndex:
         sole = ((name, *owners.values()) for name, owners in self._owners.items() if len(owners) == 1)
         self.names += [name for name, (_, model) in sole if model.id != name]
         wild = sorted((name for name in aliases if "*" in name), key=lambda name: name.count("*") - len(name))
-        patterns = (".*".join(map(re.escape, name.split("*"))) for name in wild)
-        self._patterns = [(re.compile(pattern, re.DOTALL), aliases[name]) for pattern, name in zip(patterns, wild)]
+        self._patterns = [(name.split("*"), aliases[name]) for name in wild]
 
     def find(self, name: str) -> List[Tuple[Provider, Model]]:
         """The enabled models that `name` (`provider/model`, or a bare id or alias) means: one, none, or those among
@@ -1400,7 +1398,7 @@ class ModelIndex:
 
     def find_pattern(self, name: str) -> Optional[Texts]:
         """The refs of the alias pattern with the longest literal part that `name` matches."""
-        return next((refs for pattern, refs in self._patterns if pattern.fullmatch(name)), None)
+        return next((refs for pieces, refs in self._patterns if _fits(name, *pieces)), None)
 
     def judge(self, name: str, aliases: bool = True, patterns: bool = False) -> str:
         """ "" when `name` means one enabled model, or, if it may, an alias or a pattern; else a key of _VERDICTS."""
@@ -1412,6 +1410,18 @@ class ModelIndex:
         if found or name in self.aliases:
             return "ambiguous" if found else "alias"
         return "disabled" if model_id and is_off else "unknown"
+
+
+def _fits(name: str, first: str, *others: str) -> bool:
+    """Whether `name` is these pieces with anything between. A regular expression would try each piece at every place,
+    and with a few stars a long name would stop every stream for minutes."""
+    *middle, last = others
+    is_good = len(name) >= len(first + last) and name.startswith(first) and name.endswith(last)
+    rest = name[len(first) : len(name) - len(last)]
+    for piece in filter(None, middle):
+        _, found, rest = rest.partition(piece)
+        is_good = is_good and found != ""
+    return is_good
 
 
 # ----- well-known providers -----
@@ -1777,13 +1787,13 @@ def _as_object(holder: Json, key: str, value: Any) -> Json:
 
 def _put_models(provider: Json, names: Sequence[str]) -> List[str]:
     """Make `names` the provider's models; what became of the old ones."""
-    names, old = list(dict.fromkeys(names)), _models_of(provider)
+    wanted, old = dict.fromkeys(names), _models_of(provider)
     by_id = {_id_of(entry): entry for entry in reversed(old)}
-    gone = [entry for entry in old if _id_of(entry) not in names]
+    gone = [entry for entry in old if _id_of(entry) not in wanted]
     disabled = [entry for entry in gone if _is_off(entry)]
-    _put(provider, "provider", "models", [by_id.get(name, {"id": name}) for name in names] + disabled)
-    dropped = ", ".join(_id_of(entry) for entry in gone if entry not in disabled)
-    return ["models: " + ", ".join(names)] + (["no longer listed: " + dropped] if dropped else [])
+    _put(provider, "provider", "models", [by_id.get(name, {"id": name}) for name in wanted] + disabled)
+    dropped = ", ".join(_id_of(entry) for entry in gone if not _is_off(entry))
+    return ["models: " + ", ".join(wanted)] + (["no longer listed: " + dropped] if dropped else [])
 
 
 # ----- any field, by its place -----
@@ -10915,16 +10925,13 @@ class Probe:
         limits = limits._replace(first_byte_ms=first_byte_ms, idle_ms=idle_ms)
         headers = merge_headers(target, [], wire, wire, False)
         reply = await self._host.send(Outbound(target, path, headers, body, wire, False, limits, method))
-        data = part = b""
+        data = bytearray()  # a copy of all for each small piece would take minutes
         try:
-            while len(data) < _MAX_LISTING_BYTES:
-                part = await reply.read(idle_ms / 1000)
-                if not part:
-                    break
+            while len(data) < _MAX_LISTING_BYTES and (part := await reply.read(idle_ms / 1000)):
                 data += part
         finally:
             reply.close()
-        return reply.status, reply.headers, data
+        return reply.status, reply.headers, bytes(data)
 
 
 def _judge_probe(wire: str, status: int, headers: Headers, data: bytes, now: float, request: ChatRequest) -> Outcome:
@@ -11224,18 +11231,16 @@ def _try_lock(path: str) -> Any:
 def _lock_descriptor(descriptor: int) -> bool:
     """Take the lock if it is free. Where a system or file system has no locks, the comparison of contents remains."""
     try:
-        try:
-            import fcntl
-
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:
+        if os.name == "nt":
             import msvcrt
 
             msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
-    except ImportError:
-        return True
-    except OSError as error:
-        return error.errno not in (errno.EAGAIN, errno.EACCES)
+        else:
+            import fcntl
+
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (ImportError, OSError) as error:
+        return getattr(error, "errno", 0) not in (errno.EAGAIN, errno.EACCES)
     return True
 
 

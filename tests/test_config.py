@@ -4,6 +4,7 @@ import copy
 import json
 import random
 import re
+import time
 
 import pytest
 
@@ -964,6 +965,9 @@ def test_the_schema_refuses_what_the_router_refuses(change):
         '"headers": {"authorization": "Bearer hunter2"} oops',
         '"x": "sk-hunter2" oops',
         '"whatever": "hunter2hunter2hunter2hunter2" oops',
+        "apiKey: 'hunter2', oops",
+        """'masterKey' : 'x"hunter2' oops""",
+        r'"apiKey": "\"hunter2" oops',
     ],
 )
 def test_the_line_shown_for_broken_json_hides_keys(line):
@@ -1167,6 +1171,21 @@ def test_what_has_no_place_of_its_own_is_told_without_one(value):
     with pytest.raises(r.ConfigError, match="file is not usable JSON: ") as caught:
         r.parse_config_text('{"version": 1,\n "metadata": %s}' % value, "file")
     assert not [one for one in caught.value.problems if one.line]
+
+
+@pytest.mark.parametrize("text", ['{"a" "' + "key" * 250_000, "{" + "/* " * 100_000], ids=["one line", "a comment"])
+def test_what_is_no_json_is_told_in_a_moment_however_long_it_is(text):
+    began = time.process_time()
+    with pytest.raises(r.ConfigError, match="f:1:"):
+        r.parse_config_text(text, "f")
+    assert time.process_time() - began < 10
+
+
+def test_thousands_of_problems_are_found_in_a_long_text_in_a_moment():
+    began, problems = time.process_time(), [r.Problem("b", "is odd", "mend it")] * 20_000
+    found = r.locate_problems(problems, "{" + "\n" * 2_000_000 + ' "b": 1}')
+    assert {(one.line, one.column) for one in found} == {(2_000_001, 2)}
+    assert time.process_time() - began < 10
 
 
 def test_problems_come_in_the_order_of_the_text():

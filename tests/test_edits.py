@@ -2,6 +2,7 @@
 
 import copy
 import json
+import time
 
 import pytest
 
@@ -443,3 +444,11 @@ def test_masking_reaches_providers_in_every_shape(as_map):
 
 def test_a_variable_name_is_no_secret():
     assert r.mask_document({"apiKeyEnv": "OPENAI_API_KEY"}, "provider") == {"apiKeyEnv": "OPENAI_API_KEY"}
+
+
+def test_a_list_of_very_many_models_is_replaced_in_a_moment():
+    document = {"providers": [{"id": "a", "baseUrl": "https://a.test", "models": ["old-%d" % i for i in range(60_000)]}]}
+    began = time.process_time()
+    r._put_models(document["providers"][0], ["new-%d" % i for i in range(60_000)])
+    assert time.process_time() - began < 10
+    assert document["providers"][0]["models"][0] == {"id": "new-0"}

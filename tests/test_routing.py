@@ -1,5 +1,7 @@
 """Section ROUTING: a model's name becomes an ordered list of candidates, and lists of models."""
 
+import time
+
 import pytest
 
 import llm_router as R
@@ -186,6 +188,28 @@ def test_patterns_may_hold_several_stars_and_every_other_character_stands_for_it
         ("x/y", "any"),
     ):
         assert refs(routes, asked) == ["a/" + ref]
+
+
+@pytest.mark.parametrize(
+    "pattern, name, is_meant",
+    [
+        ("ab*ba", "aba", False),  # no character counts twice
+        ("ab*ba", "abba", True),
+        ("a*b*b*", "ab", False),
+        ("a*b*b*", "axbxb\n", True),
+        ("**x**", "x", True),
+        ("*-x*x-*", "-x-", False),
+    ],
+)
+def test_a_star_stands_for_any_characters_or_none(pattern, name, is_meant):
+    assert (R.ModelIndex((), {pattern: ("a/m",)}).find_pattern(name) is not None) == is_meant
+
+
+def test_a_long_name_is_compared_with_a_pattern_of_many_stars_in_a_moment():
+    """The name is a client's; trying every piece at every place would take centuries, and hold up everybody."""
+    index, began = R.ModelIndex((), {"*-" * 8 + "*x": ("a/m",)}), time.process_time()
+    assert index.find_pattern("-" * 512) is None
+    assert time.process_time() - began < 10
 
 
 def test_a_wildcard_passes_any_id_with_the_models_own_fallbacks_and_fields():

@@ -79,3 +79,14 @@ def test_the_nearest_names_come_first():
 
 def test_what_is_printed_keeps_its_lines_and_no_other_control():
     assert R.printable("a\nb\x1b[2J\r\u202e\x07é") == "a\nb\\x1b[2J\\r\\u202e\\x07é"
+
+
+def test_a_wrong_name_is_compared_with_the_likeliest_of_very_many_only(monkeypatch):
+    """Every unknown model that a client names asks this question, on the thread that serves all of them."""
+    import difflib
+
+    close, compared = difflib.get_close_matches, []
+    monkeypatch.setattr(difflib, "get_close_matches", lambda w, known, *more: compared.extend(known) or close(w, known, *more))
+    known = ["open/claude-%05d" % i for i in range(10_000)] + ["other/gpt-4o-mini"]
+    assert R.did_you_mean("other/gtp-4o-mini", known, "") == "did you mean other/gpt-4o-mini?"
+    assert len(compared) <= 500
