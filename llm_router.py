@@ -3062,17 +3062,18 @@ def own_extra(value: Any, wire: str) -> Json:
 
 def fold(events: Iterable[Any]) -> Union[ChatResponse, ErrorInfo]:
     """A whole stream as one answer; its ErrorInfo when it failed."""
-    begun, blocks, deltas = Started("", ""), [], []
+    begun, blocks, deltas, added = Started("", ""), [], [], []
     for event in events:
         if isinstance(event, Delta):
             deltas.append(event.text)
         elif isinstance(event, Opened):
             blocks.append(event.block)
-            deltas = [block_text(event.block)]
+            deltas, added = [block_text(event.block)], []
         elif isinstance(event, Extended):
-            blocks[-1] = _extended(blocks[-1], event)
-        elif isinstance(event, Closed) and len(deltas) > 1:
-            blocks[-1] = with_text(blocks[-1], "".join(deltas))
+            added.append(event)
+        elif isinstance(event, Closed):
+            block = with_text(blocks[-1], "".join(deltas)) if len(deltas) > 1 else blocks[-1]
+            blocks[-1] = _extended(block, added) if added else block
         elif isinstance(event, Started):
             begun = event
         elif isinstance(event, Failed):
@@ -3105,11 +3106,18 @@ def with_text(block: Any, text: str) -> Any:
     return block._replace(**{"arguments" if isinstance(block, ToolCall) else "text": text})
 
 
-def _extended(block: Any, event: Extended) -> Any:
-    bag = dict(own_extra(block, event.wire))
-    for key, value in event.values.items():
-        bag[key] = bag[key] + value if isinstance(value, (str, list)) and type(bag.get(key)) is type(value) else value
-    return block._replace(extra={**(block.extra or {}), event.wire: bag})
+def _extended(block: Any, added: List[Extended]) -> Any:
+    bags: Dict[str, Json] = {event.wire: {**own_extra(block, event.wire)} for event in added}
+    made: Dict[Tuple[str, str], Any] = {}  # joined here: grows in place, since at OpenRouter every delta adds to a list
+    for wire, key, value in ((event.wire, *said) for event in added for said in event.values.items()):
+        old, bag = bags[wire].get(key), bags[wire]
+        if not isinstance(value, (str, list)) or type(old) is not type(value):
+            bag[key] = value
+        elif made.get((wire, key)) is old:
+            bag[key] += value
+        else:
+            bag[key] = made[wire, key] = old + value
+    return block._replace(extra={**(block.extra or {}), **bags})
 
 
 # What a client is spared to send back.
@@ -3120,14 +3128,27 @@ class BoundedMap:
 
     def __init__(self, limit: int = 1 << 24) -> None:
         self._entries: OrderedDict[Any, Tuple[Any, int]] = OrderedDict()
-        self._left = limit
+        self._limit = self._left = limit
 
     def put(self, key: Any, value: Any, size: int = 1) -> None:
-        """Add a value, or put another in its place; the oldest give way."""
-        self._left += self._entries.pop(key, (None, 0))[1] - size
-        self._entries[key] = value, size
+        """Add a value, or put another in its place; the oldest give way, but none to one that never fits."""
+        self._left += self._entries.pop(key, (None, 0))[1]
+        if size <= self._limit:
+            self._left -= size
+            self._entries[key] = value, size
         while self._left < 0:
             self._left += self._entries.popitem(last=False)[1][1]
+
+    def put_sized(self, key: Any, value: Any) -> None:
+        """Add texts, blocks and JSON by their bytes in memory: small strings take ten times their characters."""
+        size, parts = 300, [key, value]
+        for part in parts:
+            size += 16 + part.__sizeof__()
+            if isinstance(part, dict):
+                parts += [*part, *part.values()]
+            elif isinstance(part, (list, tuple, Value)):
+                parts += part._fields() if isinstance(part, Value) else part
+        self.put(key, value, size)
 
     def get(self, key: Any) -> Any:
         """The value of a key, None when there is none any more."""
@@ -3149,8 +3170,7 @@ class ReasoningRecorder:
     """
 
     def __init__(self, memory: BoundedMap, issuer: str) -> None:
-        self._memory = memory
-        self._issuer = issuer
+        self._memory, self._issuer = memory, issuer
         self._events: Events = []
         self._is_inside = False
 
@@ -3163,7 +3183,7 @@ class ReasoningRecorder:
                 if isinstance(block, ToolCall) and (self._events or block.extra):
                     blocks = getattr(fold([*self._events, Finished()]), "blocks", [])
                     blocks += [block._replace(arguments="")] if block.extra else []
-                    self._memory.put((self._issuer, block.id), blocks, 200 + len(repr(blocks)))
+                    self._memory.put_sized((self._issuer, block.id), blocks)
                     self._events = []
             if self._is_inside:
                 self._events.append(event)
@@ -4141,10 +4161,11 @@ _MAX_HELD = 4096  # characters of white space in front of a text; more of it cou
 
 class _Slot:
     """A block of an answer, open or to come. waiting: its text not yet passed on. For calls also pieces: all of it,
-    size: its length, and id: the upstream's own, which may come after the block was opened (trap 37)."""
+    size: its length, is_whole: whether the `judged` pieces are an object, and id: the upstream's own, which may come
+    after the block was opened (trap 37)."""
 
-    is_open = is_cumulative = False
-    size = 0
+    is_open = is_cumulative = is_whole = False
+    size = judged = 0
     id = ""
 
     def __init__(self, block: Any) -> None:
@@ -4170,9 +4191,12 @@ class _Slot:
         """Whether nothing can follow in it once another block began: of a call, when its arguments are an object."""
         if type(self.block) is not ToolCall:
             return True
-        may_end = self.is_open and self.pieces and self.pieces[-1].rstrip().endswith("}")
-        text = "".join(self.pieces) if may_end and self.block.kind == "function" else ""
-        return bool(text) and arguments_object(text) != {RAW_ARGUMENTS: text}
+        if self.is_open and self.judged != len(self.pieces):  # once for each piece, not for all that comes behind it
+            self.judged = len(self.pieces)
+            may_end = self.block.kind == "function" and self.pieces[-1].rstrip().endswith("}")
+            text = "".join(self.pieces) if may_end else ""
+            self.is_whole = bool(text) and arguments_object(text) != {RAW_ARGUMENTS: text}
+        return self.is_whole
 
 
 class ChatStreamParser:
@@ -4247,14 +4271,14 @@ class ChatStreamParser:
             self._read_delta(delta)
             if choice.get("finish_reason") or choice.get("usage") or choice.get("error"):
                 self._read_end_of_choice(choice)
-            elif flowing and flowing is self._flowing and len(own) == 1 and not chunk.get("usage"):
+            elif self._out and flowing and flowing is self._flowing and len(own) == 1 and not chunk.get("usage"):
                 self.said = self._only_text(delta)
         return self._take()
 
     def more(self, text: str) -> Events:
         """See WireFormat."""
         if self._flowing is not ToolCall:
-            return [] if text.strip() == _THINK_CLOSE else [Delta(text)]
+            return [] if text.strip() == _THINK_CLOSE and self._flowing is Text else [Delta(text)]
         self._slots[-1].add_arguments(text)
         self._advance()
         return self._take()
@@ -4351,18 +4375,18 @@ class ChatStreamParser:
         White space alone is no text (trap 32), unless it is all there is."""
         while self._slots:
             slot, is_last = self._slots[0], len(self._slots) == 1
-            kind, text = type(slot.block), "".join(slot.waiting)
-            is_all = is_end and is_last and not self._types
-            can_open = kind is not Text or text.strip() or len(text) >= _MAX_HELD or is_all
-            if kind is ToolCall:  # needs its name, and gets an id of its own
-                can_open = slot.block.name and (slot.id or slot.pieces or is_end)
+            kind, call = type(slot.block), slot.block
+            can_open = kind is not ToolCall or (call.name and (slot.id or slot.pieces or is_end))
+            text = "".join(slot.waiting) if can_open else ""
+            if kind is Text and not slot.is_open:
+                can_open = text.strip() or len(text) >= _MAX_HELD or (is_end and is_last and not self._types)
             if can_open and not slot.is_open:
                 if kind is ToolCall:
                     made_up = "call_%s_%d" % (self._context.id, len(self._ids))
-                    slot.block.id = unique_id(slot.id or made_up, self._ids)
+                    call.id = unique_id(slot.id or made_up, self._ids)
                 slot.is_open = True
                 self._types.add(kind)
-                self._out.append(Opened(slot.block))
+                self._out.append(Opened(call))
             if slot.is_open and text:
                 self._out.append(Delta(text))
                 slot.waiting.clear()
@@ -4448,7 +4472,7 @@ class ChatStreamParser:
     # -- tool calls
 
     def _read_calls(self, value: Any) -> None:
-        touched: List[_Slot] = []
+        touched: Set[_Slot] = set()
         for entry in map(as_dict, as_list(value) or [value]):  # one call is no list at TGI and Spark
             kind = "function" if type(entry.get("function")) is dict else "custom"
             inner = get_dict(entry, kind)
@@ -4457,7 +4481,7 @@ class ChatStreamParser:
                 continue
             name, text = get_text(inner, "name"), arguments_text(inner.get(_CHAT_CALLS[kind]))
             slot = self._find_call(entry, name, text, touched)
-            touched.append(slot)
+            touched.add(slot)
             slot.id = slot.id or get_text(entry, "id")
             call = slot.block
             if not slot.is_open:
@@ -4467,7 +4491,7 @@ class ChatStreamParser:
             slot.add_arguments(text)
             self._advance()
 
-    def _find_call(self, entry: Json, name: str, text: str, touched: List[_Slot]) -> _Slot:
+    def _find_call(self, entry: Json, name: str, text: str, touched: Set[_Slot]) -> _Slot:
         """The call that an entry continues, or a new one: `index` and `id` may be missing, or the same for all."""
         call_id, index = get_text(entry, "id"), entry.get("index")
         place = ("index", index) if type(index) in (int, str) else None
@@ -4484,7 +4508,7 @@ class ChatStreamParser:
             self._calls.setdefault(("id", call_id), slot)
         return slot
 
-    def _is_new_call(self, slot: _Slot, call_id: str, name: str, text: str, touched: List[_Slot]) -> bool:
+    def _is_new_call(self, slot: _Slot, call_id: str, name: str, text: str, touched: Set[_Slot]) -> bool:
         """Whether an entry that bears a name is another call than `slot`, although its index is the same (trap 35)."""
         if slot in touched or (call_id and slot.id):
             return slot in touched or call_id != slot.id
@@ -5628,8 +5652,7 @@ class ItemMemory(BoundedMap):
     def keep(self, items: Iterable[Json], owner: str = "") -> None:
         """Remember the items of an answer."""
         for item in items:
-            data = dump_json(item)
-            self.put((owner, item["id"]), data, len(data))
+            self.put_sized((owner, item["id"]), dump_json(item))
 
     def resolve(self, body: Json, owner: str = "") -> Optional[Json]:
         """The request with what is remembered in place of references to it; None when it has no such reference."""
@@ -6000,6 +6023,7 @@ class ResponsesParser(TypedEventParser):
         self.usage: Optional[Usage] = None
         self._names = _responses_flat_names(context.request.tools)
         self._items: Dict[int, _ResponsesItem] = OrderedDict()
+        self._going: List[_ResponsesItem] = []  # those that may still have something to send
         self._active: Optional[_ResponsesItem] = None
 
     def take(self, value: Json, kind: str) -> Events:
@@ -6035,6 +6059,7 @@ class ResponsesParser(TypedEventParser):
             index = next((i for i, state in self._items.items() if name and state.item.get("id") == name), newest)
         if index not in self._items:
             self._items[index] = _ResponsesItem(index, get_dict(value, "item") or {"type": kind})
+            self._going.append(self._items[index])
         return self._items[index]
 
     def _text(self, value: Json, event: str) -> None:
@@ -6100,7 +6125,7 @@ class ResponsesParser(TypedEventParser):
         block = block or self._blank(state)
         if block is not None:
             block = block if state.sent or Text not in self._kinds else set_apart(block)
-            self._kinds.append(type(block))
+            self._kinds += {type(block)}.difference(self._kinds)  # each once, or it is long to search
             state.block = with_text(block, "") if block_text(block) else block
             state.waiting += [Opened(state.block), *([Delta("".join(state.pieces))] if state.pieces else [])]
 
@@ -6151,13 +6176,13 @@ class ResponsesParser(TypedEventParser):
     def _flush(self) -> Events:
         """What can be sent on: while a block is open, the events of all other items wait (trap 33)."""
         events: Events = []
-        states = [self._active] if self._active is not None else []
-        states += self._items.values() if not states or states[0].block is None else []
-        for state in states:
+        for state in [*([self._active] if self._active else []), *self._going]:
             events += state.waiting
             state.waiting, self._active = [], state if state.block is not None else None
             if self._active is not None:
                 break
+        else:
+            self._going = [state for state in self._going if not state.ended]
         return events
 
     # -- the end
@@ -6182,10 +6207,10 @@ class ResponsesParser(TypedEventParser):
         seen = [self._items[index] for index in sorted(self._items)]
         for number, state in enumerate(seen):
             self._end(state, output[number] if len(output) == len(seen) else {})
-        known = [state.item.get("call_id") for state in seen]
-        for item in output if len(output) > len(seen) else ():
-            if not seen or (get_text(item, "type") in _RESPONSES_CALLS and item.get("call_id") not in known):
-                self._end(self._item({"output_index": max(self._items, default=-1) + 1, "item": item}), item)
+        known = {get_text(state.item, "call_id") for state in seen}
+        for index, item in enumerate(output if len(output) > len(seen) else (), max(self._items, default=-1) + 1):
+            if not seen or (get_text(item, "type") in _RESPONSES_CALLS and get_text(item, "call_id") not in known):
+                self._end(self._item({"output_index": index, "item": item}), item)
 
     def _fail(self, info: ErrorInfo) -> Events:
         start = [] if self._is_started else [self._start({})]
@@ -6240,8 +6265,7 @@ class ResponsesRenderer:
     """
 
     def __init__(self, context: Context, is_read: bool = True) -> None:
-        self._context = context
-        self._is_read = is_read
+        self._context, self._is_read = context, is_read
         self._tools = {tool.name: own_extra(tool, _RESPONSES) for tool in context.request.tools}
         self.snapshot: Json = {}
         self.number = 0
@@ -6542,8 +6566,7 @@ class ToolRestorer:
     """Turns an answer's calls back into what the client's tools are: full names, free text for custom tools."""
 
     def __init__(self, names: Dict[str, str], customs: Set[str]) -> None:
-        self._names = names
-        self._customs = customs
+        self._names, self._customs = names, customs
         self._held: Optional[List[str]] = None
 
     def restore(self, event: Any) -> Sequence[Any]:
@@ -6599,16 +6622,14 @@ class StreamTranslator:
     ) -> None:
         self.content = False
         self.failed: Optional[ErrorInfo] = None
-        self._context = context
+        self._context, self._secrets = context, secrets
         self._target = WIRE_FORMATS[target]
-        self._secrets = secrets
         self._splitter = EventSplitter(limit)
         self._parser = WIRE_FORMATS[source].parser(context)
         self._renderer = self._target.renderer(context)
         self._render = self._renderer.render
         self._restorer = tool_restorer(context.request)
-        self._stop_reason = ""
-        self._has_opaque = False
+        self._stop_reason, self._has_opaque = "", False
         self._begun = UNTOLD_START
         self._stencil: Optional[Stencil] = None
         self._tries = _STENCIL_TRIES
@@ -6636,8 +6657,7 @@ class StreamTranslator:
     @property
     def is_empty(self) -> bool:
         """A complete answer with a normal stop that says nothing at all (trap 138)."""
-        says_something = self.content or self._has_opaque
-        return not says_something and self._stop_reason in ("end_turn", "stop_sequence", "tool_use")
+        return not (self.content or self._has_opaque) and self._stop_reason in ("end_turn", "stop_sequence", "tool_use")
 
     def feed(self, data: bytes) -> bytes:
         """The target's bytes for what `data` completes."""
@@ -6729,7 +6749,8 @@ class StreamRelay(StreamTranslator):
         sees_all = self.recorder is not None
         if self.content and not sees_all and not self._watch(whole):
             return whole
-        passed, rest = [], _split_events(whole)
+        ends = [0, *(match.end() for match in _BLANK_LINE.finditer(whole)), len(whole)]
+        passed, rest = [], [whole[start:end] for start, end in zip(ends, ends[1:]) if start < end]
         for index, raw in enumerate(rest, 1):
             if sees_all or not self.content or self._watch(raw):
                 for event in parse_events(raw):
@@ -6771,13 +6792,7 @@ def make_processor(
     source: str, target: str, context: Context, limit: int = MAX_EVENT_BYTES, secrets: Sequence[str] = ()
 ) -> StreamTranslator:
     """What stands between an upstream that speaks `source` and a client that speaks `target`."""
-    kind = StreamRelay if source == target else StreamTranslator
-    return kind(source, target, context, limit, secrets)
-
-
-def _split_events(whole: bytes) -> List[bytes]:
-    ends = [0, *(match.end() for match in _BLANK_LINE.finditer(whole)), len(whole)]
-    return [whole[start:end] for start, end in zip(ends, ends[1:]) if start < end]
+    return (StreamRelay if source == target else StreamTranslator)(source, target, context, limit, secrets)
 
 
 def _is_complete(rest: bytes) -> bool:

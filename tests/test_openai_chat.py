@@ -2104,3 +2104,14 @@ def test_odd_tool_calls_in_the_middle_of_a_call_are_passed_over(odd):
     raw = b"".join(b"data: %s\n\n" % json.dumps(row).encode() for row in [*chunks, chunk([], finish_reason="tool_calls")])
     folded = router.fold_stream("openai", raw, Context(ChatRequest("m", []), "r", 1))
     assert [(block.name, json.loads(block.arguments)) for block in folded.blocks] == [("f", {"a": 1})]
+
+
+def test_a_broken_call_is_judged_once_and_not_for_every_chunk_behind_it(monkeypatch):
+    judged, judge = [], router.arguments_object
+    monkeypatch.setattr(router, "arguments_object", lambda text: judged.append(text) or judge(text))
+    parser = router.ChatStreamParser(Context(ChatRequest("m", []), "r", 1))
+    calls = [(0, "a", '{"a":1}}'), *[(1, "b", "x")] * 50]
+    for index, name, text in calls:
+        item = {"index": index, "id": name, "function": {"name": name, "arguments": text}}
+        parser.read({"choices": [{"delta": {"tool_calls": [item]}}]})
+    assert judged == ['{"a":1}}']

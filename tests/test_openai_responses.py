@@ -1433,7 +1433,7 @@ def test_remembered_items_stand_in_for_references_and_the_oldest_are_forgotten_f
     def reference(name):
         return {"type": "item_reference", "id": name}
 
-    memory = router.ItemMemory(limit=500)
+    memory = router.ItemMemory(limit=2500)
     memory.keep([item("msg_1"), item("msg_2")])
     said = {"role": "user", "content": "hi"}
     body = {"model": "m", "input": [said, reference("msg_1"), reference("msg_9"), {"id": "msg_2"}]}
@@ -1445,6 +1445,19 @@ def test_remembered_items_stand_in_for_references_and_the_oldest_are_forgotten_f
     memory.keep([item("msg_%d" % number) for number in range(3, 5)])
     assert memory.resolve({"input": [reference("msg_1")]}) is None
     assert memory.resolve({"input": [reference("msg_4")]})
+    memory.keep([dict(item("msg_5"), content="x" * 9999)])
+    assert memory.resolve({"input": [reference("msg_4")]}), "what never fits drives nothing out"
+    memory.keep([{"id": "m%d" % number} for number in range(100)])
+    assert memory.resolve({"input": [reference("m90")]}) is None, "small items take more than their text"
+
+
+def test_items_that_ended_are_not_looked_through_again():
+    parser = router.ResponsesParser(context())
+    for index in range(50):
+        item = {"type": "function_call", "id": "fc_%d" % index, "call_id": "c%d" % index, "name": "f", "arguments": "{}"}
+        for kind in ("added", "done"):
+            parser.take({"output_index": index, "item": item}, "response.output_item." + kind)
+    assert parser._going == []
 
 
 WORDS = [

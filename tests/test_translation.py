@@ -131,6 +131,30 @@ def test_events_that_come_one_by_one_and_all_at_once_say_the_same(source, target
     assert out == translated(source, target, raw)[0]
 
 
+def chat_chunk(**delta):
+    return b"data: %s\n\n" % R.dump_json({"choices": [{"index": 0, "delta": delta, "finish_reason": None}]})
+
+
+ODD_CHUNKS = {
+    "late for a call that is complete": [
+        chat_chunk(tool_calls=[{"index": index, "id": "c%d" % index, "function": {"name": "look", "arguments": text}}])
+        for index, text in enumerate(["{}", "{"])
+    ]
+    + [chat_chunk(tool_calls=[{"index": 0, "function": {"arguments": text}}]) for text in (" ", " ", "X")]
+    + [chat_chunk(tool_calls=[{"index": 1, "function": {"arguments": "}"}}])],
+    "a tag amid reasoning": [chat_chunk(reasoning_content=text) for text in ("a", "b", "</think>", "c")],
+    "a tag amid a refusal": [chat_chunk(refusal=text) for text in ("a", "b", "</think>", "c")],
+}
+
+
+@pytest.mark.parametrize("target", ["anthropic", "responses"])
+@pytest.mark.parametrize("chunks", ODD_CHUNKS.values(), ids=list(ODD_CHUNKS))
+def test_a_stencil_never_changes_what_an_odd_chunk_means(chunks, target):
+    raw = chunks + [b"data: [DONE]\n\n"]
+    one_by_one = R.StreamTranslator("openai", target, CONTEXT)
+    assert b"".join(map(one_by_one.feed, raw)) == translated("openai", target, b"".join(raw))[0]
+
+
 @pytest.mark.parametrize(
     "block", [R.Text("of one kind"), R.Thinking("of one kind"), R.ToolCall("c", "look", "{ of one kind")]
 )
