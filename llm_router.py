@@ -4210,8 +4210,7 @@ class ChatStreamParser:
 
     def __init__(self, context: Context) -> None:
         self.done = self._is_started = self.is_ended = False
-        self.skipped = 0
-        self.said = ""
+        self.skipped, self.said = 0, ""
         self.usage: Optional[Usage] = None
         self._context = context
         self._out: Events = []
@@ -5198,8 +5197,7 @@ class TypedEventParser:
 
     def __init__(self, context: Context) -> None:
         self.done = self.is_ended = self._is_started = False
-        self.skipped = 0
-        self.said = ""
+        self.skipped, self.said = 0, ""
         self._context = context
         self._kinds: List[type] = []  # of the blocks so far
 
@@ -6763,8 +6761,10 @@ class StreamRelay(StreamTranslator):
                     raw, self._is_named = rename_model(raw, model), True
             passed.append(raw)
             if self.failed is not None:  # OpenAI tells an error twice, the second time as Codex reads it
-                passed += [last for last in rest[index : index + 1] if b'"response.failed"' in last]
-                return self._hide(b"".join(passed))
+                last = b"".join(one for one in rest[index : index + 1] if b'"response.failed"' in one)
+                if not last and self._target.name == "responses" and b'"response.' not in raw:  # which may come later
+                    last = b"".join(self.fail(self.failed).partition(b"event: response.failed")[1:])
+                return self._hide(b"".join(passed) + last)
         return b"".join(passed)
 
     def hand_over(self) -> bytes:

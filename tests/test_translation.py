@@ -853,3 +853,22 @@ def test_a_part_that_only_its_own_provider_can_read_leaves_a_note(source, part, 
     body = {"model": "m", "max_tokens": 9, "messages": [{"role": "user", "content": [{"type": "text", "text": "see"}, part]}]}
     text = json.dumps(R.translate_request(body, source, target)[1])
     assert ("[%s left out]" % part["type"] in text) == (source != target) == ("file-1" not in text and "v.mp4" not in text)
+
+
+ERROR_TOLD_TWICE = [
+    {"type": "response.created", "sequence_number": 0, "response": {"id": "r", "status": "in_progress", "output": []}},
+    {"type": "response.output_text.delta", "sequence_number": 1, "output_index": 0, "delta": "hi"},
+    {"type": "error", "sequence_number": 2, "code": "context_length_exceeded", "message": "too long"},
+    {"type": "response.failed", "sequence_number": 3, "response": {"id": "r", "status": "failed", "error": {"code": "x"}}},
+]
+
+
+@pytest.mark.parametrize("reads", [1, 4])
+def test_the_end_that_codex_reads_follows_an_error_that_is_relayed_however_the_network_cut_them(reads):
+    events = [R.sse_event(R.dump_json(event), event["type"]) for event in ERROR_TOLD_TWICE]
+    relay = R.make_processor("responses", "responses", CONTEXT)
+    out = b"".join(map(relay.feed, events if reads == 4 else [b"".join(events)])) + relay.finish()
+    told = [json.loads(event.data) for event in R.parse_events(out)]
+    assert [event["type"] for event in told] == [event["type"] for event in ERROR_TOLD_TWICE]
+    numbers = [event["sequence_number"] for event in told]
+    assert numbers == sorted(set(numbers)) and told[-1]["response"]["id"] == "r"
