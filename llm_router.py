@@ -7155,11 +7155,11 @@ def replay_reasoning(body: Json, issuer: str, memory: BoundedMap) -> Optional[Js
     """A Chat body with what `issuer` had thought before its calls (trap 87), and their proofs; None if it has all."""
 
     def replayed(turn: Json, calls: List[Json]) -> Json:
-        known = recall(memory, issuer, [call.get("id") for call in calls])
+        known = recall(memory, issuer, [get_text(call, "id") for call in calls])
         proofs = {block.id: own_extra(block, "openai") for block in known if isinstance(block, ToolCall)}
         text = "".join(map(block_text, known))
         thought = {"reasoning_content": text} if text and not turn.get("reasoning_content") else {}
-        return {**turn, **thought, "tool_calls": [{**proofs.get(call.get("id"), {}), **call} for call in calls]}
+        return {**turn, **thought, "tool_calls": [{**proofs.get(get_text(call, "id"), {}), **call} for call in calls]}
 
     return _change_turns(body, replayed)
 

@@ -592,6 +592,12 @@ def test_the_memory_is_bounded_and_forgets_the_oldest():
     assert [memory.get(number) for number in range(20)] == [None] * 14 + ["x%d" % number for number in range(14, 20)]
 
 
+@pytest.mark.parametrize("odd", [[], {}, {"a": 1}, 7, None])
+def test_a_call_whose_id_is_no_text_is_passed_through_for_its_upstream_to_refuse(odd):
+    body = {"messages": [{"role": "assistant", "tool_calls": [{"id": odd, "function": {"name": "f"}}]}]}
+    assert llm_router.replay_reasoning(body, "issuer", llm_router.BoundedMap()) is None
+
+
 OPENAI_SEAL = "The encrypted content gAAA could not be verified. Reason: Encrypted content could not be decrypted or parsed."
 SEALED = {"type": "reasoning", "id": "rs_1", "summary": [], "encrypted_content": "gAAA"}
 SIGNED = {"type": "thinking", "thinking": "hm", "signature": "foreign"}
