@@ -10669,7 +10669,9 @@ def _redacted(outcome: Outcome, provider: Provider) -> Outcome:
     body, secrets = outcome.body, secrets_of(provider)
     if body is not None:
         body = mask_in(body.decode("utf-8", "surrogateescape"), secrets).encode("utf-8", "surrogateescape")
-    return outcome._replace(body=body, error=outcome.error._replace(message=mask_in(outcome.error.message, secrets)))
+    headers = tuple((name, mask_in(value, secrets)) for name, value in outcome.headers)  # of a redirect: where to
+    error = outcome.error._replace(message=mask_in(outcome.error.message, secrets))
+    return outcome._replace(body=body, error=error, headers=headers)
 
 
 def give_up_status(outcome: Outcome, wire: str) -> int:
@@ -11044,12 +11046,13 @@ def load_config(given: str, environ: Environ) -> Loaded:
 
 def file_stamp(path: str) -> Tuple[Any, ...]:
     """What changes whenever a file is written or replaced, also where its time is set back (`cp -p`): times, size,
-    inode. Empty while there is none."""
+    inode. Empty while there is none, and for a pipe, which changes as it is read."""
     try:
         status = os.stat(path)
     except OSError:
         return ()
-    return (status.st_mtime_ns, status.st_ctime_ns), status.st_size, status.st_ino
+    is_file = os.path.isfile(path)
+    return ((status.st_mtime_ns, status.st_ctime_ns), status.st_size, status.st_ino) if is_file else ()
 
 
 def read_bytes(path: str) -> Tuple[Optional[bytes], int]:
@@ -11201,13 +11204,15 @@ def _remove(path: str) -> None:
 
 def open_private(path: str, mode: str) -> Any:
     """The file `path` opened without a buffer, made when it is not there, mode 0600, never through a symbolic link.
-    OSError otherwise."""
+    OSError otherwise, also for a pipe that nobody reads."""
     import stat
 
-    more = os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+    more = os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     file = open(path, mode, 0, opener=lambda name, flags: os.open(name, flags | more, 0o600))  # noqa: SIM115  kept open
-    if hasattr(os, "fchmod") and stat.S_ISREG(os.fstat(file.fileno()).st_mode):  # /dev/null stays everybody's
-        os.fchmod(file.fileno(), 0o600)
+    if hasattr(os, "fchmod"):
+        os.set_blocking(file.fileno(), True)  # only opening it must not wait
+        if stat.S_ISREG(os.fstat(file.fileno()).st_mode):  # /dev/null stays everybody's
+            os.fchmod(file.fileno(), 0o600)
     return file
 
 
@@ -12965,6 +12970,7 @@ _LEDGER_INSERT = "INSERT INTO requests VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 
 _LEDGER_FIELDS = "began_wall id wire operation stream client asked model path status outcome".split()  # of a Trail
 _SHRINK = "DELETE FROM requests WHERE rowid <= (SELECT min(rowid) + (max(rowid) - min(rowid)) / 10 FROM requests)"
 _MOST_TOKENS = 2**53  # more is a lie, and SQLite takes 64 bits
+_HIGHEST_PRICE = 1e9  # a higher one may be too large to be multiplied
 _LEDGER_BATCH_S = 0.5
 _LEDGER_RETRY_S = 1.0
 
@@ -12979,7 +12985,7 @@ def cost_of(ref: str, usage: Optional[Iterable[int]], costs: Mapping[str, Any]) 
     None when a price that is needed is unknown."""
     cost = costs.get(ref) or costs.get(ref.partition("/")[0] + "/*") or {}
     needed = [(tokens, cost.get(key)) for tokens, key in zip(usage or (), COST_KEYS) if tokens]
-    if not needed or not all(type(price) in (int, float) and price >= 0 for _, price in needed):
+    if not needed or not all(type(price) in (int, float) and 0 <= price <= _HIGHEST_PRICE for _, price in needed):
         return None
     return sum(tokens * price for tokens, price in needed) / 1e6
 
@@ -13932,6 +13938,9 @@ class Router(CountingHost):
         """
         options = self.options
         document, source = options.document, options.config_source
+        if os.path.exists(options.config_path) and not os.path.isfile(options.config_path):
+            # what writes into a pipe may keep it waiting, and with it every stream
+            raise ConfigError("%s is not a regular file: it is read at the start only" % one_line(options.config_path))
         found = load_config(options.config_path, options.environ) if options.config_path else None
         if found is not None and found.document is not None:
             document, source = found.document, found.source

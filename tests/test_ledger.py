@@ -146,6 +146,8 @@ def test_a_request_is_entered_with_what_it_used_and_cost_and_without_any_body(ro
         (r.Usage(1, 1), {"input": 0, "output": 0}, 0.0),
         (r.Usage(1, 1), {"input": "2", "output": True}, None),
         (r.Usage(1, 1), {"input": -1, "output": 1}, None),
+        (r.Usage(1, 1), {"input": 10**400, "output": 1}, None),
+        (r.Usage(1, 1), {"input": 1e300, "output": 1}, None),
         (r.Usage(), PRICES, None),
         (None, PRICES, None),
         (r.Usage(1, 1), None, None),

@@ -239,6 +239,17 @@ def test_reload_of_a_broken_edit_keeps_the_last_good_configuration_and_says_so(r
     assert "(ok)" in ok(running.home, "status")
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes")
+def test_a_reload_waits_for_no_pipe(running):
+    """Nobody may ever write to it, and every stream would wait as well."""
+    running.config_path.unlink()
+    os.mkfifo(running.config_path)
+    assert r.file_stamp(str(running.config_path)) == ()  # it would change as it is read, and be read again
+    code, _, said = run(running.home, "reload")
+    assert code == 1 and "is not a regular file: it is read at the start only" in said
+    assert running.post(CHAT, MESSAGES).status == 200
+
+
 # ----- stop -----
 
 

@@ -252,6 +252,21 @@ def test_requests_are_logged_to_the_file_of_the_setting(router, upstream, tmp_pa
     assert not any("fake/fake-model=ok" in line for line in running.log())
 
 
+@posix
+def test_a_pipe_that_nobody_reads_is_no_log_and_not_waited_for(command, config, tmp_path):
+    os.mkfifo(tmp_path / "log")
+    done = command("start", "--port=0", "--config=%s" % config, "--log-file=%s" % (tmp_path / "log"))
+    assert done.returncode == 1 and "--log-file" in done.stderr and "listening" not in done.stdout
+    reader = os.open(tmp_path / "log", os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        r.LogFile(str(tmp_path / "log"), 10).write("one\n")
+        assert os.read(reader, 100) == b"one\n"
+        with r.open_private(str(tmp_path / "log"), "ab") as file:
+            assert os.get_blocking(file.fileno())  # a line that does not fit waits, in the thread that writes
+    finally:
+        os.close(reader)
+
+
 def test_a_log_file_that_cannot_be_written_is_said_at_the_start(command, config, tmp_path):
     done = command("start", "--port=0", "--config=%s" % config, "--log-file=%s" % (tmp_path / "no" / "log"))
     assert done.returncode == 1 and "--log-file" in done.stderr and "listening" not in done.stdout

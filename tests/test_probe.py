@@ -257,6 +257,11 @@ def test_a_page_in_place_of_a_list_is_no_list_of_nothing(probe):
     assert {row.state for row in report.rows} == {"no"} and "Sign in here" in report.rows[0].note
 
 
+def test_a_redirect_that_echoes_the_key_does_not_show_it(probe):
+    _, report = probe(lambda call: redirect_answer("/login/" + KEY), ["m1"])
+    assert {row.note for row in report.rows} == {"redirects to /login/%s: correct the base URL" % r.mask(KEY)}
+
+
 def test_a_redirect_is_told_with_where_it_leads_and_its_cure(probe):
     _, report = probe(lambda call: redirect_answer("https://other.example/v1?key=secret-0123"), ["m1"])
     assert {row.note for row in report.rows} == {"redirects to https://other.example/v1?key=***: correct the base URL"}
