@@ -1745,7 +1745,8 @@ def _open_model(document: Json, provider_id: str, model: str) -> Tuple[Json, Lis
         names.append(model.partition("/")[2])
     _put(provider, "provider", "models", models)
     for name, (i, entry) in ((name, found) for name in names for found in enumerate(models)):
-        if name in (_id_of(entry), *as_list(get_field(as_dict(entry), "model", "aliases"))):
+        aliases = get_field(as_dict(entry), "model", "aliases")
+        if name in (_id_of(entry), aliases, *as_list(aliases)):
             models[i] = as_dict(entry) or {"id": entry}
             return new, models, models[i], "%s/%s" % (_id_of(provider), _id_of(entry))
     near = _near_or_all(model, [_id_of(entry) for entry in models])
@@ -1834,6 +1835,7 @@ def move_entry(document: Json, place: Place, step: int) -> Edit:
     """Move the provider or model at `place` by `step` in its list; at the list's end it stays."""
     new, _ = _open(document)
     entries, at = _walk(new, place[:-1])[0], int(place[-1])
+    look_at(document, place)  # what was moved on a screen may be gone from the file
     entry = entries.pop(at)
     entries.insert(max(0, at + step), entry)
     return _finish(document, new, ["moved " + _id_of(entry)])
@@ -11047,12 +11049,11 @@ def load_config(given: str, environ: Environ) -> Loaded:
 def file_stamp(path: str) -> Tuple[Any, ...]:
     """What changes whenever a file is written or replaced, also where its time is set back (`cp -p`): times, size,
     inode. Empty while there is none, and for a pipe, which changes as it is read."""
-    try:
+    with suppress(OSError):
         status = os.stat(path)
-    except OSError:
-        return ()
-    is_file = os.path.isfile(path)
-    return ((status.st_mtime_ns, status.st_ctime_ns), status.st_size, status.st_ino) if is_file else ()
+        times = status.st_mtime_ns, status.st_ctime_ns
+        return (times, status.st_size, status.st_ino) if os.path.isfile(path) else ()
+    return ()
 
 
 def read_bytes(path: str) -> Tuple[Optional[bytes], int]:
@@ -11209,10 +11210,10 @@ def open_private(path: str, mode: str) -> Any:
 
     more = os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     file = open(path, mode, 0, opener=lambda name, flags: os.open(name, flags | more, 0o600))  # noqa: SIM115  kept open
-    if hasattr(os, "fchmod"):
+    if hasattr(os, "fchmod") and stat.S_ISREG(os.fstat(file.fileno()).st_mode):  # /dev/null stays everybody's
+        os.fchmod(file.fileno(), 0o600)
+    elif hasattr(os, "fchmod"):
         os.set_blocking(file.fileno(), True)  # only opening it must not wait
-        if stat.S_ISREG(os.fstat(file.fileno()).st_mode):  # /dev/null stays everybody's
-            os.fchmod(file.fileno(), 0o600)
     return file
 
 
@@ -11222,10 +11223,8 @@ def file_lock(target: str) -> Iterator[None]:
     FileError when the directory cannot be written or another writer holds the lock for ten seconds."""
     path, deadline = target + ".lock", time.monotonic() + _LOCK_WAIT_S
     try:
-        file = _try_lock(path)
-        while file is None and time.monotonic() < deadline:
+        while (file := _try_lock(path)) is None and time.monotonic() < deadline:
             time.sleep(0.02)
-            file = _try_lock(path)
     except OSError as error:
         words = one_line(target), error.strerror or error
         raise FileError("cannot write beside %s: %s; it is unchanged" % words) from None
@@ -12793,9 +12792,7 @@ class Metrics:
             self._observe("llm_router_first_content_seconds", wire, trail.first_content_ms)
 
     def _observe(self, name: str, wire: str, took_ms: int) -> None:
-        times = self._times.get((name, wire))
-        if times is None:
-            times = self._times[name, wire] = [0.0] * (1 + len(_BOUNDS))
+        times = self._times.setdefault((name, wire), [0.0] * (1 + len(_BOUNDS)))
         times[0] += took_ms / 1000
         times[1 + bisect_left(_BUCKETS_S, took_ms / 1000)] += 1
 
@@ -12970,7 +12967,6 @@ _LEDGER_INSERT = "INSERT INTO requests VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 
 _LEDGER_FIELDS = "began_wall id wire operation stream client asked model path status outcome".split()  # of a Trail
 _SHRINK = "DELETE FROM requests WHERE rowid <= (SELECT min(rowid) + (max(rowid) - min(rowid)) / 10 FROM requests)"
 _MOST_TOKENS = 2**53  # more is a lie, and SQLite takes 64 bits
-_HIGHEST_PRICE = 1e9  # a higher one may be too large to be multiplied
 _LEDGER_BATCH_S = 0.5
 _LEDGER_RETRY_S = 1.0
 
@@ -12985,7 +12981,7 @@ def cost_of(ref: str, usage: Optional[Iterable[int]], costs: Mapping[str, Any]) 
     None when a price that is needed is unknown."""
     cost = costs.get(ref) or costs.get(ref.partition("/")[0] + "/*") or {}
     needed = [(tokens, cost.get(key)) for tokens, key in zip(usage or (), COST_KEYS) if tokens]
-    if not needed or not all(type(price) in (int, float) and 0 <= price <= _HIGHEST_PRICE for _, price in needed):
+    if not needed or not all(type(price) in (int, float) and 0 <= price < 1e9 for _, price in needed):
         return None
     return sum(tokens * price for tokens, price in needed) / 1e6
 
@@ -13938,8 +13934,7 @@ class Router(CountingHost):
         """
         options = self.options
         document, source = options.document, options.config_source
-        if os.path.exists(options.config_path) and not os.path.isfile(options.config_path):
-            # what writes into a pipe may keep it waiting, and with it every stream
+        if os.path.exists(options.config_path) and not os.path.isfile(options.config_path):  # every stream would wait
             raise ConfigError("%s is not a regular file: it is read at the start only" % one_line(options.config_path))
         found = load_config(options.config_path, options.environ) if options.config_path else None
         if found is not None and found.document is not None:
@@ -14395,14 +14390,12 @@ def fetch(request: Any, max_bytes: int, check: Optional[Callable[[str], None]] =
         except urllib.error.HTTPError as error:
             response = error  # an answer like any other
         with response:
-            while True:
-                piece = response.read1(65_536)
+            while piece := response.read1(65_536):
                 data += piece
-                if not piece:
-                    return int(response.code), response.headers, data
                 if len(data) > max_bytes or time.monotonic() > until:
-                    words = shown, "large" if len(data) > max_bytes else "slow"
-                    raise RouterError("the answer of %s is too %s" % words)
+                    how = "large" if len(data) > max_bytes else "slow"
+                    raise RouterError("the answer of %s is too %s" % (shown, how))
+            return int(response.code), response.headers, data
     except (OSError, http.client.HTTPException) as error:
         why = one_line(str(getattr(error, "reason", error)), 160)  # urllib wraps it
         raise RouterError("cannot read %s: %s" % (shown, why)) from None
@@ -14448,8 +14441,8 @@ def _check_version(data: bytes) -> str:
     version = found.group(1)
     theirs, ours = ([int(number) for number in re.findall(r"\d+", text)] for text in (version, __version__))
     if theirs < ours:
-        words = one_line(version, 40), __version__
-        raise RouterError("the release %s is older than %s: nothing was changed" % words)
+        shown = one_line(version, 40)
+        raise RouterError("the release %s is older than %s: nothing was changed" % (shown, __version__))
     return version
 
 
@@ -14746,8 +14739,7 @@ def project_files(site: Site) -> Dict[str, bytes]:
     rows: List[Tuple[str, Any]] = [("name", site.name), ("main", "entry.py"), *_COMPATIBILITY.items()]
     rows += [("workers_dev", not site.domain and not site.route), ("keep_vars", True)]
     toml = "".join("%s = %s\n" % (name, json.dumps(value)) for name, value in rows)
-    if site.domain:
-        toml += "routes = [{ pattern = %s, custom_domain = true }]\n" % json.dumps(site.domain)
+    toml += "routes = [{ pattern = %s, custom_domain = true }]\n" % json.dumps(site.domain) if site.domain else ""
     toml += "routes = [%s]\n" % json.dumps(site.route) if site.route else ""
     router = read_bytes(os.path.realpath(__file__))[0] or b""
     return {"entry.py": _ENTRY.encode(), "wrangler.toml": toml.encode(), "llm_router.py": router}
@@ -14862,9 +14854,8 @@ class Cloudflare:
         """What a request results in. CloudflareError with Cloudflare's words; its status is the answer's."""
         import urllib.request
 
-        headers = {"authorization": "Bearer " + self._token}
         kind, body = encode_parts(parts) if parts else ("", None)
-        headers.update({"content-type": kind} if kind else {})
+        headers = {"authorization": "Bearer " + self._token, **({"content-type": kind} if kind else {})}
         request = urllib.request.Request(self.base + path, body, headers, method=method)  # noqa: S310  checked
         try:
             status, _, data = fetch(request, _MAX_API_BYTES)

@@ -452,3 +452,16 @@ def test_a_list_of_very_many_models_is_replaced_in_a_moment():
     r._put_models(document["providers"][0], ["new-%d" % i for i in range(60_000)])
     assert time.process_time() - began < 10
     assert document["providers"][0]["models"][0] == {"id": "new-0"}
+
+
+def test_a_model_is_found_by_its_only_alias_written_without_a_list():
+    document = {"providers": [{"id": "a", "baseUrl": "https://a.test", "models": ["m1", {"id": "m2", "alias": "z"}]}]}
+    assert r.remove_model(document, "a", "z").notes == ("removed model a/m2",)
+
+
+@pytest.mark.parametrize("place", [("providers", 1), ("providers", 0, "models", 5), ("providers", 7, "models", 0)])
+def test_what_is_no_longer_there_cannot_be_moved(place):
+    """Another program may have changed the file since the menu read it."""
+    document = {"providers": [{"id": "a", "baseUrl": "https://a.test", "models": ["m1"]}]}
+    with pytest.raises(r.UsageError, match="no longer there"):
+        r.move_entry(document, place, 1)
