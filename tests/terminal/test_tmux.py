@@ -355,7 +355,9 @@ def test_what_deploy_asks_is_asked_in_the_terminal_and_the_menu_comes_back(tmp_p
     shell.keys("Enter")
     shell.wait("[Y/n]")
     shell.keys("C-c")
-    shell.wait("interrupted", "enter open")
+    shell.wait("interrupted", "Enter goes back to the menu")
+    shell.keys("Enter")
+    shell.wait("Deploy", "enter open")
     shell.keys("q")
     shell.wait("code-is=0")
 
