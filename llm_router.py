@@ -10136,7 +10136,8 @@ class Gateway:
         self.host.record(trail)
 
     async def _refuse(self, error: RefusedError, client: Any, trail: Trail, cors: Headers) -> None:
-        """An error as the client's format has it, or in the stream that a keep-alive opened (a cut: Codex forgets)."""
+        """An error as the client's format has it, or in the stream that a keep-alive opened already; a failed Response
+        ends that as others do, since behind a cut Codex forgets the error and asks again."""
         wire = WIRE_FORMATS[trail.wire]
         if client.is_open:
             client.write(client.fail(error.info) if client.fail else wire.error_event(error.info, trail.id))
@@ -10559,7 +10560,7 @@ class Exchange:
         """Drop the request: nobody else will be asked, and there may be hundreds of long ones behind streams that take
         minutes."""
         self._requests = None
-        self._inbound, self._outbound = self._inbound._replace(body=_NO_BODY), self._outbound._replace(body=b"")
+        self._inbound, self._outbound = self._inbound._replace(body=JsonObject({})), self._outbound._replace(body=b"")
 
     async def _relay(self, answer: Answer, run: Optional[Run]) -> None:
         """The rest of a stream, and an honest end: after content a failure is told in the stream, then the connection
@@ -10622,7 +10623,6 @@ class Exchange:
 
 
 _BARE_REQUEST = ChatRequest("", [])
-_NO_BODY = JsonObject({})
 _EVENT_LINE = re.compile(rb"(?:\xef\xbb\xbf)?\s*(?:data|event|id|retry)?:")  # a stream's first (traps 4, 5, 11)
 _ERROR_BODY_S = 5.0
 
