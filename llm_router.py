@@ -10724,7 +10724,7 @@ _GUESSES = 3  # listed models to try where none is named: lists hold models that
 class ProbePlan(NamedTuple):
     """What to ask a provider. models: ids, () for one of those that it lists; calls: how many pairs of model and format
     at most, 0 for the listing only. auths: ways to show the key per format, in the order in which they are tried.
-    learns: the fields of the provider that were not said, so that what is found can fill them."""
+    learns: the fields of the provider that were not said, so that what is found can fill them. limit_s: for all."""
 
     provider: Provider
     models: Texts = ()
@@ -10732,6 +10732,7 @@ class ProbePlan(NamedTuple):
     auths: Dict[str, Tuple[Auth, ...]] = {}
     calls: int = PROBE_CALLS
     learns: Texts = ()
+    limit_s: float = PROBE_LIMIT_S
 
 
 class ProbeRow(NamedTuple):
@@ -15169,30 +15170,11 @@ _PROBES_AT_ONCE = 8
 _LISTING_LIMIT_S = 20.0
 
 
-class ProbeRun:
-    """A probe in a thread of its own, for whoever has to stay awake meanwhile. `report` is what it has found by now; it
-    ends by itself after `limit_s`, or soon after `cancel()`, and keeps what it found."""
+class ProbeHost:
+    """The effects of a probe (see PROBE)."""
 
-    def __init__(self, plan: ProbePlan, settings: Settings, environ: Environ, limit_s: float = PROBE_LIMIT_S) -> None:
-        import asyncio
-        import threading
-
-        self.wall = time.time
-        self._loop = asyncio.SelectorEventLoop()  # whatever the platform: connections are watched by number
-        self._upstreams = Upstreams(self._loop, settings, environ)
-        self.now = self._loop.time
-        self.send = self._upstreams.send
-        self._probe = Probe(plan, settings, self)
-        self._limit_s = limit_s
-        self._over = threading.Event()
-        self._task = self._loop.create_task(self._probe.run())
-        self._failure: Optional[Exception] = None
-        threading.Thread(target=self._work, name="llm-router-probe", daemon=True).start()
-
-    @property
-    def report(self) -> ProbeReport:
-        """What is known by now."""
-        return self._probe.report
+    def __init__(self, loop: Any, upstreams: Upstreams) -> None:
+        self.now, self.wall, self.send = loop.time, time.time, upstreams.send
 
     async def gather(self, function: Callable[..., Any], arguments: Sequence[Tuple[Any, ...]]) -> None:
         """Await `function` with each tuple of arguments, a few at a time."""
@@ -15206,44 +15188,42 @@ class ProbeRun:
 
         await asyncio.gather(*map(one, arguments))
 
-    def cancel(self) -> None:
-        """End it soon; `wait` tells when."""
-        with suppress(RuntimeError):  # it is over
-            self._loop.call_soon_threadsafe(self._task.cancel)
 
-    def wait(self, seconds: Optional[float] = None) -> bool:
-        """Wait until it is over, at most so long; whether it is. Raises what went wrong inside the probe itself."""
-        is_over = self._over.wait(seconds)
-        if self._failure is not None:
-            raise self._failure
-        return is_over
+def run_probe(plan: ProbePlan, settings: Settings, environ: Environ, ends: Callable[[ProbeReport], Any]) -> ProbeReport:
+    """What a probe finds. `ends` is told ten times a second what is known by then, and whether that is enough is what
+    it returns."""
 
-    def _work(self) -> None:
+    async def probe() -> ProbeReport:
         import asyncio
 
+        loop = asyncio.get_running_loop()
+        upstreams = Upstreams(loop, settings, environ)
+        probe = Probe(plan, settings, ProbeHost(loop, upstreams))
+        task, until = loop.create_task(probe.run()), loop.time() + plan.limit_s
         try:
-            self._loop.call_later(self._limit_s, self._task.cancel)
-            self._loop.run_until_complete(self._task)
-        except asyncio.CancelledError:
-            pass
-        except Exception as error:
-            self._failure = error
+            while not (await asyncio.wait([task], timeout=0.1))[0] and loop.time() < until:
+                if ends(probe.report):
+                    break
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
         finally:
-            self._upstreams.close()
-            self._loop.run_until_complete(asyncio.sleep(0))
-            self._upstreams.close()  # connections that came too late for their call as well
-            self._loop.close()
-            self._probe.end()
-            self._over.set()
+            upstreams.close()
+            await asyncio.sleep(0)
+            upstreams.close()  # connections that came too late for their call as well
+        probe.end()
+        return probe.report
+
+    return run_loop(probe())  # type: ignore[no-any-return]
 
 
 def ask_models(plan: ProbePlan, settings: Settings, environ: Environ) -> List[str]:
     """The ids that a provider lists. RouterError with its status when it refuses, 502 when nobody answers."""
-    run = ProbeRun(plan._replace(calls=0), settings, environ, _LISTING_LIMIT_S)
-    run.wait()
-    if run.report.listed is None:
-        raise RouterError(run.report.listing_note or "no answer in time", run.report.listing_status or 502)
-    return list(run.report.listed)
+    plan = plan._replace(calls=0, limit_s=_LISTING_LIMIT_S)
+    report = run_probe(plan, settings, environ, lambda report: False)
+    if report.listed is None:
+        raise RouterError(report.listing_note or "no answer in time", report.listing_status or 502)
+    return list(report.listed)
 
 
 # ----- looking -----
@@ -16370,7 +16350,6 @@ def run_test_provider(given: Given) -> int:
 
 def _ask_provider(plan: ProbePlan, given: Given) -> ProbeReport:
     """Probe, with progress where somebody watches; Ctrl-C ends it at once."""
-
     is_watched = sys.stderr.isatty()
 
     def show(report: ProbeReport) -> bool:
@@ -16380,20 +16359,9 @@ def _ask_provider(plan: ProbePlan, given: Given) -> ProbeReport:
         return False
 
     try:
-        return _watch_probe(plan, given, show)
+        return run_probe(plan, given.settings, given.environ, show)
     finally:
         print("\r\033[K" * is_watched, end="", file=sys.stderr, flush=True)
-
-
-def _watch_probe(plan: ProbePlan, given: Given, show: Callable[[ProbeReport], bool]) -> ProbeReport:
-    """Probe; `show` is told ten times a second what is known by then, and ends it by returning True."""
-    run = ProbeRun(plan, given.settings, given.environ)
-    try:
-        while not run.wait(0.1) and not show(run.report):
-            pass
-    finally:
-        run.cancel()
-    return run.report
 
 
 def _probe_lines(report: ProbeReport) -> List[str]:
@@ -16632,7 +16600,7 @@ def _test_in_menu(job: Job, plan: ProbePlan, given: Given) -> Tuple[Any, ...]:
         job.tell("\n".join("%s  %s  %s" % (row.model, row.wire, row.state) for row in report.rows))
         return bool(job.is_cancelled)
 
-    report = _watch_probe(plan, given, show)
+    report = run_probe(plan, given.settings, given.environ, show)
     listed = ["it lists %d models" % len(report.listed)] if report.listed is not None else []
     return probe_table(report)[1], learned_fields(plan, report), "\n".join(listed + _probe_warnings(report))
 

@@ -47,6 +47,10 @@ class Account:
         return json_answer(200, {"data": [{"id": id} for id in self.models], "has_more": False})
 
 
+def run_probe(plan, settings=None, ends=lambda report: False):
+    return r.run_probe(plan, settings or r.Settings(), {}, ends)
+
+
 @pytest.fixture
 def probe(make_upstream):
     """`probe(account, models, **fields)` -> (plan, report) for a provider at it; fields are its entry's."""
@@ -56,9 +60,7 @@ def probe(make_upstream):
         raw = dict({"id": "p", "baseUrl": run.upstream.url + "/v1", "apiKey": KEY, "models": list(models)}, **fields)
         provider = r.read_config({"providers": [raw]}, {}).providers[0]
         plan = r.plan_probe(provider, raw)
-        going = r.ProbeRun(plan, settings or r.Settings(), {}, limit_s)
-        assert going.wait(30)
-        return plan, going.report
+        return plan, run_probe(plan._replace(limit_s=limit_s), settings)
 
     return run
 
@@ -287,16 +289,17 @@ def test_a_probe_tells_its_progress_and_can_be_cancelled(make_upstream):
     upstream = make_upstream(account)
     raw_provider = {"id": "p", "baseUrl": upstream.url, "apiKey": KEY, "models": ["m1", "m2"]}
     plan = r.plan_probe(r.read_config({"providers": [raw_provider]}, {}).providers[0], raw_provider)
-    run = r.ProbeRun(plan, r.Settings(), {})
-    while ("m1", "openai") not in {(row.model, row.wire) for row in run.report.rows if row.state == "ok"}:
-        assert not run.wait(0.01)
-    assert states(run.report)["m1", "anthropic"] in ("asking", "waiting")
-    held = [call for call in upstream.wait_calls(4) if call.wire in ("anthropic", "responses")]
-    run.cancel()
-    assert run.wait(20)
-    assert states(run.report)["m1", "openai"] == "ok" and states(run.report)["m2", "openai"] == "tentative"
-    assert all(call.closed.wait(10) for call in held)  # nobody pays for what is no longer wanted
-    run.cancel()
+    seen = []
+
+    def is_enough(report):
+        seen.append(states(report))
+        return seen[-1].get(("m1", "openai")) == "ok" and len(upstream.calls) >= 4  # the list, and m1 in every format
+
+    report = run_probe(plan, ends=is_enough)
+    assert seen[-1]["m1", "anthropic"] == seen[-1]["m1", "responses"] == "asking"
+    assert states(report)["m1", "openai"] == "ok" and states(report)["m2", "openai"] == "tentative"
+    held = [call for call in upstream.calls if call.wire in ("anthropic", "responses")]
+    assert held and all(call.closed.wait(30) for call in held)  # nobody pays for what is no longer wanted
     gate.set()
 
 
@@ -310,10 +313,8 @@ def test_calls_are_parallel(make_upstream):
 
     upstream = make_upstream(handler)
     raw_provider = {"id": "p", "baseUrl": upstream.url, "apiKey": KEY, "models": ["m1"]}
-    run = r.ProbeRun(
-        r.plan_probe(r.read_config({"providers": [raw_provider]}, {}).providers[0], raw_provider), r.Settings(), {}
-    )
-    assert run.wait(30) and run.report.formats == r.WIRES
+    plan = r.plan_probe(r.read_config({"providers": [raw_provider]}, {}).providers[0], raw_provider)
+    assert run_probe(plan).formats == r.WIRES
 
 
 def test_an_error_inside_a_200_is_no_answer(probe):
@@ -433,9 +434,9 @@ def test_a_provider_is_asked_and_stored_although_another_entry_is_broken(config,
 def test_ctrl_c_while_asking_stores_nothing(config, make_upstream, monkeypatch):
     upstream = make_upstream(lambda call: raw(Hang()))
 
-    def interrupted(self, seconds=None):
+    async def interrupted(self):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(r.ProbeRun, "wait", interrupted)
+    monkeypatch.setattr(r.Probe, "run", interrupted)
     flags = ["--provider-id=p", "--base-url=" + upstream.url, "--api-key=" + KEY, "--models=m1"]
     assert config("upsert-provider", *flags)[0] == 130 and not config.path.exists()
