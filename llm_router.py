@@ -8147,18 +8147,18 @@ SIGNALS: Tuple[Tuple[str, Tuple[int, ...], Texts], ...] = (
         r"maximum (?:context|prompt|model) length|context length of only",
         r"context[_ ](?:size|length|window)[^\n]{0,40}exceed",
         r"exceed(?:s|ed)?[^\n]{0,40}context[_ ](?:size|length|window|limit)",
-        r"exceed(?:s|ed)? (?:max length|max message tokens|model token limit)",
+        r"exceed(?:s|ed)? (?:max length|max message tokens|model token limit|the max_model_len)",
         r"(?:prompt|input) (?:is|tokens) too long",
         r"input (?:length|tokens)[^\n]{0,80}exceed|range of input length",
         r"(?:longer|greater|less) than the (?:model's )?context",
         r"token count[^\n]{0,20} exceeds|token count is [\d,]+ but|exceeds the maximum number of tokens",
-        r"max_new_tokens` must be <=|number of tokens in the prompt cannot exceed",
+        r"max_new_tokens` must be <=|`inputs` must have less than|number of tokens in the prompt cannot exceed",
         r"reduce the length of the (?:messages|input|prompt)",
         r"^(?:tokens_limit_reached|1261)$",  # GitHub Models, z.ai
     )),
     (BILLING, (400, 402, 403, 412, 429), (  # 412: Fireworks, of an account that is suspended
         r"insufficient[_ ](?:quota|balance|credits?|funds)",
-        r"balance is (?:too low|insufficient)|balance[_ ]not[_ ]enough",
+        r"balance is (?:too low|insufficient)|balance[_ ]not[_ ]enough|not[_ ]enough[_ ]balance",
         r"exceeded(?: your|_)?[_ ]current[_ ]quota",
         r"billing_(?:error|hard_limit|not_active)",
         r"arrearage|accountoverdueerror|account not in good standing",
@@ -8179,16 +8179,23 @@ SIGNALS: Tuple[Tuple[str, Tuple[int, ...], Texts], ...] = (
     )),
     (AUTH, (400, 403), (
         r"(?:invalid|incorrect)[_ ]api[_ ]?key",
-        r"api[_ ]key[_ ](?:not valid|invalid|expired|was reported)",
-        r"authentication[_ ](?:error|failed)|bearer token has expired|security token|organization_restricted",
-        r"invalid (?:authentication|authorization|x-api-key)",
+        r"api[_ ]key[_ ](?:not valid|not found|invalid|expired|was reported)",
+        r"(?:authentication|authorization)[_ ](?:error|failed)|bearer token has expired|security token",
+        r"invalid (?:authentication|authorization|x-api-key)|oauth token has been revoked",
+        r"organization_restricted|organization has been disabled",
     )),
-    (FORBIDDEN, (400,), (r"location is not supported", r"model_terms_required")),  # Gemini, Groq
+    (FORBIDDEN, (400,), (
+        r"location is not supported|free tier is not available in",  # Gemini
+        r"model_terms_required",  # Groq
+        r"not allowed from unsupported countries",  # Bedrock, of Anthropic's models
+        r"organization must be verified",  # OpenAI
+    )),
     (NOT_FOUND, (400, 403, 422), (
         r"model[_ ]not[_ ](?:found|exist)|model_not_(?:supported|available)",
         r"(?:unknown|no such|unavailable)[_ ]model|invalid[_ ]model(?:$|:| name| id| ['\"`])",
         r"model[^\n]{0,120}(?:does not exist|is not (?:found|available|a valid|supported for task)|decommissioned)",
         r"not a valid model|deploymentnotfound",
+        r"model identifier is invalid|invocation of model id[^\n]{0,120} with on-demand throughput",  # Bedrock
         r"^1211$",  # z.ai
     )),
 )  # fmt: skip
@@ -10490,10 +10497,12 @@ class Exchange:
         processor.recorder = self._recorder() if self._records else None
         content_ms = timeouts.first_content_ms if has_more else 0  # the last one gets all the time there is (trap 158)
         content_until = self._asked_at + content_ms / 1000 if content_ms else math.inf
-        held, is_over = b"", False
+        held, is_first, is_over = b"", True, False
         while not processor.content and not is_over and len(held) <= limits.max_hold_bytes:
             data = await self._read_on(reply, processor, content_until)
-            is_over = not data
+            if is_first and data.lstrip().startswith(b"{"):  # JSON, whatever it is called (trap 12)
+                return self._judge_whole(reply, data + await self._read_whole(reply))
+            is_first, is_over = False, not data
             held += processor.feed(data) if data else processor.finish()
             if processor.content:
                 break

@@ -682,6 +682,22 @@ def test_a_json_answer_to_a_stream_request_becomes_a_stream(pair, client_wire, u
 @pytest.mark.parametrize(
     ("client_wire", "upstream_wire"), [("openai", "openai"), ("anthropic", "responses"), ("responses", "anthropic")]
 )
+def test_json_that_calls_itself_a_stream_is_read_as_the_json_it_is(pair, client_wire, upstream_wire):
+    """Trap 12: an answer becomes a stream, an error keeps its words and what they mean."""
+    kind = "text/event-stream"
+    whole = json.dumps(fake.WHOLES[upstream_wire]("whole")).encode()
+    always(pair.first, fake.chunked_answer(200, [whole[:9], whole[9:]], {}, kind))
+    assert assert_answer(client_wire, post(pair.router, client_wire, "a-%s/solo" % upstream_wire, True), "whole").complete
+    assert pair.calls() == (1, 0)
+    always(pair.first, fake.body_answer(200, b'{"error": {"message": "no more", "type": "insufficient_quota"}}', kind))
+    reply = post(pair.router, client_wire, "a-%s/solo" % upstream_wire, True)
+    assert "no more" in reply.text
+    assert pair.calls() == (2, 0)
+
+
+@pytest.mark.parametrize(
+    ("client_wire", "upstream_wire"), [("openai", "openai"), ("anthropic", "responses"), ("responses", "anthropic")]
+)
 def test_a_complete_answer_whose_connection_stays_open_ends_for_the_client(pair, client_wire, upstream_wire):
     """Traps 9, 10. All of it comes at once, while it is still held back."""
     always(pair.first, fake.sse_answer([b"".join(fake.STREAMS[upstream_wire]("brief"))], end="hang"))

@@ -67,6 +67,18 @@ def test_an_outcome_keeps_status_headers_and_body_so_that_it_can_be_returned_unc
 
 RAW = json.dumps(error("account suspended due to insufficient balance", "exceeded_current_quota_error"))
 SIGNALS = [
+    ("Anthropic: switched off", 400, error("This organization has been disabled."), R.AUTH),
+    ("Anthropic: token given back", 403, error("OAuth token has been revoked. Please obtain a new token."), R.AUTH),
+    ("Gemini: no such key", 400, [error("API Key not found. Please pass a valid API key.", None, 400)], R.AUTH),
+    ("NVIDIA: bad key", 403, {"status": 403, "title": "Forbidden", "detail": "Authorization failed"}, R.AUTH),
+    ("Gemini: not for free here", 400, [error("Gemini API free tier is not available in your country.")], R.FORBIDDEN),
+    ("Bedrock: not in this country", 400, {"message": "Access to Anthropic models is not allowed from unsupported countries, regions, or territories."}, R.FORBIDDEN),
+    ("OpenAI: not verified", 400, error("Your organization must be verified to stream this model."), R.FORBIDDEN),
+    ("Novita: no balance, other words", 403, {"code": 403, "reason": "NOT_ENOUGH_BALANCE", "message": "x"}, R.BILLING),
+    ("Bedrock: no such model", 400, {"message": "The provided model identifier is invalid."}, R.NOT_FOUND),
+    ("Bedrock: not by this name", 400, {"message": "Invocation of model ID x with on-demand throughput isn\u2019t supported."}, R.NOT_FOUND),
+    ("TGI: too long for its inputs", 422, {"error": "Input validation error: `inputs` must have less than 9 tokens."}, R.OVERFLOW),
+    ("vLLM: too long for the engine", 400, error("The engine prompt length 30 exceeds the max_model_len 20."), R.OVERFLOW),
     ("DashScope: too long", 400, error("Range of input length should be [1, 30720]"), R.OVERFLOW),
     ("Moonshot: too long", 400, error("Invalid request: Your request exceeded model token limit: 8192"), R.OVERFLOW),
     ("z.ai: too long", 400, error("Prompt exceeds max length", code="1261"), R.OVERFLOW),
