@@ -2170,7 +2170,7 @@ class RequestParser:
         self._start = 0
 
     def head(self) -> Optional[HttpRequest]:
-        """The request without its body, None while its head is incomplete. HttpError: 400 413 414 417 431 501 505."""
+        """The request without its body, None while its head is incomplete. HttpError: 400 414 417 431 501 505."""
         if self._head is None and self._start < len(self._buffer):
             while self._buffer.startswith(b"\r\n", self._start):
                 self._start += 2
@@ -2252,8 +2252,8 @@ def _read_request_head(data: bytes, limits: HttpLimits) -> Tuple[HttpRequest, An
         raise HttpError("a header line is malformed", 400, "bad_header")
     headers = [(name.lower(), value.strip(" \t")) for name, value in found]
     special, keep_alive = _read_special(headers, version)
-    if authority is not None:
-        headers = [(name, authority if name == "host" else value) for name, value in headers]
+    if authority is not None:  # HTTP/1.0 may come without Host
+        headers = [pair for pair in headers if pair[0] != "host"] + [("host", authority)]
     path, _, query = target.partition("?") if method != "CONNECT" else ("", "", "")
     request = HttpRequest(method, target, path, query, version, headers, keep_alive)
     try:
@@ -2344,12 +2344,10 @@ def _read_framing(version: Tuple[int, int], special: Tuple[List[str], ...], limi
         if len(lengths) > 1 or not _DIGITS.fullmatch(lengths[0]):
             raise HttpError("Content-Length is malformed or repeated", 400, "bad_content_length")
         length = int(lengths[0]) if len(lengths[0]) <= _MAX_LENGTH_DIGITS else _ENDLESS
-    if length > limits.max_body_bytes:
-        raise HttpError("the body is larger than %d bytes" % limits.max_body_bytes, 413, "request_too_large")
     expects = bool(expected) and version == (1, 1)
     if expects and {value.lower() for value in expected} != {"100-continue"}:
         raise HttpError("the only expectation known here is 100-continue", 417, "expectation_failed")
-    decoder = ChunkDecoder(limits, HttpError) if codings else _LengthDecoder(length)
+    decoder = ChunkDecoder(limits, HttpError) if codings else _LengthDecoder(length, limits.max_body_bytes)
     return decoder, expects and not decoder.complete
 
 
@@ -2398,14 +2396,17 @@ class _LineCheck:
 
 
 class _LengthDecoder:
-    """A body of `length` bytes, read like ChunkDecoder does it. wanted: how many bytes of input it can use at most."""
+    """A body of `length` bytes, read like ChunkDecoder does it. wanted: how many bytes of input it can use at most. A
+    request's that is longer than `most` is refused as soon as anybody asks for it (413)."""
 
-    __slots__ = ("complete", "surplus", "wanted")
+    __slots__ = ("complete", "surplus", "wanted", "_most")
 
-    def __init__(self, length: int) -> None:
-        self.complete, self.surplus, self.wanted = not length, b"", length
+    def __init__(self, length: int, most: int = _ENDLESS) -> None:
+        self.complete, self.surplus, self.wanted, self._most = not length, b"", length, most
 
     def feed(self, data: bytes) -> bytes:
+        if self.wanted > self._most:
+            raise HttpError("the body is larger than %d bytes" % self._most, 413, "request_too_large")
         body = data[: self.wanted]
         self.wanted -= len(body)
         if not self.wanted:
@@ -10415,11 +10416,12 @@ class Exchange:
             data = await self._read_on(reply, watch)
             if not data:
                 return b"".join(parts)
-            if not parts and _EVENT_LINE.match(data):
+            parts.append(data)
+            if watch is None and size < _MARK_BYTES and _EVENT_LINE.match(b"".join(parts)):
                 watch = make_processor(source, source, Context(_BARE_REQUEST, "", 0), self._settings.max_event_bytes)
+                data = b"".join(parts)
             if watch is not None:
                 watch.feed(data)
-            parts.append(data)
             size += len(data)
         raise UpstreamError("the answer is larger than max_answer_bytes", "too_large")
 
@@ -10633,6 +10635,7 @@ class Exchange:
 
 _BARE_REQUEST = ChatRequest("", [])
 _EVENT_LINE = re.compile(rb"(?:\xef\xbb\xbf)?\s*(?:data|event|id|retry)?:")  # a stream's first (traps 4, 5, 11)
+_MARK_BYTES = 64  # within which a body shows what it is
 _ERROR_BODY_S = 5.0
 
 
@@ -12287,8 +12290,13 @@ class ClientConnection:
                 await self._until_sent(self._writer.wait_closed)
 
     def may_keep_alive(self, head: HttpRequest) -> bool:
-        """Whether the connection can serve another request after this one: not with much of a body unread, nor in a
-        drain."""
+        """Whether the connection can serve another request after this one: not with much of a body unread, or a wrong
+        one, nor in a drain."""
+        if not self.body_is_read and not self._is_broken:  # nobody has asked for it
+            try:
+                self.body_is_read = self._parser.body() is not None
+            except HttpError:
+                self._is_broken = True
         may_go_on = self.body_is_read or (not self._is_broken and self._parser.unread <= _SKIP_BYTES)
         ends = self._reader.at_eof() and not self._parser.has_more
         return head.keep_alive and may_go_on and not self.server.draining and not ends
@@ -12329,6 +12337,7 @@ class ClientConnection:
         self.deadline = math.inf
         if self.phase == "sending":
             self._transport.abort()
+            self._on_gone()  # whose end asyncio does not tell again when the client had closed its half
         elif self.phase == "idle":
             self._expire_read(ClientGoneError())
         else:
@@ -12340,10 +12349,7 @@ class ClientConnection:
         encoding = header(head.headers, "content-encoding").strip().lower()
         if encoding:
             Inflater(encoding, 0, RouterError)  # one that cannot be read is refused before the client sends it all
-        if not self.body_is_read:
-            if parser.expects_continue and not parser.body_size:
-                self.send(_CONTINUE)
-            await self._receive_body()
+        await self._receive_body()
         body = parser.take_body()
         self._reserve(len(body))
         if not encoding or encoding == "identity":
@@ -12358,14 +12364,17 @@ class ClientConnection:
         began, self.phase = self.loop.time(), "body"
         try:
             self.body_is_read = parser.body() is not None
+            if parser.expects_continue and most_bytes > _SKIP_BYTES:
+                self.send(_CONTINUE)
             while not self.body_is_read and parser.body_size <= most_bytes:
                 if most_bytes > _SKIP_BYTES:
                     self._reserve(parser.body_size)
                 self.deadline = min(began + parser.body_size / _UPLOAD_BYTES_PER_S, self.loop.time()) + limit_s
                 parser.feed(await self._read())
                 self.body_is_read = parser.body() is not None
-        except HttpError:
+        except HttpError as error:
             self._is_broken = True  # nothing tells any more where the next request begins
+            error.request = self._head
             raise
         finally:
             self.phase, self.deadline = "serving", math.inf
@@ -12374,6 +12383,9 @@ class ClientConnection:
         """Some bytes from the client. ClientGoneError at the end of the connection."""
         try:
             data = await self._reader.read(_READ_BYTES)
+        except HttpError:
+            self._expire_read(None)  # what is late is refused, and who sends on while it is told can still be read from
+            raise
         except OSError:
             raise ClientGoneError from None
         if not data:
@@ -12385,8 +12397,8 @@ class ClientConnection:
         if head is None:
             return False
         self._head = head
-        self.body_is_read = self._parser.body() is not None
-        if not self.body_is_read and head.method != "POST" and self._parser.unread <= _SKIP_BYTES:
+        self.body_is_read = False
+        if head.method != "POST" and self._parser.unread <= _SKIP_BYTES:
             await self._receive_body(_SKIP_BYTES)  # no handler asks for it: what is wrong with it is said now or never
         self.phase, self.sink = "serving", Sink(self, head)
         try:
@@ -12439,16 +12451,13 @@ class ClientConnection:
 
     async def _refuse(self, error: HttpError) -> None:
         """Answer what cannot be served as HTTP, then close so that the answer still arrives."""
-        if self.sink is None or not self.sink.ended:
-            wire = wire_of_client(error.request.path, error.request.headers) if error.request is not None else "openai"
-            body = dump_json(WIRE_FORMATS[wire].render_error(_error_info(error), ""))
-            try:
-                how = {"head_only": self._parser.is_head, "keep_alive": False, "date": self.server.date()}
-                self.send(render_response(error.status, _JSON_HEADERS, body, **how))
-                await self.drain()
-            except ClientGoneError:
-                return
-        await self._linger()
+        wire = wire_of_client(error.request.path, error.request.headers) if error.request is not None else "openai"
+        body = dump_json(WIRE_FORMATS[wire].render_error(_error_info(error), ""))
+        with suppress(ClientGoneError):
+            how = {"head_only": self._parser.is_head, "keep_alive": False, "date": self.server.date()}
+            self.send(render_response(error.status, _JSON_HEADERS, body, **how))
+            await self.drain()
+            await self._linger()
 
     async def _linger(self) -> None:
         """Close our side and read on for a moment: closing with unread bytes would reset the connection and the client
