@@ -2860,9 +2860,7 @@ class Reasoning(NamedTuple):
 
 
 # Efforts in order, and what each is worth in tokens of thinking: the one table for both ways (trap 90).
-EFFORT_BUDGETS = {
-    "none": 0, "minimal": 1024, "low": 2048, "medium": 8192, "high": 16384, "xhigh": 24576, "max": 31999,
-}  # fmt: skip
+EFFORT_BUDGETS = {"none": 0, "minimal": 1024, "low": 2048, "medium": 8192, "high": 16384, "xhigh": 24576, "max": 31999}
 
 
 def nearest_effort(reasoning: Reasoning, known: Sequence[str]) -> str:
@@ -3029,10 +3027,10 @@ class WireFormat(NamedTuple):
     renderer(context) has `render(event) -> bytes`. Both keep the stream invariants stated above whatever comes in.
     Where the last SseEvent said nothing but more text of the open block, parser.said is that JSON string, else "";
     after it parser.more(text) stands for feeding an SseEvent that differs from it in that string only.
-    parse_error(status, body) reads an error answer (body: parsed JSON, or text); render_error(info, id) writes one
-    as a JSON value. error_event(info, id) is the error as SSE bytes. watch: matches raw stream bytes that may hold
-    usage, an error or the end, so that a relay looks at nothing else. losses: field -> what becomes of it.
-    answer: the key of a whole answer under which its content stands; read_usage(usage) -> Usage.
+    render_error(info, id) writes an error as a JSON value (read_error reads one in any format), error_event(info, id)
+    as SSE bytes. watch: matches raw stream bytes that may hold usage, an error or the end, so that a relay looks at
+    nothing else. losses: field -> what becomes of it. answer: the key of a whole answer under which its content
+    stands; read_usage(usage) -> Usage.
     """
 
     name: str
@@ -3043,7 +3041,6 @@ class WireFormat(NamedTuple):
     render_response: Callable[[ChatResponse, Context], Json]
     parser: Callable[[Context], Any]
     renderer: Callable[[Context], Any]
-    parse_error: Callable[[int, Any], ErrorInfo]
     render_error: Callable[[ErrorInfo, str], Json]
     error_event: Callable[[ErrorInfo, str], bytes]
     watch: Pattern[bytes]
@@ -3608,6 +3605,12 @@ def parse_chat_request(body: Json) -> ChatRequest:
     )  # fmt: skip
 
 
+def set_apart(block: Any) -> Any:
+    """A text that begins a further message of an answer: where messages become one, as in Chat, a paragraph of its own,
+    as in microsoft/vscode#312173; a preamble (`phase`) would run into what follows it."""
+    return block._replace(extra={**(block.extra or {}), _CHAT: {"apart": True}}) if type(block) is Text else block
+
+
 def _chat_rest(item: Json, known: Iterable[str]) -> Extra:
     """What `item` says besides the `known` keys. `cache_control`, which some providers take, has Anthropic's shape."""
     mark, rest = get_dict(item, "cache_control"), rest_of(item, (*known, "cache_control"), _CHAT)
@@ -3725,17 +3728,17 @@ def _read_chat_media(item: Json, path: str) -> Any:
     return Media(kind, *data, get_text(inner, "filename"), rest)
 
 
-def _read_source(item: Json, path: str) -> Any:
-    """An `image` or `document` block of the Messages API."""
+def _read_source(item: Json, path: str, extra: Extra = None) -> Any:
+    """An `image` or `document` block of the Messages API. A file's id means nothing elsewhere."""
     path += ".source"
     source = check_kind(item.get("source"), (dict,), path)
-    form = get_text(source, "type")
+    form, default = get_text(source, "type"), "application/pdf" if item["type"] == "document" else ""
     if form not in ("text", "base64", "url"):
         return Opaque("anthropic", item)
     field = "url" if form == "url" else "data"
     value = need_text(source, field, path)
-    rest = {"media_type": get_text(source, "media_type"), "name": get_text(item, "title")}
-    return Text(value) if form == "text" else Media(item["type"], **{field: value}, **rest)
+    about = {"media_type": get_text(source, "media_type") or default, "name": get_text(item, "title"), "extra": extra}
+    return Text(value) if form == "text" else Media(item["type"], **{field: value}, **about)
 
 
 _CHAT_READERS: Dict[str, Callable[[Json, str], Any]] = {
@@ -3759,7 +3762,6 @@ _CHAT_READERS: Dict[str, Callable[[Json, str], Any]] = {
     ),
 }
 
-_DATED_TYPE = re.compile(r".*_20\d{6}$")  # Anthropic's own tools bear a date in their type (web_search_20250305)
 _CHAT_TOOL_KEYS = frozenset(("type", "function", "name", "description", "parameters", "input_schema", "strict"))
 
 
@@ -3775,7 +3777,7 @@ def _chat_tool(value: Any, path: str) -> Tool:
     elif kind in (None, "function", "custom"):
         inner = item
     else:
-        wire = "anthropic" if _DATED_TYPE.match(as_text(kind)) else _CHAT
+        wire = "anthropic" if re.search(r"_20\d{6}$", as_text(kind)) else _CHAT  # web_search_20250305
         return Tool(get_text(item, "name") or as_text(kind), kind="server", extra={wire: item})
     name, description = need_text(inner, "name", path), get_text(inner, "description")
     if is_custom:
@@ -3834,13 +3836,14 @@ def _chat_reasoning(effort: str, own: Json, thinking: Json) -> Optional[Reasonin
 
 # ---- requests: neutral -> Chat Completions
 
-# Models by a pattern of their ids -> efforts they take, lowest first (OpenAI's model pages; the last row is what most
-# others take). Shared with OPENAI RESPONSES.
+# Models by a pattern of their ids -> efforts they take, lowest first (OpenAI's and Mistral's model pages; the last row
+# is what most others take). Shared with OPENAI RESPONSES.
 _OPENAI_EFFORTS = (
     (re.compile(r"gpt-(5\.[2-9]|5\.1-codex-max|[6-9])"), ("none", "low", "medium", "high", "xhigh")),
     (re.compile(r"gpt-5\.1"), ("none", "low", "medium", "high")),
     (re.compile(r"gpt-5"), ("minimal", "low", "medium", "high")),
     (re.compile(r"(?:^|/)o\d"), ("low", "medium", "high")),
+    (re.compile(r"mistral-(?:small|medium)"), ("none", "high")),
     (re.compile(r""), ("none", "low", "medium", "high")),
 )
 
@@ -3885,6 +3888,8 @@ def _chat_shared_fields(fields: Dict[str, Json]) -> Json:
         found.update((key, bag[key]) for key in (keys.split() if keys else bag) if key in bag)
     if found.get("service_tier") == "standard_only":  # Anthropic's word
         found["service_tier"] = "default"
+    if not found.get("store"):  # "The 'metadata' parameter is only allowed when 'store' is enabled"
+        found.pop("metadata", None)
     return _told(found)
 
 
@@ -4082,10 +4087,7 @@ def parse_chat_response(body: Json, context: Context) -> ChatResponse:
 
 
 def _first_count(*values: Any) -> int:
-    for value in values:
-        if value and as_int(value):
-            return as_int(value)
-    return 0
+    return next(filter(None, map(as_int, filter(None, values))), 0)
 
 
 def _chat_usage(usage: Json) -> Usage:
@@ -4164,8 +4166,8 @@ _MAX_HELD = 4096  # characters of white space in front of a text; more of it cou
 
 class _Slot:
     """A block of an answer, open or to come. waiting: its text not yet passed on. For calls also pieces: all of it,
-    size: its length, is_whole: whether the `judged` pieces are an object, and id: the upstream's own, which may come
-    after the block was opened (trap 37)."""
+    size: its length, is_whole: whether it was found to be an object, which is looked at next when it is longer than
+    `judged`, and id: the upstream's own, which may come after the block was opened (trap 37)."""
 
     is_open = is_cumulative = is_whole = False
     size = judged = 0
@@ -4194,11 +4196,11 @@ class _Slot:
         """Whether nothing can follow in it once another block began: of a call, when its arguments are an object."""
         if type(self.block) is not ToolCall:
             return True
-        if self.is_open and self.judged != len(self.pieces):  # once for each piece, not for all that comes behind it
-            self.judged = len(self.pieces)
-            may_end = self.block.kind == "function" and self.pieces[-1].rstrip().endswith("}")
-            text = "".join(self.pieces) if may_end else ""
-            self.is_whole = bool(text) and arguments_object(text) != {RAW_ARGUMENTS: text}
+        may_end = self.is_open and self.size > self.judged and self.block.kind == "function"
+        if may_end and self.pieces[-1].rstrip().endswith("}"):
+            text = "".join(self.pieces)
+            self.judged = self.size + self.size // 8  # thousands of pieces may end like that
+            self.is_whole = arguments_object(text) != {RAW_ARGUMENTS: text}
         return self.is_whole
 
 
@@ -4236,6 +4238,7 @@ class ChatStreamParser:
             chunk = _JSON_DECODER.decode(event.data)
         except (ValueError, RecursionError):
             chunk = None
+        chunk = chunk[0] if type(chunk) is list and chunk else chunk  # as Gemini tells an error
         if event.name == "error" and not as_dict(chunk).get("error"):
             chunk = {"error": as_dict(chunk) or event.data}
         if type(chunk) is dict:
@@ -4620,8 +4623,8 @@ def chat_error_event(info: ErrorInfo, request_id: str) -> bytes:
 OPENAI_CHAT = WireFormat(
     name=_CHAT, path="/chat/completions", parse_request=parse_chat_request, render_request=render_chat_request,
     parse_response=parse_chat_response, render_response=render_chat_response, parser=ChatStreamParser,
-    renderer=ChatStreamRenderer, parse_error=read_error, render_error=render_chat_error, error_event=chat_error_event,
-    losses=CHAT_LOSSES, answer="choices", read_usage=_chat_usage,
+    renderer=ChatStreamRenderer, render_error=render_chat_error, error_event=chat_error_event, losses=CHAT_LOSSES,
+    answer="choices", read_usage=_chat_usage,
     watch=re.compile(rb'"(?:usage"\s*:\s*\{|error"\s*:\s*[{\["]|finish_reason"\s*:\s*"|object"\s*:\s*"error")'),
 )  # fmt: skip
 
@@ -4864,24 +4867,13 @@ def _anthropic_shown(item: Json, *words: str) -> Text:
     return Text("\n".join(filter(None, words)), {_ANTHROPIC: {"block": item}})
 
 
-# Type of a source -> its field with the data. A file id means nothing elsewhere, a text source is text to others.
-_ANTHROPIC_SOURCES = {"base64": "data", "url": "url", "text": "data", "content": "content"}
-
-
 def _anthropic_media(item: Json, path: str) -> Any:
-    """ImageBlockParam, DocumentBlockParam."""
-    kind, source, title = item["type"], get_dict(item, "source"), get_text(item, "title")
-    form = get_text(source, "type")
-    field = _ANTHROPIC_SOURCES.get(form, "")
-    value = source.get(field)
-    if form in ("text", "content"):
-        words = value if isinstance(value, str) else readable(value)
-        return _anthropic_shown(item, title, get_text(item, "context"), words)
-    if not field:
-        return Opaque(_ANTHROPIC, item)
-    data = {field: need_text(source, field, path + ".source")}
-    media_type = get_text(source, "media_type") or ("application/pdf" if kind == "document" else "")
-    return Media(kind, media_type, **data, name=title, extra=rest_of(item, ("type", "source", "title"), _ANTHROPIC))
+    """ImageBlockParam, DocumentBlockParam. A text source is text to others."""
+    source, title = get_dict(item, "source"), get_text(item, "title")
+    if source.get("type") not in ("text", "content"):
+        return _read_source(item, path, rest_of(item, ("type", "source", "title"), _ANTHROPIC))
+    value = source.get("data") or source.get("content")
+    return _anthropic_shown(item, title, get_text(item, "context"), as_text(value) or readable(value))
 
 
 def _anthropic_result(item: Json, path: str) -> ToolResult:
@@ -5290,6 +5282,8 @@ class AnthropicStreamParser(TypedEventParser):
             self._block = dict(item)
         else:
             text, self._block = block_text(block), with_text(block, "")
+            if self._kinds[-1:] != [Text] and Text in self._kinds:  # what is behind a search is a new paragraph
+                self._block = set_apart(self._block)
             events.append(Opened(self._block))
             if isinstance(block, ToolCall):
                 self._block.id = block.id or "toolu_%s_%d" % (self._context.id, len(self._kinds))
@@ -5535,8 +5529,8 @@ def anthropic_error_event(info: ErrorInfo, request_id: str) -> bytes:
 ANTHROPIC_MESSAGES = WireFormat(
     name=_ANTHROPIC, path="/messages", parse_request=parse_anthropic_request, render_request=render_anthropic_request,
     parse_response=parse_anthropic_response, render_response=render_anthropic_response, parser=AnthropicStreamParser,
-    renderer=AnthropicStreamRenderer, parse_error=read_error, render_error=render_anthropic_error,
-    error_event=anthropic_error_event, losses=ANTHROPIC_LOSSES, answer="content", read_usage=_anthropic_usage,
+    renderer=AnthropicStreamRenderer, render_error=render_anthropic_error, error_event=anthropic_error_event,
+    losses=ANTHROPIC_LOSSES, answer="content", read_usage=_anthropic_usage,
     watch=re.compile(rb'"(?:usage|error|message_stop)"'),
 )  # fmt: skip
 
@@ -5589,7 +5583,6 @@ _RESPONSES_CALLS = {"function_call": "function", "custom_tool_call": "custom"}  
 _RESPONSES_KINDS: Dict[Any, str] = {
     Text: "output_text", Refusal: "refusal", Thinking: "summary_text", **{v: k for k, v in _RESPONSES_CALLS.items()}
 }  # fmt: skip
-_RESPONSES_RESULTS = ("function_call_output", "custom_tool_call_output")
 
 # The request fields whose types are checked.
 _RESPONSES_CHECKED = field_kinds({
@@ -5602,7 +5595,8 @@ _RESPONSES_FILES = {
 
 # As in CHAT_LOSSES: fields and types of requests in this format in backticks, what is written in it in words.
 RESPONSES_LOSSES = {
-    "`metadata` `moderation` `prompt_cache_*` `service_tier` `text.verbosity`": "kept for OpenAI Chat, else not sent",
+    "`moderation` `prompt_cache_*` `service_tier` `text.verbosity`": "kept for OpenAI Chat, else not sent",
+    "`metadata`": "kept for OpenAI Chat where `store` is true, else not sent",
     "`safety_identifier`": "kept for OpenAI Chat, else the end user's id",
     "`background` `conversation` `previous_response_id` `prompt`": "refused with 400, as file ids are: only their "
     "provider has them",
@@ -5710,12 +5704,6 @@ def _responses_turns(items: List[Json], names: _FlatNames) -> List[Message]:
     return turns
 
 
-def set_apart(block: Any) -> Any:
-    """A text that begins a further message of an answer: where messages become one, as in Chat, a paragraph of its own,
-    as in microsoft/vscode#312173; a preamble (`phase`) would run into what follows it."""
-    return block._replace(extra={**(block.extra or {}), _CHAT: {"apart": True}}) if type(block) is Text else block
-
-
 def _responses_turn(item: Json, where: str, names: _FlatNames) -> Tuple[str, Blocks]:
     """(role, blocks) of an item, no blocks for what cannot be read."""
     kind, role = _responses_type(item), _CHAT_ROLES.get(get_text(item, "role"))
@@ -5723,7 +5711,7 @@ def _responses_turn(item: Json, where: str, names: _FlatNames) -> Tuple[str, Blo
         if role is None:
             raise field_error(where + ".role", "expected user, assistant, system or developer")
         return role, _responses_parts(item.get("content"), where + ".content")
-    if kind in _RESPONSES_RESULTS:
+    if kind in ("function_call_output", "custom_tool_call_output"):
         call_id = get_text(item, "call_id") or get_text(item, "id")
         return "user", [ToolResult(call_id, _responses_parts(item.get("output"), where + ".output"))]
     if kind in _RESPONSES_CALLS or kind == "reasoning":
@@ -6057,7 +6045,8 @@ class ResponsesParser(TypedEventParser):
         if not isinstance(index, int):
             name = value.get("item_id") or get_dict(value, "item").get("id")
             newest = len(self._items) - bool(kind and self._items)
-            index = next((i for i, state in self._items.items() if name and state.item.get("id") == name), newest)
+            from_newest = (i for i in reversed(self._items) if self._items[i].item.get("id") == name)
+            index = next(from_newest if name else iter(()), newest)
         if index not in self._items:
             self._items[index] = _ResponsesItem(index, get_dict(value, "item") or {"type": kind})
             self._going.append(self._items[index])
@@ -6327,7 +6316,7 @@ class ResponsesRenderer:
         self._kind = bag["part"] if key is Thinking and "part" in bag else _RESPONSES_KINDS[key]
         row, out = _RESPONSES_PARTS[self._kind], b""
         joins = row.item == "message" == item.get("type") and item.get("phase") == bag.get("phase")
-        if not joins or bag.get("id", item["id"]) != item["id"]:
+        if not joins or bag.get("id", item["id"]) != item["id"] or own_extra(block, _CHAT).get("apart"):
             out = self._next_item(self._new_item(row))
         if row.frame:
             self._place[row.index] = len(self._item[row.holder])
@@ -6447,7 +6436,7 @@ def _responses_told(info: ErrorInfo) -> Json:
 OPENAI_RESPONSES = WireFormat(
     name=_RESPONSES, path="/responses", parse_request=parse_responses_request, render_request=render_responses_request,
     parse_response=parse_responses_response, render_response=render_responses_response, parser=ResponsesParser,
-    renderer=ResponsesRenderer, parse_error=read_error, render_error=render_chat_error,
+    renderer=ResponsesRenderer, render_error=render_chat_error,
     error_event=lambda info, own: ResponsesRenderer(Context(ChatRequest("", []), own, 0)).render(Failed(info)),
     losses=RESPONSES_LOSSES, answer="output", read_usage=_chat_usage,
     # Quotes inside JSON strings are escaped, so these words match no text that the model wrote.
@@ -7036,14 +7025,23 @@ def _names(field: str) -> str:
     return r"(?s)\A(?=.*%s)(?=.*(?:%s))" % (word, _REFUSAL)  # at the start only, or long texts take minutes
 
 
-_LEFT_OUT = "stream_options parallel_tool_calls reasoning_effort thinking output_config store stop tool_choice"
+_LIMITS = ("max_tokens", "max_completion_tokens")
+_LEFT_OUT = "stream_options parallel_tool_calls reasoning_effort thinking output_config service_tier stop tool_choice"
+# What Codex and others tell OpenAI: a server that refuses one of these fields knows none of them (trap 70).
+_OPENAI_ONLY = (
+    "metadata moderation prompt_cache_key prompt_cache_options prompt_cache_retention safety_identifier verbosity"
+).split()
+
+
+def _drop_openai_only(body: Json) -> None:
+    """`store` goes with them where nothing is stored unless that says so."""
+    _drop(*_OPENAI_ONLY, *(["store"] if "messages" in body else []))(body)
+
+
 # Vendors' API references, and the public threads that TRAPS of this kind were met in (traps 70, 71, 108).
 FIXES: Dict[str, Fix] = {
     "closed schemas": Fix(_close_output, "output_config", r"additionalproperties"),
-    "max_completion_tokens": Fix(_rename("max_tokens", "max_completion_tokens"), "max_tokens", _names("max_tokens")),
-    "max_tokens": Fix(
-        _rename("max_completion_tokens", "max_tokens"), "max_completion_tokens", _names("max_completion_tokens")
-    ),
+    **{new: Fix(_rename(old, new), old, _names(old)) for old, new in (_LIMITS, _LIMITS[::-1])},
     # GPT-5.5 and newer ones call no functions in Chat Completions while they reason.
     "no effort beside tools": Fix(
         lambda body: body.update({"reasoning_effort": "none"} if body.get("tools") else {}),
@@ -7051,6 +7049,11 @@ FIXES: Dict[str, Fix] = {
         r"function tools with reasoning_effort",
     ),
     **{"no " + field: Fix(_drop(field), field, _names(field)) for field in _LEFT_OUT.split()},
+    **{"no " + field: Fix(_drop_openai_only, field, _names(field)) for field in _OPENAI_ONLY},
+    "no store": Fix(_drop("store", *_OPENAI_ONLY), "store", _names("store")),
+    "no user": Fix(  # a word of many errors that speak of roles
+        _drop("user"), "user", r"\buser\W{1,3}(?:extra|is un|is not)|(?:property|name|supplied|meter)\W{1,3}user\b"
+    ),
     "no reasoning_effort": Fix(  # in Ollama's words, too
         _drop("reasoning_effort"), "reasoning_effort", _names("reasoning_effort") + "|does not support thinking"
     ),
@@ -7087,9 +7090,10 @@ _CLOUD_BETAS = re.compile(
     r"|context-management|effort|tool-search-tool|tool-examples)-\d"
 )
 _CLOUD_FIXES = ("plain schemas", "closed schemas")
-_MISTRAL_FIXES = ("no stream_options", "no reasoning_content", "no reasoning_effort", "strict turns")
+_MISTRAL_FIXES = ("no stream_options", "no reasoning_content", "no store", "no user", "strict turns")
 _OPENAI_FIXES = ("max_completion_tokens", "no reasoning_content", "no sampling")
 _KIMI_FIXES = ("think if replayed", "plain schemas", "no sampling")
+_PICKY_FIXES = ("no reasoning_content", "no store", "plain schemas")
 
 COMPATS: Tuple[Compat, ...] = (
     Compat("openai", ("api.openai.com",), _OPENAI_FIXES),
@@ -7102,16 +7106,12 @@ COMPATS: Tuple[Compat, ...] = (
     Compat("moonshot", ("api.moonshot.ai", "api.moonshot.cn"), _KIMI_FIXES, replays_reasoning=True),
     Compat("zai", ("api.z.ai", "open.bigmodel.cn"), ("plain schemas",)),
     Compat("qwen", ("dashscope.aliyuncs.com", "dashscope-intl.aliyuncs.com", "dashscope-us.aliyuncs.com"), caches=True),
-    Compat("groq", ("api.groq.com",), ("no reasoning_content", "plain schemas")),
+    Compat("groq", ("api.groq.com",), _PICKY_FIXES),
     Compat("mistral", ("api.mistral.ai",), _MISTRAL_FIXES),
-    Compat("gemini", ("generativelanguage.googleapis.com",), ("no reasoning_content", "plain schemas"), False, True),
-    Compat("xai", ("api.x.ai",)),
+    Compat("gemini", ("generativelanguage.googleapis.com",), _PICKY_FIXES, replays_reasoning=True),
     Compat("together", ("api.together.xyz", "api.together.ai"), ("plain schemas",)),
-    Compat("cerebras", ("api.cerebras.ai",), ("max_completion_tokens", "no reasoning_content", "plain schemas")),
+    Compat("cerebras", ("api.cerebras.ai",), ("max_completion_tokens", *_PICKY_FIXES)),
     Compat("ollama", (":11434",), ("think if asked",)),
-    Compat("lmstudio", (":1234",)),
-    Compat("vllm", ()),
-    Compat("llamacpp", ()),
 )  # fmt: skip
 _COMPATS_BY_NAME = {row.name: row for row in COMPATS}
 _PLAIN = Compat("", ())
@@ -8260,7 +8260,7 @@ def judge_error(wire: str, status: int, headers: Headers, body: bytes, now: floa
     """The outcome of an answer whose status is not 2xx. now: Unix seconds, for dates in headers and bodies."""
     parsed = parse_body(body)
     words = error_words(parsed)
-    info = WIRE_FORMATS[wire].parse_error(status, parsed)
+    info = read_error(status, parsed)
     wait, kind = read_retry_after(headers, words, parsed, now), kind_of(status, words)
     info = info._replace(code=OVERFLOW_CODE) if kind == OVERFLOW else info
     return Outcome(kind, status, str(status), info, wait, tuple(headers), body, wire)
@@ -10447,7 +10447,7 @@ class Exchange:
         source, is_chat = WIRE_FORMATS[self._outbound.wire], self._inbound.operation == "chat"
         parsed = _read_json(body)
         if _is_error_body(parsed):
-            return self._judge_told(source.parse_error(502, parsed), reply)
+            return self._judge_told(read_error(502, parsed), reply)
         if not parsed and not (is_chat and _EVENT_LINE.match(body)):
             text = one_line(str(parse_body(body)) if body else "an empty body", 120)
             return failed_attempt(TEMPORARY, "unparsable", "the answer is not what was asked for: " + text)
@@ -10973,7 +10973,7 @@ def _judge_probe(wire: str, status: int, headers: Headers, data: bytes, now: flo
     parsed = _read_json(data)
     context = Context(request, "probe", int(now))
     if _is_error_body(parsed):
-        outcome = judge_in_band(WIRE_FORMATS[wire].parse_error(502, parsed), headers, wire, now)
+        outcome = judge_in_band(read_error(502, parsed), headers, wire, now)
         return outcome._replace(kind=NOT_FOUND) if "404 NOT_FOUND" in outcome.error.message else outcome  # z.ai
     try:
         if parsed:
