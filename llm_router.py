@@ -12842,18 +12842,45 @@ class Metrics:
 _IN_LABELS = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
 
 
-class CountingHost:
-    """Those of the gateway's effects that every host shares (see GATEWAY). known: the refs that are configured."""
+def show_health(ref: str, book: Any, now: float) -> Json:
+    """A candidate's state in words and seconds: ok, cooling, open (its circuit) or half-open."""
+    health, provider = book.read(ref), book.read(ref.partition("/")[0] + "/")
+    rows = [
+        (health.circuit_until, "open", health.reason),
+        (health.cooldown_until, "cooling", health.reason),
+        (provider.cooldown_until, "cooling", provider.reason),
+    ]
+    until, state, reason = max(rows, key=lambda row: row[0])
+    if until <= now:
+        state, reason = "half-open" if health.circuit_until else "ok", health.reason
+    left_s = round(max(until - now, 0.0), 1)
+    return {"model": ref, "state": state, "left_s": left_s, "reason": reason, "failures": health.failures}
 
-    def __init__(self) -> None:
+
+class CountingHost:
+    """Those of the gateway's effects that every host shares (see GATEWAY). known: the refs that are configured; book:
+    what is known of their health."""
+
+    def __init__(self, book: Any) -> None:
         import asyncio
         import random
 
         self.now, self.wall, self.sleep = time.monotonic, time.time, asyncio.sleep
         self.jitter = random.Random().random  # noqa: S311  it spreads retries, it guards nothing
-        self.counters = Metrics()
+        self.book, self.counters = book, Metrics()
         self.known: Any = ()
-        self.metrics: Callable[[], str] = lambda: self.counters.render({})
+
+    def gauges(self) -> Dict[str, Dict[str, float]]:
+        """What /metrics shows of the present, as `Metrics.render` takes it."""
+        now, refs = self.now(), sorted(self.known)
+        return {
+            "llm_router_cooldown_seconds": {ref: show_health(ref, self.book, now)["left_s"] for ref in refs},
+            "llm_router_circuit_open": {ref: float(bool(self.book.read(ref).circuit_until)) for ref in refs},
+        }
+
+    def metrics(self) -> str:
+        """The text of /metrics."""
+        return self.counters.render(self.gauges())
 
     def new_id(self) -> str:
         """A request id: unique, not guessable."""
@@ -13262,7 +13289,9 @@ class WorkerRouter:
             settings, warnings = read_settings({}, environ)
             for warning in [*warnings, *map(show_problem, problems)]:
                 print("warning: " + one_line(warning))
-            self._gateway = Gateway(Routes(config), settings, access, WorkerHost(config, settings), self._book)
+            routes, book = Routes(config), self._book
+            self._gateway = Gateway(routes, settings, access, WorkerHost(routes, settings, book), book)
+            self._gateway.info = {"instance": os.urandom(8).hex(), "config": "ok"}
             self._made_of = made_of
         return self._gateway
 
@@ -13295,9 +13324,9 @@ class WorkerEnviron:
 class WorkerHost(CountingHost):
     """The gateway's effects in a Worker (see GATEWAY). Log lines go to the console, as `wrangler tail` shows it."""
 
-    def __init__(self, config: Config, settings: Settings) -> None:
-        super().__init__()
-        self.known = frozenset(Routes(config).refs())
+    def __init__(self, routes: Routes, settings: Settings, book: Any) -> None:
+        super().__init__(book)
+        self.known = frozenset(routes.refs())
         self._settings = settings
 
     async def aside(self, work: Callable[..., Any], *arguments: Any) -> Any:
@@ -13306,17 +13335,18 @@ class WorkerHost(CountingHost):
 
     async def send(self, outbound: Outbound) -> WorkerReply:
         """Send one request and wait for the head of its answer. UpstreamError when there is none."""
-        import js  # type: ignore[import-not-found]
-        from pyodide.ffi import to_js  # type: ignore[import-not-found]
+        import js
 
         control = js.AbortController.new()
         headers = {name: value for name, value in outbound.headers if name not in ("host", "content-length")}
-        options = {"method": "POST", "headers": headers, "body": outbound.body, "redirect": "manual"}
-        options = to_js(dict(options, signal=control.signal), dict_converter=js.Object.fromEntries)
+        what = {"headers": headers, "body": outbound.body, "signal": control.signal}
         first_s, fault = _seconds(outbound.timeouts.first_byte_ms), "cannot reach %s" % outbound.target.key.host
         try:
             with _limited(control, first_s, "an answer", fault, "connect_failed"):
+                options = _js_object(method="POST", redirect="manual", **what)
                 answer = await js.fetch(outbound.target.origin + outbound.path, options)
+                if not 200 <= int(answer.status) < 600:  # a 101, say: a Response cannot have such a one
+                    raise UpstreamError("the upstream's answer has the status %d" % answer.status, "bad_response")
         except BaseException:
             control.abort()
             raise
@@ -13334,6 +13364,21 @@ class WorkerHost(CountingHost):
         print("internal error: " + one_line("%s: %s" % (type(error).__name__, error)))
 
 
+def _js_object(**members: Any) -> Any:
+    """A JavaScript object; what its members hold becomes JavaScript's as well."""
+    import js  # type: ignore[import-not-found]
+    from pyodide.ffi import to_js  # type: ignore[import-not-found]
+
+    return to_js(members, dict_converter=js.Object.fromEntries)
+
+
+def _read_headers(headers: Any) -> Headers:
+    """JavaScript's Headers, whose names are in small letters."""
+    import js
+
+    return list(js.Object.fromEntries(headers).to_py().items())
+
+
 @contextmanager
 def _limited(control: Any, seconds: Optional[float], what: str, fault: str, label: str) -> Iterator[None]:
     """A time limit on the runtime's side that aborts what `control` controls; asyncio.wait_for would make a task, for
@@ -13342,17 +13387,11 @@ def _limited(control: Any, seconds: Optional[float], what: str, fault: str, labe
 
     from pyodide.ffi import JsException
 
-    ended = []
-
-    def end() -> None:
-        ended.append(True)
-        control.abort()
-
-    timer = None if seconds is None else asyncio.get_event_loop().call_later(seconds, end)
+    timer = None if seconds is None else asyncio.get_event_loop().call_later(seconds, control.abort)
     try:
         yield
     except JsException as error:
-        if ended:
+        if control.signal.aborted:
             raise UpstreamError("no sign of %s within %g s" % (what, seconds or 0), "timeout", True) from None
         raise UpstreamError("%s: %s" % (fault, one_line(str(error), 160)), label) from None
     finally:
@@ -13364,12 +13403,9 @@ class WorkerReply:
     """An upstream's answer in a Worker: pulled with `read`, or handed over as the stream of what is left."""
 
     def __init__(self, answer: Any, control: Any, max_body_bytes: int) -> None:
-        import js
-
         self.status = int(answer.status)
-        self.headers: Headers = list(js.Object.fromEntries(answer.headers).to_py().items())
+        self.headers = _read_headers(answer.headers)
         self._control = control
-        self._left = max_body_bytes
         self._answer = answer
         self._reader: Any = None
         self._is_over = not answer.body
@@ -13387,9 +13423,6 @@ class WorkerReply:
                     data = self.body.finish() if piece.done else self.body.feed(piece.value.to_bytes(), self.headers)
         except UpstreamProtocolError as error:
             raise UpstreamError(error.message, "truncated") from None
-        self._left -= len(data)
-        if self._left < 0:
-            raise UpstreamError("the answer is larger than allowed", "bad_response")
         return data
 
     def rest(self) -> Any:
@@ -13413,13 +13446,12 @@ class WorkerClient(PingingSink):
     def __init__(self, request: Any) -> None:
         import asyncio
 
-        import js
         from pyodide.ffi import create_proxy
 
         parts = urlsplit(str(request.url))
-        headers: Headers = list(js.Object.fromEntries(request.headers).to_py().items())
         super().__init__(asyncio.get_event_loop())
-        self.call = Call(str(request.method), parts.path or "/", parts.query, headers, self._read_body)
+        head = str(request.method), parts.path or "/", parts.query, _read_headers(request.headers)
+        self.call = Call(*head, self._read_body)
         self.response = self._loop.create_future()
         self.task: Any = None
         self.max_body_bytes = 0
@@ -13444,7 +13476,7 @@ class WorkerClient(PingingSink):
             words = "the body broke off: " + one_line(str(error), 160)
             raise RouterError(words, 400, "incomplete_request") from None
         if is_large or len(data) > limit:
-            raise RouterError("the body is larger than %d bytes" % limit, 413, "body_too_large")
+            raise RouterError("the body is larger than %d bytes" % limit, 413, "request_too_large")
         body = inflate(data, encoding, limit)
         if nests_too_deep(body):
             raise RouterError("the body is not valid JSON: nested too deeply", 400, "invalid_json")
@@ -13466,8 +13498,7 @@ class WorkerClient(PingingSink):
         from pyodide.ffi import to_js
 
         self._end()
-        bare = status == 204 or self.call.method == "HEAD"
-        self._answer(status, headers, None if bare else to_js(body))
+        self._answer(status, headers, None if status == 204 else to_js(body))  # of HEAD's the runtime sends the size
 
     def write(self, data: bytes) -> None:
         """Send a piece of the stream."""
@@ -13482,21 +13513,19 @@ class WorkerClient(PingingSink):
         """The rest of a reply to the client: UNWATCHED when the runtime passes it on, "end" or the label of what broke
         it when it was translated."""
         import js
-        from pyodide.ffi import JsException, create_proxy, to_js
+        from pyodide.ffi import JsException, create_proxy
 
         passes = isinstance(processor, StreamRelay) and reply.body.inflater is None
         pump = _Pump(self, reply, processor, 0.0 if passes else idle_ms / 1000, left_s)
         self.write(processor.hand_over() if passes else b"")
         self._writer.releaseLock()
         self._enqueue = pump.ping
-        proxies = [] if passes else [create_proxy(pump.start), create_proxy(pump.transform)]
-        options = to_js({"preventClose": True, "preventAbort": True}, dict_converter=js.Object.fromEntries)
+        steps = {} if passes else {"start": create_proxy(pump.start), "transform": create_proxy(pump.transform)}
         try:
             rest = reply.rest()
             if not passes:
-                steps = to_js(dict(zip(("start", "transform"), proxies)), dict_converter=js.Object.fromEntries)
-                rest = rest.pipeThrough(js.TransformStream.new(steps))
-            await rest.pipeTo(self._writable, options)
+                rest = rest.pipeThrough(js.TransformStream.new(_js_object(**steps)))
+            await rest.pipeTo(self._writable, _js_object(preventClose=True, preventAbort=True))
             return pump.end or (UNWATCHED if passes else "end")
         except JsException as error:
             if self._request.signal.aborted:
@@ -13506,7 +13535,7 @@ class WorkerClient(PingingSink):
             pump.stop()
             self._enqueue = self.write
             self._writer = None if self._writable.locked else self._writable.getWriter()  # locked: the client has left
-            for proxy in proxies:
+            for proxy in steps.values():
                 proxy.destroy()
 
     async def finish(self) -> None:
@@ -13551,11 +13580,8 @@ class WorkerClient(PingingSink):
 
     def _answer(self, status: int, headers: Headers, body: Any) -> None:
         import js
-        from pyodide.ffi import to_js
 
-        options = {"status": status, "headers": [[name, value] for name, value in headers]}
-        options = to_js(options, dict_converter=js.Object.fromEntries)
-        self.response.set_result(js.Response.new(body, options))
+        self.response.set_result(js.Response.new(body, _js_object(status=status, headers=headers)))
 
     def _on_gone(self, *_: Any) -> None:
         if self.task is not None and not self._ends:
@@ -13575,7 +13601,6 @@ class _Pump:
         self._client = client
         self._reply = reply
         self._processor = processor
-        self._inflater = reply.body.inflater
         self._controller: Any = None
         self._idle_s = idle_s
         self._loop = asyncio.get_event_loop()
@@ -13591,8 +13616,8 @@ class _Pump:
     def transform(self, chunk: Any, controller: Any) -> None:
         """Some bytes from the upstream."""
         self._last = self._loop.time()
-        data = chunk.to_bytes()
-        self.put(self._processor.feed(data if self._inflater is None else self._inflater.feed(data)))
+        data, inflater = chunk.to_bytes(), self._reply.body.inflater
+        self.put(self._processor.feed(data if inflater is None else inflater.feed(data)))
         if self._processor.failed is not None and not self.end:
             self.end = "failed"
             controller.terminate()
@@ -13785,16 +13810,14 @@ class Router(CountingHost):
     def __init__(self, loop: Any, options: StartOptions, log: LogWriter) -> None:
         import secrets
 
-        super().__init__()
+        super().__init__(HealthBook())
         self.id = secrets.token_hex(8)
         self.token = secrets.token_urlsafe(32)
         self.options = options
         self.log = log
         self.ring = TrailRing(options.settings.trail_size)
-        self.book = HealthBook()
         self.upstreams = Upstreams(loop, options.settings, options.environ)
         self.send = self.upstreams.send
-        self.metrics = self._metrics
         path = ledger_path(options.settings)
         self.ledger = Ledger(path, options.settings, log.note) if path else None
         self.server = Server(loop, options.settings, self.handle, self.failed)
@@ -13924,16 +13947,11 @@ class Router(CountingHost):
             "candidates": [{**show_health(ref, self.book, now), **tally.get(ref, none)} for ref in refs + made_up],
         }
 
-    def _metrics(self) -> str:
-        now = self.now()
-        states = {ref: show_health(ref, self.book, now) for ref in self.gateway.routes.refs()}
-        gauges = {
-            "llm_router_open_streams": {"": float(self.server.open_streams)},
-            "llm_router_connections": {"": float(len(self.server.connections))},
-            "llm_router_cooldown_seconds": {ref: state["left_s"] for ref, state in states.items()},
-            "llm_router_circuit_open": {ref: float(bool(self.book.read(ref).circuit_until)) for ref in states},
-        }
-        return self.counters.render(gauges)
+    def gauges(self) -> Dict[str, Dict[str, float]]:
+        """Those of every host, and who is connected."""
+        connected = {"llm_router_open_streams": self.server.open_streams}
+        connected["llm_router_connections"] = len(self.server.connections)
+        return {**super().gauges(), **{name: {"": float(number)} for name, number in connected.items()}}
 
     def try_reload(self) -> Tuple[int, Json]:
         """`reload` as the control channel answers it: status and body. A failure is logged and shown by `status`."""
@@ -13988,21 +14006,6 @@ class Router(CountingHost):
         if trouble and trouble != self._state_trouble:
             self.log.note("stop, reload and status will not find this instance: " + trouble, "warning")
         self._state_trouble = trouble
-
-
-def show_health(ref: str, book: Any, now: float) -> Json:
-    """A candidate's state in words and seconds: ok, cooling, open (its circuit) or half-open."""
-    health, provider = book.read(ref), book.read(ref.partition("/")[0] + "/")
-    rows = [
-        (health.circuit_until, "open", health.reason),
-        (health.cooldown_until, "cooling", health.reason),
-        (provider.cooldown_until, "cooling", provider.reason),
-    ]
-    until, state, reason = max(rows, key=lambda row: row[0])
-    if until <= now:
-        state, reason = "half-open" if health.circuit_until else "ok", health.reason
-    left_s = round(max(until - now, 0.0), 1)
-    return {"model": ref, "state": state, "left_s": left_s, "reason": reason, "failures": health.failures}
 
 
 def changed_providers(old: Config, new: Config) -> List[str]:
