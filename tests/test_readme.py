@@ -67,7 +67,9 @@ def menu_screen():
         ("ollama", {"openai": "http://127.0.0.1:11434/v1"}, {"enabled": False}, ["*"]),
     ]
     document = {"providers": [dict({"id": id, "baseUrlByFormat": urls, "models": models}, **more) for id, urls, more, models in providers]}
-    return ["```text", *Host(document).open("Providers").press("down").screen(80, 16).split("\n"), "```"]
+    host = Host(document)
+    host.menu = host.menu._replace(facts=host.menu.facts._replace(variables=("ANTHROPIC_API_KEY",)))
+    return ["```text", *host.open("Providers").press("down").screen(80, 16).split("\n"), "```"]
 
 
 BLOCKS = {"menu": menu_screen, "fields": fields_table, "settings": settings_table, "losses": losses_table, "scenarios": scenario_table}

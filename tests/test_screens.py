@@ -670,6 +670,41 @@ def test_a_problem_marks_the_row_where_it_can_be_mended(document, label):
     assert {row.cells[0]: row.state for row in r.rows_of(Host(document).menu)}[label] == "error"
 
 
+def test_a_provider_without_a_usable_id_has_its_place_on_the_first_screen():
+    host = Host({"providers": [{"id": "a b"}, {"baseUrl": "https://a.example"}, {"id": "c"}]})
+    assert r.rows_of(host.menu)[0].cells == ("Providers", "a b, ?, c")
+
+
+def test_a_key_variable_that_nobody_set_is_told_as_validate_tells_it():
+    row = r.rows_of(Host().open("Providers").menu)[1]
+    assert (row.state, row.cells[3]) == ("warning", "$ANTHROPIC_API_KEY")
+    assert "the variable ANTHROPIC_API_KEY is not set here" in row.hint
+    document = copy.deepcopy(DOCUMENT)
+    document["providers"][1]["apiKeyEnv"] = "GROQ_API_KEY"
+    assert r.rows_of(Host(document).open("Providers").menu)[1].state == "ok"
+
+
+def test_a_form_marks_the_fields_that_are_wrong_and_says_the_cure():
+    document = {"providers": [{"id": "a", "base-url": "a.example", "apiKey": "k", "models": ["m", {"id": ""}]}]}
+    rows = {row.cells[0]: row for row in r.rows_of(Host(document).open("Providers", "a").menu)}
+    assert {name for name, row in rows.items() if row.state == "error"} == {"baseUrl", "models"}
+    assert "write it with its scheme" in rows["baseUrl"].hint
+    host = Host(document).open("Providers", "a", "models", "?")
+    assert {row.cells[0]: row.state for row in r.rows_of(host.menu)}["id"] == "error"
+
+
+def test_enter_adds_where_there_is_nothing_yet_but_not_where_a_filter_hides_all():
+    assert Host(EMPTY).open("Providers").press("enter").menu.front.screen == "presets"
+    host = Host().open("Providers").press("/").type("nothing is called so").press("enter")
+    assert host.menu.front.screen == "providers"
+
+
+def test_escape_shows_all_rows_again_before_it_goes_back():
+    host = Host().open("Providers").press("/").type("spare").press("esc")
+    assert host.menu.front.screen == "providers" and len(r.rows_of(host.menu)) == 3
+    assert host.press("esc").menu.front.screen == "home"
+
+
 def test_the_first_screen_names_the_file_and_counts_the_changes():
     host = Host()
     assert r.rows_of(host.menu)[-1].cells == ("Save", "no changes to /home/me/.llm-router.json")
@@ -731,7 +766,7 @@ def test_no_list_takes_pasted_text_for_keys(where):
 def test_a_prompt_tells_each_problem_and_what_a_row_without_a_value_is_for():
     text = r.prompt_text(Host({"providers": [{"id": "a", "models": []}]}).open("Providers").menu)
     assert "  1  a  0 models  openai  no key (error) - providers[0].models: has no models; add at least one" in text
-    assert "d remove, space on/off, J K order" in text
+    assert "t N test, d N remove, space N on/off, J N move" in text
     assert "  proxy - its own HTTP proxy" in r.prompt_text(Host().open("Providers", "router").menu)
 
 
@@ -741,11 +776,19 @@ def test_a_row_is_switched_and_moved_by_its_number():
     assert answer(host, "J 1").providers() == ["anthropic", "router", "spare"]
 
 
+@pytest.mark.parametrize("key", ["d", "space", "J", "K", "t"])
+def test_a_prompt_asks_for_which_row_a_key_is_where_there_are_several(key):
+    host = answer(answer(Host(), "1"), key)
+    assert host.document == DOCUMENT and host.effects == [] and "number" in host.menu.note
+    assert answer(host, "d 2").providers() == ["router", "spare"]
+    assert answer(host.open("router"), "t").effects[-1].kind == "test"  # of the provider that is shown
+
+
 def test_a_prompt_says_what_an_empty_line_does_and_nothing_twice():
     assert r.prompt_text(Host().menu).endswith("number, ? help, or empty for quit")
     assert r.prompt_text(Host().open("Providers").menu).endswith("or empty for back")
     picking = r.prompt_text(Host().open("Fallbacks", "router/gpt-4o").menu)
-    assert picking.endswith("number to pick, J K order, a type, / filter, or empty when done")
+    assert picking.endswith("number to pick, J N move, a type, / filter, or empty when done")
     tested = r.prompt_text(Host(test=PROBED).open("Providers").press("t").menu)
     assert tested.count("no such path") == 1
 
