@@ -13655,13 +13655,10 @@ class _Pump:
 
 
 class StartOptions(NamedTuple):
-    """All that a server needs to start, checked. config_path: "" when the configuration came from a variable; and its
-    stamp. config_source: where it came from, in words. document: as it was read; config: the same as values."""
+    """All that a server needs to start, checked. loaded: the configuration as it was read; config: the same as
+    values."""
 
-    config_path: str
-    config_stamp: Tuple[Any, ...]
-    config_source: str
-    document: Json
+    loaded: Loaded
     config: Config
     settings: Settings
     require_auth: bool
@@ -13938,7 +13935,7 @@ class Router(CountingHost):
             "host": options.settings.host,
             "port": self.server.port,
             "uptime_s": int(self.wall() - self.started),
-            "config": {"source": options.config_source, "state": self.config_state},
+            "config": {"source": options.loaded.source, "state": self.config_state},
             "require_auth": options.require_auth,
             "connections": len(self.server.connections),
             "default_model": options.config.default_model,
@@ -13972,21 +13969,20 @@ class Router(CountingHost):
 
         Open requests finish with what they began with. Providers whose URL, key or auth changed start healthy.
         """
-        options = self.options
-        document, source = options.document, options.config_source
-        if os.path.exists(options.config_path) and not os.path.isfile(options.config_path):  # every stream would wait
-            raise ConfigError("%s is not a regular file: it is read at the start only" % one_line(options.config_path))
-        found = load_config(options.config_path, options.environ) if options.config_path else None
-        if found is not None and found.document is not None:
-            document, source = found.document, found.source
-        elif found is not None and source == found.source:  # else it was made of key variables, for want of a file
-            raise ConfigError("%s is not there (any more)" % one_line(options.config_path))
-        config = read_usable_config(document, options.environ)
+        options, loaded = self.options, self.options.loaded
+        if os.path.exists(loaded.path) and not os.path.isfile(loaded.path):  # every stream would wait
+            raise ConfigError("%s is not a regular file: it is read at the start only" % one_line(loaded.path))
+        found = load_config(loaded.path, options.environ) if loaded.path else loaded
+        if found.document is not None:
+            loaded = found
+        elif found.source == loaded.source:  # else it was made of key variables, for want of a file
+            raise ConfigError("%s is not there (any more)" % one_line(loaded.path))
+        config = read_usable_config(loaded.document, options.environ)
         if options.require_auth and not config.master_key and not config.client_keys:
             raise ConfigError("the new configuration has no masterKey, which --require-auth needs")
         notes = changed_providers(options.config, config)
         self.book.renew(notes, self.now())
-        self.options = options._replace(config=config, document=document, config_source=source)
+        self.options = options._replace(config=config, loaded=loaded)
         self._make_gateway()
         self.config_state = "ok"
         self.log.note("configuration reloaded" + (": %s changed" % ", ".join(notes) if notes else ""))
@@ -14100,7 +14096,7 @@ async def _serve(options: StartOptions) -> Tuple[int, int]:
     try:
         port = await _listen(router.server, options.settings.host, options.settings.port)
         _on_signals(loop, router.stop, router.try_reload)
-        host, path = options.settings.host, options.config_path
+        host, path = options.settings.host, options.loaded.path
         entry = Instance(router.id, os.getpid(), host, port, path, router.token, router.started)
         router.enroll(entry)
         tasks = [asyncio.ensure_future(_stay_enrolled(router))]
@@ -14178,10 +14174,10 @@ async def _watch_config(router: Router) -> None:
     """Apply every edit of the configuration file. An editor may replace the file; while it is away nothing changes."""
     import asyncio
 
-    seen = router.options.config_stamp  # as it was read: an edit since then is one, too
+    seen = router.options.loaded.stamp  # as it was read: an edit since then is one, too
     while True:
         await asyncio.sleep(_WATCH_S)
-        stamp = file_stamp(router.options.config_path)
+        stamp = file_stamp(router.options.loaded.path)
         if stamp and stamp != seen:
             router.try_reload()
         seen = stamp or seen
@@ -14249,7 +14245,7 @@ def _announce(options: StartOptions, port: int) -> None:
         "  Anthropic clients   ANTHROPIC_BASE_URL=%s" % base,
         "  OpenAI clients      OPENAI_BASE_URL=%s/v1" % base,
         "  either format       %s/route" % base,
-        "  configuration       " + one_line(options.config_source),
+        "  configuration       " + one_line(options.loaded.source),
         "  authorization       "
         + ("clients must show a key" if options.require_auth else "none: anyone who can connect may use it"),
         "  providers           " + ", ".join(one.id for one in options.config.providers if one.enabled),
@@ -14352,17 +14348,10 @@ _SILENCE_S = 60.0  # of a server that is fetched from
 _FETCH_S = 600.0  # for all of an answer, however steadily it drips
 
 
-class Update(NamedTuple):
-    """What an update did: the version before and the one of the release; changed tells whether the file is another."""
-
-    before: str
-    after: str
-    changed: bool
-
-
-def update_file(target: str, source: str) -> Update:
+def update_file(target: str, source: str) -> str:
     """Replace the program `target` by the release at `source` (a URL or file) after every check; the old one is kept
-    as target + ".bak". RouterError, and nothing is changed, when the release is not whole, older or does not run."""
+    as target + ".bak". Returns the version it is then, __version__ when the release is this very one. RouterError, and
+    nothing is changed, when the release is not whole, older or does not run."""
     target = os.path.realpath(target)
     if {"site-packages", "dist-packages"} & set(target.replace("\\", "/").split("/")):
         raise RouterError("this program was installed by pip: update it with pip install --upgrade llm-router")
@@ -14380,7 +14369,7 @@ def update_file(target: str, source: str) -> Update:
         mode = os.stat(target).st_mode & 0o777
         if not write_private(target, data, expected=old, backup=True, mode=mode):
             raise FileError("another program is changing %s; it is not updated" % one_line(target, 160))
-    return Update(__version__, after, after != __version__)
+    return after
 
 
 def fetch_release(source: str) -> bytes:
@@ -15161,7 +15150,7 @@ async def _demo(once: bool, port: int) -> int:
     fakes = Server(loop, settings, _demo_provider, lambda error: log.note(str(error), "error"))
     document = demo_document("http://127.0.0.1:%d" % await fakes.listen("127.0.0.1", 0))
     config = read_config(document, {})
-    router = Router(loop, StartOptions("", (), "", document, config, settings, False, False, {}, False), log)
+    router = Router(loop, StartOptions(Loaded(document, "", ""), config, settings, False, False, {}, False), log)
     router.stopping = asyncio.Event()
     try:
         port = await _listen(router.server, "127.0.0.1", port)
@@ -16449,7 +16438,7 @@ def run_startup(given: Given) -> int:
 
 def _warn_of_lost_keys(options: StartOptions) -> None:
     """Keys that only this shell's variables hold will be missing where no shell has set them."""
-    stored = read_config(options.document, {}).providers
+    stored = read_config(options.loaded.document, {}).providers
     lost = [one.id for one, bare in zip(options.config.providers, stored) if one.api_key and not bare.api_key]
     cure = "config --operation=upsert-provider --provider-id=%s --api-key=- stores it"
     _warn("a service does not have the variable with the key of %s; %s" % (id, cure % id) for id in lost)
@@ -16593,8 +16582,8 @@ def read_start_options(given: Given) -> StartOptions:
         raise UsageError("%s can be reached by others: %s" % (one_line(settings.host, 80), cure))
     _warn(warnings + list(loaded.warnings))
     _warn_of(scan_config(loaded.document, given.environ)[1])
-    found = (loaded.path, loaded.stamp, loaded.source, loaded.document, config, settings)
-    return StartOptions(*found, auth, given.watch_config is not False, given.environ, bool(given.debug))
+    watches = given.watch_config is not False
+    return StartOptions(loaded, config, settings, auth, watches, given.environ, bool(given.debug))
 
 
 # ----- the menu -----
@@ -16757,12 +16746,13 @@ def run_doctor(given: Given) -> int:
 
 def run_update(given: Given) -> int:
     """`update`: this file replaced by a newer release; running instances of it follow after they have drained."""
-    update = update_file(__file__, given.flags.get("from") or given.environ.get("LLM_ROUTER_UPDATE_URL", "").strip())
-    told = _restart_instances() if update.changed else []
-    lines = ["updated %s to %s; the file before is kept as .bak" % (update.before, update.after)]
+    before = __version__
+    after = update_file(__file__, given.flags.get("from") or given.environ.get("LLM_ROUTER_UPDATE_URL", "").strip())
+    told = _restart_instances() if after != before else []
+    lines = ["updated %s to %s; the file before is kept as .bak" % (before, after)]
     lines += ["pid %d continues with it once its open requests have ended" % pid for pid in told]
-    lines = lines if update.changed else ["%s is already the version there" % update.before]
-    return given.tell(dict(update._asdict(), restarted=told), lines)
+    lines = lines if after != before else ["%s is already the version there" % before]
+    return given.tell({"before": before, "after": after, "changed": after != before, "restarted": told}, lines)
 
 
 def _restart_instances() -> List[int]:

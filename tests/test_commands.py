@@ -520,8 +520,8 @@ def test_start_hands_checked_options_to_the_server(filled):
     settings = options.settings
     assert (settings.host, settings.port, settings.log_format) == ("127.0.0.1", 8787, "text")
     assert (options.require_auth, options.watch_config, options.debug) == (False, True, False)
-    assert options.config_path == options.config_source == str(filled.file)
-    assert options.document == filled.document()
+    assert options.loaded.path == options.loaded.source == str(filled.file)
+    assert options.loaded.document == filled.document()
     assert options.config == r.read_config(filled.document(), {})
     assert options.settings == r.Settings()
 
@@ -594,8 +594,8 @@ def test_without_a_configuration_key_variables_make_one_in_memory(home):
     options = start(home)
     assert [(p.id, p.api_key) for p in options.config.providers] == [("anthropic", "sk-2"), ("groq", "gsk-1")]
     assert options.config_path == str(home.folder / ".llm-router.json")  # a reload takes it once it is there
-    assert "GROQ_API_KEY" in options.config_source
-    assert "ANTHROPIC_API_KEY" in options.config_source
+    assert "GROQ_API_KEY" in options.loaded.source
+    assert "ANTHROPIC_API_KEY" in options.loaded.source
     assert not list(home.folder.iterdir())
 
 
@@ -608,7 +608,7 @@ def test_a_configuration_in_a_variable_goes_before_the_file(filled):
     filled.monkeypatch.setenv("LLM_ROUTER_CONFIG_JSON", json.dumps(dict(filled.document(), masterKey="inline")))
     options = start(filled)
     assert (options.config.master_key, options.config_path) == ("inline", "")
-    assert "LLM_ROUTER_CONFIG_JSON" in options.config_source
+    assert "LLM_ROUTER_CONFIG_JSON" in options.loaded.source
     assert start(filled, "--config=%s" % filled.file).config.master_key == "master-key-0123456789"
 
 
