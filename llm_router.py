@@ -1512,40 +1512,34 @@ class Edit(NamedTuple):
 
 NEW_DOCUMENT: Json = {"version": 1, "providers": []}
 
-_CHANGEABLE = [field for field in FIELDS["provider"] if field.key != "id"]
-ProviderChange = namedtuple(
-    "ProviderChange", ["id"] + [_snake(field.key) for field in _CHANGEABLE], defaults=[None] * len(_CHANGEABLE)
-)
-ProviderChange.__doc__ = """What to set of a provider, by the fields of FIELDS; None leaves one as it is, "" removes it.
-Objects (headers, auth, URLs by format) are merged into what is there; a header's null stays, it removes the header."""
-
-
-def upsert_provider(document: Json, change: ProviderChange) -> Edit:
-    """Add the provider or change what is given of it. UsageError when the result would not be usable.
+def upsert_provider(document: Json, provider_id: str, change: Json) -> Edit:
+    """Add the provider, or change those of its fields that `change` has; "" removes one. Objects (headers, auth, URLs
+    by format) are merged into what is there; a header's null stays, it removes the header. UsageError when the result
+    would not be usable.
 
     models: the list becomes the given one; what was there keeps its object, if disabled its place; references go along.
     """
     new, providers = _open(document)
-    is_new = change.id.lower() not in [_id_of(entry).lower() for entry in providers]
-    provider = _new_provider(change) if is_new else _find_provider(providers, change.id)
+    is_new = provider_id.lower() not in [_id_of(entry).lower() for entry in providers]
+    provider = _new_provider(provider_id, change) if is_new else _find_provider(providers, provider_id)
     notes = ["%s provider %s" % ("added" if is_new else "changed", _id_of(provider))]
-    for field in _CHANGEABLE:
-        value = getattr(change, _snake(field.key))
-        if field.key == "models":
-            notes += _put_models(provider, value) if value is not None else []
+    for key in (key for key in SPELLINGS["provider"] if key in change):
+        value = change[key]
+        if key == "models":
+            notes += _put_models(provider, value)
         elif isinstance(value, dict):
-            old = _as_object(provider, field.key, get_field(provider, "provider", field.key))
+            old = _as_object(provider, key, get_field(provider, "provider", key))
             given = {name.lower() for name in value}
             kept = {name: entry for name, entry in old.items() if _wire_of(name) not in given}
-            _put(provider, "provider", field.key, {**kept, **value} or None)
-        elif value is not None:
-            _put(provider, "provider", field.key, None if value in ("", []) else value)
+            _put(provider, "provider", key, {**kept, **value} or None)
+        else:
+            _put(provider, "provider", key, None if value in ("", []) else value)
     _take_in_format(provider, change)
     if is_new:
         providers.append(provider)
-        is_first = len(providers) == 1 and change.models[0] != "*"
-        notes += _default_to(new, "%s/%s" % (change.id, change.models[0]) if is_first else "")
-    return _finish(document, new, notes, change.models is not None)
+        is_first = len(providers) == 1 and change["models"][0] != "*"
+        notes += _default_to(new, "%s/%s" % (provider_id, change["models"][0]) if is_first else "")
+    return _finish(document, new, notes, "models" in change)
 
 
 def add_provider(document: Json, provider: Json, default: str = "") -> Edit:
@@ -1758,24 +1752,24 @@ def _near_or_all(name: str, known: Iterable[str]) -> str:
     return "; " + did_you_mean(name, known, "there are " + ", ".join(known[:10])) if known else ""
 
 
-def _new_provider(change: ProviderChange) -> Json:
+def _new_provider(provider_id: str, change: Json) -> Json:
     needed = {
-        "--base-url=URL": change.base_url or change.base_url_by_format,
-        "--models=NAME,... (or --models=* for any)": change.models,
+        "--base-url=URL": change.get("baseUrl") or change.get("baseUrlByFormat"),
+        "--models=NAME,... (or --models=* for any)": change.get("models"),
     }
     missing = " and ".join(flag for flag, value in needed.items() if not value)
     if missing:
-        shown = one_line(change.id, 80), missing
+        shown = one_line(provider_id, 80), missing
         raise UsageError("there is no provider %s yet; to add it, give %s as well" % shown)
-    return {"id": change.id}
+    return {"id": provider_id}
 
 
-def _take_in_format(provider: Json, change: ProviderChange) -> None:
+def _take_in_format(provider: Json, change: Json) -> None:
     """The preferred format must be among the formats: a single old one gives way to it, several take it in."""
-    formats = as_list(get_field(provider, "provider", "formats"))
-    if change.format and formats and _wire_of(change.format) not in map(_wire_of, filter(as_text, formats)):
-        kept = [] if len(formats) == 1 and change.formats is None else formats
-        _put(provider, "provider", "formats", kept + [change.format])
+    formats, preferred = as_list(get_field(provider, "provider", "formats")), change.get("format")
+    if preferred and formats and _wire_of(preferred) not in map(_wire_of, filter(as_text, formats)):
+        kept = [] if len(formats) == 1 and "formats" not in change else formats
+        _put(provider, "provider", "formats", [*kept, preferred])
 
 
 def _as_object(holder: Json, key: str, value: Any) -> Json:
@@ -9518,7 +9512,7 @@ def _add_models(menu: Menu, item: Any) -> Menu:
     owner = _ids(menu, menu.front.place)[0]
 
     def put(menu: Menu, names: Sequence[str]) -> Menu:
-        return _apply(menu, upsert_provider, ProviderChange(owner, models=names)) if names else menu
+        return _apply(menu, upsert_provider, owner, {"models": names}) if names else menu
 
     return _list_models(menu, _at(menu, menu.front.place[:2]), put)
 
@@ -16250,29 +16244,30 @@ def _edits(change: Callable[[Given, Json], Edit]) -> Callable[[Given], int]:
 
 def run_upsert(given: Given) -> int:
     """`--operation=upsert-provider`: store it; what is not said of it is asked of it first, unless --skip-probe."""
-    change = _provider_change(given)
+    id, change = given.provider_id, _provider_change(given)
     told: Json = {}
     lines: List[str] = []
     if not given.skip_probe:
-        document = upsert_provider(load_config(given.path, {}).document or NEW_DOCUMENT, change).document
-        plan = _plan_of(document, change.id, given.environ)
+        document = upsert_provider(load_config(given.path, {}).document or NEW_DOCUMENT, id, change).document
+        plan = _plan_of(document, id, given.environ)
         report = _ask_provider(plan, given)
         learned = learned_fields(plan, report)
-        change = change._replace(**{_snake(key): value for key, value in learned.items()})
+        change.update(learned)
         told = {"probe": _probe_facts(report), "learned": learned}
         word = "assumed" if report.is_tentative else "learned"
         lines = _spaced(_probe_lines(report), ["%s %s: %s" % (word, key, json.dumps(learned[key])) for key in learned])
         _warn(_probe_warnings(report))
-    return given.edit(lambda document: upsert_provider(document, change), lines, **told)
+    return given.edit(lambda document: upsert_provider(document, id, change), lines, **told)
 
 
-def _provider_change(given: Given) -> ProviderChange:  # type: ignore[valid-type]
-    fields = {name: given.flags[name] for name in ProviderChange._fields if name in given.flags}
+def _provider_change(given: Given) -> Json:
+    """The fields of a provider that flags give, those for a part of an object included."""
+    change = {key: given.flags[_snake(key)] for key in SPELLINGS["provider"] if _snake(key) in given.flags}
     urls = {wire: given.flags[wire + "_base_url"] for wire in WIRES if given.flags.get(wire + "_base_url")}
     auth = {"type": given.auth_type} if given.auth_type else {}
-    for name, part in (("base_url_by_format", urls), ("auth", auth)):
-        fields.update({name: {**(fields.get(name) or {}), **part}} if part else {})
-    return ProviderChange(given.provider_id, **fields)
+    for key, part in (("baseUrlByFormat", urls), ("auth", auth)):
+        change.update({key: {**(change.get(key) or {}), **part}} if part else {})
+    return change
 
 
 def _remove_models(given: Given, document: Json) -> Edit:

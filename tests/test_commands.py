@@ -593,7 +593,7 @@ def test_without_a_configuration_key_variables_make_one_in_memory(home):
     home.monkeypatch.setenv("ANTHROPIC_API_KEY", "sk-2")
     options = start(home)
     assert [(p.id, p.api_key) for p in options.config.providers] == [("anthropic", "sk-2"), ("groq", "gsk-1")]
-    assert options.config_path == str(home.folder / ".llm-router.json")  # a reload takes it once it is there
+    assert options.loaded.path == str(home.folder / ".llm-router.json")  # a reload takes it once it is there
     assert "GROQ_API_KEY" in options.loaded.source
     assert "ANTHROPIC_API_KEY" in options.loaded.source
     assert not list(home.folder.iterdir())
@@ -607,7 +607,7 @@ def test_a_file_that_is_named_must_exist_whatever_the_environment_holds(home):
 def test_a_configuration_in_a_variable_goes_before_the_file(filled):
     filled.monkeypatch.setenv("LLM_ROUTER_CONFIG_JSON", json.dumps(dict(filled.document(), masterKey="inline")))
     options = start(filled)
-    assert (options.config.master_key, options.config_path) == ("inline", "")
+    assert (options.config.master_key, options.loaded.path) == ("inline", "")
     assert "LLM_ROUTER_CONFIG_JSON" in options.loaded.source
     assert start(filled, "--config=%s" % filled.file).config.master_key == "master-key-0123456789"
 

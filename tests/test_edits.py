@@ -38,11 +38,12 @@ DOCUMENT = {
     ],
 }
 
-NEW = {"id": "n", "base_url": "https://n.example", "api_key": "key-n", "models": ["x"]}
+FIELDS = {"baseUrl": "https://n.example", "apiKey": "key-n", "models": ["x"]}
+NEW = dict(FIELDS, id="n")
 
 
 def upsert(document, id, **fields):
-    return r.upsert_provider(document, r.ProviderChange(id, **fields)).document
+    return r.upsert_provider(document, id, fields).document
 
 
 def provider(document, id):
@@ -50,8 +51,8 @@ def provider(document, id):
 
 
 EDITS = {
-    "upsert-new": lambda d: r.upsert_provider(d, r.ProviderChange(**NEW)),
-    "upsert-old": lambda d: r.upsert_provider(d, r.ProviderChange("a", name="A", models=["m1", "m3", "m4"])),
+    "upsert-new": lambda d: r.upsert_provider(d, "n", FIELDS),
+    "upsert-old": lambda d: r.upsert_provider(d, "a", {"name": "A", "models": ["m1", "m3", "m4"]}),
     "remove-provider": lambda d: r.remove_provider(d, "b"),
     "remove-model": lambda d: r.remove_model(d, "a", "m3"),
     "set-model-fallbacks": lambda d: r.set_model_fallbacks(d, "b", "m2", ["a/m1"]),
@@ -101,14 +102,14 @@ def test_an_edit_done_twice_is_done_once(name):
 def test_a_new_provider_is_stored_as_given():
     document = r.upsert_provider(
         r.NEW_DOCUMENT,
-        r.ProviderChange(
-            "openrouter",
-            name="OpenRouter",
-            base_url="https://openrouter.ai/api/v1",
-            api_key="sk-or-v1-...",
-            models=["gpt-4o", "claude-3-7-sonnet-latest"],
-            format="openai",
-        ),
+        "openrouter",
+        {
+            "name": "OpenRouter",
+            "baseUrl": "https://openrouter.ai/api/v1",
+            "apiKey": "sk-or-v1-...",
+            "models": ["gpt-4o", "claude-3-7-sonnet-latest"],
+            "format": "openai",
+        },
     ).document
     assert document["providers"] == [
         {
@@ -126,7 +127,7 @@ def test_a_new_provider_is_stored_as_given():
 def test_the_first_provider_of_all_gives_the_default_model_and_no_later_one_does():
     document = upsert(r.NEW_DOCUMENT, **NEW)
     assert document["defaultModel"] == "n/x"
-    assert upsert(document, "o", **{k: v for k, v in NEW.items() if k != "id"})["defaultModel"] == "n/x"
+    assert upsert(document, "o", **FIELDS)["defaultModel"] == "n/x"
     assert upsert(dict(r.NEW_DOCUMENT, defaultModel="n/x"), **NEW)["defaultModel"] == "n/x"
     assert "defaultModel" not in upsert(r.NEW_DOCUMENT, **dict(NEW, models=["*"]))
 
@@ -149,7 +150,7 @@ def test_an_upsert_finds_the_provider_whatever_the_case_and_keeps_the_id():
 
 
 def test_models_that_were_there_keep_their_objects_and_disabled_ones_stay():
-    edit = r.upsert_provider(DOCUMENT, r.ProviderChange("a", models=["m4", "m3", "m1", "m4"]))
+    edit = r.upsert_provider(DOCUMENT, "a", {"models": ["m4", "m3", "m1", "m4"]})
     old = DOCUMENT["providers"][0]["models"]
     assert provider(edit.document, "a")["models"] == [{"id": "m4"}, "m3", old[0], old[1]]
 
@@ -157,14 +158,15 @@ def test_models_that_were_there_keep_their_objects_and_disabled_ones_stay():
 def test_models_no_longer_given_leave_the_list_and_are_named():
     edit = r.upsert_provider(
         EDITS["remove-alias"](EDITS["clear-fallbacks"](DOCUMENT).document).document,
-        r.ProviderChange("b", models=["m5"]),
+        "b",
+        {"models": ["m5"]},
     )
     assert [m["id"] for m in provider(edit.document, "b")["models"]] == ["m5"]
     assert "no longer listed: m2" in edit.notes
 
 
 def test_references_to_models_no_longer_given_go_with_them_and_are_named():
-    edit = r.upsert_provider({**DOCUMENT, "defaultModel": "b/m2"}, r.ProviderChange("b", models=["m5"]))
+    edit = r.upsert_provider({**DOCUMENT, "defaultModel": "b/m2"}, "b", {"models": ["m5"]})
     assert "defaultModel" not in edit.document and edit.document["modelAliases"]["both"] == ["a/m1"]
     assert provider(edit.document, "a")["models"][0]["fallbackModels"] == ["a/m3"]
     assert edit.notes[-3:] == ("a/m1 no longer falls back to b/m2", "the default model was b/m2", "there is no default model")
@@ -172,7 +174,7 @@ def test_references_to_models_no_longer_given_go_with_them_and_are_named():
 
 
 def test_a_changed_field_gets_its_canonical_spelling():
-    a = provider(upsert(DOCUMENT, "a", base_url="https://new.example"), "a")
+    a = provider(upsert(DOCUMENT, "a", baseUrl="https://new.example"), "a")
     assert a["baseUrl"] == "https://new.example"
     assert "base-url" not in a
 
@@ -180,8 +182,8 @@ def test_a_changed_field_gets_its_canonical_spelling():
 def test_headers_and_urls_per_format_are_merged():
     a = provider(upsert(DOCUMENT, "a", headers={"X-One": "2", "x-two": "3"}), "a")
     assert a["headers"] == {"x-gone": None, "X-One": "2", "x-two": "3"}
-    one = upsert(DOCUMENT, "b", base_url_by_format={"anthropic": "https://b.example/anthropic"})
-    two = upsert(one, "b", base_url_by_format={"openai": "https://b.example/v1"})
+    one = upsert(DOCUMENT, "b", baseUrlByFormat={"anthropic": "https://b.example/anthropic"})
+    two = upsert(one, "b", baseUrlByFormat={"openai": "https://b.example/v1"})
     assert provider(two, "b")["baseUrlByFormat"] == {
         "anthropic": "https://b.example/anthropic",
         "openai": "https://b.example/v1",
@@ -189,9 +191,9 @@ def test_headers_and_urls_per_format_are_merged():
 
 
 def test_a_url_per_format_replaces_the_one_under_the_older_format_name():
-    document = upsert(DOCUMENT, "b", base_url_by_format={"anthropic": "https://b.example/x"})
+    document = upsert(DOCUMENT, "b", baseUrlByFormat={"anthropic": "https://b.example/x"})
     provider(document, "b")["baseUrlByFormat"] = {"claude": "https://old.example"}
-    assert provider(upsert(document, "b", base_url_by_format={"anthropic": "https://new.example"}), "b")[
+    assert provider(upsert(document, "b", baseUrlByFormat={"anthropic": "https://new.example"}), "b")[
         "baseUrlByFormat"
     ] == {"anthropic": "https://new.example"}
 
@@ -200,7 +202,7 @@ def test_a_url_for_one_format_leaves_an_older_entry_for_all_of_them():
     document = copy.deepcopy(DOCUMENT)
     entry = provider(document, "b")
     entry["endpoints"] = [entry.pop("baseUrl")]
-    b = provider(upsert(document, "b", base_url_by_format={"anthropic": "https://c.example"}), "b")
+    b = provider(upsert(document, "b", baseUrlByFormat={"anthropic": "https://c.example"}), "b")
     assert b["baseUrlByFormat"] == {"anthropic": "https://c.example"}
     assert b["baseUrl"] == entry["endpoints"] and "endpoints" not in b
 
@@ -235,9 +237,9 @@ def test_the_auth_type_changes_and_the_rest_of_auth_stays():
     }
 
 
-@pytest.mark.parametrize("missing", ["base_url", "models"])
-def test_a_new_provider_needs_a_url_and_models(missing):
-    with pytest.raises(r.UsageError, match="--" + missing.replace("_", "-")):
+@pytest.mark.parametrize(("missing", "flag"), [("baseUrl", "--base-url"), ("models", "--models")])
+def test_a_new_provider_needs_a_url_and_models(missing, flag):
+    with pytest.raises(r.UsageError, match=flag):
         upsert(DOCUMENT, **{k: v for k, v in NEW.items() if k != missing})
 
 
@@ -245,15 +247,15 @@ def test_a_new_provider_needs_a_url_and_models(missing):
     "fields",
     [
         {"id": "has space"},
-        {"base_url": "http://user:pass@x.example"},
-        {"base_url": "nope"},
+        {"baseUrl": "http://user:pass@x.example"},
+        {"baseUrl": "nope"},
         {"format": "soap"},
         {"formats": ["soap"]},
         {"headers": {"a b": "x"}},
         {"headers": {"x": "a\r\nb"}},
         {"auth": {"type": "basic"}},
-        {"api_key": "a\nb"},
-        {"api_key_env": "sk-not-a-name"},
+        {"apiKey": "a\nb"},
+        {"apiKeyEnv": "sk-not-a-name"},
         {"models": ["x", ""]},
     ],
     ids=repr,
@@ -266,7 +268,7 @@ def test_an_upsert_with_an_unusable_value_is_refused_with_the_cure(fields):
 def test_a_document_that_is_already_broken_elsewhere_can_still_be_edited():
     document = copy.deepcopy(DOCUMENT)
     document["providers"][1]["baseUrl"] = "broken"
-    assert provider(upsert(document, "b", base_url="https://b.example"), "b")["baseUrl"] == "https://b.example"
+    assert provider(upsert(document, "b", baseUrl="https://b.example"), "b")["baseUrl"] == "https://b.example"
     assert r.set_master_key(document, "x").document["masterKey"] == "x"
 
 
