@@ -8551,7 +8551,7 @@ class Run(NamedTuple):
     accepts_empty: an empty answer is as good as any; first: the origin's last outcome; last: the last outcome of all;
     blamed: providers whose key or account failed; counted: refs whose circuit was counted; probes: refs whose
     half-open slot this request holds; waited_ms: spent waiting for a cooling candidate; fenced: a policy block keeps
-    it inside one provider; until: when its total time is up, and nobody is asked, or blamed, any more.
+    it inside one provider; until: when its total time is up, and nobody is asked any more.
     """
 
     id: str
@@ -8650,7 +8650,9 @@ def follow(run: Run, outcome: Outcome, book: Any, now: float, jitter: float) -> 
     in_time = (outcome.retry_after or 0) * 1000 <= delay_ms and now + delay_ms / 1000.0 < run.until
     if rule.retries and run.tries < run.allowed and in_time:
         return run, Try(candidate, delay_ms), []
-    changes = _changes(run, outcome.kind, outcome.retry_after, book, now)
+    is_first = len(run.remaining) + 1 == len(run.plan)
+    had_its_time = is_first or outcome.kind != TIMEOUT or now < run.until  # not just what others had left of it
+    changes = _changes(run, outcome.kind if had_its_time else EMPTY, outcome.retry_after, book, now)
     run = run._replace(
         remaining=_still_to_ask(run, outcome.kind, rule),
         blamed=run.blamed + (candidate.provider.id,) if rule.blames else run.blamed,
@@ -10394,7 +10396,7 @@ class Exchange:
     def _within_deadline(self, outbound: Outbound) -> Outbound:
         if self._until == math.inf:
             return outbound
-        left_ms = max(int((self._until - self._host.now()) * 1000), 1)
+        left_ms = max(math.ceil((self._until - self._host.now()) * 1000), 1)
         own = outbound.timeouts
         connect_ms, first_byte_ms = (min(limit or left_ms, left_ms) for limit in (own.connect_ms, own.first_byte_ms))
         timeouts = own._replace(connect_ms=connect_ms, first_byte_ms=first_byte_ms)
@@ -12085,10 +12087,14 @@ class PingingSink:
             self.sent_at = now
         self._timer = self._loop.call_later(self.sent_at + self._every_s - now, self._tick)
 
-    def _end(self) -> None:
-        self.ended = True
+    def hush(self) -> None:
+        """No further signs of life: the answer is complete."""
         if self._timer is not None:
             self._timer.cancel()
+
+    def _end(self) -> None:
+        self.ended = True
+        self.hush()
 
 
 class Sink(PingingSink):
@@ -12194,6 +12200,8 @@ class _Relay:
         if self._idle_s:
             self._reply.last_byte_at = self._loop.time()
             self._watch_idle()
+        if self._processor.done:  # all of it came at once
+            self._sink.hush()
         self._reply.pipe(self._on_data, self._stop)
         try:
             await self._is_needed.wait()
@@ -12232,6 +12240,7 @@ class _Relay:
         if processor.failed is not None:
             self._stop("failed")
         elif processor.done:
+            self._sink.hush()
             name = "linger %d" % processor.patience_ms(0)  # shorter from the terminator on
             if name not in self._timers:
                 self._timers[name] = self._loop.call_later(processor.patience_ms(0) / 1000, self._stop, "end")

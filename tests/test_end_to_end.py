@@ -612,6 +612,26 @@ def test_a_silent_stream_gets_comments_before_its_first_event_and_pings_only_aft
         assert "ping" not in names
 
 
+@pytest.mark.parametrize("comes_at_once", [True, False])
+def test_no_ping_follows_an_answer_that_is_complete_while_its_upstream_holds_the_connection(lively, comes_at_once):
+    """Trap 45. A second stream tells when the silence has been long enough for pings."""
+    last, held, silent = threading.Event(), threading.Event(), threading.Event()
+    request, events = ask("anthropic", "a-anthropic/solo", stream=True), fake.STREAMS["anthropic"](TEXT)
+    parts = [b"".join(events)] if comes_at_once else [*events[:-1], fake.Gate(last), events[-1]]
+    lively.first.answer(fake.sse_answer([*parts, fake.Gate(held)]))
+    stream = lively.router.open(PATHS["anthropic"], request)
+    assert stream.read_until("content_block_delta")
+    last.set()
+    assert stream.read_until("event: message_stop")
+    lively.first.answer(fake.sse_answer([fake.Gate(silent), *events]))
+    other = lively.router.open(PATHS["anthropic"], request)
+    assert other.read_until(": keep-alive", 3)
+    held.set()
+    assert stream.read_rest().events[-1][0] == "message_stop"
+    silent.set()
+    assert assert_answer("anthropic", other.read_rest(), TEXT).complete
+
+
 def test_a_whole_answer_gets_no_keep_alive(lively):
     lively.first.answer(fake.later(fake.json_answer(200, fake.chat_whole(TEXT)), 0.15))
     reply = post(lively.router, "openai", "a-openai/solo")

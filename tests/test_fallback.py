@@ -592,6 +592,19 @@ def test_when_the_total_time_is_up_nobody_is_asked_any_more_and_who_was_not_aske
     assert (type(action), action.outcome.kind, known(request.book)) == (R.GiveUp, R.TIMEOUT, ["a/1"])
 
 
+def test_a_fallback_that_had_only_what_others_left_of_the_total_time_is_not_blamed():
+    for kind, blamed in ((R.TIMEOUT, ["a/1"]), (R.TEMPORARY, ["a/1", "b/1"])):
+        its = settings(total_timeout_ms=1000, origin_retry_attempts=1)
+        request = Request(R.HealthBook(), plan("a/1", "b/1"), its)
+        request.fail(R.TEMPORARY, after=0.9)
+        assert isinstance(request.fail(kind, after=0.1), R.GiveUp)
+        assert known(request.book) == blamed
+    request = Request(R.HealthBook(), plan("a/1", "b/1"), its)
+    request.fail(R.TEMPORARY, after=0.1)
+    request.fail(R.TIMEOUT, after=0.1)  # a limit of its own, while there was time left
+    assert known(request.book) == ["a/1", "b/1"]
+
+
 @pytest.mark.parametrize("failed_after_s, follows", [(0.7, "a/1"), (0.8, "b/1")])
 def test_a_retry_that_would_come_after_the_total_time_leaves_it_to_a_fallback(failed_after_s, follows):
     request = Request(R.HealthBook(), plan("a/1", "b/1"), settings(total_timeout_ms=1000))

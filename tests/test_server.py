@@ -1141,7 +1141,7 @@ def test_a_stream_that_has_ended_leaves_no_timer_that_would_hold_its_memory():
     async def relayed():
         loop = asyncio.get_running_loop()
         connection = SimpleNamespace(loop=loop, is_blocked=lambda: False)
-        sink = SimpleNamespace(write=lambda data: None)
+        sink = SimpleNamespace(write=lambda data: None, hush=lambda: None)
         context = llm_router.Context(llm_router.ChatRequest("", []), "req_1", 1)
         processor = llm_router.make_processor("openai", "openai", context)
         with_timers = llm_router._Relay(sink, connection, Reply(), processor, 60.0)
