@@ -1819,15 +1819,10 @@ def set_field(document: Json, place: Place, key: str, value: Any) -> Edit:
         del _walk(new, place[:-1])[0][place[-1]]
     shown = json.dumps(mask_document({key: value})[key], ensure_ascii=False) if value is not None else "removed"
     words = " ".join(filter(None, (owner, *(s for s in place[-1:] if s in ("auth", "timeouts")), key)))
-    return _finish(document, new, ["%s: %s" % (words, shown)], True, path_of((*place, key)))
-
-
-def path_of(place: Place) -> str:
-    """A place as the path that problems bear: `providers[0].models[2].id`."""
     path = ""
-    for step in place:
+    for step in (*place, key):
         path = "%s[%d]" % (path, step) if isinstance(step, int) else _join(path, step)
-    return path
+    return _finish(document, new, ["%s: %s" % (words, shown)], True, path)
 
 
 def move_entry(document: Json, place: Place, step: int) -> Edit:
@@ -2169,7 +2164,7 @@ class RequestParser:
         self._start = 0
 
     def head(self) -> Optional[HttpRequest]:
-        """The request without its body, None while its head is incomplete. HttpError: 400 413 414 417 431 501 505."""
+        """The request without its body, None while its head is incomplete. HttpError: 400 414 417 431 501 505."""
         if self._head is None and self._start < len(self._buffer):
             while self._buffer.startswith(b"\r\n", self._start):
                 self._start += 2
@@ -2251,8 +2246,8 @@ def _read_request_head(data: bytes, limits: HttpLimits) -> Tuple[HttpRequest, An
         raise HttpError("a header line is malformed", 400, "bad_header")
     headers = [(name.lower(), value.strip(" \t")) for name, value in found]
     special, keep_alive = _read_special(headers, version)
-    if authority is not None:
-        headers = [(name, authority if name == "host" else value) for name, value in headers]
+    if authority is not None:  # HTTP/1.0 may come without Host
+        headers = [pair for pair in headers if pair[0] != "host"] + [("host", authority)]
     path, _, query = target.partition("?") if method != "CONNECT" else ("", "", "")
     request = HttpRequest(method, target, path, query, version, headers, keep_alive)
     try:
@@ -2343,12 +2338,10 @@ def _read_framing(version: Tuple[int, int], special: Tuple[List[str], ...], limi
         if len(lengths) > 1 or not _DIGITS.fullmatch(lengths[0]):
             raise HttpError("Content-Length is malformed or repeated", 400, "bad_content_length")
         length = int(lengths[0]) if len(lengths[0]) <= _MAX_LENGTH_DIGITS else _ENDLESS
-    if length > limits.max_body_bytes:
-        raise HttpError("the body is larger than %d bytes" % limits.max_body_bytes, 413, "request_too_large")
     expects = bool(expected) and version == (1, 1)
     if expects and {value.lower() for value in expected} != {"100-continue"}:
         raise HttpError("the only expectation known here is 100-continue", 417, "expectation_failed")
-    decoder = ChunkDecoder(limits, HttpError) if codings else _LengthDecoder(length)
+    decoder = ChunkDecoder(limits, HttpError) if codings else _LengthDecoder(length, limits.max_body_bytes)
     return decoder, expects and not decoder.complete
 
 
@@ -2397,14 +2390,17 @@ class _LineCheck:
 
 
 class _LengthDecoder:
-    """A body of `length` bytes, read like ChunkDecoder does it. wanted: how many bytes of input it can use at most."""
+    """A body of `length` bytes, read like ChunkDecoder does it. wanted: how many bytes of input it can use at most. A
+    request's that is longer than `most` is refused as soon as anybody asks for it (413)."""
 
-    __slots__ = ("complete", "surplus", "wanted")
+    __slots__ = ("complete", "surplus", "wanted", "_most")
 
-    def __init__(self, length: int) -> None:
-        self.complete, self.surplus, self.wanted = not length, b"", length
+    def __init__(self, length: int, most: int = _ENDLESS) -> None:
+        self.complete, self.surplus, self.wanted, self._most = not length, b"", length, most
 
     def feed(self, data: bytes) -> bytes:
+        if self.wanted > self._most:
+            raise HttpError("the body is larger than %d bytes" % self._most, 413, "request_too_large")
         body = data[: self.wanted]
         self.wanted -= len(body)
         if not self.wanted:
@@ -2858,9 +2854,7 @@ class Reasoning(NamedTuple):
 
 
 # Efforts in order, and what each is worth in tokens of thinking: the one table for both ways (trap 90).
-EFFORT_BUDGETS = {
-    "none": 0, "minimal": 1024, "low": 2048, "medium": 8192, "high": 16384, "xhigh": 24576, "max": 31999,
-}  # fmt: skip
+EFFORT_BUDGETS = {"none": 0, "minimal": 1024, "low": 2048, "medium": 8192, "high": 16384, "xhigh": 24576, "max": 31999}
 
 
 def nearest_effort(reasoning: Reasoning, known: Sequence[str]) -> str:
@@ -3027,10 +3021,10 @@ class WireFormat(NamedTuple):
     renderer(context) has `render(event) -> bytes`. Both keep the stream invariants stated above whatever comes in.
     Where the last SseEvent said nothing but more text of the open block, parser.said is that JSON string, else "";
     after it parser.more(text) stands for feeding an SseEvent that differs from it in that string only.
-    parse_error(status, body) reads an error answer (body: parsed JSON, or text); render_error(info, id) writes one
-    as a JSON value. error_event(info, id) is the error as SSE bytes. watch: matches raw stream bytes that may hold
-    usage, an error or the end, so that a relay looks at nothing else. losses: field -> what becomes of it.
-    answer: the key of a whole answer under which its content stands; read_usage(usage) -> Usage.
+    render_error(info, id) writes an error as a JSON value (read_error reads one in any format), error_event(info, id)
+    as SSE bytes. watch: matches raw stream bytes that may hold usage, an error or the end, so that a relay looks at
+    nothing else. losses: field -> what becomes of it. answer: the key of a whole answer under which its content
+    stands; read_usage(usage) -> Usage.
     """
 
     name: str
@@ -3041,7 +3035,6 @@ class WireFormat(NamedTuple):
     render_response: Callable[[ChatResponse, Context], Json]
     parser: Callable[[Context], Any]
     renderer: Callable[[Context], Any]
-    parse_error: Callable[[int, Any], ErrorInfo]
     render_error: Callable[[ErrorInfo, str], Json]
     error_event: Callable[[ErrorInfo, str], bytes]
     watch: Pattern[bytes]
@@ -3606,6 +3599,12 @@ def parse_chat_request(body: Json) -> ChatRequest:
     )  # fmt: skip
 
 
+def set_apart(block: Any) -> Any:
+    """A text that begins a further message of an answer: where messages become one, as in Chat, a paragraph of its own,
+    as in microsoft/vscode#312173; a preamble (`phase`) would run into what follows it."""
+    return block._replace(extra={**(block.extra or {}), _CHAT: {"apart": True}}) if type(block) is Text else block
+
+
 def _chat_rest(item: Json, known: Iterable[str]) -> Extra:
     """What `item` says besides the `known` keys. `cache_control`, which some providers take, has Anthropic's shape."""
     mark, rest = get_dict(item, "cache_control"), rest_of(item, (*known, "cache_control"), _CHAT)
@@ -3723,17 +3722,17 @@ def _read_chat_media(item: Json, path: str) -> Any:
     return Media(kind, *data, get_text(inner, "filename"), rest)
 
 
-def _read_source(item: Json, path: str) -> Any:
-    """An `image` or `document` block of the Messages API."""
+def _read_source(item: Json, path: str, extra: Extra = None) -> Any:
+    """An `image` or `document` block of the Messages API. A file's id means nothing elsewhere."""
     path += ".source"
     source = check_kind(item.get("source"), (dict,), path)
-    form = get_text(source, "type")
+    form, default = get_text(source, "type"), "application/pdf" if item["type"] == "document" else ""
     if form not in ("text", "base64", "url"):
         return Opaque("anthropic", item)
     field = "url" if form == "url" else "data"
     value = need_text(source, field, path)
-    rest = {"media_type": get_text(source, "media_type"), "name": get_text(item, "title")}
-    return Text(value) if form == "text" else Media(item["type"], **{field: value}, **rest)
+    about = {"media_type": get_text(source, "media_type") or default, "name": get_text(item, "title"), "extra": extra}
+    return Text(value) if form == "text" else Media(item["type"], **{field: value}, **about)
 
 
 _CHAT_READERS: Dict[str, Callable[[Json, str], Any]] = {
@@ -3757,7 +3756,6 @@ _CHAT_READERS: Dict[str, Callable[[Json, str], Any]] = {
     ),
 }
 
-_DATED_TYPE = re.compile(r".*_20\d{6}$")  # Anthropic's own tools bear a date in their type (web_search_20250305)
 _CHAT_TOOL_KEYS = frozenset(("type", "function", "name", "description", "parameters", "input_schema", "strict"))
 
 
@@ -3773,7 +3771,7 @@ def _chat_tool(value: Any, path: str) -> Tool:
     elif kind in (None, "function", "custom"):
         inner = item
     else:
-        wire = "anthropic" if _DATED_TYPE.match(as_text(kind)) else _CHAT
+        wire = "anthropic" if re.search(r"_20\d{6}$", as_text(kind)) else _CHAT  # web_search_20250305
         return Tool(get_text(item, "name") or as_text(kind), kind="server", extra={wire: item})
     name, description = need_text(inner, "name", path), get_text(inner, "description")
     if is_custom:
@@ -3832,13 +3830,14 @@ def _chat_reasoning(effort: str, own: Json, thinking: Json) -> Optional[Reasonin
 
 # ---- requests: neutral -> Chat Completions
 
-# Models by a pattern of their ids -> efforts they take, lowest first (OpenAI's model pages; the last row is what most
-# others take). Shared with OPENAI RESPONSES.
+# Models by a pattern of their ids -> efforts they take, lowest first (OpenAI's and Mistral's model pages; the last row
+# is what most others take). Shared with OPENAI RESPONSES.
 _OPENAI_EFFORTS = (
     (re.compile(r"gpt-(5\.[2-9]|5\.1-codex-max|[6-9])"), ("none", "low", "medium", "high", "xhigh")),
     (re.compile(r"gpt-5\.1"), ("none", "low", "medium", "high")),
     (re.compile(r"gpt-5"), ("minimal", "low", "medium", "high")),
     (re.compile(r"(?:^|/)o\d"), ("low", "medium", "high")),
+    (re.compile(r"mistral-(?:small|medium)"), ("none", "high")),
     (re.compile(r""), ("none", "low", "medium", "high")),
 )
 
@@ -3883,6 +3882,8 @@ def _chat_shared_fields(fields: Dict[str, Json]) -> Json:
         found.update((key, bag[key]) for key in (keys.split() if keys else bag) if key in bag)
     if found.get("service_tier") == "standard_only":  # Anthropic's word
         found["service_tier"] = "default"
+    if not found.get("store"):  # "The 'metadata' parameter is only allowed when 'store' is enabled"
+        found.pop("metadata", None)
     return _told(found)
 
 
@@ -4080,10 +4081,7 @@ def parse_chat_response(body: Json, context: Context) -> ChatResponse:
 
 
 def _first_count(*values: Any) -> int:
-    for value in values:
-        if value and as_int(value):
-            return as_int(value)
-    return 0
+    return next(filter(None, map(as_int, filter(None, values))), 0)
 
 
 def _chat_usage(usage: Json) -> Usage:
@@ -4162,8 +4160,8 @@ _MAX_HELD = 4096  # characters of white space in front of a text; more of it cou
 
 class _Slot:
     """A block of an answer, open or to come. waiting: its text not yet passed on. For calls also pieces: all of it,
-    size: its length, is_whole: whether the `judged` pieces are an object, and id: the upstream's own, which may come
-    after the block was opened (trap 37)."""
+    size: its length, is_whole: whether it was found to be an object, which is looked at next when it is longer than
+    `judged`, and id: the upstream's own, which may come after the block was opened (trap 37)."""
 
     is_open = is_cumulative = is_whole = False
     size = judged = 0
@@ -4192,11 +4190,11 @@ class _Slot:
         """Whether nothing can follow in it once another block began: of a call, when its arguments are an object."""
         if type(self.block) is not ToolCall:
             return True
-        if self.is_open and self.judged != len(self.pieces):  # once for each piece, not for all that comes behind it
-            self.judged = len(self.pieces)
-            may_end = self.block.kind == "function" and self.pieces[-1].rstrip().endswith("}")
-            text = "".join(self.pieces) if may_end else ""
-            self.is_whole = bool(text) and arguments_object(text) != {RAW_ARGUMENTS: text}
+        may_end = self.is_open and self.size > self.judged and self.block.kind == "function"
+        if may_end and self.pieces[-1].rstrip().endswith("}"):
+            text = "".join(self.pieces)
+            self.judged = self.size + self.size // 8  # thousands of pieces may end like that
+            self.is_whole = arguments_object(text) != {RAW_ARGUMENTS: text}
         return self.is_whole
 
 
@@ -4234,6 +4232,7 @@ class ChatStreamParser:
             chunk = _JSON_DECODER.decode(event.data)
         except (ValueError, RecursionError):
             chunk = None
+        chunk = chunk[0] if type(chunk) is list and chunk else chunk  # as Gemini tells an error
         if event.name == "error" and not as_dict(chunk).get("error"):
             chunk = {"error": as_dict(chunk) or event.data}
         if type(chunk) is dict:
@@ -4618,8 +4617,8 @@ def chat_error_event(info: ErrorInfo, request_id: str) -> bytes:
 OPENAI_CHAT = WireFormat(
     name=_CHAT, path="/chat/completions", parse_request=parse_chat_request, render_request=render_chat_request,
     parse_response=parse_chat_response, render_response=render_chat_response, parser=ChatStreamParser,
-    renderer=ChatStreamRenderer, parse_error=read_error, render_error=render_chat_error, error_event=chat_error_event,
-    losses=CHAT_LOSSES, answer="choices", read_usage=_chat_usage,
+    renderer=ChatStreamRenderer, render_error=render_chat_error, error_event=chat_error_event, losses=CHAT_LOSSES,
+    answer="choices", read_usage=_chat_usage,
     watch=re.compile(rb'"(?:usage"\s*:\s*\{|error"\s*:\s*[{\["]|finish_reason"\s*:\s*"|object"\s*:\s*"error")'),
 )  # fmt: skip
 
@@ -4862,24 +4861,13 @@ def _anthropic_shown(item: Json, *words: str) -> Text:
     return Text("\n".join(filter(None, words)), {_ANTHROPIC: {"block": item}})
 
 
-# Type of a source -> its field with the data. A file id means nothing elsewhere, a text source is text to others.
-_ANTHROPIC_SOURCES = {"base64": "data", "url": "url", "text": "data", "content": "content"}
-
-
 def _anthropic_media(item: Json, path: str) -> Any:
-    """ImageBlockParam, DocumentBlockParam."""
-    kind, source, title = item["type"], get_dict(item, "source"), get_text(item, "title")
-    form = get_text(source, "type")
-    field = _ANTHROPIC_SOURCES.get(form, "")
-    value = source.get(field)
-    if form in ("text", "content"):
-        words = value if isinstance(value, str) else readable(value)
-        return _anthropic_shown(item, title, get_text(item, "context"), words)
-    if not field:
-        return Opaque(_ANTHROPIC, item)
-    data = {field: need_text(source, field, path + ".source")}
-    media_type = get_text(source, "media_type") or ("application/pdf" if kind == "document" else "")
-    return Media(kind, media_type, **data, name=title, extra=rest_of(item, ("type", "source", "title"), _ANTHROPIC))
+    """ImageBlockParam, DocumentBlockParam. A text source is text to others."""
+    source, title = get_dict(item, "source"), get_text(item, "title")
+    if source.get("type") not in ("text", "content"):
+        return _read_source(item, path, rest_of(item, ("type", "source", "title"), _ANTHROPIC))
+    value = source.get("data") or source.get("content")
+    return _anthropic_shown(item, title, get_text(item, "context"), as_text(value) or readable(value))
 
 
 def _anthropic_result(item: Json, path: str) -> ToolResult:
@@ -5288,6 +5276,8 @@ class AnthropicStreamParser(TypedEventParser):
             self._block = dict(item)
         else:
             text, self._block = block_text(block), with_text(block, "")
+            if self._kinds[-1:] != [Text] and Text in self._kinds:  # what is behind a search is a new paragraph
+                self._block = set_apart(self._block)
             events.append(Opened(self._block))
             if isinstance(block, ToolCall):
                 self._block.id = block.id or "toolu_%s_%d" % (self._context.id, len(self._kinds))
@@ -5533,8 +5523,8 @@ def anthropic_error_event(info: ErrorInfo, request_id: str) -> bytes:
 ANTHROPIC_MESSAGES = WireFormat(
     name=_ANTHROPIC, path="/messages", parse_request=parse_anthropic_request, render_request=render_anthropic_request,
     parse_response=parse_anthropic_response, render_response=render_anthropic_response, parser=AnthropicStreamParser,
-    renderer=AnthropicStreamRenderer, parse_error=read_error, render_error=render_anthropic_error,
-    error_event=anthropic_error_event, losses=ANTHROPIC_LOSSES, answer="content", read_usage=_anthropic_usage,
+    renderer=AnthropicStreamRenderer, render_error=render_anthropic_error, error_event=anthropic_error_event,
+    losses=ANTHROPIC_LOSSES, answer="content", read_usage=_anthropic_usage,
     watch=re.compile(rb'"(?:usage|error|message_stop)"'),
 )  # fmt: skip
 
@@ -5587,7 +5577,6 @@ _RESPONSES_CALLS = {"function_call": "function", "custom_tool_call": "custom"}  
 _RESPONSES_KINDS: Dict[Any, str] = {
     Text: "output_text", Refusal: "refusal", Thinking: "summary_text", **{v: k for k, v in _RESPONSES_CALLS.items()}
 }  # fmt: skip
-_RESPONSES_RESULTS = ("function_call_output", "custom_tool_call_output")
 
 # The request fields whose types are checked.
 _RESPONSES_CHECKED = field_kinds({
@@ -5600,7 +5589,8 @@ _RESPONSES_FILES = {
 
 # As in CHAT_LOSSES: fields and types of requests in this format in backticks, what is written in it in words.
 RESPONSES_LOSSES = {
-    "`metadata` `moderation` `prompt_cache_*` `service_tier` `text.verbosity`": "kept for OpenAI Chat, else not sent",
+    "`moderation` `prompt_cache_*` `service_tier` `text.verbosity`": "kept for OpenAI Chat, else not sent",
+    "`metadata`": "kept for OpenAI Chat where `store` is true, else not sent",
     "`safety_identifier`": "kept for OpenAI Chat, else the end user's id",
     "`background` `conversation` `previous_response_id` `prompt`": "refused with 400, as file ids are: only their "
     "provider has them",
@@ -5708,12 +5698,6 @@ def _responses_turns(items: List[Json], names: _FlatNames) -> List[Message]:
     return turns
 
 
-def set_apart(block: Any) -> Any:
-    """A text that begins a further message of an answer: where messages become one, as in Chat, a paragraph of its own,
-    as in microsoft/vscode#312173; a preamble (`phase`) would run into what follows it."""
-    return block._replace(extra={**(block.extra or {}), _CHAT: {"apart": True}}) if type(block) is Text else block
-
-
 def _responses_turn(item: Json, where: str, names: _FlatNames) -> Tuple[str, Blocks]:
     """(role, blocks) of an item, no blocks for what cannot be read."""
     kind, role = _responses_type(item), _CHAT_ROLES.get(get_text(item, "role"))
@@ -5721,7 +5705,7 @@ def _responses_turn(item: Json, where: str, names: _FlatNames) -> Tuple[str, Blo
         if role is None:
             raise field_error(where + ".role", "expected user, assistant, system or developer")
         return role, _responses_parts(item.get("content"), where + ".content")
-    if kind in _RESPONSES_RESULTS:
+    if kind in ("function_call_output", "custom_tool_call_output"):
         call_id = get_text(item, "call_id") or get_text(item, "id")
         return "user", [ToolResult(call_id, _responses_parts(item.get("output"), where + ".output"))]
     if kind in _RESPONSES_CALLS or kind == "reasoning":
@@ -6055,7 +6039,8 @@ class ResponsesParser(TypedEventParser):
         if not isinstance(index, int):
             name = value.get("item_id") or get_dict(value, "item").get("id")
             newest = len(self._items) - bool(kind and self._items)
-            index = next((i for i, state in self._items.items() if name and state.item.get("id") == name), newest)
+            from_newest = (i for i in reversed(self._items) if self._items[i].item.get("id") == name)
+            index = next(from_newest if name else iter(()), newest)
         if index not in self._items:
             self._items[index] = _ResponsesItem(index, get_dict(value, "item") or {"type": kind})
             self._going.append(self._items[index])
@@ -6325,7 +6310,7 @@ class ResponsesRenderer:
         self._kind = bag["part"] if key is Thinking and "part" in bag else _RESPONSES_KINDS[key]
         row, out = _RESPONSES_PARTS[self._kind], b""
         joins = row.item == "message" == item.get("type") and item.get("phase") == bag.get("phase")
-        if not joins or bag.get("id", item["id"]) != item["id"]:
+        if not joins or bag.get("id", item["id"]) != item["id"] or own_extra(block, _CHAT).get("apart"):
             out = self._next_item(self._new_item(row))
         if row.frame:
             self._place[row.index] = len(self._item[row.holder])
@@ -6445,7 +6430,7 @@ def _responses_told(info: ErrorInfo) -> Json:
 OPENAI_RESPONSES = WireFormat(
     name=_RESPONSES, path="/responses", parse_request=parse_responses_request, render_request=render_responses_request,
     parse_response=parse_responses_response, render_response=render_responses_response, parser=ResponsesParser,
-    renderer=ResponsesRenderer, parse_error=read_error, render_error=render_chat_error,
+    renderer=ResponsesRenderer, render_error=render_chat_error,
     error_event=lambda info, own: ResponsesRenderer(Context(ChatRequest("", []), own, 0)).render(Failed(info)),
     losses=RESPONSES_LOSSES, answer="output", read_usage=_chat_usage,
     # Quotes inside JSON strings are escaped, so these words match no text that the model wrote.
@@ -7034,14 +7019,23 @@ def _names(field: str) -> str:
     return r"(?s)\A(?=.*%s)(?=.*(?:%s))" % (word, _REFUSAL)  # at the start only, or long texts take minutes
 
 
-_LEFT_OUT = "stream_options parallel_tool_calls reasoning_effort thinking output_config store stop tool_choice"
+_LIMITS = ("max_tokens", "max_completion_tokens")
+_LEFT_OUT = "stream_options parallel_tool_calls reasoning_effort thinking output_config service_tier stop tool_choice"
+# What Codex and others tell OpenAI: a server that refuses one of these fields knows none of them (trap 70).
+_OPENAI_ONLY = (
+    "metadata moderation prompt_cache_key prompt_cache_options prompt_cache_retention safety_identifier verbosity"
+).split()
+
+
+def _drop_openai_only(body: Json) -> None:
+    """`store` goes with them where nothing is stored unless that says so."""
+    _drop(*_OPENAI_ONLY, *(["store"] if "messages" in body else []))(body)
+
+
 # Vendors' API references, and the public threads that TRAPS of this kind were met in (traps 70, 71, 108).
 FIXES: Dict[str, Fix] = {
     "closed schemas": Fix(_close_output, "output_config", r"additionalproperties"),
-    "max_completion_tokens": Fix(_rename("max_tokens", "max_completion_tokens"), "max_tokens", _names("max_tokens")),
-    "max_tokens": Fix(
-        _rename("max_completion_tokens", "max_tokens"), "max_completion_tokens", _names("max_completion_tokens")
-    ),
+    **{new: Fix(_rename(old, new), old, _names(old)) for old, new in (_LIMITS, _LIMITS[::-1])},
     # GPT-5.5 and newer ones call no functions in Chat Completions while they reason.
     "no effort beside tools": Fix(
         lambda body: body.update({"reasoning_effort": "none"} if body.get("tools") else {}),
@@ -7049,6 +7043,11 @@ FIXES: Dict[str, Fix] = {
         r"function tools with reasoning_effort",
     ),
     **{"no " + field: Fix(_drop(field), field, _names(field)) for field in _LEFT_OUT.split()},
+    **{"no " + field: Fix(_drop_openai_only, field, _names(field)) for field in _OPENAI_ONLY},
+    "no store": Fix(_drop("store", *_OPENAI_ONLY), "store", _names("store")),
+    "no user": Fix(  # a word of many errors that speak of roles
+        _drop("user"), "user", r"\buser\W{1,3}(?:extra|is un|is not)|(?:property|name|supplied|meter)\W{1,3}user\b"
+    ),
     "no reasoning_effort": Fix(  # in Ollama's words, too
         _drop("reasoning_effort"), "reasoning_effort", _names("reasoning_effort") + "|does not support thinking"
     ),
@@ -7085,9 +7084,10 @@ _CLOUD_BETAS = re.compile(
     r"|context-management|effort|tool-search-tool|tool-examples)-\d"
 )
 _CLOUD_FIXES = ("plain schemas", "closed schemas")
-_MISTRAL_FIXES = ("no stream_options", "no reasoning_content", "no reasoning_effort", "strict turns")
+_MISTRAL_FIXES = ("no stream_options", "no reasoning_content", "no store", "no user", "strict turns")
 _OPENAI_FIXES = ("max_completion_tokens", "no reasoning_content", "no sampling")
 _KIMI_FIXES = ("think if replayed", "plain schemas", "no sampling")
+_PICKY_FIXES = ("no reasoning_content", "no store", "plain schemas")
 
 COMPATS: Tuple[Compat, ...] = (
     Compat("openai", ("api.openai.com",), _OPENAI_FIXES),
@@ -7100,16 +7100,12 @@ COMPATS: Tuple[Compat, ...] = (
     Compat("moonshot", ("api.moonshot.ai", "api.moonshot.cn"), _KIMI_FIXES, replays_reasoning=True),
     Compat("zai", ("api.z.ai", "open.bigmodel.cn"), ("plain schemas",)),
     Compat("qwen", ("dashscope.aliyuncs.com", "dashscope-intl.aliyuncs.com", "dashscope-us.aliyuncs.com"), caches=True),
-    Compat("groq", ("api.groq.com",), ("no reasoning_content", "plain schemas")),
+    Compat("groq", ("api.groq.com",), _PICKY_FIXES),
     Compat("mistral", ("api.mistral.ai",), _MISTRAL_FIXES),
-    Compat("gemini", ("generativelanguage.googleapis.com",), ("no reasoning_content", "plain schemas"), False, True),
-    Compat("xai", ("api.x.ai",)),
+    Compat("gemini", ("generativelanguage.googleapis.com",), _PICKY_FIXES, replays_reasoning=True),
     Compat("together", ("api.together.xyz", "api.together.ai"), ("plain schemas",)),
-    Compat("cerebras", ("api.cerebras.ai",), ("max_completion_tokens", "no reasoning_content", "plain schemas")),
+    Compat("cerebras", ("api.cerebras.ai",), ("max_completion_tokens", *_PICKY_FIXES)),
     Compat("ollama", (":11434",), ("think if asked",)),
-    Compat("lmstudio", (":1234",)),
-    Compat("vllm", ()),
-    Compat("llamacpp", ()),
 )  # fmt: skip
 _COMPATS_BY_NAME = {row.name: row for row in COMPATS}
 _PLAIN = Compat("", ())
@@ -8258,7 +8254,7 @@ def judge_error(wire: str, status: int, headers: Headers, body: bytes, now: floa
     """The outcome of an answer whose status is not 2xx. now: Unix seconds, for dates in headers and bodies."""
     parsed = parse_body(body)
     words = error_words(parsed)
-    info = WIRE_FORMATS[wire].parse_error(status, parsed)
+    info = read_error(status, parsed)
     wait, kind = read_retry_after(headers, words, parsed, now), kind_of(status, words)
     info = info._replace(code=OVERFLOW_CODE) if kind == OVERFLOW else info
     return Outcome(kind, status, str(status), info, wait, tuple(headers), body, wire)
@@ -9223,8 +9219,10 @@ ctrl-c   back, or quit"""
 def _home_rows(menu: Menu) -> List[Row]:
     config, problems = _scan(menu)
     chains = sum(bool(model.fallback_models) for provider in config.providers for model in provider.models)
-    states = {name: problem.level for name, problem in _worst_by_field(problems, "", "config").items()}
-    states["check"] = min((problem.level for problem in problems), default="ok")  # error before warning
+    states = {"check": min((problem.level for problem in problems), default="ok")}  # error before warning
+    for problem in problems:
+        name = getattr(_FIELD_OF["config"].get(re.split(r"[.[]", problem.path)[0]), "key", "")
+        states[name] = min(problem.level, states.get(name, "warning"))
     values = {
         "providers": ", ".join(_id_of(raw) or "?" for raw in map(as_dict, _at(menu, ("providers",)))),
         "fallbacks": "of %s" % _count(chains, "model") if chains else "",
@@ -9248,16 +9246,6 @@ def _home_rows(menu: Menu) -> List[Row]:
 def _scan(menu: Menu) -> Tuple[Config, List[Problem]]:
     """What the document means here: a variable that a provider names and nobody has set is a problem, too."""
     return scan_config(menu.document, dict.fromkeys(menu.facts.variables, "(set)"))
-
-
-def _worst_by_field(problems: Iterable[Problem], path: str, kind: str) -> Dict[str, Problem]:
-    """The worst problem of each field of the object at `path`, errors before warnings."""
-    found: Dict[str, Problem] = {}
-    for problem in sorted(problems, key=lambda problem: problem.level):
-        if problem.path.startswith(path):
-            name = re.split(r"[.[]", problem.path[len(path) :].lstrip("."))[0]
-            found.setdefault(getattr(_FIELD_OF.get(kind, {}).get(name), "key", name), problem)
-    return found
 
 
 def _count(number: int, word: str) -> str:
@@ -9396,7 +9384,6 @@ def _form_rows(menu: Menu) -> List[Row]:
     place = menu.front.place
     raw, kind = look_at(menu.document, place)
     under = "" if kind else str(place[-1])
-    problems = _worst_by_field(_scan(menu)[1], path_of(place), kind)
     rows = []
     for field in _form_fields(place, kind, raw):
         value = get_field(raw, kind, field.key) if kind else raw.get(field.key)
@@ -9404,9 +9391,7 @@ def _form_rows(menu: Menu) -> List[Row]:
         shown = _in_words(mask_document({field.key: value}, under)[field.key])
         is_set = field.kind == "variable" and value in menu.facts.variables
         state = "ok" if is_set else "off" if field.key == "enabled" and _is_off(raw) else ""
-        worst = problems.get(field.key)
-        hint, state = (show_problem(worst), worst.level) if worst else (field.help, state)
-        rows.append(Row((field.key, shown), (field, value), hint, state))
+        rows.append(Row((field.key, shown), (field, value), field.help, state))
     return rows
 
 
@@ -10441,11 +10426,12 @@ class Exchange:
             data = await self._read_on(reply, watch)
             if not data:
                 return b"".join(parts)
-            if not parts and _EVENT_LINE.match(data):
+            parts.append(data)
+            if watch is None and size < _MARK_BYTES and _EVENT_LINE.match(b"".join(parts)):
                 watch = make_processor(source, source, Context(_BARE_REQUEST, "", 0), self._settings.max_event_bytes)
+                data = b"".join(parts)
             if watch is not None:
                 watch.feed(data)
-            parts.append(data)
             size += len(data)
         raise UpstreamError("the answer is larger than max_answer_bytes", "too_large")
 
@@ -10471,7 +10457,7 @@ class Exchange:
         source, is_chat = WIRE_FORMATS[self._outbound.wire], self._inbound.operation == "chat"
         parsed = _read_json(body)
         if _is_error_body(parsed):
-            return self._judge_told(source.parse_error(502, parsed), reply)
+            return self._judge_told(read_error(502, parsed), reply)
         if not parsed and not (is_chat and _EVENT_LINE.match(body)):
             text = one_line(str(parse_body(body)) if body else "an empty body", 120)
             return failed_attempt(TEMPORARY, "unparsable", "the answer is not what was asked for: " + text)
@@ -10659,6 +10645,7 @@ class Exchange:
 
 _BARE_REQUEST = ChatRequest("", [])
 _EVENT_LINE = re.compile(rb"(?:\xef\xbb\xbf)?\s*(?:data|event|id|retry)?:")  # a stream's first (traps 4, 5, 11)
+_MARK_BYTES = 64  # within which a body shows what it is
 _ERROR_BODY_S = 5.0
 
 
@@ -10996,7 +10983,7 @@ def _judge_probe(wire: str, status: int, headers: Headers, data: bytes, now: flo
     parsed = _read_json(data)
     context = Context(request, "probe", int(now))
     if _is_error_body(parsed):
-        outcome = judge_in_band(WIRE_FORMATS[wire].parse_error(502, parsed), headers, wire, now)
+        outcome = judge_in_band(read_error(502, parsed), headers, wire, now)
         return outcome._replace(kind=NOT_FOUND) if "404 NOT_FOUND" in outcome.error.message else outcome  # z.ai
     try:
         if parsed:
@@ -12320,8 +12307,13 @@ class ClientConnection:
                 await self._until_sent(self._writer.wait_closed)
 
     def may_keep_alive(self, head: HttpRequest) -> bool:
-        """Whether the connection can serve another request after this one: not with much of a body unread, nor in a
-        drain."""
+        """Whether the connection can serve another request after this one: not with much of a body unread, or a wrong
+        one, nor in a drain."""
+        if not self.body_is_read and not self._is_broken:  # nobody has asked for it
+            try:
+                self.body_is_read = self._parser.body() is not None
+            except HttpError:
+                self._is_broken = True
         may_go_on = self.body_is_read or (not self._is_broken and self._parser.unread <= _SKIP_BYTES)
         ends = self._reader.at_eof() and not self._parser.has_more
         return head.keep_alive and may_go_on and not self.server.draining and not ends
@@ -12362,6 +12354,7 @@ class ClientConnection:
         self.deadline = math.inf
         if self.phase == "sending":
             self._transport.abort()
+            self._on_gone()  # whose end asyncio does not tell again when the client had closed its half
         elif self.phase == "idle":
             self._expire_read(ClientGoneError())
         else:
@@ -12373,10 +12366,7 @@ class ClientConnection:
         encoding = header(head.headers, "content-encoding").strip().lower()
         if encoding:
             Inflater(encoding, 0, RouterError)  # one that cannot be read is refused before the client sends it all
-        if not self.body_is_read:
-            if parser.expects_continue and not parser.body_size:
-                self.send(_CONTINUE)
-            await self._receive_body()
+        await self._receive_body()
         body = parser.take_body()
         self._reserve(len(body))
         if not encoding or encoding == "identity":
@@ -12391,14 +12381,17 @@ class ClientConnection:
         began, self.phase = self.loop.time(), "body"
         try:
             self.body_is_read = parser.body() is not None
+            if parser.expects_continue and most_bytes > _SKIP_BYTES:
+                self.send(_CONTINUE)
             while not self.body_is_read and parser.body_size <= most_bytes:
                 if most_bytes > _SKIP_BYTES:
                     self._reserve(parser.body_size)
                 self.deadline = min(began + parser.body_size / _UPLOAD_BYTES_PER_S, self.loop.time()) + limit_s
                 parser.feed(await self._read())
                 self.body_is_read = parser.body() is not None
-        except HttpError:
+        except HttpError as error:
             self._is_broken = True  # nothing tells any more where the next request begins
+            error.request = self._head
             raise
         finally:
             self.phase, self.deadline = "serving", math.inf
@@ -12407,6 +12400,9 @@ class ClientConnection:
         """Some bytes from the client. ClientGoneError at the end of the connection."""
         try:
             data = await self._reader.read(_READ_BYTES)
+        except HttpError:
+            self._expire_read(None)  # what is late is refused, and who sends on while it is told can still be read from
+            raise
         except OSError:
             raise ClientGoneError from None
         if not data:
@@ -12418,8 +12414,8 @@ class ClientConnection:
         if head is None:
             return False
         self._head = head
-        self.body_is_read = self._parser.body() is not None
-        if not self.body_is_read and head.method != "POST" and self._parser.unread <= _SKIP_BYTES:
+        self.body_is_read = False
+        if head.method != "POST" and self._parser.unread <= _SKIP_BYTES:
             await self._receive_body(_SKIP_BYTES)  # no handler asks for it: what is wrong with it is said now or never
         self.phase, self.sink = "serving", Sink(self, head)
         try:
@@ -12472,16 +12468,13 @@ class ClientConnection:
 
     async def _refuse(self, error: HttpError) -> None:
         """Answer what cannot be served as HTTP, then close so that the answer still arrives."""
-        if self.sink is None or not self.sink.ended:
-            wire = wire_of_client(error.request.path, error.request.headers) if error.request is not None else "openai"
-            body = dump_json(WIRE_FORMATS[wire].render_error(_error_info(error), ""))
-            try:
-                how = {"head_only": self._parser.is_head, "keep_alive": False, "date": self.server.date()}
-                self.send(render_response(error.status, _JSON_HEADERS, body, **how))
-                await self.drain()
-            except ClientGoneError:
-                return
-        await self._linger()
+        wire = wire_of_client(error.request.path, error.request.headers) if error.request is not None else "openai"
+        body = dump_json(WIRE_FORMATS[wire].render_error(_error_info(error), ""))
+        with suppress(ClientGoneError):
+            how = {"head_only": self._parser.is_head, "keep_alive": False, "date": self.server.date()}
+            self.send(render_response(error.status, _JSON_HEADERS, body, **how))
+            await self.drain()
+            await self._linger()
 
     async def _linger(self) -> None:
         """Close our side and read on for a moment: closing with unread bytes would reset the connection and the client
@@ -12866,18 +12859,45 @@ class Metrics:
 _IN_LABELS = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
 
 
-class CountingHost:
-    """Those of the gateway's effects that every host shares (see GATEWAY). known: the refs that are configured."""
+def show_health(ref: str, book: Any, now: float) -> Json:
+    """A candidate's state in words and seconds: ok, cooling, open (its circuit) or half-open."""
+    health, provider = book.read(ref), book.read(ref.partition("/")[0] + "/")
+    rows = [
+        (health.circuit_until, "open", health.reason),
+        (health.cooldown_until, "cooling", health.reason),
+        (provider.cooldown_until, "cooling", provider.reason),
+    ]
+    until, state, reason = max(rows, key=lambda row: row[0])
+    if until <= now:
+        state, reason = "half-open" if health.circuit_until else "ok", health.reason
+    left_s = round(max(until - now, 0.0), 1)
+    return {"model": ref, "state": state, "left_s": left_s, "reason": reason, "failures": health.failures}
 
-    def __init__(self) -> None:
+
+class CountingHost:
+    """Those of the gateway's effects that every host shares (see GATEWAY). known: the refs that are configured; book:
+    what is known of their health."""
+
+    def __init__(self, book: Any) -> None:
         import asyncio
         import random
 
         self.now, self.wall, self.sleep = time.monotonic, time.time, asyncio.sleep
         self.jitter = random.Random().random  # noqa: S311  it spreads retries, it guards nothing
-        self.counters = Metrics()
+        self.book, self.counters = book, Metrics()
         self.known: Any = ()
-        self.metrics: Callable[[], str] = lambda: self.counters.render({})
+
+    def gauges(self) -> Dict[str, Dict[str, float]]:
+        """What /metrics shows of the present, as `Metrics.render` takes it."""
+        now, refs = self.now(), sorted(self.known)
+        return {
+            "llm_router_cooldown_seconds": {ref: show_health(ref, self.book, now)["left_s"] for ref in refs},
+            "llm_router_circuit_open": {ref: float(bool(self.book.read(ref).circuit_until)) for ref in refs},
+        }
+
+    def metrics(self) -> str:
+        """The text of /metrics."""
+        return self.counters.render(self.gauges())
 
     def new_id(self) -> str:
         """A request id: unique, not guessable."""
@@ -13286,7 +13306,9 @@ class WorkerRouter:
             settings, warnings = read_settings({}, environ)
             for warning in [*warnings, *map(show_problem, problems)]:
                 print("warning: " + one_line(warning))
-            self._gateway = Gateway(Routes(config), settings, access, WorkerHost(config, settings), self._book)
+            routes, book = Routes(config), self._book
+            self._gateway = Gateway(routes, settings, access, WorkerHost(routes, settings, book), book)
+            self._gateway.info = {"instance": os.urandom(8).hex(), "config": "ok"}
             self._made_of = made_of
         return self._gateway
 
@@ -13319,9 +13341,9 @@ class WorkerEnviron:
 class WorkerHost(CountingHost):
     """The gateway's effects in a Worker (see GATEWAY). Log lines go to the console, as `wrangler tail` shows it."""
 
-    def __init__(self, config: Config, settings: Settings) -> None:
-        super().__init__()
-        self.known = frozenset(Routes(config).refs())
+    def __init__(self, routes: Routes, settings: Settings, book: Any) -> None:
+        super().__init__(book)
+        self.known = frozenset(routes.refs())
         self._settings = settings
 
     async def aside(self, work: Callable[..., Any], *arguments: Any) -> Any:
@@ -13330,17 +13352,18 @@ class WorkerHost(CountingHost):
 
     async def send(self, outbound: Outbound) -> WorkerReply:
         """Send one request and wait for the head of its answer. UpstreamError when there is none."""
-        import js  # type: ignore[import-not-found]
-        from pyodide.ffi import to_js  # type: ignore[import-not-found]
+        import js
 
         control = js.AbortController.new()
         headers = {name: value for name, value in outbound.headers if name not in ("host", "content-length")}
-        options = {"method": "POST", "headers": headers, "body": outbound.body, "redirect": "manual"}
-        options = to_js(dict(options, signal=control.signal), dict_converter=js.Object.fromEntries)
+        what = {"headers": headers, "body": outbound.body, "signal": control.signal}
         first_s, fault = _seconds(outbound.timeouts.first_byte_ms), "cannot reach %s" % outbound.target.key.host
         try:
             with _limited(control, first_s, "an answer", fault, "connect_failed"):
+                options = _js_object(method="POST", redirect="manual", **what)
                 answer = await js.fetch(outbound.target.origin + outbound.path, options)
+                if not 200 <= int(answer.status) < 600:  # a 101, say: a Response cannot have such a one
+                    raise UpstreamError("the upstream's answer has the status %d" % answer.status, "bad_response")
         except BaseException:
             control.abort()
             raise
@@ -13358,6 +13381,21 @@ class WorkerHost(CountingHost):
         print("internal error: " + one_line("%s: %s" % (type(error).__name__, error)))
 
 
+def _js_object(**members: Any) -> Any:
+    """A JavaScript object; what its members hold becomes JavaScript's as well."""
+    import js  # type: ignore[import-not-found]
+    from pyodide.ffi import to_js  # type: ignore[import-not-found]
+
+    return to_js(members, dict_converter=js.Object.fromEntries)
+
+
+def _read_headers(headers: Any) -> Headers:
+    """JavaScript's Headers, whose names are in small letters."""
+    import js
+
+    return list(js.Object.fromEntries(headers).to_py().items())
+
+
 @contextmanager
 def _limited(control: Any, seconds: Optional[float], what: str, fault: str, label: str) -> Iterator[None]:
     """A time limit on the runtime's side that aborts what `control` controls; asyncio.wait_for would make a task, for
@@ -13366,17 +13404,11 @@ def _limited(control: Any, seconds: Optional[float], what: str, fault: str, labe
 
     from pyodide.ffi import JsException
 
-    ended = []
-
-    def end() -> None:
-        ended.append(True)
-        control.abort()
-
-    timer = None if seconds is None else asyncio.get_event_loop().call_later(seconds, end)
+    timer = None if seconds is None else asyncio.get_event_loop().call_later(seconds, control.abort)
     try:
         yield
     except JsException as error:
-        if ended:
+        if control.signal.aborted:
             raise UpstreamError("no sign of %s within %g s" % (what, seconds or 0), "timeout", True) from None
         raise UpstreamError("%s: %s" % (fault, one_line(str(error), 160)), label) from None
     finally:
@@ -13388,12 +13420,9 @@ class WorkerReply:
     """An upstream's answer in a Worker: pulled with `read`, or handed over as the stream of what is left."""
 
     def __init__(self, answer: Any, control: Any, max_body_bytes: int) -> None:
-        import js
-
         self.status = int(answer.status)
-        self.headers: Headers = list(js.Object.fromEntries(answer.headers).to_py().items())
+        self.headers = _read_headers(answer.headers)
         self._control = control
-        self._left = max_body_bytes
         self._answer = answer
         self._reader: Any = None
         self._is_over = not answer.body
@@ -13411,9 +13440,6 @@ class WorkerReply:
                     data = self.body.finish() if piece.done else self.body.feed(piece.value.to_bytes(), self.headers)
         except UpstreamProtocolError as error:
             raise UpstreamError(error.message, "truncated") from None
-        self._left -= len(data)
-        if self._left < 0:
-            raise UpstreamError("the answer is larger than allowed", "bad_response")
         return data
 
     def rest(self) -> Any:
@@ -13437,13 +13463,12 @@ class WorkerClient(PingingSink):
     def __init__(self, request: Any) -> None:
         import asyncio
 
-        import js
         from pyodide.ffi import create_proxy
 
         parts = urlsplit(str(request.url))
-        headers: Headers = list(js.Object.fromEntries(request.headers).to_py().items())
         super().__init__(asyncio.get_event_loop())
-        self.call = Call(str(request.method), parts.path or "/", parts.query, headers, self._read_body)
+        head = str(request.method), parts.path or "/", parts.query, _read_headers(request.headers)
+        self.call = Call(*head, self._read_body)
         self.response = self._loop.create_future()
         self.task: Any = None
         self.max_body_bytes = 0
@@ -13468,7 +13493,7 @@ class WorkerClient(PingingSink):
             words = "the body broke off: " + one_line(str(error), 160)
             raise RouterError(words, 400, "incomplete_request") from None
         if is_large or len(data) > limit:
-            raise RouterError("the body is larger than %d bytes" % limit, 413, "body_too_large")
+            raise RouterError("the body is larger than %d bytes" % limit, 413, "request_too_large")
         body = inflate(data, encoding, limit)
         if nests_too_deep(body):
             raise RouterError("the body is not valid JSON: nested too deeply", 400, "invalid_json")
@@ -13490,8 +13515,7 @@ class WorkerClient(PingingSink):
         from pyodide.ffi import to_js
 
         self._end()
-        bare = status == 204 or self.call.method == "HEAD"
-        self._answer(status, headers, None if bare else to_js(body))
+        self._answer(status, headers, None if status == 204 else to_js(body))  # of HEAD's the runtime sends the size
 
     def write(self, data: bytes) -> None:
         """Send a piece of the stream."""
@@ -13506,21 +13530,19 @@ class WorkerClient(PingingSink):
         """The rest of a reply to the client: UNWATCHED when the runtime passes it on, "end" or the label of what broke
         it when it was translated."""
         import js
-        from pyodide.ffi import JsException, create_proxy, to_js
+        from pyodide.ffi import JsException, create_proxy
 
         passes = isinstance(processor, StreamRelay) and reply.body.inflater is None
         pump = _Pump(self, reply, processor, 0.0 if passes else idle_ms / 1000, left_s)
         self.write(processor.hand_over() if passes else b"")
         self._writer.releaseLock()
         self._enqueue = pump.ping
-        proxies = [] if passes else [create_proxy(pump.start), create_proxy(pump.transform)]
-        options = to_js({"preventClose": True, "preventAbort": True}, dict_converter=js.Object.fromEntries)
+        steps = {} if passes else {"start": create_proxy(pump.start), "transform": create_proxy(pump.transform)}
         try:
             rest = reply.rest()
             if not passes:
-                steps = to_js(dict(zip(("start", "transform"), proxies)), dict_converter=js.Object.fromEntries)
-                rest = rest.pipeThrough(js.TransformStream.new(steps))
-            await rest.pipeTo(self._writable, options)
+                rest = rest.pipeThrough(js.TransformStream.new(_js_object(**steps)))
+            await rest.pipeTo(self._writable, _js_object(preventClose=True, preventAbort=True))
             return pump.end or (UNWATCHED if passes else "end")
         except JsException as error:
             if self._request.signal.aborted:
@@ -13530,7 +13552,7 @@ class WorkerClient(PingingSink):
             pump.stop()
             self._enqueue = self.write
             self._writer = None if self._writable.locked else self._writable.getWriter()  # locked: the client has left
-            for proxy in proxies:
+            for proxy in steps.values():
                 proxy.destroy()
 
     async def finish(self) -> None:
@@ -13575,11 +13597,8 @@ class WorkerClient(PingingSink):
 
     def _answer(self, status: int, headers: Headers, body: Any) -> None:
         import js
-        from pyodide.ffi import to_js
 
-        options = {"status": status, "headers": [[name, value] for name, value in headers]}
-        options = to_js(options, dict_converter=js.Object.fromEntries)
-        self.response.set_result(js.Response.new(body, options))
+        self.response.set_result(js.Response.new(body, _js_object(status=status, headers=headers)))
 
     def _on_gone(self, *_: Any) -> None:
         if self.task is not None and not self._ends:
@@ -13599,7 +13618,6 @@ class _Pump:
         self._client = client
         self._reply = reply
         self._processor = processor
-        self._inflater = reply.body.inflater
         self._controller: Any = None
         self._idle_s = idle_s
         self._loop = asyncio.get_event_loop()
@@ -13615,8 +13633,8 @@ class _Pump:
     def transform(self, chunk: Any, controller: Any) -> None:
         """Some bytes from the upstream."""
         self._last = self._loop.time()
-        data = chunk.to_bytes()
-        self.put(self._processor.feed(data if self._inflater is None else self._inflater.feed(data)))
+        data, inflater = chunk.to_bytes(), self._reply.body.inflater
+        self.put(self._processor.feed(data if inflater is None else inflater.feed(data)))
         if self._processor.failed is not None and not self.end:
             self.end = "failed"
             controller.terminate()
@@ -13806,16 +13824,14 @@ class Router(CountingHost):
     def __init__(self, loop: Any, options: StartOptions, log: LogWriter) -> None:
         import secrets
 
-        super().__init__()
+        super().__init__(HealthBook())
         self.id = secrets.token_hex(8)
         self.token = secrets.token_urlsafe(32)
         self.options = options
         self.log = log
         self.ring = TrailRing(options.settings.trail_size)
-        self.book = HealthBook()
         self.upstreams = Upstreams(loop, options.settings, options.environ)
         self.send = self.upstreams.send
-        self.metrics = self._metrics
         path = ledger_path(options.settings)
         self.ledger = Ledger(path, options.settings, log.note) if path else None
         self.server = Server(loop, options.settings, self.handle, self.failed)
@@ -13945,16 +13961,11 @@ class Router(CountingHost):
             "candidates": [{**show_health(ref, self.book, now), **tally.get(ref, none)} for ref in refs + made_up],
         }
 
-    def _metrics(self) -> str:
-        now = self.now()
-        states = {ref: show_health(ref, self.book, now) for ref in self.gateway.routes.refs()}
-        gauges = {
-            "llm_router_open_streams": {"": float(self.server.open_streams)},
-            "llm_router_connections": {"": float(len(self.server.connections))},
-            "llm_router_cooldown_seconds": {ref: state["left_s"] for ref, state in states.items()},
-            "llm_router_circuit_open": {ref: float(bool(self.book.read(ref).circuit_until)) for ref in states},
-        }
-        return self.counters.render(gauges)
+    def gauges(self) -> Dict[str, Dict[str, float]]:
+        """Those of every host, and who is connected."""
+        connected = {"llm_router_open_streams": self.server.open_streams}
+        connected["llm_router_connections"] = len(self.server.connections)
+        return {**super().gauges(), **{name: {"": float(number)} for name, number in connected.items()}}
 
     def try_reload(self) -> Tuple[int, Json]:
         """`reload` as the control channel answers it: status and body. A failure is logged and shown by `status`."""
@@ -14008,21 +14019,6 @@ class Router(CountingHost):
         if trouble and trouble != self._state_trouble:
             self.log.note("stop, reload and status will not find this instance: " + trouble, "warning")
         self._state_trouble = trouble
-
-
-def show_health(ref: str, book: Any, now: float) -> Json:
-    """A candidate's state in words and seconds: ok, cooling, open (its circuit) or half-open."""
-    health, provider = book.read(ref), book.read(ref.partition("/")[0] + "/")
-    rows = [
-        (health.circuit_until, "open", health.reason),
-        (health.cooldown_until, "cooling", health.reason),
-        (provider.cooldown_until, "cooling", provider.reason),
-    ]
-    until, state, reason = max(rows, key=lambda row: row[0])
-    if until <= now:
-        state, reason = "half-open" if health.circuit_until else "ok", health.reason
-    left_s = round(max(until - now, 0.0), 1)
-    return {"model": ref, "state": state, "left_s": left_s, "reason": reason, "failures": health.failures}
 
 
 def changed_providers(old: Config, new: Config) -> List[str]:

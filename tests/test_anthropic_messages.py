@@ -1252,7 +1252,7 @@ def test_an_overflow_says_the_words_on_which_claude_code_compacts():
     ],
 )
 def test_errors_are_read_in_every_shape(body, expected):
-    assert WIRE.parse_error(404, body) == expected
+    assert R.read_error(404, body) == expected
 
 
 def test_an_error_type_of_the_api_is_kept_whatever_the_status():
@@ -1337,7 +1337,7 @@ def test_random_json_raises_nothing_but_router_errors(seed):
             R.dump_json(WIRE.render_response(WIRE.parse_response(body, CONTEXT), CONTEXT))
         except R.RouterError:
             pass
-        WIRE.parse_error(500, random_json(dice))
+        R.read_error(500, random_json(dice))
         body["type"] = dice.choice(WORDS[-6:])
         for event in parser.feed(R.SseEvent("", json.dumps(body))):
             renderer.render(event)

@@ -256,6 +256,59 @@ def test_what_was_no_help_is_not_remembered(router, make_upstream):
     assert ["stop" in call.json for call in upstream.calls] == [True, False, True]
 
 
+CODEX = {
+    "model": "a/m", "input": "q", "store": False, "prompt_cache_key": "k", "text": {"verbosity": "low"},
+    "metadata": {"a": "b"}, "user": "u",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("first", ["store", "prompt_cache_key", "verbosity"])
+def test_who_refuses_one_of_the_fields_that_only_openai_has_gets_none_of_them(first, router, make_upstream):
+    """Trap 70: Codex sends several, and servers name one at a time (Groq, Cerebras, Gemini); one further call is all."""
+
+    def answers(call):
+        odd = [name for name in (first, "store", "prompt_cache_key", "verbosity", "metadata") if name in call.json]
+        if odd:
+            return fake.error_answer("openai", 400, "property '%s' is unsupported" % odd[0], "invalid_request_error")
+        return fake.model_answer("openai", False, "fine")
+
+    upstream = make_upstream(answers)
+    running = router(config_of(provider(upstream, "openai", "a", ["m"])))
+    assert [running.post("/v1/responses", CODEX).status for _ in range(2)] == [200, 200]
+    assert len(upstream.calls) == 3
+
+
+@pytest.mark.parametrize("compat", ["groq", "cerebras", "gemini", "mistral"])
+def test_a_strict_upstream_that_is_known_is_never_told_what_only_openai_knows(compat, router, make_upstream):
+    """zed-industries/zed#36215, sipeed/picoclaw#1333, liliMozi/openhanako#394."""
+    upstream = make_upstream(fake.model_answer("openai", False, "fine"))
+    running = router(config_of(provider(upstream, "openai", "a", ["m"], compat=compat)))
+    assert running.post("/v1/responses", CODEX).status == 200
+    assert {"store", "prompt_cache_key", "verbosity", "metadata"}.isdisjoint(upstream.calls[0].json)
+    assert ("user" in upstream.calls[0].json) == (compat != "mistral")
+
+
+@pytest.mark.parametrize("store, told", [(True, {"a": "b"}), (False, None), (None, None)])
+def test_metadata_is_for_chat_completions_that_are_stored(store, told):
+    """OpenAI: "The 'metadata' parameter is only allowed when 'store' is enabled." (QwenLM/qwen-code#243)"""
+    _, body = llm_router.translate_request(dict(CODEX, store=store), "responses", "openai")
+    assert body.get("metadata") == told
+
+
+@pytest.mark.parametrize(
+    "words, fix",
+    [
+        ("body.user: Extra inputs are not permitted", "no user"),
+        ("property 'user' is unsupported", "no user"),
+        ("Unknown name \"user\": Cannot find field.", "no user"),
+        ("body.messages.0.user.name: Extra inputs are not permitted", ""),
+        ("Invalid message role: expected user or assistant, which is unsupported", ""),
+    ],
+)
+def test_the_end_user_is_left_out_for_who_refuses_that_field_and_not_that_role(words, fix):
+    assert llm_router.learn_fix({"user": "u", "messages": []}, [words], ()) == fix
+
+
 def test_a_lesson_needs_its_field_in_the_request():
     assert llm_router.learn_fix({"messages": []}, ["stream_options is not supported"], ()) == ""
 

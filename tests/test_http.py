@@ -466,6 +466,13 @@ def test_the_authority_of_the_target_replaces_host(host):
     assert parser.head().path == "/x"
 
 
+def test_the_authority_of_the_target_counts_also_without_host():
+    """In HTTP/1.0 there may be none: who must not be called by that name is not called by it this way either."""
+    parser = RequestParser()
+    parser.feed(b"GET http://evil.example/x HTTP/1.0\r\n\r\n")
+    assert parser.head().headers == [("host", "evil.example")]
+
+
 def test_a_head_does_not_wait_for_its_body():
     parser = RequestParser()
     parser.feed(POST + b"Content-Length: 3\r\n\r\n")
@@ -478,6 +485,17 @@ def test_a_head_does_not_wait_for_its_body():
     assert parser.body() == b"abc"
     parser.next()
     assert (parser.head(), parser.body(), parser.started, parser.has_more) == (None, None, True, True)
+
+
+def test_a_body_that_is_too_long_is_refused_when_it_is_asked_for():
+    """Until then its request is one like any other: who may not call is told so first."""
+    parser = RequestParser(SMALL)
+    parser.feed(POST + b"Content-Length: 1001\r\n\r\n")
+    assert parser.head().method == "POST"
+    for _ in range(2):
+        with pytest.raises(HttpError) as caught:
+            parser.body()
+        assert caught.value.status == 413
 
 
 def test_the_next_request_waits_for_the_body_of_this_one():
@@ -526,7 +544,7 @@ def test_only_a_client_that_waits_is_told_to_continue(raw, expects):
     assert parser.expects_continue is expects
 
 
-@pytest.mark.parametrize("header", [b"Content-Length: 1001", b"Expect: x", b"Content-Length: x"])
+@pytest.mark.parametrize("header", [b"Transfer-Encoding: gzip, chunked", b"Expect: x", b"Content-Length: x"])
 def test_a_refusal_of_a_readable_head_brings_the_request_along(header):
     parser = RequestParser(SMALL)
     parser.feed(b"POST /v1/messages HTTP/1.1\r\nHost: a\r\n" + header + b"\r\n\r\n")

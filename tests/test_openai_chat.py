@@ -682,7 +682,7 @@ def test_an_error_in_base_resp_is_read_and_judged(code, status, kind):
     body = {"id": "x", "choices": None, "base_resp": {"status_code": code, "status_msg": "so it is"}}
     events = run(body, done=False)[1]
     assert (events[-1].error.status, events[-1].error.message) == (status, "so it is")
-    outcome = router.judge_in_band(OPENAI_CHAT.parse_error(502, body), [], "openai", 1.0)
+    outcome = router.judge_in_band(router.read_error(502, body), [], "openai", 1.0)
     assert (outcome.kind, outcome.error.message) == (kind, "so it is")
     with pytest.raises(RouterError, match="so it is"):
         OPENAI_CHAT.parse_response(body, make_context())
@@ -704,7 +704,7 @@ def test_a_200_without_success_is_the_error_that_its_number_names(code, status, 
     failed = run(body, done=False)[1][-1]
     assert (failed.error.status, failed.error.message) == (status, "so it is")
     assert router._is_error_body(body)
-    outcome = router.judge_in_band(OPENAI_CHAT.parse_error(502, body), [], "openai", 1.0)
+    outcome = router.judge_in_band(router.read_error(502, body), [], "openai", 1.0)
     assert (outcome.kind, outcome.status, outcome.error.message) == (kind, status, "so it is")
 
 
@@ -1662,6 +1662,7 @@ def test_reasoning_becomes_an_effort(reasoning, effort):
     [
         ("gpt-5.2", "max", "xhigh"), ("gpt-5.2", "none", "none"), ("gpt-5.2", "minimal", "low"), ("gpt-5", "xhigh", "high"),
         ("gpt-5", "none", "minimal"), ("openai/o4-mini", "minimal", "low"), ("qwen3", "max", "high"), ("qwen3", "odd", "low"),
+        ("mistral-small-2603", "low", "high"), ("mistral-medium-3-5", "none", "none"),
     ],
 )  # fmt: skip
 def test_an_effort_is_one_that_the_model_knows(model, wanted, effort):
@@ -1745,7 +1746,7 @@ def test_reading_what_was_written_gives_the_same_request():
 )
 def test_an_error_is_read_in_every_shape(status, body, expected):
     """trap 124"""
-    assert OPENAI_CHAT.parse_error(status, body) == expected
+    assert router.read_error(status, body) == expected
 
 
 @pytest.mark.parametrize(
@@ -1908,7 +1909,7 @@ def test_recorded_answers_lose_nothing(item):
 @pytest.mark.parametrize("item", RECORDED["error"])
 def test_recorded_errors_have_words(item):
     body = json.loads(item["body"])
-    info = OPENAI_CHAT.parse_error(item["status"], body)
+    info = router.read_error(item["status"], body)
     assert info.status == item["status"] and info.message and not info.message.startswith(("{", "the upstream"))
 
 
@@ -1921,7 +1922,7 @@ def test_reported_error_shapes_have_words():
             body = json.loads(shape["body"])
         except ValueError:
             body = shape["body"]
-        info = OPENAI_CHAT.parse_error(shape["status"], body)
+        info = router.read_error(shape["status"], body)
         assert info.message and info.status >= 400 and not info.message.startswith("{"), shape["id"]
 
 
@@ -2079,7 +2080,7 @@ def test_foreign_errors_always_have_words(seed):
     dice = random.Random(seed)
     for _ in range(1500):
         body = noise(dice)
-        info = OPENAI_CHAT.parse_error(dice.choice((200, 400, 500)), json.dumps(body) if dice.random() < 0.3 else body)
+        info = router.read_error(dice.choice((200, 400, 500)), json.dumps(body) if dice.random() < 0.3 else body)
         assert info.message and 400 <= info.status <= 599
         router.dump_json(OPENAI_CHAT.render_error(info, "r"))
 
@@ -2089,7 +2090,7 @@ def test_deeply_wrapped_errors_end():
     body = {"message": "x"}
     for _ in range(30):
         body = {"error": {"message": json.dumps(body)}} if len(json.dumps(body)) < 100000 else {"error": [body]}
-    assert OPENAI_CHAT.parse_error(500, body).message
+    assert router.read_error(500, body).message
 
 
 @pytest.mark.parametrize("odd", [True, 7, "x", {"a": 1}, [7], [None, None], [[]]])
@@ -2115,3 +2116,26 @@ def test_a_broken_call_is_judged_once_and_not_for_every_chunk_behind_it(monkeypa
         item = {"index": index, "id": name, "function": {"name": name, "arguments": text}}
         parser.read({"choices": [{"delta": {"tool_calls": [item]}}]})
     assert judged == ['{"a":1}}']
+
+
+def test_interleaved_calls_of_a_thousand_pieces_are_not_read_anew_at_each(monkeypatch):
+    """Arguments full of code end many a piece with a brace; each time all of them were put together and parsed."""
+    judged, judge = [], router.arguments_object
+    monkeypatch.setattr(router, "arguments_object", lambda text: judged.append(text) or judge(text))
+    parser = router.ChatStreamParser(Context(ChatRequest("m", []), "r", 1))
+    pieces = ['{"code":"', *["f(){}"] * 999, '"}']
+    events = []
+    for piece in pieces:
+        calls = [{"index": i, "id": name, "function": {"name": name, "arguments": piece}} for i, name in enumerate("ab")]
+        events += parser.read({"choices": [{"delta": {"tool_calls": calls}}]})
+    folded = fold(events + parser.end())
+    assert [(block.name, block.arguments) for block in folded.blocks] == [("a", "".join(pieces)), ("b", "".join(pieces))]
+    assert len(judged) < 100
+
+
+def test_an_error_in_a_list_is_an_error():
+    """Gemini's OpenAI endpoint answers so, in a stream, too."""
+    raw = '[{"error":{"code":429,"message":"quota","status":"RESOURCE_EXHAUSTED"}}]'
+    events = router.ChatStreamParser(Context(ChatRequest("m", []), "r", 1)).feed(SseEvent("", raw))
+    assert [event.error.status for event in events] == [429]
+    assert router.ChatStreamParser(Context(ChatRequest("m", []), "r", 1)).feed(SseEvent("", "[]")) == []

@@ -1362,7 +1362,7 @@ def test_wrapping_and_unwrapping_free_text_is_the_identity():
     ],
 )
 def test_error_shapes_are_read(body, message, code):
-    info = router.OPENAI_RESPONSES.parse_error(418, body)
+    info = router.read_error(418, body)
     assert (info.status, info.message, info.code) == (418, message, code)
 
 
@@ -1547,7 +1547,7 @@ def test_nonsense_raises_nothing_but_router_errors(seed):
             json.dumps(render_responses_response(answer, where))
         except RouterError:
             pass
-        router.OPENAI_RESPONSES.parse_error(500, junk(dice))
+        router.read_error(500, junk(dice))
         types = [
             "error",
             "",

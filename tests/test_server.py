@@ -163,6 +163,29 @@ def test_a_body_above_the_limit_is_a_413_before_it_was_sent(pair):
     assert no_calls(pair)
 
 
+@pytest.mark.parametrize(
+    ("framing", "body", "code"),
+    [(b"transfer-encoding: chunked", b"zz\r\n", "bad_chunk"), (b"content-length: 2000001", b"x", "request_too_large")],
+    ids=["bad chunk", "too long"],
+)
+@pytest.mark.parametrize("comes_later", [False, True], ids=["with the head", "later"])
+def test_a_wrong_body_is_a_request_like_any_other_whenever_it_comes(pair, locked, framing, body, code, comes_later):
+    """It is logged, has its id and the client's format; who may not call is told that, and no more."""
+    for router, log in ((pair.router, code), (locked.router, "401 invalid_api_key")):
+        before = len(router.log())
+        with connect(router) as client:
+            start = b"POST /v1/messages HTTP/1.1\r\nhost: localhost\r\n%s\r\n\r\n" % framing
+            client.sendall(start if comes_later else start + body)
+            if comes_later:
+                time.sleep(0.1)
+                client.sendall(body)
+            head, _, answer = b"".join(iter(lambda: client.recv(65536), b"")).partition(b"\r\n\r\n")
+        assert b"x-llm-router-request-id: req_" in head
+        assert error_shape("anthropic", json.loads(answer))
+        until(lambda router=router, before=before, log=log: log in "".join(router.log()[before:]))
+    assert no_calls(pair)
+
+
 @pytest.mark.parametrize("coding", ["gzip", "deflate", "GZIP", "x-gzip", "identity"])
 def test_a_compressed_body_is_read(pair, coding):
     data = json.dumps(ask("openai", "a-openai/solo")).encode()
@@ -351,6 +374,19 @@ def test_heads_bodies_and_idle_connections_have_their_time_limits(impatient, ups
     assert 0.85 <= time.monotonic() - began < 12
     upstream.answer(fake.later(fake.model_answer("openai", False, TEXT), 1.0))
     assert b"HTTP/1.1 200 " in impatient.raw(request_bytes(ask("openai")), half_close=True)
+
+
+@pytest.mark.parametrize("headers", [b"", b"content-length: 90000\r\n\r\n"], ids=["head", "body"])
+def test_who_is_too_late_can_send_on_and_then_sees_why(impatient, headers):
+    """The HTTP bar, 7: closing at once would be a reset, and the answer lost."""
+    with connect(impatient) as client:
+        client.sendall(b"POST /v1/messages HTTP/1.1\r\nhost: localhost\r\n" + headers)
+        assert client.recv(1, socket.MSG_PEEK)  # the answer is there
+        for _ in range(20):
+            client.sendall(b"x" * 1000)
+            time.sleep(0.005)
+        client.shutdown(socket.SHUT_WR)
+        assert b"".join(iter(lambda: client.recv(65536), b"")).startswith(b"HTTP/1.1 408 ")
 
 
 def test_a_client_of_http_1_0_gets_a_stream_without_chunks(pair):
@@ -757,6 +793,16 @@ def test_a_client_that_never_reads_again_is_cut_after_the_send_timeout(router, u
         client.sendall(request_bytes(ask("openai", stream=True)))
         call = upstream.wait_calls(1)[0]
         assert call.closed.wait(30)  # 60 s by default
+        running.wait_log(" 499 client_gone ")
+
+
+def test_a_client_that_closed_its_half_and_never_takes_its_answer_did_not_get_it(router, upstream):
+    """What the log calls a 200 has arrived."""
+    running = router(config_of(provider(upstream)), "--send-timeout-ms=500")
+    upstream.answer(fake.json_answer(200, fake.chat_whole("x" * 30_000_000)))
+    with connect(running) as client:
+        client.sendall(request_bytes(ask("openai")))
+        client.shutdown(socket.SHUT_WR)
         running.wait_log(" 499 client_gone ")
 
 

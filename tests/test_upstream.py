@@ -555,6 +555,15 @@ def test_a_body_of_two_bytes_whose_end_comes_later_is_not_lost(router, upstream,
     assert (reply.status, reply.text) == (400, "{}")
 
 
+def test_a_stream_nobody_asked_for_is_known_by_its_start_however_that_is_cut(router, upstream):
+    """Trap 9: its own end is its end, whether the connection is closed or not."""
+    head, body = fake.head(200, {"content-type": "text/event-stream"}), b"".join(fake.chat_stream(TEXT))
+    upstream.answer(fake.Answer(head, body[:3], fake.Wait(0.1), body[3:], fake.Hang()))
+    running = router(config_of(provider(upstream)), *QUICK)
+    assert_answer("openai", post(running, "openai", "fake/fake-model"), TEXT)
+    assert len(upstream.calls) == 1
+
+
 @pytest.mark.parametrize("url", ["http://user:planted/secret@host:3128", "http://[::1", "https://host", "http://"])
 def test_a_proxy_that_is_none_is_refused_without_a_word_of_its_password(url):
     with pytest.raises(OSError, match="proxy") as caught:

@@ -60,6 +60,36 @@ def test_without_a_usable_configuration_all_but_the_root_is_a_503_that_says_why(
         assert "upstream-key" not in reply.text
 
 
+def test_an_upgrade_that_nobody_asked_for_is_a_failed_attempt(serving):
+    """A Response cannot have such a status: the client would get a 500 without a word."""
+    for status in (101, 999):
+        serving.upstream.answer(*[fake.raw(fake.head(status, [("content-length", "0")]))] * 3)
+        reply = post(serving, "openai")
+        assert (reply.status, reply.json["error"]["type"]) == (502, "server_error")
+        assert "has the status %d" % status in reply.json["error"]["message"]
+    assert_answer("openai", post(serving, "openai"), TEXT)
+
+
+def test_a_head_request_is_told_the_size_of_what_it_does_not_get(serving):
+    for path in ("/", "/v1/models", "/v1/models/nope", "/v1/chat/completions"):
+        whole = serving.get(path)
+        bare = serving.request("HEAD", path)
+        assert (bare.status, bare.body) == (whole.status, b"")
+        assert bare.headers["content-length"] == whole.headers["content-length"]
+
+
+def test_health_and_metrics_tell_of_this_isolate_what_they_tell_of_a_server(serving):
+    told = serving.get("/health").json
+    assert (told["status"], told["config"]) == ("ok", "ok")
+    assert told["instance"] == serving.get("/health").json["instance"]
+    serving.upstream.answer(fake.json_answer(429, {"error": {"message": "slow down"}}, {"retry-after": "600"}))
+    assert post(serving, "openai").status == 429
+    lines = [line.split() for line in serving.get("/metrics").text.splitlines() if "{model=" in line]
+    shown = {name: float(value) for name, value in lines}
+    assert 0 < shown['llm_router_cooldown_seconds{model="fake/fake-model"}'] <= 600
+    assert shown['llm_router_circuit_open{model="fake/fake-model"}'] == 0
+
+
 def test_variables_of_wrangler_toml_need_not_be_text_and_wrong_ones_are_named(start_worker, upstream):
     """A table, a number and a switch; the configuration that cannot be used is told in the log as well."""
     upstream.handler = fake.final_text(TEXT)
