@@ -3021,10 +3021,9 @@ class WireFormat(NamedTuple):
     renderer(context) has `render(event) -> bytes`. Both keep the stream invariants stated above whatever comes in.
     Where the last SseEvent said nothing but more text of the open block, parser.said is that JSON string, else "";
     after it parser.more(text) stands for feeding an SseEvent that differs from it in that string only.
-    render_error(info, id) writes an error as a JSON value (read_error reads one in any format), error_event(info, id)
-    as SSE bytes. watch: matches raw stream bytes that may hold usage, an error or the end, so that a relay looks at
-    nothing else. losses: field -> what becomes of it. answer: the key of a whole answer under which its content
-    stands; read_usage(usage) -> Usage.
+    render_error(info, id) writes an error as a JSON value (read_error reads one in any format). watch: matches raw
+    stream bytes that may hold usage, an error or the end, so that a relay looks at nothing else. losses: field -> what
+    becomes of it. answer: the key of a whole answer under which its content stands; read_usage(usage) -> Usage.
     """
 
     name: str
@@ -3036,11 +3035,14 @@ class WireFormat(NamedTuple):
     parser: Callable[[Context], Any]
     renderer: Callable[[Context], Any]
     render_error: Callable[[ErrorInfo, str], Json]
-    error_event: Callable[[ErrorInfo, str], bytes]
     watch: Pattern[bytes]
     losses: Dict[str, str]
     answer: str
     read_usage: Callable[[Json], Optional[Usage]]
+
+    def error_event(self, info: ErrorInfo, request_id: str) -> bytes:
+        """An error as all that a stream says."""
+        return self.renderer(Context(ChatRequest("", []), request_id, 0)).render(Failed(info))
 
 
 def join_text(blocks: Iterable[Any], separator: str = "") -> str:
@@ -3833,7 +3835,10 @@ def _chat_reasoning(effort: str, own: Json, thinking: Json) -> Optional[Reasonin
 # Models by a pattern of their ids -> efforts they take, lowest first (OpenAI's and Mistral's model pages; the last row
 # is what most others take). Shared with OPENAI RESPONSES.
 _OPENAI_EFFORTS = (
-    (re.compile(r"gpt-(5\.[2-9]|5\.1-codex-max|[6-9])"), ("none", "low", "medium", "high", "xhigh")),
+    (re.compile(r"gpt-5-pro"), ("high",)),
+    (re.compile(r"gpt-5\.\d-pro"), ("medium", "high", "xhigh")),
+    (re.compile(r"gpt-(5\.[6-9]|[6-9])"), ("none", "low", "medium", "high", "xhigh", "max")),
+    (re.compile(r"gpt-(5\.[2-5]|5\.1-codex-max)"), ("none", "low", "medium", "high", "xhigh")),
     (re.compile(r"gpt-5\.1"), ("none", "low", "medium", "high")),
     (re.compile(r"gpt-5"), ("minimal", "low", "medium", "high")),
     (re.compile(r"(?:^|/)o\d"), ("low", "medium", "high")),
@@ -4590,8 +4595,9 @@ class ChatStreamRenderer:
         return out + b"data: [DONE]\n\n"
 
     def _fail(self, event: Failed) -> bytes:
+        """`[DONE]` does not follow it (trap 14)."""
         self._is_ended, self._prefix = True, ""
-        return chat_error_event(event.error, self._context.id)
+        return sse_event(dump_json(render_chat_error(event.error, self._context.id)))
 
     _HANDLERS = {Started: _start, Opened: _open, Closed: _close, Extended: _extend, Finished: _finish, Failed: _fail}
 
@@ -4609,16 +4615,11 @@ def render_chat_error(info: ErrorInfo, request_id: str) -> Json:
     return {"error": {"message": info.message, "type": info.type or kind, **rest}}
 
 
-def chat_error_event(info: ErrorInfo, request_id: str) -> bytes:
-    """The error as the last event of a stream; `[DONE]` does not follow it (trap 14)."""
-    return sse_event(dump_json(render_chat_error(info, request_id)))
-
-
 OPENAI_CHAT = WireFormat(
     name=_CHAT, path="/chat/completions", parse_request=parse_chat_request, render_request=render_chat_request,
     parse_response=parse_chat_response, render_response=render_chat_response, parser=ChatStreamParser,
-    renderer=ChatStreamRenderer, render_error=render_chat_error, error_event=chat_error_event, losses=CHAT_LOSSES,
-    answer="choices", read_usage=_chat_usage,
+    renderer=ChatStreamRenderer, render_error=render_chat_error, losses=CHAT_LOSSES, answer="choices",
+    read_usage=_chat_usage,
     watch=re.compile(rb'"(?:usage"\s*:\s*\{|error"\s*:\s*[{\["]|finish_reason"\s*:\s*"|object"\s*:\s*"error")'),
 )  # fmt: skip
 
@@ -5479,7 +5480,7 @@ class AnthropicStreamRenderer:
 
     def _fail(self, event: Failed) -> bytes:
         self._state = "after"
-        return anthropic_error_event(event.error, self._context.id)
+        return sse_event(dump_json(render_anthropic_error(event.error, self._context.id)), "error")
 
     _HANDLERS: Dict[type, Callable[..., bytes]] = {
         Started: _start, Opened: _open, Closed: _close, Finished: _finish, Failed: _fail,
@@ -5515,16 +5516,11 @@ def render_anthropic_error(info: ErrorInfo, request_id: str) -> Json:
     return {"type": "error", "error": told, "request_id": request_id}
 
 
-def anthropic_error_event(info: ErrorInfo, request_id: str) -> bytes:
-    """The error as an event of a stream ("Streaming messages", error events)."""
-    return sse_event(dump_json(render_anthropic_error(info, request_id)), "error")
-
-
 ANTHROPIC_MESSAGES = WireFormat(
     name=_ANTHROPIC, path="/messages", parse_request=parse_anthropic_request, render_request=render_anthropic_request,
     parse_response=parse_anthropic_response, render_response=render_anthropic_response, parser=AnthropicStreamParser,
-    renderer=AnthropicStreamRenderer, render_error=render_anthropic_error, error_event=anthropic_error_event,
-    losses=ANTHROPIC_LOSSES, answer="content", read_usage=_anthropic_usage,
+    renderer=AnthropicStreamRenderer, render_error=render_anthropic_error, losses=ANTHROPIC_LOSSES, answer="content",
+    read_usage=_anthropic_usage,
     watch=re.compile(rb'"(?:usage|error|message_stop)"'),
 )  # fmt: skip
 
@@ -6430,9 +6426,8 @@ def _responses_told(info: ErrorInfo) -> Json:
 OPENAI_RESPONSES = WireFormat(
     name=_RESPONSES, path="/responses", parse_request=parse_responses_request, render_request=render_responses_request,
     parse_response=parse_responses_response, render_response=render_responses_response, parser=ResponsesParser,
-    renderer=ResponsesRenderer, render_error=render_chat_error,
-    error_event=lambda info, own: ResponsesRenderer(Context(ChatRequest("", []), own, 0)).render(Failed(info)),
-    losses=RESPONSES_LOSSES, answer="output", read_usage=_chat_usage,
+    renderer=ResponsesRenderer, render_error=render_chat_error, losses=RESPONSES_LOSSES, answer="output",
+    read_usage=_chat_usage,
     # Quotes inside JSON strings are escaped, so these words match no text that the model wrote.
     watch=re.compile(rb'"(?:response\.(?:completed|incomplete|failed|cancelled)|error|usage)"'),
 )  # fmt: skip
@@ -6455,6 +6450,13 @@ def translate_request(body: Json, source: str, target: str, model: str = "") -> 
     return request, render_request(request._replace(model=model or request.model), target)
 
 
+_MOST_OF_ID = 40  # characters of a call's id, by OpenAI's refusals; other providers' are longer
+
+
+def _short_id(call_id: str) -> str:
+    return call_id[:29] + "_" + hashlib.sha256(call_id.encode("utf-8", "surrogatepass")).hexdigest()[:10]
+
+
 # What is told by a file's id, which means nothing elsewhere, or is of a kind that no other format has.
 _FILE_TYPES = ("image", "document", "file", "video_url", "audio_url", "container_upload")
 
@@ -6466,8 +6468,12 @@ def render_request(request: ChatRequest, target: str) -> Json:
         if isinstance(value, Opaque):
             is_lost = value.wire != target and value.value.get("type") in _FILE_TYPES
             return Text("[%s left out]" % value.value["type"]) if is_lost else value
+        if isinstance(value, ToolResult):
+            return value if len(value.call_id) <= _MOST_OF_ID else value._replace(call_id=_short_id(value.call_id))
         if not isinstance(value, (ToolCall, Tool)) or value.kind == "server":
             return value
+        if isinstance(value, ToolCall) and len(value.id) > _MOST_OF_ID:
+            value = value._replace(id=_short_id(value.id))
         name = short_tool_name(value.name)
         value = value if name == value.name else value._replace(name=name)
         # Few servers of the other formats know tools of free text.
