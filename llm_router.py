@@ -395,7 +395,7 @@ SETTINGS: Tuple[Setting, ...] = (
     Setting("fallback_circuit_failures", 2, "failed requests in a row that open a model's circuit; 0: no circuit"),
     Setting("fallback_circuit_cooldown_ms", 30000, "how long a circuit stays open; 0: no circuit"),
     Setting("retry_after_wait_ms", 0, "longest wait for a cooling candidate when no other is left"),
-    Setting("context_fallback", False, "try the next candidate when the context is too long"),
+    Setting("context_fallback", False, "try candidates of a larger contextWindow when the context is too long"),
     Setting("connect_timeout_ms", 10000, "connecting to a provider, TLS included; 0: off"),
     Setting("first_byte_timeout_ms", 120000, "first byte of a streamed answer; 0: off"),
     Setting("whole_first_byte_timeout_ms", 600000, "first byte of an answer that is not streamed; 0: off"),
@@ -8668,7 +8668,7 @@ def follow(run: Run, outcome: Outcome, book: Any, now: float, jitter: float) -> 
 
 def _still_to_ask(run: Run, kind: str, rule: Rule) -> Tuple[Candidate, ...]:
     """Who may be asked after `current`. When the origin refuses the request itself, nobody; or larger ones, when it is
-    just too long and they may try."""
+    just too long and they may try: all of them, when nobody said how large the origin is."""
     current = run.current
     if rule.falls_back == "provider":
         return tuple(c for c in run.remaining if c.provider.id == current.provider.id)
@@ -8676,8 +8676,8 @@ def _still_to_ask(run: Run, kind: str, rule: Rule) -> Tuple[Candidate, ...]:
         return run.remaining
     if kind != OVERFLOW or not run.settings.context_fallback:
         return ()
-    limit = current.model.context_window or 0
-    return tuple(c for c in run.remaining if (c.model.context_window or 0) > limit)
+    limit = current.model.context_window
+    return tuple(c for c in run.remaining if limit is None or (c.model.context_window or 0) > limit)
 
 
 def _changes(run: Run, kind: str, retry_after: Optional[float], book: Any, now: float) -> List[HealthChange]:
@@ -10664,8 +10664,8 @@ def _decision(action: Any, candidate: Candidate) -> str:
 
 
 def _why_not_first(origin: Candidate, book: Any) -> str:
-    reason = book.read(origin.ref).reason or book.read(provider_key(origin)).reason or "failures"
-    return "%s, which cools after: %s" % (origin.ref, reason.replace("_", " "))
+    last = max(map(book.read, (origin.ref, provider_key(origin))), key=lambda health: max(health[:2]))
+    return "%s, which cools after: %s" % (origin.ref, (last.reason or "failures").replace("_", " "))
 
 
 def _read_json(body: bytes) -> Json:
@@ -13951,7 +13951,8 @@ class Router(CountingHost):
     def status(self) -> Json:
         """Everything an operator asks about, without any secret."""
         options, now, refs = self.options, self.now(), self.gateway.routes.refs()
-        made_up = [key for key in self.book.known() if not key.endswith("/") and key not in refs]
+        any_model = tuple(ref[:-1] for ref in refs if ref.endswith("/*"))
+        made_up = [key for key in self.book.known() if key.startswith(any_model) and key not in (*refs, *any_model)]
         tally, none = self.ring.tally(), {"ok": 0, "failed": 0, "last_error": None}
         return {
             "pid": os.getpid(),

@@ -541,6 +541,14 @@ def test_with_context_fallback_an_overflow_goes_to_larger_windows_only_and_cools
     assert (type(request.action), request.action.outcome.kind, known(book)) == (R.Deliver, R.OVERFLOW, [])
 
 
+def test_with_context_fallback_an_overflow_goes_to_anybody_when_the_windows_are_unknown():
+    request, refs = Request(R.HealthBook(), windows(None, None, 300), settings(context_fallback=True)), []
+    while request.ref:
+        refs.append(request.ref)
+        request.fail(R.OVERFLOW)
+    assert refs == ["a/1", "b/1", "c/1"]
+
+
 def test_an_overflow_is_the_answer_when_no_window_is_larger_or_the_setting_is_off():
     """Trap 156: the error must reach the agent, which then compacts."""
     for its, sizes in ((settings(context_fallback=True), (100, 100, 50)), (settings(), (100, 200, 300))):

@@ -108,6 +108,25 @@ def test_status_counts_what_went_well_and_names_the_last_error(running):
     assert rows["fake/b"].split() == ["fake/b", "ok", "2", "0"]
 
 
+def test_status_shows_no_model_that_a_reload_took_away_but_those_that_clients_name(router, upstream):
+    config = two_models(upstream)
+    config["providers"].append(provider(upstream, id="open", models=["*"]))
+    running = router(config, "--watch-config=false", *QUICK)
+    always = fake.json_answer(404, {"error": {"message": "no such model"}})
+    upstream.handler = lambda call: always
+    for model in ("fake/a", "open/any", "open/other"):
+        running.post(CHAT, dict(MESSAGES, model=model))
+
+    def shown():
+        return [one["model"] for one in json.loads(ok(running.home, "status", "--json"))["candidates"]]
+
+    assert shown() == ["fake/a", "fake/b", "open/*", "open/any", "open/other"]
+    config["providers"][0]["models"] = ["b"]
+    running.write_config(dict(config, defaultModel="fake/b"))
+    ok(running.home, "reload")
+    assert shown() == ["fake/b", "open/*", "open/any", "open/other"]
+
+
 def test_status_as_json_holds_no_secret(running):
     out = ok(running.home, "status", "--json")
     status = json.loads(out)
@@ -182,6 +201,13 @@ def test_explain_says_why_the_model_that_was_asked_for_was_not_asked_first(runni
     running.post(CHAT, MESSAGES)
     out = ok(running.home, "explain")
     assert "passed over    fake/a, which cools after: rate limited" in out and "1. fake/b" in out
+
+
+def test_the_reason_for_which_a_model_was_passed_over_is_that_of_the_cooldown_that_lasts_longest():
+    book, model, provider_of = r.HealthBook(), r.Model("m"), r.Provider("a")
+    book.apply([r.HealthChange("a/m", cooldown_until=5.0, reason="rate_limited", at=1.0)])
+    book.apply([r.HealthChange("a/", cooldown_until=600.0, reason="auth", at=7.0)])
+    assert r._why_not_first(r.Candidate("a/m", provider_of, model, "m"), book) == "a/m, which cools after: auth"
 
 
 def test_explain_draws_each_attempt_at_its_place_in_the_time_of_the_request(monkeypatch):
