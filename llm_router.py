@@ -68,7 +68,7 @@ import sys
 import time
 import zlib
 from bisect import bisect_left
-from collections import OrderedDict, namedtuple
+from collections import OrderedDict, deque, namedtuple
 from contextlib import closing, contextmanager, redirect_stderr, redirect_stdout, suppress
 from typing import (
     Any,
@@ -11206,9 +11206,7 @@ def write_private(
 
 def _write_temporary(target: str, data: bytes, durable: bool, mode: int) -> str:
     """A new file beside `target`, 0600 until it is complete, if `durable` on the disk; its path. OSError if not."""
-    import secrets
-
-    path = "%s.%s.tmp" % (target, secrets.token_hex(6))
+    path = "%s.%s.tmp" % (target, os.urandom(6).hex())
     try:
         with open(path, "xb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
             with suppress(OSError, AttributeError):  # root that edits a user's file must not lock its owner out
@@ -12256,9 +12254,7 @@ class ClientConnection:
     """One client connection: reads requests, has them answered one after another, and notices when the client
     leaves."""
 
-    def __init__(self, server: Server, reader: Any, writer: Any) -> None:
-        import asyncio
-
+    def __init__(self, server: Server, reader: Any, writer: Any, task: Any) -> None:
         self.server = server
         self.loop = server.loop
         self.closes = False
@@ -12266,7 +12262,7 @@ class ClientConnection:
         self.deadline = math.inf
         self.phase = "idle"
         self.sink: Optional[Sink] = None
-        self.task = asyncio.current_task()
+        self.task = task
         self._reader = reader
         self._writer = writer
         self._transport = writer.transport
@@ -12627,7 +12623,7 @@ class Server:
         if not self._has_room(peer):
             await self._turn_away(reader, writer)
             return
-        connection = ClientConnection(self, reader, writer)
+        connection = ClientConnection(self, reader, writer, asyncio.current_task())
         self.connections[connection] = peer
         self._peers[peer] = self._peers.get(peer, 0) + 1
         try:
@@ -12953,8 +12949,6 @@ class LogWriter(Batches):
     """
 
     def __init__(self, stream: Any, format: str = "text", level: str = "info", limit: int = 10_000) -> None:
-        from collections import deque
-
         self._stream = stream
         self._as_json = format == "json"
         self._wanted = wanted_levels(level)
@@ -13075,8 +13069,6 @@ class Ledger(Batches):
     """
 
     def __init__(self, path: str, settings: Settings, note: Callable[[str, str], None], limit: int = 5000) -> None:
-        from collections import deque
-
         self.costs: Mapping[str, Any] = {}
         self._path = path
         self._settings = settings
@@ -13828,11 +13820,9 @@ class Router(CountingHost):
     channel can do."""
 
     def __init__(self, loop: Any, options: StartOptions, log: LogWriter) -> None:
-        import secrets
-
         super().__init__(HealthBook())
-        self.id = secrets.token_hex(8)
-        self.token = secrets.token_urlsafe(32)
+        self.id = os.urandom(8).hex()
+        self.token = os.urandom(32).hex()
         self.options = options
         self.log = log
         self.ring = TrailRing(options.settings.trail_size)
@@ -13866,9 +13856,7 @@ class Router(CountingHost):
 
     async def aside(self, work: Callable[..., Any], *arguments: Any) -> Any:
         """Work in a thread; the loop goes on wherever `work` returns to Python now and then."""
-        import asyncio
-
-        return await asyncio.get_running_loop().run_in_executor(None, work, *arguments)
+        return await self.server.loop.run_in_executor(None, work, *arguments)
 
     def record(self, trail: Trail) -> None:
         """A request has ended: remember its trail, count it, write its line."""
@@ -14128,10 +14116,8 @@ async def _serve(options: StartOptions) -> Tuple[int, int]:
 
 def _import_ahead() -> None:
     """Import what the first requests need while there are descriptors to read it with."""
-    from importlib import import_module
-
     for name in ("email.utils", "encodings.idna", "http.client", "ssl", "traceback"):
-        import_module(name)
+        __import__(name)
 
 
 def _loop_trouble(context: Dict[str, Any]) -> str:
@@ -14169,20 +14155,16 @@ def _spare_collector() -> None:
 
 async def _stay_enrolled(router: Router) -> None:
     """Look now and then, aside: a disk that was full may get room, the state file may have been removed or damaged."""
-    import asyncio
-
     while True:
-        await asyncio.sleep(_ENROLL_AGAIN_S)
-        await asyncio.get_running_loop().run_in_executor(None, router.stay_enrolled)
+        await router.sleep(_ENROLL_AGAIN_S)
+        await router.aside(router.stay_enrolled)
 
 
 async def _watch_config(router: Router) -> None:
     """Apply every edit of the configuration file. An editor may replace the file; while it is away nothing changes."""
-    import asyncio
-
     seen = router.options.loaded.stamp  # as it was read: an edit since then is one, too
     while True:
-        await asyncio.sleep(_WATCH_S)
+        await router.sleep(_WATCH_S)
         stamp = file_stamp(router.options.loaded.path)
         if stamp and stamp != seen:
             router.try_reload()
@@ -14283,6 +14265,22 @@ def _on_signals(loop: Any, stop: Callable[[], Any], reload: Callable[[], Any]) -
         loop.add_signal_handler(signal.SIGHUP, reload)
 
 
+def on_end(handler: Callable[[int, Any], Any]) -> Dict[Any, Any]:
+    """Have SIGTERM and SIGHUP, which Windows has not, call a handler; what they did before, for `restore_signals`."""
+    import signal
+
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    return {number: signal.signal(number, handler) for number in numbers}
+
+
+def restore_signals(before: Dict[Any, Any]) -> None:
+    """Give signals what they did before."""
+    import signal
+
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 # ----- in the background -----
 
 LOG_PATH = "~/.llm-router.log"
@@ -14380,8 +14378,6 @@ def update_file(target: str, source: str) -> str:
 
 def fetch_release(source: str) -> bytes:
     """The bytes at a URL (https, or http on this machine) or in a file. RouterError when they cannot be had whole."""
-    import urllib.request
-
     if "://" not in source:
         data = read_bytes(os.path.expanduser(source))[0]
         if data is None:
@@ -14390,8 +14386,7 @@ def fetch_release(source: str) -> bytes:
 
     _check_release_url(source)
     shown = one_line(mask_url(source), 160)
-    request = urllib.request.Request(source)  # noqa: S310  checked
-    status, headers, data = fetch(request, _MAX_RELEASE_BYTES, _check_release_url)
+    status, headers, data = fetch(source, _MAX_RELEASE_BYTES, _check_release_url)
     if status != 200:
         code = "no_release" if status in (404, 410) else "release_error"
         raise RouterError("%s answers %d" % (shown, status), code=code)
@@ -14401,10 +14396,10 @@ def fetch_release(source: str) -> bytes:
     return data
 
 
-def fetch(request: Any, max_bytes: int, check: Optional[Callable[[str], None]] = None) -> Tuple[int, Any, bytes]:
-    """(status, headers, body) of the answer to a request of urllib's, whatever its status; a redirection is followed
-    when `check` lets its URL pass. RouterError for none, one that is too slow or too large. What stays on this machine
-    goes through no proxy."""
+def fetch(url: str, max_bytes: int, check: Any = None, **request: Any) -> Tuple[int, Any, bytes]:
+    """(status, headers, body) of the answer to a request, whatever its status; a redirection is followed when `check`
+    lets its URL pass. request: method, data and headers. RouterError for no answer, one that is too slow or too large.
+    What stays on this machine goes through no proxy."""
     import http.client
     import urllib.error
     import urllib.request
@@ -14416,12 +14411,13 @@ def fetch(request: Any, max_bytes: int, check: Optional[Callable[[str], None]] =
             check(newurl)
             return super().redirect_request(req, fp, code, msg, headers, newurl)
 
-    shown = one_line(mask_url(request.full_url), 160)
-    direct = [urllib.request.ProxyHandler({})] if is_loopback(urlsplit(request.full_url).hostname or "") else []
+    shown = one_line(mask_url(url), 160)
+    direct = [urllib.request.ProxyHandler({})] if is_loopback(urlsplit(url).hostname or "") else []
     until, data = time.monotonic() + _FETCH_S, b""
     try:
         try:
-            response = urllib.request.build_opener(Redirects, *direct).open(request, timeout=_SILENCE_S)
+            asked = urllib.request.Request(url, **request)  # noqa: S310  checked
+            response = urllib.request.build_opener(Redirects, *direct).open(asked, timeout=_SILENCE_S)
         except urllib.error.HTTPError as error:
             response = error  # an answer like any other
         with response:
@@ -14887,13 +14883,10 @@ class Cloudflare:
 
     def call(self, method: str, path: str, parts: Sequence[Part] = ()) -> Any:
         """What a request results in. CloudflareError with Cloudflare's words; its status is the answer's."""
-        import urllib.request
-
         kind, body = encode_parts(parts) if parts else ("", None)
         headers = {"authorization": "Bearer " + self._token, **({"content-type": kind} if kind else {})}
-        request = urllib.request.Request(self.base + path, body, headers, method=method)  # noqa: S310  checked
         try:
-            status, _, data = fetch(request, _MAX_API_BYTES)
+            status, _, data = fetch(self.base + path, _MAX_API_BYTES, method=method, data=body, headers=headers)
         except RouterError as error:
             raise CloudflareError(error.message) from None
         answer = _read_json(data)
@@ -15515,9 +15508,8 @@ def _wait_for(argv: Sequence[str], env: Environ) -> int:
     how: Dict[str, Any] = {} if sys.platform == "win32" else {"preexec_fn": release}
     try:
         child = subprocess.Popen(argv, env=dict(env), **how)  # noqa: S603  the user named it
-        before = {signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN)}
-        for number in [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]:
-            before[number] = signal.signal(number, lambda number, _: child.send_signal(number))
+        before = on_end(lambda number, _: child.send_signal(number))
+        before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.SIG_IGN)
     except OSError as error:
         raise RouterError("cannot run %s: %s" % (one_line(argv[0], 160), error.strerror or error)) from None
     finally:
@@ -15525,8 +15517,7 @@ def _wait_for(argv: Sequence[str], env: Environ) -> int:
     try:
         code = child.wait()
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        restore_signals(before)
     return 128 - code if code < 0 else code
 
 
@@ -15609,10 +15600,13 @@ class Job:
 
 def run_menu(menu: Menu, effects: Effects, plain: bool = False) -> int:
     """The menu until it is left; the exit code. plain: as numbered prompts, also where curses would work."""
-    import signal
-
     ended: List[int] = []
-    before = _let_end(ended)
+
+    def end(number: int, frame: Any) -> None:
+        ended.append(number)
+        raise KeyboardInterrupt
+
+    before = on_end(end)
     try:
         import curses
 
@@ -15630,8 +15624,7 @@ def run_menu(menu: Menu, effects: Effects, plain: bool = False) -> int:
     finally:
         if not plain:
             _bracket_pasted(False)
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        restore_signals(before)
 
 
 def _bracket_pasted(wanted: bool) -> None:
@@ -15640,40 +15633,28 @@ def _bracket_pasted(wanted: bool) -> None:
         os.write(1, _PASTE_MODE % (b"h" if wanted else b"l"))
 
 
-def _let_end(ended: List[int]) -> Dict[Any, Any]:
-    """Let SIGTERM and SIGHUP end the menu by KeyboardInterrupt, their number in `ended`; what they did before."""
-    import signal
-
-    def end(number: int, frame: Any) -> None:
-        ended.append(number)
-        raise KeyboardInterrupt
-
-    found = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    return {number: signal.signal(number, end) for number in found}
-
-
 class _Painter:
     """The menu drawn by curses: reads keys, draws what `view` says, lets threads do what takes time."""
 
     def __init__(self, menu: Menu, effects: Effects, ended: List[int]) -> None:
+        import curses
         import queue
 
-        self._menu, self._effects, self._ended = menu, effects, ended
+        self._menu, self._effects, self._ended, self._curses = menu, effects, ended, curses
         self._told: Any = queue.SimpleQueue()
         self._job: Optional[Job] = None
         self._attributes: Dict[str, int] = {}
 
     def run(self, window: Any) -> int:
         """Until the menu is left."""
-        import curses
         import locale
         import signal
 
         signal.signal(signal.SIGCONT, lambda *_: _bracket_pasted(True))  # the shell has ended it
         locale.setlocale(locale.LC_ALL, "")
-        self._attributes = _attributes_of(curses)
-        with suppress(curses.error):
-            curses.curs_set(0)
+        self._attributes = _attributes_of(self._curses)
+        with suppress(self._curses.error):
+            self._curses.curs_set(0)
         event: Any = ""
         while True:
             try:
@@ -15706,10 +15687,8 @@ class _Painter:
 
     def _talk(self, job: Job) -> None:
         """Lend the terminal out."""
-        import curses
-
-        curses.def_prog_mode()
-        curses.endwin()
+        self._curses.def_prog_mode()
+        self._curses.endwin()
         try:
             job.run(self._effects)
             input("\nEnter goes back to the menu ")
@@ -15717,37 +15696,33 @@ class _Painter:
             if self._ended:
                 raise
             self._told.put(Told(self._menu.serial, error="interrupted"))
-        curses.reset_prog_mode()
+        self._curses.reset_prog_mode()
 
     def _next_event(self, window: Any) -> Any:
         """The name of a key, "" for an unknown one, Pasted, Told; None when nothing came for a while."""
-        import curses
-
         if not self._told.empty():
             return self._told.get()
         is_busy = self._menu.front.screen == "busy"
         window.timeout(80 if is_busy else 500)
         try:
             key = window.get_wch()
-        except curses.error:
+        except self._curses.error:
             return "tick" if is_busy else None
         if key == "\x1b":
             return self._escape(window)
         if isinstance(key, str):
             return _CHARACTER_KEYS.get(key, key)
-        codes = {getattr(curses, "KEY_" + name): word for name, word in _CODE_KEYS.items()}
+        codes = {getattr(self._curses, "KEY_" + name): word for name, word in _CODE_KEYS.items()}
         return codes.get(key, "")
 
     def _escape(self, window: Any) -> Any:
         """The key Escape, or what a sequence means that starts with it and that curses does not know."""
-        import curses
-
         window.timeout(0)
         code = ""
-        with suppress(curses.error):
+        with suppress(self._curses.error):
             key = window.get_wch()
             if key not in ("[", "O"):
-                (curses.unget_wch if isinstance(key, str) else curses.ungetch)(key)
+                (self._curses.unget_wch if isinstance(key, str) else self._curses.ungetch)(key)
                 return "esc"
             code = key
             while not re.fullmatch(".[ -?]*[@-~]", code):
@@ -15757,19 +15732,15 @@ class _Painter:
         return _SEQUENCES.get(code[1:], "") if code else "esc"
 
     def _read_pasted(self, window: Any) -> str:
-        import curses
-
         text = ""
         window.timeout(1000)
-        with suppress(curses.error):  # the end is missing
+        with suppress(self._curses.error):  # the end is missing
             while not text.endswith(_PASTE_END):
                 key = window.get_wch()
                 text += key if isinstance(key, str) else ""
         return text.removesuffix(_PASTE_END)
 
     def _draw(self, window: Any) -> None:
-        import curses
-
         height, width = window.getmaxyx()
         encoding = window.encoding
         is_utf8 = "utf" in encoding.lower()
@@ -15778,7 +15749,7 @@ class _Painter:
             x = 0
             for text, style in line:
                 shown = text if is_utf8 else text.translate(TO_ASCII).encode(encoding, "replace").decode(encoding)
-                with suppress(curses.error):  # after the last cell there is no place for the cursor
+                with suppress(self._curses.error):  # after the last cell there is no place for the cursor
                     window.addstr(y, x, shown, self._attributes.get(style, 0))
                 x += text_width(text)
         _bracket_pasted(True)  # with every picture: what was lent the terminal may have ended it
@@ -16969,10 +16940,8 @@ def run_agent(given: Given) -> int:
 def _run_as_guest(agent: Agent, argv: Sequence[str], instance: Instance, given: Given) -> int:
     """Run a program with a key of its own, which the running router knows while the program runs, and by which log and
     ledger name it."""
-    import secrets
-
     name = re.sub(r"[^A-Za-z0-9._-]", "-", argv[0].replace("\\", "/").rpartition("/")[2])
-    key = "run-" + secrets.token_urlsafe(24)
+    key = "run-" + os.urandom(24).hex()
     sha256 = hashlib.sha256(key.encode()).hexdigest()
     _, base, config = _reach_running(instance, given)
     ask_instance(instance, "admit/%s/run-%s" % (sha256, name), "POST")
@@ -17002,8 +16971,7 @@ def _run_with_router(agent: Agent, argv: Sequence[str], given: Given) -> int:
     """A router on a free port for as long as the program runs; with --keep it stays."""
     import signal
 
-    for name in {"SIGTERM", "SIGHUP"} & set(dir(signal)):  # end it as Ctrl-C does: the router must not stay behind
-        signal.signal(getattr(signal, name), signal.default_int_handler)
+    on_end(signal.default_int_handler)  # as Ctrl-C does: the router must not stay behind
     flags = {"port": 0, **{name: given.flags[name] for name in ("config", "port") if name in given.flags}}
     change_instances(state_path(), lambda known: known)  # where that cannot be written, nobody would find it again
     pid, base, _ = _start_in_background(Given(given.environ, flags))
