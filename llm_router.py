@@ -4248,7 +4248,7 @@ class ChatStreamParser:
     def finish(self) -> Events:
         """The end of the bytes: without a finish_reason or `[DONE]` the answer was cut off (trap 14)."""
         if not self.done and not self.is_ended:
-            message = "the upstream's stream ended before its answer was complete"
+            message = "the upstream's stream ended without a finish_reason"  # pi asks again after "ended without"
             self._fail(ErrorInfo(502, message, "server_error", "truncated"))
         return self.end()
 
@@ -5207,7 +5207,7 @@ class TypedEventParser:
         """The end of the bytes: without its last event an answer was cut off, whatever was said before (trap 62)."""
         if self.is_ended:
             return []
-        return self._fail(ErrorInfo(502, "the upstream's stream ended before " + self.END, "api_error", "truncated"))
+        return self._fail(ErrorInfo(502, "the upstream's stream ended without " + self.END, "", "truncated"))
 
 
 class AnthropicStreamParser(TypedEventParser):
@@ -7765,7 +7765,9 @@ class Routes:
             targets = self._find_targets(known)
             if targets is not None:
                 return self._resolve(asked, targets)
-        hint = did_you_mean(name, self.names(), "GET /v1/models lists what there is", 3)
+        passing = [ref[:-1] + one_line(name, 80) for ref in self.refs() if ref.endswith("/*") and "/" not in name]
+        hint = "GET /v1/models lists what there is" + "; %s is passed on" % " or ".join(passing[:3]) * bool(passing)
+        hint = did_you_mean(name, self.names(), hint, 3)
         raise _not_found("the model %s is not configured; %s" % (one_line(name, 80), hint))
 
     def _find_targets(self, name: str) -> Optional[Sequence[str]]:
@@ -10601,7 +10603,8 @@ class Exchange:
         if broken == "end" or processor.done or processor.failed is not None:
             client.write(processor.finish())
         elif broken != UNWATCHED:
-            status, words = 504 if broken == "timeout" else 502, "the upstream's answer broke off: " + broken
+            status = 504 if broken == "timeout" else 502
+            words = "the upstream's answer broke off, connection lost: " + broken
             client.write(processor.fail(ErrorInfo(status, words, code="upstream_" + broken)))
         failure = processor.failed
         if failure is None:

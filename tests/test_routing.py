@@ -136,6 +136,13 @@ def test_a_404_names_what_is_near_and_nothing_but_names():
     assert "/v1/models" in not_found(ROUTES, "qqqqqqqqqqqqqqqqqqqqqqqqqqqqqq")
 
 
+def test_a_404_says_how_to_ask_for_a_model_that_a_wildcard_passes_on():
+    """The first request of somebody who started from key variables alone: each provider has `*` and nothing else."""
+    routes = R.Routes(config({"openai": ["*"], "anthropic": ["*"], "mine": ["m"]}))
+    assert not_found(routes, "gpt-5").endswith("; openai/gpt-5 or anthropic/gpt-5 is passed on")
+    assert not_found(routes, "opnai/gpt-5").endswith("GET /v1/models lists what there is")
+
+
 def test_nothing_asked_and_no_default_is_a_404_that_says_so():
     routes = R.Routes(config({"a": ["m"]}))
     for asked in ("", "smart"):

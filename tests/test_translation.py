@@ -604,6 +604,25 @@ def test_a_broken_responses_stream_fails_as_the_answer_that_began():
     assert [json.loads(event.data)["sequence_number"] for event in (told, failed)] == [1, 2]
 
 
+BEGUN = {
+    "openai": {"id": "x", "model": "m", "choices": [{"index": 0, "delta": {"content": "some words"}}]},
+    "anthropic": {"type": "message_start", "message": {"id": "x", "model": "m", "role": "assistant", "content": []}},
+    "responses": {"type": "response.created", "response": {"id": "x", "status": "in_progress"}},
+}
+OWN_TYPES = {"openai": "server_error", "anthropic": "api_error"}
+
+
+@pytest.mark.parametrize("client", sorted(OWN_TYPES))
+@pytest.mark.parametrize("upstream", sorted(BEGUN))
+def test_a_stream_that_ends_too_early_is_told_in_words_on_which_agents_ask_again(upstream, client):
+    """pi-coding-agent 0.73 asks again after "ended without" and "connection lost", Continue's CLI 1.5 after the type
+    `server_error`, which an OpenAI client got only from upstreams of its own format."""
+    processor = R.make_processor(upstream, client, CONTEXT)
+    processor.feed(R.sse_event(json.dumps(BEGUN[upstream]).encode(), BEGUN[upstream].get("type", "")))
+    error = next(json.loads(e.data)["error"] for e in R.parse_events(processor.finish()) if b"error" in e.data.encode())
+    assert error["type"] == OWN_TYPES[client] and "ended without" in error["message"]
+
+
 @pytest.mark.parametrize("end", ["reset", "end of input", "error event"])
 def test_half_a_tool_call_is_not_called_complete_when_the_answer_breaks_off(end):
     """trap 22: clients run a tool at its block's stop."""
