@@ -4634,7 +4634,6 @@ OPENAI_CHAT = WireFormat(
 _ANTHROPIC = "anthropic"
 
 _ANTHROPIC_MIN_BUDGET = 1024  # the least budget_tokens of ThinkingConfigEnabledParam
-_ANTHROPIC_EFFORTS = ("low", "medium", "high", "xhigh", "max")
 
 
 class AnthropicModel(NamedTuple):
@@ -4662,7 +4661,7 @@ ANTHROPIC_MODELS = (
     AnthropicModel(r"claude-3[-.]5", "", (), True, True, 8192),
     AnthropicModel(_ANTHROPIC_FOURTH, "budget", (), True, True, 32000),
     AnthropicModel(r"claude-(opus|sonnet)-4[-.]6", "adaptive", ("low", "medium", "high", "max"), True, False, 32000),
-    AnthropicModel(r"claude-", "adaptive", _ANTHROPIC_EFFORTS, False, False, 32000),
+    AnthropicModel(r"claude-", "adaptive", ("low", "medium", "high", "xhigh", "max"), False, False, 32000),
     AnthropicModel(r"", "budget", (), True, True, 8192),
 )
 
@@ -5213,8 +5212,8 @@ class TypedEventParser:
 class AnthropicStreamParser(TypedEventParser):
     """RawMessageStreamEvents to neutral stream events. Unknown events and deltas are skipped.
 
-    usage: the counts so far, or None. The blocks of the API never overlap; what comes for a block that is not open is
-    skipped.
+    usage: the counts so far, or None. The blocks of the API never overlap; of routers that tell calls as those come, a
+    call waits for the end of the one before. What else comes for a block that is not open is skipped.
     """
 
     END = "message_stop"
@@ -5223,6 +5222,7 @@ class AnthropicStreamParser(TypedEventParser):
         super().__init__(context)
         self._block: Any = None  # the open block; of one that only this format knows, its own object
         self._index: Any = None
+        self._late: List[Json] = []  # events of calls that began before the open one ended
         self._pieces: List[str] = []  # a block's text in its start event; the input of a block of this format only
         self._counts: Json = {}
         self._answer: Json = {}
@@ -5267,11 +5267,18 @@ class AnthropicStreamParser(TypedEventParser):
         return events
 
     def _make_way(self) -> Events:
-        return ([] if self._is_started else self._start({})) + self._close()
+        events = [] if self._is_started else self._start({})
+        while self._block is not None:
+            events += self._close()
+        return events
 
     def _open(self, data: Json) -> Events:
         item = data["content_block"]
-        block, events = _anthropic_part(item), self._make_way()
+        block = _anthropic_part(item)
+        if type(self._block) is ToolCall is type(block) and data.get("index", self._index) != self._index:
+            self._late.append(data)
+            return []
+        events = self._make_way()
         self._index = data.get("index")
         if isinstance(block, Opaque):
             self._block = dict(item)
@@ -5305,6 +5312,9 @@ class AnthropicStreamParser(TypedEventParser):
 
     def _other_delta(self, delta: Json, text: str, block_type: Any, index: Any) -> Events:
         """A delta of an Opaque block, one that adds no text, or one without its start, which opens what it says."""
+        if self._late and index != self._index:
+            self._late.append({"type": "content_block_delta", "index": index, "delta": delta})
+            return []
         is_open = index == self._index and self._block is not None
         if is_open and isinstance(self._block, dict):
             return self._add_to_opaque(_told(delta))
@@ -5329,21 +5339,20 @@ class AnthropicStreamParser(TypedEventParser):
         return []
 
     def _close(self, data: Mapping[str, Any] = {}) -> Events:
-        block, text = self._block, "".join(self._pieces)
+        block, text, late = self._block, "".join(self._pieces), self._late
         if block is None or data.get("index", self._index) != self._index:
+            late += [data] if late else []
             return []
-        self._block, self._pieces = None, []
-        if not isinstance(block, dict):
-            return ([Delta(text)] if text else []) + [Closed()]
-        if text:
+        self._block, self._pieces, self._late = None, [], []
+        if isinstance(block, dict) and text:
             block["input"] = arguments_object(text)
-        return [Opened(Opaque(_ANTHROPIC, block)), Closed()]
+        rest: Events = [Opened(Opaque(_ANTHROPIC, block))] if isinstance(block, dict) else [Delta(text)] if text else []
+        return [*rest, Closed(), *(event for data in late for event in self.take(data, data["type"]))]
 
     def _stop(self, data: Json) -> Events:
         events = self._make_way()
         self.done = self.is_ended = True
-        told = self._answer.get("stop_reason")
-        reason = told if told in STOP_REASONS else _own_end(self._kinds)
+        reason = _CHAT_STOPS.get(get_text(self._answer, "stop_reason")) or _own_end(self._kinds)
         extra = _anthropic_answer_extra(self._answer, self._counts)
         return events + [Finished(reason, get_text(self._answer, "stop_sequence"), self.usage, extra)]
 
@@ -5746,7 +5755,7 @@ def _responses_blocks(item: Json, names: _FlatNames, call_id: str = "", bag: Map
     if kind in _RESPONSES_CALLS:
         space, name = get_text(item, "namespace"), get_text(item, "name")
         call_id = get_text(item, "call_id") or get_text(item, "id") or call_id
-        arguments = get_text(item, _RESPONSES_PARTS[kind].field)
+        arguments = arguments_text(item.get(_RESPONSES_PARTS[kind].field))
         extra = rest_of({**_responses_kept(item, "namespace"), **bag}, (), _RESPONSES)
         call = ToolCall(call_id, names.get((space, name), name), arguments, _RESPONSES_CALLS[kind], extra)
         return [call] if name else []
@@ -6386,8 +6395,12 @@ class ResponsesRenderer:
         return out + self._conclude(status, told)
 
     def _fail(self, event: Failed) -> bytes:
-        out = self._start(UNTOLD_START) + self._event("error", **_responses_told(event.error))
-        return out + self._conclude("failed", {"error": _responses_failure(event.error)})
+        """An `error` event in front of `response.failed`, which is all that Codex reads: the SDKs raise it by its
+        member `error` (openai._streaming), beside which their type, ResponseErrorEvent, has the same."""
+        failure = _responses_failure(event.error)
+        error = {**render_chat_error(event.error, "")["error"], **failure}
+        out = self._start(UNTOLD_START) + self._event("error", **_without(error, "type"), error=error)
+        return out + self._conclude("failed", {"error": failure})
 
     def _conclude(self, status: str, told: Json) -> bytes:
         self.snapshot.update(told, status=status, output=self._items)
@@ -6414,13 +6427,6 @@ def _responses_failure(info: ErrorInfo) -> Json:
     known = info.code in ERROR_STATUSES or "image" in info.code
     code = info.code if known else _RESPONSES_STATUS_CODES.get(info.status, "server_error")
     return {"code": code, "message": info.message}
-
-
-def _responses_told(info: ErrorInfo) -> Json:
-    """The `error` event in front of `response.failed`, which is all that Codex reads: the SDKs raise it by its member
-    `error` (openai._streaming), beside which their type, ResponseErrorEvent, has the same."""
-    error = {**render_chat_error(info, "")["error"], **_responses_failure(info)}
-    return {**_without(error, "type"), "error": error}
 
 
 OPENAI_RESPONSES = WireFormat(
@@ -6748,9 +6754,9 @@ class StreamRelay(StreamTranslator):
                     self._look(events)
                     if self.recorder is not None:
                         self.recorder.see(events)
-                mark, model = _MODEL_EVENTS.get(self._target.name), self._context.request.model
-                if mark and mark in raw and model and not self._is_named:
-                    raw, self._is_named = rename_model(raw, model), True
+                model = self._context.request.model
+                if self._target.name == "anthropic" and b"message_start" in raw and model and not self._is_named:
+                    raw, self._is_named = rename_model(raw, model), True  # clients take it for theirs (trap 44)
             passed.append(raw)
             if self.failed is not None:  # OpenAI tells an error twice, the second time as Codex reads it
                 last = b"".join(one for one in rest[index : index + 1] if b'"response.failed"' in one)
@@ -6797,9 +6803,6 @@ def _is_complete(rest: bytes) -> bool:
 
 
 # ---- the model's name in answers that are passed through
-
-# What marks the one event of a format that names the model, where clients take it as what they asked for (trap 44).
-_MODEL_EVENTS = {"anthropic": b"message_start"}
 
 _MODEL_MEMBER = re.compile(rb'("model"\s*:\s*)"(?:[^"\\]|\\.)*"')
 

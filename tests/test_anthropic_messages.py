@@ -999,6 +999,31 @@ def test_a_stop_for_another_block_closes_nothing():
     assert [type(event) for event in events[1:4]] == [R.Opened, R.Delta, R.Closed]
 
 
+@pytest.mark.parametrize("ends", [True, False], ids=["each ends", "none ends"])
+def test_calls_that_overlap_keep_their_own_arguments(ends):
+    """Trap 33: routers that turn parallel calls into this format mix their events, and the SDKs go by the index."""
+    calls = [opened(index, type="tool_use", id=name, name=name, input={}) for index, name in enumerate("abc")]
+    pieces = [delta(index, "input_json_delta", partial_json=text) for text in ('{"x":', "%d}") for index in range(3)]
+    for index, piece in enumerate(pieces[3:]):
+        piece["delta"]["partial_json"] %= index
+    stops = [closed(index) for index in range(3)] if ends else []
+    after = [opened(3, type="text", text=""), delta(3, "text_delta", text="so"), closed(3)]
+    _, events = feed(start(), *calls, *pieces, *stops, *after, end("tool_use"), STOP)
+    blocks = R.fold(events).blocks
+    assert [(block.id, block.arguments) for block in blocks[:3]] == [(name, '{"x":%d}' % n) for n, name in enumerate("abc")]
+    assert blocks[3:] == [R.Text("so")]
+    kinds = [type(event) for event in events if type(event) in (R.Opened, R.Closed)]
+    assert kinds == [R.Opened, R.Closed] * 4
+
+
+@pytest.mark.parametrize(
+    "word, reason", [("length", "max_tokens"), ("content_filter", "refusal"), ("stop", "end_turn"), (["odd"], "end_turn")]
+)
+def test_a_stop_reason_in_the_words_of_chat_completions_means_the_same(word, reason):
+    _, events = feed(start(), opened(0, type="text", text=""), delta(0, "text_delta", text="a"), closed(0), end(word), STOP)
+    assert R.fold(events).stop_reason == reason
+
+
 def test_a_stop_reason_only_this_api_has_comes_back_to_its_clients():
     _, events = feed(start(), end("compaction"), STOP)
     answer = R.fold(events)

@@ -277,6 +277,16 @@ def test_changing_item_ids_do_not_split_an_item():
     assert fold(read(stream([CALL], rotate=True))).blocks[0].arguments == CALL["arguments"]
 
 
+def test_arguments_that_are_an_object_become_text():
+    """Without them the tool would be run with none at all."""
+    item = dict(CALL, arguments={"a": [1]})
+    whole = {"object": "response", "status": "completed", "output": [item]}
+    answer = router.parse_answer(whole, "responses", context())
+    assert json.loads(answer.blocks[0].arguments) == {"a": [1]}
+    _, sent = router.translate_request({"input": [item]}, "responses", "openai")
+    assert json.loads(sent["messages"][0]["tool_calls"][0]["function"]["arguments"]) == {"a": [1]}
+
+
 @pytest.mark.parametrize("keep", range(5))
 def test_what_the_deltas_left_out_comes_from_the_done_event(keep):
     """trap 61"""
