@@ -10467,8 +10467,9 @@ class Exchange:
     def _judge_whole(self, reply: Any, body: bytes) -> Union[Outcome, Answer]:
         source, is_chat = WIRE_FORMATS[self._outbound.wire], self._inbound.operation == "chat"
         parsed = _read_json(body)
-        if _is_error_body(parsed):
-            return self._judge_told(read_error(502, parsed), reply)
+        told = _error_in(parsed)
+        if told:
+            return self._judge_told(read_error(502, told), reply)
         if not parsed and not (is_chat and _EVENT_LINE.match(body)):
             text = one_line(str(parse_body(body)) if body else "an empty body", 120)
             return failed_attempt(TEMPORARY, "unparsable", "the answer is not what was asked for: " + text)
@@ -10681,13 +10682,17 @@ def _read_json(body: bytes) -> Json:
         return {}
 
 
-def _is_error_body(body: Json) -> bool:
-    """Whether a 200's body is an error all the same: an error without any answer beside it."""
+def _error_in(body: Json) -> Json:
+    """The error that a 200's body is all the same, without any answer beside it, or that its choice tells (OpenRouter,
+    API Reference: choices[].error); {} for none."""
+    choice = as_dict(next(iter(get_list(body, "choices")), None))
+    if choice.get("error"):
+        return {"error": choice["error"]}
     if body.get("choices") or body.get("content") or body.get("output") or body.get("data"):
-        return False
+        return {}
     told = body.get("error") or "error" in (body.get("type"), body.get("object")) or body.get("status") == "failed"
     told = told or as_dict(body.get("base_resp")).get("status_code") or body.get("success") is False
-    return bool(told) or "choices" not in body and ("detail" in body or "errors" in body)
+    return body if told or "choices" not in body and ("detail" in body or "errors" in body) else {}
 
 
 def is_empty(response: ChatResponse) -> bool:
@@ -10994,8 +10999,9 @@ def _judge_probe(wire: str, status: int, headers: Headers, data: bytes, now: flo
         return judge_error(wire, status, headers, data, now)
     parsed = _read_json(data)
     context = Context(request, "probe", int(now))
-    if _is_error_body(parsed):
-        outcome = judge_in_band(read_error(502, parsed), headers, wire, now)
+    told = _error_in(parsed)
+    if told:
+        outcome = judge_in_band(read_error(502, told), headers, wire, now)
         return outcome._replace(kind=NOT_FOUND) if "404 NOT_FOUND" in outcome.error.message else outcome  # z.ai
     try:
         if parsed:

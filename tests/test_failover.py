@@ -483,6 +483,19 @@ def test_what_is_no_answer_leads_to_the_fallback(either, name, upstream_wire, cl
     assert len(pair.second.calls) == 1
 
 
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+@CLIENTS
+def test_an_error_in_a_choice_means_what_it_says_whatever_text_came_with_it(pair, client_wire, stream):
+    """Trap 19: OpenRouter's, of an answer that broke off at its provider."""
+    choice = {"index": 0, "message": {"role": "assistant", "content": "half"}, "finish_reason": "error"}
+    whole = dict(fake.chat_whole(TEXT), choices=[dict(choice, error={"code": 429, "message": "limited upstream"})])
+    always(pair.first, fake.json_answer(200, whole))
+    reply = post(pair.router, client_wire, "a-openai/to-openai", stream)
+    assert_answer(client_wire, reply, TEXT)
+    assert pair.calls() == (1, 1)
+    assert attempts_of(reply)[0] == ("a-openai/to-openai", "200:429")
+
+
 def stream_error(wire, message="the fake upstream fell over", kind="api_error"):
     """An error as an event of the wire format."""
     if wire == "anthropic":

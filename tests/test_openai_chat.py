@@ -703,7 +703,7 @@ def test_a_200_without_success_is_the_error_that_its_number_names(code, status, 
     body = {"code": code, "msg": "so it is", "success": False}
     failed = run(body, done=False)[1][-1]
     assert (failed.error.status, failed.error.message) == (status, "so it is")
-    assert router._is_error_body(body)
+    assert router._error_in(body) == body
     outcome = router.judge_in_band(router.read_error(502, body), [], "openai", 1.0)
     assert (outcome.kind, outcome.status, outcome.error.message) == (kind, status, "so it is")
 
