@@ -474,7 +474,7 @@ def _read_setting(row: Setting, text: str) -> Tuple[Any, str]:
         return number if row.clamp else row.default, "%d is outside %d to %d" % (int(text), row.low, row.high)
     words = _BOOLS if row.type is bool else {word: word for word in row.choices}
     if not words:
-        return (text, "") if text else (row.default, shown)
+        return (text, "") if text or not row.default else (row.default, shown)
     if text.lower() in words:
         return words[text.lower()], ""
     return row.default, "%s is none of %s" % (shown, ", ".join(words))
@@ -11138,8 +11138,7 @@ def edit_config_file(path: str, change: Callable[[Json], Edit]) -> Edit:
     """
     target = os.path.realpath(path)  # a symbolic link stays a link, and what it leads to is replaced
     make_folder(os.path.dirname(target))
-    if os.path.lexists(target) and not os.path.isfile(target):  # a link that is still there leads round in a circle
-        raise FileError("%s is not a regular file" % one_line(path))
+    check_regular(target)
     with file_lock(target):
         for _ in range(_EDIT_ATTEMPTS):
             data, mode = read_bytes(target)
@@ -11152,7 +11151,7 @@ def edit_config_file(path: str, change: Callable[[Json], Edit]) -> Edit:
                 write_private(target + _COMMENTED, data or b"")
                 words = "comments cannot be kept in a file that is written anew: the text with them is %s"
                 notes += (words % one_line(target + _COMMENTED),)
-            if write_private(target, text, expected=data, backup=True):
+            if write_private(target, text, expected=data):
                 return edit._replace(notes=edit.notes + notes)
     raise FileError("%s keeps being changed by another program; nothing was saved" % one_line(path))
 
@@ -11169,6 +11168,13 @@ def render_document(document: Json, indent: Optional[int] = 2) -> bytes:
         raise ConfigError("the configuration holds a number that is too large to be stored") from None
 
 
+def check_regular(path: str) -> None:
+    """FileError for what is there and is no file: a device would be replaced by one, a pipe waited for. A symbolic link
+    that leads round in a circle is none either."""
+    if os.path.lexists(path) and not os.path.isfile(path):
+        raise FileError("%s is not a regular file" % one_line(path))
+
+
 def make_folder(path: str) -> None:
     """Make a folder, its owner's only, with all above it, unless it is there. FileError."""
     try:
@@ -11177,26 +11183,22 @@ def make_folder(path: str) -> None:
         raise FileError("cannot make %s: %s" % (one_line(path), error.strerror or error)) from None
 
 
-def write_private(
-    target: str,
-    data: bytes,
-    expected: Optional[bytes] = None,
-    backup: bool = False,
-    durable: bool = True,
-    mode: int = 0o600,
-) -> bool:
-    """Replace the file `target` by `data`: whole or not at all, with `mode`, that is readable by its owner only, when
-    `durable` safe against power loss, which may take a tenth of a second.
+def write_private(target: str, data: bytes, expected: Any = ..., durable: bool = True, mode: int = 0o600) -> bool:
+    """Replace the file `target`, or the one that a symbolic link of this name leads to, by `data`: whole or not at all,
+    with `mode`, that is readable by its owner only, when `durable` safe against power loss, which may take a tenth of a
+    second.
 
-    With `backup`, `expected` (what the file held, None when there was none) is kept as target + ".bak", and False is
-    returned, nothing done, when the file holds something else by now. FileError when writing fails.
+    Where it is said what is `expected` (what the file held, None when there was none), that is kept as target + ".bak",
+    and False is returned, nothing done, when the file holds something else by now. FileError when writing fails.
     """
+    target = os.path.realpath(target)
+    check_regular(target)
     written: Dict[str, str] = {}  # where a complete file waits -> where it belongs
     try:
         written[_write_temporary(target, data, durable, mode)] = target
-        if expected is not None and backup:
+        if isinstance(expected, bytes):
             written[_write_temporary(target, expected, durable, mode)] = target + ".bak"
-        if backup and read_bytes(target)[0] != expected:
+        if expected is not ... and read_bytes(target)[0] != expected:
             return False
         for temporary in reversed(list(written)):
             os.replace(temporary, written[temporary])
@@ -13157,10 +13159,14 @@ class Ledger(Batches):
 
 
 def _open_ledger(path: str) -> Any:
-    """A connection that writes the ledger, made when it is not there. RouterError for another program's file."""
+    """A connection that writes the ledger, made when it is not there. RouterError for what is no file or another
+    program's."""
     import sqlite3
 
-    open_private(path, "r+b").close()
+    with open_private(path, "r+b") as file:
+        check_regular(path)
+        if file.read(16).strip(b"\0") not in (b"", b"SQLite format 3"):  # one of NULs was a ledger before a power cut
+            raise RouterError("%s is the file of another program" % one_line(path))
     connection = sqlite3.connect(path, timeout=5.0)
     try:
         connection.execute("BEGIN IMMEDIATE")  # of two that start at once, one makes the table
@@ -13248,6 +13254,7 @@ def _read_ledger(path: str, value: Any, *queries: str) -> List[Json]:
     file = pathlib.Path(path).absolute()
     if not path or not file.exists():
         return []
+    check_regular(path)
     try:
         with closing(sqlite3.connect(file.as_uri() + "?mode=ro", timeout=5.0, uri=True)) as connection:
             connection.execute("BEGIN")
@@ -13700,8 +13707,6 @@ class StartOptions(NamedTuple):
 
 # ----- the instances that run here -----
 
-RUNTIME_PATH = "~/.llm-router.runtime.json"
-
 _CONTROL_TIMEOUT_S = 5.0
 _MOST_GUESTS = 1000
 _WATCH_S = 0.5
@@ -13710,7 +13715,7 @@ _ENROLL_AGAIN_S = 5.0
 
 def state_path() -> str:
     """Where the running instances of this user are listed."""
-    return os.path.expanduser(RUNTIME_PATH)
+    return os.path.expanduser("~/.llm-router.runtime.json")
 
 
 class Instance(NamedTuple):
@@ -13734,17 +13739,13 @@ def near_host(host: str) -> str:
 
 def read_instances(path: str) -> List[Instance]:
     """The entries of the state file; what is corrupt in it is left out."""
-    try:
-        data = read_bytes(path)[0]
-        entries = as_list(as_dict(load_json(data or b"{}")).get("instances"))
-        return [Instance(**as_dict(entry)) for entry in entries if _is_instance(as_dict(entry))]
-    except RouterError:
-        return []
-
-
-def _is_instance(entry: Json) -> bool:
-    kinds = {"pid": int, "port": int, "started": (int, float), "ends": (int, float)}
-    return set(entry) == set(Instance._fields) and all(isinstance(entry[key], kinds.get(key, str)) for key in entry)
+    kinds: Json = dict.fromkeys(Instance._fields, str)
+    kinds.update(pid=int, port=int, started=(int, float), ends=(int, float))
+    with suppress(RouterError):
+        entries = as_list(as_dict(load_json(read_bytes(path)[0] or b"{}")).get("instances"))
+        known = [entry for entry in map(as_dict, entries) if set(entry) == set(kinds)]
+        return [Instance(**one) for one in known if all(isinstance(one[name], kinds[name]) for name in kinds)]
+    return []
 
 
 def change_instances(path: str, change: Callable[[List[Instance]], List[Instance]]) -> None:
@@ -14076,6 +14077,10 @@ def _log_stream(settings: Settings) -> Any:
     if not settings.log_file:
         return sys.stderr
     path = os.path.expanduser(settings.log_file)
+    for stream in (sys.stdout, sys.stderr):  # /dev/stdout is a link, and where it leads to a socket it cannot be opened
+        with suppress(OSError):
+            if os.path.islink(path) and os.path.samestat(os.stat(path), os.fstat(stream.fileno())):
+                return stream
     _open_log(path).close()
     return LogFile(path, settings.log_max_bytes)
 
@@ -14084,7 +14089,8 @@ def _open_log(path: str) -> Any:
     try:
         return open_private(path, "ab")
     except OSError as error:
-        words = one_line(path, 160), error.strerror or error, "--log-file or LLM_ROUTER_LOG_FILE"
+        reason = "it is a symbolic link" if error.errno == errno.ELOOP else error.strerror or error
+        words = one_line(path, 160), reason, "--log-file or LLM_ROUTER_LOG_FILE"
         raise RouterError("cannot write the log file %s: %s; choose another with %s" % words) from None
 
 
@@ -14107,9 +14113,8 @@ async def _serve(options: StartOptions) -> Tuple[int, int]:
         router.enroll(entry)
         tasks = [asyncio.ensure_future(_stay_enrolled(router))]
         _announce(options, port)  # last: whoever reads it may stop, reload and ask for the status at once
-        _import_ahead()
         tasks += [asyncio.ensure_future(_watch_config(router))] if options.watch_config and path else []
-        _spare_collector()
+        _get_ready()
         await router.stopping.wait()
         for task in tasks:
             task.cancel()
@@ -14124,12 +14129,6 @@ async def _serve(options: StartOptions) -> Tuple[int, int]:
         log.close()
     # What was told to stop has done so, whatever had to be cut: a service's keeper would start it once more after a 1.
     return int(not clean and not router.is_told), port if router.restarts else 0
-
-
-def _import_ahead() -> None:
-    """Import what the first requests need while there are descriptors to read it with."""
-    for name in ("email.utils", "encodings.idna", "http.client", "ssl", "traceback"):
-        __import__(name)
 
 
 def _loop_trouble(context: Dict[str, Any]) -> str:
@@ -14154,11 +14153,14 @@ def _descriptors_for_clients() -> int:
     return max(soft - max(32, soft // 4), soft // 2, 0)
 
 
-def _spare_collector() -> None:
-    """Let the cycle collector pass over what is there for good, and start only when much is new: a large body read or
-    written makes thousands of objects. Old ones come next: each transport of asyncio's is a cycle of 3 KB."""
+def _get_ready() -> None:
+    """Import what the first requests need while there are descriptors to read it with. Let the cycle collector pass
+    over what is there for good, and start only when much is new: a large body read or written makes thousands of
+    objects. Old ones come next: each transport of asyncio's is a cycle of 3 KB."""
     import gc
 
+    for name in ("email.utils", "encodings.idna", "http.client", "ssl", "traceback"):
+        __import__(name)
     bytes(8 << 20)  # freed at once: glibc then serves bodies from its heap, instead of mapping fresh pages for each
     gc.collect()
     gc.freeze()
@@ -14369,11 +14371,15 @@ def update_file(target: str, source: str) -> str:
     as target + ".bak". Returns the version it is then, __version__ when the release is this very one. RouterError, and
     nothing is changed, when the release is not whole, older or does not run."""
     target = os.path.realpath(target)
-    if {"site-packages", "dist-packages"} & set(target.replace("\\", "/").split("/")):
-        raise RouterError("this program was installed by pip: update it with pip install --upgrade llm-router")
+    folders = set(target.replace("\\", "/").split("/"))
+    if {"site-packages", "dist-packages"} & folders:
+        how = "pipx upgrade" if "pipx" in folders else "pip install --upgrade"
+        raise RouterError("this program was installed by pip: update it with %s llm-router" % how)
     if not source:
         raise UsageError("update: give --from=URL or FILE, or set LLM_ROUTER_UPDATE_URL")
     data = fetch_release(source)
+    if data is None:
+        raise RouterError("there is no release at %s" % one_line(mask_url(source), 160))
     _check_digest(data, source)
     try:
         compile(data, "release", "exec", dont_inherit=True)
@@ -14383,25 +14389,22 @@ def update_file(target: str, source: str) -> str:
     after = __version__ if old == data else _check_version(data)
     if after != __version__:
         mode = os.stat(target).st_mode & 0o777
-        if not write_private(target, data, expected=old, backup=True, mode=mode):
+        if not write_private(target, data, expected=old, mode=mode):
             raise FileError("another program is changing %s; it is not updated" % one_line(target, 160))
     return after
 
 
-def fetch_release(source: str) -> bytes:
-    """The bytes at a URL (https, or http on this machine) or in a file. RouterError when they cannot be had whole."""
+def fetch_release(source: str) -> Optional[bytes]:
+    """The bytes at a URL (https, or http on this machine) or in a file, None when there is nothing. RouterError when
+    they cannot be had whole."""
     if "://" not in source:
-        data = read_bytes(os.path.expanduser(source))[0]
-        if data is None:
-            raise RouterError("there is no release at %s" % one_line(source, 160), code="no_release")
-        return data
-
-    _check_release_url(source)
+        return read_bytes(os.path.expanduser(source))[0]
+    status, headers, data = fetch(check_safe_url(source), _MAX_RELEASE_BYTES, check_safe_url)
     shown = one_line(mask_url(source), 160)
-    status, headers, data = fetch(source, _MAX_RELEASE_BYTES, _check_release_url)
+    if status in (404, 410):
+        return None
     if status != 200:
-        code = "no_release" if status in (404, 410) else "release_error"
-        raise RouterError("%s answers %d" % (shown, status), code=code)
+        raise RouterError("%s answers %d" % (shown, status))
     size = header([(name.lower(), value) for name, value in headers.items()], "content-length")
     if size and size != str(len(data)):
         raise RouterError("the download of %s broke off" % shown)
@@ -14446,27 +14449,20 @@ def fetch(url: str, max_bytes: int, check: Any = None, **request: Any) -> Tuple[
         raise RouterError("cannot ask %s: its URL or a header has a character that HTTP forbids" % shown) from None
 
 
-def _is_safe_url(url: str) -> bool:
-    """https, or http that stays on this machine."""
-    parts = urlsplit(url)
-    return parts.scheme == "https" or parts.scheme == "http" and is_loopback(parts.hostname or "")
-
-
-def _check_release_url(url: str) -> None:
-    if not _is_safe_url(url):
-        raise RouterError("a release comes over https only, not from %s" % one_line(mask_url(url), 160))
+def check_safe_url(url: str) -> str:
+    """The URL, when it is https, or http that stays on this machine. UsageError otherwise."""
+    with suppress(ValueError):  # http://[
+        parts = urlsplit(url)
+        if parts.scheme == "https" or parts.scheme == "http" and is_loopback(parts.hostname or ""):
+            return url
+    raise UsageError("%s is not https, and not on this machine" % one_line(mask_url(url), 160))
 
 
 def _check_digest(data: bytes, source: str) -> None:
-    """Compare with SOURCE.sha256 when there is one (the form of sha256sum: digits, then the name)."""
+    """Compare with SOURCE.sha256 when there is one: digits, before them or after them a name."""
     place, question, query = source.partition("?")
-    try:
-        said = fetch_release(place + ".sha256" + question + query).decode("ascii", "replace").split()
-    except RouterError as error:
-        if error.code == "no_release":
-            return
-        raise
-    if not said or not hmac.compare_digest(said[0].lower().encode(), hashlib.sha256(data).hexdigest().encode()):
+    said = fetch_release(place + ".sha256" + question + query)
+    if said is not None and hashlib.sha256(data).hexdigest().encode() not in said.lower().split():
         raise RouterError("the release is not what its .sha256 says: nothing was changed")
 
 
@@ -14478,15 +14474,21 @@ def _check_version(data: bytes) -> str:
         path = os.path.join(folder, "llm_router.py")
         write_private(path, data, durable=False)
         code, said = run_tool([sys.executable, "-I", path, "--version"], 60)
-    found = re.match(r"llm-router (\d+(?:\.\d+)*\S*)\s*$", said, re.MULTILINE)
-    if found is None or code:
+    name, _, version = said.partition("\n")[0].strip().partition(" ")
+    if code or name != "llm-router" or not _VERSION.fullmatch(version):
         raise RouterError("the release does not run here: its --version failed or gave no version")
-    version = found.group(1)
-    theirs, ours = ([int(number) for number in re.findall(r"\d+", text)] for text in (version, __version__))
-    if theirs < ours:
-        shown = one_line(version, 40)
-        raise RouterError("the release %s is older than %s: nothing was changed" % (shown, __version__))
+    if _version_key(version) < _version_key(__version__):
+        raise RouterError("the release %s is older than %s: nothing was changed" % (version, __version__))
     return version
+
+
+_VERSION = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})*)(\.?(?:a|b|rc|dev)[0-9]+)?[0-9a-z.+-]{0,40}")  # PEP 440
+
+
+def _version_key(version: str) -> Tuple[List[int], bool]:
+    """What versions are ordered by: 1.0rc1 comes before 1.0, 1.0.post1 does not."""
+    numbers, early = _VERSION.match(version).groups()  # type: ignore[union-attr]  both have been checked
+    return [int(number) for number in numbers.split(".")], not early
 
 
 def run_tool(argv: Sequence[str], limit_s: float, data: bytes = b"", **where: Any) -> Tuple[int, str]:
@@ -14577,9 +14579,8 @@ def _launchd_agent(home: str, argv: Sequence[str], variables: Mapping[str, str],
     """launchd.plist(5)."""
     import plistlib
 
-    entry: Json = {"Label": _LAUNCHD_LABEL, "ProgramArguments": list(argv), "RunAtLoad": True}
-    entry.update({"KeepAlive": {"SuccessfulExit": False}, "EnvironmentVariables": dict(variables)})
-    entry.update({"StandardOutPath": log, "StandardErrorPath": log})
+    entry: Json = {"Label": _LAUNCHD_LABEL, "ProgramArguments": list(argv), "EnvironmentVariables": dict(variables)}
+    entry.update(RunAtLoad=True, KeepAlive={"SuccessfulExit": False}, StandardOutPath=log, StandardErrorPath=log)
     path = "%s/Library/LaunchAgents/%s.plist" % (home, _LAUNCHD_LABEL)
     list_, unload = ("launchctl", "list", _LAUNCHD_LABEL), ("launchctl", "unload", "-w", path)
     return Service(path, plistlib.dumps(entry).decode(), (("launchctl", "load", "-w", path),), list_, (unload,))
@@ -14985,10 +14986,7 @@ def _path_word(value: Any) -> str:
 
 def api_url(environ: Environ) -> str:
     """Where Cloudflare's API is. UsageError for one that would get the token without TLS."""
-    base = environ.get("CLOUDFLARE_API_BASE_URL", "").strip().rstrip("/") or _API_URL
-    if not _is_safe_url(base):
-        raise UsageError("CLOUDFLARE_API_BASE_URL: %s is not https" % one_line(mask_url(base), 160))
-    return base
+    return check_safe_url(environ.get("CLOUDFLARE_API_BASE_URL", "").strip().rstrip("/") or _API_URL)
 
 
 def _stale_secrets(present: Iterable[str], secrets: Mapping[str, str]) -> List[str]:
@@ -15346,11 +15344,10 @@ def _examine_clients(environ: Environ, ports: Set[int]) -> Iterator[Finding]:
     """Variables that lead clients somewhere."""
     for name in ("ANTHROPIC_BASE_URL", "OPENAI_BASE_URL", "OPENAI_API_BASE"):
         url = environ.get(name, "")
-        try:
+        here = False
+        with suppress(ValueError):
             parts = urlsplit(url)
             here = is_loopback(parts.hostname or "") and parts.port in ports
-        except ValueError:
-            here = False
         text = "%s=%s is " % (name, mask_url(url))
         if here:
             yield Finding("ok", "clients", text + "the router")
@@ -16043,7 +16040,7 @@ def parse_flags(argv: Sequence[str], command: Command) -> Json:
             flag, equals, text = bare.pop(), "=", waiting[0]
         if flag is None:
             hint = command.title + " --help shows its flags"
-            hint = did_you_mean(word.lower(), known if word.startswith("--") else (), hint)
+            hint = did_you_mean(word.lower(), known if word[2:] and word.startswith("--") else (), hint)
             kind = "unknown flag" if word.startswith("-") else "unexpected"
             raise UsageError("%s %s; %s" % (kind, one_line(word, 60), hint))
         del waiting[0]
@@ -16154,11 +16151,18 @@ def _labelled(**texts: str) -> List[str]:
 
 def _warn(lines: Iterable[str]) -> None:
     for line in lines:
-        print(as_started(line if line.startswith("error: ") else "warning: " + line), file=sys.stderr)
+        tell_aside("warning: " + line)
+
+
+def tell_aside(text: str) -> None:
+    """Print a line on stderr. What could be said there alone is no reason to end a command whose work is done."""
+    with suppress(OSError):
+        print(as_started(text), file=sys.stderr)
 
 
 def _warn_of(problems: Iterable[Problem]) -> None:
-    _warn(("error: " if problem.level == "error" else "") + show_problem(problem) for problem in problems)
+    for problem in problems:
+        tell_aside("%s: %s" % (problem.level, show_problem(problem)))
 
 
 _COLORS = {
@@ -17275,7 +17279,7 @@ def _report(error: Exception, argv: Sequence[str]) -> int:
         traceback.print_exc()
     known = isinstance(error, RouterError)
     text = error.message if known else "%s: %s (--debug shows more)" % (type(error).__name__, error)
-    print("llm-router: " + as_started(printable(text)), file=sys.stderr)
+    tell_aside("llm-router: " + printable(text))
     return 2 if isinstance(error, UsageError) else 1
 
 

@@ -179,7 +179,7 @@ def test_what_is_unknown_is_refused_naming_the_nearest(home, line, near):
 
 
 @pytest.mark.parametrize(
-    "line", ["xyzzy", "start xyzzy", "config --operation=xyzzy", "--xyzzy", "start -x", "-h=3", "--config"]
+    "line", ["xyzzy", "start xyzzy", "config --operation=xyzzy", "--xyzzy", "start -x", "-h=3", "--config", "start --"]
 )
 def test_what_is_unknown_and_near_nothing_is_refused_with_a_hint(home, line):
     assert "--help" in home.refused(line)
@@ -717,6 +717,15 @@ def test_an_output_that_is_full_or_closed_gives_one_line_or_none_and_no_tracebac
         command = ["sh", "-c", line % (words, where), sys.executable, str(PROGRAM)]
         done = subprocess.run(command, env=_environment(tmp_path), stderr=subprocess.PIPE, text=True, timeout=60)
         assert (done.returncode, done.stderr.count("\n")) == (code, lines), done.stderr
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux' device that is always full")
+@pytest.mark.parametrize(("words", "code"), [("nonsense", 2), ("config --operation=set-master-key --master-key=k", 0)])
+def test_errors_and_warnings_that_cannot_be_told_do_not_change_the_exit_code(tmp_path, words, code):
+    command = ["sh", "-c", 'exec "$0" "$1" %s 2>/dev/full' % words, sys.executable, str(PROGRAM)]
+    env = dict(_environment(tmp_path), LLM_ROUTER_JSON="{}")  # a warning says that it hides the file
+    done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, timeout=60)
+    assert done.returncode == code and ("saved to" in done.stdout) == (code == 0)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="a symbolic link, and the words of a POSIX shell")

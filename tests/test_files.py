@@ -205,6 +205,23 @@ def test_what_is_no_regular_file_is_refused(make, tmp_path):
     assert path.name in caught.value.message
 
 
+PROVIDER = {"id": "p", "baseUrl": "https://example.com/v1", "models": ["m"]}
+
+
+@posix
+@pytest.mark.parametrize("words", ["config --operation=export --out=%s", "deploy --export-only --out=%s"])
+def test_what_is_no_file_is_not_replaced_by_one_and_a_link_stays_a_link(tmp_path, monkeypatch, words):
+    """Root that exports to /dev/null must not take it from everybody else."""
+    monkeypatch.setenv("LLM_ROUTER_CONFIG_JSON", json.dumps({"providers": [PROVIDER], "masterKey": r.make_key()}))
+    os.mkfifo(tmp_path / "pipe")
+    assert r.main((words % (tmp_path / "pipe")).split()) == 1
+    assert stat.S_ISFIFO(os.stat(tmp_path / "pipe").st_mode) and names_in(tmp_path) == ["pipe"]
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    for _ in range(2):
+        assert r.main((words % (tmp_path / "link")).split()) == 0
+        assert (tmp_path / "link").is_symlink() and mode_of(tmp_path / "file") == 0o600
+
+
 BROKEN = b'{\n  "masterKey": "old",\n  "x": oops\n}'
 
 

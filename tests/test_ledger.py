@@ -238,7 +238,7 @@ def test_a_locked_file_is_named_once_and_written_once_it_is_free(ledger, monkeyp
     assert "not written" in one.noted[0][1] and "written again" in one.noted[1][1]
 
 
-@pytest.mark.parametrize("damage", ["text", "pages"])
+@pytest.mark.parametrize("damage", ["head", "pages"])
 def test_a_damaged_file_is_kept_aside_and_a_fresh_one_begun(ledger, tmp_path, damage):
     path = tmp_path / "u.db"
     if damage == "pages":
@@ -250,7 +250,7 @@ def test_a_damaged_file_is_kept_aside_and_a_fresh_one_begun(ledger, tmp_path, da
         data[4096:] = b"\xff" * (len(data) - 4096)
         path.write_bytes(data)
     else:
-        path.write_bytes(b"this is no database " * 400)
+        path.write_bytes(bytes(8192))
     before = path.read_bytes()
     one = ledger()
     one.add(a_trail(1))
@@ -260,11 +260,15 @@ def test_a_damaged_file_is_kept_aside_and_a_fresh_one_begun(ledger, tmp_path, da
     assert len(one.noted) == 1 and "damaged" in one.noted[0][1]
 
 
-@pytest.mark.parametrize("trouble", ["folder", "newer", "foreign", "of the same words", "no room"])
+@pytest.mark.parametrize("trouble", ["folder", "pipe", "text", "newer", "foreign", "of the same words", "no room"])
 def test_a_file_that_cannot_be_used_is_left_alone_and_named_once(ledger, tmp_path, monkeypatch, trouble):
     path = tmp_path / "u.db"
     if trouble == "folder":
         path.mkdir()
+    elif trouble == "pipe":
+        os.mkfifo(path)
+    elif trouble == "text":
+        path.write_text("my notes")
     elif trouble == "no room":  # a real "database or disk is full": SQLite may not use a further page
         prepare_connections(monkeypatch, "max_page_count = 3")
     else:
@@ -280,9 +284,16 @@ def test_a_file_that_cannot_be_used_is_left_alone_and_named_once(ledger, tmp_pat
         assert until(lambda: not one._trails)
     one.close()
     assert len(one.noted) == 1 and one.noted[0][0] == "warning" and str(path) in one.noted[0][1]
-    assert ("another program" in one.noted[0][1]) == (trouble in ("foreign", "of the same words"))
-    assert not (tmp_path / "u.db.corrupt").exists()
+    assert ("another program" in one.noted[0][1]) == (trouble in ("text", "foreign", "of the same words"))
+    assert [one.name for one in tmp_path.iterdir()] == ["u.db"]
     assert trouble == "no room" or before == (path.read_bytes() if path.is_file() else b"")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a pipe with a name")
+def test_usage_waits_for_no_pipe(command, tmp_path):
+    os.mkfifo(tmp_path / "u.db")
+    code, _, error = command(tmp_path, "usage", "--usage-db=%s" % (tmp_path / "u.db"))
+    assert code == 1 and "is not a regular file" in error
 
 
 @pytest.mark.parametrize("opened", ["to be written", "to be read"])

@@ -253,6 +253,24 @@ def test_requests_are_logged_to_the_file_of_the_setting(router, upstream, tmp_pa
 
 
 @posix
+@pytest.mark.parametrize("path", ["/dev/stdout", "/proc/self/fd/2"])
+def test_the_log_may_go_to_a_standard_stream_by_the_name_of_its_device(config, tmp_path, path):
+    """What a container's log collector reads. Where the stream is a socket, as here, it cannot be opened by its name."""
+    ours, theirs = socket.socketpair()
+    words = [*COMMAND, "start", "--port=0", "--config=%s" % config, "--log-file=%s" % path, "--log-format=json"]
+    streams = {"stdout" if path.endswith("stdout") else "stderr": theirs}
+    with ours, subprocess.Popen(words, env=clean_environment(tmp_path), **streams) as child:
+        theirs.close()
+        try:
+            assert until((tmp_path / ".llm-router.runtime.json").exists)
+            child.send_signal(signal.SIGHUP)
+            with ours.makefile() as said:
+                assert any("configuration reloaded" in line for line in said)
+        finally:
+            child.kill()
+
+
+@posix
 def test_a_pipe_that_nobody_reads_is_no_log_and_not_waited_for(command, config, tmp_path):
     os.mkfifo(tmp_path / "log")
     done = command("start", "--port=0", "--config=%s" % config, "--log-file=%s" % (tmp_path / "log"))

@@ -103,6 +103,10 @@ def test_an_unusable_flag_is_named_as_the_flag():
     assert warnings[0].startswith("--trail-size:")
 
 
+def test_an_empty_flag_is_what_the_default_is_where_that_is_empty_too():
+    assert r.read_settings({"log_file": "", "usage_db": ""}, {}) == (r.Settings(usage_db="off"), [])
+
+
 def test_an_empty_variable_counts_as_unset():
     assert r.read_settings({}, {"LLM_ROUTER_TRAIL_SIZE": ""}) == (r.Settings(), [])
 

@@ -17,8 +17,14 @@ from running_router import clean_environment, config_of, provider
 
 SOURCE = Path(r.__file__).read_bytes()
 LINE = b'__version__ = "%s"' % r.__version__.encode()
-NEWER = SOURCE.replace(LINE, b'__version__ = "99.0.1"')
-OLDER = SOURCE.replace(LINE, b'__version__ = "0.0.1"')
+
+
+def released(version):
+    """The program as that version."""
+    return SOURCE.replace(LINE, b'__version__ = "%s"' % version.encode())
+
+
+NEWER, OLDER = released("99.0.1"), released("0.0.1")
 
 
 class Releases:
@@ -100,6 +106,20 @@ def test_the_source_may_come_from_the_environment_and_be_a_file(installed, tmp_p
     assert told == {"before": r.__version__, "after": "99.0.1", "changed": True, "restarted": []}
 
 
+@pytest.mark.parametrize("text", ["%s", "%s *llm_router.py", "SHA256 (llm_router.py) = %s\n"])
+def test_a_hash_is_found_in_the_form_of_every_tool_that_makes_one(releases, text):
+    releases.files["/release.sha256"] = (text % hashlib.sha256(NEWER).hexdigest().upper()).encode()
+    r._check_digest(NEWER, releases.url + "/release")
+    with pytest.raises(r.RouterError, match="sha256"):
+        r._check_digest(OLDER, releases.url + "/release")
+
+
+def test_versions_are_ordered_as_pip_orders_them():
+    rising, order = ["0.9", "0.10.dev1", "0.10", "0.10.1", "1.0rc1", "1.0", "10.0"], [3, 1, 6, 5, 4, 0, 2]
+    assert sorted((rising[i] for i in order), key=r._version_key) == rising
+    assert r._version_key("1.0.post1") == r._version_key("1.0")
+
+
 def test_the_same_version_changes_nothing(installed, releases):
     releases.files["/same"] = SOURCE
     done = installed.run("update", "--from=%s/same" % releases.url)
@@ -112,7 +132,7 @@ def test_without_a_source_both_ways_to_name_one_are_told(installed):
 
 
 BAD = {
-    "missing": (None, b"", "404"),
+    "missing": (None, b"", "there is no release at"),
     "older": (OLDER, b"", "older"),
     "wrong hash": (NEWER, b"0" * 64, "sha256"),
     "empty hash": (NEWER, b" ", "sha256"),
@@ -120,6 +140,9 @@ BAD = {
     "half a file": (NEWER[: len(NEWER) // 2], b"", "not"),
     "another program": (b"print('hello')\n", b"", "does not run"),
     "a program that fails": (b"raise SystemExit(3)\n", b"", "does not run"),
+    "an earlier state of this very version": (released(r.__version__ + "rc1"), b"", "older"),
+    "a version of escape codes": (b"print('llm-router 99.0.0\\x1b[31m')\n", b"", "does not run"),
+    "a version of many digits": (b"print('llm-router ' + '9' * 5000)\n", b"", "does not run"),
     "a version that fails": (b"print('llm-router 99.0.0')\nraise SystemExit(3)\n", b"", "does not run"),
     "no text": (b"\x00\xff\xfe", b"", "not a Python program"),
 }
@@ -132,8 +155,8 @@ def test_a_release_that_is_not_right_changes_nothing(installed, releases, name):
         releases.files["/release"] = data
     if digest:
         releases.files["/release.sha256"] = digest
-    done = installed.run("update", "--from=%s/release" % releases.url)
-    assert done.returncode == 1 and text in done.stderr, done.stderr
+    with pytest.raises(r.RouterError, match=text):
+        r.update_file(str(installed.file), releases.url + "/release")
     assert installed.is_untouched()
 
 
@@ -145,8 +168,9 @@ def test_a_download_that_breaks_off_changes_nothing(installed, releases):
 
 
 def test_a_release_comes_over_https_also_after_a_redirect(releases):
-    with pytest.raises(r.RouterError, match="https"):
-        r.fetch_release("http://example.com/llm_router.py")
+    for source in ("http://example.com/llm_router.py", "http://[::1"):
+        with pytest.raises(r.RouterError, match="https"):
+            r.fetch_release(source)
     releases.redirects["/moved"] = "http://example.com/llm_router.py"
     with pytest.raises(r.RouterError, match="https"):
         r.fetch_release(releases.url + "/moved")
@@ -182,6 +206,9 @@ def test_an_installation_by_pip_is_told_pips_own_command(tmp_path):
     for source in ("anything", ""):
         with pytest.raises(r.RouterError, match="pip install --upgrade"):
             r.update_file(str(target), source)
+    target = tmp_path / "pipx" / "venvs" / "llm-router" / "site-packages" / "llm_router.py"
+    with pytest.raises(r.RouterError, match="pipx upgrade llm-router"):
+        r.update_file(str(target), "anything")
 
 
 @pytest.mark.skipif(os.name != "posix", reason="a process becomes another only on POSIX")
@@ -206,7 +233,7 @@ def test_a_running_instance_becomes_the_new_version_on_its_port(installed, tmp_p
 
 def fetched(url):
     with pytest.raises(r.RouterError) as caught:
-        r.fetch_release(url)
+        r.update_file("nowhere/llm_router.py", url)
     return caught.value
 
 
