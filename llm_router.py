@@ -8196,6 +8196,11 @@ SIGNALS: Tuple[Tuple[str, Tuple[int, ...], Texts], ...] = (
         r"not allowed from unsupported countries",  # Bedrock, of Anthropic's models
         r"organization must be verified",  # OpenAI
     )),
+    (TEMPORARY, (400,), (  # what failed behind an aggregator, which blames the request (trap 128)
+        r"upstream request failed|failed to get response from provider",  # OpenCode Zen, Cloudflare AI Gateway
+        r"^provider returned error\n400\nerror$|no models provided",  # OpenRouter
+        r"temporarily unavailable|暂时无法使用",
+    )),
     (NOT_FOUND, (400, 403, 422), (
         r"model[_ ]not[_ ](?:found|exist)|model_not_(?:supported|available)",
         r"(?:unknown|no such|unavailable)[_ ]model|invalid[_ ]model(?:$|:| name| id| ['\"`])",
