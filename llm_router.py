@@ -844,13 +844,15 @@ _MAX_CONFIG_BYTES = 16_777_216
 
 def find_config_variable(environ: Any) -> Tuple[str, str]:
     """(name, text) of the first variable that holds a configuration, ("", "") without. Its text may go on in further
-    variables, NAME_2, NAME_3 and so on: Cloudflare's secrets are small."""
+    variables, NAME_2, NAME_3 and so on: Cloudflare's secrets are small. What follows its end is a larger one's."""
     for name in CONFIG_VARIABLES:
-        parts = [(environ.get(name, "") or "").strip()]
-        while parts[-1]:
-            parts.append((environ.get("%s_%d" % (name, len(parts) + 1), "") or "").strip())
-        if parts[0]:
-            return name, "".join(parts)
+        text, number = (environ.get(name, "") or "").strip(), 2
+        while text:
+            more = (environ.get("%s_%d" % (name, number), "") or "").strip()
+            with suppress(RouterError):
+                if not more or load_json(unpack_config(text)):
+                    return name, text
+            text, number = text + more, number + 1
     return "", ""
 
 
@@ -13337,13 +13339,12 @@ class WorkerRouter:
     async def _refuse(self, client: WorkerClient, error: ConfigError) -> None:
         """What is said without a usable configuration: a bare GET / still answers, everything else is a 503."""
         call = client.call
-        if call.method in ("GET", "HEAD") and call.path == "/":
-            await client.respond(200, _JSON_HEADERS, dump_json({"name": "llm-router"}))
-            return
-        wire = wire_of_client(call.path, call.headers)
         info = ErrorInfo(503, "configuration error: " + error.message.split("\n")[0], code=error.code)
+        status, body = 503, WIRE_FORMATS[wire_of_client(call.path, call.headers)].render_error(info, "")
+        if call.method in ("GET", "HEAD") and call.path == "/":
+            status, body = 200, {"name": "llm-router"}
         print(info.message)
-        await client.respond(503, _JSON_HEADERS, dump_json(WIRE_FORMATS[wire].render_error(info, "")))
+        await client.respond(status, _JSON_HEADERS, dump_json(body))
 
 
 class WorkerEnviron:
@@ -13395,8 +13396,7 @@ class WorkerHost(CountingHost):
         """A request has ended: count it and write its line."""
         self.counters.count(trail, self.known)
         if log_level_of(trail) in wanted_levels(self._settings.log_level):
-            as_json = self._settings.log_format == "json"
-            print(dump_json(log_record(trail)).decode() if as_json else log_line(trail))
+            print(dump_json(log_record(trail)).decode() if self._settings.log_format == "json" else log_line(trail))
 
     def failed(self, error: BaseException) -> None:
         """An error of the router's own."""
@@ -13465,9 +13465,8 @@ class WorkerReply:
         return data
 
     def rest(self) -> Any:
-        """The stream of all that was not read."""
-        if self._reader is not None:
-            self._reader.releaseLock()
+        """The stream of all that was not read, when something was."""
+        self._reader.releaseLock()
         return self._answer.body
 
     def close(self) -> None:
@@ -13512,8 +13511,7 @@ class WorkerClient(PingingSink):
         try:
             data = b"" if is_large else await self._read_bytes(bool(size), limit)
         except JsException as error:
-            words = "the body broke off: " + one_line(str(error), 160)
-            raise RouterError(words, 400, "incomplete_request") from None
+            raise RouterError("the body broke off: " + one_line(str(error), 160), 400, "incomplete_request") from None
         if is_large or len(data) > limit:
             raise RouterError("the body is larger than %d bytes" % limit, 413, "request_too_large")
         body = inflate(data, encoding, limit)
@@ -13593,7 +13591,7 @@ class WorkerClient(PingingSink):
 
         self._end()
         self._request.signal.removeEventListener("abort", self._gone)
-        try:
+        with suppress(JsException):  # the client has left
             if self._written is not None:
                 await self._written
             if self._writer is not None and self._ends == "close":
@@ -13601,8 +13599,6 @@ class WorkerClient(PingingSink):
             elif self._writer is not None:
                 await asyncio.sleep(_FLUSH_S)  # an abort overtakes what the runtime has taken but not yet sent
                 await self._writer.abort("the answer broke off")
-        except JsException:
-            pass  # the client has left
         if not self.response.done():  # cancelled before there was a head: nobody waits for it
             self._answer(500, [], None)
         self._gone.destroy()
@@ -14667,6 +14663,10 @@ _API_URL = "https://api.cloudflare.com/client/v4"
 _MAX_API_BYTES = 20_000_000
 _WRANGLER_S = 900.0  # it may install itself first
 _SECRET_BYTES = 5000  # 5 KB each (developers.cloudflare.com/workers/platform/limits)
+# Addresses (RFC 1918, 3927, 4193) and names that mean something in one network only.
+_PRIVATE_HOST = re.compile(
+    r"[^.:]+|.+\.(?:internal|lan|local)|(?:10|169\.254|192\.168|172\.(?:1[6-9]|2\d|3[01]))[.\d]+|(?:f[cd]..|fe80):.+"
+)
 _MAX_SECRETS = 60  # the free plan has room for 64 variables and secrets
 _WRANGLER_VARIABLES = {"CI": "1", "WRANGLER_SEND_METRICS": "false", "WRANGLER_HIDE_BANNER": "true"}
 
@@ -14696,11 +14696,12 @@ class Site(NamedTuple):
         return self.domain or self.route.rstrip("*/")
 
 
+_HOST_SHAPE = r"(?:[a-z0-9-]+\.)+[a-z0-9-]+"
 _SITE_SHAPES = (
     ("name", r"[a-z0-9][a-z0-9_-]{0,62}"),
     ("account-id", r"[A-Za-z0-9_-]{0,64}"),
-    ("domain", r"(?:(?:[a-z0-9-]+\.)+[a-z0-9-]+)?"),
-    ("route", r"(?:[*a-z0-9.-]+\.[a-z0-9-]+/(?:router?/)?\*)?"),  # the router answers under these paths only
+    ("domain", r"(?:%s)?" % _HOST_SHAPE),
+    ("route", r"(?:%s/(?:router?/)?\*)?" % _HOST_SHAPE),  # paths that the router knows
 )
 
 
@@ -14764,23 +14765,29 @@ def config_secrets(text: str) -> Dict[str, str]:
 
 
 class Payload(NamedTuple):
-    """What the Worker gets to know. secrets: by name, the configuration's first. missing: variables that it names and
-    that are not set here."""
+    """What the Worker gets to know. secrets: by name, the configuration's first. doubts: what will not work there."""
 
     master_key: str
     secrets: Dict[str, str]
-    missing: Texts
+    doubts: Texts
 
 
 def make_payload(document: Json, environ: Environ) -> Payload:
     """The secrets for a configuration. ConfigError when it cannot be used, UsageError when it is too large."""
     config = read_usable_config(document, environ)
-    entries = [raw for _, raw in provider_entries("", get_field(document, "config", "providers"))]
-    names = list(filter(None, (as_text(get_field(as_dict(raw), "provider", "apiKeyEnv")).strip() for raw in entries)))
-    keys = {name: environ.get(name, "").strip() for name in names}
-    secrets = config_secrets(minify_document(document, config.master_key))
-    secrets.update({name: key for name, key in keys.items() if key})
-    return Payload(config.master_key, secrets, tuple(name for name in keys if not keys[name]))
+    secrets, doubts = config_secrets(minify_document(document, config.master_key)), []
+    entries = [as_dict(raw) for _, raw in provider_entries("", get_field(document, "config", "providers"))]
+    for raw in entries:
+        name = "" if _is_off(raw) else as_text(get_field(raw, "provider", "apiKeyEnv")).strip()
+        if environ.get(name, "").strip():
+            secrets[name] = environ.get(name, "").strip()
+        elif name and not get_field(raw, "provider", "apiKey"):
+            doubts.append("the variable %s is not set here: set it as a secret of the Worker" % name)
+    enabled = [one for one in config.providers if one.enabled]
+    places = [(urlsplit(url).hostname or "", one.id) for one in enabled for url in one.base_urls.values()]
+    private = [it for it in places if is_loopback(it[0]) or _PRIVATE_HOST.fullmatch(it[0])]
+    doubts += ["Cloudflare cannot reach %s, the address of the provider %s" % it for it in private]
+    return Payload(config.master_key, secrets, tuple(dict.fromkeys(doubts)))
 
 
 def project_files(site: Site) -> Dict[str, bytes]:
@@ -14899,18 +14906,19 @@ class Cloudflare:
         self.base = api_url(environ)
         self._token = token
 
-    def call(self, method: str, path: str, parts: Sequence[Part] = ()) -> Any:
-        """What a request results in. CloudflareError with Cloudflare's words; its status is the answer's."""
+    def call(self, method: str, path: str, parts: Sequence[Part] = (), before: str = "") -> Any:
+        """What a request results in. CloudflareError with Cloudflare's words, which `before` precedes; its status is
+        the answer's."""
         kind, body = encode_parts(parts) if parts else ("", None)
         headers = {"authorization": "Bearer " + self._token, **({"content-type": kind} if kind else {})}
         try:
             status, _, data = fetch(self.base + path, _MAX_API_BYTES, method=method, data=body, headers=headers)
         except RouterError as error:
-            raise CloudflareError(error.message) from None
+            raise CloudflareError(before + error.message) from None
         answer = _read_json(data)
         if status < 300 and answer.get("success") is True:
             return answer.get("result")
-        raise CloudflareError(self._refusal(method, path, status, answer), status)
+        raise CloudflareError(before + self._refusal(method, path, status, answer), status)
 
     def _refusal(self, method: str, path: str, status: int, answer: Json) -> str:
         errors = [as_dict(error) for error in as_list(answer.get("errors"))]
@@ -14925,61 +14933,60 @@ class Cloudflare:
 
     def accounts(self) -> List[Tuple[str, str]]:
         """(id, name) of every account that the token may use."""
-        found = [as_dict(account) for account in as_list(self.call("GET", "/accounts?per_page=50"))]
+        found = map(as_dict, as_list(self.call("GET", "/accounts?per_page=50")))
         return [(_path_word(account.get("id")), str(account.get("name"))) for account in found]
 
     def find_zone(self, host: str) -> str:
         """The id of the zone that holds a host. CloudflareError when the account has none."""
-        labels = host.lstrip("*.").split(".")
+        labels = host.split(".")
         for at in range(len(labels) - 1):
             zones = as_list(self.call("GET", "/zones?name=" + ".".join(labels[at:])))
             if zones:
                 return _path_word(as_dict(zones[0]).get("id"))
         raise CloudflareError("no zone of this account holds %s" % one_line(host, 100))
 
-    def secret_names(self, site: Site) -> List[str]:
-        """The names of the secrets that a Worker has; none when there is no such Worker."""
+    def secret_names(self, site: Site) -> Optional[List[str]]:
+        """The names of the secrets that a Worker has; None when there is no such Worker. CloudflareError for one that
+        is no router."""
         try:
-            found = self.call("GET", site.path + "/secrets")
+            found = as_dict(self.call("GET", site.path + "/settings"))
         except CloudflareError as error:
             if error.status == 404:
-                return []
+                return None
             raise
-        return [str(as_dict(secret).get("name")) for secret in as_list(found)]
+        bindings = map(as_dict, as_list(found.get("bindings")))
+        names = [str(binding.get("name")) for binding in bindings if binding.get("type") == "secret_text"]
+        _check_own(site, names, "python_workers" in as_list(found.get("compatibility_flags")))
+        return names
 
     def deploy(self, site: Site, secrets: Mapping[str, str]) -> Tuple[str, List[str]]:
-        """Take the steps of a deployment; the Worker's URL and the names of its secrets."""
-        host = site.domain or site.route.partition("/")[0]
+        """Take the steps of a deployment, after everything that may stand in their way was asked for. The Worker's URL
+        and the names of the secrets it had."""
+        host = site.address.partition("/")[0]
         upload, place = api_steps(site, secrets, self.find_zone(host) if host else "")
+        present = self.secret_names(site) or []
+        has_place = bool(site.route) and self._has_route(place, site)
+        own = {} if host else as_dict(self.call("GET", site.account_path + "/workers/subdomain"))
+        url = "https://" + (site.address or "%s.%s.workers.dev" % (site.name, _path_word(own.get("subdomain"))))
         self.call(*upload.words, upload.parts)
-        present = self.secret_names(site)
-        for name in _stale_secrets(present, secrets):
-            self.call("DELETE", "%s/secrets/%s" % (site.path, name))
-        if not site.route or not self._has_route(place, site):
-            self.call(*place.words, place.parts)
-        if host:
-            return "https://" + site.address, present
-        own = as_dict(self.call("GET", site.account_path + "/workers/subdomain")).get("subdomain")
-        return "https://%s.%s.workers.dev" % (site.name, _path_word(own)), present
+        if not has_place:
+            self.call(*place.words, place.parts, "code and secrets are there, the rest is not, so deploy again: ")
+        return url, present
 
     def set_key(self, site: Site, key: str) -> None:
         """The step of `worker-key`. CloudflareError when there is no such Worker."""
         step = key_step(site, key, False)
-        try:
-            self.call(*step.words, step.parts)
-        except CloudflareError as error:
-            if error.status != 404:
-                raise
-            raise CloudflareError("there is no Worker %s: llm-router deploy makes it" % site.name, 404) from None
+        if self.secret_names(site) is None:
+            raise CloudflareError("there is no Worker %s: llm-router deploy makes it" % site.name, 404)
+        self.call(*step.words, step.parts)
 
     def _has_route(self, place: CloudStep, site: Site) -> bool:
-        for route in map(as_dict, as_list(self.call("GET", place.words[1]))):
-            if route.get("pattern") == site.route:
-                if route.get("script") == site.name:
-                    return True
-                words = site.route, one_line(str(route.get("script")), 80)
-                raise CloudflareError("the route %s leads to the Worker %s: remove it there first" % words, 409)
-        return False
+        routes = map(as_dict, as_list(self.call("GET", place.words[1])))
+        owners = [str(route.get("script")) for route in routes if route.get("pattern") == site.route]
+        if owners and owners[0] != site.name:
+            words = site.route, one_line(owners[0], 80)
+            raise CloudflareError("the route %s leads to the Worker %s: remove it there first" % words, 409)
+        return bool(owners)
 
 
 def _path_word(value: Any) -> str:
@@ -14994,9 +15001,11 @@ def api_url(environ: Environ) -> str:
     return check_safe_url(environ.get("CLOUDFLARE_API_BASE_URL", "").strip().rstrip("/") or _API_URL)
 
 
-def _stale_secrets(present: Iterable[str], secrets: Mapping[str, str]) -> List[str]:
-    """Secrets of an earlier, larger configuration: its end would be taken for this one's."""
-    return [name for name in present if re.fullmatch(CONFIG_VARIABLES[0] + r"_[0-9]+", name) and name not in secrets]
+def _check_own(site: Site, names: List[str], is_router: bool) -> None:
+    """CloudflareError for a Worker of another kind, that nobody wants replaced. names: of its secrets."""
+    if not is_router and not set(names).intersection(CONFIG_VARIABLES):
+        words = "the Worker %s is no llm-router, having no secret %s: give another --name, or delete it first"
+        raise CloudflareError(words % (site.name, CONFIG_VARIABLES[0]), 409)
 
 
 class Wrangler:
@@ -15004,9 +15013,7 @@ class Wrangler:
 
     def __init__(self, program: str, environ: Environ, account: str) -> None:
         self._program = program
-        self._environ = dict(environ, **_WRANGLER_VARIABLES)
-        if account:
-            self._environ["CLOUDFLARE_ACCOUNT_ID"] = account
+        self._environ = dict(environ, **_WRANGLER_VARIABLES, **({"CLOUDFLARE_ACCOUNT_ID": account} if account else {}))
 
     def call(self, step: CloudStep, site: Site) -> str:
         """What a call printed; it is made in a folder with the project, which is gone afterwards. CloudflareError with
@@ -15031,17 +15038,19 @@ class Wrangler:
         return re.findall(r'"name":\s*"(\w+)"', listed)
 
     def deploy(self, site: Site, secrets: Mapping[str, str]) -> Tuple[str, List[str]]:
-        """Take the steps of a deployment; the Worker's URL, "" when not told, and the names of its secrets."""
+        """Take the steps of a deployment; the Worker's URL, "" when not told, and the names of the secrets it had."""
+        present: List[str] = []
+        with suppress(CloudflareError):  # there is no such Worker; if it is anything else, the first step says so
+            present = self.secret_names(site)
+        _check_own(site, present, not present)  # without any secret it may be one that was not finished
         said = [self.call(step, site) for step in wrangler_steps(site, secrets)]
-        present = self.secret_names(site)
-        for name in _stale_secrets(present, secrets):
-            self.call(CloudStep("", ("wrangler", "secret", "delete", name, "--name", site.name)), site)
         found = re.search(r"https://[\w.-]+\.workers\.dev", said[0])
         return "https://" + site.address if site.address else found.group(0) if found else "", present
 
     def set_key(self, site: Site, key: str) -> None:
         """The step of `worker-key`; wrangler would make a Worker that does not exist, and say so to nobody."""
-        self.secret_names(site)
+        names = self.secret_names(site)
+        _check_own(site, names, not names)
         self.call(key_step(site, key, True), site)
 
 
@@ -17043,14 +17052,14 @@ _SITE_FLAGS = (
 def run_deploy(given: Given) -> int:
     """`deploy`: this very file and the configuration to Cloudflare, or into files."""
     site = _read_site(given)
-    if given.export_dir and not given.export_only:
-        paths = write_project(given.export_dir, site)
+    paths = write_project(given.export_dir, site) if given.export_dir else []
+    if paths and not given.export_only:
         hint = "there: wrangler deploy, then wrangler secret put %s < FILE, made by deploy --export-only=true"
         return given.tell({"files": paths}, ["wrote " + ", ".join(map(one_line, paths)), hint % CONFIG_VARIABLES[0]])
     payload = _strong_payload(given)
-    _warn("the variable %s is not set here: set it as a secret of the Worker" % name for name in payload.missing)
+    _warn(payload.doubts)
     if given.export_only:
-        return _export_config(given, payload, site)
+        return _export_config(given, payload)
     wrangler = _find_wrangler(given)
     if given.dry_run:
         make = wrangler_steps if wrangler else api_steps
@@ -17136,7 +17145,7 @@ def _strong_payload(given: Given) -> Payload:
     return make_payload(edit.document, given.environ)
 
 
-def _export_config(given: Given, payload: Payload, site: Site) -> int:
+def _export_config(given: Given, payload: Payload) -> int:
     """`--export-only`: the configuration's secret as a file for wrangler; several as one for its `secret bulk`."""
     import shlex
 
@@ -17144,8 +17153,6 @@ def _export_config(given: Given, payload: Payload, site: Site) -> int:
     name, *others = payload.secrets
     fits = not any(other.startswith(name) for other in others)
     write_private(path, (payload.secrets[name] if fits else json.dumps(payload.secrets)).encode("utf-8"))
-    if given.export_dir:
-        write_project(given.export_dir, site)
     call = ("wrangler secret put %s < " % name if fits else "wrangler secret bulk ") + shlex.quote(path)
     further = others if fits else []
     lines = ["wrote %s (0600)" % one_line(path), "now run: " + call]

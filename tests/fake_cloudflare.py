@@ -162,6 +162,8 @@ class FakeCloudflare:
         return {"id": "d1"}
 
     def _subdomain(self, account, **_):
+        if not self.subdomain:
+            raise Refused(404, 10007, "Not found.")  # what wrangler 4.86.0 takes for none
         return {"subdomain": self.subdomain}
 
     def _service(self, account, name, **_):

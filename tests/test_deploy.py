@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import llm_router as r
-from fake_cloudflare import ACCOUNT, TOKEN, FakeCloudflare
+from fake_cloudflare import ACCOUNT, TOKEN, FakeCloudflare, Refused, Script
 from running_router import CONSOLE_SCRIPT, PROGRAM, ROOT, clean_environment
 
 KEY = "lr-9fGh2kLmNpQrStUvWxYz13579bdfh"
@@ -104,6 +104,25 @@ def test_the_master_key_in_the_environment_goes_into_the_configuration_that_is_s
 
 def test_a_variable_that_is_not_set_is_named(desk):
     assert "P_KEY is not set" in desk.deploy(P_KEY="").stderr
+    document = document_of()
+    document["providers"][0]["apiKey"] = "sk-p-0123456789abcdef"  # serves where the variable is not set
+    document["providers"].append({"id": "q", "enabled": False, "baseUrl": "https://q.example", "apiKeyEnv": "Q_KEY", "models": ["m"]})
+    desk.configure(document)
+    assert desk.deploy(P_KEY="", Q_KEY="sk-q").stderr == ""
+    assert "Q_KEY" not in desk.script.secrets
+
+
+LOCAL = ["localhost:11434", "127.0.0.1:1", "192.168.1.5", "10.1.2.3", "172.20.0.1", "[fd00::1]:80", "ollama", "gpu.local", "host.docker.internal"]
+
+
+def test_a_provider_that_only_this_network_knows_is_named(desk):
+    document = document_of()
+    rows = [{"id": "l%d" % number, "baseUrl": "http://%s/v1" % host, "models": ["m"]} for number, host in enumerate(LOCAL)]
+    document["providers"] += [*rows, {"id": "far", "baseUrl": "http://10.example.com", "models": ["m"]}]
+    document["providers"].append({"id": "off", "enabled": False, "baseUrl": "http://127.0.0.1", "models": ["m"]})
+    desk.configure(document)
+    said = [line for line in desk.deploy("--dry-run").stderr.splitlines() if "Cloudflare cannot reach" in line]
+    assert [line.rpartition(" ")[2] for line in said] == ["l%d" % number for number in range(len(LOCAL))]
 
 
 def test_keys_that_stand_in_the_configuration_need_no_variable(desk):
@@ -149,6 +168,46 @@ def test_a_domain_or_a_route_takes_the_place_of_workers_dev(desk):
 def test_a_route_of_another_worker_is_not_taken_from_it(desk):
     desk.cloudflare.routes.append({"pattern": "api.example.com/*", "script": "shop"})
     assert "leads to the Worker shop" in desk.deploy("--route=api.example.com/*", code=1).stderr
+    assert desk.cloudflare.scripts == {}
+
+
+def test_a_worker_that_is_no_router_is_neither_replaced_nor_given_a_key(desk):
+    shop = desk.cloudflare.scripts["shop"] = Script()
+    shop.files, shop.secrets = {"index.js": b"sell"}, {"BANK": "x"}
+    for words in (("deploy",), ("worker-key", "--generate")):
+        assert "the Worker shop is no llm-router" in desk.run(*words, "--use-wrangler=false", "--name=shop", code=1).stderr
+    assert (shop.files, shop.secrets) == ({"index.js": b"sell"}, {"BANK": "x"})
+    shop.metadata = {"compatibility_flags": ["python_workers"]}  # by hand, its secrets not yet set
+    shop.secrets = {}
+    desk.deploy("--name=shop")
+    assert config_on(shop) == document_of()
+
+
+class Breaking(FakeCloudflare):
+    """Refuses the call whose number is `at`, counted from 1."""
+
+    at = 0
+
+    def _answer(self, request, body):
+        if len(self.calls) == self.at:
+            raise Refused(429, 971, "Please wait and consider throttling your request speed")
+        return super()._answer(request, body)
+
+
+def test_a_deployment_that_breaks_off_says_whether_the_worker_is_there(tmp_path):
+    """All that is read is read before anything is written."""
+    with Breaking() as cloudflare:
+        desk = Desk(tmp_path, cloudflare)
+        cloudflare.subdomain = ""
+        assert "dashboard" in desk.deploy(code=1).stderr
+        assert cloudflare.scripts == {}
+        cloudflare.subdomain, told = "me", []
+        for at in range(1, 9):
+            cloudflare.scripts, cloudflare.at, cloudflare.calls = {}, at, []
+            said = desk.deploy(code=1 if at < 6 else 0).stderr
+            assert ("code and secrets are there" in said) is bool(cloudflare.scripts) is (at == 5) or at > 5
+            told.append(cloudflare.calls[-1][0])
+        assert told == ["GET", "GET", "GET", "PUT", "POST"] + ["POST"] * 3
 
 
 # --- sizes ---
@@ -194,15 +253,13 @@ def test_a_configuration_that_cannot_fit_is_refused_before_anything_is_sent(desk
     assert desk.cloudflare.calls == []
 
 
-def test_what_a_larger_configuration_left_behind_is_deleted(desk):
-    desk.configure(document_of(600))
-    desk.deploy()
-    assert "LLM_ROUTER_CONFIG_JSON_4" in desk.script.secrets
-    assert config_on(desk.script) == document_of(600)
-    desk.configure(document_of())
-    desk.deploy()
-    assert config_on(desk.script) == document_of()
-    assert set(desk.script.secrets) == {"LLM_ROUTER_CONFIG_JSON", "P_KEY"}
+def test_what_a_larger_configuration_left_behind_changes_nothing_at_any_moment(desk):
+    """It stays when only the configuration's own secrets are set, as by hand."""
+    for models in (600, 300, 130, 1):
+        desk.configure(document_of(models))
+        desk.deploy()
+        assert "LLM_ROUTER_CONFIG_JSON_4" in desk.script.secrets
+        assert config_on(desk.script) == document_of(models)
 
 
 # --- the key ---
@@ -293,7 +350,7 @@ def test_the_token_goes_nowhere_without_tls(desk):
     assert "not https" in desk.deploy(code=2, CLOUDFLARE_API_BASE_URL="http://api.example.com").stderr
 
 
-@pytest.mark.parametrize("flag", ["--name=Big", "--name=../x", "--domain=x/y", "--route=example.com/other/*", "--account-id=a/b"])
+@pytest.mark.parametrize("flag", ["--name=Big", "--name=../x", "--domain=x/y", "--route=example.com/other/*", "--route=*.example.com/*", "--account-id=a/b"])
 def test_what_cloudflare_cannot_take_is_refused_at_once(desk, flag):
     assert "has not the right form" in desk.deploy(flag, code=2).stderr
 
@@ -367,7 +424,7 @@ with open(%r, "a") as log:
                "account": os.environ.get("CLOUDFLARE_ACCOUNT_ID")}, log)
     log.write("\\n")
 if sys.argv[1:3] == ["secret", "list"]:
-    print(json.dumps([{"name": "LLM_ROUTER_CONFIG_JSON_9", "type": "secret_text"}], indent=2))
+    print(json.dumps([{"name": os.environ.get("STAND_IN_SECRET", "LLM_ROUTER_CONFIG_JSON"), "type": "secret_text"}], indent=2))
 if sys.argv[1] == "deploy":
     print("  https://llm-router-route.me.workers.dev")
 sys.exit(int(os.environ.get("STAND_IN_FAILS") or 0))
@@ -392,14 +449,20 @@ def test_wrangler_is_used_when_it_is_there_and_gets_secrets_over_stdin_only(desk
     done = json.loads(desk.run("deploy", "--json", "--account-id=" + ACCOUNT, **desk.path).stdout)
     assert (done["with"], done["url"]) == ("wrangler", "https://llm-router-route.me.workers.dev")
     calls = wrangler()
-    assert [call["argv"][:2] for call in calls] == [["deploy"], ["secret", "bulk"], ["secret", "list"], ["secret", "delete"]]
-    assert json.loads(json.loads(calls[1]["stdin"])["LLM_ROUTER_CONFIG_JSON"]) == document_of()
-    assert calls[3]["argv"][2] == "LLM_ROUTER_CONFIG_JSON_9"
+    assert [call["argv"][:2] for call in calls] == [["secret", "list"], ["deploy"], ["secret", "bulk"]]
+    assert json.loads(json.loads(calls[2]["stdin"])["LLM_ROUTER_CONFIG_JSON"]) == document_of()
     assert {call["account"] for call in calls} == {ACCOUNT}
     assert calls[0]["mode"] == "0o700" and set(calls[0]["files"]) == {"entry.py", "wrangler.toml"}
     for call in calls:
         assert KEY not in json.dumps([call["argv"], call["files"]])
     assert desk.cloudflare.calls == []
+
+
+def test_with_wrangler_a_worker_that_is_no_router_is_left_alone_too(desk, wrangler):
+    for words in (("deploy",), ("worker-key", "--generate")):
+        said = desk.run(*words, "--name=shop", code=1, STAND_IN_SECRET="BANK", **desk.path).stderr
+        assert "the Worker shop is no llm-router" in said
+    assert [call["argv"][:2] for call in wrangler()] == [["secret", "list"]] * 2
 
 
 def test_worker_key_hands_wrangler_the_key_over_stdin(desk, wrangler):

@@ -103,6 +103,14 @@ def test_a_configuration_may_go_on_in_numbered_variables():
     assert r.find_config_variable(parts) == (names[0], "onetwothree")
 
 
+def test_variables_after_the_end_of_a_configuration_are_left_from_a_larger_one():
+    name, text = r.CONFIG_VARIABLES[0], json.dumps({"providers": ["p%d" % number for number in range(200)]}).replace(" ", "")
+    for whole in (text, r.pack_config(text)):
+        for cut in (len(whole), len(whole) // 2):
+            values = {name: whole[:cut], name + "_2": whole[cut:] or "left", name + "_3": "left", name + "_4": "{}"}
+            assert r.find_config_variable(values) == (name, whole)
+
+
 def test_a_packed_configuration_in_a_variable_is_read_locally_as_well():
     document = {"providers": [{"id": "p", "baseUrl": "http://127.0.0.1:1", "models": ["m"]}]}
     loaded = r.load_config("", {"LLM_ROUTER_CONFIG_JSON": r.pack_config(json.dumps(document))})
