@@ -10081,10 +10081,8 @@ class RefusedError(RouterError):
     """An error as the client gets it. info: as its format shows it; headers beside it; body: the upstream's own bytes,
     None when `info` is to be rendered."""
 
-    def __init__(
-        self, message: str, status: int, code: str, info: ErrorInfo, headers: Headers, body: Optional[bytes] = None
-    ) -> None:
-        super().__init__(message, status, code)
+    def __init__(self, message: str, code: str, info: ErrorInfo, headers: Headers, body: Optional[bytes]) -> None:
+        super().__init__(message, info.status, code)
         self.info, self.headers, self.body = info, headers, body
 
 
@@ -10149,7 +10147,8 @@ class Gateway:
                 return
             endpoint = check_method(endpoint, call.method)
             if call.method == "POST":
-                await self._post(endpoint, call, client, trail, cors)
+                await Exchange(self, await self._read_inbound(endpoint, call, trail), client, trail, cors).run()
+                self._record(trail)
             else:
                 await client.respond(*self._get(endpoint, call, caller is not None, cors))
         except BaseException as error:
@@ -10205,10 +10204,6 @@ class Gateway:
         more = {"version": __version__, "endpoints": ENDPOINT_HELP} if authorized else {}
         return 200, {"name": "llm-router", **more}
 
-    async def _post(self, endpoint: Endpoint, call: Call, client: Any, trail: Trail, cors: Headers) -> None:
-        await Exchange(self, await self._read_inbound(endpoint, call, trail), client, trail, cors).run()
-        self._record(trail)
-
     async def _read_inbound(self, endpoint: Endpoint, call: Call, trail: Trail) -> Inbound:
         """What a POST asks for. Whoever holds this holds its body, which may be large: an Exchange lets go of it."""
         read = endpoint, call.headers, await call.read_body()
@@ -10240,7 +10235,7 @@ def _refusal_of(error: BaseException, endpoint: Optional[Endpoint]) -> RefusedEr
     headers = list(_REFUSAL_HEADERS.get(error.status, ()))
     if endpoint is not None and error.status == 405:
         headers.append(_allowed(endpoint.methods))
-    return RefusedError(error.message, error.status, error.code, _error_info(error), headers)
+    return RefusedError(error.message, error.code, _error_info(error), headers, None)
 
 
 def _error_info(error: RouterError) -> ErrorInfo:
@@ -10645,7 +10640,7 @@ class Exchange:
             body = outcome.body if outcome.wire == self._wire.name else None
             headers = returned_headers(outcome.headers if body is not None else ())
             headers += _NOT_SOON if outcome.kind == POLICY else []
-        raise RefusedError(one_line(outcome.error.message), info.status, outcome.kind, info, headers, body)
+        raise RefusedError(one_line(outcome.error.message), outcome.kind, info, headers, body)
 
     async def _count_tokens(self, candidate: Candidate) -> None:
         """Ask a candidate that can count, else estimate. Never an error, never a word in the health book (trap 118)."""
@@ -12770,8 +12765,10 @@ def wanted_levels(least: str) -> Texts:
     return LOG_LEVELS[LOG_LEVELS.index(least) :]
 
 
-def log_line(trail: Trail) -> str:
-    """A request's trail as one line of text."""
+def log_line(trail: Trail, as_json: bool) -> str:
+    """A request's trail as one line of text or JSON."""
+    if as_json:
+        return dump_json(log_record(trail)).decode()
     usage, first_ms = trail.usage, trail.first_content_ms
     line = "%s %s %s%s %s %d %s [%s] tokens=%s first=%s total=%dms" % (
         _iso_time(trail.began_wall),
@@ -12981,7 +12978,7 @@ class LogWriter(Batches):
     def add(self, trail: Trail) -> None:
         """Queue the line of a request that has ended."""
         if log_level_of(trail) in self._wanted:
-            self.write(dump_json(log_record(trail)).decode() if self._as_json else log_line(trail))
+            self.write(log_line(trail, self._as_json))
 
     def note(self, text: str, level: str = "info") -> None:
         """Queue what the router itself has to say, a sentence (with a traceback, several lines)."""
@@ -13396,7 +13393,7 @@ class WorkerHost(CountingHost):
         """A request has ended: count it and write its line."""
         self.counters.count(trail, self.known)
         if log_level_of(trail) in wanted_levels(self._settings.log_level):
-            print(dump_json(log_record(trail)).decode() if self._settings.log_format == "json" else log_line(trail))
+            print(log_line(trail, self._settings.log_format == "json"))
 
     def failed(self, error: BaseException) -> None:
         """An error of the router's own."""
