@@ -888,7 +888,7 @@ def read_config(document: Json, environ: Mapping[str, str]) -> Config:
     config, problems = scan_config(document, environ)
     errors = [problem for problem in problems if problem.level == "error"]
     if errors:
-        more = " (and %d more: config --operation=validate)" % (len(errors) - 1) if len(errors) > 1 else ""
+        more = " (and %d more: llm-router config --operation=validate)" % (len(errors) - 1) if len(errors) > 1 else ""
         raise ConfigError(show_problem(errors[0]) + more, problems)
     return config
 
@@ -997,7 +997,7 @@ _FIELD_KINDS: Dict[str, FieldKind] = {
     "secret": FieldKind(str, str.strip, _SECRET.fullmatch,
         "has a character that no key has", "copy the key again, without line breaks"),
     "sha256": FieldKind(str, lambda text: text.strip().lower(), re.compile("[0-9a-f]{64}").fullmatch,
-        "is not a SHA-256", "make the entry with config --operation=add-client-key"),
+        "is not a SHA-256", "make the entry with llm-router config --operation=add-client-key"),
     "variable": FieldKind(str, str.strip, _VARIABLE.fullmatch,
         "is not the name of an environment variable",
         "write a name like OPENAI_API_KEY; the key itself goes into apiKey"),
@@ -1045,7 +1045,7 @@ class _Scan:
         """The Config of a whole document."""
         values = self._read_fields("config", "", document)
         if not values.get("providers"):
-            self._warn("providers", "no provider is configured", "add one with config --operation=upsert-provider")
+            self._warn("providers", "no provider is configured", "add one with llm-router config")
         if values.get("version", 1) > 1:
             self._warn("version", "is of a newer version", "check the other warnings: unknown keys have no effect")
         config = _made(Config, values)._replace(
@@ -1631,7 +1631,7 @@ def remove_client_key(document: Json, name: str) -> Edit:
 def _client_keys_but(document: Json, name: str) -> List[Any]:
     entries = get_field(document, "config", "clientKeys") or []
     if not isinstance(entries, list):
-        raise UsageError("clientKeys must be a list; see config --operation=validate")
+        raise UsageError("clientKeys must be a list; see llm-router config --operation=validate")
     return [entry for entry in entries if str(as_dict(entry).get("name")).lower() != name.strip().lower()]
 
 
@@ -1821,10 +1821,15 @@ def set_field(document: Json, place: Place, key: str, value: Any) -> Edit:
         del _walk(new, place[:-1])[0][place[-1]]
     shown = json.dumps(mask_document({key: value})[key], ensure_ascii=False) if value is not None else "removed"
     words = " ".join(filter(None, (owner, *(s for s in place[-1:] if s in ("auth", "timeouts")), key)))
+    return _finish(document, new, ["%s: %s" % (words, shown)], True, path_of((*place, key)))
+
+
+def path_of(place: Place) -> str:
+    """A place as the path that problems bear: `providers[0].models[2].id`."""
     path = ""
-    for step in (*place, key):
+    for step in place:
         path = "%s[%d]" % (path, step) if isinstance(step, int) else _join(path, step)
-    return _finish(document, new, ["%s: %s" % (words, shown)], True, path)
+    return path
 
 
 def move_entry(document: Json, place: Place, step: int) -> Edit:
@@ -9402,6 +9407,7 @@ def _form_rows(menu: Menu) -> List[Row]:
     place = menu.front.place
     raw, kind = look_at(menu.document, place)
     under = "" if kind else str(place[-1])
+    problems = _scan(menu)[1]
     rows = []
     for field in _form_fields(place, kind, raw):
         value = get_field(raw, kind, field.key) if kind else raw.get(field.key)
@@ -9409,7 +9415,10 @@ def _form_rows(menu: Menu) -> List[Row]:
         shown = _in_words(mask_document({field.key: value}, under)[field.key])
         is_set = field.kind == "variable" and value in menu.facts.variables
         state = "ok" if is_set else "off" if field.key == "enabled" and _is_off(raw) else ""
-        rows.append(Row((field.key, shown), (field, value), field.help, state))
+        is_here = re.compile(re.escape(path_of((*place, field.key))) + "(?![A-Za-z])").match
+        worst = min(filter(lambda one: is_here(one.path), problems), key=lambda one: one.level, default=None)
+        hint, state = (show_problem(worst), worst.level) if worst else (field.help, state)
+        rows.append(Row((field.key, shown), (field, value), hint, state))
     return rows
 
 
@@ -15194,16 +15203,19 @@ def _show_cases(port: int) -> int:
     """Ask every provider in every format, streamed and whole, print what comes; returns how many answers were wrong."""
     from itertools import product
 
-    print("\n%-10s %-9s %-16s %s" % ("client", "", "asked for", "attempts"))
+    print("\n%-10s %-9s %-16s %-7s%s" % ("client", "", "asked for", "answer", "attempts"))
     wrong = 0
     for wire, stream, provider in product(_DEMO_REQUESTS, (False, True), _DEMO_PROVIDERS):
         if stream or provider != "dying":  # in mid-stream
             right, shown, attempts = ask_demo(port, wire, stream, provider)
             wrong += not right
             kind = "streamed" if stream else "whole"
-            print("%-10s %-9s %-16s %s" % (wire, kind, provider + "/demo", attempts))
-            print("%20s %s %s" % ("", "right:" if right else "WRONG:", one_line(shown, 150)), flush=True)
-    print("\n%s" % ("every answer was right" if not wrong else "%d answers were wrong" % wrong), flush=True)
+            answer = "right:" if right else "WRONG:"
+            print("%-10s %-9s %-16s %-7s%s" % (wire, kind, provider + "/demo", answer, attempts), flush=True)
+            if shown != _DEMO_TEXT:
+                print("%37s %s" % ("", one_line(shown, 150)), flush=True)
+    words = "%d answers were wrong" % wrong if wrong else 'every answer was right ("%s")' % _DEMO_TEXT
+    print("\n" + words, flush=True)
     return wrong
 
 
@@ -15316,7 +15328,7 @@ def _examine_config(given: str, environ: Environ) -> Tuple[List[Finding], Option
         return [Finding("problem", "configuration", error.message, "correct the file; its .bak may be good")], None
     document = loaded.document if loaded.document is not None or given else preset_document(environ)
     if document is None:
-        cure = "llm-router config --operation=upsert-provider --help, or set a key variable such as OPENAI_API_KEY"
+        cure = "llm-router config opens the menu; or set a key variable such as OPENAI_API_KEY"
         return [Finding("problem", "configuration", "there is none", cure)], None
     config, problems = scan_config(document, environ)
     found = [Finding("ok", "configuration", loaded.source if loaded.document is not None else "made of key variables")]
@@ -15387,7 +15399,8 @@ def _examine_provider(provider: Provider, settings: Settings, environ: Environ) 
     strange = [name for name in named if models and name not in models]
     if strange:
         text = "it does not list %s" % ", ".join(strange)
-        return Finding("warning", about, text, "config --operation=discover-models --provider-id=" + provider.id)
+        cure = "llm-router config --operation=discover-models --provider-id=%s" % provider.id
+        return Finding("warning", about, text, cure)
     return Finding("ok", about, "reached, the key is accepted, %d models" % len(models))
 
 
@@ -16200,10 +16213,7 @@ def _table(rows: Iterable[Sequence[Any]], numbers: Sequence[int] = ()) -> List[s
     return ["  ".join(row).rstrip() for row in zip(*columns)]
 
 
-_Spans = List[Tuple[str, float]]
-
-
-def _with_bars(lines: Sequence[str], bars: Sequence[_Spans], whole: float, width: int) -> List[str]:
+def _with_bars(lines: Sequence[str], bars: Sequence[List[Tuple[str, float]]], whole: float, width: int) -> List[str]:
     """Lines, each with its bar behind it where `width` has room for them. A bar is spans one after another: a sign, and
     a part of `whole`. Signs: "#" solid, "=" light, "." dotted, " " nothing; blocks where the terminal has them."""
     indent = max(map(text_width, lines))
@@ -16238,8 +16248,8 @@ def show_duration(ms: float) -> str:
 
 
 _WAYS_ON = (
-    "add a provider: llm-router config --operation=upsert-provider --help; "
-    "or set a key variable such as OPENAI_API_KEY; or try llm-router demo"
+    "add a provider: llm-router config opens the menu, llm-router config --operation=upsert-provider --help is for"
+    " scripts; or set a key variable such as OPENAI_API_KEY; or try llm-router demo"
 )
 _HIDES = "%s is set and goes before this file"
 _KEY_ONCE = "%s key (shown only now): %s"
@@ -16445,7 +16455,7 @@ def _warn_of_lost_keys(options: StartOptions) -> None:
     """Keys that only this shell's variables hold will be missing where no shell has set them."""
     stored = read_config(options.loaded.document, {}).providers
     lost = [one.id for one, bare in zip(options.config.providers, stored) if one.api_key and not bare.api_key]
-    cure = "config --operation=upsert-provider --provider-id=%s --api-key=- stores it"
+    cure = "llm-router config --operation=upsert-provider --provider-id=%s --api-key=- stores it"
     _warn("a service does not have the variable with the key of %s; %s" % (id, cure % id) for id in lost)
 
 
@@ -16580,7 +16590,7 @@ def read_start_options(given: Given) -> StartOptions:
         raise UsageError("%s has no enabled provider; %s" % (one_line(loaded.source), _WAYS_ON))
     auth = bool(given.require_auth)
     if auth and not config.master_key and not config.client_keys:
-        cure = "config --operation=set-master-key --generate, or LLM_ROUTER_MASTER_KEY"
+        cure = "llm-router config --operation=set-master-key --generate, or LLM_ROUTER_MASTER_KEY"
         raise UsageError("--require-auth needs a master key: " + cure)
     if not is_loopback(settings.host) and not auth and not given.allow_unauthenticated:
         cure = "add --require-auth=true, or --allow-unauthenticated=true if you want that"
@@ -16655,7 +16665,8 @@ def _save_menu(path: str, base: Json, document: Json) -> Tuple[str, Any]:
         return Edit(document, ("saved to " + path,))
 
     try:
-        return "saved", "; ".join(edit_config_file(path, change).notes)
+        next_step = [] if running_instances() else [as_started("llm-router start serves it")]
+        return "saved", "; ".join([*edit_config_file(path, change).notes, *next_step])
     except FileError:
         if theirs:
             return "conflict", theirs[0]
@@ -17129,7 +17140,7 @@ def _strong_payload(given: Given) -> Payload:
         fault = weakness and _WEAK % weakness
     if not fault:
         return payload
-    cures = "config --operation=set-master-key --generate makes a strong one"
+    cures = "llm-router config --operation=set-master-key --generate makes a strong one"
     cures += ", --allow-weak-master-key=true takes it as it is" if payload.master_key else ""
     question = fault + "\nmake a new one and store it in the configuration? [Y/n] "
     if _ask_user(given, question, "%s; %s" % (fault, cures)).lower() not in ("", "y", "yes"):
@@ -17179,12 +17190,10 @@ def _reach_cloudflare(given: Given, site: Site, wrangler: str) -> Tuple[Any, Sit
         return Wrangler(wrangler, given.environ, site.account), site
     token = given.environ.get("CLOUDFLARE_API_TOKEN", "").strip()
     if not token and not _is_guided(given):
-        raise UsageError("CLOUDFLARE_API_TOKEN is not set: %s; or install wrangler" % _MAKE_ONE)
+        made = "made from the template Edit Cloudflare Workers at https://dash.cloudflare.com/profile/api-tokens"
+        raise UsageError("CLOUDFLARE_API_TOKEN is not set: give one, %s; or install wrangler" % made)
     api = Cloudflare(given.environ, token or _read_secret("Cloudflare's API token"))
     return api, site if site.account else site._replace(account=_choose_account(given, api.accounts()))
-
-
-_MAKE_ONE = "make one from the template Edit Cloudflare Workers at https://dash.cloudflare.com/profile/api-tokens"
 
 
 def _choose_account(given: Given, accounts: Sequence[Tuple[str, str]]) -> str:

@@ -741,7 +741,7 @@ def test_who_runs_the_file_itself_is_shown_commands_that_can_be_given_as_they_ar
     begin = "%s '%s' " % (os.path.basename(sys.executable), program)
     hint = run("frobnicate").stderr.partition("; ")[2]
     assert hint.startswith(begin + "--help lists")
-    assert begin + "config --operation=upsert-provider --help; or" in run().stdout
+    assert begin + "config --operation=upsert-provider --help is for" in run().stdout
     assert "example:\n  %sstop --grace=5\n" % begin in run("stop", "--help").stdout
     assert run("stop").stdout == "no llm-router is running here; %sstart starts one\n" % begin
 

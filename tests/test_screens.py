@@ -684,6 +684,15 @@ def test_a_key_variable_that_nobody_set_is_told_as_validate_tells_it():
     assert r.rows_of(Host(document).open("Providers").menu)[1].state == "ok"
 
 
+def test_a_form_marks_the_fields_that_are_wrong_and_says_the_cure():
+    document = {"providers": [{"id": "a", "baseUrl": "a.example", "format": "x", "apiKey": "k", "models": ["m", {"id": ""}]}]}
+    rows = {row.cells[0]: row for row in r.rows_of(Host(document).open("Providers", "a").menu)}
+    assert {name for name, row in rows.items() if row.state == "error"} == {"baseUrl", "format", "models"}
+    assert "write it with its scheme" in rows["baseUrl"].hint
+    host = Host(document).open("Providers", "a", "models", "?")
+    assert {row.cells[0]: row.state for row in r.rows_of(host.menu)}["id"] == "error"
+
+
 def test_enter_adds_where_there_is_nothing_yet_but_not_where_a_filter_hides_all():
     assert Host(EMPTY).open("Providers").press("enter").menu.front.screen == "presets"
     host = Host().open("Providers").press("/").type("nothing is called so").press("enter")
