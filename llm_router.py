@@ -8666,8 +8666,8 @@ def follow(run: Run, outcome: Outcome, book: Any, now: float, jitter: float) -> 
     if outcome.kind == EMPTY and run.accepts_empty:
         return _end(run, Deliver(outcome))
     delay_ms = backoff_ms(run.tries, run.settings, jitter)
-    in_time = (outcome.retry_after or 0) * 1000 <= delay_ms and now + delay_ms / 1000.0 < run.until
-    if rule.retries and run.tries < run.allowed and in_time:
+    back_at = max(now + (outcome.retry_after or 0.0), ready_at(candidate, book))  # others may have cooled it meanwhile
+    if rule.retries and run.tries < run.allowed and back_at <= now + delay_ms / 1000.0 < run.until:
         return run, Try(candidate, delay_ms), []
     is_first = len(run.remaining) + 1 == len(run.plan)
     had_its_time = is_first or outcome.kind != TIMEOUT or now < run.until  # not just what others had left of it
@@ -14165,9 +14165,10 @@ def _get_ready() -> None:
     over what is there for good, and start only when much is new: a large body read or written makes thousands of
     objects. Old ones come next: each transport of asyncio's is a cycle of 3 KB."""
     import gc
+    from importlib import import_module
 
     for name in ("email.utils", "encodings.idna", "http.client", "ssl", "traceback"):
-        __import__(name)
+        import_module(name)
     bytes(8 << 20)  # freed at once: glibc then serves bodies from its heap, instead of mapping fresh pages for each
     gc.collect()
     gc.freeze()
