@@ -14524,27 +14524,30 @@ _SERVICE_VARIABLES = "HTTPS_PROXY HTTP_PROXY ALL_PROXY NO_PROXY SSL_CERT_FILE SS
 
 class Service(NamedTuple):
     """How one platform starts the router at login. path: its file, "" when it has none; text: what stands in it.
-    install, status, remove: the commands of the platform's own tool."""
+    install, status, remove: the commands of the platform's own tool. hint: what is left to know."""
 
     path: str
     text: str
     install: Tuple[Texts, ...]
     status: Texts
     remove: Tuple[Texts, ...]
+    hint: str = ""
 
 
 def service_variables(environ: Environ) -> Dict[str, str]:
-    """What a service must keep of the environment: proxies and certificates, in either case; never a key."""
+    """What a service must keep of the environment: proxies and certificates, in either case, and settings; no key."""
     names = [name for upper in _SERVICE_VARIABLES for name in (upper, upper.lower())]
+    names += [row.variable for row in SETTINGS]
     return {name: environ[name] for name in names if environ.get(name)}
 
 
 def make_service(platform: str, home: str, argv: Sequence[str], variables: Mapping[str, str], log: str) -> Service:
     """The service of a platform (sys.platform) that runs `argv`. A value, nothing is touched. UsageError for a control
-    character, which no platform's file can hold, or which would start a line of its own there."""
+    character, which no platform's file can hold, or which would start a line of its own there, and for bytes that are
+    no UTF-8 in a path."""
     for text in (home, log, *argv, *variables, *variables.values()):
-        if not all(c >= " " and c != "\x7f" for c in text):
-            raise UsageError("a service cannot have a control character in %s" % one_line(text, 160))
+        if re.search(r"[\x00-\x1f\x7f\ud800-\udfff]", text):
+            raise UsageError("a service cannot have a control character, nor what is no text: %s" % one_line(text, 160))
     if platform == "darwin":
         return _launchd_agent(home, argv, variables, log)
     return _windows_task(argv) if platform == "win32" else _systemd_unit(home, argv, variables)
@@ -14566,8 +14569,10 @@ WantedBy=default.target
 
 
 def _systemd_unit(home: str, argv: Sequence[str], variables: Mapping[str, str]) -> Service:
-    """systemd.service(5): % and $ are its own in ExecStart, quotes and backslashes are C's."""
-    call = " ".join(_systemd_word(word).replace("$", "$$") for word in argv)
+    """systemd.service(5): % and $ are its own in ExecStart, quotes and backslashes are C's. Behind @ the program comes
+    first, in which $ is not its own, and then all of argv."""
+    words = [_systemd_word(word) for word in (argv[0], *argv)]
+    call = "@%s %s" % (words[0], " ".join(words[1:]).replace("$", "$$"))
     kept = "".join("Environment=%s\n" % _systemd_word("%s=%s" % entry) for entry in variables.items())
     unit, user = SERVICE_NAME + ".service", ("systemctl", "--user")
     return Service(
@@ -14576,6 +14581,7 @@ def _systemd_unit(home: str, argv: Sequence[str], variables: Mapping[str, str]) 
         ((*user, "daemon-reload"), (*user, "enable", "--now", unit)),
         (*user, "is-active", unit),
         ((*user, "disable", "--now", unit),),
+        "it ends when you log out, and starts when you log in; all the time it runs after: loginctl enable-linger",
     )
 
 
@@ -14589,6 +14595,7 @@ def _launchd_agent(home: str, argv: Sequence[str], variables: Mapping[str, str],
 
     entry: Json = {"Label": _LAUNCHD_LABEL, "ProgramArguments": list(argv), "EnvironmentVariables": dict(variables)}
     entry.update(RunAtLoad=True, KeepAlive={"SuccessfulExit": False}, StandardOutPath=log, StandardErrorPath=log)
+    entry.update(Umask=0o77)  # or everybody could read the log
     path = "%s/Library/LaunchAgents/%s.plist" % (home, _LAUNCHD_LABEL)
     list_, unload = ("launchctl", "list", _LAUNCHD_LABEL), ("launchctl", "unload", "-w", path)
     return Service(path, plistlib.dumps(entry).decode(), (("launchctl", "load", "-w", path),), list_, (unload,))
@@ -14607,17 +14614,21 @@ def _windows_task(argv: Sequence[str]) -> Service:
 def install_service(service: Service) -> Tuple[List[str], str]:
     """Write the service's file and start it; what `_give` returns. FileError when the file cannot be written."""
     if service.path:
+        if os.path.exists(service.path):  # what runs would go on as it was started
+            _give(service.remove)
         make_folder(os.path.dirname(service.path))
         write_private(service.path, service.text.encode())
     return _give(service.install)
 
 
 def remove_service(service: Service) -> Tuple[List[str], str]:
-    """Stop the service and delete its file; what `_give` returns."""
-    left = _give(service.remove)
-    if service.path:
+    """Stop the service and delete its file, which the tool needs for that; what `_give` returns."""
+    import shlex
+
+    left, said = _give(service.remove)
+    if service.path and not left:
         _remove(service.path)
-    return left
+    return left + ["rm " + shlex.quote(service.path)] * bool(service.path and left), said
 
 
 def service_state(service: Service) -> str:
@@ -14625,6 +14636,8 @@ def service_state(service: Service) -> str:
     if service.path and not os.path.exists(service.path):
         return "not installed"
     code, said = run_tool(service.status, _SERVICE_S)
+    if code == 1 and not service.path:  # schtasks knows no such task
+        return "not installed"
     words = one_line(said.strip(), 300) or "code %d" % code
     return "installed, state unknown: " + words if code and service.path and " " in words else words
 
@@ -16446,9 +16459,11 @@ def run_startup(given: Given) -> int:
         state = service_state(service)
         if verb == "status" or state == "not installed":
             return given.tell({"state": state, "path": service.path}, [state])
-        state, (left, said) = "removed", remove_service(service)
+        left, said = remove_service(service)
+        state = "not removed:" if left else "removed"
     lines = ["%s %s" % (state, one_line(service.path) or "the task " + SERVICE_NAME)]
     lines += ["now run: " + " && ".join(left), "which failed here: " + said] if left else []
+    lines += [service.hint] if service.hint and verb == "install" else []
     return given.tell({"state": state, "path": service.path, "left": left, "reason": said}, lines)
 
 

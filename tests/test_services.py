@@ -33,10 +33,11 @@ def test_the_systemd_unit_quotes_what_systemd_would_read_as_its_own():
 
 @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="systemd-analyze is not installed")
 def test_systemd_accepts_the_unit(tmp_path):
-    program = tmp_path / "a folder 100%" / "llm_router.py"
+    program = tmp_path / "a $folder 100%" / "python"
     program.parent.mkdir()
-    program.write_text("")
-    argv = [sys.executable, str(program), "start", '--config=%s/"$x".json' % tmp_path]
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    argv = [str(program), str(tmp_path / "llm_router.py"), "start", '--config=%s/"$x".json' % tmp_path]
     unit = tmp_path / "llm-router.service"
     unit.write_text(r.make_service("linux", str(tmp_path), argv, VARIABLES, "").text)
     unit.chmod(0o644)  # whatever the umask
@@ -51,9 +52,14 @@ def test_the_windows_task_runs_one_command_line():
     assert made("win32").path == ""
 
 
-def test_only_proxies_and_certificates_are_kept_of_the_environment():
-    environ = dict(VARIABLES, OPENAI_API_KEY="secret", LLM_ROUTER_MASTER_KEY="secret", PATH="/bin", SSL_CERT_FILE="/ca")
-    assert r.service_variables(environ) == dict(VARIABLES, SSL_CERT_FILE="/ca")
+def test_only_proxies_certificates_and_settings_are_kept_of_the_environment():
+    kept = dict(VARIABLES, SSL_CERT_FILE="/ca", LLM_ROUTER_PORT="9000", LLM_ROUTER_LOG_LEVEL="warning")
+    environ = dict(kept, OPENAI_API_KEY="secret", LLM_ROUTER_MASTER_KEY="secret", LLM_ROUTER_JSON="{}", PATH="/bin")
+    assert r.service_variables(environ) == kept
+
+
+def test_others_cannot_read_the_log_of_the_launchd_agent():
+    assert plistlib.loads(made("darwin").text.encode())["Umask"] == 0o77
 
 
 @pytest.fixture
@@ -86,11 +92,44 @@ def test_installing_writes_the_unit_and_starts_it_and_uninstalling_undoes_it(lin
         "--user enable --now llm-router.service",
     ]
     assert r.main(["config", "--operation=startup-status", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out.split("\n", 1)[1])["state"] == "active"
+    assert json.loads(capsys.readouterr().out.split("\n", 2)[2])["state"] == "active"
     assert r.main(["config", "--operation=startup-uninstall"]) == 0
     assert not unit.exists()
     capsys.readouterr()
     for verb in ("status", "uninstall"):  # there is nothing to undo
+        assert r.main(["config", "--operation=startup-" + verb]) == 0
+        assert capsys.readouterr().out == "not installed\n"
+
+
+@unix
+def test_what_runs_is_stopped_before_it_is_installed_once_more(linux, capsys):
+    """It would go on with the configuration of before."""
+    assert r.main(["config", "--operation=startup-install"]) == 0
+    assert "loginctl enable-linger" in capsys.readouterr().out
+    (linux / "told").unlink()
+    assert r.main(["config", "--operation=startup-install"]) == 0
+    told = [line.split()[1] for line in (linux / "told").read_text().splitlines()]
+    assert told == ["disable", "daemon-reload", "enable"]
+
+
+@unix
+def test_a_file_that_the_tool_needs_to_undo_it_stays_until_the_tool_has_done_so(linux, capsys):
+    """systemctl disables no unit, and launchctl unloads no agent, whose file is gone."""
+    assert r.main(["config", "--operation=startup-install"]) == 0
+    (linux / "tools" / "systemctl").write_text("#!/bin/sh\necho no bus >&2\nexit 1\n")
+    capsys.readouterr()
+    assert r.main(["config", "--operation=startup-uninstall"]) == 0
+    shown = capsys.readouterr().out
+    command = "systemctl --user disable --now llm-router.service && rm %s" % (linux / UNIT)
+    assert "not removed" in shown and command in shown and (linux / UNIT).exists()
+
+
+@unix
+def test_a_task_that_is_not_there_is_not_installed_on_windows_either(linux, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "platform", "win32")
+    (linux / "tools" / "schtasks").write_text("#!/bin/sh\necho ERROR: cannot find the file specified. >&2\nexit 1\n")
+    (linux / "tools" / "schtasks").chmod(0o755)
+    for verb in ("status", "uninstall"):
         assert r.main(["config", "--operation=startup-" + verb]) == 0
         assert capsys.readouterr().out == "not installed\n"
 
@@ -127,8 +166,8 @@ def test_a_key_that_only_a_variable_holds_is_told_to_be_missing_in_a_service(lin
 
 @pytest.mark.parametrize("platform", ["linux", "darwin", "win32"])
 @pytest.mark.parametrize("where", ["path", "variable"])
-def test_nothing_can_begin_a_line_of_its_own_in_a_services_file(platform, where):
-    bad = "/home/me/x\nExecStartPre=/bin/evil"
+@pytest.mark.parametrize("bad", ["/home/me/x\nExecStartPre=/bin/evil", "/home/me/\udcff"], ids=["line", "no text"])
+def test_nothing_can_begin_a_line_of_its_own_in_a_services_file(platform, where, bad):
     argv, variables = (ARGV + [bad], {}) if where == "path" else (ARGV, {"HTTPS_PROXY": bad})
     with pytest.raises(r.UsageError, match="control character"):
         r.make_service(platform, "/home/me", argv, variables, "/home/me/log")
