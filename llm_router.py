@@ -14524,7 +14524,8 @@ _SERVICE_VARIABLES = "HTTPS_PROXY HTTP_PROXY ALL_PROXY NO_PROXY SSL_CERT_FILE SS
 
 class Service(NamedTuple):
     """How one platform starts the router at login. path: its file, "" when it has none; text: what stands in it.
-    install, status, remove: the commands of the platform's own tool. hint: what is left to know."""
+    install, status, remove: the commands of the platform's own tool; what undoes it needs the file, which goes last.
+    hint: what is left to know."""
 
     path: str
     text: str
@@ -14575,12 +14576,13 @@ def _systemd_unit(home: str, argv: Sequence[str], variables: Mapping[str, str]) 
     call = "@%s %s" % (words[0], " ".join(words[1:]).replace("$", "$$"))
     kept = "".join("Environment=%s\n" % _systemd_word("%s=%s" % entry) for entry in variables.items())
     unit, user = SERVICE_NAME + ".service", ("systemctl", "--user")
+    path = home + "/.config/systemd/user/" + unit
     return Service(
-        home + "/.config/systemd/user/" + unit,
+        path,
         _SYSTEMD_UNIT % (call, kept),
         ((*user, "daemon-reload"), (*user, "enable", "--now", unit)),
         (*user, "is-active", unit),
-        ((*user, "disable", "--now", unit),),
+        ((*user, "disable", "--now", unit), ("rm", path)),
         "it ends when you log out, and starts when you log in; all the time it runs after: loginctl enable-linger",
     )
 
@@ -14597,8 +14599,8 @@ def _launchd_agent(home: str, argv: Sequence[str], variables: Mapping[str, str],
     entry.update(RunAtLoad=True, KeepAlive={"SuccessfulExit": False}, StandardOutPath=log, StandardErrorPath=log)
     entry.update(Umask=0o77)  # or everybody could read the log
     path = "%s/Library/LaunchAgents/%s.plist" % (home, _LAUNCHD_LABEL)
-    list_, unload = ("launchctl", "list", _LAUNCHD_LABEL), ("launchctl", "unload", "-w", path)
-    return Service(path, plistlib.dumps(entry).decode(), (("launchctl", "load", "-w", path),), list_, (unload,))
+    list_, remove = ("launchctl", "list", _LAUNCHD_LABEL), (("launchctl", "unload", "-w", path), ("rm", path))
+    return Service(path, plistlib.dumps(entry).decode(), (("launchctl", "load", "-w", path),), list_, remove)
 
 
 def _windows_task(argv: Sequence[str]) -> Service:
@@ -14612,23 +14614,13 @@ def _windows_task(argv: Sequence[str]) -> Service:
 
 
 def install_service(service: Service) -> Tuple[List[str], str]:
-    """Write the service's file and start it; what `_give` returns. FileError when the file cannot be written."""
+    """Write the service's file and start it; what `give_commands` returns. FileError when it cannot be written."""
     if service.path:
         if os.path.exists(service.path):  # what runs would go on as it was started
-            _give(service.remove)
+            give_commands(service.remove)
         make_folder(os.path.dirname(service.path))
         write_private(service.path, service.text.encode())
-    return _give(service.install)
-
-
-def remove_service(service: Service) -> Tuple[List[str], str]:
-    """Stop the service and delete its file, which the tool needs for that; what `_give` returns."""
-    import shlex
-
-    left, said = _give(service.remove)
-    if service.path and not left:
-        _remove(service.path)
-    return left + ["rm " + shlex.quote(service.path)] * bool(service.path and left), said
+    return give_commands(service.install)
 
 
 def service_state(service: Service) -> str:
@@ -14642,7 +14634,7 @@ def service_state(service: Service) -> str:
     return "installed, state unknown: " + words if code and service.path and " " in words else words
 
 
-def _give(commands: Sequence[Texts]) -> Tuple[List[str], str]:
+def give_commands(commands: Sequence[Texts]) -> Tuple[List[str], str]:
     """Give commands; those that are left to the user, since a tool is missing or has failed, and what it said."""
     import shlex
 
@@ -16459,7 +16451,7 @@ def run_startup(given: Given) -> int:
         state = service_state(service)
         if verb == "status" or state == "not installed":
             return given.tell({"state": state, "path": service.path}, [state])
-        left, said = remove_service(service)
+        left, said = give_commands(service.remove)
         state = "not removed:" if left else "removed"
     lines = ["%s %s" % (state, one_line(service.path) or "the task " + SERVICE_NAME)]
     lines += ["now run: " + " && ".join(left), "which failed here: " + said] if left else []
