@@ -897,7 +897,7 @@ def read_usable_config(document: Json, environ: Mapping[str, str]) -> Config:
     """The same for what is to serve: ConfigError without an enabled provider, too."""
     config = read_config(document, environ)
     if not any(provider.enabled for provider in config.providers):
-        raise ConfigError("the configuration has no enabled provider")
+        raise ConfigError("the configuration has no enabled provider; " + WAYS_ON)
     return config
 
 
@@ -1451,6 +1451,11 @@ class Preset(NamedTuple):
 def _read_presets(table: str) -> Tuple[Preset, ...]:
     return tuple(Preset(*map(str.strip, line.split("|"))) for line in table.strip().split("\n"))
 
+
+WAYS_ON = (
+    "add a provider: llm-router config opens the menu, llm-router config --operation=upsert-provider --help is for"
+    " scripts; or set a key variable such as OPENAI_API_KEY; or try llm-router demo"
+)
 
 # In the order in which the first key found gives the default model.
 PRESETS = _read_presets("""
@@ -13814,7 +13819,8 @@ def find_instance(path: str, config: str, port: int) -> Instance:
             else:
                 (alive if error.code == "no_answer" else stale).append(instance)
     if stale:
-        change_instances(path, lambda known: [instance for instance in known if instance not in stale])
+        with suppress(FileError):  # a full disk must keep nobody from stopping what runs
+            change_instances(path, lambda known: [one for one in known if one not in stale])
     fits = [one for one in alive if (not config or one.config == config) and (not port or one.port == port)]
     ports = " or ".join("--port=%d" % one.port for one in fits or alive)
     if not fits:
@@ -14537,15 +14543,14 @@ class Service(NamedTuple):
 
 def service_variables(environ: Environ) -> Dict[str, str]:
     """What a service must keep of the environment: proxies and certificates, in either case, and settings; no key."""
-    names = [name for upper in _SERVICE_VARIABLES for name in (upper, upper.lower())]
-    names += [row.variable for row in SETTINGS]
+    names = [row.variable for row in SETTINGS]
+    names += [name for upper in _SERVICE_VARIABLES for name in (upper, upper.lower())]
     return {name: environ[name] for name in names if environ.get(name)}
 
 
 def make_service(platform: str, home: str, argv: Sequence[str], variables: Mapping[str, str], log: str) -> Service:
-    """The service of a platform (sys.platform) that runs `argv`. A value, nothing is touched. UsageError for a control
-    character, which no platform's file can hold, or which would start a line of its own there, and for bytes that are
-    no UTF-8 in a path."""
+    """The service of a platform (sys.platform) that runs `argv`. A value, nothing is touched. UsageError for what no
+    platform's file can hold: a control character, which could start a line of its own there, and bytes of no text."""
     for text in (home, log, *argv, *variables, *variables.values()):
         if re.search(r"[\x00-\x1f\x7f\ud800-\udfff]", text):
             raise UsageError("a service cannot have a control character, nor what is no text: %s" % one_line(text, 160))
@@ -14556,7 +14561,6 @@ def make_service(platform: str, home: str, argv: Sequence[str], variables: Mappi
 
 _SYSTEMD_UNIT = """[Unit]
 Description=llm-router
-After=network-online.target
 
 [Service]
 ExecStart=%s
@@ -14624,13 +14628,11 @@ def install_service(service: Service) -> Tuple[List[str], str]:
 
 
 def service_state(service: Service) -> str:
-    """`not installed`, or what the platform's tool says."""
+    """`not installed`, which schtasks says by a 1 alone, or what the platform's tool says."""
     if service.path and not os.path.exists(service.path):
         return "not installed"
     code, said = run_tool(service.status, _SERVICE_S)
-    if code == 1 and not service.path:  # schtasks knows no such task
-        return "not installed"
-    words = one_line(said.strip(), 300) or "code %d" % code
+    words = "not installed" if code == 1 and not service.path else one_line(said.strip(), 300) or "code %d" % code
     return "installed, state unknown: " + words if code and service.path and " " in words else words
 
 
@@ -15314,11 +15316,10 @@ def examine(given: str, port: int, environ: Environ, offline: bool) -> List[Find
     running = running_instances()
     ports = {instance.port for instance, _ in running}
     findings += _examine_running(running)
-    holder = None if port in ports else find_listener(port)
-    if holder is not None:
-        findings.append(Finding("problem", "port", "%d is used by pid %d (%s)" % (port, *holder), "start --port=0"))
-    elif port not in ports:
-        findings.append(Finding("ok", "port", "%d is free, as far as can be seen" % port))
+    if port not in ports:
+        holder, free = find_listener(port), Finding("ok", "port", "%d is free, as far as can be seen" % port)
+        words = "%d is used by pid %d (%s)" % (port, *holder) if holder else ""
+        findings.append(Finding("problem", "port", words, "start --port=0") if holder else free)
     findings += [*_examine_network(environ), *_examine_clients(environ, ports | {port})]
     providers = [provider for provider in config.providers if provider.enabled] if config is not None else []
     for one in providers:  # a base URL may have come from anywhere
@@ -15334,8 +15335,7 @@ def _examine_config(given: str, environ: Environ) -> Tuple[List[Finding], Option
         return [Finding("problem", "configuration", error.message, "correct the file; its .bak may be good")], None
     document = loaded.document if loaded.document is not None or given else preset_document(environ)
     if document is None:
-        cure = "llm-router config opens the menu; or set a key variable such as OPENAI_API_KEY"
-        return [Finding("problem", "configuration", "there is none", cure)], None
+        return [Finding("problem", "configuration", "there is none", WAYS_ON)], None
     config, problems = scan_config(document, environ)
     found = [Finding("ok", "configuration", loaded.source if loaded.document is not None else "made of key variables")]
     found += [Finding("warning", "configuration", warning) for warning in loaded.warnings]
@@ -15882,7 +15882,7 @@ class Given:
             return loaded
         made = preset_document(self.environ) if presets and not self.config else None
         if made is None:
-            raise ConfigError("no configuration: %s does not exist; %s" % (one_line(loaded.path), _WAYS_ON))
+            raise ConfigError("no configuration: %s does not exist; %s" % (one_line(loaded.path), WAYS_ON))
         names = ", ".join(provider["apiKeyEnv"] for provider in made["providers"])
         return Loaded(made, "the key variables %s (there is no %s)" % (names, one_line(loaded.path)), loaded.path)
 
@@ -16253,10 +16253,6 @@ def show_duration(ms: float) -> str:
     return "%d min %d s" % divmod(s, 60) if s < 3600 else "%d h %d min" % divmod(s // 60, 60)
 
 
-_WAYS_ON = (
-    "add a provider: llm-router config opens the menu, llm-router config --operation=upsert-provider --help is for"
-    " scripts; or set a key variable such as OPENAI_API_KEY; or try llm-router demo"
-)
 _HIDES = "%s is set and goes before this file"
 _KEY_ONCE = "%s key (shown only now): %s"
 
@@ -16334,7 +16330,7 @@ def run_list(given: Given) -> int:
     _warn(loaded.warnings)
     lines = ["llm-router " + __version__]
     if loaded.document is None:
-        lines += ["no configuration: %s does not exist" % one_line(loaded.path), _WAYS_ON]
+        lines += ["no configuration: %s does not exist" % one_line(loaded.path), WAYS_ON]
     else:
         config, problems = scan_config(loaded.document, given.environ)
         lines += _summary(config, loaded.source)
@@ -16591,11 +16587,9 @@ def read_start_options(given: Given) -> StartOptions:
         settings = settings._replace(drain_grace_ms=given.grace * 1000)
     loaded = given.load(presets=True)
     try:
-        config = read_config(loaded.document, given.environ)
+        config = read_usable_config(loaded.document, given.environ)
     except ConfigError as error:
         raise ConfigError("%s: %s" % (one_line(loaded.source), error.message), error.problems) from None
-    if not any(provider.enabled for provider in config.providers):
-        raise UsageError("%s has no enabled provider; %s" % (one_line(loaded.source), _WAYS_ON))
     auth = bool(given.require_auth)
     if auth and not config.master_key and not config.client_keys:
         cure = "llm-router config --operation=set-master-key --generate, or LLM_ROUTER_MASTER_KEY"
@@ -17303,8 +17297,7 @@ def _report(error: Exception, argv: Sequence[str]) -> int:
 
     if any(re.fullmatch("--debug(=(1|true|yes|on))?", word.lower()) for word in argv):
         traceback.print_exc()
-    known = isinstance(error, RouterError)
-    text = error.message if known else "%s: %s (--debug shows more)" % (type(error).__name__, error)
+    text = getattr(error, "message", "") or "%s: %s (--debug shows more)" % (type(error).__name__, error)
     tell_aside("llm-router: " + printable(text))
     return 2 if isinstance(error, UsageError) else 1
 

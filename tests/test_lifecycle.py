@@ -457,11 +457,15 @@ def test_a_corrupt_state_file_is_replaced_by_the_next_start(router, upstream, tm
     assert "pid %d" % started.process.pid in ok(started.home, "status")
 
 
-def test_a_stale_entry_is_cleaned_and_the_living_one_stays(running):
+def test_a_stale_entry_is_cleaned_and_the_living_one_stays(running, monkeypatch):
     alive = instances(running.home)[0]
     dead = dict(alive, id="0" * 16, port=fake.dead_port())
     damaged = [dict(dead, id="1" * 16, token="a\nb"), dict(dead, id="2" * 16, host="a" * 70)]
-    state_file(running.home).write_text(json.dumps({"instances": [dead, *damaged, alive]}))
+    path = state_file(running.home)
+    path.write_text(json.dumps({"instances": [dead, *damaged, alive]}))
+    with monkeypatch.context() as patch:  # a full disk keeps nobody from stopping what runs
+        patch.setattr(r, "write_private", lambda *_, **more: (_ for _ in ()).throw(r.FileError("no space left")))
+        assert r.find_instance(str(path), "", 0).id == alive["id"]
     assert "pid %d" % running.process.pid in ok(running.home, "status")
     assert instances(running.home) == [alive]
 
