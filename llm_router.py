@@ -3613,12 +3613,6 @@ def parse_chat_request(body: Json) -> ChatRequest:
     )  # fmt: skip
 
 
-def set_apart(block: Any) -> Any:
-    """A text that begins a further message of an answer: where messages become one, as in Chat, a paragraph of its own,
-    as in microsoft/vscode#312173; a preamble (`phase`) would run into what follows it."""
-    return block._replace(extra={**(block.extra or {}), _CHAT: {"apart": True}}) if type(block) is Text else block
-
-
 def _chat_rest(item: Json, known: Iterable[str]) -> Extra:
     """What `item` says besides the `known` keys. `cache_control`, which some providers take, has Anthropic's shape."""
     mark, rest = get_dict(item, "cache_control"), rest_of(item, (*known, "cache_control"), _CHAT)
@@ -4215,6 +4209,18 @@ class _Slot:
         return self.is_whole
 
 
+def _whole_details(details: List[Any]) -> List[Any]:
+    """Reasoning details as OpenRouter wants them back: a stream brings the text of one in pieces under its index, the
+    signature of all of it last (agno-agi/agno#8794)."""
+    whole: Dict[Any, Json] = OrderedDict()
+    for number, item in enumerate(map(as_dict, details)):
+        is_piece = "index" in item and "data" not in item
+        known = whole.setdefault((item.get("type"), item["index"]) if is_piece else number, {})
+        for key, value in _told(item).items():
+            known[key] = known[key] + value if key in ("text", "summary") and key in known else value
+    return list(whole.values())
+
+
 class ChatStreamParser:
     """Chunks (SDK: ChatCompletionChunk) and their dialects to neutral stream events, one block open at a time.
 
@@ -4234,7 +4240,7 @@ class ChatStreamParser:
         self._types: Set[type] = set()  # of all blocks opened so far
         self._calls: Dict[Any, _Slot] = {}  # by index, by id, and the last one
         self._ids: Set[str] = set()
-        self._details: List[Any] = []  # reasoning details that came amid another block
+        self._details: List[Any] = []  # of the reasoning that is open or to come
         self._tag, self._held = _THINK_OPEN, ""  # looked for next, " " behind both; text that may be its beginning
         self._reason = self._stop_sequence = ""
         self._extra: Json = {}
@@ -4314,8 +4320,7 @@ class ChatStreamParser:
         if not self.is_ended:
             self._start({})
             self._flush()
-            if self._details:
-                self._add_slot(Thinking("", {_CHAT: {"reasoning_details": self._details}}))
+            self._add_thought()
             self._advance(True)
             self.is_ended = True
             extra = {_CHAT: self._extra} if self._extra else None
@@ -4408,10 +4413,18 @@ class ChatStreamParser:
                 slot.waiting.clear()
             if not is_end and (is_last or not slot.is_complete()):
                 return
+            if kind is Thinking and self._details:
+                self._out.append(Extended(_CHAT, {"reasoning_details": _whole_details(self._details)}))
+                self._details = []
             if slot.is_open:
                 self._out.append(Closed())
             self.skipped += kind is ToolCall and not slot.is_open  # a call without a name
             del self._slots[0]
+
+    def _add_thought(self) -> None:
+        """A block for reasoning details that came without a text, or amid another block."""
+        if self._details and not (self._slots and type(self._slots[-1].block) is Thinking):
+            self._add_slot(Thinking(""))
 
     def _add_text(self, kind: type, text: Any) -> None:
         if text and type(text) is str:
@@ -4428,13 +4441,10 @@ class ChatStreamParser:
         if thought or details:
             texts = [get_text(item, "text") or get_text(item, "summary") for item in details]
             self._add_text(Thinking, thought or "".join(texts))
+        self._details += details
         if details and not self._slots:
-            self._add_slot(Thinking(""))
+            self._add_thought()
             self._advance()
-        if details and self._flowing is Thinking:
-            self._out.append(Extended(_CHAT, {"reasoning_details": details}))
-        else:
-            self._details += details
         self._read_content(get("content"))
         self._add_text(Refusal, get("refusal"))
         self._add_text(Text, as_dict(get("audio")).get("transcript"))
@@ -4516,6 +4526,7 @@ class ChatStreamParser:
             slot = self._calls.get(("id", call_id) if call_id else "last")
         if slot is None or (name and self._is_new_call(slot, call_id, name, text, touched)):
             self._flush()
+            self._add_thought()
             slot = self._add_slot(ToolCall("", ""))
             self._calls["last"] = slot
         if place:
@@ -5296,8 +5307,6 @@ class AnthropicStreamParser(TypedEventParser):
             self._block = dict(item)
         else:
             text, self._block = block_text(block), with_text(block, "")
-            if self._kinds[-1:] != [Text] and Text in self._kinds:  # what is behind a search is a new paragraph
-                self._block = set_apart(self._block)
             events.append(Opened(self._block))
             if isinstance(block, ToolCall):
                 self._block.id = block.id or "toolu_%s_%d" % (self._context.id, len(self._kinds))
@@ -5713,6 +5722,12 @@ def _responses_turns(items: List[Json], names: _FlatNames) -> List[Message]:
         elif blocks:
             turns.append(Message(role, blocks))
     return turns
+
+
+def set_apart(block: Any) -> Any:
+    """A text that begins a further message of an answer: where messages become one, as in Chat, a paragraph of its own,
+    as in microsoft/vscode#312173; a preamble (`phase`) would run into what follows it."""
+    return block._replace(extra={**(block.extra or {}), _CHAT: {"apart": True}}) if type(block) is Text else block
 
 
 def _responses_turn(item: Json, where: str, names: _FlatNames) -> Tuple[str, Blocks]:
@@ -6327,7 +6342,7 @@ class ResponsesRenderer:
         self._kind = bag["part"] if key is Thinking and "part" in bag else _RESPONSES_KINDS[key]
         row, out = _RESPONSES_PARTS[self._kind], b""
         joins = row.item == "message" == item.get("type") and item.get("phase") == bag.get("phase")
-        if not joins or bag.get("id", item["id"]) != item["id"] or own_extra(block, _CHAT).get("apart"):
+        if not joins or bag.get("id", item["id"]) != item["id"]:
             out = self._next_item(self._new_item(row))
         if row.frame:
             self._place[row.index] = len(self._item[row.holder])

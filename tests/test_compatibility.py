@@ -536,6 +536,33 @@ def signed_answer(stream):
     return fake.sse_answer([fake.sse(dict(answer, object="chat.completion.chunk")), fake.sse("[DONE]")])
 
 
+@pytest.mark.parametrize("wire", ["anthropic", "responses"])
+def test_reasoning_that_openrouter_told_in_pieces_goes_back_whole(wire, router, make_upstream):
+    """Anthropic, behind it, refuses pieces: the signature is of all of the text (agno-agi/agno#8794)."""
+    kind, sealed = {"type": "reasoning.text", "format": "anthropic-claude-v1", "index": 0}, {"type": "reasoning.encrypted"}
+    call = {"index": 0, "id": "call_1", "type": "function", "function": {"name": "look", "arguments": '{"a":1}'}}
+    deltas = [
+        {"role": "assistant", "reasoning": "Let", "reasoning_details": [dict(kind, text="Let")]},
+        {"reasoning": " me.", "reasoning_details": [dict(kind, text=" me.")]},
+        {"reasoning_details": [dict(kind, signature="sig")]},
+        {"content": "I look."},
+        {"tool_calls": [call], "reasoning_details": [dict(sealed, data="x", index=0), dict(sealed, data="y", index=0)]},
+    ]
+    chunks = [{"choices": [{"index": 0, "delta": delta, "finish_reason": None}]} for delta in deltas]
+    chunks.append({"choices": [{"index": 0, "delta": {}, "finish_reason": "tool_calls"}]})
+    upstream = make_upstream(fake.final_text("ok"))
+    running = router(config_of(provider(upstream, "openai", "a", ["m"])))
+    upstream.answer(fake.sse_answer([*map(fake.sse, chunks), fake.sse("[DONE]")]))
+    again = dict(tool_turns(wire), model="a/m")
+    key = "input" if wire == "responses" else "messages"
+    first = dict(again, stream=True, **{key: again[key][:1]})
+    assert running.post(PATHS[wire], first, stream=True).status == 200
+    assert running.post(PATHS[wire], again).status == 200
+    turn = next(turn for turn in upstream.calls[-1].json["messages"] if turn.get("tool_calls"))
+    whole = dict(kind, text="Let me.", signature="sig")
+    assert turn["reasoning_details"] == [whole, *deltas[-1]["reasoning_details"]]
+
+
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("wire", ["openai", "anthropic", "responses"])
 def test_the_signature_of_a_call_goes_back_to_its_issuer_although_the_client_keeps_none(wire, stream, router, make_upstream):

@@ -656,20 +656,6 @@ def test_a_further_message_of_an_answer_is_a_paragraph_of_its_own_where_messages
     assert [block["text"] for block in told["content"]] == ["Let me look.", "Here it ", "is."]
 
 
-def test_a_text_behind_a_search_is_a_paragraph_of_its_own_and_a_cited_part_of_a_sentence_is_none():
-    """What Anthropic's models say before they search ran into the answer, whose cited parts are blocks, too."""
-    search = {"type": "server_tool_use", "id": "s", "name": "web_search", "input": {"query": "q"}}
-    found = {"type": "web_search_tool_result", "tool_use_id": "s", "content": []}
-    texts = [{"type": "text", "text": text} for text in ("Let me look.", "Here ", "it is.")]
-    message = {"content": [texts[0], search, found, *texts[1:]], "stop_reason": "end_turn"}
-    chat = R.translate_response(message, "anthropic", "openai", CONTEXT)
-    assert chat["choices"][0]["message"]["content"] == "Let me look.\n\nHere it is."
-    output = R.translate_response(message, "anthropic", "responses", CONTEXT)["output"]
-    assert [[part["text"] for part in item["content"]] for item in output] == [["Let me look."], ["Here ", "it is."]]
-    same = R.translate_response(message, "anthropic", "anthropic", CONTEXT)
-    assert same["content"] == message["content"]
-
-
 @pytest.mark.parametrize("target", WIRES)
 def test_silence_is_borne_for_usage_and_end_but_not_for_long_behind_the_end(target):
     """trap 9"""
