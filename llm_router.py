@@ -3116,7 +3116,7 @@ def with_text(block: Any, text: str) -> Any:
 
 def _extended(block: Any, added: List[Extended]) -> Any:
     bags: Dict[str, Json] = {event.wire: {**own_extra(block, event.wire)} for event in added}
-    made: Dict[Tuple[str, str], Any] = {}  # joined here: grows in place, since at OpenRouter every delta adds to a list
+    made: Dict[Tuple[str, str], Any] = {}  # joined here: grows in place, since a text may have thousands of citations
     for wire, key, value in ((event.wire, *said) for event in added for said in event.values.items()):
         old, bag = bags[wire].get(key), bags[wire]
         if not isinstance(value, (str, list)) or type(old) is not type(value):
@@ -4320,7 +4320,6 @@ class ChatStreamParser:
         if not self.is_ended:
             self._start({})
             self._flush()
-            self._add_thought()
             self._advance(True)
             self.is_ended = True
             extra = {_CHAT: self._extra} if self._extra else None
@@ -4421,11 +4420,6 @@ class ChatStreamParser:
             self.skipped += kind is ToolCall and not slot.is_open  # a call without a name
             del self._slots[0]
 
-    def _add_thought(self) -> None:
-        """A block for reasoning details that came without a text, or amid another block."""
-        if self._details and not (self._slots and type(self._slots[-1].block) is Thinking):
-            self._add_slot(Thinking(""))
-
     def _add_text(self, kind: type, text: Any) -> None:
         if text and type(text) is str:
             slot = self._slots[-1] if self._slots and type(self._slots[-1].block) is kind else self._add_slot(kind(""))
@@ -4442,9 +4436,6 @@ class ChatStreamParser:
             texts = [get_text(item, "text") or get_text(item, "summary") for item in details]
             self._add_text(Thinking, thought or "".join(texts))
         self._details += details
-        if details and not self._slots:
-            self._add_thought()
-            self._advance()
         self._read_content(get("content"))
         self._add_text(Refusal, get("refusal"))
         self._add_text(Text, as_dict(get("audio")).get("transcript"))
@@ -4491,9 +4482,12 @@ class ChatStreamParser:
             self._add_text(Text, text)
 
     def _flush(self) -> None:
-        """Text that was held because it might have been the beginning of a tag."""
+        """Text that was held because it might have been the beginning of a tag; a block for reasoning details that came
+        without a text, or amid another block."""
         held, self._held = self._held, ""
         self._add_text(Thinking if self._tag == _THINK_CLOSE else Text, held)
+        if self._details and not (self._slots and type(self._slots[-1].block) is Thinking):
+            self._add_slot(Thinking(""))
 
     # -- tool calls
 
@@ -4526,7 +4520,6 @@ class ChatStreamParser:
             slot = self._calls.get(("id", call_id) if call_id else "last")
         if slot is None or (name and self._is_new_call(slot, call_id, name, text, touched)):
             self._flush()
-            self._add_thought()
             slot = self._add_slot(ToolCall("", ""))
             self._calls["last"] = slot
         if place:
@@ -6071,8 +6064,7 @@ class ResponsesParser(TypedEventParser):
         if not isinstance(index, int):
             name = value.get("item_id") or get_dict(value, "item").get("id")
             newest = len(self._items) - bool(kind and self._items)
-            from_newest = (i for i in reversed(self._items) if self._items[i].item.get("id") == name)
-            index = next(from_newest if name else iter(()), newest)
+            index = next((i for i in reversed(self._items) if name and self._items[i].item.get("id") == name), newest)
         if index not in self._items:
             self._items[index] = _ResponsesItem(index, get_dict(value, "item") or {"type": kind})
             self._going.append(self._items[index])
@@ -6897,11 +6889,7 @@ class Fix(NamedTuple):
 
 
 def _rename(old: str, new: str) -> Callable[[Json], None]:
-    def apply(body: Json) -> None:
-        if old in body:
-            body.setdefault(new, body.pop(old))
-
-    return apply
+    return lambda body: body.update({new: body.pop(old)} if old in body else {})
 
 
 def _drop(*names: str, among: Callable[[Json], List[Json]] = lambda body: [body]) -> Callable[[Json], None]:
@@ -6926,11 +6914,8 @@ def _system_in_front(body: Json) -> None:
 def _drop_sampling(body: Json) -> None:
     """OpenAI's and Kimi's models that reason refuse what steers sampling, unless they are told not to (trap 72)."""
     efforts = body.get("reasoning_effort"), get_dict(body, "reasoning").get("effort")
-    if _FIXED_SAMPLING.search(get_text(body, "model")) and "none" not in efforts:
+    if re.search(r"(?:^|/)(?:o\d|gpt-(?:[5-9])(?!.*chat)|kimi-)", get_text(body, "model")) and "none" not in efforts:
         _drop("temperature", "top_p")(body)
-
-
-_FIXED_SAMPLING = re.compile(r"(?:^|/)(?:o\d|gpt-(?:[5-9])(?!.*chat)|kimi-)")
 
 
 def _think_only_if_replayed(body: Json) -> None:
