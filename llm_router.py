@@ -161,6 +161,7 @@ class UpstreamError(RouterError):
 Headers = List[Tuple[str, str]]
 Json = Dict[str, Any]  # a JSON object
 Texts = Tuple[str, ...]
+Environ = Mapping[str, str]  # variables of a process
 
 
 class Value:
@@ -313,19 +314,19 @@ def as_int(value: Any) -> int:
     return min(value, 2**53) if type(value) is int and value > 0 else 0
 
 
-def get_text(item: Mapping[str, Any], key: str) -> str:
+def get_text(item: Json, key: str) -> str:
     """as_text of a member."""
     value = item.get(key)
     return value if isinstance(value, str) else ""
 
 
-def get_dict(item: Mapping[str, Any], key: str) -> Json:
+def get_dict(item: Json, key: str) -> Json:
     """as_dict of a member."""
     value = item.get(key)
     return value if isinstance(value, dict) else {}
 
 
-def get_list(item: Mapping[str, Any], key: str) -> List[Any]:
+def get_list(item: Json, key: str) -> List[Any]:
     """as_list of a member."""
     value = item.get(key)
     return value if isinstance(value, list) else []
@@ -446,7 +447,7 @@ def parse_bool(text: str) -> bool:
     return value
 
 
-def read_settings(flags: Mapping[str, str], environ: Mapping[str, str]) -> Tuple[Settings, List[str]]:
+def read_settings(flags: Mapping[str, str], environ: Environ) -> Tuple[Settings, List[str]]:
     """The settings and what to warn about. flags: {"trail_size": "10"}, by setting name.
 
     A flag goes before the environment, that before the default; an empty variable counts as unset. An unusable value
@@ -883,7 +884,7 @@ def find_problems(document: Json) -> List[Problem]:
     return scan_config(document, {})[1]
 
 
-def read_config(document: Json, environ: Mapping[str, str]) -> Config:
+def read_config(document: Json, environ: Environ) -> Config:
     """The configuration as values, keys from the environment filled in. ConfigError when a problem is an error."""
     config, problems = scan_config(document, environ)
     errors = [problem for problem in problems if problem.level == "error"]
@@ -893,7 +894,7 @@ def read_config(document: Json, environ: Mapping[str, str]) -> Config:
     return config
 
 
-def read_usable_config(document: Json, environ: Mapping[str, str]) -> Config:
+def read_usable_config(document: Json, environ: Environ) -> Config:
     """The same for what is to serve: ConfigError without an enabled provider, too."""
     config = read_config(document, environ)
     if not any(provider.enabled for provider in config.providers):
@@ -901,7 +902,7 @@ def read_usable_config(document: Json, environ: Mapping[str, str]) -> Config:
     return config
 
 
-def scan_config(document: Json, environ: Mapping[str, str]) -> Tuple[Config, List[Problem]]:
+def scan_config(document: Json, environ: Environ) -> Tuple[Config, List[Problem]]:
     """What can be read of a configuration, however broken, and everything wrong in it; {}: of no known environment."""
     scan = _Scan(environ)
     return scan.scan(document), scan.problems
@@ -1035,7 +1036,7 @@ _VERDICTS = {  # of ModelIndex.judge: what is said of the name, and the cure
 class _Scan:
     """A pass over a document: makes its values, notes what is wrong. A reader returns None for what cannot be used."""
 
-    def __init__(self, environ: Mapping[str, str]) -> None:
+    def __init__(self, environ: Environ) -> None:
         self.problems: List[Problem] = []
         self._environ = environ
         self._level = "error"  # of an error where the pass is: inside a disabled entry it does no harm
@@ -1250,7 +1251,7 @@ class _Scan:
             self.problems.append(Problem(path, message % one_line(name, 80), cure, level))
 
 
-def _made(type_: Any, values: Mapping[str, Any]) -> Any:
+def _made(type_: Any, values: Json) -> Any:
     """A value of those of the values that it holds."""
     return type_(**{name: value for name, value in values.items() if name in type_._fields})
 
@@ -1491,7 +1492,7 @@ def preset_urls(row: Preset) -> Dict[str, str]:
     return {wire: url if "://" in url else "https://" + url for wire, url in found.items()}
 
 
-def preset_document(environ: Mapping[str, str]) -> Optional[Json]:
+def preset_document(environ: Environ) -> Optional[Json]:
     """A configuration of every well-known provider whose key variable is set; None when none is."""
     found = {row: name for row in PRESETS for name in reversed(row.variables) if environ.get(name, "").strip()}
     providers = [
@@ -4774,7 +4775,7 @@ def _anthropic_tools(tools: List[Any], messages: List[Any]) -> List[Any]:
     return [tool for name, tool in known.items() if offered.get(name, True)]
 
 
-def _without(item: Mapping[str, Any], *keys: str) -> Json:
+def _without(item: Json, *keys: str) -> Json:
     return {key: value for key, value in item.items() if key not in keys}
 
 
@@ -5757,7 +5758,7 @@ def _responses_file(part: Json) -> Json:
     return {**_without(part, "file_url"), "file_data": data or get_text(part, "file_url")}
 
 
-def _responses_words(part: Json, bag: Mapping[str, Any]) -> Any:
+def _responses_words(part: Json, bag: Json) -> Any:
     """A part of an answer as a block that keeps `bag`, too; None when it is empty or unknown."""
     kind = get_text(part, "type")
     block, field = (Refusal, "refusal") if kind == "refusal" else (Text, "text")
@@ -5787,7 +5788,7 @@ def _responses_blocks(item: Json, names: _FlatNames, call_id: str = "", bag: Map
     return [thinking if thinking.text else Opaque(_RESPONSES, item)] if kind else []
 
 
-def _responses_thinking(item: Json, bag: Mapping[str, Any]) -> Thinking:
+def _responses_thinking(item: Json, bag: Json) -> Thinking:
     """A reasoning item: its summary, else the reasoning itself (open models), and what proves and continues it."""
     for kind in ("summary_text", "reasoning_text"):
         parts = map(as_dict, get_list(item, _RESPONSES_PARTS[kind].holder))
@@ -6282,7 +6283,7 @@ class ResponsesRenderer:
         self._block: Any = None
         self._kind = ""  # of the open block's part, "" until it has something to show
         self._place: Json = {}  # of the open item, or of its open part, as events tell it
-        self._bag: Json = {}
+        self._bag: Mapping[str, Any] = {}
         self._pieces: List[str] = []
         self._head = self._middle = b""
         self._refused = False
@@ -10091,6 +10092,9 @@ class Answer(NamedTuple):
     reply: Any = None
 
 
+Result = Union[Outcome, Answer]  # of an attempt
+
+
 class RefusedError(RouterError):
     """An error as the client gets it. info: as its format shows it; headers beside it; body: the upstream's own bytes,
     None when `info` is to be rendered."""
@@ -10343,7 +10347,7 @@ class Exchange:
         finally:
             book.apply(release(run))
 
-    async def _attempt(self, action: Try, run: Run) -> Union[Outcome, Answer]:
+    async def _attempt(self, action: Try, run: Run) -> Result:
         """An attempt at a candidate; once more at once when its 400 names what can be mended, or its 500: so llama.cpp
         tells what the model's template refuses. A fallback whose format cannot say what was asked refuses it."""
         self._candidate, ref, has_more = action.candidate, action.candidate.ref, bool(run.remaining)
@@ -10380,7 +10384,7 @@ class Exchange:
         self._trail.amend(decision="learned, again: " + fix)
         return self._requests.make(self._candidate)
 
-    async def _call(self, outbound: Outbound, delay_ms: int, has_more: bool) -> Union[Outcome, Answer]:
+    async def _call(self, outbound: Outbound, delay_ms: int, has_more: bool) -> Result:
         """One call: an Answer the client may have, or what came instead."""
         provider = self._candidate.provider
         self._outbound, self._asked_at = outbound, self._host.now()
@@ -10414,7 +10418,7 @@ class Exchange:
         timeouts = own._replace(connect_ms=connect_ms, first_byte_ms=first_byte_ms)
         return outbound._replace(timeouts=timeouts, until=self._until)
 
-    def _note(self, delay_ms: int, result: Union[Outcome, Answer, None], plight: str) -> None:
+    def _note(self, delay_ms: int, result: Optional[Result], plight: str) -> None:
         took_ms = int((self._host.now() - self._asked_at) * 1000)
         label, kind, message = "ok", OK, ""
         if result is None:
@@ -10426,7 +10430,7 @@ class Exchange:
 
     # --- what an upstream's answer is, read as far as that takes ---
 
-    async def _judge(self, reply: Any, has_more: bool) -> Union[Outcome, Answer]:
+    async def _judge(self, reply: Any, has_more: bool) -> Result:
         if not 200 <= reply.status < 300:
             body = await self._read_error(reply)
             return judge_error(self._outbound.wire, reply.status, reply.headers, body, self._host.wall())
@@ -10480,7 +10484,7 @@ class Exchange:
         left_s = max(end - self._host.now(), 0.0)
         return left_s if limit_s is None else min(left_s, limit_s)
 
-    def _judge_whole(self, reply: Any, body: bytes) -> Union[Outcome, Answer]:
+    def _judge_whole(self, reply: Any, body: bytes) -> Result:
         source, is_chat = WIRE_FORMATS[self._outbound.wire], self._inbound.operation == "chat"
         parsed = _read_json(body)
         told = _error_in(parsed)
@@ -10529,7 +10533,7 @@ class Exchange:
         self._empty = self._empty or answer
         return Outcome(EMPTY, reply.status, "empty", ErrorInfo(502, "the answer was complete but empty"))
 
-    async def _judge_stream(self, reply: Any, has_more: bool) -> Union[Outcome, Answer]:
+    async def _judge_stream(self, reply: Any, has_more: bool) -> Result:
         """Hold a stream back until its first content: until then it can still turn out to be no answer (trap 130)."""
         source, timeouts, limits = self._outbound.wire, self._outbound.timeouts, self._settings
         secrets = self._outbound.target.secrets
@@ -11056,8 +11060,6 @@ def probe_table(report: ProbeReport) -> Tuple[Texts, List[Texts]]:
 # ==============================================================================
 # 23 FILES - configuration and state on disk: atomic, private, locked [host]
 # ==============================================================================
-
-Environ = Mapping[str, str]  # variables of a process
 
 CONFIG_PATH = "~/.llm-router.json"
 
@@ -13071,7 +13073,7 @@ def ledger_path(settings: Settings) -> str:
     return os.path.expanduser(settings.usage_db) if _BOOLS.get(settings.usage_db.lower(), True) else ""
 
 
-def cost_of(ref: str, usage: Optional[Iterable[int]], costs: Mapping[str, Any]) -> Optional[float]:
+def cost_of(ref: str, usage: Optional[Iterable[int]], costs: Json) -> Optional[float]:
     """What tokens (the fields of Usage) cost, by the `cost` of the model `ref` in `costs`, prices per million of them;
     None when a price that is needed is unknown."""
     cost = costs.get(ref) or costs.get(ref.partition("/")[0] + "/*") or {}
@@ -13081,7 +13083,7 @@ def cost_of(ref: str, usage: Optional[Iterable[int]], costs: Mapping[str, Any]) 
     return sum(tokens * price for tokens, price in needed) / 1e6
 
 
-def ledger_row(trail: Trail, costs: Mapping[str, Any]) -> Tuple[Any, ...]:
+def ledger_row(trail: Trail, costs: Json) -> Tuple[Any, ...]:
     """A request as a row of the ledger. costs: ref -> `cost`. Tokens that nobody told are None; told by an answer
     that did not reach its end they are marked as an estimate. Half a surrogate pair, which a client's JSON may hold,
     becomes a question mark."""
@@ -13101,7 +13103,7 @@ class Ledger(Batches):
     """
 
     def __init__(self, path: str, settings: Settings, note: Callable[[str, str], None], limit: int = 5000) -> None:
-        self.costs: Mapping[str, Any] = {}
+        self.costs: Json = {}
         self._path = path
         self._settings = settings
         self._note = note
@@ -14548,7 +14550,7 @@ def service_variables(environ: Environ) -> Dict[str, str]:
     return {name: environ[name] for name in names if environ.get(name)}
 
 
-def make_service(platform: str, home: str, argv: Sequence[str], variables: Mapping[str, str], log: str) -> Service:
+def make_service(platform: str, home: str, argv: Sequence[str], variables: Environ, log: str) -> Service:
     """The service of a platform (sys.platform) that runs `argv`. A value, nothing is touched. UsageError for what no
     platform's file can hold: a control character, which could start a line of its own there, and bytes of no text."""
     for text in (home, log, *argv, *variables, *variables.values()):
@@ -14573,7 +14575,7 @@ WantedBy=default.target
 """
 
 
-def _systemd_unit(home: str, argv: Sequence[str], variables: Mapping[str, str]) -> Service:
+def _systemd_unit(home: str, argv: Sequence[str], variables: Environ) -> Service:
     """systemd.service(5): % and $ are its own in ExecStart, quotes and backslashes are C's. Behind @ the program comes
     first, in which $ is not its own, and then all of argv."""
     words = [_systemd_word(word) for word in (argv[0], *argv)]
@@ -14595,7 +14597,7 @@ def _systemd_word(word: str) -> str:
     return '"%s"' % word.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%")
 
 
-def _launchd_agent(home: str, argv: Sequence[str], variables: Mapping[str, str], log: str) -> Service:
+def _launchd_agent(home: str, argv: Sequence[str], variables: Environ, log: str) -> Service:
     """launchd.plist(5)."""
     import plistlib
 
@@ -15570,7 +15572,7 @@ _SHELLS: Dict[str, Tuple[str, Callable[[str], str]]] = {
 }
 
 
-def shell_lines(variables: Mapping[str, str], shell: str) -> List[str]:
+def shell_lines(variables: Environ, shell: str) -> List[str]:
     """Variables as lines that one of _SHELLS can read."""
     line, quote = _SHELLS[shell]
     return [line % (name, quote(value)) for name, value in variables.items()]
@@ -16028,7 +16030,7 @@ def run_command(argv: Sequence[str], environ: Environ) -> int:
     return command.run(given)
 
 
-def _check_flags(command: Command, given: Mapping[str, Any]) -> None:
+def _check_flags(command: Command, given: Json) -> None:
     """UsageError for a flag that an operation does not take, or that is needed and not there."""
     known = ["tail", *(flag.name for flag in command.flags + _COMMON)]
     strange = [name.replace("_", "-") for name in given if name.replace("_", "-") not in known]
