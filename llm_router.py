@@ -7408,7 +7408,8 @@ def check_access(access: Access, endpoint: Endpoint, method: str, headers: Heade
             words = "the Host %s is not this server; add it to allowedHosts if it is" % one_line(host, 80)
             raise RouterError(words, 403, "host_not_allowed")
     if caller is None or not access.required:
-        if origin and not _origin_may_pass(access, origin, host):
+        own = ("http://" + host.lower(), "https://" + host.lower()) if host else ()
+        if origin and origin.lower() not in own and origin not in access.origins:
             words = "requests from the web origin %s are refused; add it to corsOrigins to allow them"
             raise RouterError(words % one_line(origin, 80), 403, "origin_not_allowed")
         if not origin and method == "POST" and header(headers, "sec-fetch-site") == "cross-site":
@@ -7425,11 +7426,6 @@ def _is_own_host(access: Access, host: str) -> bool:
         return True
     names = host.lower(), re.sub(r":\d*$", "", host).lower()
     return any(allowed.lower() in names for allowed in access.hosts)
-
-
-def _origin_may_pass(access: Access, origin: str, host: str) -> bool:
-    same_origin = host and origin.lower() in ("http://" + host.lower(), "https://" + host.lower())
-    return bool(same_origin) or origin in access.origins
 
 
 def cors_headers(access: Access, headers: Headers) -> Headers:
@@ -10092,9 +10088,6 @@ class Answer(NamedTuple):
     reply: Any = None
 
 
-Result = Union[Outcome, Answer]  # of an attempt
-
-
 class RefusedError(RouterError):
     """An error as the client gets it. info: as its format shows it; headers beside it; body: the upstream's own bytes,
     None when `info` is to be rendered."""
@@ -10103,6 +10096,8 @@ class RefusedError(RouterError):
         super().__init__(message, info.status, code)
         self.info, self.headers, self.body = info, headers, body
 
+
+Result = Union[Outcome, Answer]  # of an attempt
 
 _JSON_HEADERS: Headers = [("content-type", "application/json")]
 _STREAM_HEADERS: Headers = [
@@ -11557,7 +11552,6 @@ class Dialer:
         self._max_per_upstream = max_per_upstream
         self._on_done = on_done
         self._threads = 0
-        self._busy = 0
         self._lines: Dict[UpstreamKey, List[Dial]] = {}  # an upstream's dials; beyond the limit they wait
 
     def submit(self, dial: Dial) -> None:
@@ -11587,8 +11581,8 @@ class Dialer:
     def _start(self, dial: Dial) -> None:
         import threading
 
-        self._busy += 1
-        if self._threads < min(self._busy, self._max_threads):
+        busy = sum(min(len(line), self._max_per_upstream) for line in self._lines.values())
+        if self._threads < min(busy, self._max_threads):
             with suppress(RuntimeError):  # the system has no thread left: the dial waits for one that is there
                 threading.Thread(target=self._work, name="llm-router-dial", daemon=True).start()
                 self._threads += 1
@@ -11605,7 +11599,6 @@ class Dialer:
             return
 
     def _finished(self, dial: Dial) -> None:
-        self._busy -= 1
         line = self._lines[dial.key]
         line.remove(dial)
         if len(line) >= self._max_per_upstream:
