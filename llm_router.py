@@ -12073,7 +12073,7 @@ class PingingSink:
         self.is_open = self.ended = self.host_stops = False
         self.fail: Optional[Callable[[ErrorInfo], bytes]] = None
         self.sent_at = 0.0
-        self._loop = loop
+        self.loop = loop
         self._ping = SSE_COMMENT
         self._every_s = 0.0
         self._early_headers: Headers = []
@@ -12084,7 +12084,7 @@ class PingingSink:
         `head`."""
         if every_ms > 0:
             self._every_s, self._early_headers, self.sent_at = every_ms / 1000, head, at
-            self._timer = self._loop.call_later(max(0.0, at + self._every_s - self._loop.time()), self._tick)
+            self._timer = self.loop.call_later(max(0.0, at + self._every_s - self.loop.time()), self._tick)
 
     def begin(self, headers: Headers, ping: bytes) -> None:
         """Send the head of a stream, unless a keep-alive has done so."""
@@ -12095,13 +12095,13 @@ class PingingSink:
     def _tick(self) -> None:
         if self.ended:
             return
-        now = self._loop.time()
+        now = self.loop.time()
         if now - self.sent_at >= self._every_s - 0.001:
             if not self.is_open:
                 self._send_head(self._early_headers)
             self._send_ping()
             self.sent_at = now
-        self._timer = self._loop.call_later(self.sent_at + self._every_s - now, self._tick)
+        self._timer = self.loop.call_later(self.sent_at + self._every_s - now, self._tick)
 
     def hush(self) -> None:
         """No further signs of life: the answer is complete."""
@@ -12147,7 +12147,7 @@ class Sink(PingingSink):
         if not data:
             return False
         connection = self._connection
-        self.sent_at = self._loop.time()
+        self.sent_at = self.loop.time()
         return connection.send(encode_chunk(data) if self._chunked else data)
 
     async def relay(self, reply: Reply, processor: Any, idle_ms: int, left_s: Optional[float]) -> str:
@@ -12579,7 +12579,20 @@ def _listen_at(family: int, place: Tuple[Any, ...], is_dual: bool) -> List[Any]:
     return []
 
 
-class Server:
+class BodyBudget:
+    """What all request bodies in memory take, of what the settings allow."""
+
+    settings: Settings
+    _inflight_bytes = 0
+
+    def reserve(self, size: int) -> None:
+        """Account for so many bytes more. RouterError 503 when they are too many at once."""
+        if size > 0 and self._inflight_bytes + size > self.settings.max_inflight_bytes:
+            raise RouterError("too many request bytes are in memory, try again in a moment", 503, "overloaded")
+        self._inflight_bytes += size
+
+
+class Server(BodyBudget):
     """The listener and its connections. `handle(call, sink)` answers one request."""
 
     def __init__(
@@ -12602,7 +12615,6 @@ class Server:
         self._on_error = on_error
         self._listeners: List[Any] = []
         self._tasks: Set[Any] = set()
-        self._inflight_bytes = 0
         self._date = (0.0, "")
         self._ticker: Any = None
 
@@ -12689,12 +12701,6 @@ class Server:
         import asyncio
 
         await asyncio.sleep(self._strikes.add(self.connections.get(connection, ""), self.loop.time(), keys))
-
-    def reserve(self, size: int) -> None:
-        """Account for request bodies in memory. RouterError 503 when they are too many at once."""
-        if size > 0 and self._inflight_bytes + size > self.settings.max_inflight_bytes:
-            raise RouterError("too many request bytes are in memory, try again in a moment", 503, "overloaded")
-        self._inflight_bytes += size
 
     @property
     def open_streams(self) -> int:
@@ -13313,7 +13319,7 @@ class WorkerRouter:
     async def _serve(self, client: WorkerClient, environ: WorkerEnviron) -> None:
         try:
             gateway = self._find_gateway(environ)
-            client.max_body_bytes = gateway.settings.max_body_bytes
+            client.host = gateway.host
             await gateway.handle(client.call, client)
         except ConfigError as error:
             await self._refuse(client, error)
@@ -13367,13 +13373,13 @@ class WorkerEnviron:
         return value if isinstance(value, str) else str(js.JSON.stringify(value))
 
 
-class WorkerHost(CountingHost):
+class WorkerHost(CountingHost, BodyBudget):
     """The gateway's effects in a Worker (see GATEWAY). Log lines go to the console, as `wrangler tail` shows it."""
 
     def __init__(self, routes: Routes, settings: Settings, book: Any) -> None:
         super().__init__(book)
         self.known = frozenset(routes.refs())
-        self._settings = settings
+        self.settings = settings
 
     async def aside(self, work: Callable[..., Any], *arguments: Any) -> Any:
         """Work at once: an isolate has no other thread."""
@@ -13396,13 +13402,14 @@ class WorkerHost(CountingHost):
         except BaseException:
             control.abort()
             raise
-        return WorkerReply(answer, control, self._settings.max_answer_bytes)
+        received = list(js.Object.fromEntries(answer.headers).to_py().items())
+        return WorkerReply(answer, received, control, self.settings.max_answer_bytes)
 
     def record(self, trail: Trail) -> None:
         """A request has ended: count it and write its line."""
         self.counters.count(trail, self.known)
-        if log_level_of(trail) in wanted_levels(self._settings.log_level):
-            print(log_line(trail, self._settings.log_format == "json"))
+        if log_level_of(trail) in wanted_levels(self.settings.log_level):
+            print(log_line(trail, self.settings.log_format == "json"))
 
     def failed(self, error: BaseException) -> None:
         """An error of the router's own."""
@@ -13415,13 +13422,6 @@ def _js_object(**members: Any) -> Any:
     from pyodide.ffi import to_js  # type: ignore[import-not-found]
 
     return to_js(members, dict_converter=js.Object.fromEntries)
-
-
-def _read_headers(headers: Any) -> Headers:
-    """JavaScript's Headers, whose names are in small letters."""
-    import js
-
-    return list(js.Object.fromEntries(headers).to_py().items())
 
 
 @contextmanager
@@ -13447,9 +13447,8 @@ def _limited(control: Any, seconds: Optional[float], what: str, fault: str, labe
 class WorkerReply:
     """An upstream's answer in a Worker: pulled with `read`, or handed over as the stream of what is left."""
 
-    def __init__(self, answer: Any, control: Any, max_body_bytes: int) -> None:
-        self.status = int(answer.status)
-        self.headers = _read_headers(answer.headers)
+    def __init__(self, answer: Any, headers: Headers, control: Any, max_body_bytes: int) -> None:
+        self.status, self.headers = int(answer.status), headers
         self._control = control
         self._answer = answer
         self._reader: Any = None
@@ -13490,15 +13489,18 @@ class WorkerClient(PingingSink):
     def __init__(self, request: Any) -> None:
         import asyncio
 
-        from pyodide.ffi import create_proxy
+        import js
+        from pyodide.ffi import create_proxy, to_js
 
         parts = urlsplit(str(request.url))
         super().__init__(asyncio.get_event_loop())
-        head = str(request.method), parts.path or "/", parts.query, _read_headers(request.headers)
-        self.call = Call(*head, self._read_body)
-        self.response = self._loop.create_future()
+        headers = list(js.Object.fromEntries(request.headers).to_py().items())
+        self.call = Call(str(request.method), parts.path or "/", parts.query, headers, self._read_body)
+        self.response = self.loop.create_future()
         self.task: Any = None
-        self.max_body_bytes = 0
+        self.to_js, self._js = to_js, js
+        self.host: Any = None
+        self._reserved = 0
         self._request = request
         self._writable: Any = None
         self._writer: Any = None
@@ -13511,19 +13513,25 @@ class WorkerClient(PingingSink):
     async def _read_body(self) -> bytes:
         from pyodide.ffi import JsException
 
-        headers, limit = self.call.headers, self.max_body_bytes
-        size, encoding = header(headers, "content-length"), header(headers, "content-encoding")
-        is_large = bool(re.fullmatch("[0-9]+", size)) and (len(size) > 12 or int(size) > limit)
+        size, limit = header(self.call.headers, "content-length"), self.host.settings.max_body_bytes
+        told = int(size[:13]) if size.isdecimal() else 0
         try:
-            data = b"" if is_large else await self._read_bytes(bool(size), limit)
+            self._reserve(min(told, limit))
+            data = b"" if told > limit else await self._read_bytes(bool(size), limit)
         except JsException as error:
             raise RouterError("the body broke off: " + one_line(str(error), 160), 400, "incomplete_request") from None
-        if is_large or len(data) > limit:
+        if max(told, len(data)) > limit:
             raise RouterError("the body is larger than %d bytes" % limit, 413, "request_too_large")
-        body = inflate(data, encoding, limit)
+        self._reserve(len(data))
+        body = inflate(data, header(self.call.headers, "content-encoding"), limit)
+        self._reserve(len(body))
         if nests_too_deep(body):
             raise RouterError("the body is not valid JSON: nested too deeply", 400, "invalid_json")
         return body
+
+    def _reserve(self, size: int) -> None:
+        self.host.reserve(size - self._reserved)
+        self._reserved = size
 
     async def _read_bytes(self, has_size: bool, limit: int) -> bytes:
         """The body as it came; one that does not say its size is read until it exceeds the limit."""
@@ -13538,24 +13546,24 @@ class WorkerClient(PingingSink):
 
     async def respond(self, status: int, headers: Headers, body: bytes) -> None:
         """Send a whole answer."""
-        from pyodide.ffi import to_js
-
         self._end()
-        self._answer(status, headers, None if status == 204 else to_js(body))  # of HEAD's the runtime sends the size
+        self._answer(status, headers, None if status == 204 else self.to_js(body))  # HEAD gets but the size
+
+    def begin(self, headers: Headers, ping: bytes) -> None:
+        """Send the head of a stream; the gateway has let go of the request's body."""
+        super().begin(headers, ping)
+        self._reserve(0)
 
     def write(self, data: bytes) -> None:
         """Send a piece of the stream."""
-        from pyodide.ffi import to_js
-
         if data and self._writer is not None:
-            self.sent_at = self._loop.time()
-            self._written = self._writer.write(to_js(data))
+            self.sent_at = self.loop.time()
+            self._written = self._writer.write(self.to_js(data))
             self._written.catch(self._gone)
 
     async def relay(self, reply: WorkerReply, processor: Any, idle_ms: int, left_s: Optional[float]) -> str:
         """The rest of a reply to the client: UNWATCHED when the runtime passes it on, "end" or the label of what broke
         it when it was translated."""
-        import js
         from pyodide.ffi import JsException, create_proxy
 
         passes = isinstance(processor, StreamRelay) and reply.body.inflater is None
@@ -13567,7 +13575,7 @@ class WorkerClient(PingingSink):
         try:
             rest = reply.rest()
             if not passes:
-                rest = rest.pipeThrough(js.TransformStream.new(_js_object(**steps)))
+                rest = rest.pipeThrough(self._js.TransformStream.new(_js_object(**steps)))
             await rest.pipeTo(self._writable, _js_object(preventClose=True, preventAbort=True))
             return pump.end or (UNWATCHED if passes else "end")
         except JsException as error:
@@ -13591,11 +13599,11 @@ class WorkerClient(PingingSink):
 
     async def settle(self) -> None:
         """The gateway has ended: let the last bytes go out, then end the stream as it said; let go of the request."""
-        import asyncio
-
         from pyodide.ffi import JsException
 
         self._end()
+        if self.host is not None:
+            self._reserve(0)
         self._request.signal.removeEventListener("abort", self._gone)
         with suppress(JsException):  # the client has left
             if self._written is not None:
@@ -13603,7 +13611,7 @@ class WorkerClient(PingingSink):
             if self._writer is not None and self._ends == "close":
                 await self._writer.close()
             elif self._writer is not None:
-                await asyncio.sleep(_FLUSH_S)  # an abort overtakes what the runtime has taken but not yet sent
+                await self.host.sleep(_FLUSH_S)  # an abort overtakes what the runtime has taken but not yet sent
                 await self._writer.abort("the answer broke off")
         if not self.response.done():  # cancelled before there was a head: nobody waits for it
             self._answer(500, [], None)
@@ -13613,16 +13621,12 @@ class WorkerClient(PingingSink):
         self._enqueue(self._ping)
 
     def _send_head(self, headers: Headers) -> None:
-        import js
-
-        pipe = js.IdentityTransformStream.new()
+        pipe = self._js.IdentityTransformStream.new()
         self.is_open, self._writable, self._writer = True, pipe.writable, pipe.writable.getWriter()
         self._answer(200, headers, pipe.readable)
 
     def _answer(self, status: int, headers: Headers, body: Any) -> None:
-        import js
-
-        self.response.set_result(js.Response.new(body, _js_object(status=status, headers=headers)))
+        self.response.set_result(self._js.Response.new(body, _js_object(status=status, headers=headers)))
 
     def _on_gone(self, *_: Any) -> None:
         if self.task is not None and not self._ends:
@@ -13636,15 +13640,13 @@ class _Pump:
     def __init__(
         self, client: WorkerClient, reply: WorkerReply, processor: Any, idle_s: float, left_s: Optional[float]
     ) -> None:
-        import asyncio
-
         self.end = ""
         self._client = client
         self._reply = reply
         self._processor = processor
         self._controller: Any = None
         self._idle_s = idle_s
-        self._loop = asyncio.get_event_loop()
+        self._loop = client.loop
         self._last = self._loop.time()
         self._timers = [self._loop.call_later(left_s, self._abort, "timeout")] if left_s is not None else []
         if idle_s:
@@ -13676,11 +13678,9 @@ class _Pump:
 
     def put(self, data: bytes) -> None:
         """Send some bytes; nothing can be put into a stream that the runtime passes on by itself."""
-        from pyodide.ffi import to_js
-
         if data and self._controller is not None:
             self._client.sent_at = self._last
-            self._controller.enqueue(to_js(data))
+            self._controller.enqueue(self._client.to_js(data))
 
     def _watch(self) -> None:
         silent_s = self._loop.time() - self._last

@@ -4,6 +4,7 @@ import json
 import socket
 import struct
 import threading
+import zlib
 
 import pytest
 
@@ -136,6 +137,32 @@ def test_a_body_that_breaks_off_or_says_no_size_is_the_clients_fault_and_read_no
         client.sendall(head.encode() + b"Content-Length: 1000\r\n\r\n{")
     until(lambda: sum(" 400 incomplete_request " in line for line in running.log()) == 2)
     assert not [line for line in running.log() if "internal" in line]
+
+
+def test_bodies_that_are_too_many_at_once_are_refused_until_one_is_gone(start_worker, upstream):
+    """Also those that do not say their size, and packed ones; a stream under way needs its request's body no more."""
+    running, gate = start_worker(config_of(provider(upstream)), env={"LLM_ROUTER_MAX_INFLIGHT_BYTES": "3000"}), threading.Event()
+    upstream.answer(fake.sse_answer([*fake.chat_stream("hello")[:2], fake.Gate(gate), *fake.chat_stream("hello")[2:]]))
+    stream = running.open("/v1/chat/completions", ask("openai", text="x" * 2000, stream=True))
+    assert stream.read_event()
+    upstream.answer(fake.gated(fake.json_answer(200, fake.chat_whole(TEXT)), gate))
+    replies = []
+    waiting = threading.Thread(target=lambda: replies.append(post(running, "openai", text="x" * 2000)))
+    waiting.start()
+    until(lambda: len(upstream.calls) == 2)
+    large = json.dumps(ask("openai", text="x" * 2000)).encode()
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nAuthorization: Bearer %s\r\n" % KEY.encode()
+    for body, how in ((large, {}), (zlib.compress(large), {"content-encoding": "deflate"})):
+        reply = running.post("/v1/chat/completions", body, how)
+        assert (reply.status, reply.headers["retry-after"]) == (503, "1")
+    chunked = head + b"Transfer-Encoding: chunked\r\n\r\n" + fake.chunk(large) + b"0\r\n\r\n"
+    assert running.raw(chunked).startswith(b"HTTP/1.1 503 ")
+    gate.set()
+    waiting.join()
+    assert_answer("openai", replies[0], TEXT)
+    stream.read_rest()
+    upstream.handler = fake.final_text(TEXT)
+    assert_answer("openai", running.post("/v1/chat/completions", large), TEXT)
 
 
 @pytest.mark.parametrize("how", ["packed", "numbered"])
