@@ -2211,6 +2211,10 @@ class RequestParser:
         body, self._body = self._body, b""
         return body or b""
 
+    def drop_body(self) -> None:
+        """Nobody wants what has been read of the body; it can be read on to its end all the same."""
+        self._collected, self._body = bytearray(), self._body and b""
+
     def next(self) -> None:
         """Go on to the next request. Only after `body()` gave the last one's: RouterError (500) otherwise."""
         if self._body is None:
@@ -11459,6 +11463,13 @@ def _first_connected(asked: Any) -> Any:
     return None
 
 
+def _afresh(error: RouterError) -> RouterError:
+    """The same error, to be raised: one that is kept would keep the frames that it passes, and they the request."""
+    if isinstance(error, UpstreamError):
+        return UpstreamError(error.message, error.label, error.is_timeout)
+    return RouterError(error.message, error.status, error.code)
+
+
 def _dial_error(error: Exception, where: str) -> RouterError:
     import socket
     import ssl
@@ -11594,6 +11605,7 @@ class Dialer:
             with self._closing:  # a loop that is being closed drops what it is told, socket and all
                 if not self._is_closed:
                     self._loop.call_soon_threadsafe(self._finished, dial)
+                    del dial  # which has led to a connection with a request, while this waits for the next one
                     continue
             dial.close()
             return
@@ -11665,7 +11677,7 @@ class Connection:
     def close(self) -> None:
         """Remove both watchers, then close: in any other order the number may be reused and never served."""
         if not self.is_closed:
-            self.is_closed = True
+            self.is_closed, self._reply = True, None  # which holds this, and with it all of a request not sent in full
             self.pause()
             self._loop.remove_writer(self._sock)
             self._sock.close()
@@ -11896,8 +11908,8 @@ class Reply:
 
     async def _wait(self, timeout_s: Optional[float], what: str, since: float) -> None:
         """Wait for a change. UpstreamError when that is an error, or none comes in time, counted from `since`."""
-        if self._error is not None:  # a fresh one: the one that is kept would keep the frames, and they the request
-            raise UpstreamError(self._error.message, self._error.label, self._error.is_timeout)
+        if self._error is not None:
+            raise _afresh(self._error)
         self._waiter = self._loop.create_future()
         if timeout_s is not None:
             self._limit, self.deadline = (what, timeout_s), since + timeout_s
@@ -11970,13 +11982,13 @@ class Upstreams:
         dial = Dial(target, timeout_s or 60.0, waiter, self._network)
         waiting = self._waiting.setdefault(dial.key, OrderedDict())
         waiting[waiter] = None
-        timer = self._loop.call_later(timeout_s, self._too_slow, waiter, dial.key) if timeout_s else None
+        timer = self._loop.call_later(timeout_s, self._too_slow, waiter, dial) if timeout_s else None
         self._dialer.submit(dial)
         try:
-            return await waiter
+            found = await waiter
         except BaseException:
             self._dialer.cancel(dial)
-            if waiter.done() and not waiter.cancelled() and waiter.exception() is None:
+            if waiter.done() and not waiter.cancelled() and isinstance(waiter.result(), Connection):
                 self._free(waiter.result())  # it came in the moment the client left
             raise
         finally:
@@ -11984,17 +11996,21 @@ class Upstreams:
             waiting.pop(waiter, None)
             if timer is not None:
                 timer.cancel()
+        if not isinstance(found, Connection):
+            raise _afresh(found)
+        return found
 
-    def _too_slow(self, waiter: Any, key: UpstreamKey) -> None:
+    def _too_slow(self, waiter: Any, dial: Dial) -> None:
         if not waiter.done():
-            waiter.set_exception(UpstreamError("cannot connect to %s:%d in time" % key[1:3], "connect_timeout"))
+            self._dialer.cancel(dial)
+            waiter.set_result(UpstreamError("cannot connect to %s:%d in time" % dial.key[1:3], "connect_timeout"))
 
     def _dialled(self, dial: Dial) -> None:
         is_awaited = not dial.waiter.done()
         if dial.error is not None or dial.is_aborted:  # one that was shut down half-way is of no use to anybody
             dial.close()
             if is_awaited:
-                dial.waiter.set_exception(dial.error)
+                dial.waiter.set_result(dial.error)
             return
         connection = Connection(self._loop, dial, self._free)
         dial.waiter.set_result(connection) if is_awaited else self._free(connection)
@@ -12327,7 +12343,7 @@ class ClientConnection:
         except ClientGoneError:
             pass
         except HttpError as error:
-            await self._refuse(error)
+            await self.refuse(error)
         finally:
             self._transport.abort() if self.was_cut and self.is_blocked() else self._writer.close()
             if self._transport.get_write_buffer_size():  # the rest of an answer, for a client that takes its time
@@ -12486,20 +12502,22 @@ class ClientConnection:
         return head
 
     def forget_body(self) -> None:
-        """The body of the present request is no longer in memory."""
+        """The body of the present request is no longer in memory, nor what has come of it."""
+        self._parser.drop_body()
         self._reserve(0)
 
     def _reserve(self, size: int) -> None:
         self.server.reserve(size - self._reserved)
         self._reserved = size
 
-    async def _refuse(self, error: HttpError) -> None:
+    async def refuse(self, error: HttpError) -> None:
         """Answer what cannot be served as HTTP, then close so that the answer still arrives."""
         wire = wire_of_client(error.request.path, error.request.headers) if error.request is not None else "openai"
         body = dump_json(WIRE_FORMATS[wire].render_error(_error_info(error), ""))
         with suppress(ClientGoneError):
             how = {"head_only": self._parser.is_head, "keep_alive": False, "date": self.server.date()}
-            self.send(render_response(error.status, _JSON_HEADERS, body, **how))
+            headers = _JSON_HEADERS + _REFUSAL_HEADERS.get(error.status, [])
+            self.send(render_response(error.status, headers, body, **how))
             await self.drain()
             await self._linger()
 
@@ -12657,10 +12675,13 @@ class Server(BodyBudget):
         protocol = asyncio.StreamReaderProtocol(reader, loop=self.loop)
         transport, _ = await self.loop.connect_accepted_socket(lambda: protocol, sock)
         writer = asyncio.StreamWriter(transport, protocol, reader, self.loop)
-        if not self._has_room(peer):
-            await self._turn_away(reader, writer)
-            return
         connection = ClientConnection(self, reader, writer, asyncio.current_task())
+        if not self._has_room(peer):
+            refusal = connection.refuse(HttpError("too many connections", 503, "overloaded"))
+            with suppress(asyncio.TimeoutError, asyncio.CancelledError):
+                await asyncio.wait_for(refusal, _BUSY_LINGER_S)
+            writer.close()
+            return
         self.connections[connection] = peer
         self._peers[peer] = self._peers.get(peer, 0) + 1
         try:
@@ -12674,23 +12695,6 @@ class Server(BodyBudget):
             self._peers[peer] -= 1
             if not self._peers[peer]:
                 del self._peers[peer]
-
-    async def _turn_away(self, reader: Any, writer: Any) -> None:
-        """There is no room: say so, and take what comes for a moment, or the client may see a reset instead, see
-        _linger."""
-        import asyncio
-
-        async def swallow() -> None:
-            while await reader.read(_READ_BYTES):
-                pass
-
-        body = dump_json(WIRE_FORMATS["openai"].render_error(ErrorInfo(503, "too many connections"), ""))
-        headers, date = _JSON_HEADERS + [("retry-after", "1")], self.date()
-        writer.write(render_response(503, headers, body, head_only=False, keep_alive=False, date=date))
-        with suppress(asyncio.TimeoutError, asyncio.CancelledError, OSError, RuntimeError):
-            writer.write_eof()
-            await asyncio.wait_for(swallow(), _BUSY_LINGER_S)
-        writer.close()
 
     def _has_room(self, peer: str) -> bool:
         total, each = self.most_connections, self.settings.max_connections_per_peer

@@ -498,6 +498,20 @@ def test_a_body_that_is_too_long_is_refused_when_it_is_asked_for():
         assert caught.value.status == 413
 
 
+def test_a_body_nobody_wants_is_not_held_and_can_be_read_to_its_end_all_the_same():
+    parser = RequestParser()
+    parser.feed(POST + b"Content-Length: 6\r\n\r\nabcd")
+    assert (parser.head().method, parser.body(), parser.body_size) == ("POST", None, 4)
+    parser.drop_body()
+    assert parser.body_size == 0
+    parser.feed(b"efGET / HTTP/1.1\r\nHost: a\r\n\r\n")
+    assert parser.body() is not None
+    parser.drop_body()
+    assert parser.body_size == 0
+    parser.next()
+    assert parser.head().method == "GET"
+
+
 def test_the_next_request_waits_for_the_body_of_this_one():
     parser = RequestParser()
     with pytest.raises(RouterError):

@@ -430,6 +430,27 @@ def test_bodies_that_are_too_many_together_are_refused_until_one_of_them_is_gone
     until(lambda: post(running, "openai", text="x" * 50_000).status == 200)
 
 
+def test_what_has_come_of_a_refused_body_is_not_held_while_its_client_lingers():
+    """It is not counted any more: the budget would be nobody's."""
+
+    async def handle(call, sink):
+        with pytest.raises(llm_router.RouterError, match="too many"):
+            await call.read_body()
+        await sink.respond(503, [], b"")
+
+    async def run():
+        settings = llm_router.Settings()._replace(max_inflight_bytes=500_000)
+        server = llm_router.Server(asyncio.get_running_loop(), settings, handle, lambda error: None)
+        reader, writer = await asyncio.open_connection("127.0.0.1", await server.listen("127.0.0.1", 0))
+        writer.write(b"POST / HTTP/1.1\r\nhost: a\r\ncontent-length: 2000000\r\n\r\n" + bytes(600_000))
+        assert await asyncio.wait_for(reader.readline(), 30) == b"HTTP/1.1 503 Service Unavailable\r\n"
+        assert [connection._parser.body_size for connection in server.connections] == [0]
+        writer.close()
+        assert await server.drain(30.0)
+
+    asyncio.run(run())
+
+
 def test_a_large_body_is_served_whole_and_refused_like_a_small_one(router, upstream):
     """It is read in a thread, item by item."""
     running = router(config_of(provider(upstream)))

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import gzip
 import json
 import os
@@ -250,6 +251,48 @@ def test_a_connection_whose_client_was_slow_to_the_last_is_read_for_the_next_one
     ours.setblocking(False)
     with theirs:
         asyncio.run(hand_over(ours, theirs))
+
+
+@pytest.mark.parametrize("trouble", ["refused", "too slow", "answered early"])
+def test_a_request_that_came_to_nothing_stays_in_nobodys_memory(trouble):
+    """Not even until the collector comes by: there may be hundreds of them, of megabytes each."""
+    body, peers = bytes(10_000_000), []
+
+    def answer_early(reader, writer):
+        peers.append(writer)
+        writer.write(b"" if trouble == "too slow" else b"HTTP/1.1 413 No\r\ncontent-length: 0\r\n\r\n")
+
+    def is_forgotten():
+        return sys.getrefcount(body) == before and not any(isinstance(o, r.Connection) for o in gc.get_objects())
+
+    async def ask_in_vain():
+        loop = asyncio.get_running_loop()
+        server = await asyncio.start_server(answer_early, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        if trouble == "refused":
+            server.close()
+        proxied = r.UpstreamKey("https", "a.example", 443, "http://127.0.0.1:%d" % port)
+        key = proxied if trouble == "too slow" else r.UpstreamKey("http", "127.0.0.1", port)
+        limits = r.Timeouts(200 if trouble == "too slow" else 30_000, 30_000, 0, 0, 0)
+        upstreams = r.Upstreams(loop, r.Settings(), {})
+        with contextlib.suppress(r.UpstreamError):
+            reply = await upstreams.send(r.Outbound(r.Target(key, "/", {}), "/", [], body, "openai", False, limits))
+            assert reply.status == 413
+            del reply
+        await loop.run_in_executor(None, until, is_forgotten)
+        upstreams.close()
+        server.close()
+        for writer in peers:
+            writer.transport.abort()
+        await asyncio.sleep(0)
+
+    gc.collect()
+    gc.disable()
+    try:
+        before = sys.getrefcount(body)
+        asyncio.run(ask_in_vain())
+    finally:
+        gc.enable()
 
 
 def test_the_first_byte_is_waited_for_only_as_long_as_connecting_has_left_of_all_the_time():
