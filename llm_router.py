@@ -10441,10 +10441,7 @@ class Exchange:
         """As much of an error as arrives in a moment: it says enough."""
         body, until = b"", self._host.now() + _ERROR_BODY_S
         with suppress(UpstreamError):
-            while len(body) < 1_000_000:
-                data = await reply.read(self._time_left(0, until))
-                if not data:
-                    break
+            while len(body) < 1_000_000 and (data := await reply.read(self._time_left(0, until))):
                 body += data
         return body
 
@@ -12550,10 +12547,9 @@ class ClientConnection:
 
     def _probe(self) -> None:
         sink = self.sink
-        if sink is None or sink.ended or self._transport.is_closing():
-            return
-        sink.probe()
-        self.loop.call_later(_PROBE_WAIT_S, self._check_probe)
+        if sink is not None and not sink.ended and not self.is_gone():
+            sink.probe()
+            self.loop.call_later(_PROBE_WAIT_S, self._check_probe)
 
     def _check_probe(self) -> None:
         import socket
