@@ -8810,10 +8810,10 @@ def succeed(run: Run, asked_at: float, book: Any) -> List[HealthChange]:
     return release(run) + [HealthChange(key, clear=True, at=asked_at) for key in keys]
 
 
-def fail_late(run: Run, kind: str, book: Any, now: float) -> List[HealthChange]:
+def fail_late(run: Run, outcome: Outcome, book: Any, now: float) -> List[HealthChange]:
     """The changes after `current` failed when content had reached the client already: it cools and is counted, as if
     it had failed before, though nothing can be tried in its place any more."""
-    return _changes(run, kind, None, book, now) + release(run)
+    return _changes(run, outcome.kind, outcome.retry_after, book, now) + release(run)
 
 
 def backoff_ms(retry: int, settings: Settings, jitter: float) -> int:
@@ -10615,7 +10615,7 @@ class Exchange:
         """The rest of a stream, and an honest end: after content a failure is told in the stream, then the connection
         is cut without the last chunk, so that no client takes half an answer for a whole one (traps 14, 134)."""
         client, processor, trail, book = self._client, answer.processor, self._trail, self._book
-        broken = "end"
+        broken, late = "end", None
         if answer.reply is not None and processor.failed is None:
             idle_ms, client.fail = self._outbound.timeouts.idle_ms, processor.fail  # which knows the event's number
             left_s = self._time_left(processor.patience_ms(0))  # it may all be there, and its end never come
@@ -10623,18 +10623,18 @@ class Exchange:
         if broken == "end" or processor.done or processor.failed is not None:
             client.write(processor.finish())
         elif broken != UNWATCHED:
-            status = 504 if broken == "timeout" else 502
             words = "the upstream's answer broke off, connection lost: " + broken
-            client.write(processor.fail(ErrorInfo(status, words, code="upstream_" + broken)))
+            late = failed_attempt(TIMEOUT if broken == "timeout" else TEMPORARY, broken, words)
+            client.write(processor.fail(late.error._replace(code="upstream_" + broken)))
         failure = processor.failed
         if failure is None:
             book.apply(succeed(run, self._asked_at, book) if run is not None else ())
             await client.finish()
             return
-        kind = TIMEOUT if broken == "timeout" else TEMPORARY
-        trail.outcome, trail.message = kind, one_line(failure.message)
-        trail.amend(kind=kind, decision="too late to fall back", message=trail.message)
-        book.apply(fail_late(run, kind, book, self._host.now()) if run is not None else (), trail.began)
+        late = late or self._judge_told(failure, answer)
+        trail.outcome, trail.message = late.kind, one_line(failure.message)
+        trail.amend(label=late.label, kind=late.kind, decision="too late to fall back", message=trail.message)
+        book.apply(fail_late(run, late, book, self._host.now()) if run is not None else (), trail.began)
         client.cut()
 
     async def _conclude(self, action: Union[Deliver, GiveUp]) -> None:

@@ -601,6 +601,24 @@ def test_a_failure_after_content_is_remembered_and_logged(remembering):
     assert_answer("openai", post(pair.router, "openai", "a-openai/to-openai", True), "second")
 
 
+LATE_ERRORS = [("content_filter", "policy", 0), ("rate_limit_exceeded", "rate_limited", 30), ("server_error", "temporary", 45)]
+
+
+@pytest.mark.parametrize(("code", "kind", "cools_s"), LATE_ERRORS)
+@pytest.mark.parametrize("client_wire", ["openai", "anthropic"])
+def test_an_error_after_content_means_what_it_says_for_log_and_health(remembering, client_wire, code, kind, cools_s):
+    """Traps 14, 55: a filter that strikes in mid-stream says nothing of the model's health."""
+    pair = remembering()
+    told = fake.sse({"error": {"message": "no more", "type": code, "code": code}})
+    always(pair.first, fake.sse_answer([*fake.chat_stream("half of it")[:3], told]))
+    reply = post(pair.router, client_wire, "a-openai/to-openai", True)
+    assert reply.ended == "cut"
+    line = pair.router.wait_log(reply.headers["x-llm-router-request-id"])
+    assert "a-openai/to-openai=200:%s" % code in line and " %s " % kind in line
+    cooling = re.search(r'cooldown_seconds\{model="a-openai/to-openai"\} ([0-9.]+)', pair.router.get("/metrics").text)
+    assert cools_s - 30 <= float(cooling.group(1)) <= cools_s  # a busy machine takes its time
+
+
 @pytest.mark.parametrize("end", ["cut", "clean"])
 @UPSTREAMS
 def test_the_error_event_of_a_broken_responses_stream_bears_the_number_that_is_due(pair, upstream_wire, end):

@@ -848,7 +848,7 @@ def test_a_failure_after_content_cools_and_counts_like_one_before():
     book = R.HealthBook()
     request = Request(book, plan("a/1", "b/1"))
     request.succeed()
-    book.apply(R.fail_late(request.run, R.TEMPORARY, book, NOW + 3))
+    book.apply(R.fail_late(request.run, outcome(R.TEMPORARY), book, NOW + 3))
     assert (book.read("a/1").cooldown_until, book.read("a/1").failures) == (NOW + 48, 1)
     assert book.read("a/1").probe == ""
 
@@ -935,7 +935,7 @@ def test_an_upstream_that_breaks_off_every_stream_opens_its_circuit():
         book.apply(changes)
         book.apply(R.proceed(run, at, book))
         assert R.ready_at(plan[0], book) <= at
-        book.apply(R.fail_late(run, R.TEMPORARY, book, at + 0.5))
+        book.apply(R.fail_late(run, outcome(R.TEMPORARY), book, at + 0.5))
     assert book.read("a/m").circuit_until == 2.5 + settings.fallback_circuit_cooldown_ms / 1000
     run, _, _ = R.begin("r3", plan, settings, book, 100.0)
     book.apply(R.proceed(run, 100.0, book) + R.succeed(run, 100.0, book))
