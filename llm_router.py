@@ -13566,7 +13566,7 @@ class WorkerClient(PingingSink):
         it when it was translated."""
         from pyodide.ffi import JsException, create_proxy
 
-        passes = isinstance(processor, StreamRelay) and reply.body.inflater is None
+        passes = isinstance(processor, StreamRelay) and processor.recorder is None and reply.body.inflater is None
         pump = _Pump(self, reply, processor, 0.0 if passes else idle_ms / 1000, left_s)
         self.write(processor.hand_over() if passes else b"")
         self._writer.releaseLock()

@@ -224,6 +224,18 @@ def test_after_its_last_event_a_translated_stream_gets_no_ping_and_waits_for_no_
     assert [name for name, _ in reply.events][-1] == "message_stop"
 
 
+def test_reasoning_that_an_upstream_wants_back_is_remembered_from_a_stream_of_its_own_format(start_worker, upstream):
+    """Trap 87: DeepSeek refuses a turn with calls without it, and no client of Chat sends it back."""
+    running = start_worker(config_of(provider(upstream, compat="deepseek")))
+    upstream.answer(fake.sse_answer(fake.chat_stream("", tool_calls=[("look", {"a": 1})], reasoning="in the book, at the end")))
+    first = post(running, "openai", stream=True)
+    assert [data for _, data in first.events][-1] == "[DONE]"
+    call = {"id": "call_1", "type": "function", "function": {"name": "look", "arguments": '{"a": 1}'}}
+    turns = [{"role": "assistant", "content": None, "tool_calls": [call]}, {"role": "tool", "tool_call_id": "call_1", "content": "x"}]
+    running.post("/v1/chat/completions", {"messages": ask("openai")["messages"] + turns})
+    assert upstream.calls[1].json["messages"][1]["reasoning_content"] == "in the book, at the end"
+
+
 def test_a_broken_connection_in_an_unwatched_stream_is_told_and_cut(serving):
     events = fake.chat_stream("half of it")
     serving.upstream.answer(fake.sse_answer(events[:3], end="cut"))
