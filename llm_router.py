@@ -11203,24 +11203,23 @@ def write_private(target: str, data: bytes, expected: Any = ..., durable: bool =
     second.
 
     Where it is said what is `expected` (what the file held, None when there was none), that is kept as target + ".bak",
-    and False is returned, nothing done, when the file holds something else by now. FileError when writing fails.
+    and False is returned, the file as it was, when it holds something else by now. FileError when writing fails.
     """
     target = os.path.realpath(target)
     check_regular(target)
-    written: Dict[str, str] = {}  # where a complete file waits -> where it belongs
+    complete: List[str] = []  # files that wait for their names
     try:
-        written[_write_temporary(target, data, durable, mode)] = target
+        complete.append(_write_temporary(target, data, durable, mode))
         if isinstance(expected, bytes):
-            written[_write_temporary(target, expected, durable, mode)] = target + ".bak"
-        if expected is not ... and read_bytes(target)[0] != expected:
+            complete.append(_write_temporary(target, expected, durable, mode))
+            os.replace(complete[1], target + ".bak")
+        if expected is not ... and read_bytes(target)[0] != expected:  # the last moment: an editor knows of no lock
             return False
-        for temporary in reversed(list(written)):
-            os.replace(temporary, written[temporary])
-            del written[temporary]
+        os.replace(complete[0], target)
     except OSError as error:
         raise FileError("cannot write %s: %s; it is unchanged" % (one_line(target), error.strerror or error)) from None
     finally:
-        for temporary in written:
+        for temporary in complete:  # without its name
             _remove(temporary)
     if durable:
         with suppress(OSError):  # makes the rename durable; some systems cannot, and the file itself is safe by now

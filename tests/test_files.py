@@ -425,6 +425,20 @@ def test_a_writer_that_knows_no_lock_does_not_lose_its_edit(path):
     assert path.with_name("router.json.bak").read_text() == '{"theirs": 1}'
 
 
+def test_an_editor_that_writes_while_the_old_text_is_put_aside_is_noticed(path, monkeypatch):
+    replace, left = os.replace, ['{"theirs": 1}']
+
+    def replace_late(source, target):
+        if target.endswith(".bak") and left:
+            path.write_text(left.pop())
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", replace_late)
+    r.edit_config_file(str(path), set_key())
+    assert json.loads(path.read_bytes()) == {"theirs": 1, "masterKey": "new"}
+    assert names_in(path.parent) == ["router.json", "router.json.bak"]
+
+
 def test_a_file_that_appears_meanwhile_is_not_overwritten(tmp_path):
     path = tmp_path / "router.json"
     calls = []
