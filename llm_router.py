@@ -16567,8 +16567,9 @@ def run_start(given: Given) -> int:
 
 def _start_in_background(given: Given) -> Tuple[int, str, str]:
     """The pid, address and log of a server with these flags; what is wrong with them is better said here than there."""
-    path = os.path.expanduser(read_start_options(given).settings.log_file or LOG_PATH)
-    flags = dict(given.flags, log_file=path)
+    log, usual = map(os.path.expanduser, (read_start_options(given).settings.log_file or LOG_PATH, LOG_PATH))
+    path = log if os.path.isfile(log) or not os.path.lexists(log) else usual  # what a device swallows cannot be read
+    flags = dict(given.flags, log_file=log)
     words = ["--%s=%s" % (name.replace("_", "-"), show_setting(flags[name])) for name in flags if name != "detach"]
     return (*start_detached(words, path), path)
 

@@ -60,6 +60,14 @@ def test_a_detached_server_answers_and_its_starter_ends(command, config, tmp_pat
     assert "stopped" in command("stop").stdout
 
 
+@posix
+@pytest.mark.parametrize("path", ["/dev/null", "/dev/stdout"])
+def test_a_detached_server_whose_log_goes_to_a_device_is_heard_all_the_same(command, config, tmp_path, path):
+    done = command("start", "--detach", "--port=0", "--config=%s" % config, "--log-file=" + path)
+    assert done.returncode == 0 and "stopped" in command("stop").stdout, done.stderr
+    assert ("stopping" in (tmp_path / ".llm-router.log").read_text()) == (path == "/dev/stdout")
+
+
 @linux
 def test_a_detached_server_that_cannot_start_says_why_and_names_who_has_the_port(command, config):
     with socket.create_server(("127.0.0.1", 0)) as holder:
