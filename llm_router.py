@@ -515,6 +515,10 @@ class Auth(NamedTuple):
     prefix: str = ""
 
 
+# How the wire formats' own providers are shown a key.
+USUAL_AUTHS = {"openai": Auth(), "anthropic": Auth("x-api-key"), "responses": Auth()}
+
+
 class Timeouts(NamedTuple):
     """A provider's own limits in milliseconds; 0 is off, None means the setting."""
 
@@ -551,7 +555,7 @@ class Provider(NamedTuple):
     api_key: str = ""
     formats: Texts = ("openai",)
     preferred: str = "openai"
-    auths: Dict[str, Auth] = {}
+    auths: Dict[str, Auth] = USUAL_AUTHS
     headers: Dict[str, Optional[str]] = {}
     anthropic_version: str = ""
     anthropic_beta: Texts = ()
@@ -1286,7 +1290,7 @@ def _facts_by_format(values: Json) -> Json:
     formats = tuple(dict.fromkeys(formats)) or (_FORMAT_OF_HOST.get(urlsplit(base or "").hostname or "", "openai"),)
     urls = {wire: own.get(wire) or base for wire in WIRES}
     urls["responses"] = urls["responses"] or urls["openai"]
-    auths = {wire: values.get("auth") or Auth("x-api-key" if wire == "anthropic" else "bearer") for wire in WIRES}
+    auths = {wire: values.get("auth") or usual for wire, usual in USUAL_AUTHS.items()}
     return {
         "formats": formats,
         "preferred": preferred if preferred in formats else formats[0],
@@ -7940,15 +7944,12 @@ def upstream_path(base_path: str, endpoint: str) -> str:
 
 
 def make_target(provider: Provider, wire: str) -> Target:
-    """The target of a provider for a wire format. RouterError 502 when its base URL cannot be used."""
-    url = provider.base_urls.get(wire) or provider.base_urls.get("") or ""
-    try:
-        parts = urlsplit(url)
-        port = parts.port or _DEFAULT_PORTS.get(parts.scheme, 0)
-    except ValueError:
-        parts, port = urlsplit(""), 0
-    if not parts.hostname or not port:
+    """The target of a provider for a wire format. RouterError 502 when it has no base URL for that: a model may have
+    formats that its provider has not."""
+    parts = urlsplit(provider.base_urls.get(wire, ""))  # checked, see check_url
+    if not parts.hostname:
         raise RouterError("provider %s has no usable base URL for %s" % (provider.id, wire), 502, "configuration_error")
+    port = parts.port or _DEFAULT_PORTS[parts.scheme]
     return Target(
         UpstreamKey(parts.scheme, parts.hostname, port, provider.proxy, provider.ca_bundle),
         upstream_path(parts.path, WIRE_FORMATS[wire].path) + ("?" + parts.query if parts.query else ""),
@@ -7975,7 +7976,7 @@ def _fixed_headers(provider: Provider, wire: str, netloc: str) -> Dict[str, Opti
 
 def auth_header(provider: Provider, wire: str) -> Tuple[str, str]:
     """The header that shows the provider's key; ("", "") when it has none or wants none."""
-    auth = provider.auths.get(wire) or Auth("x-api-key" if wire == "anthropic" else "bearer")
+    auth = provider.auths[wire]
     if not provider.api_key or auth.type == "none":
         return "", ""
     ways = {"bearer": ("authorization", "Bearer "), "x-api-key": ("x-api-key", "")}
@@ -10851,8 +10852,7 @@ def learned_fields(plan: ProbePlan, report: ProbeReport) -> Json:
     """What a probe found, as fields of the provider's entry that it did not have: formats, and auth where it is not
     what each format does unasked. Empty when there is nothing to rely on."""
     shown = {row.wire: row.auth.type for row in reversed(report.rows) if row.state == "ok"}
-    plain = {wire: "x-api-key" if wire == "anthropic" else "bearer" for wire in WIRES}
-    odd = {wire: {"type": type_} for wire, type_ in shown.items() if type_ != plain[wire]}
+    odd = {wire: {"type": type_} for wire, type_ in shown.items() if type_ != USUAL_AUTHS[wire].type}
     found = {"formats": list(report.formats), "authByFormat": odd}
     return {name: value for name, value in found.items() if value and name in plan.learns}
 
