@@ -11778,7 +11778,7 @@ class Reply:
         self.is_over = False
         self._on_data: Optional[Callable[[bytes], None]] = None
         self._on_end: Optional[Callable[[str], None]] = None
-        self.last_byte_at = 0.0
+        self._idle_s = math.inf
 
     @property
     def status(self) -> int:
@@ -11812,9 +11812,11 @@ class Reply:
         self.resume()
         return data
 
-    def pipe(self, on_data: Callable[[bytes], None], on_end: Callable[[str], None]) -> None:
-        """Push from now on: `on_data` gets body bytes as they come, `on_end` "end" or the label of what broke it."""
-        self._on_data, self._on_end = on_data, on_end
+    def pipe(self, on_data: Callable[[bytes], None], on_end: Callable[[str], None], idle_s: float) -> None:
+        """Push from now on: `on_data` gets body bytes as they come, `on_end` "end" or the label of what broke it, be it
+        that none came for `idle_s` (0: no limit) while they were read."""
+        self._on_data, self._on_end, self._idle_s = on_data, on_end, idle_s or math.inf
+        self._limit = ("more of the answer", idle_s)
         if self._parts:
             on_data(self._take())
         if self.is_over:
@@ -11824,11 +11826,13 @@ class Reply:
 
     def pause(self) -> None:
         """Stop reading from the upstream until `resume`."""
+        self.deadline = math.inf
         self._connection.pause()
 
     def resume(self) -> None:
         """Go on reading."""
         if not self.is_over:
+            self.deadline = self._loop.time() + self._idle_s if self._on_data is not None else math.inf
             self._connection.resume()
 
     def close(self) -> None:
@@ -11842,7 +11846,8 @@ class Reply:
         """Bytes from the connection."""
         if self.is_over:
             return
-        self.last_byte_at = self._loop.time()
+        if self._on_data is not None:
+            self.deadline = self._loop.time() + self._idle_s
         fault: Optional[RouterError] = None
         try:
             body = self._parser.feed(data)
@@ -12164,7 +12169,7 @@ class Sink(PingingSink):
 
     async def relay(self, reply: Reply, processor: Any, idle_ms: int, left_s: Optional[float]) -> str:
         """Pump a reply through `processor` to the client until it ends; returns "end" or the label of what broke it."""
-        return await _Relay(self, self._connection, reply, processor, idle_ms / 1000).run(left_s)
+        return await _Relay(self, self._connection, reply, processor).run(idle_ms / 1000, left_s)
 
     async def finish(self) -> None:
         """The stream is complete: send its last chunk."""
@@ -12207,36 +12212,31 @@ class _Relay:
     """One stream on its way: what the upstream sends is processed and written in the loop's callback, without waking a
     coroutine per chunk; the coroutine only handles what is rare: a client that reads slowly, silence, the end."""
 
-    def __init__(self, sink: Sink, connection: ClientConnection, reply: Reply, processor: Any, idle_s: float) -> None:
+    def __init__(self, sink: Sink, connection: ClientConnection, reply: Reply, processor: Any) -> None:
         import asyncio
 
         self._sink = sink
         self._connection = connection
         self._reply = reply
         self._processor = processor
-        self._idle_s = idle_s
         self._loop = connection.loop
         self._end = ""
         self._error: Optional[Exception] = None
         self._is_needed = asyncio.Event()
         self._timers: Dict[str, Any] = {}
 
-    async def run(self, left_s: Optional[float]) -> str:
+    async def run(self, idle_s: float, left_s: Optional[float]) -> str:
         """Relay until the end; the label of how it ended. ClientGoneError when the client left."""
         if left_s is not None:
             self._timers["all"] = self._loop.call_later(left_s, self._stop, "timeout")
-        if self._idle_s:
-            self._reply.last_byte_at = self._loop.time()
-            self._watch_idle()
         if self._processor.done:  # all of it came at once
             self._sink.hush()
-        self._reply.pipe(self._on_data, self._stop)
+        self._reply.pipe(self._on_data, self._stop, idle_s)
         try:
             await self._is_needed.wait()
             while not self._end:  # the client reads slowly
                 self._is_needed.clear()
                 await self._connection.drain()
-                self._reply.last_byte_at = self._loop.time()
                 self._reply.resume()
                 await self._is_needed.wait()
         finally:
@@ -12276,15 +12276,6 @@ class _Relay:
     def _stop(self, label: str) -> None:
         self._end = self._end or label
         self._is_needed.set()
-
-    def _watch_idle(self) -> None:
-        if self._end:
-            return
-        silent_s = self._loop.time() - self._reply.last_byte_at
-        if silent_s >= self._idle_s and not self._connection.is_blocked():
-            self._stop("timeout")
-        else:
-            self._timers["idle"] = self._loop.call_later(max(self._idle_s - silent_s, 0.01), self._watch_idle)
 
 
 class ClientConnection:

@@ -1199,9 +1199,7 @@ def test_a_stream_that_was_read_to_its_end_leaves_the_connection_usable(pair):
 
 def test_a_stream_that_has_ended_leaves_no_timer_that_would_hold_its_memory():
     class Reply:
-        last_byte_at = 0.0
-
-        def pipe(self, on_data, on_end):
+        def pipe(self, on_data, on_end, idle_s):
             on_data(b"".join(fake.chat_stream(TEXT)))
             asyncio.get_running_loop().call_soon(on_end, "end")
 
@@ -1211,8 +1209,8 @@ def test_a_stream_that_has_ended_leaves_no_timer_that_would_hold_its_memory():
         sink = SimpleNamespace(write=lambda data: None, hush=lambda: None)
         context = llm_router.Context(llm_router.ChatRequest("", []), "req_1", 1)
         processor = llm_router.make_processor("openai", "openai", context)
-        with_timers = llm_router._Relay(sink, connection, Reply(), processor, 60.0)
-        assert await with_timers.run(60.0) == "end"
+        with_timers = llm_router._Relay(sink, connection, Reply(), processor)
+        assert await with_timers.run(60.0, 60.0) == "end"
         return [timer for timer in loop._scheduled if not timer.cancelled()]
 
     assert asyncio.run(relayed()) == []

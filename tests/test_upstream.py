@@ -238,7 +238,7 @@ def test_a_connection_whose_client_was_slow_to_the_last_is_read_for_the_next_one
         waiter = loop.create_future()
         upstreams._waiting["a"] = {waiter: None}
         connection.start(b"one", first)
-        first.pipe(lambda data: first.pause(), str)
+        first.pipe(lambda data: first.pause(), str, 0)
         theirs.sendall(answer)
         assert await asyncio.wait_for(waiter, 30) is connection
         connection.start(b"two", second)
