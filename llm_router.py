@@ -3434,6 +3434,8 @@ def check_kind(value: Any, kinds: Kinds, path: str) -> Any:
     """`value` if it is of one of `kinds`, else RouterError 400. A boolean is a number to Python, not to the APIs."""
     if isinstance(value, kinds) and (type(value) is not bool or bool in kinds):
         return value
+    if int in kinds and isinstance(value, float) and value.is_integer():  # some languages know no other numbers
+        return int(value)
     raise field_error(path, "expected %s" % " or ".join(_KINDS[kind] for kind in kinds))
 
 
@@ -3722,18 +3724,25 @@ _AUDIO = ("audio", "input_audio", "data")
 _CHAT_MEDIA = {"image_url": _IMAGE, "input_image": _IMAGE, "input_audio": _AUDIO, "file": _FILE, "input_file": _FILE}
 
 
+# Ending of a file's name -> its type, where bare base64 does not tell it.
+_FILE_FORMS = {
+    "txt": "text/plain", "md": "text/markdown", "csv": "text/csv", "html": "text/html", "json": "application/json",
+}  # fmt: skip
+
+
 def _read_chat_media(item: Json, path: str) -> Any:
     """In the Responses API the URL, or the part itself, stands for the object. A file's id means nothing elsewhere."""
     kind, key, field = _CHAT_MEDIA[item["type"]]
     value = item.get(key)
-    inner = value if isinstance(value, dict) else {**item, field: item.get(field, value)}
+    inner = value if isinstance(value, dict) else {**item, field: item.get(field) or item.get("file_url") or value}
     if kind == "document" and not inner.get(field):
         return Opaque(_CHAT, item)
     url = need_text(inner, field, "%s.%s" % (path, key))
     if kind != "image" and not url.startswith(("data:", "http://", "https://")):
-        form = "audio/" + (get_text(inner, "format") or "wav") if kind == "audio" else "application/pdf"
+        form = _FILE_FORMS.get(get_text(inner, "filename").rpartition(".")[2].lower(), "application/pdf")
+        form = "audio/" + (get_text(inner, "format") or "wav") if kind == "audio" else form
         url = "data:%s;base64,%s" % (form, url)
-    rest = _chat_rest({**item, "detail": inner.get("detail")}, ("type", key, field, "filename"))
+    rest = _chat_rest({**item, "detail": inner.get("detail")}, ("type", key, field, "filename", "file_url"))
     match = _DATA_URL.match(url)
     data = (match.group(1).lower(), url[match.end() :], "") if match else ("", "", url)
     return Media(kind, *data, get_text(inner, "filename"), rest)
@@ -5611,9 +5620,6 @@ _RESPONSES_CHECKED = field_kinds({
     (bool,): "parallel_tool_calls", (int,): "max_output_tokens", (int, float): "temperature top_p",
     (str,): "instructions", (dict,): "text reasoning", (str, list): "input",
 })  # fmt: skip
-_RESPONSES_FILES = {
-    "txt": "text/plain", "md": "text/markdown", "csv": "text/csv", "html": "text/html", "json": "application/json",
-}  # fmt: skip
 
 # As in CHAT_LOSSES: fields and types of requests in this format in backticks, what is written in it in words.
 RESPONSES_LOSSES = {
@@ -5702,7 +5708,7 @@ def parse_responses_request(body: Json) -> ChatRequest:
         said["parallel_tool_calls"], said["max_output_tokens"], said["temperature"], said["top_p"],
         stream=body.get("stream") is True,
         output=_read_output(get_dict(text, "format"), text.get("format"), "text.format"),
-        reasoning=Reasoning(get_text(reasoning, "effort")) if reasoning is not None else None,
+        reasoning=Reasoning(get_text(reasoning, "effort")) if reasoning and any(reasoning.values()) else None,
         user=get_text(body, "user") or get_text(body, "safety_identifier"),
         fields={_RESPONSES: _without(body, "input")},
     )  # fmt: skip
@@ -5752,18 +5758,8 @@ def _responses_turn(item: Json, where: str, names: _FlatNames) -> Tuple[str, Blo
 
 def _responses_parts(content: Any, where: str) -> Blocks:
     """Content of a request, which Chat's reader knows by shape, without what is empty (trap 82) or unknown to it."""
-    if isinstance(content, list):
-        content = [_responses_file(part) if as_dict(part).get("type") == "input_file" else part for part in content]
     blocks = _chat_parts(content, where)
     return [block for block in blocks if getattr(block, "text", "-") and not isinstance(block, Opaque)]
-
-
-def _responses_file(part: Json) -> Json:
-    """A file by URL as if that were its data; bare base64 with the type that its name tells."""
-    data, ending = get_text(part, "file_data"), get_text(part, "filename").rpartition(".")[2].lower()
-    if data and not data.startswith("data:"):
-        data = "data:%s;base64,%s" % (_RESPONSES_FILES.get(ending, "application/pdf"), data)
-    return {**_without(part, "file_url"), "file_data": data or get_text(part, "file_url")}
 
 
 def _responses_words(part: Json, bag: Json) -> Any:
@@ -7078,8 +7074,10 @@ FIXES: Dict[str, Fix] = {
     "no user": Fix(  # a word of many errors that speak of roles
         _drop("user"), "user", r"\buser\W{1,3}(?:extra|is un|is not)|(?:property|name|supplied|meter)\W{1,3}user\b"
     ),
-    "no reasoning_effort": Fix(  # in Ollama's words, too
-        _drop("reasoning_effort"), "reasoning_effort", _names("reasoning_effort") + "|does not support thinking"
+    "no reasoning_effort": Fix(  # in the words of Ollama, and of Groq
+        _drop("reasoning_effort"),
+        "reasoning_effort",
+        _names("reasoning_effort") + r"|does not support thinking|reasoning_effort\W{1,3}must be one of",
     ),
     # Before what is known of schemas, for the format's name ends in that word: OpenAI, Azure, Groq, DeepSeek.
     "schema in words": Fix(

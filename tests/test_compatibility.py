@@ -50,6 +50,7 @@ LESSONS = [
     ("body.stream_options: Extra inputs are not permitted", "no stream_options"),  # FastAPI's, of Mistral and many more
     ("Argument not supported on this model: reasoningEffort", "no reasoning_effort"),  # xAI
     ('"m" does not support thinking', "no reasoning_effort"),  # Ollama
+    ("`reasoning_effort` must be one of `none` or `default`", "no reasoning_effort"),  # Groq
     ("tools.0.function.strict: Extra inputs are not permitted", "no strict"),
     ("messages.2.assistant.reasoning_content: Extra inputs are not permitted", "no reasoning_content"),
     ("'response_format' of type 'json_schema' is not supported with this model.", "schema in words"),

@@ -1223,6 +1223,11 @@ def test_legacy_functions_become_tools_and_calls_with_ids():
             Media("image", "image/png", "AA"),
         ),
         ({"type": "thinking", "thinking": "hm", "signature": "s"}, Thinking("hm", {"anthropic": {"signature": "s"}})),
+        ({"type": "input_file", "file_url": "https://x/y.pdf"}, Media("document", url="https://x/y.pdf")),
+        (
+            {"type": "file", "file": {"file_data": "YQ==", "filename": "a.TXT"}},
+            Media("document", "text/plain", "YQ==", name="a.TXT"),
+        ),
     ],
 )
 def test_each_part_becomes_its_block(part, block):
@@ -1351,6 +1356,14 @@ def test_a_wrong_value_is_refused_with_its_path(body, path):
     with pytest.raises(RouterError) as raised:
         OPENAI_CHAT.parse_request(body)
     assert raised.value.status == 400 and raised.value.message.startswith(path + ": ")
+
+
+def test_a_whole_number_with_a_point_is_one():
+    """Where a language knows no integers, they are written so; pydantic, behind most APIs, takes them."""
+    request = OPENAI_CHAT.parse_request({"messages": [user()], "max_tokens": 9.0})
+    assert request.max_tokens == 9 and isinstance(request.max_tokens, int)
+    with pytest.raises(RouterError):
+        OPENAI_CHAT.parse_request({"messages": [user()], "max_tokens": 9.5})
 
 
 # ---- requests to an upstream

@@ -908,6 +908,13 @@ def test_a_codex_request_is_understood():
     assert request.fields["responses"]["client_metadata"] == {"x": "y"}
 
 
+@pytest.mark.parametrize("value", [None, {}, {"effort": None, "summary": None}])
+def test_who_says_nothing_of_reasoning_asks_for_none(value):
+    """A Response shows such an object where nothing was asked for; Anthropic's models began to think for it."""
+    _, body = router.translate_request({"input": "q", "reasoning": value}, "responses", "anthropic", "claude-sonnet-4-5")
+    assert "thinking" not in body
+
+
 def test_simple_fields_have_their_place():
     request = parse_responses_request(
         {
