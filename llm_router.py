@@ -14962,7 +14962,7 @@ class Cloudflare:
         host = site.address.partition("/")[0]
         upload, place = api_steps(site, secrets, self.find_zone(host) if host else "")
         present = self.secret_names(site) or []
-        has_place = bool(site.route) and self._has_route(place, site)
+        has_place = bool(host) and self._has_place(place, site)
         own = {} if host else as_dict(self.call("GET", site.account_path + "/workers/subdomain"))
         url = "https://" + (site.address or "%s.%s.workers.dev" % (site.name, _path_word(own.get("subdomain"))))
         self.call(*upload.words, upload.parts)
@@ -14977,12 +14977,16 @@ class Cloudflare:
             raise CloudflareError("there is no Worker %s: llm-router deploy makes it" % site.name, 404)
         self.call(*step.words, step.parts)
 
-    def _has_route(self, place: CloudStep, site: Site) -> bool:
-        routes = map(as_dict, as_list(self.call("GET", place.words[1])))
-        owners = [str(route.get("script")) for route in routes if route.get("pattern") == site.route]
+    def _has_place(self, place: CloudStep, site: Site) -> bool:
+        """Whether its domain or route leads to the Worker already. CloudflareError when it leads to another one."""
+        wanted, name, owner, query = site.route, "pattern", "script", ""
+        if site.domain:
+            wanted, name, owner, query = site.domain, "hostname", "service", "?hostname=" + site.domain
+        rows = map(as_dict, as_list(self.call("GET", place.words[1] + query)))
+        owners = [str(row.get(owner)) for row in rows if row.get(name) == wanted]
         if owners and owners[0] != site.name:
-            words = site.route, one_line(owners[0], 80)
-            raise CloudflareError("the route %s leads to the Worker %s: remove it there first" % words, 409)
+            words = wanted, one_line(owners[0], 80)
+            raise CloudflareError("%s leads to the Worker %s: remove it there first" % words, 409)
         return bool(owners)
 
 
@@ -17053,7 +17057,7 @@ def run_deploy(given: Given) -> int:
     payload = _strong_payload(given)
     _warn(payload.doubts)
     if given.export_only:
-        return _export_config(given, payload)
+        return _export_config(given, payload, site)
     wrangler = _find_wrangler(given)
     if given.dry_run:
         make = wrangler_steps if wrangler else api_steps
@@ -17139,7 +17143,7 @@ def _strong_payload(given: Given) -> Payload:
     return make_payload(edit.document, given.environ)
 
 
-def _export_config(given: Given, payload: Payload) -> int:
+def _export_config(given: Given, payload: Payload, site: Site) -> int:
     """`--export-only`: the configuration's secret as a file for wrangler; several as one for its `secret bulk`."""
     import shlex
 
@@ -17147,10 +17151,10 @@ def _export_config(given: Given, payload: Payload) -> int:
     name, *others = payload.secrets
     fits = not any(other.startswith(name) for other in others)
     write_private(path, (payload.secrets[name] if fits else json.dumps(payload.secrets)).encode("utf-8"))
-    call = ("wrangler secret put %s < " % name if fits else "wrangler secret bulk ") + shlex.quote(path)
+    call = "wrangler secret %s --name %s < %s" % ("put " + name if fits else "bulk", site.name, shlex.quote(path))
     further = others if fits else []
     lines = ["wrote %s (0600)" % one_line(path), "now run: " + call]
-    lines += ["and for every key: wrangler secret put " + other for other in further]
+    lines += ["and for every key: wrangler secret put %s --name %s" % (other, site.name) for other in further]
     return given.tell({"path": path, "command": call, "further": further}, lines)
 
 

@@ -113,6 +113,7 @@ class FakeCloudflare:
         ("GET", "/zones", "_list_zones"),
         ("GET", r"/zones/(\w+)/workers/routes", "_list_routes"),
         ("POST", r"/zones/(\w+)/workers/routes", "_add_route"),
+        ("GET", r"/accounts/(\w+)/workers/domains", "_list_domains"),
         ("PUT", r"/accounts/(\w+)/workers/domains", "_add_domain"),
         ("GET", r"/accounts/(\w+)/workers/subdomain", "_subdomain"),
         ("GET", r"/accounts/(\w+)/workers/services/([\w-]+)", "_service"),
@@ -156,6 +157,9 @@ class FakeCloudflare:
     def _add_route(self, zone, body, **_):
         self.routes.append(json.loads(body))
         return {"id": "r1"}
+
+    def _list_domains(self, account, query, **_):
+        return [domain for domain in self.domains if domain["hostname"] == query.partition("hostname=")[2]]
 
     def _add_domain(self, account, body, **_):
         self.domains.append(json.loads(body))

@@ -155,8 +155,9 @@ def test_a_name_and_an_environment_make_another_worker(desk):
 
 
 def test_a_domain_or_a_route_takes_the_place_of_workers_dev(desk):
-    assert json.loads(desk.deploy("--domain=llm.example.com", "--json").stdout)["url"] == "https://llm.example.com"
-    domain = desk.cloudflare.domains[0]
+    for _ in range(2):
+        assert json.loads(desk.deploy("--domain=llm.example.com", "--json").stdout)["url"] == "https://llm.example.com"
+    (domain,) = desk.cloudflare.domains
     assert (domain["hostname"], domain["service"], domain["zone_id"]) == ("llm.example.com", "llm-router-route", "z1")
     for _ in range(2):
         said = desk.deploy("--route=api.example.com/route/*", "--json").stdout
@@ -165,9 +166,11 @@ def test_a_domain_or_a_route_takes_the_place_of_workers_dev(desk):
     assert not desk.script.enabled
 
 
-def test_a_route_of_another_worker_is_not_taken_from_it(desk):
+def test_a_route_or_domain_of_another_worker_is_not_taken_from_it(desk):
     desk.cloudflare.routes.append({"pattern": "api.example.com/*", "script": "shop"})
-    assert "leads to the Worker shop" in desk.deploy("--route=api.example.com/*", code=1).stderr
+    desk.cloudflare.domains.append({"hostname": "shop.example.com", "service": "shop"})
+    for flag in ("--route=api.example.com/*", "--domain=shop.example.com"):
+        assert "leads to the Worker shop" in desk.deploy(flag, code=1).stderr
     assert desk.cloudflare.scripts == {}
 
 
@@ -383,8 +386,9 @@ def test_export_only_writes_a_private_secret_and_the_line_that_uses_it(desk):
     assert json.loads(path.read_text()) == document_of()
     assert "\n" not in path.read_text() and '": ' not in path.read_text()
     assert path.stat().st_mode & 0o777 == 0o600
-    assert "wrangler secret put LLM_ROUTER_CONFIG_JSON < %s" % os.path.realpath(str(path)) in done.stdout
-    assert "wrangler secret put P_KEY" in done.stdout
+    line = "wrangler secret put LLM_ROUTER_CONFIG_JSON --name llm-router-route < %s"  # good in any folder
+    assert line % os.path.realpath(str(path)) in done.stdout
+    assert "wrangler secret put P_KEY --name llm-router-route" in done.stdout
     assert desk.cloudflare.calls == []
 
 
@@ -394,7 +398,7 @@ def test_a_large_configuration_is_exported_packed_a_huge_one_as_several_secrets(
     text = (desk.folder / "one").read_text()
     assert len(text) <= 5000 and json.loads(r.unpack_config(text)) == document_of(130)
     desk.configure(document_of(600))
-    assert "wrangler secret bulk" in desk.run("deploy", "--export-only=true", "--out=many").stdout
+    assert "wrangler secret bulk --name mine < " in desk.run("deploy", "--export-only=true", "--out=many", "--name=mine").stdout
     secrets = json.loads((desk.folder / "many").read_text())
     assert secrets["P_KEY"] and json.loads(r.unpack_config(r.find_config_variable(secrets)[1])) == document_of(600)
 
