@@ -10732,8 +10732,9 @@ def _redacted(outcome: Outcome, provider: Provider) -> Outcome:
 
 def give_up_status(outcome: Outcome, wire: str) -> int:
     """The client's status when nobody could serve. An upstream's bad key is the operator's fault, never the client's
-    (trap 127)."""
-    if outcome.kind == AUTH or 200 <= outcome.status < 400 or outcome.status > 599:
+    (trap 127), nor is the failure that an aggregator calls a 400 (trap 128)."""
+    is_not_clients = outcome.kind == AUTH or outcome.kind == TEMPORARY and outcome.status == 400
+    if is_not_clients or 200 <= outcome.status < 400 or outcome.status > 599:
         return 502
     if outcome.status in (503, 529):
         return 529 if wire == "anthropic" else 503

@@ -208,6 +208,15 @@ def test_a_refusal_that_hides_behind_another_status_is_known_by_its_words(pair, 
     assert pair.calls() == (1, 1)
 
 
+@CLIENTS
+def test_a_failure_behind_an_aggregator_is_retried_and_never_shown_as_the_clients_own(pair, client_wire):
+    """Trap 128."""
+    always(pair.first, fake.error_answer("openai", 400, "Error from provider: Upstream request failed", "api_error"))
+    assert_answer(client_wire, post(pair.router, client_wire, "a-openai/to-openai"), TEXT)
+    assert pair.calls() == (3, 1)
+    assert post(pair.router, client_wire, "a-openai/solo").status == 502
+
+
 def test_a_policy_block_is_the_answer_and_no_later_request_reaches_the_other_provider_for_it(remembering):
     """The README's promise: what one provider blocks is never shown to another one unasked."""
     pair = remembering()
