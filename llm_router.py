@@ -988,7 +988,6 @@ _UNSEEN = r"\x00-\x1f\x7f-\xa0\u200b-\u200f\u2028-\u202f\u205f-\u206f\ud800-\udf
 _HEADER = FieldKind(str, str.strip, _HEADER_VALUE.fullmatch, "is not a header value", "remove line breaks and controls")
 _NAME = FieldKind(str, str.strip, re.compile(r"\s*\S[\s\S]*").fullmatch, "is empty", "remove it or write a name")
 
-# fmt: off
 _FIELD_KINDS: Dict[str, FieldKind] = {
     "any": FieldKind(object),
     "object": FieldKind(dict),
@@ -1024,8 +1023,7 @@ _FIELD_KINDS: Dict[str, FieldKind] = {
         "is not the URL of an HTTP proxy", "write http://HOST:PORT, or none"),
     "origin": FieldKind(str, lambda text: text.strip().rstrip("/").lower(), _ORIGIN.fullmatch,
         "is not an origin", "write scheme://host:port; a wildcard would let any web page spend your money"),
-}
-# fmt: on
+}  # fmt: skip
 
 # Objects that are read by their fields alone.
 _RECORDS: Dict[str, Any] = {"timeouts": Timeouts, "client_key": ClientKey, "model": Model}
@@ -1523,6 +1521,7 @@ class Edit(NamedTuple):
 
 
 NEW_DOCUMENT: Json = {"version": 1, "providers": []}
+
 
 def upsert_provider(document: Json, provider_id: str, change: Json) -> Edit:
     """Add the provider, or change those of its fields that `change` has; "" removes one. Objects (headers, auth, URLs
@@ -9670,7 +9669,6 @@ def _deploy(menu: Menu) -> Menu:
     return _run(menu, "Deploying", then, "deploy")
 
 
-# fmt: off
 _HOME = (  # the first word: the field whose problems are its own, an effect of the host, or another name
     ("providers", "Providers", "none yet", _go("providers"), "the accounts requests may go to: add, edit, test, order"),
     ("fallbacks", "Fallbacks", "none", _go("fallbacks"), "what to try when a model fails"),
@@ -9776,8 +9774,7 @@ SCREENS: Dict[str, Screen] = {
         "q": _STOP,
         "tick": lambda menu, item: _swap(menu, at=menu.front.at + 1),
     }, kind="busy"),
-}
-# fmt: on
+}  # fmt: skip
 
 
 # ==============================================================================
@@ -15444,7 +15441,6 @@ PROXY_VARIABLES = ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy", "AL
 
 # Sources: code.claude.com/docs/en/settings and /llm-gateway; developers.openai.com/codex/config-reference (-c takes
 # TOML); opencode.ai/docs/config (OPENCODE_CONFIG); aider.chat/docs/llms/openai-compat.html; Qwen Code's README.
-# fmt: off
 AGENTS: Tuple[Agent, ...] = (
     Agent("claude", "npm install -g @anthropic-ai/claude-code",
           "ANTHROPIC_BASE_URL=%(base)s ANTHROPIC_AUTH_TOKEN=%(key)s ANTHROPIC_MODEL=%(model)s"
@@ -15462,11 +15458,10 @@ AGENTS: Tuple[Agent, ...] = (
     Agent("qwen", "npm install -g @qwen-code/qwen-code",
           "OPENAI_BASE_URL=%(base)s/v1 OPENAI_API_KEY=%(key)s OPENAI_MODEL=%(model)s",
           ("--auth-type", "openai"), hidden=PROXY_VARIABLES),  # it sends even 127.0.0.1 to a proxy
-)
+)  # fmt: skip
 ANY_AGENT = Agent(
     "any", "", "ANTHROPIC_BASE_URL=%(base)s ANTHROPIC_AUTH_TOKEN=%(key)s OPENAI_BASE_URL=%(base)s/v1"
-    " OPENAI_API_BASE=%(base)s/v1 OPENAI_API_KEY=%(key)s", hidden=("ANTHROPIC_API_KEY",))
-# fmt: on
+    " OPENAI_API_BASE=%(base)s/v1 OPENAI_API_KEY=%(key)s", hidden=("ANTHROPIC_API_KEY",))  # fmt: skip
 
 
 def agent_facts(base: str, key: str, config: Config, chosen: Mapping[str, str]) -> Dict[str, str]:
@@ -16493,7 +16488,6 @@ def _operation(
     return Command(name, run, help, flags, example.strip(), needs, before="config --operation=")
 
 
-# fmt: off
 OPERATIONS: Tuple[Command, ...] = (
     _operation("upsert-provider", run_upsert, "add a provider, or change what is given of one",
                "--provider-id=openrouter --base-url=https://openrouter.ai/api/v1 --api-key=- --models=gpt-4o"
@@ -16534,8 +16528,7 @@ OPERATIONS: Tuple[Command, ...] = (
                "print the JSON Schema of the file, for editors and CI"),
     _operation("export", run_export, "print the configuration in use, keys masked; --out writes all of it",
                "--out=router.json", takes="out show-secrets"),
-)
-# fmt: on
+)  # fmt: skip
 
 # ----- start, settings, demo -----
 
@@ -17034,7 +17027,6 @@ def run_env(given: Given) -> int:
 
 # ----- Cloudflare -----
 
-# fmt: off
 _SITE_FLAGS = (
     Flag("name", "text", "the Worker's name, default " + WORKER_NAME),
     Flag("env", "text", "a Worker beside it, whose name ends in -ENV"),
@@ -17044,8 +17036,7 @@ _SITE_FLAGS = (
     Flag("allow-weak-master-key", "bool", "take the master key as it is"),
     Flag("dry-run", "bool", "show what would be sent, secrets masked, and send nothing"),
     _AS_JSON,
-)
-# fmt: on
+)  # fmt: skip
 
 
 def run_deploy(given: Given) -> int:
@@ -17201,7 +17192,6 @@ def _choose_account(given: Given, accounts: Sequence[Tuple[str, str]]) -> str:
     return accounts[int(chosen) - 1][0]
 
 
-# fmt: off
 COMMANDS: Tuple[Command, ...] = (
     Command("", run_menu_command, "one local endpoint for every AI provider; alone on a terminal it opens the menu",
             (_CONFIG, _AS_JSON, _PROMPTS), "llm-router start"),
@@ -17253,8 +17243,7 @@ COMMANDS: Tuple[Command, ...] = (
     Command("demo", lambda given: run_demo(bool(given.once), given.port or 0),
             "try it without key, configuration or network", (Flag("once", "bool", "exit after the demonstration"),
             Flag("port", "port", "port to listen on, default any")), "llm-router demo --once"),
-)
-# fmt: on
+)  # fmt: skip
 
 # ==============================================================================
 # 38 MAIN - the only exit [host]
