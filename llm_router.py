@@ -11213,7 +11213,8 @@ def write_private(target: str, data: bytes, expected: Any = ..., durable: bool =
             return False
         os.replace(complete[0], target)
     except OSError as error:
-        raise FileError("cannot write %s: %s; it is unchanged" % (one_line(target), error.strerror or error)) from None
+        why = "mounted by itself, mount its folder" if error.errno == errno.EBUSY else error.strerror or error
+        raise FileError("cannot write %s: %s; it is unchanged" % (one_line(target), why)) from None
     finally:
         for temporary in complete:  # without its name
             _remove(temporary)
@@ -15301,10 +15302,7 @@ def examine(given: str, port: int, environ: Environ, offline: bool) -> List[Find
     running = running_instances()
     ports = {instance.port for instance, _ in running}
     findings += _examine_running(running)
-    if port not in ports:
-        holder, free = find_listener(port), Finding("ok", "port", "%d is free, as far as can be seen" % port)
-        words = "%d is used by pid %d (%s)" % (port, *holder) if holder else ""
-        findings.append(Finding("problem", "port", words, "start --port=0") if holder else free)
+    findings += [_examine_port(port)] if port not in ports else []
     findings += [*_examine_network(environ), *_examine_clients(environ, ports | {port})]
     providers = [provider for provider in config.providers if provider.enabled] if config is not None else []
     for one in providers:  # a base URL may have come from anywhere
@@ -15339,6 +15337,19 @@ def _examine_running(running: Iterable[Tuple[Instance, Json]]) -> Iterator[Findi
         if status["version"] != __version__:
             text = "%s is not this version, %s" % (where, __version__)
             yield Finding("warning", "running", text, "llm-router stop, then start")
+
+
+def _examine_port(port: int) -> Finding:
+    """Whether the router could listen there, by trying it: the system does not show everybody's sockets."""
+    import socket
+
+    try:
+        socket.create_server(("127.0.0.1", port)).close()
+        return Finding("ok", "port", "%d is free" % port)
+    except OSError as error:
+        holder, why = find_listener(port), (error.strerror or str(error)).partition(" (while ")[0]
+        words = "%d is used by pid %d (%s)" % (port, *holder) if holder else "%d: %s" % (port, why)
+        return Finding("problem", "port", words, "start --port=0")
 
 
 def _examine_network(environ: Environ) -> Iterator[Finding]:

@@ -425,6 +425,16 @@ def test_a_writer_that_knows_no_lock_does_not_lose_its_edit(path):
     assert path.with_name("router.json.bak").read_text() == '{"theirs": 1}'
 
 
+def test_a_file_that_a_container_has_mounted_by_itself_is_said_to_be_that(path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EBUSY, "Device or resource busy")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(r.FileError, match="mount its folder"):
+        r.edit_config_file(str(path), set_key())
+    assert path.read_bytes() == OLD_TEXT and names_in(path.parent) == ["router.json"]
+
+
 def test_an_editor_that_writes_while_the_old_text_is_put_aside_is_noticed(path, monkeypatch):
     replace, left = os.replace, ['{"theirs": 1}']
 
