@@ -4177,6 +4177,7 @@ def _shown_finish(reason: str, has_calls: bool, has_refusal: bool) -> str:
 # ---- streams: Chat Completions -> neutral
 
 _THINK_OPEN, _THINK_CLOSE = "<think>", "</think>"  # around the reasoning that a server left in the content (trap 48)
+_THINK_TAGS = (_THINK_OPEN, "<reasoning>")  # the latter at Bedrock, of gpt-oss (CherryHQ/cherry-studio#10225)
 # A tag that the model's template had opened: a whole answer is divided there, a stream only loses it as its own chunk.
 _LONE_CLOSE = re.compile(r"(?m)^</think>\s*$")
 _DETAIL_KEYS = ("text", "summary", "data", "signature")
@@ -4480,16 +4481,16 @@ class ChatStreamParser:
         text, self._held = self._held + text, ""
         if self._tag == _THINK_OPEN:
             begin = text.lstrip()
-            if begin != _THINK_OPEN and _THINK_OPEN.startswith(begin) and len(text) < _MAX_HELD:
+            opened = next((tag for tag in _THINK_TAGS if begin.startswith(tag)), "")
+            if not opened and len(text) < _MAX_HELD and any(tag.startswith(begin) for tag in _THINK_TAGS):
                 self._held = text
                 return
-            is_tagged = begin.startswith(_THINK_OPEN)
-            text = begin[len(_THINK_OPEN) :] if is_tagged else text
-            self._tag = _THINK_CLOSE if is_tagged or _LONE_CLOSE.search(text) else ""
-        if self._tag == _THINK_CLOSE:
-            thought, tag, text = text.partition(_THINK_CLOSE)
-            self._tag = " " if tag else _THINK_CLOSE
-            keep = next((n for n in range(len(_THINK_CLOSE) - 1, 0, -1) if thought.endswith(_THINK_CLOSE[:n])), 0)
+            text = begin[len(opened) :] if opened else text
+            self._tag = "</" + opened[1:] if opened else _THINK_CLOSE if _LONE_CLOSE.search(text) else ""
+        if self._tag.startswith("</"):
+            thought, tag, text = text.partition(self._tag)
+            keep = next((n for n in range(len(self._tag) - 1, 0, -1) if thought.endswith(self._tag[:n])), 0)
+            self._tag = " " if tag else self._tag
             if keep and not tag:
                 thought, self._held = thought[:-keep], thought[-keep:]
             self._add_text(Thinking, thought if self._flowing is Thinking else thought.lstrip())
@@ -4502,7 +4503,7 @@ class ChatStreamParser:
         """Text that was held because it might have been the beginning of a tag; a block for reasoning details that came
         without a text, or amid another block."""
         held, self._held = self._held, ""
-        self._add_text(Thinking if self._tag == _THINK_CLOSE else Text, held)
+        self._add_text(Thinking if self._tag.startswith("</") else Text, held)
         if self._details and not (self._slots and type(self._slots[-1].block) is Thinking):
             self._add_slot(Thinking(""))
 

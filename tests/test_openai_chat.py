@@ -500,7 +500,14 @@ def test_think_tags_become_thinking_letter_by_letter():
     assert blocks(*[chunk({"content": letter}) for letter in TAGGED]) == UNTAGGED
 
 
-@pytest.mark.parametrize("text", ["<", "<think", "<thin air", "<thought>a</thought>", "a <think>b</think>", "</think>"])
+def test_bedrock_s_tag_for_the_reasoning_of_gpt_oss_is_one():
+    """CherryHQ/cherry-studio#10225; its end is its own."""
+    text = "<reasoning>a </think> b</reasoning>c"
+    assert blocks(*[chunk({"content": letter}) for letter in text]) == [Thinking("a </think> b"), Text("c")]
+    assert blocks(chunk({"content": "<reasoning>cut of"})) == [Thinking("cut of")]
+
+
+@pytest.mark.parametrize("text", ["<", "<think", "<reason>", "<thin air", "<thought>a</thought>", "a <think>b</think>", "</think>"])
 def test_what_only_looks_like_a_think_tag_stays_text(text):
     """trap 48"""
     assert blocks(*[chunk({"content": letter}) for letter in text]) == [Text(text)]
