@@ -8961,7 +8961,8 @@ def keys_of(menu: Menu, item: Any) -> List[Tuple[str, str]]:
     if screen.kind != "list":
         return pairs
     pairs = [pair for pair in pairs if item is not None or pair[0] not in _ROW_KEYS]
-    pairs += [("s", "save"), ("u", "undo")] if menu.is_unsaved else []
+    if menu.is_unsaved:
+        pairs = [*pairs[:1], ("s", "save"), *pairs[1:], ("u", "undo")]
     return [*pairs, ("esc", "back" if len(menu.frames) > 1 else "quit"), ("?", "help")]
 
 
@@ -16629,15 +16630,16 @@ def menu_effects(path: str, environ: Environ) -> Effects:
 
 
 def _test_in_menu(job: Job, plan: ProbePlan, given: Given) -> Tuple[Any, ...]:
-    """Probe: rows of probe_table, what was learned, and what else there is to say."""
+    """Probe: rows of probe_table, which tell what each model said, what was learned, and what its list said."""
 
     def show(report: ProbeReport) -> bool:
         job.tell("\n".join("%s  %s  %s" % (row.model, row.wire, row.state) for row in report.rows))
         return bool(job.is_cancelled)
 
     report = run_probe(plan, given.settings, given.environ, show)
-    listed = ["it lists %d models" % len(report.listed)] if report.listed is not None else []
-    return probe_table(report)[1], learned_fields(plan, report), "\n".join(listed + _probe_warnings(report))
+    words = ["it lists %d models" % len(report.listed)] if report.listed is not None else []
+    words += _probe_warnings(report)[: bool(report.listing_note)]
+    return probe_table(report)[1], learned_fields(plan, report), "\n".join(words)
 
 
 def _deploy_in_menu(given: Given) -> Json:

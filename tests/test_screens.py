@@ -653,6 +653,12 @@ def test_only_keys_that_do_something_are_shown():
     assert "enter" not in keys_line(host) and "enter choose" in keys_line(host.press("end"))
 
 
+def test_a_change_shows_how_it_is_saved_on_every_screen_of_the_usual_width():
+    host = Host().open("Providers").press("space")
+    for labels in ((), ("router",), ("models",)):
+        assert "s save" in keys_line(host.open(*labels))
+
+
 @pytest.mark.parametrize(
     "document, label",
     [
