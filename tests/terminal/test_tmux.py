@@ -83,10 +83,14 @@ class Terminal:
         return self.tmux("display-message", "-p", "#{alternate_on} #{cursor_flag} #{pane_width}x#{pane_height}").strip()
 
     def stty(self):
-        self.type("stty -a > tty; echo stty-is-do''ne\n")
-        self.wait("stty-is-done")
-        self.type("clear\n")
-        return (self.folder / "tty").read_text()
+        told = self.folder / "tty"
+        told.unlink(missing_ok=True)
+        self.type("stty -a > tty.new; mv tty.new tty\n")  # there only when it is whole, whatever the screen still shows
+        deadline = time.monotonic() + WAIT_S
+        while not told.exists():
+            assert time.monotonic() < deadline, self.screen()
+            time.sleep(0.03)
+        return told.read_text()
 
     def start(self, *words):
         line = " ".join([sys.executable, str(PROGRAM), *words])
