@@ -10540,7 +10540,7 @@ class Exchange:
             data = await self._read_on(reply, processor, content_until)
             if is_first and data.lstrip().startswith(b"{"):  # JSON, whatever it is called (trap 12)
                 return self._judge_whole(reply, data + await self._read_whole(reply))
-            is_first, is_over = False, not data
+            is_first, is_over = is_first and not data.strip(), not data
             held += processor.feed(data) if data else processor.finish()
             if processor.content:
                 break

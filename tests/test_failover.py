@@ -726,7 +726,7 @@ def test_json_that_calls_itself_a_stream_is_read_as_the_json_it_is(pair, client_
     """Trap 12: an answer becomes a stream, an error keeps its words and what they mean."""
     kind = "text/event-stream"
     whole = json.dumps(fake.WHOLES[upstream_wire]("whole")).encode()
-    always(pair.first, fake.chunked_answer(200, [whole[:9], whole[9:]], {}, kind))
+    always(pair.first, fake.chunked_answer(200, [b"\n \n", whole[:9], whole[9:]], {}, kind))
     assert assert_answer(client_wire, post(pair.router, client_wire, "a-%s/solo" % upstream_wire, True), "whole").complete
     assert pair.calls() == (1, 0)
     always(pair.first, fake.body_answer(200, b'{"error": {"message": "no more", "type": "insufficient_quota"}}', kind))
