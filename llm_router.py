@@ -7014,10 +7014,15 @@ def _close_output(body: Json) -> None:
 
 
 def _tell_schema(body: Json) -> None:
-    """Where JSON mode is all there is, as at DeepSeek, the schema is told in words."""
-    schema = get_dict(get_dict(body, "response_format"), "json_schema").get("schema")
-    if schema:
-        words = "Answer with JSON that follows this JSON schema:\n" + dump_json(schema).decode()
+    """Where JSON mode is all there is, as at DeepSeek, or not even that, as with older models in Anthropic's format,
+    the schema is told in words."""
+    form = get_dict(body, "response_format").get("json_schema") or get_dict(body, "output_config").get("format")
+    words = "Answer with JSON that follows this JSON schema:\n" + dump_json(as_dict(form).get("schema")).decode()
+    if body.pop("output_config", None) and form:
+        before = body.get("system") or []
+        before = [{"type": "text", "text": before}] if isinstance(before, str) else before
+        body["system"] = [*before, {"type": "text", "text": words}]
+    elif get_dict(form or {}, "schema"):
         body["messages"] = [{"role": "system", "content": words}, *get_list(body, "messages")]
         body["response_format"] = {"type": "json_object"}
 
@@ -7046,7 +7051,7 @@ def _names(field: str) -> str:
 
 
 _LIMITS = ("max_tokens", "max_completion_tokens")
-_LEFT_OUT = "stream_options parallel_tool_calls reasoning_effort thinking output_config service_tier stop tool_choice"
+_LEFT_OUT = "stream_options parallel_tool_calls reasoning_effort thinking service_tier stop tool_choice"
 # What Codex and others tell OpenAI: a server that refuses one of these fields knows none of them (trap 70).
 _OPENAI_ONLY = (
     "metadata moderation prompt_cache_key prompt_cache_options prompt_cache_retention safety_identifier verbosity"
@@ -7079,6 +7084,7 @@ FIXES: Dict[str, Fix] = {
         "reasoning_effort",
         _names("reasoning_effort") + r"|does not support thinking|reasoning_effort\W{1,3}must be one of",
     ),
+    "no output_config": Fix(_tell_schema, "output_config", _names("output_config")),
     # Before what is known of schemas, for the format's name ends in that word: OpenAI, Azure, Groq, DeepSeek.
     "schema in words": Fix(
         _tell_schema,

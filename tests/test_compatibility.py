@@ -842,6 +842,27 @@ def test_a_schema_is_told_in_words_where_only_json_mode_is_known(compat, calls, 
     assert "JSON" in turns[0]["content"] and '"title"' in turns[0]["content"] and turns[1]["content"] == "be brief"
 
 
+@pytest.mark.parametrize("system, before", [("be brief", ["be brief"]), (None, [])])
+def test_a_schema_is_told_in_words_to_a_model_that_knows_no_output_config(system, before, router, make_upstream):
+    """Trap 99: without the field alone the answer was prose."""
+
+    def knows_no_schema(call):
+        if "output_config" in call.json:
+            words = "output_config: Extra inputs are not permitted"
+            return fake.error_answer("anthropic", 400, words, "invalid_request_error")
+        return fake.json_answer(200, fake.messages_whole("{}"))
+
+    upstream = make_upstream(knows_no_schema)
+    running = router(config_of(provider(upstream, "anthropic", "a", ["m"])))
+    schema = {"type": "object", "properties": {"title": {"type": "string"}}}
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    turns = [{"role": "system", "content": system}] if system else []
+    body = {"model": "a/m", "messages": [*turns, {"role": "user", "content": "q"}], "response_format": form}
+    assert running.post(PATHS["openai"], body).status == 200 and len(upstream.calls) == 2
+    told = [part["text"] for part in upstream.calls[-1].json["system"]]
+    assert told[:-1] == before and "JSON" in told[-1] and '"title"' in told[-1]
+
+
 def test_an_invalid_schema_is_no_reason_to_tell_it_in_words():
     words = ["Invalid schema for response_format 'x': In context=(), 'required' is required to be supplied"]
     assert llm_router.learn_fix({"response_format": {}}, words, ()) == ""
