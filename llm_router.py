@@ -13567,22 +13567,24 @@ class WorkerClient(PingingSink):
         self._writer.releaseLock()
         self._enqueue = pump.ping
         steps = {} if passes else {"start": create_proxy(pump.start), "transform": create_proxy(pump.transform)}
+        label = "reset"
         try:
             rest = reply.rest()
             if not passes:
                 rest = rest.pipeThrough(self._js.TransformStream.new(_js_object(**steps)))
             await rest.pipeTo(self._writable, _js_object(preventClose=True, preventAbort=True))
-            return pump.end or (UNWATCHED if passes else "end")
+            label = UNWATCHED if passes else "end"
         except JsException as error:
             if self._request.signal.aborted:
                 raise RouterError("the client has left", 499, "client_gone") from error
-            return pump.end or "reset"
         finally:
             pump.stop()
             self._enqueue = self.write
             self._writer = None if self._writable.locked else self._writable.getWriter()  # locked: the client has left
             for proxy in steps.values():
                 proxy.destroy()
+        self.write(b"\n\n" if passes and label != UNWATCHED else b"")  # the end of an event that broke off within
+        return pump.end or label
 
     async def finish(self) -> None:
         """The stream is complete."""

@@ -10,7 +10,7 @@ import pytest
 
 import fake_upstream as fake
 import llm_router as r
-from exchanges import ask, assert_answer, assert_stream_error, post, until
+from exchanges import QUICK, ask, assert_answer, assert_stream_error, post, until
 from running_router import config_of, provider
 from running_worker import KEY, RunningWorker, project_files
 
@@ -18,12 +18,21 @@ TEXT = "said by the upstream"
 GUARDED = ("/metrics", "/v1/models", "/v1/models/x", "/nothing", "/_router/status", "/v1/chat/completions")
 
 
+@pytest.fixture(scope="module")
+def shared(start_worker):
+    """One Worker that remembers no failure, before an upstream of each format."""
+    with fake.FakeUpstream() as upstream:
+        config = config_of(provider(upstream), provider(upstream, "anthropic", id="messages"))
+        running = start_worker(config, *QUICK)
+        running.upstream = upstream
+        yield running
+
+
 @pytest.fixture
-def serving(start_worker, upstream):
-    upstream.handler = fake.final_text(TEXT)
-    running = start_worker(config_of(provider(upstream)))
-    running.upstream = upstream
-    return running
+def serving(shared):
+    shared.upstream.calls.clear()
+    shared.upstream.handler = fake.final_text(TEXT)
+    return shared
 
 
 def test_every_path_but_the_root_and_the_health_wants_the_key(serving):
@@ -79,13 +88,14 @@ def test_a_head_request_is_told_the_size_of_what_it_does_not_get(serving):
         assert bare.headers["content-length"] == whole.headers["content-length"]
 
 
-def test_health_and_metrics_tell_of_this_isolate_what_they_tell_of_a_server(serving):
-    told = serving.get("/health").json
+def test_health_and_metrics_tell_of_this_isolate_what_they_tell_of_a_server(start_worker, upstream):
+    running = start_worker(config_of(provider(upstream)))
+    told = running.get("/health").json
     assert (told["status"], told["config"]) == ("ok", "ok")
-    assert told["instance"] == serving.get("/health").json["instance"]
-    serving.upstream.answer(fake.json_answer(429, {"error": {"message": "slow down"}}, {"retry-after": "600"}))
-    assert post(serving, "openai").status == 429
-    lines = [line.split() for line in serving.get("/metrics").text.splitlines() if "{model=" in line]
+    assert told["instance"] == running.get("/health").json["instance"]
+    upstream.answer(fake.json_answer(429, {"error": {"message": "slow down"}}, {"retry-after": "600"}))
+    assert post(running, "openai").status == 429
+    lines = [line.split() for line in running.get("/metrics").text.splitlines() if "{model=" in line]
     shown = {name: float(value) for name, value in lines}
     assert 0 < shown['llm_router_cooldown_seconds{model="fake/fake-model"}'] <= 600
     assert shown['llm_router_circuit_open{model="fake/fake-model"}'] == 0
@@ -241,6 +251,16 @@ def test_a_broken_connection_in_an_unwatched_stream_is_told_and_cut(serving):
     serving.upstream.answer(fake.sse_answer(events[:3], end="cut"))
     told = assert_stream_error("openai", post(serving, "openai", stream=True))
     assert told.text
+
+
+@pytest.mark.parametrize("at", [b"event: content_bl", b'event: content_block_delta\ndata: {"type":"con', b'data: {"type": "ping"}', b"\n"])
+def test_the_error_of_an_unwatched_stream_stands_alone_wherever_its_connection_broke(serving, at):
+    """Behind half a line nobody would find it."""
+    serving.upstream.answer(fake.sse_answer([*fake.messages_stream("half of it")[:4], at], end="cut"))
+    reply = post(serving, "anthropic", "messages/fake-model", stream=True)
+    assert reply.ended == "cut"
+    name, data = reply.events[-1]
+    assert (name, json.loads(data)["type"]) == ("error", "error")
 
 
 def test_it_serves_without_a_memory_snapshot_as_well(workers_folder, upstream):
