@@ -7902,6 +7902,9 @@ class Target(NamedTuple):
         return origin_url(*self.key[:3])
 
 
+Targets = Dict[Tuple[str, str], Target]  # by a provider's id and the wire format
+
+
 class Outbound(NamedTuple):
     """One upstream request as a value. wire: its format; timeouts already resolved to milliseconds; until: the moment
     on the host's clock when the time for all of it is up."""
@@ -8039,16 +8042,10 @@ class Requests:
     """
 
     def __init__(
-        self,
-        inbound: Inbound,
-        settings: Settings,
-        targets: Dict[Tuple[str, str], Target],
-        lessons: BoundedMap,
-        reasoning: Optional[BoundedMap] = None,
-        owner: str = "",
+        self, inbound: Inbound, settings: Settings, targets: Targets, lessons: BoundedMap, reasoning: Any, owner: str
     ) -> None:
         self._inbound, self._settings, self._targets, self._lessons = inbound, settings, targets, lessons
-        self._reasoning, self._owner = reasoning or BoundedMap(), owner  # the name of the client's key
+        self._reasoning, self._owner = reasoning, owner  # the name of the client's key
         self._neutral: Optional[ChatRequest] = None
         self._conversation = ""
         self.home = ""  # the provider that has what a request refers to
@@ -10147,7 +10144,7 @@ class Gateway:
 
     def __init__(self, routes: Routes, settings: Settings, access: Access, host: Any, book: Any) -> None:
         self.routes, self.settings, self.access, self.host, self.book = routes, settings, access, host, book
-        self.targets: Dict[Tuple[str, str], Target] = {}
+        self.targets: Targets = {}
         self.lessons = BoundedMap(1000)  # the fixes that a model's upstream asked for; a reload forgets
         self.items = ItemMemory()
         self.reasoning = BoundedMap()
@@ -12605,11 +12602,7 @@ class Server(BodyBudget):
     """The listener and its connections. `handle(call, sink)` answers one request."""
 
     def __init__(
-        self,
-        loop: Any,
-        settings: Settings,
-        handle: Callable[[Call, Any], Any],
-        on_error: Callable[[BaseException], None],
+        self, loop: Any, settings: Settings, handle: Callable[[Call, Any], Any], failed: Callable[[BaseException], None]
     ) -> None:
         self.loop = loop
         self.settings = settings
@@ -12621,7 +12614,7 @@ class Server(BodyBudget):
         self.connections: Dict[Any, str] = {}
         self._peers: Dict[str, int] = {}
         self._strikes = Strikes()
-        self._on_error = on_error
+        self._failed = failed
         self._listeners: List[Any] = []
         self._tasks: Set[Any] = set()
         self._date = (0.0, "")
@@ -12680,7 +12673,7 @@ class Server(BodyBudget):
         except asyncio.CancelledError:
             pass  # the client left; a cancelled task would make asyncio's streams log a traceback before Python 3.12
         except Exception as error:  # one broken handler must not touch the others
-            self._on_error(error)
+            self._failed(error)
         finally:
             del self.connections[connection]
             self._peers[peer] -= 1
@@ -15257,7 +15250,7 @@ def run_probe(plan: ProbePlan, settings: Settings, environ: Environ, ends: Calla
     """What a probe finds. `ends` is told ten times a second what is known by then, and whether that is enough is what
     it returns."""
 
-    async def probe() -> ProbeReport:
+    async def ask() -> ProbeReport:
         import asyncio
 
         loop = asyncio.get_running_loop()
@@ -15265,8 +15258,8 @@ def run_probe(plan: ProbePlan, settings: Settings, environ: Environ, ends: Calla
         probe = Probe(plan, settings, ProbeHost(loop, upstreams))
         task, until = loop.create_task(probe.run()), loop.time() + plan.limit_s
         try:
-            while not (await asyncio.wait([task], timeout=0.1))[0] and loop.time() < until:
-                if ends(probe.report):
+            while not (await asyncio.wait([task], timeout=0.1))[0]:
+                if loop.time() > until or ends(probe.report):
                     break
             task.cancel()
             with suppress(asyncio.CancelledError):
@@ -15278,7 +15271,7 @@ def run_probe(plan: ProbePlan, settings: Settings, environ: Environ, ends: Calla
         probe.end()
         return probe.report
 
-    return run_loop(probe())  # type: ignore[no-any-return]
+    return run_loop(ask())  # type: ignore[no-any-return]
 
 
 def ask_models(plan: ProbePlan, settings: Settings, environ: Environ) -> List[str]:

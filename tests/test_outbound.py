@@ -260,7 +260,7 @@ def test_timeouts_are_the_providers_else_the_settings_and_0_stays_off():
 
 def requests(body, path="/v1/messages", headers=()):
     inbound = R.read_inbound(R.find_endpoint(path), list(headers), body)
-    return R.Requests(inbound, SETTINGS, {}, {})
+    return R.Requests(inbound, SETTINGS, {}, {}, R.BoundedMap(), "")
 
 
 def candidate(row, model_id="new/model"):
@@ -301,7 +301,7 @@ def test_to_another_format_the_body_is_translated_for_the_candidates_model(path,
 def test_the_neutral_request_is_parsed_once_and_targets_are_shared():
     targets = {}
     inbound = R.read_inbound(R.find_endpoint("/v1/messages"), [], BODIES["/v1/messages"].encode())
-    made = R.Requests(inbound, SETTINGS, targets, {})
+    made = R.Requests(inbound, SETTINGS, targets, {}, R.BoundedMap(), "")
     row = provider(formats=("openai",))
     first, second = made.make(candidate(row)), made.make(candidate(row, "other"))
     assert first.target is second.target
