@@ -339,7 +339,7 @@ def did_you_mean(name: str, known: Iterable[str], otherwise: str, count: int = 1
     parts = [name[at : at + 4] for at in range(0, min(len(name), 80), 4)]
     likely = sorted(known, key=lambda word: -sum(part in word for part in parts))[:500]  # each takes a tenth of a ms
     near = difflib.get_close_matches(name, likely, count, 0.5)
-    return "did you mean %s?" % " or ".join(near) if near else otherwise
+    return "did you mean %s?" % " or ".join(map(one_line, near)) if near else otherwise
 
 
 # ==============================================================================
@@ -16078,7 +16078,8 @@ def parse_flags(argv: Sequence[str], command: Command) -> Json:
             if following.startswith("--"):
                 raise UsageError("%s needs a value; %s --help shows more" % (word, command.title))
             text = waiting.pop(0)
-        given[flag.name.replace("-", "_")] = _read_flag_value(flag, text)
+        name, value = flag.name.replace("-", "_"), _read_flag_value(flag, text)
+        given[name] = given.get(name, []) + value if flag.kind == "list" else value
     return dict(given, tail=[]) if command.passes_on else given
 
 
@@ -16184,7 +16185,7 @@ def _warn(lines: Iterable[str]) -> None:
 def tell_aside(text: str) -> None:
     """Print a line on stderr. What could be said there alone is no reason to end a command whose work is done."""
     with suppress(OSError):
-        print(as_started(text), file=sys.stderr)
+        print(as_started(printable(text)), file=sys.stderr)
 
 
 def _warn_of(problems: Iterable[Problem]) -> None:
@@ -16826,7 +16827,7 @@ def _explanation(trail: Json) -> List[str]:
     )
     path = one_line(trail.get("path", ""), 2000)  # all that the ledger knows of the attempts
     came = _labelled(
-        answered_by=(trail["model"] or "nobody") if trail["outcome"] == OK else "",
+        answered_by=one_line(trail["model"] or "nobody") if trail["outcome"] == OK else "",
         outcome="%s, status %d" % (_plain(trail["outcome"]), trail["status"]),
         time=show_duration(trail["total_ms"]) + first,
         tokens=", ".join(counts),
@@ -16882,7 +16883,8 @@ def run_usage(given: Given) -> int:
         raise UsageError("the usage ledger is off: LLM_ROUTER_USAGE_DB or --usage-db names its file")
     if given.csv and not given.json:
         writer = csv.writer(sys.stdout, lineterminator="\n")
-        writer.writerows([["group", *_LEDGER_SUMS], *(row.values() for row in rows[:-1])])
+        cells = ([printable(str(group)), *sums] for group, *sums in (row.values() for row in rows[:-1]))
+        writer.writerows([["group", *_LEDGER_SUMS], *cells])
         return 0
     day = time.strftime("%Y-%m-%d %H:%M", time.localtime(since)).replace(" 00:00", "")
     if rows:
@@ -17291,7 +17293,7 @@ def _report(error: Exception, argv: Sequence[str]) -> int:
     if any(re.fullmatch("--debug(=(1|true|yes|on))?", word.lower()) for word in argv):
         traceback.print_exc()
     text = getattr(error, "message", "") or "%s: %s (--debug shows more)" % (type(error).__name__, error)
-    tell_aside("llm-router: " + printable(text))
+    tell_aside("llm-router: " + text)
     return 2 if isinstance(error, UsageError) else 1
 
 

@@ -151,6 +151,20 @@ def test_a_value_may_begin_with_a_dash(home):
     assert home.document()["providers"][0]["apiKey"] == "-abc"
 
 
+def test_a_list_that_is_given_twice_is_one_list(home):
+    line = "config --operation=upsert-provider --provider-id=p --base-url=https://x.example --models=a,b --models c --skip-probe"
+    home.ok(line)
+    assert [model["id"] for model in home.document()["providers"][0]["models"]] == ["a", "b", "c"]
+
+
+def test_what_stands_in_a_configuration_reaches_no_terminal_as_an_escape_code(home):
+    provider = {"id": "p", "baseUrl": "https://x.example", "models": ["m"]}
+    document = {"providers": [provider], "modelAliases": {"fast\x1b[31m": "p/m"}, "defaultModel": "fast"}
+    home.file.write_text(json.dumps(document))
+    code, out, err = home.run("config --operation=validate")
+    assert code == 2 and "did you mean fast\\x1b[31m?" in out and "\x1b" not in out + err
+
+
 def test_a_model_list_takes_every_name_as_given(home):
     home.ok(
         "config --operation=upsert-provider --provider-id=p --base-url=https://x.example --api-key=k --models 'llama, grok,a/b:c,'"

@@ -236,6 +236,13 @@ def test_explain_of_a_request_that_nobody_remembers_fails(running):
         assert "not remembered" in refused(running.home, 1, "explain", id)
 
 
+def test_explain_writes_no_escape_code_that_a_client_has_put_into_a_name():
+    trail = r.Trail("req_1", 0.0, 0.0)
+    trail.wire, trail.operation, trail.model, trail.asked = "openai", "chat", "any/\x1b[31m", "\x1b[31m"
+    trail.status, trail.outcome = 200, r.OK
+    assert "\x1b" not in "\n".join(r._explanation(r.log_record(trail)))
+
+
 def test_explain_takes_one_request(running):
     assert "unexpected two" in refused(running.home, 2, "explain", "one", "two")
 
