@@ -8891,7 +8891,7 @@ class Pasted(Value):
 
 
 class Menu(NamedTuple):
-    """The whole menu. saved: the document of the file. past: those to go back to."""
+    """The whole menu. saved: the document of the file. past: those to go back to. scanned: what `_scan` found last."""
 
     facts: Facts
     saved: Json
@@ -8902,6 +8902,7 @@ class Menu(NamedTuple):
     is_error: bool = False
     effect: Optional[Effect] = None
     serial: int = 0
+    scanned: Tuple[Any, Any] = (None, None)
 
     @property
     def front(self) -> Frame:
@@ -8947,7 +8948,7 @@ def update(menu: Menu, event: Any) -> Tuple[Menu, Optional[Effect]]:
         new = before._replace(note=error.message, is_error=True)
     while not _stands(new):
         new = _pop(new)
-    return new._replace(effect=None), new.effect
+    return new._replace(effect=None, scanned=(new.document, _scan(new))), new.effect
 
 
 def rows_of(menu: Menu) -> List[Row]:
@@ -9276,8 +9277,10 @@ def _home_rows(menu: Menu) -> List[Row]:
 
 
 def _scan(menu: Menu) -> Tuple[Config, List[Problem]]:
-    """What the document means here: a variable that a provider names and nobody has set is a problem, too."""
-    return scan_config(menu.document, dict.fromkeys(menu.facts.variables, "(set)"))
+    """What the document means here: a variable that a provider names and nobody has set is a problem, too. It is the
+    same from one key to the next until the document changes: with thousands of models no key waits for it."""
+    document, found = menu.scanned
+    return found if document is menu.document else scan_config(menu.document, dict.fromkeys(menu.facts.variables, "x"))
 
 
 def _count(number: int, word: str) -> str:
@@ -9542,7 +9545,7 @@ def _add_models(menu: Menu, item: Any) -> Menu:
 
 def _refs(menu: Menu) -> List[str]:
     """Every model that can be named, as provider/model."""
-    return [ref for ref in Routes(scan_config(menu.document, {})[0]).refs() if not ref.endswith("/*")]
+    return [ref for ref in Routes(_scan(menu)[0]).refs() if not ref.endswith("/*")]
 
 
 def _aliases(menu: Menu) -> Dict[str, List[str]]:
@@ -15062,7 +15065,6 @@ class Wrangler:
 # ==============================================================================
 
 _DEMO_TEXT = "Hello from a provider that works."
-_DEMO_USAGE = Usage(input=12, output=7)
 
 # Provider -> its format and what it does with a request.
 _DEMO_PROVIDERS: Dict[str, Tuple[str, str]] = {
@@ -15099,7 +15101,7 @@ async def _demo_provider(call: Call, sink: Sink) -> None:
     name = call.path.split("/")[1]
     wire, body = WIRE_FORMATS[_DEMO_PROVIDERS[name][0]], load_json(await call.read_body())
     context = Context(ChatRequest(as_text(body.get("model")), []), "demo", 0)
-    answer = ChatResponse("demo", "demo", [Text(_DEMO_TEXT)], "end_turn", "", _DEMO_USAGE)
+    answer = ChatResponse("demo", "demo", [Text(_DEMO_TEXT)], "end_turn", "", Usage(input=12, output=7))
     if name in _DEMO_ERRORS:
         status, error = _DEMO_ERRORS[name]
         await sink.respond(status, _JSON_HEADERS, dump_json(wire.render_error(error, "demo")))

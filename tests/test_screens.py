@@ -223,6 +223,18 @@ def test_a_large_configuration_is_shown_in_part_around_the_selected_row():
 # ----- text that fits -----
 
 
+def test_no_key_reads_the_whole_configuration_anew_until_it_changes(monkeypatch):
+    host, scans, scan = Host(), [], r.scan_config
+    monkeypatch.setattr(r, "scan_config", lambda *given: scans.append(len(given[0]["providers"])) or scan(*given))
+    host.press("down")
+    scans.clear()
+    for key in ("up", "enter", "down", "up", "enter", "esc"):
+        host.press(key).screen()
+    assert max(scans) == 1  # a provider alone, for its row
+    host.press("space")
+    assert scans.count(3) >= 1 and r.rows_of(host.menu)[0].state == "off"
+
+
 @pytest.mark.parametrize(
     "text, width, shown",
     [
