@@ -8178,7 +8178,8 @@ SIGNALS: Tuple[Tuple[str, Tuple[int, ...], Texts], ...] = (
         r"^(?:tokens_limit_reached|1261)$",  # GitHub Models, z.ai
     )),
     (BILLING, (400, 402, 403, 412, 429), (  # 412: Fireworks, of an account that is suspended
-        r"insufficient[_ ](?:quota|balance|credits?|funds)",
+        r"insufficient[_ ](?:user_)?(?:quota|balance|credits?|funds)",
+        r"pre_consume_token_quota_failed|quota is not enough|credit limit is insufficient|额度不足",  # new-api, one-api
         r"balance is (?:too low|insufficient)|balance[_ ]not[_ ]enough|not[_ ]enough[_ ]balance",
         r"exceeded(?: your|_)?[_ ]current[_ ]quota",
         r"billing_(?:error|hard_limit|not_active)",
@@ -8199,7 +8200,7 @@ SIGNALS: Tuple[Tuple[str, Tuple[int, ...], Texts], ...] = (
         r"^1301$",  # z.ai
     )),
     (AUTH, (400, 403), (
-        r"(?:invalid|incorrect)[_ ]api[_ ]?key",
+        r"(?:invalid|incorrect)[_ ]?api[_ -]?key|invalid access token",
         r"api[_ ]key[_ ](?:not valid|not found|invalid|expired|was reported)",
         r"(?:authentication|authorization)[_ ](?:error|failed)|bearer token has expired|security token",
         r"invalid (?:authentication|authorization|x-api-key)|oauth token has been revoked",
@@ -8211,18 +8212,19 @@ SIGNALS: Tuple[Tuple[str, Tuple[int, ...], Texts], ...] = (
         r"not allowed from unsupported countries",  # Bedrock, of Anthropic's models
         r"organization must be verified",  # OpenAI
     )),
+    (NOT_FOUND, (400, 403, 422), (
+        r"model[_ ]not[_ ](?:found|exist)|model_not_(?:supported|available)",
+        r"(?:unknown|no such|unavailable)[_ ]model|(?:invalid|unsupported)[_ ]model(?:$|:| name| id| ['\"`])",
+        r"model is unavailable|model ['\"`]?[^\s'\"`]+['\"`]? not found",
+        r"\bmodel[^\n]{0,120}(?:does not exist|is not (?:found|available|a valid|supported for task)|decommissioned)",
+        r"not a valid model|deploymentnotfound",
+        r"model identifier is invalid|invocation of model id[^\n]{0,120} with on-demand throughput",  # Bedrock
+        r"^1211$",  # z.ai
+    )),
     (TEMPORARY, (400,), (  # what failed behind an aggregator, which blames the request (trap 128)
         r"upstream request failed|failed to get response from provider",  # OpenCode Zen, Cloudflare AI Gateway
         r"^provider returned error\n400\nerror$|no models provided",  # OpenRouter
         r"temporarily unavailable|暂时无法使用",
-    )),
-    (NOT_FOUND, (400, 403, 422), (
-        r"model[_ ]not[_ ](?:found|exist)|model_not_(?:supported|available)",
-        r"(?:unknown|no such|unavailable)[_ ]model|invalid[_ ]model(?:$|:| name| id| ['\"`])",
-        r"model[^\n]{0,120}(?:does not exist|is not (?:found|available|a valid|supported for task)|decommissioned)",
-        r"not a valid model|deploymentnotfound",
-        r"model identifier is invalid|invocation of model id[^\n]{0,120} with on-demand throughput",  # Bedrock
-        r"^1211$",  # z.ai
     )),
 )  # fmt: skip
 
