@@ -12459,6 +12459,7 @@ class ClientConnection:
             await self.server.handle(Call(head.method, head.path, head.query, head.headers, self.read_body), self.sink)
         finally:
             self.forget_body()
+            self.sink.hush()  # its timer would hold the stream of a client that left
             self.phase, self.sink = "idle", None
         if not self.body_is_read:
             await self._skip_body()

@@ -1216,6 +1216,27 @@ def test_a_stream_that_has_ended_leaves_no_timer_that_would_hold_its_memory():
     assert asyncio.run(relayed()) == []
 
 
+def test_a_stream_whose_client_left_leaves_no_timer_that_would_hold_its_memory():
+    async def handle(call, sink):
+        sink.keep_alive(asyncio.get_running_loop().time(), 3_600_000, [])
+        sink.begin([], b": here\n\n")
+        await asyncio.sleep(3600)
+
+    async def run():
+        loop = asyncio.get_running_loop()
+        server = llm_router.Server(loop, llm_router.Settings(), handle, lambda error: None)
+        reader, writer = await asyncio.open_connection("127.0.0.1", await server.listen("127.0.0.1", 0))
+        writer.write(b"GET / HTTP/1.1\r\nhost: a\r\n\r\n")
+        await asyncio.wait_for(reader.readline(), 30)
+        writer.transport.abort()
+        await loop.run_in_executor(None, until, lambda: not server.connections)
+        left = [timer for timer in loop._scheduled if not timer.cancelled() and timer is not server._ticker]
+        assert await server.drain(1.0)
+        return left
+
+    assert asyncio.run(run()) == []
+
+
 def test_an_error_of_the_routers_own_in_a_stream_is_told_in_it_and_leaves_no_hole(tmp_path, upstream):
     """An exception in a callback of the loop's is logged and forgotten: the rest of the answer would follow."""
     saboteur = (
