@@ -13323,9 +13323,9 @@ class WorkerRouter:
     def _find_gateway(self, environ: WorkerEnviron) -> Gateway:
         """The gateway of the present configuration, made once: a secret that changes comes with a new isolate, and a
         test that changes one in place gets a new gateway. ConfigError for a Worker that cannot serve."""
-        name, text = find_config_variable(environ)
-        made_of = text, environ.get("LLM_ROUTER_MASTER_KEY")
+        made_of = [environ.get(name) for name in (*CONFIG_VARIABLES, "LLM_ROUTER_MASTER_KEY")]
         if self._made_of != made_of:
+            name, text = find_config_variable(environ)  # it reads what several variables hold: not for every request
             if not text:
                 raise ConfigError("the secret %s is not set" % CONFIG_VARIABLES[0])
             document = parse_config_text(unpack_config(text), name)
