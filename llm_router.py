@@ -15069,19 +15069,14 @@ class Wrangler:
 
 _DEMO_TEXT = "Hello from a provider that works."
 
-# Provider -> its format and what it does with a request.
-_DEMO_PROVIDERS: Dict[str, Tuple[str, str]] = {
-    "steady": ("openai", "answers"),
-    "claudette": ("anthropic", "answers"),
-    "limited": ("openai", "says 429"),
-    "failing": ("anthropic", "says 500"),
-    "lying": ("openai", "says 200, then an error"),
-    "dying": ("openai", "breaks off in the middle of a stream"),
-}
-_DEMO_ERRORS = {
-    "limited": (429, ErrorInfo(429, "Rate limit reached")),
-    "failing": (500, ErrorInfo(500, "Internal error")),
-    "lying": (200, ErrorInfo(502, "Provider returned error")),
+# Provider -> its format, what it does with a request, and the status and words of its error.
+_DEMO_PROVIDERS: Dict[str, Tuple[str, str, int, str]] = {
+    "steady": ("openai", "answers", 0, ""),
+    "claudette": ("anthropic", "answers", 0, ""),
+    "limited": ("openai", "says 429", 429, "Rate limit reached"),
+    "failing": ("anthropic", "says 500", 500, "Internal error"),
+    "lying": ("openai", "says 200, then an error", 200, "Provider returned error"),
+    "dying": ("openai", "breaks off in the middle of a stream", 0, ""),
 }
 _DEMO_REQUESTS: Dict[str, Json] = {
     "openai": {"messages": [{"role": "user", "content": "Say hello."}]},
@@ -15101,38 +15096,29 @@ _DEMO_SETTINGS = {
 
 async def _demo_provider(call: Call, sink: Sink) -> None:
     """The fake providers: the first segment of the path says which one is meant."""
-    name = call.path.split("/")[1]
-    wire, body = WIRE_FORMATS[_DEMO_PROVIDERS[name][0]], load_json(await call.read_body())
-    context = Context(ChatRequest(as_text(body.get("model")), []), "demo", 0)
+    name, body = call.path.split("/")[1], load_json(await call.read_body())
+    format, _, status, message = _DEMO_PROVIDERS[name]
+    wire, context = WIRE_FORMATS[format], Context(ChatRequest(as_text(body.get("model")), []), "demo", 0)
     answer = ChatResponse("demo", "demo", [Text(_DEMO_TEXT)], "end_turn", "", Usage(input=12, output=7))
-    if name in _DEMO_ERRORS:
-        status, error = _DEMO_ERRORS[name]
+    if status:
+        error = ErrorInfo(502 if status == 200 else status, message)
         await sink.respond(status, _JSON_HEADERS, dump_json(wire.render_error(error, "demo")))
     elif not body.get("stream"):
         await sink.respond(200, _JSON_HEADERS, dump_json(wire.render_response(answer, context)))
     else:
-        await _demo_stream(name, wire, answer, context, sink)
-
-
-async def _demo_stream(name: str, wire: WireFormat, answer: ChatResponse, context: Context, sink: Sink) -> None:
-    renderer = wire.renderer(context)
-    sink.begin(_STREAM_HEADERS, SSE_COMMENT)
-    for event in unfold(answer._replace(blocks=[Text("")])):
-        if isinstance(event, Closed):
-            for word in re.findall(r"\S+\s*", _DEMO_TEXT)[: 3 if name == "dying" else None]:
-                sink.write(renderer.render(Delta(word)))
-            if name == "dying":
-                sink.cut()
-                return
-        sink.write(renderer.render(event))
-    await sink.finish()
+        renderer, words = wire.renderer(context), list(map(Delta, re.findall(r"\S+\s*", _DEMO_TEXT)))
+        events = [part for event in unfold(answer) for part in (words if isinstance(event, Delta) else [event])]
+        sink.begin(_STREAM_HEADERS, SSE_COMMENT)
+        for event in events[:5] if name == "dying" else events:  # the start and three words
+            sink.write(renderer.render(event))
+        sink.cut() if name == "dying" else await sink.finish()
 
 
 def demo_document(base_url: str) -> Json:
     """The configuration of the demo, in the form of the configuration file."""
     providers = []
-    for name, (wire, _) in _DEMO_PROVIDERS.items():
-        model = {"id": "demo", "fallbackModels": ["steady/demo"] if name in _DEMO_ERRORS else []}
+    for name, (wire, _, status, _) in _DEMO_PROVIDERS.items():
+        model = {"id": "demo", "fallbackModels": ["steady/demo"] if status else []}
         one = {"id": name, "baseUrl": "%s/%s/v1" % (base_url, name), "apiKey": "demo-key-of-" + name}
         providers.append(dict(one, formats=[wire], models=[model]))
     return {"version": 1, "defaultModel": "steady/demo", "providers": providers}
@@ -15186,7 +15172,7 @@ async def _demo(once: bool, port: int) -> int:
     try:
         port = await _listen(router.server, "127.0.0.1", port)
         print("listening on http://127.0.0.1:%d, with fake providers behind it:" % port)
-        for name, (wire, habit) in _DEMO_PROVIDERS.items():
+        for name, (wire, habit, *_) in _DEMO_PROVIDERS.items():
             print("  %-10s %-10s %s" % (name, wire, habit))
         wrong = await loop.run_in_executor(None, _show_cases, port)
         if not once:
