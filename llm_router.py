@@ -7092,6 +7092,8 @@ FIXES: Dict[str, Fix] = {
         r"response[_ ]format.{0,60}(?:un|not )(?:avail|supp)|not support response[_ ]format"
         r"|invalid value: 'json_schema'|allowed values \[[^\]]{0,40}json_object",
     ),
+    # Summaries are for verified organizations only, the rest is for all.
+    "no summary": Fix(lambda body: _drop("summary")(body["reasoning"]), "reasoning", r"reasoning[ ._]summar"),
     "no reasoning": Fix(
         _drop("reasoning", "include"), "reasoning", _names(r"reasoning(?:\.\w+)?") + "|encrypted content is not"
     ),
@@ -8210,7 +8212,7 @@ SIGNALS: Tuple[Tuple[str, Tuple[int, ...], Texts], ...] = (
         r"location is not supported|free tier is not available in",  # Gemini
         r"model_terms_required",  # Groq
         r"not allowed from unsupported countries",  # Bedrock, of Anthropic's models
-        r"organization must be verified",  # OpenAI
+        r"organization must be verified (?!to generate reasoning summaries)",  # OpenAI; those are left out (FIXES)
     )),
     (NOT_FOUND, (400, 403, 422), (
         r"model[_ ]not[_ ](?:found|exist)|model_not_(?:supported|available)",

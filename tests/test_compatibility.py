@@ -136,6 +136,25 @@ def test_a_model_that_does_not_reason_is_asked_for_no_reasoning_and_for_no_proof
     assert llm_router.apply_fixes({"model": "m", **asks}, [fix]) == {"model": "m"}
 
 
+def test_an_organization_that_may_not_see_summaries_keeps_effort_and_proofs(router, make_upstream):
+    """OpenAI refuses the summary alone, of whoever it has not verified."""
+
+    def answers(call):
+        if "summary" in call.json["reasoning"]:
+            words = "Your organization must be verified to generate reasoning summaries. Please go to: https://x/settings"
+            return fake.error_answer("responses", 400, words, "invalid_request_error")
+        return fake.model_answer("responses", False, "fine")
+
+    upstream = make_upstream(answers)
+    running = router(config_of(provider(upstream, "responses", "a", ["m"])))
+    thinking = {"type": "enabled", "budget_tokens": 2000}
+    body = {"model": "a/m", "max_tokens": 9000, "thinking": thinking, "messages": [{"role": "user", "content": "q"}]}
+    assert [running.post("/v1/messages", body).status for _ in range(2)] == [200, 200]
+    sent = upstream.calls[-1].json
+    assert len(upstream.calls) == 3 and sent["reasoning"] == {"effort": "low"}
+    assert sent["include"] == ["reasoning.encrypted_content"]
+
+
 @pytest.mark.parametrize(
     "words, most",
     [
