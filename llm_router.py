@@ -3721,8 +3721,6 @@ def _thinking_text(item: Json) -> str:
 _IMAGE, _FILE = ("image", "image_url", "url"), ("document", "file", "file_data")
 _AUDIO = ("audio", "input_audio", "data")
 _CHAT_MEDIA = {"image_url": _IMAGE, "input_image": _IMAGE, "input_audio": _AUDIO, "file": _FILE, "input_file": _FILE}
-
-
 # Ending of a file's name -> its type, where bare base64 does not tell it.
 _FILE_FORMS = {
     "txt": "text/plain", "md": "text/markdown", "csv": "text/csv", "html": "text/html", "json": "application/json",
