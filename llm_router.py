@@ -9978,7 +9978,6 @@ _BODIES = {"list": _list_body, "pick": _list_body, "input": _input_body, "text":
 
 # ----- the same screens as numbered prompts -----
 
-_EMPTY = ("enter", "esc")  # what an empty line means
 _HOW = {"list": "number, %s, or empty for %s", "pick": "number to pick, %s, or empty when %s"}
 
 
@@ -9998,7 +9997,7 @@ def prompt_text(menu: Menu) -> str:
         lines.append("[%s] empty leaves it, - clears it" % one_line(frame.typed))
     keys = dict(keys_of(menu, rows[0].item if rows else None))
     empty = keys["enter" if screen.kind == "pick" else "esc"]
-    shown = (name for name in keys if keys[name] != "pick" and name not in _EMPTY)
+    shown = (name for name in keys if keys[name] != "pick" and name not in ("enter", "esc"))
     words = ", ".join("%s%s %s" % (name, " N" * _wants_number(menu, name), keys[name]) for name in shown)
     return "\n".join(lines + ([_HOW[screen.kind] % (words, empty)] if screen.kind in _HOW else []))
 
@@ -14378,8 +14377,9 @@ def update_file(target: str, source: str) -> str:
     target = os.path.realpath(target)
     folders = set(target.replace("\\", "/").split("/"))
     if {"site-packages", "dist-packages"} & folders:
-        how = "pipx upgrade" if "pipx" in folders else "pip install --upgrade"
-        raise RouterError("this program was installed by pip: update it with %s llm-router" % how)
+        name = "FOLDER, that of the newer release: by its name pip would take another project's"  # PyPI's llm-router
+        how = "pipx upgrade llm-router" if "pipx" in folders else "pip install --upgrade " + name
+        raise RouterError("this program was installed by pip: update it with " + how)
     if not source:
         raise UsageError("update: give --from=URL or FILE, or set LLM_ROUTER_UPDATE_URL")
     data = fetch_release(source)

@@ -204,7 +204,7 @@ def test_a_failure_to_write_leaves_the_file_and_no_rest(installed, monkeypatch):
 def test_an_installation_by_pip_is_told_pips_own_command(tmp_path):
     target = tmp_path / "lib" / "site-packages" / "llm_router.py"
     for source in ("anything", ""):
-        with pytest.raises(r.RouterError, match="pip install --upgrade"):
+        with pytest.raises(r.RouterError, match="pip install --upgrade FOLDER"):  # PyPI's llm-router is not this one
             r.update_file(str(target), source)
     target = tmp_path / "pipx" / "venvs" / "llm-router" / "site-packages" / "llm_router.py"
     with pytest.raises(r.RouterError, match="pipx upgrade llm-router"):
