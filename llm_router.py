@@ -12563,31 +12563,21 @@ def open_listeners(host: str, port: int) -> List[Any]:
     import socket
 
     found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    how = {"backlog": _BACKLOG, "dualstack_ipv6": host == "::" and socket.has_dualstack_ipv6()}
     sockets: List[Any] = []
-    try:
-        for family, place in dict.fromkeys((family, place) for family, _, _, _, place in found):
-            shared = sockets[0].getsockname()[1] if sockets else port
-            is_dual = host == "::" and socket.has_dualstack_ipv6()
-            sockets += _listen_at(family, (place[0], shared, *place[2:]), is_dual)
-    except OSError:
-        for sock in sockets:
-            sock.close()
-        raise
+    for family, place in dict.fromkeys((family, place) for family, _, _, _, place in found):
+        shared = sockets[0].getsockname()[1] if sockets else port
+        try:
+            sockets.append(socket.create_server((place[0], shared, *place[2:]), family=family, **how))
+        except OSError as error:
+            if error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):  # not one of this machine, or no IPv6 here
+                continue
+            for sock in sockets:
+                sock.close()
+            raise
     if not sockets:
         raise OSError(errno.EADDRNOTAVAIL, "no address of %s is one of this machine" % one_line(host, 80))
     return sockets
-
-
-def _listen_at(family: int, place: Tuple[Any, ...], is_dual: bool) -> List[Any]:
-    """One socket, or none where this machine has no such address or a kernel without IPv6. OSError."""
-    import socket
-
-    try:
-        return [socket.create_server(place, family=family, backlog=_BACKLOG, dualstack_ipv6=is_dual)]
-    except OSError as error:
-        if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
-            raise
-    return []
 
 
 class BodyBudget:
