@@ -13801,7 +13801,8 @@ def find_instance(path: str, config: str, port: int) -> Instance:
     if stale:
         with suppress(FileError):  # a full disk must keep nobody from stopping what runs
             change_instances(path, lambda known: [one for one in known if one not in stale])
-    fits = [one for one in alive if (not config or one.config == config) and (not port or one.port == port)]
+    real = os.path.realpath  # a file may have been named by a link to it
+    fits = [one for one in alive if (not config or real(one.config) == real(config)) and port in (0, one.port)]
     ports = " or ".join("--port=%d" % one.port for one in fits or alive)
     if not fits:
         others = " with that port or configuration, only %s" % ports if alive else "; llm-router start starts one"

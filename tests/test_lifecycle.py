@@ -441,6 +441,13 @@ def test_of_several_instances_the_port_or_the_configuration_chooses(both):
     assert "pid %d" % first.process.pid in ok(first.home, "status")
 
 
+@pytest.mark.skipif(os.name != "posix", reason="a symbolic link")
+def test_an_instance_is_found_by_any_name_of_its_configuration_file(running, tmp_path):
+    (tmp_path / "link.json").symlink_to(running.config_path)
+    found = r.find_instance(str(state_file(running.home)), str(tmp_path / "link.json"), 0)
+    assert found.pid == running.process.pid
+
+
 @pytest.mark.skipif(os.name != "posix", reason="permission bits of POSIX")
 def test_the_state_file_is_private(running):
     assert state_file(running.home).stat().st_mode & 0o777 == 0o600
