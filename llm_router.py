@@ -13700,6 +13700,7 @@ class StartOptions(NamedTuple):
 # ----- the instances that run here -----
 
 _CONTROL_TIMEOUT_S = 5.0
+_MOST_STATUS_BYTES = 10_000_000
 _MOST_GUESTS = 1000
 _WATCH_S = 0.5
 _ENROLL_AGAIN_S = 5.0
@@ -13761,8 +13762,10 @@ def ask_instance(instance: Instance, verb: str, method: str = "GET") -> Json:
     try:
         with closing(http.client.HTTPConnection(*place, timeout=_CONTROL_TIMEOUT_S)) as connection:
             connection.request(method, _CONTROL + verb, headers={"authorization": "Bearer " + instance.token})
-            response = connection.getresponse()
-            answer = as_dict(load_json(response.read(10_000_000)))
+            response, data, until = connection.getresponse(), b"", time.monotonic() + _CONTROL_TIMEOUT_S
+            while (piece := response.read1(65_536)) and len(data) < _MOST_STATUS_BYTES and time.monotonic() < until:
+                data += piece
+            answer = as_dict(load_json(data))  # what another program streams without end is none
     except socket.timeout:  # an OSError
         words = "pid %d has port %d and says nothing: it is suspended or busy" % (instance.pid, instance.port)
         raise RouterError(words, 504, "no_answer") from None

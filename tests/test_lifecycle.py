@@ -1,5 +1,6 @@
 """status, explain, reload, stop and the state file, against the real program as a process."""
 
+import contextlib
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -488,6 +490,27 @@ def test_a_killed_instance_leaves_nothing_that_matters(running):
     running.kill()
     assert "no llm-router is running" in ok(running.home, "stop")
     assert instances(running.home) == []
+
+
+def test_another_program_that_streams_without_end_does_not_hold_anybody_up(tmp_path, monkeypatch):
+    """A development server that answers every path with events, on the port of an instance that was killed."""
+    monkeypatch.setattr(r, "_CONTROL_TIMEOUT_S", 0.5)
+    sent = []
+
+    def drip(held):
+        with held, contextlib.suppress(OSError):
+            held.recv(4096)
+            held.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+            while len(sent) < 3000:
+                held.sendall(b" ")
+                sent.append(time.sleep(0.02))
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        threading.Thread(target=lambda: drip(server.accept()[0]), daemon=True).start()
+        gone = r.Instance("a" * 16, 1, "127.0.0.1", server.getsockname()[1], "", "token", 0.0)
+        with pytest.raises(r.RouterError):
+            r.ask_instance(gone, "status")
+    assert len(sent) < 3000
 
 
 def test_another_program_on_the_port_of_a_dead_instance_is_not_taken_for_it(running, upstream):
