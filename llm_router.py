@@ -11188,8 +11188,7 @@ def render_document(document: Json, indent: Optional[int] = 2) -> bytes:
 
 
 def check_regular(path: str) -> None:
-    """FileError for what is there and is no file: a device would be replaced by one, a pipe waited for. A symbolic link
-    that leads round in a circle is none either."""
+    """FileError for what is there and no file: a device would be replaced, a pipe waited for; or links in a circle."""
     if os.path.lexists(path) and not os.path.isfile(path):
         raise FileError("%s is not a regular file" % one_line(path))
 
@@ -13700,7 +13699,6 @@ class StartOptions(NamedTuple):
 # ----- the instances that run here -----
 
 _CONTROL_TIMEOUT_S = 5.0
-_MOST_STATUS_BYTES = 10_000_000
 _MOST_GUESTS = 1000
 _WATCH_S = 0.5
 _ENROLL_AGAIN_S = 5.0
@@ -13763,7 +13761,7 @@ def ask_instance(instance: Instance, verb: str, method: str = "GET") -> Json:
         with closing(http.client.HTTPConnection(*place, timeout=_CONTROL_TIMEOUT_S)) as connection:
             connection.request(method, _CONTROL + verb, headers={"authorization": "Bearer " + instance.token})
             response, data, until = connection.getresponse(), b"", time.monotonic() + _CONTROL_TIMEOUT_S
-            while (piece := response.read1(65_536)) and len(data) < _MOST_STATUS_BYTES and time.monotonic() < until:
+            while (piece := response.read1(65_536)) and len(data) < 10_000_000 and time.monotonic() < until:
                 data += piece
             answer = as_dict(load_json(data))  # what another program streams without end is none
     except socket.timeout:  # an OSError
@@ -13788,7 +13786,7 @@ def running_instances() -> List[Tuple[Instance, Json]]:
 
 
 def find_instance(path: str, config: str, port: int) -> Instance:
-    """The running instance with that configuration file and port ("" and 0: any); stale entries are removed.
+    """The running instance with that configuration file (its real path) and port ("" and 0: any); stale entries go.
     RouterError 503 when none runs, UsageError when several do."""
     alive, stale, ending = [], [], ""
     for instance in read_instances(path):
@@ -13804,8 +13802,7 @@ def find_instance(path: str, config: str, port: int) -> Instance:
     if stale:
         with suppress(FileError):  # a full disk must keep nobody from stopping what runs
             change_instances(path, lambda known: [one for one in known if one not in stale])
-    real = os.path.realpath  # a file may have been named by a link to it
-    fits = [one for one in alive if (not config or real(one.config) == real(config)) and port in (0, one.port)]
+    fits = [one for one in alive if (not config or os.path.realpath(one.config) == config) and port in (0, one.port)]
     ports = " or ".join("--port=%d" % one.port for one in fits or alive)
     if not fits:
         others = " with that port or configuration, only %s" % ports if alive else "; llm-router start starts one"
@@ -14086,8 +14083,7 @@ def _open_log(path: str) -> Any:
     try:
         return open_private(path, "ab")
     except OSError as error:
-        reason = "it is a symbolic link" if error.errno == errno.ELOOP else error.strerror or error
-        words = one_line(path, 160), reason, "--log-file or LLM_ROUTER_LOG_FILE"
+        words = one_line(path, 160), error.strerror or error, "--log-file or LLM_ROUTER_LOG_FILE"
         raise RouterError("cannot write the log file %s: %s; choose another with %s" % words) from None
 
 
@@ -15874,7 +15870,7 @@ class Given:
 
     def find_instance(self) -> Instance:
         """The running instance that is meant; errors as in `find_instance`."""
-        return find_instance(state_path(), self.path if self.config else "", self.port or 0)
+        return find_instance(state_path(), os.path.realpath(self.path) if self.config else "", self.port or 0)
 
     def tell(self, record: Any, lines: Iterable[str], code: int = 0) -> int:
         """What there is to say, as JSON or in lines of text; the exit code."""

@@ -446,8 +446,7 @@ def test_of_several_instances_the_port_or_the_configuration_chooses(both):
 @pytest.mark.skipif(os.name != "posix", reason="a symbolic link")
 def test_an_instance_is_found_by_any_name_of_its_configuration_file(running, tmp_path):
     (tmp_path / "link.json").symlink_to(running.config_path)
-    found = r.find_instance(str(state_file(running.home)), str(tmp_path / "link.json"), 0)
-    assert found.pid == running.process.pid
+    assert "pid %d" % running.process.pid in ok(running.home, "status", "--config=%s" % (tmp_path / "link.json"))
 
 
 @pytest.mark.skipif(os.name != "posix", reason="permission bits of POSIX")
