@@ -10513,8 +10513,6 @@ class Exchange:
 
     def _rendered(self, response: ChatResponse, context: Context) -> bytes:
         """A whole answer as the router writes it in the client's format."""
-        if self._inbound.stream and not self._remembers:
-            return render_stream(self._wire.name, response, context)
         whole = self._wire.render_response(response, context)
         if self._remembers:
             self._gateway.items.keep(whole["output"], self._trail.client)
