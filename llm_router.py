@@ -14795,12 +14795,16 @@ def project_files(site: Site) -> Dict[str, bytes]:
 
 
 def write_project(folder: str, site: Site) -> List[str]:
-    """Write the project into a folder, which is made; the paths. FileError when it cannot be written."""
+    """Write the project into a folder, which is made; the paths of what was written: a wrangler.toml with other words,
+    vars or routes perhaps, stays. FileError when it cannot be written."""
     make_folder(folder)
-    files = project_files(site)
-    for name, data in files.items():
-        write_private(os.path.join(folder, name), data)
-    return [os.path.join(folder, name) for name in files]
+    paths = []
+    for name, data in project_files(site).items():
+        path = os.path.join(folder, name)
+        if name != "wrangler.toml" or read_bytes(path)[0] in (None, data):
+            write_private(path, data)
+            paths.append(path)
+    return paths
 
 
 # ----- the steps -----
@@ -17039,6 +17043,8 @@ def run_deploy(given: Given) -> int:
     """`deploy`: this very file and the configuration to Cloudflare, or into files."""
     site = _read_site(given)
     paths = write_project(given.export_dir, site) if given.export_dir else []
+    if paths and os.path.join(given.export_dir, "wrangler.toml") not in paths:
+        _warn(["the wrangler.toml there has other words and stays; remove it for a new one"])
     if paths and not given.export_only:
         hint = "there: wrangler deploy, then wrangler secret put %s < FILE, made by deploy --export-only=true"
         return given.tell({"files": paths}, ["wrote " + ", ".join(map(one_line, paths)), hint % CONFIG_VARIABLES[0]])

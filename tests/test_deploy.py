@@ -411,6 +411,20 @@ def test_the_exported_project_is_the_one_of_the_repository(desk):
     assert set(made) == {"entry.py", "wrangler.toml"}
 
 
+def test_a_wrangler_toml_that_somebody_changed_outlives_the_next_export(desk):
+    folder = desk.folder / "project"
+    assert desk.run("deploy", "--export-dir=project").stderr == ""
+    assert desk.run("deploy", "--export-dir=project").stderr == ""
+    mine = (folder / "wrangler.toml").read_text() + "[vars]\nLLM_ROUTER_LOG_LEVEL = 'error'\n"
+    (folder / "wrangler.toml").write_text(mine)
+    (folder / "llm_router.py").write_text("an older one")
+    done = desk.run("deploy", "--export-dir=project")
+    assert "wrangler.toml there has other words and stays" in done.stderr
+    assert "wrangler.toml" not in done.stdout.splitlines()[0]
+    assert (folder / "wrangler.toml").read_text() == mine
+    assert (folder / "llm_router.py").read_bytes() == desk.program.read_bytes()
+
+
 def test_an_exported_project_has_the_name_and_the_place_that_were_given(desk):
     desk.run("deploy", "--export-dir=one", "--name=mine", "--domain=llm.example.com")
     toml = (desk.folder / "one" / "wrangler.toml").read_text()
