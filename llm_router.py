@@ -7049,7 +7049,7 @@ def _names(field: str) -> str:
 
 
 _LIMITS = ("max_tokens", "max_completion_tokens")
-_LEFT_OUT = "stream_options parallel_tool_calls reasoning_effort thinking service_tier stop tool_choice"
+_LEFT_OUT = "stream_options parallel_tool_calls thinking service_tier stop tool_choice max_output_tokens"
 # What Codex and others tell OpenAI: a server that refuses one of these fields knows none of them (trap 70).
 _OPENAI_ONLY = (
     "metadata moderation prompt_cache_key prompt_cache_options prompt_cache_retention safety_identifier verbosity"

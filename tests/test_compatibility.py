@@ -76,14 +76,15 @@ def test_a_400_teaches_only_about_fields_the_router_put_there(message, fix):
     "field, message",
     [
         ("stop", "Unsupported parameter: 'stop' is not supported with this model."),
+        ("max_output_tokens", "Unsupported parameter: max_output_tokens"),
         ("tool_choice", "tool_choice 'specified' is incompatible with thinking enabled\ninvalid_request_error"),
         ("tool_choice", "The tool_choice parameter does not support being set to required or object in thinking mode"),
     ],
 )
 def test_what_thinking_models_refuse_of_a_translated_request_is_learned(field, message):
-    body = dict(translated(), stop=["x"], tool_choice="required")
+    body = dict(translated(), stop=["x"], tool_choice="required", max_output_tokens=99)
     fix = llm_router.learn_fix(body, message.split("\n"), ())
-    assert field not in llm_router.apply_fixes(body, [fix]) and len(body) == len(translated()) + 1
+    assert field not in llm_router.apply_fixes(body, [fix]) and len(body) == len(translated()) + 2
 
 
 def test_a_model_that_calls_no_functions_while_it_reasons_does_not_reason_beside_tools():
