@@ -4231,9 +4231,9 @@ def _whole_details(details: List[Any]) -> List[Any]:
     whole: Dict[Any, Json] = OrderedDict()
     for number, item in enumerate(map(as_dict, details)):
         is_piece = "index" in item and "data" not in item
-        known = whole.setdefault((item.get("type"), item["index"]) if is_piece else number, {})
+        known = whole.setdefault("%s %s" % (item.get("type"), item["index"]) if is_piece else number, {})
         for key, value in _told(item).items():
-            known[key] = known[key] + value if key in ("text", "summary") and key in known else value
+            known[key] = get_text(known, key) + value if key in ("text", "summary") and as_text(value) else value
     return list(whole.values())
 
 

@@ -469,6 +469,12 @@ def test_reasoning_details_after_the_text_do_not_cut_it():
     assert found == [ToolCall("a", "f", "{}"), Thinking("", {"openai": {"reasoning_details": [secret]}})]
 
 
+def test_odd_reasoning_details_are_kept():
+    odd = [{"type": [], "index": {}, "text": "a"}, {"type": [], "index": {}, "text": 5}, {"data": "x", "index": None}, "no"]
+    found = blocks(chunk({"reasoning_details": odd}), chunk({"content": "b"}))
+    assert [type(block) for block in found] == [Thinking, Text]
+
+
 def test_empty_reasoning_details_open_nothing():
     parts = [{"reasoning_details": []}, {"reasoning_details": [{"text": "", "signature": ""}]}, {"content": "x"}]
     assert blocks(*map(chunk, parts)) == [Text("x")]
