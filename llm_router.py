@@ -70,22 +70,7 @@ import zlib
 from bisect import bisect_left
 from collections import OrderedDict, deque, namedtuple
 from contextlib import closing, contextmanager, redirect_stderr, redirect_stdout, suppress
-from typing import (
-    Any,
-    Callable,
-    Dict,
-    Iterable,
-    Iterator,
-    List,
-    Mapping,
-    NamedTuple,
-    Optional,
-    Pattern,
-    Sequence,
-    Set,
-    Tuple,
-    Union,
-)
+from typing import Any, Callable, Dict, Iterable, List, Mapping, NamedTuple, Optional, Sequence, Set, Tuple, Union
 from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
 __version__ = "0.1.0"
@@ -3055,7 +3040,7 @@ class WireFormat(NamedTuple):
     parser: Callable[[Context], Any]
     renderer: Callable[[Context], Any]
     render_error: Callable[[ErrorInfo, str], Json]
-    watch: Pattern[bytes]
+    watch: re.Pattern[bytes]
     losses: Dict[str, str]
     answer: str
     read_usage: Callable[[Json], Optional[Usage]]
@@ -3100,7 +3085,7 @@ def fold(events: Iterable[Any]) -> Union[ChatResponse, ErrorInfo]:
     return ErrorInfo(502, "the stream ended before the answer was complete", code="truncated")
 
 
-def unfold(response: ChatResponse) -> Iterator[Any]:
+def unfold(response: ChatResponse) -> Iterable[Any]:
     """A whole answer as the stream events it would have been: `fold(unfold(r)) == r`."""
     yield Started(response.id, response.model, response.usage, response.created)
     for block in response.blocks:
@@ -6876,7 +6861,7 @@ class Compat(NamedTuple):
     signed_thinking: bool = False
     replays_reasoning: bool = False
     caches: bool = False
-    betas: Optional[Pattern[str]] = None
+    betas: Optional[re.Pattern[str]] = None
 
 
 _NEVER = "(?!)"
@@ -8249,7 +8234,7 @@ def error_words(body: Any, depth: int = 12) -> List[str]:
     return [word for word, _ in zip(_telling(body, depth), range(40))]
 
 
-def _telling(value: Any, depth: int) -> Iterator[str]:
+def _telling(value: Any, depth: int) -> Iterable[str]:
     parts: Iterable[Any] = ()
     if isinstance(value, dict):
         parts = (value[key] for key in _TELLING_KEYS if key in value)
@@ -8353,7 +8338,7 @@ def read_retry_after(headers: Headers, words: Sequence[str], body: Any, now: flo
     return None if seconds is None else min(max(seconds, 0.0), MAX_RETRY_AFTER_S)
 
 
-def _members(value: Any, depth: int) -> Iterator[Tuple[str, str]]:
+def _members(value: Any, depth: int) -> Iterable[Tuple[str, str]]:
     """Names and values of all that a body says, JSON inside strings included."""
     if isinstance(value, str):
         value = _split_json(value)[1]
@@ -11275,7 +11260,7 @@ def open_private(path: str, mode: str) -> Any:
 
 
 @contextmanager
-def file_lock(target: str) -> Iterator[None]:
+def file_lock(target: str) -> Any:
     """`with file_lock(path):` one writer of `path` at a time, through a lock file beside it that goes with its owner.
     FileError when the directory cannot be written or another writer holds the lock for ten seconds."""
     path, deadline = target + ".lock", time.monotonic() + _LOCK_WAIT_S
@@ -13405,7 +13390,7 @@ def _js_object(**members: Any) -> Any:
 
 
 @contextmanager
-def _limited(control: Any, seconds: Optional[float], what: str, fault: str, label: str) -> Iterator[None]:
+def _limited(control: Any, seconds: Optional[float], what: str, fault: str, label: str) -> Any:
     """A time limit on the runtime's side that aborts what `control` controls; asyncio.wait_for would make a task, for
     thrice the cost. UpstreamError when it ends that, no sign of `what`, and with `fault` and `label` for other ends."""
     import asyncio
@@ -15314,7 +15299,7 @@ def _examine_config(given: str, environ: Environ) -> Tuple[List[Finding], Option
     return found, config
 
 
-def _examine_running(running: Iterable[Tuple[Instance, Json]]) -> Iterator[Finding]:
+def _examine_running(running: Iterable[Tuple[Instance, Json]]) -> Iterable[Finding]:
     for instance, status in running:
         where, state = "port %d, pid %d" % (instance.port, instance.pid), status["config"]["state"]
         yield Finding("ok", "running", "%s, version %s" % (where, status["version"]))
@@ -15338,7 +15323,7 @@ def _examine_port(port: int) -> Finding:
         return Finding("problem", "port", words, "start --port=0")
 
 
-def _examine_network(environ: Environ) -> Iterator[Finding]:
+def _examine_network(environ: Environ) -> Iterable[Finding]:
     for name in ("HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY", "NO_PROXY"):
         url = environ.get(name.lower(), "") or environ.get(name, "")
         if url:
@@ -15351,7 +15336,7 @@ def _examine_network(environ: Environ) -> Iterator[Finding]:
             yield Finding("problem", "certificates", "%s names no file: %s" % (name, bundle), "correct or unset it")
 
 
-def _examine_clients(environ: Environ, ports: Set[int]) -> Iterator[Finding]:
+def _examine_clients(environ: Environ, ports: Set[int]) -> Iterable[Finding]:
     """Variables that lead clients somewhere."""
     for name in ("ANTHROPIC_BASE_URL", "OPENAI_BASE_URL", "OPENAI_API_BASE"):
         url = environ.get(name, "")
