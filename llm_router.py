@@ -14410,7 +14410,9 @@ def fetch(url: str, max_bytes: int, check: Any = None, **request: Any) -> Tuple[
     try:
         try:
             asked = urllib.request.Request(url, **request)  # noqa: S310  checked
-            response = urllib.request.build_opener(Redirects, *direct).open(asked, timeout=_SILENCE_S)
+            trust = Network({}, os.environ.get("LLM_ROUTER_CA_BUNDLE", "")).tls_context("")
+            opener = urllib.request.build_opener(Redirects, urllib.request.HTTPSHandler(context=trust), *direct)
+            response = opener.open(asked, timeout=_SILENCE_S)
         except urllib.error.HTTPError as error:
             response = error  # an answer like any other
         with response:

@@ -1,12 +1,16 @@
 """Certificates that do not verify, on the real program: the error says why, nothing of the request is sent, and the next
 provider answers. An authority of the test's own issues them, so that each has one fault and no other."""
 
+import http.server
 import re
+import ssl
 import subprocess
+import threading
 
 import pytest
 
 import fake_upstream as fake
+import llm_router as r
 from exchanges import PATHS, ask
 from running_router import RunningRouter, config_of, provider
 
@@ -107,3 +111,31 @@ def test_a_bad_certificate_is_named_gets_nothing_and_the_next_provider_answers(h
     line = house.wait_log(fault + "/alone")
     assert re.search(words, line) and "key-of-" not in line
     assert "Traceback" not in "\n".join(house.log())
+
+
+def test_a_release_is_fetched_from_whom_the_bundle_of_certificates_vouches_for(certificates, monkeypatch):
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"x = 1")
+
+        def log_message(self, *_):
+            pass
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(str(certificates / "good.pem"), str(certificates / "key.pem"))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        url = "https://127.0.0.1:%d/release" % server.server_address[1]
+        try:
+            with pytest.raises(r.RouterError, match="certificate verify failed"):
+                r.fetch_release(url)
+            monkeypatch.setenv("LLM_ROUTER_CA_BUNDLE", str(certificates / "authority.pem"))
+            assert r.fetch_release(url) == b"x = 1"
+            monkeypatch.setenv("LLM_ROUTER_CA_BUNDLE", str(certificates / "nothing"))
+            with pytest.raises(r.RouterError, match=r"the certificates .*nothing: No such file"):
+                r.fetch_release(url)
+        finally:
+            server.shutdown()
