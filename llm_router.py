@@ -15567,15 +15567,14 @@ _STYLES = {
 }
 _CHARACTER_NAMES = "enter enter down backspace backspace home delete end ctrl-u ctrl-c space".split()
 _CHARACTER_KEYS = dict(zip("\n\r\t\x7f\b\x01\x04\x05\x15\x03 ", _CHARACTER_NAMES))
-_CODE_KEYS = {  # names of curses after KEY_
-    "UP": "up", "DOWN": "down", "LEFT": "left", "RIGHT": "right", "HOME": "home", "END": "end", "PPAGE": "pgup",
-    "NPAGE": "pgdn", "BACKSPACE": "backspace", "DC": "delete", "ENTER": "enter", "BTAB": "up", "SR": "K", "SF": "J",
-}  # fmt: skip
-# What follows Escape where a terminal sends other sequences than its TERM says.
-_SEQUENCES = {  # after [ or O
-    "A": "up", "B": "down", "C": "right", "D": "left", "H": "home", "F": "end", "M": "enter", "Z": "up", "1~": "home",
-    "7~": "home", "4~": "end", "8~": "end", "3~": "delete", "5~": "pgup", "6~": "pgdn",
-}  # fmt: skip
+_CODES = (  # names of curses after KEY_
+    "UP=up DOWN=down LEFT=left RIGHT=right HOME=home END=end PPAGE=pgup NPAGE=pgdn BACKSPACE=backspace DC=delete"
+    " ENTER=enter BTAB=up SR=K SF=J"
+)
+_CODE_KEYS = dict(pair.split("=") for pair in _CODES.split())
+# What follows Escape and [ or O, where a terminal sends other sequences than its TERM says.
+_CSI = "A=up B=down C=right D=left H=home F=end M=enter Z=up 1~=home 7~=home 4~=end 8~=end 3~=delete 5~=pgup 6~=pgdn"
+_SEQUENCES = dict(pair.split("=") for pair in _CSI.split())
 _PASTE_MODE, _PASTE_END = b"\x1b[?2004%c", "\x1b[201~"  # what is pasted comes in brackets (xterm's control sequences)
 _QUICK = ("key", "save")  # effects that are done at once; the others get a thread, so that they can be left
 _TALKING = ("deploy",)  # those that ask and print themselves: they get the terminal meanwhile
@@ -15978,10 +15977,9 @@ _ID = Flag("id", "word", "the request's id, from the header x-llm-router-request
 def run_command(argv: Sequence[str], environ: Environ) -> int:
     """Parse a command line and do what it says; the exit code. RouterError for what cannot be done."""
     words = list(argv)
-    name = next((word for word in words if not word.startswith("-") or word == "--config"), "--config")
-    if name != "--config":
-        words.remove(name)
-    command = _find_named(name if name != "--config" else "", COMMANDS, "command", "llm-router --help lists them")
+    first = next((word for word in words if not word.startswith("-") or word == "--config"), "--config")
+    name = words.pop(words.index(first)) if first != "--config" else ""
+    command = _find_named(name, COMMANDS, "command", "llm-router --help lists them")
     given = Given(environ, parse_flags(words, command))
     if given.version:
         print("llm-router " + __version__)
