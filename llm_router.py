@@ -14643,9 +14643,10 @@ _API_URL = "https://api.cloudflare.com/client/v4"
 _MAX_API_BYTES = 20_000_000
 _WRANGLER_S = 900.0  # it may install itself first
 _SECRET_BYTES = 5000  # 5 KB each (developers.cloudflare.com/workers/platform/limits)
-# Addresses (RFC 1918, 3927, 4193) and names that mean something in one network only.
+# Names and addresses (RFC 1918, 3927, 4193, 6598) that mean something in one network only.
 _PRIVATE_HOST = re.compile(
-    r"[^.:]+|.+\.(?:internal|lan|local)|(?:10|169\.254|192\.168|172\.(?:1[6-9]|2\d|3[01]))[.\d]+|(?:f[cd]..|fe80):.+"
+    r"[^.:]+|.+\.(?:internal|lan|local)|(?:f[cd]..|fe80):.+|(?:10|169\.254|192\.168|172\.(?:1[6-9]|2\d|3[01])"
+    r"|100\.(?:6[4-9]|[7-9]\d|1[01]\d|12[0-7]))\.[.\d]+"
 )
 _MAX_SECRETS = 60  # the free plan has room for 64 variables and secrets
 _WRANGLER_VARIABLES = {"CI": "1", "WRANGLER_SEND_METRICS": "false", "WRANGLER_HIDE_BANNER": "true"}
@@ -14762,7 +14763,7 @@ def make_payload(document: Json, environ: Environ) -> Payload:
         if environ.get(name, "").strip():
             secrets[name] = environ.get(name, "").strip()
         elif name and not get_field(raw, "provider", "apiKey"):
-            doubts.append("the variable %s is not set here: set it as a secret of the Worker" % name)
+            doubts.append("the variable %s is not set here: the Worker needs a secret of this name" % name)
     enabled = [one for one in config.providers if one.enabled]
     places = [(urlsplit(url).hostname or "", one.id) for one in enabled for url in one.base_urls.values()]
     private = [it for it in places if is_loopback(it[0]) or _PRIVATE_HOST.fullmatch(it[0])]

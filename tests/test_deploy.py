@@ -112,13 +112,15 @@ def test_a_variable_that_is_not_set_is_named(desk):
     assert "Q_KEY" not in desk.script.secrets
 
 
-LOCAL = ["localhost:11434", "127.0.0.1:1", "192.168.1.5", "10.1.2.3", "172.20.0.1", "[fd00::1]:80", "ollama", "gpu.local", "host.docker.internal"]
+LOCAL = ["localhost:11434", "127.0.0.1:1", "192.168.1.5", "10.1.2.3", "172.20.0.1", "[fd00::1]:80", "ollama", "gpu.local", "host.docker.internal", "100.101.2.3"]
 
 
 def test_a_provider_that_only_this_network_knows_is_named(desk):
     document = document_of()
     rows = [{"id": "l%d" % number, "baseUrl": "http://%s/v1" % host, "models": ["m"]} for number, host in enumerate(LOCAL)]
     document["providers"] += [*rows, {"id": "far", "baseUrl": "http://10.example.com", "models": ["m"]}]
+    for number, host in enumerate(("100.1.2.3", "104.16.0.1", "172.32.0.1", "192.169.1.1", "[2606:4700::1]")):
+        document["providers"].append({"id": "far%d" % number, "baseUrl": "http://" + host, "models": ["m"]})
     document["providers"].append({"id": "off", "enabled": False, "baseUrl": "http://127.0.0.1", "models": ["m"]})
     desk.configure(document)
     said = [line for line in desk.deploy("--dry-run").stderr.splitlines() if "Cloudflare cannot reach" in line]
