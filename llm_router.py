@@ -3565,7 +3565,7 @@ CHAT_LOSSES = {
     "the user's turn right behind a tool message": "at Mistral gets an assistant's `(noted)` in front of it",
     "thinking switched off": "left out",
     "thinking budget": "becomes reasoning_effort: low up to 2048 tokens, medium up to 8192, else high",
-    "efforts that a model does not know": "become the next lower one that it knows",
+    "efforts that a model does not know": "become the next lower one that it knows, or else its lowest",
     "user": "left out when longer than %d characters" % _CHAT_MAX_USER,
     "answers: stop text": "finish_reason does not tell which stop text ended the answer",
     "answers: signatures and citations of other formats": "left out",
@@ -3838,12 +3838,12 @@ def _chat_reasoning(effort: str, own: Json, thinking: Json) -> Optional[Reasonin
 
 # ---- requests: neutral -> Chat Completions
 
-# Models by a pattern of their ids -> efforts they take, lowest first (OpenAI's and Mistral's model pages; the last row
-# is what most others take). Shared with OPENAI RESPONSES.
+# Models by a pattern of their ids -> efforts they take, lowest first (the makers' model pages; the last row is what most
+# others take). Shared with OPENAI RESPONSES.
 _OPENAI_EFFORTS = (
     (re.compile(r"gpt-5-pro"), ("high",)),
     (re.compile(r"gpt-5\.\d-pro"), ("medium", "high", "xhigh")),
-    (re.compile(r"gpt-(5\.[6-9]|[6-9])"), ("none", "low", "medium", "high", "xhigh", "max")),
+    (re.compile(r"gpt-(5\.[6-9]|[6-9])|deepseek-v[4-9]|glm-[5-9]"), ("none", "low", "medium", "high", "xhigh", "max")),
     (re.compile(r"gpt-(5\.[2-5]|5\.1-codex-max)"), ("none", "low", "medium", "high", "xhigh")),
     (re.compile(r"gpt-5\.1"), ("none", "low", "medium", "high")),
     (re.compile(r"gpt-5"), ("minimal", "low", "medium", "high")),

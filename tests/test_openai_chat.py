@@ -1690,6 +1690,7 @@ def test_reasoning_becomes_an_effort(reasoning, effort):
         ("gpt-5", "none", "minimal"), ("openai/o4-mini", "minimal", "low"), ("qwen3", "max", "high"), ("qwen3", "odd", "low"),
         ("mistral-small-2603", "low", "high"), ("mistral-medium-3-5", "none", "none"),
         ("gpt-5.6-sol", "max", "max"), ("gpt-5.5", "max", "xhigh"), ("gpt-5.4-pro", "low", "medium"), ("gpt-5-pro", "low", "high"),
+        ("deepseek/deepseek-v4-pro", "max", "max"), ("glm-5.3", "max", "max"), ("glm-4.7", "max", "high"),
     ],
 )  # fmt: skip
 def test_an_effort_is_one_that_the_model_knows(model, wanted, effort):
