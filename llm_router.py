@@ -3838,7 +3838,7 @@ def _chat_reasoning(effort: str, own: Json, thinking: Json) -> Optional[Reasonin
 
 # ---- requests: neutral -> Chat Completions
 
-# Models by a pattern of their ids -> efforts they take, lowest first (the makers' model pages; the last row is what most
+# Models by a pattern of their ids -> efforts they take, lowest first (their makers' pages; the last row is what most
 # others take). Shared with OPENAI RESPONSES.
 _OPENAI_EFFORTS = (
     (re.compile(r"gpt-5-pro"), ("high",)),
