@@ -9646,6 +9646,18 @@ def _show_setting(menu: Menu, item: Tuple[Json, str, str]) -> Menu:
     return _show(menu, row["flag"], *lines, "or in the environment:", "  export %s=..." % row["variable"])
 
 
+def _open_problem(menu: Menu, problem: Problem) -> Menu:
+    """Go where a problem can be mended: to the field of its provider or model, else to the screen for its part."""
+    steps = [int(step) if step.isdigit() else step for step in re.findall(r"[A-Za-z]\w*|[0-9]+", problem.path)]
+    place = tuple(steps[: 4 if steps[2:3] == ["models"] and len(steps) > 3 else 2])
+    if place[:1] == ("providers",) and isinstance(place[-1], int):
+        new = _push(menu, "form" if place[2:] else "provider", _ids(menu, place)[-1] or "?", place)
+        names = [row.cells[0] for row in rows_of(new)]
+        return _swap(new, at=next((names.index(step) for step in steps[len(place) :] if step in names), 0))
+    does = next((does for name, _, _, does, _ in _HOME if [name] == steps[:1]), None)
+    return does(menu) if does else _show(menu, problem.level, problem.path, "", problem.message, "", problem.cure)
+
+
 def _startup(menu: Menu) -> Menu:
     words, title = "Asking the system", "Start with the machine"
     told = lambda menu, text: _show(menu, title, text)  # noqa: E731
@@ -9741,7 +9753,7 @@ SCREENS: Dict[str, Screen] = {
     "check": Screen("Check", lambda menu: [
         Row((p.path or "configuration", p.message), p, p.cure, p.level) for p in _scan(menu)[1]
     ], {
-        "enter open": lambda menu, one: _show(menu, one.level, one.path, "", one.message, "", one.cure),
+        "enter open": _open_problem,
     }, empty="Nothing is wrong."),
     "choose": Screen(keys=_CHOOSE),
     "leave": Screen(keys={**_ASKED, "ctrl-c": lambda menu, item: _quit(menu, 130)}),

@@ -711,6 +711,33 @@ def test_a_form_marks_the_fields_that_are_wrong_and_says_the_cure():
     assert {row.cells[0]: row.state for row in r.rows_of(host.menu)}["id"] == "error"
 
 
+@pytest.mark.parametrize(
+    "path, screen, row",
+    [
+        ("providers[0].id", "provider", "id"),
+        ("providers[0].timeouts.idleMs", "provider", "timeouts"),
+        ("providers[0].models[1].fallbackModels[0]", "form", "fallbackModels"),
+        ("providers[0].modles", "provider", "id"),
+        ("defaultModel", "choose", None),
+        ("modelAliases.fast", "aliases", None),
+        ("clientKeys[0].name", "clients", None),
+        ("providers.a.baseUrl", "providers", None),
+        ("nobody", "text", None),
+        ("", "text", None),
+    ],
+)
+def test_a_problem_leads_to_where_it_can_be_mended(path, screen, row):
+    menu = r.SCREENS["check"].keys["enter open"](Host().open("Check").menu, r.Problem(path, "is wrong", "mend it"))
+    assert menu.front.screen == screen
+    assert row is None or r.rows_of(menu)[menu.front.at].cells[0] == row
+
+
+def test_what_is_wrong_is_mended_from_the_check_and_then_gone():
+    document = {"providers": [{"id": "a", "baseUrl": "a.example", "apiKey": "k", "models": ["m"]}]}
+    host = Host(document).open("Check").press("enter", "enter").type("https://a.example/v1").press("esc")
+    assert host.menu.front.screen == "check" and "Nothing is wrong" in host.screen()
+
+
 def test_enter_adds_where_there_is_nothing_yet_but_not_where_a_filter_hides_all():
     assert Host(EMPTY).open("Providers").press("enter").menu.front.screen == "presets"
     host = Host().open("Providers").press("/").type("nothing is called so").press("enter")
