@@ -8661,7 +8661,8 @@ def follow(run: Run, outcome: Outcome, book: Any, now: float, jitter: float) -> 
     if outcome.kind == EMPTY and run.accepts_empty:
         return _end(run, Deliver(outcome))
     delay_ms = backoff_ms(run.tries, run.settings, jitter)
-    back_at = max(now + (outcome.retry_after or 0.0), ready_at(candidate, book))  # others may have cooled it meanwhile
+    cools_until = ready_at(candidate, book) if run.remaining else 0.0  # other requests may have cooled it meanwhile
+    back_at = max(now + (outcome.retry_after or 0.0), cools_until)
     if rule.retries and run.tries < run.allowed and back_at <= now + delay_ms / 1000.0 < run.until:
         return run, Try(candidate, delay_ms), []
     is_first = len(run.remaining) + 1 == len(run.plan)

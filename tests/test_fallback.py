@@ -591,15 +591,16 @@ def test_nobody_waits_for_what_waiting_does_not_cure():
         assert not isinstance(Request(R.HealthBook(), plan("a/1"), its).fail(kind), R.Try)
 
 
-@pytest.mark.parametrize("change, follows", [
-    ({"cooldown_until": NOW + 30}, "b/1"),
-    ({"circuit_until": NOW + 30}, "b/1"),
-    ({"cooldown_until": NOW + 0.1}, "a/1"),  # over before the retry
+@pytest.mark.parametrize("refs, change, follows", [
+    (("a/1", "b/1"), {"cooldown_until": NOW + 30}, "b/1"),
+    (("a/1", "b/1"), {"circuit_until": NOW + 30}, "b/1"),
+    (("a/1", "b/1"), {"cooldown_until": NOW + 0.1}, "a/1"),  # over before the retry
+    (("a/1",), {"circuit_until": NOW + 30}, "a/1"),  # there is nobody else
 ])  # fmt: skip
-def test_a_retry_is_left_out_when_another_request_has_cooled_the_origin_meanwhile(change, follows):
+def test_a_retry_is_left_out_when_another_request_has_cooled_the_origin_meanwhile(refs, change, follows):
     """Trap 142: else a Retry-After that one request was told is broken by all that were under way."""
     book = R.HealthBook()
-    request = Request(book, plan("a/1", "b/1"))
+    request = Request(book, plan(*refs))
     book.apply([R.HealthChange("a/1", at=NOW, **change)])
     request.fail(R.TEMPORARY)
     assert request.ref == follows
