@@ -13905,8 +13905,10 @@ class Router(CountingHost):
             if record and record["usage"]:
                 record["cost"] = cost_of(record["model"], record["usage"].values(), self.costs)
             return (200, {"trail": record}) if record else (404, {"error": "that request is not remembered (any more)"})
-        if method == "POST" and name == "reload":
-            return self.try_reload()
+        if method == "POST" and name in ("reload", "restart"):
+            answer = self.try_reload()
+            if name == "reload" or answer[0] != 200:  # with a broken file it would not start again
+                return answer
         if method == "POST" and name in ("admit", "dismiss"):
             self._change_guests(name, argument)
             return 200, {}
@@ -16761,9 +16763,11 @@ def _restart_instances() -> List[int]:
         if is_ours and sys.platform == "win32":  # exec makes a new process there, and the old console is lost
             _warn(["pid %d still runs the version before: stop and start it" % instance.pid])
         elif is_ours:
-            with suppress(RouterError):  # it has just ended
+            try:
                 ask_instance(instance, "restart", "POST")
                 told.append(instance.pid)
+            except RouterError as error:
+                _warn(["pid %d still runs the version before: %s" % (instance.pid, error.message)])
     return told
 
 

@@ -275,6 +275,22 @@ def test_reload_of_a_broken_edit_keeps_the_last_good_configuration_and_says_so(r
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes")
+def test_a_restart_is_refused_while_the_file_would_not_let_it_start(running, capsys, monkeypatch):
+    """It goes on with the last good configuration, which would be lost."""
+    good = running.config_path.read_text()
+    running.config_path.write_text("{")
+    monkeypatch.setattr(r, "running_instances", lambda: [(find(running), {"file": os.path.realpath(r.__file__)})])
+    assert r._restart_instances() == []
+    told = capsys.readouterr().err
+    assert "pid %d still runs the version before: not reloaded" % running.process.pid in told
+    running.config_path.write_text(good)
+    assert "reloaded" in ok(running.home, "reload") and "pid %d" % running.process.pid in ok(running.home, "status")
+
+
+def find(running):
+    return r.find_instance(str(state_file(running.home)), "", 0)
+
+
 def test_a_reload_waits_for_no_pipe(running):
     """Nobody may ever write to it, and every stream would wait as well."""
     running.config_path.unlink()
