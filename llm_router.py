@@ -12311,7 +12311,7 @@ class ClientConnection:
             self._on_eof()
 
         def on_exception(error: BaseException) -> None:
-            set_exception(error)
+            set_exception(error.with_traceback(None))  # or the frames of a failed write are kept, and all they hold
             self._on_gone()
 
         reader.feed_eof, reader.set_exception = on_eof, on_exception

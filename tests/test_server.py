@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import gzip
 import http.client
 import json
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 import zlib
 from types import SimpleNamespace
 
@@ -1235,6 +1237,39 @@ def test_a_stream_whose_client_left_leaves_no_timer_that_would_hold_its_memory()
         return left
 
     assert asyncio.run(run()) == []
+
+
+def test_what_was_written_to_a_client_that_left_is_not_held_by_the_error_of_it():
+    """asyncio keeps that error, and it the frames it was raised in, until the collector comes by."""
+    held = []
+
+    class Answer:
+        data = b"x" * 1000
+
+    async def run():
+        loop = asyncio.get_running_loop()
+        with socket.socket() as client:
+
+            async def handle(call, sink):
+                answer = Answer()
+                held.append(weakref.ref(answer))
+                sink.begin([], b": here\n\n")
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                client.close()
+                sink.write(answer.data)
+                await asyncio.sleep(3600)
+
+            server = llm_router.Server(loop, llm_router.Settings(), handle, lambda error: None)
+            client.connect(("127.0.0.1", await server.listen("127.0.0.1", 0)))
+            client.sendall(b"GET / HTTP/1.1\r\nhost: a\r\n\r\n")
+            await loop.run_in_executor(None, until, lambda: held and held[0]() is None)
+            assert await server.drain(1.0)
+
+    gc.disable()
+    try:
+        asyncio.run(run())
+    finally:
+        gc.enable()
 
 
 def test_an_error_of_the_routers_own_in_a_stream_is_told_in_it_and_leaves_no_hole(tmp_path, upstream):
