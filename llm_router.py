@@ -12887,6 +12887,15 @@ def show_health(ref: str, book: Any, now: float) -> Json:
     return {"model": ref, "state": state, "left_s": left_s, "reason": reason, "failures": health.failures}
 
 
+def failure_line(error: BaseException) -> str:
+    """An error of the router's own and its place. Keys never stand in it."""
+    import traceback
+
+    where = traceback.extract_tb(error.__traceback__)[-1:]
+    place = " at line %s in %s" % (where[0].lineno, where[0].name) if where else ""
+    return "internal error: %s%s" % (one_line("%s: %s" % (type(error).__name__, error)), place)
+
+
 class CountingHost:
     """Those of the gateway's effects that every host shares (see GATEWAY). known: the refs that are configured; book:
     what is known of their health."""
@@ -13391,7 +13400,7 @@ class WorkerHost(CountingHost, BodyBudget):
 
     def failed(self, error: BaseException) -> None:
         """An error of the router's own."""
-        print("internal error: " + one_line("%s: %s" % (type(error).__name__, error)))
+        print(failure_line(error))
 
 
 def _js_object(**members: Any) -> Any:
@@ -13871,12 +13880,10 @@ class Router(CountingHost):
                 self.ledger.add(trail)
 
     def failed(self, error: BaseException) -> None:
-        """An error of the router's own: one line, with `--debug` its traceback. Keys never stand in it."""
+        """An error of the router's own: one line, with `--debug` its traceback."""
         import traceback
 
-        where = traceback.extract_tb(error.__traceback__)[-1:]
-        place = " at line %s in %s" % (where[0].lineno, where[0].name) if where else ""
-        text = "internal error: %s%s" % (one_line("%s: %s" % (type(error).__name__, error)), place)
+        text = failure_line(error)
         if self.options.debug:
             text += "\n" + "".join(traceback.format_exception(type(error), error, error.__traceback__)).rstrip()
         self.log.note(text, "error")

@@ -66,6 +66,18 @@ def test_a_host_without_sockets_threads_and_terminals_imports_the_file_and_serve
     assert rest == ["recorded p/m=ok", "done"]
 
 
+def test_an_error_of_the_routers_own_is_told_with_its_place_in_a_worker_too(capsys):
+    """There is no `--debug` there."""
+    config = r.read_config({"providers": [{"id": "p", "baseUrl": "http://127.0.0.1:1", "models": ["m"]}]}, {})
+    try:
+        raise ValueError("two\nlines")
+    except ValueError as error:
+        r.WorkerHost(r.Routes(config), r.Settings(), r.HealthBook()).failed(error)
+    told = capsys.readouterr().out
+    assert told.startswith("internal error: ValueError: two") and " at line " in told
+    assert told.count("\n") == 1
+
+
 # ----- configurations in variables -----
 
 
