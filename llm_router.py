@@ -13922,7 +13922,7 @@ class Router(CountingHost):
         if method == "POST" and name in ("stop", "restart"):
             self.is_told, self.restarts = True, name == "restart"
             self.stop(argument)
-            return 200, {"pid": self.status()["pid"], "grace_s": self.grace_s}
+            return 200, {"pid": os.getpid(), "grace_s": self.grace_s}
         return 404, {"error": "unknown verb"}
 
     def _problem_of(self, model: str) -> str:
@@ -15300,21 +15300,21 @@ def examine(given: str, port: int, environ: Environ, offline: bool) -> List[Find
     findings += _examine_running(running)
     findings += [_examine_port(port)] if port not in ports else []
     findings += [*_examine_network(environ), *_examine_clients(environ, ports | {port})]
-    providers = [provider for provider in config.providers if provider.enabled] if config is not None else []
+    providers = [provider for provider in config.providers if provider.enabled]
     for one in providers:  # a base URL may have come from anywhere
         hosts = dict.fromkeys(urlsplit(url).netloc for url in one.base_urls.values())
         findings += [Finding("ok", "key of " + one.id, "goes to " + ", ".join(hosts))] if one.api_key and hosts else []
     return findings if offline else findings + _examine_providers(providers, environ)
 
 
-def _examine_config(given: str, environ: Environ) -> Tuple[List[Finding], Optional[Config]]:
+def _examine_config(given: str, environ: Environ) -> Tuple[List[Finding], Config]:
     try:
         loaded = load_config(given, environ)
     except RouterError as error:
-        return [Finding("problem", "configuration", error.message, "correct the file; its .bak may be good")], None
+        return [Finding("problem", "configuration", error.message, "correct the file; its .bak may be good")], Config()
     document = loaded.document if loaded.document is not None or given else preset_document(environ)
     if document is None:
-        return [Finding("problem", "configuration", "there is none", WAYS_ON)], None
+        return [Finding("problem", "configuration", "there is none", WAYS_ON)], Config()
     config, problems = scan_config(document, environ)
     found = [Finding("ok", "configuration", loaded.source if loaded.document is not None else "made of key variables")]
     found += [Finding("warning", "configuration", warning) for warning in loaded.warnings]
