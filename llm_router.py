@@ -11151,10 +11151,14 @@ def edit_config_file(path: str, change: Callable[[Json], Edit]) -> Edit:
     then applied to what that program wrote. On any error the file stays as it was. A text with comments is kept beside
     it. Returns the edit, its notes extended by what else was done.
     """
+    import glob
+
     target = os.path.realpath(path)  # a symbolic link stays a link, and what it leads to is replaced
     make_folder(os.path.dirname(target))
     check_regular(target)
     with file_lock(target):
+        for rest in glob.glob("%s.%s.tmp" % (glob.escape(target), "[0-9a-f]" * 12)):  # a writer was killed: keys in it
+            _remove(rest)
         for _ in range(_EDIT_ATTEMPTS):
             data, mode = read_bytes(target)
             edit = change(NEW_DOCUMENT if data is None else parse_config_text(data, one_line(path)))

@@ -489,10 +489,14 @@ def test_a_lock_that_is_never_released_is_given_up_on_with_a_clear_message(path,
     assert path.read_bytes() == OLD_TEXT
 
 
-def test_a_lock_file_left_by_a_crash_does_not_matter(path):
+def test_what_a_writer_that_was_killed_has_left_does_not_matter_and_goes(path):
+    """Keys may stand in it."""
     path.with_name("router.json.lock").write_text("")
+    path.with_name("router.json.0123456789ab.tmp").write_bytes(OLD_TEXT[:9])
+    path.with_name("router.json.my.tmp").write_text("mine")
     r.edit_config_file(str(path), set_key())
     assert json.loads(path.read_bytes())["masterKey"] == "new"
+    assert names_in(path.parent) == ["router.json", "router.json.bak", "router.json.my.tmp"]
 
 
 def test_without_any_file_locks_edits_still_work(path, monkeypatch):
