@@ -9928,8 +9928,7 @@ def _row_lines(rows: Sequence[Row], at: int, width: int, room: int) -> List[Line
     lines: List[Line] = []
     for i in range(first, last + 1):
         row = rows[i]
-        sizes = widths if len(row.cells) > 1 else [width - 4]
-        name, *cells = map(fit, row.cells, sizes)
+        name, *cells = map(fit, row.cells, widths if len(row.cells) > 1 else [width - 4])
         rest = fit("".join("  " + cell for cell in cells), max(0, width - 4 - text_width(name)))
         more = "↑" if i == first > 0 else "↓" if i == last < len(rows) - 1 else " "
         mark = _MARKS.get(row.state, row.state[-1:]) + " "
@@ -10338,8 +10337,7 @@ class Exchange:
                     await host.sleep(action.delay_ms / 1000)
                 result = await self._attempt(action, run)
                 if isinstance(result, Answer):
-                    is_whole = result.processor is None
-                    book.apply((succeed if is_whole else proceed)(run, self._asked_at, book))
+                    book.apply((succeed if result.processor is None else proceed)(run, self._asked_at, book))
                     await self._deliver(result, run)
                     return
                 if result.kind == EMPTY and ends_with_tool_result(self._inbound.body.value, self._inbound.wire):
@@ -10972,8 +10970,7 @@ class Probe:
                 break
         if outcome.kind == OK:
             self._auths[wire] = auths  # the further models need not try again
-        took_ms = int((self._host.now() - began) * 1000)
-        self._put((model, wire), took_ms=took_ms, auth=auths[0], **found)
+        self._put((model, wire), took_ms=int((self._host.now() - began) * 1000), auth=auths[0], **found)
 
     async def _call(self, model: str, wire: str, auth: Auth, limit: int, fixes: Texts) -> Tuple[Outcome, Json]:
         """What one small question comes to, and the body that asked it."""
@@ -12168,9 +12165,8 @@ class Sink(PingingSink):
         """Send a piece of the stream; whether the client is behind with reading."""
         if not data:
             return False
-        connection = self._connection
         self.sent_at = self.loop.time()
-        return connection.send(encode_chunk(data) if self._chunked else data)
+        return self._connection.send(encode_chunk(data) if self._chunked else data)
 
     async def relay(self, reply: Reply, processor: Any, idle_ms: int, left_s: Optional[float]) -> str:
         """Pump a reply through `processor` to the client until it ends; returns "end" or the label of what broke it."""
@@ -13751,8 +13747,7 @@ def read_instances(path: str) -> List[Instance]:
 def change_instances(path: str, change: Callable[[List[Instance]], List[Instance]]) -> None:
     """Rewrite the state file, one writer at a time. FileError when it cannot be written."""
     with file_lock(path):
-        instances = change(read_instances(path))
-        data = dump_json({"instances": [instance._asdict() for instance in instances]})
+        data = dump_json({"instances": [instance._asdict() for instance in change(read_instances(path))]})
         write_private(path, data, durable=False)  # no instance outlives a power loss
 
 
@@ -14392,8 +14387,7 @@ def update_file(target: str, source: str) -> str:
     old = read_bytes(target)[0]
     after = __version__ if old == data else _check_version(data)
     if after != __version__:
-        mode = os.stat(target).st_mode & 0o777
-        if not write_private(target, data, expected=old, mode=mode):
+        if not write_private(target, data, expected=old, mode=os.stat(target).st_mode & 0o777):
             raise FileError("another program is changing %s; it is not updated" % one_line(target, 160))
     return after
 
@@ -15400,9 +15394,8 @@ def _examine_provider(provider: Provider, settings: Settings, environ: Environ) 
     named = [model.id for model in provider.models if model.enabled and model.id != "*"]
     strange = [name for name in named if models and name not in models]
     if strange:
-        text = "it does not list %s" % ", ".join(strange)
         cure = "llm-router config --operation=discover-models --provider-id=%s" % provider.id
-        return Finding("warning", about, text, cure)
+        return Finding("warning", about, "it does not list " + ", ".join(strange), cure)
     return Finding("ok", about, "reached, the key is accepted, %d models" % len(models))
 
 
@@ -15482,8 +15475,7 @@ def agent_facts(base: str, key: str, config: Config, chosen: Mapping[str, str]) 
     chosen: the models the user named. The others are the default model, or else the first there is.
     """
     refs = [one.id + "/" + model.id for one in config.providers if one.enabled for model in one.models]
-    first = next((ref for ref in refs if not ref.endswith("/*")), "")
-    model = chosen.get("model") or config.default_model or first
+    model = chosen.get("model") or config.default_model or next((ref for ref in refs if not ref.endswith("/*")), "")
     key = key or "no-key-needed"  # clients insist on some
     facts = {"base": base, "key": key, "model": model, "small": chosen.get("small_model") or model}
     facts.update({name: chosen.get(name) or model for name in ("opus", "sonnet", "fable")}, window="", output="")
@@ -15623,10 +15615,9 @@ class Job:
         """Do it and hand its end over, whatever that is."""
         try:
             told = Told(self._effect.serial, effects[self._effect.kind](self, *self._effect.args))
-        except RouterError as error:
-            told = Told(self._effect.serial, error=error.message)
         except Exception as error:
-            told = Told(self._effect.serial, error="%s: %s" % (type(error).__name__, error))
+            words = getattr(error, "message", "") or "%s: %s" % (type(error).__name__, error)
+            told = Told(self._effect.serial, error=words)
         self._put(told)
 
 
@@ -16421,8 +16412,7 @@ def _probe_warnings(report: ProbeReport) -> List[str]:
     """What somebody who configures a provider should know of it."""
     found = ["its models cannot be listed: " + report.listing_note] if report.listing_note else []
     for model in report.unconfirmed:
-        rows = [row for row in report.rows if row.model == model]
-        why = min(rows, key=lambda row: row.state != "tentative")
+        why = min((row for row in report.rows if row.model == model), key=lambda row: row.state != "tentative")
         found.append("%s is not confirmed: %s" % (one_line(model, 80), why.note or why.label))
     return found
 
@@ -16695,8 +16685,7 @@ def run_status(given: Given) -> int:
     for one in status["candidates"]:
         name = one["model"] + (" (default)" if one["model"] == status["default_model"] else "")
         back = show_duration(one["left_s"] * 1000) if one["left_s"] else ""
-        why = _plain(one["reason"]), _last_error(one)
-        rows.append((name, one["state"], back, one["ok"], one["failed"], *why))
+        rows.append((name, one["state"], back, one["ok"], one["failed"], _plain(one["reason"]), _last_error(one)))
     table = [_colored(line, row[1]) for line, row in zip(_table(rows, (2, 3, 4)), rows)]
     head = "llm-router %s on %s, pid %d, up %s" % (status["version"], where, status["pid"], up)
     note = "OK and FAILED count attempts of the requests that `explain` still knows"
@@ -17097,8 +17086,7 @@ def run_worker_key(given: Given) -> int:
         raise UsageError(_WEAK % weakness + "; --generate makes a strong one")
     wrangler = _find_wrangler(given)
     if given.dry_run:
-        shown = show_secrets({"key": key})["key"]
-        return _show_steps(given, [key_step(site, shown, bool(wrangler))])
+        return _show_steps(given, [key_step(site, show_secrets({"key": key})["key"], bool(wrangler))])
     host, site = _reach_cloudflare(given, site, wrangler)
     host.set_key(site, key)
     made = {"masterKey": key} if given.generate else {}
