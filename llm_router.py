@@ -8665,9 +8665,9 @@ def follow(run: Run, outcome: Outcome, book: Any, now: float, jitter: float) -> 
     back_at = max(now + (outcome.retry_after or 0.0), cools_until)
     if rule.retries and run.tries < run.allowed and back_at <= now + delay_ms / 1000.0 < run.until:
         return run, Try(candidate, delay_ms), []
-    is_first = len(run.remaining) + 1 == len(run.plan)
-    had_its_time = is_first or outcome.kind != TIMEOUT or now < run.until  # not just what others had left of it
-    changes = _changes(run, outcome.kind if had_its_time else EMPTY, outcome.retry_after, book, now)
+    is_cut_short = outcome.kind == TIMEOUT and now >= run.until and len(run.remaining) + 1 < len(run.plan)
+    held_against_it = EMPTY if is_cut_short else outcome.kind  # nothing, when others had used up its time
+    changes = _changes(run, held_against_it, outcome.retry_after, book, now)
     run = run._replace(
         remaining=_still_to_ask(run, outcome.kind, rule),
         blamed=run.blamed + (candidate.provider.id,) if rule.blames else run.blamed,
