@@ -15414,8 +15414,8 @@ _CURES = {
 class Agent(NamedTuple):
     """How a program is pointed at the router. variables (NAME=VALUE) and words (arguments before the user's own) are
     templates, see `agent_facts`; one that needs a fact that is empty is left out. hidden: variables that must not reach
-    it. file: the variable that gets the path of a temporary file, and what makes its text of the facts. install: where
-    to get it."""
+    it. file: the name of a temporary file, whose path is the fact `file`, and what makes its text of the other facts.
+    install: where to get it."""
 
     name: str
     install: str
@@ -15434,6 +15434,15 @@ def _opencode_config(facts: Mapping[str, str]) -> str:
     provider = {"npm": "@ai-sdk/openai-compatible", "name": "llm-router", "options": options, "models": models}
     chosen = {"model": "llm-router/" + facts["model"], "small_model": "llm-router/" + facts["small"]}
     return json.dumps(dict(chosen, provider={"llm-router": provider}))
+
+
+def _pi_extension(facts: Mapping[str, str]) -> str:
+    """An extension that adds one provider, the router (pi's docs/custom-provider.md); it wants all of these fields."""
+    free = dict.fromkeys(("input", "output", "cacheRead", "cacheWrite"), 0)
+    model = {"id": facts["model"], "name": facts["model"], "reasoning": False, "input": ["text", "image"], "cost": free}
+    model.update(contextWindow=int(facts["window"] or 128_000), maxTokens=int(facts["output"] or 16_384))
+    own = {"baseUrl": facts["base"] + "/v1", "apiKey": facts["key"], "api": "openai-completions", "models": [model]}
+    return 'export default (pi) => pi.registerProvider("llm-router", %s);\n' % json.dumps(own)
 
 
 _CODEX_PROVIDER = (
@@ -15456,12 +15465,15 @@ AGENTS: Tuple[Agent, ...] = (
     Agent("codex", "npm install -g @openai/codex", "ROUTER_API_KEY=%(key)s",
           ("-c", 'model_provider="llm-router"', "-c", _CODEX_PROVIDER, "-c", 'model="%(model)s"',
            "-c", "model_context_window=%(window)s")),
-    Agent("opencode", "npm install -g opencode-ai", "", file=("OPENCODE_CONFIG", _opencode_config)),
+    Agent("opencode", "npm install -g opencode-ai", "OPENCODE_CONFIG=%(file)s",
+          file=("opencode.json", _opencode_config)),
     Agent("aider", "pipx install aider-chat", "OPENAI_API_BASE=%(base)s/v1 OPENAI_API_KEY=%(key)s",
           ("--model", "openai/%(model)s")),
     Agent("qwen", "npm install -g @qwen-code/qwen-code",
           "OPENAI_BASE_URL=%(base)s/v1 OPENAI_API_KEY=%(key)s OPENAI_MODEL=%(model)s",
           ("--auth-type", "openai"), hidden=PROXY_VARIABLES),  # it sends even 127.0.0.1 to a proxy
+    Agent("pi", "npm install -g @mariozechner/pi-coding-agent", "",
+          ("-e", "%(file)s", "--model", "llm-router/%(model)s"), file=("pi.js", _pi_extension)),
 )  # fmt: skip
 ANY_AGENT = Agent(
     "any", "", "ANTHROPIC_BASE_URL=%(base)s ANTHROPIC_AUTH_TOKEN=%(key)s OPENAI_BASE_URL=%(base)s/v1"
@@ -15470,7 +15482,7 @@ ANY_AGENT = Agent(
 
 def agent_facts(base: str, key: str, config: Config, chosen: Mapping[str, str]) -> Dict[str, str]:
     """What the templates of AGENTS may use: base (the router's URL), key, model, small, Claude Code's tiers; window and
-    output: the model's limits in tokens, where the configuration has them.
+    output: the model's limits in tokens, where the configuration has them. `file` comes to them where a program is run.
 
     chosen: the models the user named. The others are the default model, or else the first there is.
     """
@@ -15497,7 +15509,7 @@ def fill_templates(agent: Agent, facts: Mapping[str, str]) -> Tuple[Dict[str, st
 
 
 def _is_filled(text: str, facts: Mapping[str, str]) -> bool:
-    return all(facts[name] for name in re.findall(r"%\((\w+)\)s", text))
+    return all(facts.get(name) for name in re.findall(r"%\((\w+)\)s", text))
 
 
 def run_program(agent: Agent, argv: Sequence[str], facts: Mapping[str, str], environ: Environ) -> int:
@@ -15506,9 +15518,7 @@ def run_program(agent: Agent, argv: Sequence[str], facts: Mapping[str, str], env
     import shutil
     import tempfile
 
-    variables, words = fill_templates(agent, facts)
     env = {name: value for name, value in environ.items() if name not in agent.hidden}
-    env.update(variables)
     if any(env.get(name) for name in PROXY_VARIABLES):  # the router itself is reached directly
         own = urlsplit(facts["base"]).hostname or ""
         env.update({name: ",".join(filter(None, (env.get(name), own))) for name in ("NO_PROXY", "no_proxy")})
@@ -15517,11 +15527,11 @@ def run_program(agent: Agent, argv: Sequence[str], facts: Mapping[str, str], env
         hint = "; install it: " + agent.install if agent.install else ""
         raise RouterError("%s is not on the PATH%s" % (one_line(argv[0], 80), hint))
     with tempfile.TemporaryDirectory(prefix="llm-router-") as folder:
-        if agent.file is not None:
-            variable, make = agent.file
-            env[variable] = os.path.join(folder, agent.name + ".json")
-            write_private(env[variable], make(facts).encode())
-        return _wait_for([program, *words, *argv[1:]], env)
+        path = os.path.join(folder, agent.file[0]) if agent.file else ""
+        if agent.file:
+            write_private(path, agent.file[1](facts).encode())
+        variables, words = fill_templates(agent, dict(facts, file=path))
+        return _wait_for([program, *words, *argv[1:]], dict(env, **variables))
 
 
 def _wait_for(argv: Sequence[str], env: Environ) -> int:
@@ -16117,10 +16127,8 @@ def _read_secret(name: str) -> str:
 
 
 def make_key() -> str:
-    """A new key for clients to show."""
-    import secrets
-
-    return "lr-" + secrets.token_urlsafe(32)
+    """A new key for clients to show: 32 random bytes, as `secrets.token_urlsafe` writes them."""
+    return "lr-" + base64.urlsafe_b64encode(os.urandom(32)).decode().rstrip("=")
 
 
 # ----- help and output -----
@@ -17224,7 +17232,7 @@ COMMANDS: Tuple[Command, ...] = (
     Command("update", run_update, "replace this file by a newer release",
             (Flag("from", "text", "the release: a URL or a file, default LLM_ROUTER_UPDATE_URL"), _AS_JSON),
             "llm-router update --from=https://example.com/llm_router.py"),
-    Command("run", run_agent, "run claude, codex, opencode, aider, qwen or -- any command against the router",
+    Command("run", run_agent, "run claude, codex, opencode, aider, qwen, pi or -- any command against the router",
             (*_AGENT_FLAGS, Flag("keep", "bool", "leave a router that was started for it running"), *_RUNNING_FLAGS),
             "llm-router run claude\nllm-router run --model=openrouter/gpt-4o --haiku=groq/small claude -p 'say hi'\n"
             "llm-router run -- python app.py", passes_on=True),

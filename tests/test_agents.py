@@ -27,6 +27,11 @@ import json, os, sys, urllib.request
 if os.environ.get("OPENCODE_CONFIG"):
     options = json.load(open(os.environ["OPENCODE_CONFIG"]))["provider"]["llm-router"]["options"]
     base, key = options["baseURL"], options["apiKey"]
+elif "-e" in sys.argv:
+    assert oct(os.stat(sys.argv[2]).st_mode & 0o777) == "0o600"
+    given = json.loads(open(sys.argv[2]).read().partition('"llm-router", ')[2].rpartition(");")[0])
+    base, key = given["baseUrl"], given["apiKey"]
+    assert sys.argv[4] == "llm-router/" + given["models"][0]["id"]
 elif "-c" in sys.argv:
     base = sys.argv[4].split('base_url="')[1].split('"')[0]
     key = os.environ["ROUTER_API_KEY"]
@@ -146,11 +151,14 @@ def test_a_program_learns_the_window_of_its_model_where_the_configuration_has_it
     config = r.read_config(config_of(provider("http://127.0.0.1:1", models=[model, "n"]), defaultModel="fake/m"), {})
     facts = r.agent_facts("http://x", "", config, {})
     claude, codex, opencode = r.AGENTS[:3]
+    pi = next(agent for agent in r.AGENTS if agent.name == "pi")
     assert r.fill_templates(claude, facts)[0]["CLAUDE_CODE_MAX_CONTEXT_TOKENS"] == "131072"
     assert r.fill_templates(codex, facts)[1][-2:] == ["-c", "model_context_window=131072"]
     told = json.loads(opencode.file[1](facts))["provider"]["llm-router"]["models"]
     assert told == {"fake/m": {"limit": {"context": 131072, "output": 8192}}}
+    assert '"contextWindow": 131072, "maxTokens": 8192' in pi.file[1](facts)
     unknown = r.agent_facts("http://x", "", config, {"model": "fake/n"})
+    assert '"contextWindow": 128000, "maxTokens": 16384' in pi.file[1](unknown)
     assert "CLAUDE_CODE_MAX_CONTEXT_TOKENS" not in r.fill_templates(claude, unknown)[0]
     assert json.loads(opencode.file[1](unknown))["provider"]["llm-router"]["models"] == {"fake/n": {}}
     r.agent_facts("http://x", "", config, {"model": "nobody/knows"})
