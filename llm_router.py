@@ -4017,7 +4017,8 @@ def _answer_fields(blocks: Blocks, call_id: str) -> Json:
             field = get_text(bag, "field") or _CHAT_TEXT_FIELDS.get(type(block), "content")
             fields[field] = fields.get(field, "") + text
         if get_list(bag, "reasoning_details"):
-            fields.setdefault("reasoning_details", []).extend(bag["reasoning_details"])
+            before = fields.get("reasoning_details", [])  # a signature may come behind the text of the answer
+            fields["reasoning_details"] = _whole_details([*before, *bag["reasoning_details"]])
     return fields
 
 

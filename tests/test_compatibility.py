@@ -557,8 +557,9 @@ def signed_answer(stream):
     return fake.sse_answer([fake.sse(dict(answer, object="chat.completion.chunk")), fake.sse("[DONE]")])
 
 
+@pytest.mark.parametrize("late", [False, True], ids=["signed at once", "signed behind the text"])
 @pytest.mark.parametrize("wire", ["anthropic", "responses"])
-def test_reasoning_that_openrouter_told_in_pieces_goes_back_whole(wire, router, make_upstream):
+def test_reasoning_that_openrouter_told_in_pieces_goes_back_whole(wire, late, router, make_upstream):
     """Anthropic, behind it, refuses pieces: the signature is of all of the text (agno-agi/agno#8794)."""
     kind, sealed = {"type": "reasoning.text", "format": "anthropic-claude-v1", "index": 0}, {"type": "reasoning.encrypted"}
     call = {"index": 0, "id": "call_1", "type": "function", "function": {"name": "look", "arguments": '{"a":1}'}}
@@ -569,6 +570,7 @@ def test_reasoning_that_openrouter_told_in_pieces_goes_back_whole(wire, router, 
         {"content": "I look."},
         {"tool_calls": [call], "reasoning_details": [dict(sealed, data="x", index=0), dict(sealed, data="y", index=0)]},
     ]
+    deltas[2:4] = deltas[3:1:-1] if late else deltas[2:4]
     chunks = [{"choices": [{"index": 0, "delta": delta, "finish_reason": None}]} for delta in deltas]
     chunks.append({"choices": [{"index": 0, "delta": {}, "finish_reason": "tool_calls"}]})
     upstream = make_upstream(fake.final_text("ok"))
