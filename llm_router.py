@@ -9363,13 +9363,12 @@ def _alone(raw: Json) -> Json:
 
 def _test(menu: Menu, place: Place) -> Menu:
     """Ask a provider what it really serves; what it says can be taken over into its fields."""
-    title = "Test of " + _ids(menu, place)[0]
 
     def heard(menu: Menu, answer: Tuple[Any, ...]) -> Menu:
         table, learned, words = answer
         rows = [Row((row[0], *row[2:6], row[7]), None, row[7], _PROBE_STATES.get(row[3], "")) for row in table]
         rows += [Row(("Keep what was learned",), learned, json.dumps(learned))] if learned else []
-        return _push(menu, "test", title, place, rows=tuple(rows), lead=words)
+        return _push(menu, "test", "Test of " + _ids(menu, place)[0], place, rows=tuple(rows), lead=words)
 
     return _run(menu, "Testing", heard, "test", _alone(_at(menu, place)))
 
@@ -9479,8 +9478,7 @@ def _list_models(menu: Menu, raw: Json, then: Any) -> Menu:
 
 
 def _edit_choice(names: Sequence[str]) -> Any:
-    rows = _name_rows(names)
-    return lambda menu, field, value, put: _choose(menu, field.key, rows, field.help, put, value)
+    return lambda menu, field, value, put: _choose(menu, field.key, _name_rows(names), field.help, put, value)
 
 
 _OPEN_FORM = lambda menu, field, value, put: _push(menu, "form", field.key, (*menu.front.place, field.key))  # noqa: E731
@@ -9524,9 +9522,8 @@ def _model_row(entry: Any, place: Place) -> Row:
 
 
 def _add_models(menu: Menu, item: Any) -> Menu:
-    owner = _ids(menu, menu.front.place)[0]
-
     def put(menu: Menu, names: Sequence[str]) -> Menu:
+        owner = _ids(menu, menu.front.place)[0]
         return _apply(menu, upsert_provider, owner, {"models": names}) if names else menu
 
     return _list_models(menu, _at(menu, menu.front.place[:2]), put)
