@@ -2618,6 +2618,11 @@ def render_upstream_request(method: str, path: str, headers: Sequence[Tuple[str,
     return _render_lines("%s %s HTTP/1.1" % (method, path), headers) + body
 
 
+def hop_by_hop(headers: Sequence[Tuple[str, str]]) -> Set[str]:
+    """The headers that `Connection` names: meant for this connection alone, not to be passed on (RFC 9110 7.6.1)."""
+    return {name.strip(" \t") for key, value in headers if key == "connection" for name in value.lower().split(",")}
+
+
 def encode_chunk(data: bytes) -> bytes:
     """`data` as one chunk; nothing for no data, since an empty chunk would end the body."""
     return b"%x\r\n%b\r\n" % (len(data), data) if data else b""
@@ -7988,8 +7993,9 @@ def merge_headers(target: Target, client_headers: Headers, client_wire: str, wir
     headers = dict(target.headers)
     headers.setdefault("accept", "text/event-stream" if stream else "application/json")
     forwarded, betas = _FORWARDED[wire] if client_wire == wire else (), target.compat.betas
+    dropped = hop_by_hop(client_headers)
     for name, value in client_headers:
-        if name not in forwarded or not value:
+        if name not in forwarded or name in dropped or not value:
             continue
         if name == "anthropic-beta":
             taken = [beta for beta in value.split(",") if betas is None or betas.match(beta.strip())]
@@ -10269,10 +10275,12 @@ def own_headers(trail: Trail) -> Headers:
     return headers
 
 
-def returned_headers(headers: Iterable[Tuple[str, str]]) -> Headers:
+def returned_headers(headers: Sequence[Tuple[str, str]]) -> Headers:
     """The upstream's headers that its own clients may see, as many as they can take: Node reads heads of 16 KB, Python
     100 lines."""
-    return [pair for pair in headers if pair[0].startswith(_RETURNED_HEADERS) and len("".join(pair)) <= 200][:50]
+    dropped = hop_by_hop(headers)
+    found = (pair for pair in headers if pair[0].startswith(_RETURNED_HEADERS) and pair[0] not in dropped)
+    return [pair for pair in found if len("".join(pair)) <= 200][:50]
 
 
 class Exchange:
@@ -11382,7 +11390,8 @@ class Dial:
         connection = http.client.HTTPConnection(dial_host, dial_port, timeout=self._timeout_s)
         connection._create_connection = self._open  # type: ignore[attr-defined]  # so that abort has the socket
         if proxy and scheme == "https":
-            connection.set_tunnel(host, port, headers)
+            name = "[%s]" % host if ":" in host else host
+            connection.set_tunnel(name, port, {"Host": "%s:%d" % (name, port), **headers})
         elif proxy:
             self.prefix = origin_url(scheme, host, port)
             self.proxy_headers = list(headers.items())

@@ -148,6 +148,15 @@ def merged(row, client_wire, wire, client=CLIENT, stream=False):
     return dict(R.merge_headers(R.make_target(row, wire), client, client_wire, wire, stream))
 
 
+def test_what_connection_names_is_passed_on_in_neither_direction():
+    """RFC 9110 7.6.1: it is for one connection alone. Names stand in any case, in lists, in several lines."""
+    client = [*CLIENT, ("connection", "close, X-Request-Id ,traceparent")]
+    headers = merged(provider(), "openai", "openai", client)
+    assert {"openai-beta", "x-request-id", "traceparent"} & set(headers) == {"openai-beta"}
+    answer = [("x-request-id", "1"), ("request-id", "2"), ("connection", "keep-alive, request-id")]
+    assert R.returned_headers(answer) == [("x-request-id", "1")]
+
+
 @pytest.mark.parametrize("wire", R.WIRES)
 @pytest.mark.parametrize("client_wire", R.WIRES)
 def test_only_what_the_contract_names_goes_upstream_and_never_the_clients_keys(client_wire, wire):

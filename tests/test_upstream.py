@@ -516,6 +516,20 @@ def test_an_https_upstream_is_reached_through_a_tunnel_that_never_sees_the_key(r
     assert "p@ss" not in reply.text + "".join(running.log())
 
 
+def test_a_tunnel_to_an_ipv6_address_is_asked_for_in_brackets():
+    """RFC 9110 9.3.6; http.client of some Python versions writes them nowhere, of others not in Host."""
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as pool:
+        proxy = "http://127.0.0.1:%d" % listener.getsockname()[1]
+        dial = r.Dial(SimpleNamespace(key=r.UpstreamKey("https", "2001:db8::1", 443, proxy)), 30, None, r.Network({}))
+        dialled = pool.submit(dial.run)
+        connection, _ = listener.accept()
+        with connection:
+            asked = connection.recv(65536)
+        dialled.result(30)
+    assert asked.startswith(b"CONNECT [2001:db8::1]:443 HTTP/1.")
+    assert b"\r\nHost: [2001:db8::1]:443\r\n" in asked
+
+
 def test_loopback_and_no_proxy_hosts_are_reached_directly(router, upstream, make_upstream):
     proxy = make_upstream()
     running = router(config_of(provider(upstream)), env={"HTTP_PROXY": proxy.url, "ALL_PROXY": proxy.url})
