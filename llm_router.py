@@ -7992,10 +7992,10 @@ def merge_headers(target: Target, client_headers: Headers, client_wire: str, wir
     """The headers of one upstream request: the target's, and of the client's only what its format allows through."""
     headers = dict(target.headers)
     headers.setdefault("accept", "text/event-stream" if stream else "application/json")
-    forwarded, betas = _FORWARDED[wire] if client_wire == wire else (), target.compat.betas
-    dropped = hop_by_hop(client_headers)
+    forwarded = set(_FORWARDED[wire]) - hop_by_hop(client_headers) if client_wire == wire else set()
+    betas = target.compat.betas
     for name, value in client_headers:
-        if name not in forwarded or name in dropped or not value:
+        if name not in forwarded or not value:
             continue
         if name == "anthropic-beta":
             taken = [beta for beta in value.split(",") if betas is None or betas.match(beta.strip())]
@@ -12016,14 +12016,14 @@ class Upstreams:
             waiter.set_result(UpstreamError("cannot connect to %s:%d in time" % dial.key[1:3], "connect_timeout"))
 
     def _dialled(self, dial: Dial) -> None:
-        is_awaited = not dial.waiter.done()
-        if dial.error is not None or dial.is_aborted:  # one that was shut down half-way is of no use to anybody
+        if dial.is_aborted:  # what was shut down half-way is of no use to anybody
             dial.close()
-            if is_awaited:
-                dial.waiter.set_result(dial.error)
             return
-        connection = Connection(self._loop, dial, self._free)
-        dial.waiter.set_result(connection) if is_awaited else self._free(connection)
+        found = dial.error or Connection(self._loop, dial, self._free)
+        if not dial.waiter.done():
+            dial.waiter.set_result(found)
+        elif isinstance(found, Connection):
+            self._free(found)
 
     def _free(self, connection: Connection) -> None:
         """Give a connection to whoever waits longest, else keep it."""
@@ -12487,12 +12487,11 @@ class ClientConnection:
             if parser.started and self.phase == "idle":
                 self.phase, self.deadline = "head", self.loop.time() + settings.head_timeout_ms / 1000
             try:
-                data = await self._read()
+                parser.feed(await self._read())
             except ClientGoneError:
                 if parser.started and self._at_eof:
                     raise HttpError("the request ended in the middle of its head", 400, "incomplete_request") from None
                 return None
-            parser.feed(data)
             head = parser.head()
         self.phase, self.deadline = "serving", math.inf
         return head
