@@ -13,7 +13,7 @@ import fake_upstream as fake
 from exchanges import assert_answer, post
 from fake_cloudflare import TOKEN, FakeCloudflare
 from running_router import PROGRAM, ROOT, clean_environment, config_of, provider
-from running_worker import HERE, RunningWorker, missing
+from running_worker import HERE, RunningWorker, missing, project_files
 
 TEXT = "said by the upstream"
 OLD = "lr-9fGh2kLmNpQrStUvWxYz13579bdfh"
@@ -56,17 +56,19 @@ def own(tmp_path, upstream):
 
 @pytest.fixture
 def run_uploaded(workers_folder):
-    """`run_uploaded(script)` runs in workerd what was uploaded last, as Cloudflare would. known: its files are those of
-    the repository, so that it may start from their snapshot."""
+    """`run_uploaded(script)` runs in workerd what was uploaded last, as Cloudflare would: files that are those of the
+    repository from their snapshot."""
     running = []
     saved = workers_folder / "snapshots"
 
-    def start(script, known=False):
+    own_files = {name: path.read_bytes() for name, path in project_files().items()}
+
+    def start(script):
         variables = dict(script.variables, **script.secrets)
         settings = script.metadata["compatibility_date"], script.metadata["compatibility_flags"]
         folder = workers_folder / ("uploaded%d" % len(list(workers_folder.iterdir())))
         flags = ["--python-snapshot-dir=%s" % saved, "--python-load-snapshot=%s" % next(saved.iterdir()).name]
-        running.append(RunningWorker(folder, variables, script.files, flags if known else None, None, settings))
+        running.append(RunningWorker(folder, variables, script.files, flags if script.files == own_files else None, None, settings))
         return running[-1]
 
     yield start
@@ -92,7 +94,7 @@ def test_what_was_deployed_serves_and_after_worker_key_only_the_new_key_opens(ow
     own.run("deploy", "--config=config.json", "--use-wrangler=" + use_wrangler)
     assert script.secrets["LLM_ROUTER_MASTER_KEY"] == json.loads(made)["masterKey"]
     assert script.files["llm_router.py"] == PROGRAM.read_bytes()
-    worker = run_uploaded(script, known=True)
+    worker = run_uploaded(script)
     assert post(worker, "openai", headers={"x-api-key": OLD}).status == 401
     assert_answer("openai", post(worker, "openai", headers={"x-api-key": json.loads(made)["masterKey"]}), TEXT)
 
@@ -117,7 +119,7 @@ def test_option_b_of_the_readme_runs_word_for_word(own, upstream, run_uploaded):
     script = own.cloudflare.scripts["llm-router-route"]
     assert set(script.secrets) == {"LLM_ROUTER_CONFIG_JSON"}
     script.secrets["P_KEY"] = "from-the-machine"
-    worker = run_uploaded(script, known=True)
+    worker = run_uploaded(script)
     assert_answer("openai", post(worker, "openai", headers={"x-api-key": OLD}), TEXT)
 
 
