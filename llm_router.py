@@ -13175,10 +13175,11 @@ def _open_ledger(path: str) -> Any:
     program's."""
     import sqlite3
 
-    with open_private(path, "r+b") as file:
-        check_regular(path)
+    check_regular(path)
+    with suppress(FileNotFoundError), open(path, "rb") as file:
         if file.read(16).strip(b"\0") not in (b"", b"SQLite format 3"):  # one of NULs was a ledger before a power cut
             raise RouterError("%s is the file of another program" % one_line(path))
+    open_private(path, "r+b").close()
     connection = sqlite3.connect(path, timeout=5.0)
     try:
         connection.execute("BEGIN IMMEDIATE")  # of two that start at once, one makes the table
