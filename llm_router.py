@@ -14284,20 +14284,15 @@ def _on_signals(loop: Any, stop: Callable[[], Any], reload: Callable[[], Any]) -
         loop.add_signal_handler(signal.SIGHUP, reload)
 
 
-def on_end(handler: Callable[[int, Any], Any]) -> Dict[Any, Any]:
-    """Have SIGTERM and SIGHUP, which Windows has not, call a handler; what they did before, for `restore_signals`."""
+def on_end(handler: Any, **others: Any) -> Callable[[], Any]:
+    """Have SIGTERM and SIGHUP, which Windows has not, call a handler, and `others`, by their names, theirs, until the
+    function that is returned is called."""
     import signal
 
-    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    return {number: signal.signal(number, handler) for number in numbers}
-
-
-def restore_signals(before: Dict[Any, Any]) -> None:
-    """Give signals what they did before."""
-    import signal
-
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    wanted = {"SIGTERM": handler, "SIGHUP": handler, **others}
+    found = [(getattr(signal, name), new) for name, new in wanted.items() if hasattr(signal, name)]
+    before = [(number, signal.signal(number, new)) for number, new in found]
+    return lambda: [signal.signal(*pair) for pair in before]
 
 
 # ----- in the background -----
@@ -15550,8 +15545,7 @@ def _wait_for(argv: Sequence[str], env: Environ) -> int:
     how: Dict[str, Any] = {} if sys.platform == "win32" else {"preexec_fn": release}
     try:
         child = subprocess.Popen(argv, env=dict(env), **how)  # noqa: S603  the user named it
-        before = on_end(lambda number, _: child.send_signal(number))
-        before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        restore = on_end(lambda number, _: child.send_signal(number), SIGINT=signal.SIG_IGN)
     except OSError as error:
         raise RouterError("cannot run %s: %s" % (one_line(argv[0], 160), error.strerror or error)) from None
     finally:
@@ -15559,7 +15553,7 @@ def _wait_for(argv: Sequence[str], env: Environ) -> int:
     try:
         code = child.wait()
     finally:
-        restore_signals(before)
+        restore()
     return 128 - code if code < 0 else code
 
 
@@ -15646,7 +15640,7 @@ def run_menu(menu: Menu, effects: Effects, plain: bool = False) -> int:
         ended.append(number)
         raise KeyboardInterrupt
 
-    before = on_end(end)
+    restore = on_end(end)
     try:
         import curses
 
@@ -15664,7 +15658,7 @@ def run_menu(menu: Menu, effects: Effects, plain: bool = False) -> int:
     finally:
         if not plain:
             _bracket_pasted(False)
-        restore_signals(before)
+        restore()
 
 
 def _bracket_pasted(wanted: bool) -> None:
