@@ -15026,9 +15026,9 @@ class Wrangler:
         self._program = program
         self._environ = dict(environ, **_WRANGLER_VARIABLES, **({"CLOUDFLARE_ACCOUNT_ID": account} if account else {}))
 
-    def call(self, step: CloudStep, site: Site) -> str:
+    def call(self, step: CloudStep, site: Site, before: str = "") -> str:
         """What a call printed; it is made in a folder with the project, which is gone afterwards. CloudflareError with
-        its last words when it failed."""
+        its last words when it failed, which `before` precedes."""
         import tempfile
 
         data = b"".join(part.data for part in step.parts if not part.name)
@@ -15040,7 +15040,7 @@ class Wrangler:
         if code:
             lines = [line.strip() for line in said.splitlines() if line.strip() and "Logs were written" not in line]
             words = " ".join(step.words[:3]), code, one_line(" | ".join(lines[-8:]), 900)
-            raise CloudflareError("%s failed (code %d): %s" % words)
+            raise CloudflareError(before + "%s failed (code %d): %s" % words)
         return said
 
     def secret_names(self, site: Site) -> List[str]:
@@ -15054,8 +15054,10 @@ class Wrangler:
         with suppress(CloudflareError):  # there is no such Worker; if it is anything else, the first step says so
             present = self.secret_names(site)
         _check_own(site, present, not present)  # without any secret it may be one that was not finished
-        said = [self.call(step, site) for step in wrangler_steps(site, secrets)]
-        found = re.search(r"https://[\w.-]+\.workers\.dev", said[0])
+        code, bulk = wrangler_steps(site, secrets)
+        said = self.call(code, site)
+        self.call(bulk, site, "the code is there, its secrets are not, so deploy again: ")
+        found = re.search(r"https://[\w.-]+\.workers\.dev", said)
         return "https://" + site.address if site.address else found.group(0) if found else "", present
 
     def set_key(self, site: Site, key: str) -> None:

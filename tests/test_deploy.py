@@ -447,7 +447,8 @@ if sys.argv[1:3] == ["secret", "list"]:
     print(json.dumps([{"name": os.environ.get("STAND_IN_SECRET", "LLM_ROUTER_CONFIG_JSON"), "type": "secret_text"}], indent=2))
 if sys.argv[1] == "deploy":
     print("  https://llm-router-route.me.workers.dev")
-sys.exit(int(os.environ.get("STAND_IN_FAILS") or 0))
+failing, _, code = os.environ.get("STAND_IN_FAILS", "").partition("=")
+sys.exit(int(code) if failing and failing in sys.argv else 0)
 """
 
 
@@ -492,7 +493,10 @@ def test_worker_key_hands_wrangler_the_key_over_stdin(desk, wrangler):
 
 
 def test_wrangler_that_fails_is_quoted_and_one_that_is_missing_is_named(desk, wrangler):
-    assert "wrangler deploy failed (code 7)" in desk.run("deploy", code=1, STAND_IN_FAILS="7", **desk.path).stderr
+    said = desk.run("deploy", code=1, STAND_IN_FAILS="deploy=7", **desk.path).stderr
+    assert "wrangler deploy failed (code 7)" in said and "is there" not in said
+    said = desk.run("deploy", code=1, STAND_IN_FAILS="bulk=8", **desk.path).stderr
+    assert "the code is there, its secrets are not" in said and "wrangler secret bulk failed (code 8)" in said
     assert "wrangler is not installed" in desk.run("deploy", "--use-wrangler=true", code=2, PATH="").stderr
 
 
