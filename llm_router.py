@@ -11690,7 +11690,6 @@ class Connection:
     def free(self) -> None:
         """The exchange ended exactly: the connection may serve another."""
         self._reply = None
-        self.reused = True
         self.resume()  # who gets it now waits for an answer, and would not know that the last client was slow
         self._on_free(self)
 
@@ -12029,6 +12028,7 @@ class Upstreams:
         """Give a connection to whoever waits longest, else keep it."""
         if connection.is_closed:
             return
+        connection.reused = True
         for waiter in self._waiting.get(connection.key, ()):
             if not waiter.done():
                 waiter.set_result(connection)

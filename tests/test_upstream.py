@@ -197,6 +197,36 @@ def read_request(connection):
     return have
 
 
+def test_a_connection_that_was_kept_unused_counts_as_a_kept_one_when_it_dies():
+    """It was dialled for a request that another connection served meanwhile; its upstream gives it up as any other."""
+    limits = r.Timeouts(30_000, 30_000, 30_000, 30_000, 30_000)
+
+    async def ask_on_a_dying_one(kept, theirs):
+        loop = asyncio.get_running_loop()
+        upstreams = r.Upstreams(loop, r.Settings(), {})
+        key = r.UpstreamKey("http", "a", 80)
+        dial, dials = SimpleNamespace(key=key, prefix="", proxy_headers=[], sock=kept), []
+        upstreams._free(r.Connection(loop, dial, upstreams._free))
+
+        async def connect(outbound):
+            dials.append(outbound)
+            raise r.UpstreamError("dialled anew", "refused")
+
+        upstreams._connect = connect
+        outbound = r.Outbound(r.Target(key, "/", {}), "/", [], bytes(10_000_000), "openai", True, limits)
+        sent = asyncio.ensure_future(upstreams.send(outbound))
+        await loop.run_in_executor(None, theirs.recv, 1000)
+        theirs.close()
+        with pytest.raises(r.UpstreamError, match="dialled anew"):
+            await asyncio.wait_for(sent, 30)
+        upstreams.close()
+        return dials
+
+    kept, theirs = socket.socketpair()
+    kept.setblocking(False)
+    assert len(asyncio.run(ask_on_a_dying_one(kept, theirs))) == 1
+
+
 def test_idle_connections_are_closed_after_a_while_and_never_too_many_kept(single, upstream):
     running = single("--pool-size=3", "--pool-idle-ms=400")
     upstream.handler = lambda call: fake.later(fake.final_text(TEXT)(call), 0.1)
