@@ -12078,6 +12078,7 @@ _PROBE_WAIT_S = 0.2
 _CLOSING_S = 30.0
 _BACKLOG, _ACCEPTS_AT_ONCE, _ACCEPT_REST_S = 1024, 64, 1.0
 _SKIP_BYTES = 65_536
+_INFLATE_BYTES = 8192
 _BUSY_LINGER_S = 0.5
 _UPLOAD_BYTES_PER_S = 1024
 
@@ -12402,16 +12403,22 @@ class ClientConnection:
         """The body of the present request, inflated. RouterError 413, 415, 400 or 503 when it cannot be had."""
         head, parser = self._head, self._parser
         encoding = header(head.headers, "content-encoding").strip().lower()
-        if encoding:
-            Inflater(encoding, 0, RouterError)  # one that cannot be read is refused before the client sends it all
+        # Made first: a coding that cannot be read is refused before the client sends it all.
+        inflater = Inflater(encoding, self.server.limits.max_body_bytes, RouterError)
         await self._receive_body()
         body = parser.take_body()
         self._reserve(len(body))
         if not encoding or encoding == "identity":
             return body
-        body = await self.loop.run_in_executor(None, inflate, body, encoding, self.server.limits.max_body_bytes)
-        self._reserve(len(body))
-        return body
+        parts, size = [], len(body)
+        for at in range(0, len(body), _INFLATE_BYTES):  # which may be a thousand times as many: others need room, too
+            part = await self.loop.run_in_executor(None, inflater.feed, body[at : at + _INFLATE_BYTES])
+            parts.append(part)
+            size += len(part)
+            self._reserve(size)
+        inflater.finish()
+        self._reserve(size - len(body))
+        return b"".join(parts)
 
     async def _receive_body(self, most_bytes: int = _MOST_BYTES) -> None:
         """Read on until the body is there or has more than `most_bytes`: at a fair rate, never silent for long."""

@@ -453,6 +453,31 @@ def test_what_has_come_of_a_refused_body_is_not_held_while_its_client_lingers():
     asyncio.run(run())
 
 
+def test_a_compressed_body_is_inflated_only_as_far_as_there_is_room(monkeypatch):
+    """The budget is for what bodies take in memory, not for what they looked like on their way."""
+    inflated, feed = [], llm_router.Inflater.feed
+    monkeypatch.setattr(llm_router.Inflater, "feed", lambda self, data: inflated.append(feed(self, data)) or inflated[-1])
+
+    async def handle(call, sink):
+        with pytest.raises(llm_router.RouterError, match="too many"):
+            await call.read_body()
+        await sink.respond(503, [], b"")
+
+    async def run():
+        settings = llm_router.Settings()._replace(max_inflight_bytes=500_000)
+        server = llm_router.Server(asyncio.get_running_loop(), settings, handle, lambda error: None)
+        reader, writer = await asyncio.open_connection("127.0.0.1", await server.listen("127.0.0.1", 0))
+        body = gzip.compress(bytes(50_000_000))
+        head = b"POST / HTTP/1.1\r\nhost: a\r\ncontent-encoding: gzip\r\ncontent-length: %d\r\n\r\n" % len(body)
+        writer.write(head + body)
+        assert await asyncio.wait_for(reader.readline(), 30) == b"HTTP/1.1 503 Service Unavailable\r\n"
+        writer.close()
+        assert await server.drain(30.0)
+
+    asyncio.run(run())
+    assert 0 < sum(map(len, inflated)) < 25_000_000
+
+
 def test_a_large_body_is_served_whole_and_refused_like_a_small_one(router, upstream):
     """It is read in a thread, item by item."""
     running = router(config_of(provider(upstream)))
