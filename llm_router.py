@@ -833,8 +833,8 @@ _MAX_CONFIG_BYTES = 16_777_216
 
 
 def find_config_variable(environ: Any) -> Tuple[str, str]:
-    """(name, text) of the first variable that holds a configuration, ("", "") without. Its text may go on in further
-    variables, NAME_2, NAME_3 and so on: Cloudflare's secrets are small. What follows its end is a larger one's."""
+    """(name, text) of the first variable that holds a configuration, ("", "") without. Cloudflare's secrets are small:
+    the text may go on in NAME_2, NAME_3 and so on; those behind its end are left over from a larger configuration."""
     for name in CONFIG_VARIABLES:
         text, number = (environ.get(name, "") or "").strip(), 2
         while text:
@@ -2395,8 +2395,8 @@ class _LineCheck:
 
 
 class _LengthDecoder:
-    """A body of `length` bytes, read like ChunkDecoder does it. wanted: how many bytes of input it can use at most. A
-    request's that is longer than `most` is refused as soon as anybody asks for it (413)."""
+    """A body of `length` bytes, read like ChunkDecoder does it. wanted: how many bytes of input it can use at most.
+    most: a longer body is refused, but not before somebody reads it (HttpError 413)."""
 
     __slots__ = ("complete", "surplus", "wanted", "_most")
 
@@ -11191,7 +11191,7 @@ def render_document(document: Json, indent: Optional[int] = 2) -> bytes:
 
 
 def check_regular(path: str) -> None:
-    """FileError for what is there and no file: a device would be replaced, a pipe waited for; or links in a circle."""
+    """FileError for a device, which would be replaced, a pipe, which would be waited for, and links in a circle."""
     if os.path.lexists(path) and not os.path.isfile(path):
         raise FileError("%s is not a regular file" % one_line(path))
 
@@ -11206,8 +11206,8 @@ def make_folder(path: str) -> None:
 
 def write_private(target: str, data: bytes, expected: Any = ..., durable: bool = True, mode: int = 0o600) -> bool:
     """Replace the file `target`, or the one that a symbolic link of this name leads to, by `data`: whole or not at all,
-    with `mode`, that is readable by its owner only, when `durable` safe against power loss, which may take a tenth of a
-    second.
+    readable by its owner only unless `mode` says otherwise, and if `durable` safe against power loss, which may take a
+    tenth of a second.
 
     Where it is said what is `expected` (what the file held, None when there was none), that is kept as target + ".bak",
     and False is returned, the file as it was, when it holds something else by now. FileError when writing fails.
@@ -13471,7 +13471,7 @@ class WorkerReply:
         return data
 
     def rest(self) -> Any:
-        """The stream of all that was not read, when something was."""
+        """The stream of all that is not read yet; something must have been read before."""
         self._reader.releaseLock()
         return self._answer.body
 
@@ -14165,9 +14165,9 @@ def _descriptors_for_clients() -> int:
 
 
 def _get_ready() -> None:
-    """Import what the first requests need while there are descriptors to read it with. Let the cycle collector pass
-    over what is there for good, and start only when much is new: a large body read or written makes thousands of
-    objects. Old ones come next: each transport of asyncio's is a cycle of 3 KB."""
+    """Import what the first requests need while there are descriptors to read it with, and tune the cycle collector: it
+    passes over what is there for good, and starts only when much is new, since a large body makes thousands of objects.
+    Then it looks at older ones soon, too: each transport of asyncio's is a cycle of 3 KB."""
     import gc
     from importlib import import_module
 
@@ -14292,8 +14292,8 @@ def _on_signals(loop: Any, stop: Callable[[], Any], reload: Callable[[], Any]) -
 
 
 def on_end(handler: Any, **others: Any) -> Callable[[], Any]:
-    """Have SIGTERM and SIGHUP, which Windows has not, call a handler, and `others`, by their names, theirs, until the
-    function that is returned is called."""
+    """Let SIGTERM and SIGHUP call `handler`, and the signals that `others` names theirs, as far as the system has them.
+    The function that is returned gives back what was there before."""
     import signal
 
     wanted = {"SIGTERM": handler, "SIGHUP": handler, **others}
@@ -14468,7 +14468,7 @@ def check_safe_url(url: str) -> str:
 
 
 def _check_digest(data: bytes, source: str) -> None:
-    """Compare with SOURCE.sha256 when there is one: digits, before them or after them a name."""
+    """Compare with SOURCE.sha256 when there is one: the digits, alone, before a file's name or behind it (BSD)."""
     place, question, query = source.partition("?")
     said = fetch_release(place + ".sha256" + question + query)
     if said is not None and hashlib.sha256(data).hexdigest().encode() not in said.lower().split():
