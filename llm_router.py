@@ -6469,13 +6469,6 @@ def translate_request(body: Json, source: str, target: str, model: str = "") -> 
     return request, render_request(request._replace(model=model or request.model), target)
 
 
-_MOST_OF_ID = 40  # characters of a call's id, by OpenAI's refusals; other providers' are longer
-
-
-def _short_id(call_id: str) -> str:
-    return call_id[:29] + "_" + hashlib.sha256(call_id.encode("utf-8", "surrogatepass")).hexdigest()[:10]
-
-
 # What is told by a file's id, which means nothing elsewhere, or is of a kind that no other format has.
 _FILE_TYPES = ("image", "document", "file", "video_url", "audio_url", "container_upload")
 
@@ -6487,12 +6480,8 @@ def render_request(request: ChatRequest, target: str) -> Json:
         if isinstance(value, Opaque):
             is_lost = value.wire != target and value.value.get("type") in _FILE_TYPES
             return Text("[%s left out]" % value.value["type"]) if is_lost else value
-        if isinstance(value, ToolResult):
-            return value if len(value.call_id) <= _MOST_OF_ID else value._replace(call_id=_short_id(value.call_id))
         if not isinstance(value, (ToolCall, Tool)) or value.kind == "server":
             return value
-        if isinstance(value, ToolCall) and len(value.id) > _MOST_OF_ID:
-            value = value._replace(id=_short_id(value.id))
         name = short_tool_name(value.name)
         value = value if name == value.name else value._replace(name=name)
         # Few servers of the other formats know tools of free text.
@@ -7047,6 +7036,16 @@ _OPENAI_ONLY = (
 ).split()
 
 
+def _shorten_ids(body: Json) -> None:
+    """OpenAI takes forty characters of a call's id. Others need theirs whole: LiteLLM puts signatures into them."""
+    turns, items = get_list(body, "messages"), get_list(body, "input")
+    holders = [(item, "call_id") for item in items] + [(turn, "tool_call_id") for turn in turns]
+    for holder, key in holders + [(call, "id") for turn in turns for call in get_list(turn, "tool_calls")]:
+        call_id = get_text(holder, key)
+        if len(call_id) > 40:
+            holder[key] = call_id[:29] + "_" + hashlib.sha256(call_id.encode("utf-8", "surrogatepass")).hexdigest()[:10]
+
+
 def _drop_openai_only(body: Json) -> None:
     """`store` goes with them where nothing is stored unless that says so."""
     _drop(*_OPENAI_ONLY, *(["store"] if "messages" in body else []))(body)
@@ -7056,6 +7055,7 @@ def _drop_openai_only(body: Json) -> None:
 FIXES: Dict[str, Fix] = {
     "closed schemas": Fix(_close_output, "output_config", r"additionalproperties"),
     **{new: Fix(_rename(old, new), old, _names(old)) for old, new in (_LIMITS, _LIMITS[::-1])},
+    "short ids": Fix(_shorten_ids, "model", r"id\W{1,3}string too long"),
     # GPT-5.5 and newer ones call no functions in Chat Completions while they reason.
     "no effort beside tools": Fix(
         lambda body: body.update({"reasoning_effort": "none"} if body.get("tools") else {}),
@@ -7110,7 +7110,7 @@ _CLOUD_BETAS = re.compile(
 )
 _CLOUD_FIXES = ("plain schemas", "closed schemas")
 _MISTRAL_FIXES = ("no stream_options", "no reasoning_content", "no store", "no user", "strict turns")
-_OPENAI_FIXES = ("max_completion_tokens", "no reasoning_content", "no sampling")
+_OPENAI_FIXES = ("max_completion_tokens", "no reasoning_content", "no sampling", "short ids")
 _KIMI_FIXES = ("think if replayed", "plain schemas", "no sampling")
 _PICKY_FIXES = ("no reasoning_content", "no store", "plain schemas")
 

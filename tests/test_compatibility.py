@@ -888,3 +888,41 @@ def test_a_schema_is_told_in_words_to_a_model_that_knows_no_output_config(system
 def test_an_invalid_schema_is_no_reason_to_tell_it_in_words():
     words = ["Invalid schema for response_format 'x': In context=(), 'required' is required to be supplied"]
     assert llm_router.learn_fix({"response_format": {}}, words, ()) == ""
+
+
+LONG_IDS = ["fc_" + "a" * 50, "fc_" + "a" * 49 + "b", "call_1"]
+
+
+def body_with_ids(target):
+    """A turn of calls with the LONG_IDS and their results, as a request to `target`."""
+    calls = [{"id": one, "type": "function", "function": {"name": "f", "arguments": "{}"}} for one in LONG_IDS]
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": None, "tool_calls": calls}]
+    turns += [{"role": "tool", "tool_call_id": one, "content": one} for one in LONG_IDS]
+    request = llm_router.WIRE_FORMATS["openai"].parse_request({"model": "m", "messages": turns})
+    return llm_router.render_request(request, target)
+
+
+def ids_of(body, target):
+    """The ids of its calls, and of its results."""
+    blocks = [block for turn in llm_router.WIRE_FORMATS[target].parse_request(body).messages for block in turn.blocks]
+    called = [block.id for block in blocks if isinstance(block, llm_router.ToolCall)]
+    return called, [block.call_id for block in blocks if isinstance(block, llm_router.ToolResult)]
+
+
+@pytest.mark.parametrize("target", ["openai", "responses"])
+@pytest.mark.parametrize("compat", ["openai", "azure"])
+def test_ids_of_calls_that_are_too_long_for_openai_are_shortened_with_their_results(target, compat):
+    """In mid-conversation another provider's, as a Response's item id where it told no other (agno-agi/agno#5382)."""
+    sent = llm_router.apply_fixes(body_with_ids(target), llm_router.find_compat(compat, "").fixes)
+    called, answered = ids_of(sent, target)
+    assert called == answered and len(set(called)) == 3
+    assert [len(one) for one in called] == [40, 40, 6] and called[2] == "call_1"
+
+
+@pytest.mark.parametrize("target", ["openai", "responses"])
+def test_elsewhere_ids_of_calls_stay_whole_until_they_are_refused(target):
+    """LiteLLM keeps the signatures of Gemini's thoughts in them."""
+    sent = llm_router.apply_fixes(body_with_ids(target), llm_router.find_compat("", "litellm.example").fixes)
+    assert ids_of(sent, target) == (LONG_IDS, LONG_IDS)
+    words = ["Invalid 'messages[1].tool_calls[0].id': string too long. Expected a string with maximum length 40"]
+    assert llm_router.learn_fix(sent, words, ()) == "short ids"
