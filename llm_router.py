@@ -9487,7 +9487,6 @@ def _edit_choice(names: Sequence[str]) -> Any:
     return lambda menu, field, value, put: _choose(menu, field.key, _name_rows(names), field.help, put, value)
 
 
-_OPEN_FORM = lambda menu, field, value, put: _push(menu, "form", field.key, (*menu.front.place, field.key))  # noqa: E731
 _EDITORS: Dict[str, Callable[[Menu, Field, Any, Any], Menu]] = {  # by a field's kind; all others are typed
     "flag": lambda menu, field, value, put: _switch(menu, menu.front.place),
     "secret": _edit_secret,
@@ -9496,9 +9495,10 @@ _EDITORS: Dict[str, Callable[[Menu, Field, Any, Any], Menu]] = {  # by a field's
     "auth_type": _edit_choice(AUTH_TYPES),
     "[wire]": lambda menu, field, value, put: _pick(menu, field.key, WIRES, as_list(value), put, field.help),
     "[fallback]": lambda menu, field, value, put: _edit_fallbacks(menu, menu.front.place),
-    "auth": _OPEN_FORM,
-    "timeouts": _OPEN_FORM,
-    "{wire:url}": _OPEN_FORM,
+    **dict.fromkeys(
+        ("auth", "timeouts", "{wire:url}"),
+        lambda menu, field, value, put: _push(menu, "form", field.key, (*menu.front.place, field.key)),
+    ),
     "{header_name:header}": lambda menu, field, value, put: _go("headers", field.key)(menu),
 }
 
