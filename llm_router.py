@@ -15690,11 +15690,9 @@ class _Painter:
 
     def run(self, window: Any) -> int:
         """Until the menu is left."""
-        import locale
         import signal
 
         signal.signal(signal.SIGCONT, lambda *_: _bracket_pasted(True))  # the shell has ended it
-        locale.setlocale(locale.LC_ALL, "")
         self._attributes = _attributes_of(self._curses)
         with suppress(self._curses.error):
             self._curses.curs_set(0)
@@ -16653,7 +16651,8 @@ def _deploy_in_menu(given: Given) -> Json:
         run_deploy(given)
     except (RouterError, KeyboardInterrupt, EOFError) as error:  # Ctrl-C and Ctrl-D at a question
         print("\nllm-router: " + getattr(error, "message", "interrupted"))
-    return load_config(given.path, {}).document or {}
+    document = load_config(given.path, {}).document
+    return NEW_DOCUMENT if document is None else document
 
 
 def _save_menu(path: str, base: Json, document: Json) -> Tuple[str, Any]:

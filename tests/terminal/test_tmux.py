@@ -330,7 +330,16 @@ def test_what_of_another_writers_change_goes_is_shown_before_it_is_overwritten(t
     assert document["providers"][1]["enabled"] is False
 
 
-@pytest.mark.parametrize("environ", [{"NO_COLOR": "1"}, {"TERM": "vt100"}, {"LANG": "C", "LC_ALL": "POSIX"}, {"TERM": "linux"}])
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {"NO_COLOR": "1"},
+        {"TERM": "vt100"},
+        {"TERM": "linux"},
+        {"LANG": "C", "LC_ALL": "POSIX"},
+        {"LC_ALL": "xx_XX.UTF-8"},  # ssh passes on what is not installed here
+    ],
+)
 def test_other_terminals_show_the_same_words(tmp_path, terminal, environ):
     fill(tmp_path)
     shell = terminal(**environ)
