@@ -7867,10 +7867,15 @@ class UpstreamKey(NamedTuple):
     proxy: str = ""
     ca_bundle: str = ""
 
+    @property
+    def origin(self) -> str:
+        """scheme://host:port, without a usual port: the only place the provider's key is ever sent to."""
+        return origin_url(self.scheme, self.host, self.port * (self.port != _DEFAULT_PORTS[self.scheme]))
 
-def origin_url(scheme: str, host: str, port: int) -> str:
-    """scheme://host:port, an IPv6 address in brackets."""
-    return "%s://%s:%d" % (scheme, "[%s]" % host if ":" in host else host, port)
+
+def origin_url(scheme: str, host: str, port: int = 0) -> str:
+    """scheme://host:port, an IPv6 address in brackets; port 0 is left out."""
+    return "%s://%s%s" % (scheme, "[%s]" % host if ":" in host else host, ":%d" % port if port else "")
 
 
 class Target(NamedTuple):
@@ -7886,11 +7891,6 @@ class Target(NamedTuple):
     headers: Mapping[str, Optional[str]]
     compat: Compat = _PLAIN
     secrets: Texts = ()
-
-    @property
-    def origin(self) -> str:
-        """scheme://host:port, the only place the provider's key is ever sent to."""
-        return origin_url(*self.key[:3])
 
 
 Targets = Dict[Tuple[str, str], Target]  # by a provider's id and the wire format
@@ -10918,7 +10918,7 @@ class Probe:
         places: Dict[Any, str] = {}
         for wire in sorted(self._plan.wires, key=lambda wire: wire != self._plan.provider.preferred):
             target = make_target(self._plan.provider, wire)
-            places.setdefault((target.origin, target.path[: -len(WIRE_FORMATS[wire].path)], wire == "anthropic"), wire)
+            places.setdefault((target.key, target.path[: -len(WIRE_FORMATS[wire].path)], wire == "anthropic"), wire)
         return list(places.values())
 
     async def _list(self, wire: str) -> None:
@@ -10944,7 +10944,7 @@ class Probe:
         target = self._target(wire, auth)
         path, question, query = target.path.partition("?")
         path = _FULL_ENDPOINT.sub("", path) + "/models"
-        where = mask_url(target.origin + path + question + query)
+        where = mask_url(target.key.origin + path + question + query)
         words = "&".join(filter(None, (query, "limit=1000" if wire == "anthropic" else "")))  # unasked it gives 20
         try:
             status, _, data = await self._exchange(target, wire, path + "?" * bool(words) + words)
@@ -11346,7 +11346,7 @@ class Dial:
 
     def __init__(self, target: Target, timeout_s: float, waiter: Any, network: Any) -> None:
         self.key = target.key
-        self.where = "%s:%d" % self.key[1:3]
+        self.where = self.key.origin
         self.waiter = waiter
         self.sock: Any = None
         self.error: Optional[RouterError] = None
@@ -11386,7 +11386,7 @@ class Dial:
         scheme, host, port, _, ca_bundle = self.key
         proxy = self._network.proxy_for(self.key)
         dial_host, dial_port, headers = proxy or (host, port, {})
-        self.where += " through the proxy %s:%d" % proxy[:2] if proxy else ""
+        self.where += " through the proxy " + origin_url("http", *proxy[:2]) if proxy else ""
         connection = http.client.HTTPConnection(dial_host, dial_port, timeout=self._timeout_s)
         connection._create_connection = self._open  # type: ignore[attr-defined]  # so that abort has the socket
         if proxy and scheme == "https":
@@ -12012,7 +12012,7 @@ class Upstreams:
     def _too_slow(self, waiter: Any, dial: Dial) -> None:
         if not waiter.done():
             self._dialer.cancel(dial)
-            waiter.set_result(UpstreamError("cannot connect to %s:%d in time" % dial.key[1:3], "connect_timeout"))
+            waiter.set_result(UpstreamError("cannot connect to %s in time" % dial.where, "connect_timeout"))
 
     def _dialled(self, dial: Dial) -> None:
         if dial.is_aborted:  # what was shut down half-way is of no use to anybody
@@ -13397,7 +13397,7 @@ class WorkerHost(CountingHost, BodyBudget):
         try:
             with _limited(control, first_s, "an answer", fault, "connect_failed"):
                 options = _js_object(method="POST", redirect="manual", **what)
-                answer = await js.fetch(outbound.target.origin + outbound.path, options)
+                answer = await js.fetch(outbound.target.key.origin + outbound.path, options)
                 if not 200 <= int(answer.status) < 600:  # a 101, say: a Response cannot have such a one
                     raise UpstreamError("the upstream's answer has the status %d" % answer.status, "bad_response")
         except BaseException:
@@ -14208,7 +14208,7 @@ async def _listen(server: Server, host: str, port: int) -> int:
             reason = "the port is in use" + _holder_hint(port)
         elif isinstance(error, socket.gaierror):
             reason = "the name has no address: " + reason
-        raise RouterError("cannot listen on %s:%d: %s" % (host, port, reason)) from None
+        raise RouterError("cannot listen on %s: %s" % (origin_url("http", host, port), reason)) from None
 
 
 def _holder_hint(port: int) -> str:
@@ -14272,9 +14272,12 @@ def _announce(options: StartOptions, port: int) -> None:
 
 def _on_signals(loop: Any, stop: Callable[[], Any], reload: Callable[[], Any]) -> None:
     """The first SIGINT or SIGTERM stops; after it both have their plain meaning: a second one ends the process. SIGHUP
-    reloads; Windows has none."""
+    reloads; Windows has none. In a thread of another program signals are that program's."""
     import signal
+    import threading
 
+    if threading.current_thread() is not threading.main_thread():
+        return
     numbers = (signal.SIGINT, signal.SIGTERM)
 
     def on_signal() -> None:
@@ -14299,7 +14302,8 @@ def on_end(handler: Any, **others: Any) -> Callable[[], Any]:
     wanted = {"SIGTERM": handler, "SIGHUP": handler, **others}
     found = [(getattr(signal, name), new) for name, new in wanted.items() if hasattr(signal, name)]
     before = [(number, signal.signal(number, new)) for number, new in found]
-    return lambda: [signal.signal(*pair) for pair in before]
+    # None is a handler that was set in C, which Python cannot give back.
+    return lambda: [signal.signal(number, old or signal.SIG_DFL) for number, old in before]
 
 
 # ----- in the background -----
@@ -15928,14 +15932,9 @@ class Command(NamedTuple):
     before: str = ""
 
     @property
-    def words(self) -> str:
-        """How it is written behind the program's name."""
-        return self.before + self.name
-
-    @property
     def title(self) -> str:
         """How a command line with it begins."""
-        return ("llm-router " + self.words).strip()
+        return ("llm-router " + self.before + self.name).strip()
 
 
 _CONFIG = Flag("config", "text", "the configuration file, default " + CONFIG_PATH)
@@ -16034,12 +16033,12 @@ def _check_flags(command: Command, given: Json) -> None:
     known = ["tail", *(flag.name for flag in command.flags + _COMMON)]
     strange = [name.replace("_", "-") for name in given if name.replace("_", "-") not in known]
     if strange:
-        raise UsageError("%s does not take --%s" % (command.words, strange[0]))
+        raise UsageError("%s does not take --%s" % (command.title, strange[0]))
     needed = [word.split("|") for word in command.needs.split()]
     missing = [names for names in needed if sum(bool(given.get(name.replace("-", "_"))) for name in names) != 1]
     if missing:
         words = [("either --%s or --%s" if names[1:] else "--%s") % tuple(names) for names in missing]
-        raise UsageError("%s: give %s; example: %s" % (command.words, " and ".join(words), command.example))
+        raise UsageError("%s: give %s; example: %s" % (command.title, " and ".join(words), command.example))
 
 
 def _find_named(name: str, rows: Sequence[Command], what: str, hint: str) -> Command:
@@ -16195,17 +16194,13 @@ def _warn_of(problems: Iterable[Problem]) -> None:
         tell_aside("%s: %s" % (problem.level, show_problem(problem)))
 
 
-_COLORS = {
-    "ok": "32",
-    **dict.fromkeys(("error", "problem", "open"), "31"),
-    **dict.fromkeys(("warning", "cooling", "half-open"), "33"),
-}
+_COLORS = {"ok": 32, "error": 31, "problem": 31, "open": 31, "warning": 33, "cooling": 33, "half-open": 33}
 
 
 def _colored(text: str, word: str) -> str:
     """`text` in the colour of a state when stdout is a terminal that wants one (no-color.org)."""
     plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not sys.stdout.isatty()
-    return text if plain or word not in _COLORS else "\033[%sm%s\033[0m" % (_COLORS[word], text)
+    return text if plain or word not in _COLORS else "\033[%dm%s\033[0m" % (_COLORS[word], text)
 
 
 def _table(rows: Iterable[Sequence[Any]], numbers: Sequence[int] = ()) -> List[str]:
@@ -16251,6 +16246,11 @@ def show_duration(ms: float) -> str:
     if ms < 60_000:
         return "%d ms" % ms if ms < 1000 else "%.1f s" % (ms / 1000)
     return "%d min %d s" % divmod(s, 60) if s < 3600 else "%d h %d min" % divmod(s // 60, 60)
+
+
+def show_seconds(s: float) -> str:
+    """A time span that is known in seconds, none as `0 s`."""
+    return "%d s" % s if s < 60 else show_duration(s * 1000)
 
 
 _HIDES = "%s is set and goes before this file"
@@ -16692,7 +16692,6 @@ def run_status(given: Given) -> int:
     """`status`: what runs, with which configuration, and how every candidate is."""
     status = ask_instance(given.find_instance(), "status")
     where = origin_url("http", status["host"], status["port"])
-    up = show_duration(status["uptime_s"] * 1000)
     facts = _labelled(
         configuration="%s (%s)" % (one_line(status["config"]["source"]), one_line(status["config"]["state"])),
         authorization="clients must show a key" if status["require_auth"] else "none",
@@ -16701,9 +16700,10 @@ def run_status(given: Given) -> int:
     rows = [("MODEL", "STATE", "BACK IN", "OK", "FAILED", "REASON", "LAST ERROR")]
     for one in status["candidates"]:
         name = one["model"] + (" (default)" if one["model"] == status["default_model"] else "")
-        back = show_duration(one["left_s"] * 1000) if one["left_s"] else ""
+        back = show_seconds(one["left_s"]) if one["left_s"] else ""
         rows.append((name, one["state"], back, one["ok"], one["failed"], _plain(one["reason"]), _last_error(one)))
     table = [_colored(line, row[1]) for line, row in zip(_table(rows, (2, 3, 4)), rows)]
+    up = show_seconds(status["uptime_s"])
     head = "llm-router %s on %s, pid %d, up %s" % (status["version"], where, status["pid"], up)
     note = "OK and FAILED count attempts of the requests that `explain` still knows"
     return given.tell(status, _spaced([head, *facts], table, [note]))
@@ -16717,7 +16717,7 @@ def _last_error(candidate: Json) -> str:
     error = candidate["last_error"]
     if error is None:
         return ""
-    ago = show_duration(max(0, int(time.time() - error["time"])) * 1000)
+    ago = show_seconds(max(0.0, time.time() - error["time"]))
     return "%s, %s ago, %s: %s" % (error["label"] or error["kind"], ago, error["id"], one_line(error["message"], 80))
 
 

@@ -117,7 +117,7 @@ def test_the_demo_says_that_its_port_is_taken(folder):
             command, cwd=str(folder), env=clean_environment(folder), capture_output=True, timeout=60, text=True
         )
     assert done.returncode == 1
-    assert "cannot listen on 127.0.0.1:%d: the port is in use" % port in done.stderr
+    assert "cannot listen on http://127.0.0.1:%d: the port is in use" % port in done.stderr
 
 
 def test_an_answer_that_is_wrong_makes_the_demo_fail(folder):

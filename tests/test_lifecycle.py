@@ -555,6 +555,11 @@ def test_durations_read_well(ms, words):
     assert r.show_duration(ms) == words
 
 
+@pytest.mark.parametrize(("s", "words"), [(0, "0 s"), (0.4, "0 s"), (59.9, "59 s"), (60, "1 min 0 s"), (11_520, "3 h 12 min")])
+def test_what_is_known_in_seconds_is_said_in_seconds(s, words):
+    assert r.show_seconds(s) == words
+
+
 def test_an_edit_of_the_file_is_applied_while_running_and_a_broken_one_keeps_the_last_good(router, upstream):
     upstream.handler = fake.final_text("hi")
     running = router(config_of(provider(upstream, models=["one"])), "--origin-retry-base-delay-ms=1")

@@ -17,7 +17,7 @@ import pytest
 import fake_upstream as fake
 import llm_router as r
 from exchanges import post, until
-from running_router import COMMAND, clean_environment, config_of, free_port, provider
+from running_router import COMMAND, RunningRouter, clean_environment, config_of, free_port, provider
 
 PROGRAM = str(Path(r.__file__))
 MESSAGES = {"messages": [{"role": "user", "content": "hi"}]}
@@ -99,6 +99,46 @@ def test_sighup_reloads_the_configuration(router, upstream):
     assert post(running, "openai", model="new-name").status == 404
     running.process.send_signal(signal.SIGHUP)
     assert until(lambda: post(running, "openai", model="new-name").status == 200)
+
+
+IN_A_THREAD = """
+import sys, threading
+sys.path.insert(0, %r)
+import llm_router
+codes = []
+thread = threading.Thread(target=lambda: codes.append(llm_router.main(sys.argv[1:])))
+thread.start()
+thread.join()
+print("it ended with", codes[0])
+"""
+
+
+def test_it_serves_in_a_thread_of_another_program_and_ends_when_told(config, tmp_path):
+    """Python lets only the main thread set handlers of signals."""
+    code = IN_A_THREAD % str(Path(PROGRAM).parent)
+    running = RunningRouter(None, ["--config=%s" % config], tmp_path, program=("-c", code))
+    try:
+        assert post(running, "openai").status == 200
+        line = [*COMMAND, "stop", "--port=%d" % running.port]
+        done = subprocess.run(line, env=clean_environment(tmp_path), capture_output=True, text=True, timeout=60)
+        assert "stopped" in done.stdout, done.stderr
+        assert until(lambda: "it ended with 0" in running.stdout())
+    finally:
+        running.kill()
+
+
+def test_a_handler_that_was_set_in_c_is_no_reason_to_fail_at_the_end(monkeypatch):
+    """Python shows it as None, which it does not take back."""
+    given = []
+
+    def set_handler(number, handler):
+        if handler is None:
+            raise TypeError("signal handler must be signal.SIG_IGN, signal.SIG_DFL, or a callable object")
+        given.append(handler)
+
+    monkeypatch.setattr(signal, "signal", set_handler)
+    r.on_end(len)()
+    assert given[0] is len and given[-1] is signal.SIG_DFL
 
 
 @posix

@@ -66,22 +66,22 @@ def provider(url="https://api.example/v1", **fields):
 @pytest.mark.parametrize(
     "url, origin, host, path",
     [
-        ("https://api.example/v1", "https://api.example:443", "api.example", "/v1/messages"),
+        ("https://api.example/v1", "https://api.example", "api.example", "/v1/messages"),
         ("http://127.0.0.1:9000", "http://127.0.0.1:9000", "127.0.0.1:9000", "/v1/messages"),
         ("http://[::1]:9000/v1", "http://[::1]:9000", "[::1]:9000", "/v1/messages"),
         (
             "https://api.example/x?api-version=2024-10&a=b",
-            "https://api.example:443",
+            "https://api.example",
             "api.example",
             "/x/v1/messages?api-version=2024-10&a=b",
         ),
-        ("https://user:pw@api.example/v1", "https://api.example:443", "api.example", "/v1/messages"),
-        ("https://API.Example:443/v1/messages", "https://api.example:443", "API.Example:443", "/v1/messages"),
+        ("https://user:pw@api.example/v1", "https://api.example", "api.example", "/v1/messages"),
+        ("https://API.Example:443/v1/messages", "https://api.example", "API.Example:443", "/v1/messages"),
     ],
 )
 def test_a_target_is_where_the_base_url_says_its_query_kept(url, origin, host, path):
     target = R.make_target(provider(url), "anthropic")
-    assert (target.origin, dict(target.headers)["host"], target.path) == (origin, host, path)
+    assert (target.key.origin, dict(target.headers)["host"], target.path) == (origin, host, path)
 
 
 def test_a_format_without_a_base_url_is_an_error_of_the_configuration():

@@ -589,7 +589,7 @@ def test_a_provider_may_have_a_proxy_of_its_own_or_none(router, make_upstream):
     )
     running = router(config, *QUICK, "--origin-retry-attempts=1", env={"HTTP_PROXY": common.url})
     said = post(running, "openai", "gone/fake-model").text
-    assert "connect to models.example:80 through the proxy 127.0.0.1:%d: " % port in said
+    assert "connect to http://models.example through the proxy http://127.0.0.1:%d: " % port in said
     for id in ("own", "direct"):
         assert_answer("openai", post(running, "openai", id + "/fake-model"), TEXT)
     assert attempts_of(post(running, "openai", "dark/fake-model")) == [("dark/fake-model", "dns")]
@@ -716,6 +716,18 @@ def test_the_last_address_that_fails_says_why(monkeypatch):
     dial = r.Dial(SimpleNamespace(key=r.UpstreamKey("http", "api.example.com", 80, "", "")), 60, None, r.Network({}))
     dial.run()
     assert (dial.error.label, dial.sock) == ("refused", None)
+
+
+def test_an_upstream_is_named_as_in_a_url_without_a_port_that_nobody_wrote(monkeypatch):
+    def fails(*_):
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", fails)
+    keys = {"https://[2001:db8::1]": ("https", "2001:db8::1", 443), "http://a.example:8080": ("http", "a.example", 8080)}
+    for place, key in keys.items():
+        dial = r.Dial(SimpleNamespace(key=r.UpstreamKey(*key)), 60, None, r.Network({}))
+        dial.run()
+        assert "cannot connect to %s: " % place in dial.error.message
 
 
 def test_a_dial_that_is_over_when_nobody_is_left_is_told_to_nobody_and_closed(monkeypatch):
