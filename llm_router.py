@@ -759,7 +759,9 @@ def _plain_json(text: str) -> str:
 
 def _syntax_error(source: str, text: str, at: int, message: str) -> ConfigError:
     line, column = text.count("\n", 0, at) + 1, at - text.rfind("\n", 0, at)
-    shown = _hide_secrets(text.split("\n")[line - 1])
+    shown = text.split("\n")[line - 1]
+    for pattern in (_SECRET_VALUE, _LONG_TOKEN):  # asterisks of the same length: the caret still points right
+        shown = pattern.sub(lambda match: match.group(1) + "*" * len(match.group(3)), shown)
     start = max(0, column - 71)
     shown = "".join(c if c.isprintable() else " " for c in shown[start : start + 100])
     caret = " " * (column - 1 - start) + "^"
@@ -778,12 +780,6 @@ def _hint(text: str, at: int) -> str:
         return " (a packed configuration, but cut off or damaged)"
     return " (a comma too many)" if "," in (there, before) else ""
 
-
-def _hide_secrets(line: str) -> str:
-    """`line` with what may be a key as asterisks of the same length, so that a caret still points right."""
-    for pattern in (_SECRET_VALUE, _LONG_TOKEN):
-        line = pattern.sub(lambda match: match.group(1) + "*" * len(match.group(3)), line)
-    return line
 
 
 _NO_JSON = ("NaN", "Infinity", "-Infinity")
@@ -2795,18 +2791,14 @@ class ToolCall(Value):
     """A call the model asks for. `arguments` is text as it came: JSON for kind "function", free text for "custom"."""
 
     __slots__ = ("id", "name", "arguments", "kind", "extra")
-
-    def __init__(self, id: str, name: str, arguments: str = "", kind: str = "function", extra: Extra = None) -> None:
-        self.id, self.name, self.arguments, self.kind, self.extra = id, name, arguments, kind, extra
+    defaults = ("", "function", None)
 
 
 class ToolResult(Value):
     """What a tool answered: `blocks` are Text and Media."""
 
     __slots__ = ("call_id", "blocks", "is_error", "extra")
-
-    def __init__(self, call_id: str, blocks: Blocks, is_error: bool = False, extra: Extra = None) -> None:
-        self.call_id, self.blocks, self.is_error, self.extra = call_id, blocks, is_error, extra
+    defaults = (False, None)
 
 
 class Opaque(Value):
@@ -4836,21 +4828,23 @@ class AnthropicBlock(NamedTuple):
     """One row of ANTHROPIC_BLOCKS: a block type, what it is in the neutral form, and how streams tell its text.
 
     delta, piece: type of the deltas that add to the block's text, and their field with it, as it is called in a block
-    of words, too. more: what stands for fields that only this format has.
+    of words, too. needs: the texts that a block of a request must have. more: what stands for fields that only this
+    format has.
     """
 
     kind: str
     block: type
     delta: str
     piece: str
+    needs: Texts
     more: Json = {}
 
 
 # The block types that an answer can hold and other formats know, too (anthropic.types.RawContentBlockDelta).
 ANTHROPIC_BLOCKS = (
-    AnthropicBlock("text", Text, "text_delta", "text"),
-    AnthropicBlock("thinking", Thinking, "thinking_delta", "thinking", {"signature": ""}),
-    AnthropicBlock("tool_use", ToolCall, "input_json_delta", "partial_json"),
+    AnthropicBlock("text", Text, "text_delta", "text", ("text",)),
+    AnthropicBlock("thinking", Thinking, "thinking_delta", "thinking", ("thinking",), {"signature": ""}),
+    AnthropicBlock("tool_use", ToolCall, "input_json_delta", "partial_json", ("id", "name")),
 )
 _ANTHROPIC_BY_KIND = {row.kind: row for row in ANTHROPIC_BLOCKS}
 _ANTHROPIC_BY_BLOCK = {Refusal: ANTHROPIC_BLOCKS[0], **{row.block: row for row in ANTHROPIC_BLOCKS}}
@@ -4871,7 +4865,13 @@ def _anthropic_part(item: Json) -> Any:
 def _anthropic_block(item: Any, path: str) -> Any:
     """One content block of a request as a neutral value."""
     kind = need_text(check_kind(item, (dict,), path), "type", path)
-    reader = _ANTHROPIC_READERS.get(kind)
+    row, reader = _ANTHROPIC_BY_KIND.get(kind), _ANTHROPIC_READERS.get(kind)
+    if row is not None:
+        for key in row.needs:
+            need_text(item, key, path)
+        if row.block is ToolCall:
+            check_field(item, "input", (dict,), path)
+        return _anthropic_part(item)
     if reader is not None:
         return reader(item, path)
     if kind in ("server_tool_use", "mcp_tool_use", "compaction") or kind.endswith("_tool_result"):
@@ -4902,16 +4902,7 @@ def _anthropic_result(item: Json, path: str) -> ToolResult:
 
 
 _ANTHROPIC_READERS: Dict[str, Callable[[Json, str], Any]] = {
-    "text": lambda item, path: Text(need_text(item, "text", path), rest_of(item, ("type", "text"), _ANTHROPIC)),
     "tool_reference": lambda item, path: _anthropic_shown(item, "tool loaded: %s" % get_text(item, "tool_name")),
-    "thinking": lambda item, path: Thinking(
-        need_text(item, "thinking", path), rest_of(item, ("type", "thinking"), _ANTHROPIC)
-    ),
-    "tool_use": lambda item, path: ToolCall(
-        need_text(item, "id", path), need_text(item, "name", path),
-        arguments_text(check_field(item, "input", (dict,), path) or {}),
-        extra=rest_of(item, _ANTHROPIC_CALL_KEYS, _ANTHROPIC),
-    ),
     "image": _anthropic_media, "document": _anthropic_media, "tool_result": _anthropic_result,
     "search_result": lambda item, path: _anthropic_shown(
         item, get_text(item, "title"), get_text(item, "source"), readable(item.get("content"))
@@ -5854,7 +5845,9 @@ def render_responses_request(request: ChatRequest) -> Json:
         "parallel_tool_calls": request.parallel_tools if tools else None,
         "max_output_tokens": request.max_tokens and max(16, request.max_tokens),  # OpenAI: "Expected a value >= 16"
         "temperature": request.temperature, "top_p": request.top_p, "model": request.model, "input": items,
-        "instructions": instructions, "tools": list(map(_responses_render_tool, tools)) or None,
+        "instructions": instructions,
+        # Left out, `strict` makes OpenAI try strict mode; other formats are not strict unless they say so.
+        "tools": [{"type": t.kind, **_openai_tool(t, bool(t.strict), tool_grammar(t))} for t in tools] or None,
         "tool_choice": _openai_choice(request) if tools else None,
         "text": {**_responses_kept(chat, "verbosity"), **_responses_format(request.output)} or None,
         "user": request.user if 0 < len(request.user) <= _CHAT_MAX_USER else None, "stream": request.stream or None,
@@ -5944,10 +5937,6 @@ def _responses_render_part(block: Any, role: str) -> Optional[Json]:
     name = {"filename": block.name or "document.pdf"} if block.name or not block.url else {}  # OpenAI wants an ending
     return {"type": "input_file", "file_url" if block.url else "file_data": url_of_media(block), **name}
 
-
-def _responses_render_tool(tool: Tool) -> Json:
-    """Left out, `strict` makes OpenAI try strict mode; other formats are not strict unless they say so."""
-    return {"type": tool.kind, **_openai_tool(tool, bool(tool.strict), tool_grammar(tool))}
 
 
 def _responses_format(output: Optional[JsonOutput]) -> Json:
@@ -8920,6 +8909,7 @@ class Screen(NamedTuple):
     lead: str = ""
     empty: str = ""
     kind: str = "list"
+
 
 
 def make_menu(document: Json, facts: Facts) -> Menu:
@@ -16089,16 +16079,13 @@ def parse_flags(argv: Sequence[str], command: Command) -> Json:
 def _read_flag_value(flag: Flag, text: str) -> Any:
     try:
         if "|" in flag.kind:
-            return _read_choice(text, flag.kind.split("|"))
+            choices = flag.kind.split("|")
+            if text.strip().lower() not in choices:
+                raise UsageError("%s is none of %s" % (one_line(text, 40) or "an empty value", ", ".join(choices)))
+            return text.strip().lower()
         return _read_secret(flag.name) if flag.kind == "secret" and text == "-" else _READERS.get(flag.kind, str)(text)
     except RouterError as error:
         raise UsageError("--%s: %s" % (flag.name, error.message)) from None
-
-
-def _read_choice(text: str, choices: Sequence[str]) -> str:
-    if text.strip().lower() not in choices:
-        raise UsageError("%s is none of %s" % (one_line(text, 40) or "an empty value", ", ".join(choices)))
-    return text.strip().lower()
 
 
 def _read_object(text: str) -> Json:
@@ -16739,7 +16726,7 @@ def _end_instance(instance: Instance, grace_s: Any) -> None:
     until = time.monotonic() + ask_instance(instance, "stop/%s" % grace_s, "POST").get("grace_s", 30) + 5
     while not has_ended(instance):
         if time.monotonic() > until:
-            raise RouterError("pid %d still runs %g s after its grace" % (instance.pid, 5))
+            raise RouterError("pid %d still runs 5 s after its grace" % instance.pid)
         time.sleep(0.05)
 
 
