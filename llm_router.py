@@ -3634,7 +3634,8 @@ _CHAT_ROLES = {"system": "system", "developer": "system", "user": "user", "assis
 
 
 def _chat_message(value: Any, path: str, legacy: Dict[str, str]) -> Message:
-    """A message; items `function_call` and `function_call_output` of the Responses API are the messages they mean."""
+    """A message; items `function_call` and `function_call_output` of the Responses API are the messages they mean.
+    `cache_control` beside the content, where the AI SDK's openai-compatible provider puts it, marks the last block."""
     item = check_kind(value, (dict,), path)
     kind, call_id = None if "role" in item else item.get("type"), item.get("call_id")
     if kind == "function_call":
@@ -3643,9 +3644,10 @@ def _chat_message(value: Any, path: str, legacy: Dict[str, str]) -> Message:
         item = {"role": "tool", "tool_call_id": call_id, "content": item.get("output")}
     role, name = get_text(item, "role"), get_text(item, "name")
     blocks = _chat_parts(item.get("content"), path + ".content")
+    mark = _chat_rest({"cache_control": item.get("cache_control")}, ())
     if role in ("tool", "function"):
         call_id = get_text(item, "tool_call_id") or legacy.get(name) or "call_" + (name or "0")
-        return Message("user", [ToolResult(call_id, blocks)])
+        return Message("user", [ToolResult(call_id, blocks, extra=mark)])
     if role not in _CHAT_ROLES:
         raise field_error(path + ".role", "expected system, developer, user, assistant or tool")
     if role == "assistant":
@@ -3661,6 +3663,8 @@ def _chat_message(value: Any, path: str, legacy: Dict[str, str]) -> Message:
             call = _chat_call({"function": item["function_call"]}, path)
             call.id = legacy[call.name] = "call_" + "".join(filter(str.isdigit, path))
             blocks.append(call)
+    if mark and blocks and isinstance(blocks[-1], (Text, ToolCall, Media)):
+        blocks[-1] = blocks[-1]._replace(extra={**(blocks[-1].extra or {}), **mark})
     return Message(_CHAT_ROLES[role], blocks, {_CHAT: {"name": name}} if name else None)
 
 
@@ -4138,9 +4142,8 @@ def render_chat_response(response: ChatResponse, context: Context) -> Json:
 
 
 def _chat_head(start: Union[ChatResponse, Started], context: Context, kind: str) -> Json:
-    answer_id = start.id if start.id.startswith("chatcmpl-") else "chatcmpl-" + context.id
-    created = context.created or start.created
-    return {"id": answer_id, "object": kind, "created": created, "model": context.request.model}
+    own_id = start.id if start.id.startswith("chatcmpl-") else "chatcmpl-" + context.id
+    return {"id": own_id, "object": kind, "created": context.created or start.created, "model": context.request.model}
 
 
 def _own_end(kinds: Iterable[type], otherwise: str = "end_turn") -> str:
@@ -4706,7 +4709,8 @@ ANTHROPIC_LOSSES = {
     "temperature above 1": "becomes 1; with top_p and top_k left out while thinking and for models that refuse them",
     "top_p beside temperature, stop texts of white space": "left out",
     "JSON mode without a schema": "becomes a sentence in `system`",
-    "open objects and bounds in the answer's schema": "objects are closed, bounds become words of the description",
+    "open objects and bounds in the answer's schema and strict tools": "objects are closed, bounds become words of the"
+    " description",
     "reasoning effort": "becomes thinking.budget_tokens or output_config.effort, by model; not when a tool is forced "
     "or max_tokens leaves no room",
     "strict: false on tools": "left out, it is the default",
@@ -4738,20 +4742,16 @@ def parse_anthropic_request(body: Json) -> ChatRequest:
     schema = as_dict(config.get("format") or said["output_format"]).get("schema")
     rest = {**body, **dict.fromkeys(_ANTHROPIC_KINDS), "output_config": _without(config, "effort", "format")}
     return ChatRequest(
-        said["model"] or "",
-        messages,
-        _anthropic_blocks(said["system"], "system"),
+        said["model"] or "", messages, _anthropic_blocks(said["system"], "system"),
         read_each(_anthropic_tool, tools, "tools.%d"),
         ToolChoice(mode, get_text(choice, "name") if mode == "tool" else "") if mode else None,
-        parallel_tools=False if choice.get("disable_parallel_tool_use") is True else None,
-        **{name: said[name] for name in ("max_tokens", "temperature", "top_p", "top_k")},
-        stop=list(filter(as_text, said["stop_sequences"] or [])),
-        stream=bool(said["stream"]),
+        False if choice.get("disable_parallel_tool_use") is True else None,
+        said["max_tokens"], said["temperature"], said["top_p"], said["top_k"],
+        stop=list(filter(as_text, said["stop_sequences"] or [])), stream=bool(said["stream"]),
         output=JsonOutput(schema) if isinstance(schema, dict) else None,
         reasoning=_anthropic_reasoning(said["thinking"] or {}, get_text(config, "effort")),
-        user=get_text(said["metadata"] or {}, "user_id"),
-        fields=rest_of(rest, (), _ANTHROPIC),
-    )
+        user=get_text(said["metadata"] or {}, "user_id"), fields=rest_of(rest, (), _ANTHROPIC),
+    )  # fmt: skip
 
 
 def _anthropic_tools(tools: List[Any], messages: List[Any]) -> List[Any]:
@@ -5002,8 +5002,7 @@ def _anthropic_turns(messages: List[Message], prefill: bool) -> List[Json]:
 
     A conversation that ends with the assistant: a prefill without white space behind it, or one more user turn.
     """
-    first: List[Json] = []
-    turns = [("user", first)]
+    turns: List[Tuple[str, List[Json]]] = [("user", [])]
     for message in messages:
         role, parts = "assistant" if message.role == "assistant" else "user", _anthropic_parts(message.blocks)
         if turns[-1][0] == role:
@@ -5011,8 +5010,8 @@ def _anthropic_turns(messages: List[Message], prefill: bool) -> List[Json]:
         elif parts:
             turns.append((role, parts))
     filler = {"type": "text", "text": "(continue)"}
-    if not first:
-        first.append(filler)
+    if not turns[0][1]:
+        turns[0][1].append(filler)
     role, parts = turns[-1]
     if role == "assistant" and prefill and parts[-1].get("type") == "text":
         parts[-1]["text"] = parts[-1]["text"].rstrip()
@@ -5159,10 +5158,8 @@ def _anthropic_shell(start: Union[ChatResponse, Started], usage: Json, context: 
     return {**shell, "content": [], "stop_reason": None, "stop_sequence": None, "usage": usage}
 
 
-def _anthropic_end(
-    end: Union[ChatResponse, Finished], has_calls: bool, usage: Optional[Usage] = None
-) -> Tuple[Json, ...]:
-    """(how it stopped, its usage or else `usage`, the rest of the bag).
+def _anthropic_end(end: Union[ChatResponse, Finished], has_calls: bool, usage: Optional[Usage] = None) -> List[Json]:
+    """How it stopped, its usage or else `usage`, the rest of the bag.
 
     `tool_use` is told exactly when a tool block was sent, or agents stop or loop (traps 30, 31).
     """
@@ -5170,7 +5167,7 @@ def _anthropic_end(
     if reason in ("end_turn", "tool_use"):
         reason = "tool_use" if has_calls else "end_turn"
     counts = _write_anthropic_usage(end.usage or usage, bag.pop("usage", {}))
-    return {"stop_reason": bag.pop("stop_reason", reason), "stop_sequence": end.stop_sequence or None}, counts, bag
+    return [{"stop_reason": bag.pop("stop_reason", reason), "stop_sequence": end.stop_sequence or None}, counts, bag]
 
 
 def _write_anthropic_usage(usage: Optional[Usage], further: Mapping[str, Any] = {}) -> Json:
@@ -5738,8 +5735,7 @@ def _responses_turn(item: Json, where: str, names: _FlatNames) -> Tuple[str, Blo
 
 def _responses_parts(content: Any, where: str) -> Blocks:
     """Content of a request, which Chat's reader knows by shape, without what is empty (trap 82) or unknown to it."""
-    blocks = _chat_parts(content, where)
-    return [block for block in blocks if getattr(block, "text", "-") and not isinstance(block, Opaque)]
+    return [b for b in _chat_parts(content, where) if getattr(b, "text", "-") and not isinstance(b, Opaque)]
 
 
 def _responses_words(part: Json, bag: Json) -> Any:
@@ -6974,10 +6970,11 @@ def closed_schema(schema: Any, place: str = "items") -> Any:
     return {**words, "additionalProperties": False} if "object" in kinds else words
 
 
-def _close_output(body: Json) -> None:
-    form = get_dict(get_dict(body, "output_config"), "format")
-    if "schema" in form:
-        form["schema"] = closed_schema(form["schema"])
+def _close_schemas(body: Json) -> None:
+    """Those that Anthropic compiles: the answer's, and strict tools' (earendil-works/pi#9953)."""
+    strict = [tool for tool in _tools_of(body) if tool.get("strict")]
+    for holder in (get_dict(get_dict(body, "output_config"), "format"), *strict):
+        holder.update((key, closed_schema(holder[key])) for key in ("schema", "input_schema") if key in holder)
 
 
 def _tell_schema(body: Json) -> None:
@@ -7042,7 +7039,7 @@ def _drop_openai_only(body: Json) -> None:
 
 # Vendors' API references, and the public threads that TRAPS of this kind were met in (traps 70, 71, 108).
 FIXES: Dict[str, Fix] = {
-    "closed schemas": Fix(_close_output, "output_config", r"additionalproperties"),
+    "closed schemas": Fix(_close_schemas, "output_config", r"additionalproperties"),
     **{new: Fix(_rename(old, new), old, _names(old)) for old, new in (_LIMITS, _LIMITS[::-1])},
     "short ids": Fix(_shorten_ids, "model", r"id\W{1,3}string too long"),
     # GPT-5.5 and newer ones call no functions in Chat Completions while they reason.
@@ -7077,7 +7074,11 @@ FIXES: Dict[str, Fix] = {
     ),
     # What DeepSeek and Moonshot ask for others refuse (traps 84, 87).
     "no reasoning_content": Fix(_drop("reasoning_content", among=_turns), "messages", _names("reasoning_content")),
-    "no strict": Fix(_drop("strict", among=_tools_of), "tools", _names("strict")),
+    "no strict": Fix(  # in Anthropic's words for too many or too complex ones, and OpenAI's for optional properties
+        _drop("strict", among=_tools_of),
+        "tools",
+        _names("strict") + r"|strict tools|compil|'required' is required|tools\.\d+\.custom: for '",
+    ),
     "plain schemas": Fix(_plain_schemas, "tools", _names("(?:json_|input_)?schema") + "|function_declarations"),
     "no sampling": Fix(_drop_sampling, "model"),
     "strict turns": Fix(

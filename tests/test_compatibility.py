@@ -52,6 +52,11 @@ LESSONS = [
     ('"m" does not support thinking', "no reasoning_effort"),  # Ollama
     ("`reasoning_effort` must be one of `none` or `default`", "no reasoning_effort"),  # Groq
     ("tools.0.function.strict: Extra inputs are not permitted", "no strict"),
+    ("tools: Too many strict tools (22). The maximum number of strict tools supported is 20.", "no strict"),  # Anthropic
+    ("Schema is too complex for compilation. Try reducing the number of tools.", "no strict"),
+    ("The compiled grammar is too large, which would cause performance issues.", "no strict"),
+    ("tools.25.custom: For 'integer' type, properties maximum, minimum are not supported", "no strict"),
+    ("Invalid schema for function 'f': 'required' is required to be supplied and to be an array", "no strict"),  # OpenAI
     ("messages.2.assistant.reasoning_content: Extra inputs are not permitted", "no reasoning_content"),
     ("'response_format' of type 'json_schema' is not supported with this model.", "schema in words"),
     ("This model does not support response format `json_schema`.", "schema in words"),  # Groq
@@ -844,6 +849,19 @@ def test_structured_output_goes_to_anthropic_with_a_closed_schema(compat, calls,
     form = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object", "properties": {}}}}
     body = {"model": "a/m", "messages": [{"role": "user", "content": "q"}], "response_format": form}
     assert running.post(PATHS["openai"], body).status == 200 and len(upstream.calls) == calls
+
+
+def test_a_strict_tool_goes_to_anthropic_with_a_closed_schema_and_any_other_as_it_is():
+    """OpenAI's strict mode knows bounds, which Anthropic's refuses for tools, too (earendil-works/pi#9953)."""
+    schema = {"type": "object", "properties": {"n": {"type": "integer", "maximum": 9}}}
+    functions = [{"name": name, "parameters": schema, "strict": name == "strict"} for name in ("strict", "open")]
+    tools = [{"type": "function", "function": function} for function in functions]
+    body = {"model": "m", "messages": [{"role": "user", "content": "q"}], "tools": tools}
+    body = llm_router.translate_request(body, "openai", "anthropic", "claude-sonnet-4-5")[1]
+    strict, other = llm_router.apply_fixes(body, llm_router.find_compat("anthropic", "").fixes)["tools"]
+    described = {"type": "integer", "description": '{"maximum":9}'}
+    assert strict["input_schema"] == {"type": "object", "properties": {"n": described}, "additionalProperties": False}
+    assert other["input_schema"] == schema
 
 
 @pytest.mark.parametrize("compat, calls", [("deepseek", 1), ("", 2)], ids=["its row", "learned"])

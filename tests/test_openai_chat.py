@@ -1248,6 +1248,22 @@ def test_each_part_becomes_its_block(part, block):
     assert read([user([part])]).messages[0].blocks == [block]
 
 
+def test_a_cache_mark_beside_the_content_marks_the_last_block():
+    """@ai-sdk/openai-compatible writes a message's options beside its content, as opencode's for Claude."""
+    call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    turns = [
+        {"role": "system", "content": "s"},
+        user("q"),
+        {"role": "assistant", "content": "a", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c1", "content": "r"},
+    ]
+    request = read([dict(turn, cache_control={"type": "ephemeral"}) for turn in turns])
+    blocks = [*request.system, *(block for message in request.messages for block in message.blocks)]
+    marked = [type(block) for block in blocks if block.extra == {"anthropic": {"cache_control": {"type": "ephemeral"}}}]
+    assert marked == [Text, Text, ToolCall, ToolResult] and len(blocks) == 5
+    assert read([dict(user([]), cache_control={"type": "ephemeral"}), user("q")]).messages[0].blocks == []
+
+
 def test_reasoning_in_the_history_is_kept_and_written_back():
     """trap 87"""
     message = {"role": "assistant", "content": "x", "reasoning_content": "hm"}
