@@ -12204,7 +12204,7 @@ class Sink(PingingSink):
             self.write(self._ping)
 
     def _tick(self) -> None:
-        if not self._connection.is_gone():
+        with suppress(ClientGoneError):
             super()._tick()
 
 
@@ -12321,14 +12321,12 @@ class ClientConnection:
             self._transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     async def run(self) -> None:
-        """Serve requests until the connection ends."""
+        """Serve requests until the connection ends. ClientGoneError when the client ended it."""
         try:
             while not self.closes and await self._serve_one():
                 pass
             if self._parser.has_more and not self.was_cut:
                 await self._linger()
-        except ClientGoneError:
-            pass
         except HttpError as error:
             await self.refuse(error)
         finally:
@@ -12355,10 +12353,6 @@ class ClientConnection:
             raise ClientGoneError
         transport.write(data)
         return bool(transport.get_write_buffer_size() > _HIGH_WATER_BYTES)
-
-    def is_gone(self) -> bool:
-        """Whether nothing can be sent any more."""
-        return bool(self._transport.is_closing())
 
     def is_blocked(self) -> bool:
         """Whether the client reads slower than it is written to."""
@@ -12543,7 +12537,7 @@ class ClientConnection:
 
     def _probe(self) -> None:
         sink = self.sink
-        if sink is not None and not sink.ended and not self.is_gone():
+        if sink is not None and not sink.ended and not self._transport.is_closing():
             sink.probe()
             self.loop.call_later(_PROBE_WAIT_S, self._check_probe)
 
@@ -12664,8 +12658,8 @@ class Server(BodyBudget):
         self._peers[peer] = self._peers.get(peer, 0) + 1
         try:
             await connection.run()
-        except asyncio.CancelledError:
-            pass  # the client left; a cancelled task would make asyncio's streams log a traceback before Python 3.12
+        except (ClientGoneError, asyncio.CancelledError):
+            pass  # a cancelled task would make asyncio's streams log a traceback before Python 3.12
         except Exception as error:  # one broken handler must not touch the others
             self._failed(error)
         finally:
@@ -13263,17 +13257,19 @@ def _read_ledger(path: str, value: Any, *queries: str) -> List[Json]:
     import sqlite3
 
     file = pathlib.Path(path).absolute()
-    if not path or not file.exists():
-        return []
-    check_regular(path)
     try:
+        os.stat(path)
+        check_regular(path)
         with closing(sqlite3.connect(file.as_uri() + "?mode=ro", timeout=5.0, uri=True)) as connection:
             connection.execute("BEGIN")
             connection.row_factory = sqlite3.Row
             queries = queries if _check_ledger(connection, path) else ()
             return [dict(row) for query in queries for row in connection.execute(query, (value,))]
-    except sqlite3.Error as error:
-        raise RouterError("%s cannot be read: %s" % (one_line(path), error)) from None
+    except FileNotFoundError:  # of the path "" as well
+        return []
+    except (OSError, sqlite3.Error) as error:
+        why = getattr(error, "strerror", "") or error
+        raise RouterError("%s cannot be read: %s" % (one_line(path), why)) from None
 
 
 # ==============================================================================
@@ -16778,9 +16774,9 @@ def _restart_instances() -> List[int]:
 
 def run_explain(given: Given) -> int:
     """`explain ID`: what became of a request and why."""
-    id = given.id or "last"
+    id = one_line(given.id or "last", 100)
     try:
-        trail = ask_instance(given.find_instance(), "trail/" + quote(id[:100], safe=""))["trail"]
+        trail = ask_instance(given.find_instance(), "trail/" + quote(id, safe=""))["trail"]
     except RouterError as error:
         trail = None if isinstance(error, UsageError) else find_in_ledger(ledger_path(given.settings), id)
         if trail is None:
@@ -17266,6 +17262,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a terminal without UTF-8 must not stop a command
+    with suppress(AttributeError, ValueError):  # a caller's own, perhaps one that was read from before
+        sys.stdin.reconfigure(errors="surrogateescape")  # nor what is no text there: it is said what is wrong with it
     try:
         code = run_command(argv, os.environ)
         sys.stdout.flush()

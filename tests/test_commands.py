@@ -320,6 +320,12 @@ def test_an_api_key_and_a_master_key_can_come_from_stdin(home):
     home.refused("config --operation=set-master-key --master-key=-", stdin="")
 
 
+def test_bytes_of_no_text_on_stdin_are_refused_in_words(home):
+    """Where the locale is one of UTF-8, Python would raise as it reads them."""
+    home.monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"k\xffey\n"), encoding="utf-8"))
+    assert "has a character that no key has" in home.refused("config --operation=set-master-key --master-key=-")
+
+
 def test_a_key_typed_at_a_terminal_is_not_shown(home):
     import getpass
 

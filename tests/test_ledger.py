@@ -5,6 +5,7 @@ import csv
 import io
 import json
 import os
+import re
 import signal
 import sqlite3
 import stat
@@ -482,6 +483,7 @@ def test_explain_knows_what_a_request_cost_while_the_router_runs_and_after_it(ro
     live = command(running.home, "explain", id)[1]
     assert "cost           $0.0001" in live and "1. fake/fake-model" in live
     running.post(CHAT, HI)
+    assert command(running.home, "explain", "\udcff")[::2] == (1, "llm-router: that request is not remembered (any more)\n")
     assert running.stop() == 0
     code, later, error = command(running.home, "explain", id)
     assert code == 0 and error == ""
@@ -492,6 +494,7 @@ def test_explain_knows_what_a_request_cost_while_the_router_runs_and_after_it(ro
     assert (record["usage"]["input"], record["path"], record["cost"]) == (11, "fake/fake-model=ok", 9.2e-05)
     assert command(running.home, "explain", "req_unknown")[0] == 1
     assert command(running.home, "explain", "last' OR 1")[0] == 1
+    assert "does not know the request" in command(running.home, "explain", "\udcff")[2]
 
 
 # ----- usage -----
@@ -548,6 +551,11 @@ def test_rows_are_grouped_by_what_is_asked_for(command, filled, by, groups):
     assert told["total"]["requests"] == 6 and told["total"]["cost"] == pytest.approx(3.3)
     table = list(csv.DictReader(io.StringIO(command(filled, "usage", "--csv", "--by", by)[1])))
     assert {row["group"]: int(row["requests"]) for row in table} == groups
+
+
+def test_a_ledger_that_cannot_be_looked_for_is_said_to_be_so(command, tmp_path):
+    code, out, err = command(tmp_path, "usage", "--usage-db=" + str(tmp_path / ("x" * 300)))
+    assert (code, out) == (1, "") and re.fullmatch(r"llm-router: /\S+ cannot be read: File name too long\n", err)
 
 
 def test_the_span_of_time_is_chosen(command, filled):

@@ -1065,6 +1065,27 @@ def test_a_broken_handler_harms_only_its_own_request():
     assert [str(error) for error in errors] == ["broken"]
 
 
+def test_a_client_that_leaves_while_it_gets_the_rest_of_an_answer_is_no_error_of_the_router():
+    """Of an answer that was cut: a reset then ends a wait that nobody else cancels."""
+    cut = threading.Event()
+
+    async def handle(call, sink):
+        sink.begin([], b":")
+        while not sink._connection._transport.get_write_buffer_size():  # the kernel takes all that it has room for
+            sink.write(b"x" * 5000)
+        sink.cut()
+        cut.set()
+
+    def work(port):
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            client.sendall(request_bytes({}))
+            assert cut.wait(30)
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset
+        return cut.is_set()
+
+    assert in_process(handle, work) == (True, [])
+
+
 class ScriptedHost:
     """A gateway's host that keeps what it is told; `send` does what the test says."""
 
