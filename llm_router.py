@@ -2101,6 +2101,14 @@ class UpstreamProtocolError(RouterError):
         super().__init__("the upstream's answer is not valid HTTP: " + message, 502, code)
 
 
+def answer_fault(message: str, status: int, code: str) -> RouterError:
+    """What is wrong with a compressed answer. One too large for us says nothing of the upstream, and nobody is asked
+    again for it: whoever is asked wants to be paid again."""
+    if status == 413:
+        return RouterError("the answer is larger than max_answer_bytes", 502, "answer_too_large")
+    return UpstreamProtocolError(message, status, code)
+
+
 class HttpLimits(NamedTuple):
     """What a client may send. Beyond: the status in brackets."""
 
@@ -10112,8 +10120,9 @@ _NOT_SOON: Headers = [("x-should-retry", "false")]
 # What a client of the upstream's own format gets to see of its headers, by their beginnings; all others stay here.
 _RETURNED_HEADERS = ("request-id", "x-request-id", "retry-after", "x-ratelimit-", "anthropic-ratelimit-")
 
-# What RFC 9110 wants said with a refusal: 15.5.2, 15.5.16.
-_REFUSAL_HEADERS: Dict[int, Headers] = {
+# What RFC 9110 wants said with a refusal: 15.5.2, 15.5.16; and what the SDKs want said to one that stays.
+_REFUSAL_HEADERS: Dict[Union[int, str], Headers] = {
+    "answer_too_large": _NOT_SOON,
     401: [("www-authenticate", "Bearer")],
     415: [("accept-encoding", "gzip, deflate")],
     503: [("retry-after", "1")],
@@ -10246,7 +10255,7 @@ def _refusal_of(error: BaseException, endpoint: Optional[Endpoint]) -> RefusedEr
         error = RouterError("the request is nested too deeply", 400, "invalid_json")
     elif not isinstance(error, RouterError):
         error = RouterError("the router failed within: %s" % type(error).__name__, 500, "internal_error")
-    headers = list(_REFUSAL_HEADERS.get(error.status, ()))
+    headers = list(_REFUSAL_HEADERS.get(error.code) or _REFUSAL_HEADERS.get(error.status, ()))
     if endpoint is not None and error.status == 405:
         headers.append(_allowed(endpoint.methods))
     return RefusedError(error.message, error.code, _error_info(error), headers, None)
@@ -10438,7 +10447,7 @@ class Exchange:
     async def _read_error(self, reply: Any) -> bytes:
         """As much of an error as arrives in a moment: it says enough."""
         body, until = b"", self._host.now() + _ERROR_BODY_S
-        with suppress(UpstreamError):
+        with suppress(RouterError):
             while len(body) < 1_000_000 and (data := await reply.read(self._time_left(0, until))):
                 body += data
         return body
@@ -10458,7 +10467,7 @@ class Exchange:
             if watch is not None:
                 watch.feed(data)
             size += len(data)
-        raise UpstreamError("the answer is larger than max_answer_bytes", "too_large")
+        raise answer_fault("", 413, "")
 
     async def _read_on(self, reply: Any, processor: Any, until: float = math.inf) -> bytes:
         """More of an answer; nothing once it has told its end, whatever becomes of the connection (trap 9)."""
@@ -11750,7 +11759,7 @@ class PlainBody:
             if not is_gzip and encoding != "deflate":
                 self.is_plain = True
                 return data[3:] if data.startswith(b"\xef\xbb\xbf") else data
-            self.inflater = Inflater(encoding, self._max_bytes)
+            self.inflater = Inflater(encoding, self._max_bytes, answer_fault)
         return self.inflater.feed(data)
 
     def finish(self) -> bytes:
@@ -11773,7 +11782,7 @@ class Reply:
         self._parts: List[bytes] = []
         self._buffered = 0
         self._waiter: Any = None
-        self._error: Optional[UpstreamError] = None
+        self._error: Optional[RouterError] = None
         self.is_over = False
         self._on_data: Optional[Callable[[bytes], None]] = None
         self._on_end: Optional[Callable[[str], None]] = None
@@ -11865,13 +11874,14 @@ class Reply:
             if self._buffered > _PAUSE_BYTES:
                 self._connection.pause()
         if fault is not None:
-            self.end(UpstreamError(fault.message, "bad_response"))
+            is_ours = fault.code == "answer_too_large"
+            self.end(fault if is_ours else UpstreamError(fault.message, "bad_response"))
         elif self._parser.decoder.complete:
             self.end(None)
         elif self._waiter is not None:
             self._wake()
 
-    def end(self, error: Optional[UpstreamError]) -> None:
+    def end(self, error: Optional[RouterError]) -> None:
         """The exchange is over: by an error, by the peer's FIN or at the answer's exact end, after which the connection
         may serve another; a broken one is never used again."""
         if self.is_over:
@@ -11900,7 +11910,7 @@ class Reply:
     def _tell_end(self) -> None:
         on_end, self._on_data, self._on_end = self._on_end, None, None
         if on_end is not None:
-            on_end(self._error.label if self._error is not None else "end")
+            on_end("end" if self._error is None else getattr(self._error, "label", self._error.code))
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
@@ -13970,9 +13980,8 @@ class Router(CountingHost):
 
     def gauges(self) -> Dict[str, Dict[str, float]]:
         """Those of every host, and who is connected."""
-        connected = {"llm_router_open_streams": self.server.open_streams}
-        connected["llm_router_connections"] = len(self.server.connections)
-        return {**super().gauges(), **{name: {"": float(number)} for name, number in connected.items()}}
+        streams, clients = self.server.open_streams, len(self.server.connections)
+        return {**super().gauges(), "llm_router_open_streams": {"": streams}, "llm_router_connections": {"": clients}}
 
     def try_reload(self) -> Tuple[int, Json]:
         """`reload` as the control channel answers it: status and body. A failure is logged and shown by `status`."""
@@ -14103,9 +14112,9 @@ async def _serve(options: StartOptions) -> Tuple[int, int]:
     most = router.server.most_connections
     router.server.most_connections = min(most, _descriptors_for_clients() or most)
     router.stopping = asyncio.Event()
+    give_back = _on_signals(loop, router.stop, router.try_reload)
     try:
         port = await _listen(router.server, options.settings.host, options.settings.port)
-        _on_signals(loop, router.stop, router.try_reload)
         host, path = options.settings.host, options.loaded.path
         entry = Instance(router.id, os.getpid(), host, port, path, router.token, router.started)
         router.enroll(entry)
@@ -14125,6 +14134,7 @@ async def _serve(options: StartOptions) -> Tuple[int, int]:
             router.ledger.close()
         router.enroll()  # last: `stop` waits for it
         log.close()
+        give_back()
     # What was told to stop has done so, whatever had to be cut: a service's keeper would start it once more after a 1.
     return int(not clean and not router.is_told), port if router.restarts else 0
 
@@ -14257,28 +14267,19 @@ def _announce(options: StartOptions, port: int) -> None:
     settle_stream(sys.stdout)
 
 
-def _on_signals(loop: Any, stop: Callable[[], Any], reload: Callable[[], Any]) -> None:
+def _on_signals(loop: Any, stop: Callable[[], Any], reload: Callable[[], Any]) -> Callable[[], Any]:
     """The first SIGINT or SIGTERM stops; after it both have their plain meaning: a second one ends the process. SIGHUP
-    reloads; Windows has none. In a thread of another program signals are that program's."""
+    reloads; Windows has none. What is returned undoes it. In a thread of another program signals are that program's."""
     import signal
     import threading
 
-    if threading.current_thread() is not threading.main_thread():
-        return
-    numbers = (signal.SIGINT, signal.SIGTERM)
+    def end(*_: Any) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        loop.call_soon_threadsafe(stop)
 
-    def on_signal() -> None:
-        stop()
-        for number in numbers:
-            signal.signal(number, signal.SIG_DFL)
-
-    for number in numbers:
-        try:
-            loop.add_signal_handler(number, on_signal)
-        except NotImplementedError:  # Windows
-            signal.signal(number, lambda *_: loop.call_soon_threadsafe(on_signal))
-    if hasattr(signal, "SIGHUP"):
-        loop.add_signal_handler(signal.SIGHUP, reload)
+    is_guest = threading.current_thread() is not threading.main_thread()
+    return int if is_guest else on_end(end, SIGINT=end, SIGHUP=lambda *_: loop.call_soon_threadsafe(reload))
 
 
 def on_end(handler: Any, **others: Any) -> Callable[[], Any]:
@@ -16326,9 +16327,9 @@ def run_list(given: Given) -> int:
 
 
 def _summary(config: Config, source: str) -> List[str]:
-    aliases = ["%s -> %s" % (name, ", ".join(refs)) for name, refs in config.aliases.items()]
-    facts = {"configuration": source, "master_key": mask(config.master_key), "default_model": config.default_model}
-    facts["aliases"] = "; ".join(aliases)
+    aliases = "; ".join("%s -> %s" % (name, ", ".join(refs)) for name, refs in config.aliases.items())
+    key, model = mask(config.master_key), config.default_model
+    facts = {"configuration": source, "master_key": key, "default_model": model, "aliases": aliases}
     lines = _labelled(**{label: one_line(text) or "none" for label, text in facts.items()})
     providers, models = [("PROVIDER", "FORMATS", "URL", "KEY")], [("MODEL", "ALIASES", "FALLBACKS")]
     for p in config.providers:

@@ -424,6 +424,29 @@ def test_an_inflated_answer_is_bounded(single, upstream):
     assert_answer("openai", post(running, "openai", "fake/fake-model"), TEXT)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_larger_than_the_limit_is_not_paid_for_again(single, upstream, stream):
+    """Neither by the router nor by the client's SDK, which repeats after a 502; and it says nothing of the provider."""
+    running = single("--max-answer-bytes=1000000", "--origin-retry-attempts=3")
+    body = b'{"a": "' + b"0" * 2_000_000 + b'"}'
+    kinds = ((body, {}), (gzip.compress(body), {"content-encoding": "gzip"}))
+    for seen, (data, headers) in enumerate(kinds, 1):
+        upstream.handler = lambda call, data=data, headers=headers: fake.body_answer(200, data, "application/json", headers)
+        reply = post(running, "openai", "fake/fake-model", stream)
+        assert (reply.status, reply.headers["x-should-retry"]) == (502, "false")
+        assert "max_answer_bytes" in reply.text
+        assert attempts_of(reply) == [("fake/fake-model", "answer_too_large")]
+        assert len(upstream.calls) == seen
+    assert "llm_router_cooldown_seconds{model=\"fake/fake-model\"} 0" in running.get("/metrics").text
+
+
+def test_an_error_that_inflates_beyond_the_limit_is_judged_by_its_status(single, upstream):
+    running = single("--max-answer-bytes=1000000")
+    bomb = gzip.compress(b"0" * 2_000_000)
+    upstream.handler = lambda call: fake.body_answer(401, bomb, "application/json", {"content-encoding": "gzip"})
+    assert attempts_of(post(running, "openai", "fake/fake-model")) == [("fake/fake-model", "401")]
+
+
 def test_a_single_huge_event_passes_and_one_above_the_limit_is_an_error(single, upstream):
     """Trap 8: base64 images and tool arguments come in one line."""
     running = single("--max-event-bytes=3000000", "--origin-retry-attempts=1")
