@@ -234,6 +234,13 @@ def load_json(data: Union[bytes, str], what: str = "body") -> Any:
         raise RouterError("the %s is not valid JSON: %s" % words, 400, "invalid_json") from None
 
 
+def try_json(data: Union[bytes, str]) -> Any:
+    """What JSON text from outside says, None for what is no JSON."""
+    with suppress(RouterError):
+        return load_json(data)
+    return None
+
+
 def _decoded(data: bytes) -> str:
     """UTF-8 without its byte order mark, which the codec utf-8-sig drops eight times slower."""
     return str(data[3:] if data.startswith(b"\xef\xbb\xbf") else data, "utf-8")
@@ -3247,10 +3254,7 @@ def custom_as_function(tool: Any) -> Any:
 
 def custom_input(arguments: str) -> str:
     """The free text in the arguments of a one-string function; what is no such object is taken as the text itself."""
-    try:
-        value = load_json(arguments)
-    except RouterError:
-        return arguments
+    value = try_json(arguments)
     if isinstance(value, dict):
         value = next(iter(value.values()), "") if len(value) < 2 else value.get("input")
     return value if isinstance(value, str) else arguments
@@ -3519,10 +3523,7 @@ def _innermost_error(value: Any, depth: int) -> Json:
         value = value[0] if value else None
     if isinstance(value, str):
         start = value.find("{")
-        try:
-            inner = _innermost_error(load_json(value[start:]), depth - 1) if start >= 0 and depth else {}
-        except RouterError:
-            inner = {}
+        inner = _innermost_error(try_json(value[start:]), depth - 1) if start >= 0 and depth else {}
         before = value[:start].rstrip(" :-") if inner.get("message") else value.strip()[:4000]
         return {**inner, "message": ": ".join(words for words in (before, inner.get("message")) if words)}
     outer = as_dict(value)
@@ -6791,10 +6792,7 @@ def make_processor(
 def _is_complete(rest: bytes) -> bool:
     """Whether bytes without a blank line behind them are all the same a whole event, or were cut off in it."""
     events = parse_events(rest)
-    try:
-        return bool(events) and all(event.data == "[DONE]" or load_json(event.data) is not None for event in events)
-    except RouterError:
-        return False
+    return bool(events) and all(event.data == "[DONE]" or try_json(event.data) is not None for event in events)
 
 
 # ---- the model's name in answers that are passed through
@@ -6809,10 +6807,7 @@ def rename_model(data: bytes, name: str) -> bytes:
     what cannot be read comes back as it is.
     """
     start, end = data.find(b"{"), data.rfind(b"}") + 1
-    try:
-        value = as_dict(load_json(data[start:end]))
-    except RouterError:
-        return data
+    value = as_dict(try_json(data[start:end]))
     holder = value["message"] if isinstance(value.get("message"), dict) else value
     if not isinstance(holder.get("model"), str):
         return data
@@ -8258,10 +8253,8 @@ def _telling(value: Any, depth: int) -> Iterable[str]:
 def _split_json(text: str) -> Tuple[str, Any, str]:
     """What stands before, in and after the JSON object inside a text, whose own text may echo the client's words."""
     start, end = text.find("{"), text.rfind("}") + 1
-    with suppress(RouterError):
-        if start >= 0 and len(text) <= 100_000:
-            return text[:start], load_json(text[start:end]), text[end:]
-    return text, None, ""
+    inner = try_json(text[start:end]) if start >= 0 and len(text) <= 100_000 else None
+    return (text, None, "") if inner is None else (text[:start], inner, text[end:])
 
 
 def kind_of(status: int, words: Sequence[str]) -> str:
@@ -10489,7 +10482,7 @@ class Exchange:
 
     def _judge_whole(self, reply: Any, body: bytes) -> Result:
         source, is_chat = WIRE_FORMATS[self._outbound.wire], self._inbound.operation == "chat"
-        parsed = _read_json(body)
+        parsed = as_dict(try_json(body))
         told = _error_in(parsed)
         if told:
             return self._judge_told(read_error(502, told), reply)
@@ -10669,7 +10662,7 @@ class Exchange:
             self._candidate = candidate._replace(provider=candidate.provider._replace(timeouts=limits))
             with suppress(RouterError):
                 result = await self._call(self._requests.make(self._candidate), 0, False)
-                count = _read_json(result.body or b"").get("input_tokens")
+                count = as_dict(try_json(result.body or b"")).get("input_tokens")
         trail.status, trail.outcome = 200, OK
         if type(count) is not int or count < 0:
             count = estimate_tokens(self._inbound.body.value, candidate.model_id, "anthropic" if speaks_it else "")
@@ -10695,12 +10688,6 @@ def _why_not_first(origin: Candidate, book: Any) -> str:
     last = max(map(book.read, (origin.ref, provider_key(origin))), key=lambda health: max(health[:2]))
     return "%s, which cools after: %s" % (origin.ref, (last.reason or "failures").replace("_", " "))
 
-
-def _read_json(body: bytes) -> Json:
-    try:
-        return as_dict(load_json(body))
-    except RouterError:
-        return {}
 
 
 def _error_in(body: Json) -> Json:
@@ -10950,7 +10937,7 @@ class Probe:
             status, _, data = await self._exchange(target, wire, path + "?" * bool(words) + words)
         except RouterError as error:
             return 0, "%s: %s" % (where, error.message), {}
-        body = _read_json(b'{"data":%s}' % data if data.lstrip()[:1] == b"[" else data)
+        body = as_dict(try_json(b'{"data":%s}' % data if data.lstrip()[:1] == b"[" else data))
         is_list = any(isinstance(body.get(key), list) for key in ("data", "models"))
         words = " answers %d" % status if status != 200 else "" if is_list else " gives no list"
         return status, words and where + words, body
@@ -11017,7 +11004,7 @@ def _judge_probe(wire: str, status: int, headers: Headers, data: bytes, now: flo
     """The outcome of a whole answer; one that is cut short by its token limit and so says nothing is fine here."""
     if not 200 <= status < 300:
         return judge_error(wire, status, headers, data, now)
-    parsed = _read_json(data)
+    parsed = as_dict(try_json(data))
     context = Context(request, "probe", int(now))
     told = _error_in(parsed)
     if told:
@@ -14921,7 +14908,7 @@ class Cloudflare:
             status, _, data = fetch(self.base + path, _MAX_API_BYTES, method=method, data=body, headers=headers)
         except RouterError as error:
             raise CloudflareError(before + error.message) from None
-        answer = _read_json(data)
+        answer = as_dict(try_json(data))
         if status < 300 and answer.get("success") is True:
             return answer.get("result")
         raise CloudflareError(before + self._refusal(method, path, status, answer), status)
