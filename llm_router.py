@@ -15212,53 +15212,49 @@ class ProbeHost:
     """The effects of a probe (see PROBE)."""
 
     def __init__(self, loop: Any, upstreams: Upstreams) -> None:
-        self.now, self.wall, self.send = loop.time, time.time, upstreams.send
-
-    async def gather(self, function: Callable[..., Any], arguments: Sequence[Tuple[Any, ...]]) -> None:
-        """Await `function` with each tuple of arguments, a few at a time."""
-        import asyncio
-
-        free = asyncio.Semaphore(_PROBES_AT_ONCE)
-
-        async def one(given: Tuple[Any, ...]) -> None:
-            async with free:
-                await function(*given)
-
-        await asyncio.gather(*map(one, arguments))
+        self.now, self.wall, self.send, self.gather = loop.time, time.time, upstreams.send, gather_some
 
 
-def run_probe(plan: ProbePlan, settings: Settings, environ: Environ, ends: Callable[[ProbeReport], Any]) -> ProbeReport:
+async def gather_some(function: Callable[..., Any], arguments: Iterable[Tuple[Any, ...]]) -> List[Any]:
+    """What `function` returns for each tuple of arguments, awaited a few at a time."""
+    import asyncio
+
+    free = asyncio.Semaphore(_PROBES_AT_ONCE)
+
+    async def one(given: Tuple[Any, ...]) -> Any:
+        async with free:
+            return await function(*given)
+
+    return list(await asyncio.gather(*map(one, arguments)))
+
+
+async def run_probe(plan: ProbePlan, settings: Settings, environ: Environ, ends: Any = None) -> ProbeReport:
     """What a probe finds. `ends` is told ten times a second what is known by then, and whether that is enough is what
     it returns."""
+    import asyncio
 
-    async def ask() -> ProbeReport:
-        import asyncio
-
-        loop = asyncio.get_running_loop()
-        upstreams = Upstreams(loop, settings, environ)
-        probe = Probe(plan, settings, ProbeHost(loop, upstreams))
-        task, until = loop.create_task(probe.run()), loop.time() + plan.limit_s
-        try:
-            while not (await asyncio.wait([task], timeout=0.1))[0]:
-                if loop.time() > until or ends(probe.report):
-                    break
-            task.cancel()
-            with suppress(asyncio.CancelledError):
-                await task
-        finally:
-            upstreams.close()
-            await asyncio.sleep(0)
-            upstreams.close()  # connections that came too late for their call as well
-        probe.end()
-        return probe.report
-
-    return run_loop(ask())  # type: ignore[no-any-return]
+    loop = asyncio.get_running_loop()
+    upstreams = Upstreams(loop, settings, environ)
+    probe = Probe(plan, settings, ProbeHost(loop, upstreams))
+    task, until = loop.create_task(probe.run()), loop.time() + plan.limit_s
+    try:
+        while not (await asyncio.wait([task], timeout=0.1))[0]:
+            if loop.time() > until or ends and ends(probe.report):
+                break
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+    finally:
+        upstreams.close()
+        await asyncio.sleep(0)
+        upstreams.close()  # connections that came too late for their call as well
+    probe.end()
+    return probe.report
 
 
-def ask_models(plan: ProbePlan, settings: Settings, environ: Environ) -> List[str]:
+async def ask_models(plan: ProbePlan, settings: Settings, environ: Environ) -> List[str]:
     """The ids that a provider lists. RouterError with its status when it refuses, 502 when nobody answers."""
-    plan = plan._replace(calls=0, limit_s=_LISTING_LIMIT_S)
-    report = run_probe(plan, settings, environ, lambda report: False)
+    report = await run_probe(plan._replace(calls=0, limit_s=_LISTING_LIMIT_S), settings, environ)
     if report.listed is None:
         raise RouterError(report.listing_note or "no answer in time", report.listing_status or 502)
     return list(report.listed)
@@ -15366,18 +15362,16 @@ def _examine_clients(environ: Environ, ports: Set[int]) -> Iterable[Finding]:
 
 
 def _examine_providers(providers: Sequence[Provider], environ: Environ) -> List[Finding]:
-    """Ask every provider for its models, all at once."""
-    import concurrent.futures
-
+    """Ask every provider for its models, several at once, in one loop: threads would outlive a Ctrl-C."""
     settings = read_settings({}, environ)[0]
-    with concurrent.futures.ThreadPoolExecutor(16) as pool:
-        return list(pool.map(lambda provider: _examine_provider(provider, settings, environ), providers))
+    asked = ((provider, settings, environ) for provider in providers)
+    return run_loop(gather_some(_examine_provider, asked))  # type: ignore[no-any-return]
 
 
-def _examine_provider(provider: Provider, settings: Settings, environ: Environ) -> Finding:
+async def _examine_provider(provider: Provider, settings: Settings, environ: Environ) -> Finding:
     about = "provider " + provider.id
     try:
-        models = ask_models(ProbePlan(provider, (), (provider.preferred,)), settings, environ)
+        models = await ask_models(ProbePlan(provider, (), (provider.preferred,)), settings, environ)
     except RouterError as error:
         level = "warning" if error.status in (404, 405) else "problem"
         return Finding(level, about, error.message, _CURES.get(error.status, _CURES[0]))
@@ -16343,7 +16337,7 @@ def _plan_of(document: Json, wanted: str, environ: Environ, models: Sequence[str
 def run_discover(given: Given) -> int:
     """`--operation=discover-models`: what a configured provider lists; nothing is stored."""
     plan = _plan_of(given.load().document, given.provider_id, given.environ)
-    models = ask_models(plan, given.settings, given.environ)
+    models = run_loop(ask_models(plan, given.settings, given.environ))
     return given.tell({"provider": plan.provider.id, "models": models}, map(one_line, models or ["it lists no models"]))
 
 
@@ -16372,7 +16366,7 @@ def _ask_provider(plan: ProbePlan, given: Given) -> ProbeReport:
         return False
 
     try:
-        return run_probe(plan, given.settings, given.environ, show)
+        return run_loop(run_probe(plan, given.settings, given.environ, show))  # type: ignore[no-any-return]
     finally:
         print("\r\033[K" * is_watched, end="", file=sys.stderr, flush=True)
 
@@ -16597,7 +16591,7 @@ def menu_effects(path: str, environ: Environ) -> Effects:
     return {
         "key": lambda job: make_key(),
         "save": lambda job, base, document: _save_menu(path, base, document),
-        "models": lambda job, document: ask_models(_plan_of(document, "", environ), given.settings, environ),
+        "models": lambda job, document: run_loop(ask_models(_plan_of(document, "", environ), given.settings, environ)),
         "test": lambda job, document: _test_in_menu(job, _plan_of(document, "", environ), given),
         "startup": lambda job, verb: _printed(run_startup, Given(environ, {"operation": verb, "config": path})),
         "deploy": lambda job: _deploy_in_menu(given),
@@ -16611,7 +16605,7 @@ def _test_in_menu(job: Job, plan: ProbePlan, given: Given) -> Tuple[Any, ...]:
         job.tell("\n".join("%s  %s  %s" % (row.model, row.wire, row.state) for row in report.rows))
         return bool(job.is_cancelled)
 
-    report = run_probe(plan, given.settings, given.environ, show)
+    report = run_loop(run_probe(plan, given.settings, given.environ, show))
     words = ["it lists %d models" % len(report.listed)] if report.listed is not None else []
     words += _probe_warnings(report)[: bool(report.listing_note)]
     return probe_table(report)[1], learned_fields(plan, report), "\n".join(words)

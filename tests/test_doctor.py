@@ -2,7 +2,10 @@
 
 import http.server
 import json
+import os
+import signal
 import socket
+import subprocess
 import sys
 import threading
 
@@ -10,7 +13,7 @@ import pytest
 
 import llm_router as r
 from fake_upstream import dead_port
-from running_router import free_port
+from running_router import clean_environment, free_port
 
 
 class Provider:
@@ -175,7 +178,7 @@ def test_a_redirect_is_not_followed_with_the_key(account):
     account.status, account.location = 302, account.url + "/elsewhere"
     config = r.read_config(document(account), {})
     with pytest.raises(r.RouterError, match="302"):
-        r.ask_models(r.ProbePlan(config.providers[0], wires=("openai",)), r.Settings(), {})
+        r.run_loop(r.ask_models(r.ProbePlan(config.providers[0], wires=("openai",)), r.Settings(), {}))
     assert len(account.seen) == 1
 
 
@@ -184,7 +187,35 @@ def test_a_strange_list_of_models_is_an_empty_one_and_what_is_none_is_refused(ac
     account.body = body
     plan = r.ProbePlan(r.read_config(document(account), {}).providers[0], wires=("openai",))
     if isinstance(body, dict) and isinstance(body.get("data"), list):
-        assert r.ask_models(plan, r.Settings(), {}) == []
+        assert r.run_loop(r.ask_models(plan, r.Settings(), {})) == []
     else:
         with pytest.raises(r.RouterError, match="no list"):
-            r.ask_models(plan, r.Settings(), {})
+            r.run_loop(r.ask_models(plan, r.Settings(), {}))
+
+
+PATIENT = """
+import sys
+import llm_router as r
+r._LISTING_LIMIT_S, r._PROBE_LISTING_MS = 3600, 3600_000
+sys.exit(r.main(["doctor"]))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT for a child there")
+def test_ctrl_c_ends_doctor_while_providers_say_nothing(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        silent.settimeout(30)
+        path = tmp_path / ".llm-router.json"
+        one = {"baseUrl": "http://127.0.0.1:%d" % silent.getsockname()[1], "apiKey": "k", "models": ["m"]}
+        path.write_text(json.dumps({"providers": [dict(one, id=id) for id in "ab"]}))
+        path.chmod(0o600)
+        words = [sys.executable, "-c", PATIENT]
+        environ = dict(clean_environment(tmp_path), PYTHONPATH=os.path.dirname(r.__file__))
+        with subprocess.Popen(words, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
+            with silent.accept()[0], silent.accept()[0]:  # both are asked
+                child.send_signal(signal.SIGINT)
+                try:
+                    assert child.communicate(timeout=60) == (b"", b"")
+                finally:
+                    child.kill()
+        assert child.returncode == 130

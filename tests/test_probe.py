@@ -47,8 +47,8 @@ class Account:
         return json_answer(200, {"data": [{"id": id} for id in self.models], "has_more": False})
 
 
-def run_probe(plan, settings=None, ends=lambda report: False):
-    return r.run_probe(plan, settings or r.Settings(), {}, ends)
+def run_probe(plan, settings=None, ends=None):
+    return r.run_loop(r.run_probe(plan, settings or r.Settings(), {}, ends))
 
 
 @pytest.fixture
