@@ -6889,16 +6889,29 @@ def _drop_sampling(body: Json) -> None:
         _drop("temperature", "top_p")(body)
 
 
-def _think_only_if_replayed(body: Json) -> None:
-    """Thinking is off for a request in which a turn with calls lacks its reasoning: by another provider, or forgotten
-    (api-docs.deepseek.com, platform.moonshot.ai). Who always thinks takes a dot for it (anomalyco/opencode#10996)."""
+def blank_thoughts(body: Json) -> Optional[Json]:
+    """A Chat body all of whose answers bear `reasoning_content`, an empty one for what nobody remembers, which DeepSeek
+    takes (experientiallabs/experiential#887, #890); it refuses calls without. None when all do."""
+    turns = [
+        {**turn, "reasoning_content": turn.get("reasoning_content") or ""} if turn.get("role") == "assistant" else turn
+        for turn in _turns(body)
+    ]
+    return {**body, "messages": turns} if turns != body.get("messages") else None
+
+
+def _think_if_replayed(body: Json) -> None:
+    """A turn with calls may lack its reasoning: another provider made it, or it was forgotten. Kimi does not think then
+    (platform.moonshot.ai), or takes a dot for it where it always thinks (anomalyco/opencode#10996)."""
     lacking = [turn for turn in _turns(body) if turn.get("tool_calls") and not turn.get("reasoning_content")]
-    if re.search(r"kimi-k(?:2\.[7-9]|[3-9])", get_text(body, "model")):
+    model = get_text(body, "model")
+    if re.search(r"kimi-k(?:2\.[7-9]|[3-9])", model):
         for turn in lacking:
             turn["reasoning_content"] = "."
-    elif lacking:
+    elif lacking and re.search("kimi|moonshot", model):
         body["thinking"] = {"type": "disabled"}
         body.pop("reasoning_effort", None)  # both at once are refused
+    elif lacking:
+        body.update(blank_thoughts(body) or {})
 
 
 def strict_turns(body: Json) -> Optional[Json]:
@@ -7092,7 +7105,7 @@ FIXES: Dict[str, Fix] = {
     "system in front": Fix(_system_in_front, "messages", r"system message must be at the beginning"),
     # Ollama's models think unless told not to (trap 112; docs.ollama.com, OpenAI compatibility).
     "think if asked": Fix(lambda body: body.setdefault("reasoning_effort", "none"), "messages"),
-    "think if replayed": Fix(_think_only_if_replayed, "messages"),
+    "think if replayed": Fix(_think_if_replayed, "messages"),
 }
 TEMPLATE_FIXES = ("strict turns", "system in front")  # what a local model's template refuses may be told with a 500
 
@@ -7198,22 +7211,25 @@ def drop_encrypted(body: Json) -> Optional[Json]:
     return {**body, "input": kept} if len(kept) < len(items) else None
 
 
-# Format -> the 400 that refuses foreign reasoning or misses a proof, and the body mended, or None. Anthropic: "Invalid
+# Format, the 400 that refuses foreign reasoning or misses a proof, and the body mended, or None. Anthropic: "Invalid
 # `signature` in `thinking` block", "Expected `thinking` or `redacted_thinking`, but found ..." (traps 64, 85, 86).
-REPAIRS = {
-    "openai": (r"missing a thought_?signature", sign_calls),
-    "responses": (r"invalid_encrypted_content|encrypted content[^\n]{0,200}could not", drop_encrypted),
-    "anthropic": (
+REPAIRS = (
+    ("openai", r"missing a thought_?signature", sign_calls),
+    ("openai", r"reasoning_content[^\n]{0,30}must be passed back", blank_thoughts),
+    ("responses", r"invalid_encrypted_content|encrypted content[^\n]{0,200}could not", drop_encrypted),
+    (
+        "anthropic",
         r"invalid[^\n]{0,20}signature[^\n]{0,80}thinking|expected[^\n]{0,20}thinking",
         lambda body: drop_thinking(body, False),
     ),
-}
+)
 
 
 def repair_history(data: bytes, wire: str, words: Sequence[str]) -> Optional[Json]:
-    """A body as JSON without the foreign reasoning that a 400 of its format complains of; None if that is not it."""
-    refused, apply = REPAIRS.get(wire, (_NEVER, drop_encrypted))
-    return apply(load_json(data)) if re.search(refused, "\n".join(words).lower()) else None
+    """A body as JSON without the foreign reasoning, or with the proof, that a 400 of its format names, else None."""
+    text = "\n".join(words).lower()
+    apply = next((apply for row, refused, apply in REPAIRS if row == wire and re.search(refused, text)), None)
+    return apply(load_json(data)) if apply else None
 
 
 def keep_cache_marks(request: ChatRequest) -> ChatRequest:

@@ -489,7 +489,7 @@ def tool_turns(wire, call_id="call_1"):
 def test_an_upstream_that_wants_its_reasoning_back_gets_it_although_the_client_keeps_none(
     wire, stream, router, make_upstream
 ):
-    """Trap 87, passed through and translated; another provider gets none, and thinks no more in that turn."""
+    """Trap 87, passed through and translated; another provider gets an empty one, with which it thinks on."""
     one, two = make_upstream(fake.final_text("ok")), make_upstream(fake.final_text("ok"))
     providers = [provider(up, "openai", id, ["m"], compat="deepseek") for up, id in ((one, "a"), (two, "b"))]
     running = router(config_of(*providers))
@@ -497,12 +497,10 @@ def test_an_upstream_that_wants_its_reasoning_back_gets_it_although_the_client_k
     first = dict(tool_turns(wire), model="a/m", stream=stream)
     key = "input" if wire == "responses" else "messages"
     assert running.post(PATHS[wire], dict(first, **{key: first[key][:1]}), stream=stream).status == 200
-    for ref, upstream, thought in (("a/m", one, "hm, so"), ("b/m", two, None)):
+    for ref, upstream, thought in (("a/m", one, "hm, so"), ("b/m", two, None if wire == "openai" else "")):
         assert running.post(PATHS[wire], dict(tool_turns(wire), model=ref)).status == 200
-        body = upstream.calls[-1].json
-        turn = next(turn for turn in body["messages"] if turn.get("tool_calls"))
-        assert turn.get("reasoning_content") == thought
-        assert ("thinking" in body) == (thought is None and wire != "openai")
+        turn = next(turn for turn in upstream.calls[-1].json["messages"] if turn.get("tool_calls"))
+        assert turn.get("reasoning_content") == thought and "thinking" not in upstream.calls[-1].json
     other = json.loads(json.dumps(tool_turns(wire)).replace('"q"', '"another conversation"'))
     assert running.post(PATHS[wire], dict(other, model="a/m")).status == 200
     assert "hm, so" not in json.dumps(one.calls[-1].json)
@@ -667,6 +665,26 @@ def test_what_mistral_takes_stays_as_it_is_and_a_last_turn_of_the_model_is_a_pre
     assert llm_router.strict_turns({"messages": turns}) is None
     last = {"role": "assistant", "content": "so"}
     assert llm_router.strict_turns({"messages": [*turns, last]})["messages"][-1] == dict(last, prefix=True)
+
+
+def test_a_conversation_without_its_reasoning_goes_to_deepseek_with_empty_ones_in_every_answer(router, make_upstream):
+    """Passed through, after its 400; an answer without calls needs it, too, in the turn that goes on."""
+
+    def wants_reasoning(call):
+        answers = [turn for turn in call.json["messages"] if turn["role"] == "assistant"]
+        if all(isinstance(turn.get("reasoning_content"), str) for turn in answers):
+            return fake.json_answer(200, fake.chat_whole("fine"))
+        words = "The `reasoning_content` in the thinking mode must be passed back to the API."
+        return fake.error_answer("openai", 400, words, "invalid_request_error")
+
+    upstream = make_upstream(wants_reasoning)
+    running = router(config_of(provider(upstream, "openai", "a", ["m"])))
+    body = dict(tool_turns("openai"), model="a/m")
+    said = [{"role": "assistant", "content": "hm"}, {"role": "assistant", "content": "so", "reasoning_content": "kept"}]
+    body["messages"][1:1] = said
+    assert running.post("/v1/chat/completions", body).status == 200
+    answers = [turn for turn in upstream.calls[-1].json["messages"] if turn["role"] == "assistant"]
+    assert [turn["reasoning_content"] for turn in answers] == ["", "kept", ""] and len(upstream.calls) == 2
 
 
 def test_a_turn_that_bears_a_signature_is_not_marked():
