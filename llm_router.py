@@ -11347,7 +11347,7 @@ _LINGER_S = 2.0
 class Dial:
     """One connection being made by a worker thread. `abort` ends it from the loop, whatever phase it is in."""
 
-    def __init__(self, target: Target, timeout_s: float, waiter: Any, network: Any) -> None:
+    def __init__(self, target: Target, timeout_s: Optional[float], waiter: Any, network: Any) -> None:
         self.key = target.key
         self.where = self.key.origin
         self.waiter = waiter
@@ -11406,13 +11406,13 @@ class Dial:
             self._check()
             self.sock.do_handshake()
 
-    def _open(self, address: Tuple[str, int], timeout: float, source: Any = None) -> Any:
+    def _open(self, address: Tuple[str, int], timeout: Optional[float], source: Any = None) -> Any:
         """A socket to the first of the host's addresses that answers. Each is asked a quarter of a second after the one
         before, or at its failure, so that IPv6 that leads nowhere costs no more than that (RFC 8305)."""
         import selectors
         import socket
 
-        failure, until = OSError("the name has no address"), time.monotonic() + timeout
+        failure, until = OSError("the name has no address"), time.monotonic() + (timeout or math.inf)
         places = socket.getaddrinfo(address[0], address[1], 0, socket.SOCK_STREAM)
         with selectors.DefaultSelector() as asked:
             try:
@@ -11992,7 +11992,7 @@ class Upstreams:
     async def _connect(self, outbound: Outbound) -> Connection:
         target, timeout_s = outbound.target, _seconds(outbound.timeouts.connect_ms)
         waiter = self._loop.create_future()
-        dial = Dial(target, timeout_s or 60.0, waiter, self._network)
+        dial = Dial(target, timeout_s, waiter, self._network)
         waiting = self._waiting.setdefault(dial.key, OrderedDict())
         waiting[waiter] = None
         timer = self._loop.call_later(timeout_s, self._too_slow, waiter, dial) if timeout_s else None
@@ -13856,7 +13856,7 @@ class Router(CountingHost):
         path = ledger_path(options.settings)
         self.ledger = Ledger(path, options.settings, log.note) if path else None
         self.server = Server(loop, options.settings, self.handle, self.failed)
-        self.started = self.wall()
+        self._began = self.now()
         self.stopping: Any = None
         self.grace_s = options.settings.drain_grace_ms / 1000
         self.restarts = self.is_told = False  # to run anew after the end; by whoever may, to end
@@ -13973,7 +13973,7 @@ class Router(CountingHost):
             "file": os.path.realpath(__file__),
             "host": options.settings.host,
             "port": self.server.port,
-            "uptime_s": int(self.wall() - self.started),
+            "uptime_s": int(self.now() - self._began),
             "config": {"source": options.loaded.source, "state": self.config_state},
             "require_auth": options.require_auth,
             "connections": len(self.server.connections),
@@ -14119,7 +14119,7 @@ async def _serve(options: StartOptions) -> Tuple[int, int]:
     try:
         port = await _listen(router.server, options.settings.host, options.settings.port)
         host, path = options.settings.host, options.loaded.path
-        entry = Instance(router.id, os.getpid(), host, port, path, router.token, router.started)
+        entry = Instance(router.id, os.getpid(), host, port, path, router.token, router.wall())
         router.enroll(entry)
         tasks = [asyncio.ensure_future(_stay_enrolled(router))]
         _announce(options, port)  # last: whoever reads it may stop, reload and ask for the status at once
@@ -15643,8 +15643,8 @@ def run_menu(menu: Menu, effects: Effects, plain: bool = False) -> int:
         import curses
 
         curses.setupterm()
-        plain = plain or os.environ.get("TERM", "dumb") == "dumb"
-    except Exception:  # no curses on Windows; curses.error for a terminal that nobody knows
+        plain = plain or os.name == "nt" or os.environ.get("TERM", "dumb") == "dumb"
+    except Exception:  # Windows has none, or a stranger's with less in it; curses.error for an unknown terminal
         plain = True
     try:
         if plain:

@@ -86,9 +86,10 @@ def test_a_cooldown_lasts_as_long_as_was_said_whatever_the_clock_says(shifted):
     for hours in HOURS:
         shifted.jump(hours)
         assert shifted.post("limited/m").status == 200
-        rows = shifted.command("status", "--json")["candidates"]
-        (row,) = [row for row in rows if row["model"] == "limited/m"]
+        status = shifted.command("status", "--json")
+        (row,) = [row for row in status["candidates"] if row["model"] == "limited/m"]
         assert row["state"] == "cooling" and 2000 < row["left_s"] <= 3001, (hours, row)
+        assert 0 <= status["uptime_s"] < 3600
     assert len(limited.calls) == 1
 
 

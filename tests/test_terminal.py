@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -177,6 +178,11 @@ def test_a_deployment_given_up_at_a_question_leaves_the_menu_with_what_was_store
     assert document["masterKey"] == "made-meanwhile"
 
 
+def test_without_a_configuration_there_is_nothing_to_deploy_and_the_menu_goes_on_as_it_was(tmp_path, capsys):
+    assert r.menu_effects(str(tmp_path / "none.json"), {})["deploy"](None) == r.NEW_DOCUMENT
+    assert "no configuration" in capsys.readouterr().out
+
+
 def test_an_effect_that_breaks_becomes_a_note_and_not_a_traceback():
     told = queue.SimpleQueue()
 
@@ -222,6 +228,14 @@ def test_what_a_command_prints_and_warns_of_never_runs_over_the_screen(capfd):
 
     assert r._printed(command, r.Given({}, {"x": 1})) == "done 1\nwarning: odd"
     assert capfd.readouterr() == ("", "")
+
+
+def test_windows_gets_prompts_whatever_goes_by_the_name_of_curses_there(monkeypatch, capsys):
+    """windows-curses knows no SIGCONT, and Git Bash sets TERM."""
+    monkeypatch.setitem(sys.modules, "curses", SimpleNamespace(setupterm=lambda: None))
+    monkeypatch.setattr(r, "os", SimpleNamespace(name="nt", environ={"TERM": "xterm"}))
+    monkeypatch.setattr(r, "_run_prompts", lambda menu, effects: 5)
+    assert r.run_menu(r.make_menu({}, r.Facts()), {}) == 5
 
 
 def test_signals_that_end_the_program_are_taken_and_given_back(monkeypatch):

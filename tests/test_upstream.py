@@ -720,6 +720,27 @@ def test_an_address_that_leads_nowhere_delays_the_next_one_only_a_moment(upstrea
         dial.close()
 
 
+def test_no_limit_for_connecting_is_none_at_all(upstream, monkeypatch):
+    """CONNECT_TIMEOUT_MS 0 is off, as the settings say."""
+    limits, run = [], r.Dial.run
+
+    def watched(dial):
+        run(dial)
+        limits.append(dial._timeout_s)
+
+    monkeypatch.setattr(r.Dial, "run", watched)
+
+    async def ask():
+        upstreams = r.Upstreams(asyncio.get_running_loop(), r.Settings(), {})
+        target = r.Target(r.UpstreamKey("http", "127.0.0.1", int(upstream.url.rsplit(":", 1)[1])), "/", {})
+        reply = await upstreams.send(r.Outbound(target, "/", [], b"{}", "openai", False, r.Timeouts(0, 0, 0, 0, 0)))
+        reply.close()
+        upstreams.close()
+
+    asyncio.run(ask())
+    assert limits == [None]
+
+
 def test_a_slow_address_is_not_given_up_for_one_behind_it_that_fails(monkeypatch):
     """Where there is no IPv6 its addresses come last and fail at once; one lost packet must not cost the only way."""
     with fake.blackhole(for_s=1.2) as slow:
