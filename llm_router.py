@@ -1067,7 +1067,9 @@ class _Scan:
         if kind[0] == "{":
             return self._read_map(*kind[1:-1].split(":"), path, value)
         if kind in _RECORDS:
-            return self._read_record(kind, path, value)
+            value = {"id": value} if kind == "model" and isinstance(value, str) else value  # a text alone is its id
+            values = self._read_fields(kind, path, value)
+            return _RECORDS[kind](**values) if values.keys() >= set(_REQUIRED.get(kind, ())) else None
         if kind not in _FIELD_KINDS:
             return getattr(self, "_read_" + kind)(path, value)
         type_, tidy, is_good, message, cure = _FIELD_KINDS[kind]
@@ -1102,10 +1104,6 @@ class _Scan:
             self._check_ids(kind, found)
         return tuple(entry for _, entry in found)
 
-    def _read_record(self, kind: str, path: str, raw: Any) -> Any:
-        """A row of _RECORDS, None where it lacks what it must have; a text alone is the id of a model."""
-        values = self._read_fields(kind, path, {"id": raw} if kind == "model" and isinstance(raw, str) else raw)
-        return _RECORDS[kind](**values) if values.keys() >= set(_REQUIRED.get(kind, ())) else None
 
     def _read_map(self, name_kind: str, kind: str, path: str, value: Any) -> Any:
         if kind == "url" and not isinstance(value, dict):  # one for every format, as older files have it
@@ -3213,14 +3211,14 @@ def restore_reasoning(messages: List[Message], memory: BoundedMap, issuer: Calla
     for message in messages:
         calls = [block.id for block in message.blocks if isinstance(block, ToolCall)]
         known = recall(memory, issuer(), calls) if calls else []
-        restored.append(message._replace(blocks=_as_issued(message.blocks, known)) if known else message)
+        if known:
+            thoughts = list(filter(is_reasoning, known))
+            bags = {block.id: block.extra for block in known if isinstance(block, ToolCall)}
+            rest = [block for block in message.blocks if not (thoughts and is_reasoning(block))]
+            rest = [b._replace(extra=bags[b.id]) if getattr(b, "id", None) in bags else b for b in rest]
+            message = message._replace(blocks=thoughts + rest)
+        restored.append(message)
     return restored
-
-
-def _as_issued(blocks: Blocks, known: Blocks) -> Blocks:
-    thoughts, bags = list(filter(is_reasoning, known)), {b.id: b.extra for b in known if isinstance(b, ToolCall)}
-    rest = [block for block in blocks if not (thoughts and is_reasoning(block))]
-    return thoughts + [b._replace(extra=bags[b.id]) if getattr(b, "id", None) in bags else b for b in rest]
 
 
 # Tools that take free text (kind "custom", OpenAI's grammar tools) where only JSON functions are known: TRANSLATION
@@ -5846,6 +5844,9 @@ def render_responses_request(request: ChatRequest) -> Json:
         role, words = ("system", instructions) if instructions else ("user", "(continue)")
         items, instructions = [{"type": "message", "role": role, "content": words}], None
     thinks = request.reasoning is not None and request.reasoning.effort != "none"
+    text, form = _responses_kept(chat, "verbosity"), _write_chat_output(request.output) if request.output else {}
+    if form:
+        text["format"] = {"type": form["type"], **form.get("json_schema", {})}
     body = {
         "parallel_tool_calls": request.parallel_tools if tools else None,
         "max_output_tokens": request.max_tokens and max(16, request.max_tokens),  # OpenAI: "Expected a value >= 16"
@@ -5854,7 +5855,7 @@ def render_responses_request(request: ChatRequest) -> Json:
         # Left out, `strict` makes OpenAI try strict mode; other formats are not strict unless they say so.
         "tools": [{"type": t.kind, **_openai_tool(t, bool(t.strict), tool_grammar(t))} for t in tools] or None,
         "tool_choice": _openai_choice(request) if tools else None,
-        "text": {**_responses_kept(chat, "verbosity"), **_responses_format(request.output)} or None,
+        "text": text or None,
         "user": request.user if 0 < len(request.user) <= _CHAT_MAX_USER else None, "stream": request.stream or None,
         "reasoning": _responses_render_reasoning(request.reasoning, request.model),
         "include": ["reasoning.encrypted_content"] if thinks else None,
@@ -5898,7 +5899,11 @@ def _responses_render_item(block: Any, customs: Set[str]) -> Optional[Json]:
         return _responses_call(block, {}, block.arguments or ("" if block.kind == "custom" else "{}"))
     if isinstance(block, ToolResult):
         kind = "custom_tool_call_output" if block.call_id in customs else "function_call_output"
-        return {"type": kind, "call_id": block.call_id, "output": _responses_render_output(block)}
+        text = _result_text(block, join_text(block.blocks, "\n"))
+        others = [inner for inner in block.blocks if not isinstance(inner, (Text, Refusal))]
+        rest = [part for part in (_responses_render_part(other, "user") for other in others) if part]
+        output = ([{"type": "input_text", "text": text}] if text else []) + rest if rest else text
+        return {"type": kind, "call_id": block.call_id, "output": output}
     if isinstance(block, Opaque):
         is_proof = block.wire == _RESPONSES and block.value.get("encrypted_content")
         return _without(block.value, "id") if is_proof else None
@@ -5916,12 +5921,6 @@ def _responses_call(call: ToolCall, bag: Json, arguments: str) -> Json:
     item = {"type": row.item, "call_id": call.id, "name": call.name, row.field: arguments}
     return {**item, **_responses_kept(bag, "namespace", "name")}
 
-
-def _responses_render_output(result: ToolResult) -> Any:
-    text = _result_text(result, join_text(result.blocks, "\n"))
-    others = [block for block in result.blocks if not isinstance(block, (Text, Refusal))]
-    rest = [part for part in (_responses_render_part(block, "user") for block in others) if part]
-    return ([{"type": "input_text", "text": text}] if text else []) + rest if rest else text
 
 
 def _responses_render_part(block: Any, role: str) -> Optional[Json]:
@@ -5943,10 +5942,6 @@ def _responses_render_part(block: Any, role: str) -> Optional[Json]:
     return {"type": "input_file", "file_url" if block.url else "file_data": url_of_media(block), **name}
 
 
-
-def _responses_format(output: Optional[JsonOutput]) -> Json:
-    form = _write_chat_output(output) if output else {}
-    return {"format": {"type": form["type"], **form.get("json_schema", {})}} if form else {}
 
 
 def _responses_render_reasoning(reasoning: Optional[Reasoning], model: str) -> Optional[Json]:
@@ -6403,9 +6398,13 @@ class ResponsesRenderer:
 
     def _fail(self, event: Failed) -> bytes:
         """An `error` event in front of `response.failed`, which is all that Codex reads: the SDKs raise it by its
-        member `error` (openai._streaming), beside which their type, ResponseErrorEvent, has the same."""
-        failure = _responses_failure(event.error)
-        error = {**render_chat_error(event.error, "")["error"], **failure}
+        member `error` (openai._streaming), beside which their type, ResponseErrorEvent, has the same. The code is one
+        that clients know, else that of the status: Codex retries unknown ones."""
+        info = event.error
+        is_known = info.code in ERROR_STATUSES or "image" in info.code
+        code = info.code if is_known else _RESPONSES_STATUS_CODES.get(info.status, "server_error")
+        failure = {"code": code, "message": info.message}
+        error = {**render_chat_error(info, "")["error"], **failure}
         out = self._start(UNTOLD_START) + self._event("error", **_without(error, "type"), error=error)
         return out + self._conclude("failed", {"error": failure})
 
@@ -6428,12 +6427,6 @@ def _responses_error(error: Json, status: str = "failed") -> ErrorInfo:
     message = get_text(error, "message") or "the upstream ended its answer with the status %s" % status
     return read_error(200, {**error, "message": message}, 400 if "image" in get_text(error, "code") else 500)
 
-
-def _responses_failure(info: ErrorInfo) -> Json:
-    """`error` of a failed Response: a code that clients know, else that of the status; Codex retries unknown ones."""
-    known = info.code in ERROR_STATUSES or "image" in info.code
-    code = info.code if known else _RESPONSES_STATUS_CODES.get(info.status, "server_error")
-    return {"code": code, "message": info.message}
 
 
 OPENAI_RESPONSES = WireFormat(
@@ -6670,7 +6663,10 @@ class StreamTranslator:
     def finish(self) -> bytes:
         """The target's bytes for the end of the stream; a stream without its end becomes an error."""
         rest = self._splitter.finish()
-        out = self._take(rest.rstrip(b"\r\n") + b"\n\n") if self.failed is None and _is_complete(rest) else b""
+        events = parse_events(rest) if self.failed is None else []
+        # Without a blank line behind them they are whole events all the same, or were cut off in one.
+        is_whole = bool(events) and all(one.data == "[DONE]" or try_json(one.data) is not None for one in events)
+        out = self._take(rest.rstrip(b"\r\n") + b"\n\n") if is_whole else b""
         return out + self._end(self._parser.finish()) if self.failed is None else out
 
     def _take(self, whole: bytes) -> bytes:
@@ -6788,11 +6784,6 @@ def make_processor(
     """What stands between an upstream that speaks `source` and a client that speaks `target`."""
     return (StreamRelay if source == target else StreamTranslator)(source, target, context, limit, secrets)
 
-
-def _is_complete(rest: bytes) -> bool:
-    """Whether bytes without a blank line behind them are all the same a whole event, or were cut off in it."""
-    events = parse_events(rest)
-    return bool(events) and all(event.data == "[DONE]" or try_json(event.data) is not None for event in events)
 
 
 # ---- the model's name in answers that are passed through
@@ -7552,9 +7543,9 @@ def detect_wire(headers: Headers, body: Json) -> str:
         return "anthropic"
     if "input" in body and "messages" not in body:
         return "responses"
-    blocks = (block for message in as_list(body.get("messages")) for block in as_list(as_dict(message).get("content")))
+    blocks = (block for message in get_list(body, "messages") for block in get_list(as_dict(message), "content"))
     is_anthropic = any(field in body for field in _ANTHROPIC_FIELDS)
-    is_anthropic = is_anthropic or any("input_schema" in as_dict(tool) for tool in as_list(body.get("tools")))
+    is_anthropic = is_anthropic or any("input_schema" in as_dict(tool) for tool in get_list(body, "tools"))
     is_anthropic = is_anthropic or any(as_dict(block).get("type") in _ANTHROPIC_BLOCKS for block in blocks)
     return "anthropic" if is_anthropic else "openai"
 
@@ -7587,11 +7578,11 @@ def read_inbound(endpoint: Endpoint, headers: Headers, data: bytes) -> Inbound:
 
 def ends_with_tool_result(body: Json, wire: str) -> bool:
     """Whether the client's last message is a tool's result: then an empty answer may well be the right one."""
-    items = as_list(body.get("input" if wire == "responses" else "messages"))
+    items = get_list(body, "input" if wire == "responses" else "messages")
     last = as_dict(items[-1]) if items else {}
-    if last.get("role") == "tool" or as_text(last.get("type")).endswith("_call_output"):
+    if last.get("role") == "tool" or get_text(last, "type").endswith("_call_output"):
         return True
-    return any(as_dict(block).get("type") == "tool_result" for block in as_list(last.get("content")))
+    return any(as_dict(block).get("type") == "tool_result" for block in get_list(last, "content"))
 
 
 def wire_of_client(path: str, headers: Headers) -> str:
@@ -7662,25 +7653,25 @@ def estimate_tokens(body: Json, model: str = "", wire: str = "") -> int:
 
     model: the id it has upstream, else the body's own; wire: a format that the upstream speaks, for unknown models.
     """
-    name = (model or as_text(body.get("model"))).lower()
+    name = (model or get_text(body, "model")).lower()
     row = next(row for row in _TOKEN_ROWS if re.search(row.models, name))
     row = _CLAUDE_ROW if wire == "anthropic" and not row.models else row
-    tools = as_list(body.get("tools")) or as_list(body.get("functions"))
-    forms = [as_dict(body.get(field)) for field in ("output_format", "output_config", "response_format", "text")]
-    schemas = [f.get("schema") or f.get("json_schema") or as_dict(f.get("format")).get("schema") for f in forms]
+    tools = get_list(body, "tools") or get_list(body, "functions")
+    forms = [get_dict(body, field) for field in ("output_format", "output_config", "response_format", "text")]
+    schemas = [f.get("schema") or f.get("json_schema") or get_dict(f, "format").get("schema") for f in forms]
     schemas = list(filter(None, schemas))
     texts = [body.get(field) for field in ("messages", "input", "system", "instructions")]
     messages = isinstance(texts[1], str) + bool(texts[2]) + bool(texts[3])
     choice = body.get("tool_choice")
     forced = (as_dict(choice).get("type") or choice) in ("any", "required", "tool", "function")
-    thinks = as_dict(body.get("thinking")).get("type") in ("enabled", "adaptive") or body.get("reasoning")
+    thinks = get_dict(body, "thinking").get("type") in ("enabled", "adaptive") or body.get("reasoning")
     tokens = row.once + row.message * messages + row.shape * bool(schemas) + row.thinking * bool(thinks)
     tokens += (row.tools + row.forced * forced if tools else 0) + sum(map(_provider_tool_tokens, tools))
     return math.ceil(tokens + _count_content(texts, row) + row.schema * _count_schema(tools + schemas))
 
 
 def _provider_tool_tokens(tool: Any) -> int:
-    kind = as_text(as_dict(tool).get("type"))
+    kind = get_text(as_dict(tool), "type")
     dated = re.search(r"_20\d{6}$", kind)
     return next(tokens for start, tokens in _PROVIDER_TOOLS if kind.startswith(start)) if dated else 0
 
@@ -7698,11 +7689,11 @@ def _count_content(pending: List[Any], row: TokenRow) -> float:
         elif value.get("type") in _IMAGE_TYPES:
             tokens += _image_tokens(value)
         elif value.get("type") == "base64":
-            tokens += len(as_text(value.get("data"))) / _BASE64_PER_DOCUMENT_TOKEN
+            tokens += len(get_text(value, "data")) / _BASE64_PER_DOCUMENT_TOKEN
         else:
             tokens += row.message if "role" in value else 0
-            tokens += _CITATIONS_TOKENS if as_dict(value.get("citations")).get("enabled") else 0
-            tokens += _CALL_TOKENS if as_text(value.get("type")).startswith(("tool_", "function", "custom_tool")) else 0
+            tokens += _CITATIONS_TOKENS if get_dict(value, "citations").get("enabled") else 0
+            tokens += _CALL_TOKENS if get_text(value, "type").startswith(("tool_", "function", "custom_tool")) else 0
             tokens += row.text * _count_schema([value["input"]]) if isinstance(value.get("input"), dict) else 0
             pending.extend(part for key, part in value.items() if key not in _UNCOUNTED)
     return tokens
@@ -7730,7 +7721,7 @@ def _count_pieces(text: str) -> float:
 def _image_tokens(block: Json) -> float:
     link = block.get("image_url")
     link = as_text(link if isinstance(link, str) else as_dict(link).get("url"))
-    size = len(as_text(as_dict(block.get("source")).get("data"))) or len(link) * link.startswith("data:")
+    size = len(get_text(get_dict(block, "source"), "data")) or len(link) * link.startswith("data:")
     return min(_TOKENS_PER_IMAGE, 70 + size / _BASE64_PER_IMAGE_TOKEN) if size else _TOKENS_PER_IMAGE
 
 
@@ -10584,7 +10575,7 @@ class Exchange:
     def _context(self) -> Context:
         """What reading and writing the answer need of the request: not what was said, nor what its tools are for."""
         request = _BARE_REQUEST if self._passes else self._requests.neutral
-        model, options = self._inbound.asked or "smart", as_dict(self._inbound.body.value.get("stream_options"))
+        model, options = self._inbound.asked or "smart", get_dict(self._inbound.body.value, "stream_options")
         tools = [Tool(tool.name, kind=tool.kind, extra=tool.extra) for tool in request.tools]
         counts = options.get("include_usage") is True
         request = request._replace(model=model, include_usage=counts, messages=[], system=[], tools=tools)
@@ -10715,7 +10706,7 @@ def _error_in(body: Json) -> Json:
     if body.get("choices") or body.get("content") or body.get("output") or body.get("data"):
         return {}
     told = body.get("error") or "error" in (body.get("type"), body.get("object")) or body.get("status") == "failed"
-    told = told or as_dict(body.get("base_resp")).get("status_code") or body.get("success") is False
+    told = told or get_dict(body, "base_resp").get("status_code") or body.get("success") is False
     return body if told or "choices" not in body and ("detail" in body or "errors" in body) else {}
 
 
@@ -10937,7 +10928,7 @@ class Probe:
             if self.report.listed is None:
                 self.report = self.report._replace(listing_status=502 if status == 200 else status, listing_note=note)
             return
-        entries = map(as_dict, as_list(body.get("data")) or as_list(body.get("models")))
+        entries = map(as_dict, get_list(body, "data") or get_list(body, "models"))
         names = (as_text(entry.get("id") or entry.get("name")) for entry in entries)  # the latter at Cohere
         listed = dict.fromkeys((*(self.report.listed or ()), *filter(None, names)))
         self.report = self.report._replace(listed=tuple(listed)[:_MAX_LISTED], listing_status=200, listing_note="")
@@ -13752,7 +13743,7 @@ def read_instances(path: str) -> List[Instance]:
     kinds: Json = dict.fromkeys(Instance._fields, str)
     kinds.update(pid=int, port=int, started=(int, float), ends=(int, float))
     with suppress(RouterError):
-        entries = as_list(as_dict(load_json(read_bytes(path)[0] or b"{}")).get("instances"))
+        entries = get_list(as_dict(load_json(read_bytes(path)[0] or b"{}")), "instances")
         known = [entry for entry in map(as_dict, entries) if set(entry) == set(kinds)]
         return [Instance(**one) for one in known if all(isinstance(one[name], kinds[name]) for name in kinds)]
     return []
@@ -13790,7 +13781,7 @@ def ask_instance(instance: Instance, verb: str, method: str = "GET") -> Json:
     if answer.get("instance") != instance.id:
         raise RouterError("port %d is in the hands of another program" % instance.port, 503, "not_running")
     if response.status != 200:
-        raise RouterError(as_text(answer.get("error")) or "the instance refused", response.status, "control_error")
+        raise RouterError(get_text(answer, "error") or "the instance refused", response.status, "control_error")
     return answer
 
 
@@ -14013,7 +14004,11 @@ class Router(CountingHost):
         config = read_usable_config(loaded.document, options.environ)
         if options.require_auth and not config.master_key and not config.client_keys:
             raise ConfigError("the new configuration has no masterKey, which --require-auth needs")
-        notes = changed_providers(options.config, config)
+        before, after = (
+            {one.id: (one.base_urls, one.api_key, one.auths, one.headers, one.enabled) for one in known.providers}
+            for known in (options.config, config)
+        )
+        notes = [id for id in {**before, **after} if before.get(id) != after.get(id)]
         self.book.renew(notes, self.now())
         self.options = options._replace(config=config, loaded=loaded)
         self._make_gateway()
@@ -14039,14 +14034,6 @@ class Router(CountingHost):
             self.log.note("stop, reload and status will not find this instance: " + trouble, "warning")
         self._state_trouble = trouble
 
-
-def changed_providers(old: Config, new: Config) -> List[str]:
-    """The ids of providers whose URL, key or auth differ: what was learned of their health is void."""
-    before, after = (
-        {one.id: (one.base_urls, one.api_key, one.auths, one.headers, one.enabled) for one in config.providers}
-        for config in (old, new)
-    )
-    return [id for id in {**before, **after} if before.get(id) != after.get(id)]
 
 
 def run_server(options: StartOptions) -> int:
@@ -14930,7 +14917,7 @@ class Cloudflare:
         raise CloudflareError(before + self._refusal(method, path, status, answer), status)
 
     def _refusal(self, method: str, path: str, status: int, answer: Json) -> str:
-        errors = [as_dict(error) for error in as_list(answer.get("errors"))]
+        errors = [as_dict(error) for error in get_list(answer, "errors")]
         words = "; ".join("%s (code %s)" % (error.get("message"), error.get("code")) for error in errors)
         codes = {as_int(error.get("code")) for error in errors}
         if status == 401 or codes & {10000, 9109, 6003, 6111, 1000, 1001}:
@@ -14963,9 +14950,9 @@ class Cloudflare:
             if error.status == 404:
                 return None
             raise
-        bindings = map(as_dict, as_list(found.get("bindings")))
+        bindings = map(as_dict, get_list(found, "bindings"))
         names = [str(binding.get("name")) for binding in bindings if binding.get("type") == "secret_text"]
-        _check_own(site, names, "python_workers" in as_list(found.get("compatibility_flags")))
+        _check_own(site, names, "python_workers" in get_list(found, "compatibility_flags"))
         return names
 
     def deploy(self, site: Site, secrets: Mapping[str, str]) -> Tuple[str, List[str]]:
@@ -15104,7 +15091,7 @@ async def _demo_provider(call: Call, sink: Sink) -> None:
     """The fake providers: the first segment of the path says which one is meant."""
     name, body = call.path.split("/")[1], load_json(await call.read_body())
     format, _, status, message = _DEMO_PROVIDERS[name]
-    wire, context = WIRE_FORMATS[format], Context(ChatRequest(as_text(body.get("model")), []), "demo", 0)
+    wire, context = WIRE_FORMATS[format], Context(ChatRequest(get_text(body, "model"), []), "demo", 0)
     answer = ChatResponse("demo", "demo", [Text(_DEMO_TEXT)], "end_turn", "", Usage(input=12, output=7))
     if status:
         error = ErrorInfo(502 if status == 200 else status, message)
@@ -15304,7 +15291,10 @@ def examine(given: str, port: int, environ: Environ, offline: bool) -> List[Find
     for one in providers:  # a base URL may have come from anywhere
         hosts = dict.fromkeys(urlsplit(url).netloc for url in one.base_urls.values())
         findings += [Finding("ok", "key of " + one.id, "goes to " + ", ".join(hosts))] if one.api_key and hosts else []
-    return findings if offline else findings + _examine_providers(providers, environ)
+    if not offline:  # several at once, in one loop: threads would outlive a Ctrl-C
+        settings = read_settings({}, environ)[0]
+        findings += run_loop(gather_some(_examine_provider, ((one, settings, environ) for one in providers)))
+    return findings
 
 
 def _examine_config(given: str, environ: Environ) -> Tuple[List[Finding], Config]:
@@ -15377,14 +15367,8 @@ def _examine_clients(environ: Environ, ports: Set[int]) -> Iterable[Finding]:
             yield Finding("warning", "clients", text + "not this router", cure)
 
 
-def _examine_providers(providers: Sequence[Provider], environ: Environ) -> List[Finding]:
-    """Ask every provider for its models, several at once, in one loop: threads would outlive a Ctrl-C."""
-    settings = read_settings({}, environ)[0]
-    asked = ((provider, settings, environ) for provider in providers)
-    return run_loop(gather_some(_examine_provider, asked))  # type: ignore[no-any-return]
-
-
 async def _examine_provider(provider: Provider, settings: Settings, environ: Environ) -> Finding:
+    """Whether it lists its models, and those that are configured among them."""
     about = "provider " + provider.id
     try:
         models = await ask_models(ProbePlan(provider, (), (provider.preferred,)), settings, environ)
