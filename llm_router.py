@@ -3361,7 +3361,7 @@ def _place_results(messages: List[Message]) -> List[Message]:
 
 # Media.
 
-_DATA_URL = re.compile(r"data:([^;,]*)(?:;[^;,]*)*;base64,", re.IGNORECASE)  # RFC 2397
+_DATA_URL = re.compile(r"data:([^;,]*)(?:;[^,]*)?;base64,", re.IGNORECASE)  # RFC 2397; a repeated group costs memory
 
 
 def url_of_media(media: Media, default_type: str = "application/octet-stream") -> str:
@@ -4013,6 +4013,8 @@ _CHAT_TEXT_FIELDS: Dict[type, str] = {Text: "content", Refusal: "refusal", Think
 def _answer_fields(blocks: Blocks, call_id: str) -> Json:
     """What an assistant says, as fields of its message. call_id: the beginning of ids for calls without one."""
     fields: Json = {}
+    texts: Dict[str, List[str]] = {}
+    details: List[Any] = []  # a signature may come behind the text of the answer
     for block in blocks:
         bag = own_extra(block, _CHAT)
         text = "\n\n" * bool(bag.get("apart")) + _plain_text(block)
@@ -4023,11 +4025,10 @@ def _answer_fields(blocks: Blocks, call_id: str) -> Json:
             fields.setdefault("images", []).append(block.value)
         elif text:
             field = get_text(bag, "field") or _CHAT_TEXT_FIELDS.get(type(block), "content")
-            fields[field] = fields.get(field, "") + text
-        if get_list(bag, "reasoning_details"):
-            before = fields.get("reasoning_details", [])  # a signature may come behind the text of the answer
-            fields["reasoning_details"] = _whole_details([*before, *bag["reasoning_details"]])
-    return fields
+            texts.setdefault(field, []).append(text)
+        details += get_list(bag, "reasoning_details")
+    said = {field: "".join(pieces) for field, pieces in texts.items()}
+    return {**said, **({"reasoning_details": _whole_details(details)} if details else {}), **fields}
 
 
 def _write_chat_call(call: ToolCall, call_id: str) -> Json:
@@ -4222,11 +4223,15 @@ def _whole_details(details: List[Any]) -> List[Any]:
     """Reasoning details as OpenRouter wants them back: a stream brings the text of one in pieces under its index, the
     signature of all of it last (agno-agi/agno#8794)."""
     whole: Dict[Any, Json] = OrderedDict()
+    texts: Dict[Any, List[str]] = {}
     for number, item in enumerate(map(as_dict, details)):
         is_piece = "index" in item and "data" not in item
-        known = whole.setdefault("%s %s" % (item.get("type"), item["index"]) if is_piece else number, {})
-        for key, value in _told(item).items():
-            known[key] = get_text(known, key) + value if key in ("text", "summary") and as_text(value) else value
+        place = "%s %s" % (item.get("type"), item["index"]) if is_piece else number
+        whole.setdefault(place, {}).update(_told(item))
+        for key in ("text", "summary"):
+            texts.setdefault((place, key), []).append(get_text(item, key))
+    for (place, key), pieces in texts.items():
+        whole[place].update({key: "".join(pieces)} if any(pieces) else {})
     return list(whole.values())
 
 
@@ -4776,7 +4781,8 @@ def _anthropic_tools(tools: List[Any], messages: List[Any]) -> List[Any]:
         change, definition = get_dict(part, "tool"), get_dict(get_dict(part, "tool"), "definition")
         for item in map(as_dict, [definition or change or part, *get_list(part, "content")]):
             offered[as_text(item.get("name") or item.get("tool_name"))] = part.get("type") != "tool_removal"
-        known = {**known, get_text(definition, "name"): definition, **known} if definition else known
+        if definition:
+            known.setdefault(get_text(definition, "name"), definition)
     return [tool for name, tool in known.items() if offered.get(name, True)]
 
 
@@ -5705,14 +5711,16 @@ def _responses_type(item: Json) -> str:
 
 def _responses_turns(items: List[Json], names: _FlatNames) -> List[Message]:
     """The conversation behind a turn of the instructions in front; items of one role in a row are one turn."""
-    turns = [Message("system", [])]
+    turns, has_text = [Message("system", [])], False
     for index, item in enumerate(items):
         role, blocks = _responses_turn(item, "input[%d]" % index, names)
         if turns[-1].role == role:
-            follows = role == "assistant" and "content" in item and Text in map(type, turns[-1].blocks)
+            follows = has_text and role == "assistant" and "content" in item
             turns[-1].blocks.extend([*map(set_apart, blocks[:1]), *blocks[1:]] if follows else blocks)
         elif blocks:
             turns.append(Message(role, blocks))
+            has_text = False
+        has_text = has_text or Text in map(type, blocks)
     return turns
 
 
@@ -6775,7 +6783,7 @@ class StreamRelay(StreamTranslator):
 
 
 _ERROR_EVENT = re.compile(rb"event:\s*error")
-_EVENT_NUMBER = re.compile(rb'"sequence_number"\s*:\s*([0-9]+)')
+_EVENT_NUMBER = re.compile(rb'"sequence_number"\s*:\s*([0-9]{1,15})')
 
 
 def make_processor(
@@ -6788,7 +6796,7 @@ def make_processor(
 
 # ---- the model's name in answers that are passed through
 
-_MODEL_MEMBER = re.compile(rb'("model"\s*:\s*)"(?:[^"\\]|\\.)*"')
+_MODEL_MEMBER = re.compile(rb'("model"\s*:\s*)"[^"\\]*(?:\\.[^"\\]*)*"')
 
 
 def rename_model(data: bytes, name: str) -> bytes:

@@ -6,6 +6,7 @@ import os
 import random
 import sys
 import time
+import tracemalloc
 
 import pytest
 from test_http import CASES
@@ -261,6 +262,71 @@ GROWING = {
 def test_twice_the_input_costs_about_twice_the_steps(name):
     small, large = lines_of(GROWING[name](100)), lines_of(GROWING[name](200))
     assert 0 < large <= 2.3 * small + 50, (small, large)
+
+
+class Tape(str):
+    """A text that counts how many characters were copied while such texts were added up."""
+
+    copied = 0
+
+    def __add__(self, more):
+        Tape.copied += len(self) + len(more)
+        return Tape(str(self) + str(more))
+
+    def __radd__(self, before):
+        return Tape(before) + self
+
+
+def many_texts(count):
+    texts = [{"type": "text", "text": Tape("word")}] * count
+    turns = [{"role": role, "content": texts} for role in ("user", "assistant", "user")]
+    R.translate_request({"model": "m", "max_tokens": 9, "messages": turns}, "anthropic", "openai")
+
+
+def many_details(count):
+    parser = R.ChatStreamParser(CONTEXT)
+    detail = {"type": "reasoning.text", "index": 0, "text": Tape("word")}
+    for delta in [{"reasoning": "word", "reasoning_details": [detail]}] * count + [{"content": "Yes."}]:
+        parser.read({"choices": [{"index": 0, "delta": delta}]})
+
+
+@pytest.mark.parametrize("work", [many_texts, many_details])
+def test_a_text_in_many_pieces_is_not_copied_for_each_of_them(work):
+    Tape.copied = 0
+    work(300)
+    assert Tape.copied <= 300 * 4 * 4
+
+
+def tool_additions(count):
+    tools = [{"type": "tool_definition", "definition": {"name": "f%d" % number}} for number in range(count)]
+    parts = [{"type": "tool_addition", "tool": tool} for tool in tools]
+    return "anthropic", {"model": "m", "messages": [{"role": "user", "content": parts}]}
+
+
+def sealed_thoughts(count):
+    item = {"type": "reasoning", "summary": [], "content": [], "encrypted_content": "x"}
+    return "responses", {"model": "m", "input": [item] * count}
+
+
+@pytest.mark.parametrize("make", [tool_additions, sealed_thoughts])
+def test_a_request_of_many_small_parts_is_read_in_a_moment(make):
+    """Work that grows with the square of these takes half a minute, for every client."""
+    wire, body = make(50_000)
+    began = time.process_time()
+    R.WIRE_FORMATS[wire].parse_request(body)
+    assert time.process_time() - began < 10
+
+
+@pytest.mark.parametrize("piece", [";", ";a=b", ";a", "a"])
+def test_a_hostile_data_url_costs_no_memory(piece):
+    """A pattern with a repeated group remembers every turn of it: a hundred bytes for each character of a body."""
+    url = "data:" + piece * (200_000 // len(piece))
+    tracemalloc.start()
+    try:
+        assert R._DATA_URL.match(url) is None
+        assert tracemalloc.get_traced_memory()[1] < 2_000_000
+    finally:
+        tracemalloc.stop()
 
 
 TRICKY = [R._REQUEST_LINE, R._FIELDS, R._FIELD_LINE, R._HOST, R._CODINGS_THEN_CHUNKED, R._FOLD, R._ANSWER_FIELDS]

@@ -459,6 +459,13 @@ def test_reasoning_details_alone_give_the_text():
     ]
 
 
+def test_an_empty_text_beside_the_signature_does_not_wipe_the_text_of_reasoning_details():
+    pieces = [{"text": "Let me "}, {"text": "see."}, {"text": "", "signature": "s"}]
+    deltas = [{"reasoning_details": [{"type": "reasoning.text", "index": 0, **piece}]} for piece in pieces]
+    whole = {"type": "reasoning.text", "index": 0, "text": "Let me see.", "signature": "s"}
+    assert blocks(*map(chunk, deltas)) == [Thinking("Let me see.", {"openai": {"reasoning_details": [whole]}})]
+
+
 def test_reasoning_details_after_the_text_do_not_cut_it():
     secret = {"type": "reasoning.encrypted", "data": "zz"}
     found = blocks(

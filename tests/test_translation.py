@@ -594,6 +594,13 @@ def test_a_comment_does_not_start_the_numbers_of_a_broken_stream_anew():
     assert b'"sequence_number":5,' in relay.fail(R.ErrorInfo(502, "the upstream's answer broke off: reset"))
 
 
+def test_an_endless_number_of_an_event_does_not_spoil_the_error_that_follows():
+    """Python refuses to read integers of more than 4,300 digits."""
+    relay = R.StreamRelay("responses", "responses", CONTEXT)
+    relay.feed(b'data: {"type": "response.created", "sequence_number": %s}\n\n' % (b"9" * 5000))
+    assert b"broke off" in relay.fail(R.ErrorInfo(502, "the upstream's answer broke off: reset"))
+
+
 def test_a_broken_responses_stream_fails_as_the_answer_that_began():
     """openai-python 3.57, lib.streaming.responses: another id is "Lifecycle response identity changed"."""
     relay = R.StreamRelay("responses", "responses", CONTEXT)
