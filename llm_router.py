@@ -12512,10 +12512,12 @@ class ClientConnection:
     async def refuse(self, error: HttpError) -> None:
         """Answer what cannot be served as HTTP, then close so that the answer still arrives."""
         wire = wire_of_client(error.request.path, error.request.headers) if error.request is not None else "openai"
-        body = dump_json(WIRE_FORMATS[wire].render_error(_error_info(error), ""))
+        id = self.server.refused(error, wire)
+        body = dump_json(WIRE_FORMATS[wire].render_error(_error_info(error), id))
         with suppress(ClientGoneError):
             how = {"head_only": self._parser.is_head, "keep_alive": False, "date": self.server.date()}
             headers = _JSON_HEADERS + _REFUSAL_HEADERS.get(error.status, [])
+            headers += [("x-llm-router-request-id", id)] if id else []
             self.send(render_response(error.status, headers, body, **how))
             await self.drain()
             await self._linger()
@@ -12600,6 +12602,8 @@ class BodyBudget:
 
 class Server(BodyBudget):
     """The listener and its connections. `handle(call, sink)` answers one request."""
+
+    refused: Callable[[HttpError, str], str] = staticmethod(lambda *_: "")  # is told of it, and returns its id
 
     def __init__(
         self, loop: Any, settings: Settings, handle: Callable[[Call, Any], Any], failed: Callable[[BaseException], None]
@@ -13855,6 +13859,7 @@ class Router(CountingHost):
         path = ledger_path(options.settings)
         self.ledger = Ledger(path, options.settings, log.note) if path else None
         self.server = Server(loop, options.settings, self.handle, self.failed)
+        self.server.refused = self.refused
         self._began = self.now()
         self.stopping: Any = None
         self.grace_s = options.settings.drain_grace_ms / 1000
@@ -13890,6 +13895,13 @@ class Router(CountingHost):
             self.ring.put(trail.id, trail)
             if self.ledger is not None:
                 self.ledger.add(trail)
+
+    def refused(self, error: HttpError, wire: str) -> str:
+        """What could not be read as a request, or found no room, is refused: write its line; the id in there."""
+        trail = Trail(self.new_id(), self.now(), self.wall())
+        trail.wire, trail.status, trail.outcome, trail.message = wire, error.status, error.code, error.message
+        self.record(trail)
+        return trail.id
 
     def failed(self, error: BaseException) -> None:
         """An error of the router's own: one line, with `--debug` its traceback."""

@@ -160,6 +160,31 @@ def test_what_is_refused_at_the_door_is_counted_and_logged_but_crowds_nothing_ou
         r.ask_instance(entry, "trail/last")
 
 
+def test_a_head_that_is_no_request_is_logged_and_counted_and_crowds_nothing_out(router, upstream):
+    """Behind a proxy the log is all that an operator sees of it."""
+    running = router(config_of(provider(upstream)), *QUICK)
+    heads = {
+        b"GET /a b HTTP/1.1\r\nHost: a\r\n\r\n": "400 bad_request_line",
+        b"GET /%s HTTP/1.1\r\nHost: a\r\n\r\n" % (b"x" * 10_000): "414 request_line_too_long",
+        b"GET / HTTP/1.1\r\nHost: a\r\nX: %s\r\n\r\n" % (b"secret" * 20_000): "431 ",
+        b"POST /v1/messages HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: gzip, chunked\r\n\r\n": "501 ",
+        b"GET / HTTP/3.0\r\nHost: a\r\n\r\n": "505 ",
+    }
+    for head, words in heads.items():
+        answer, _, body = running.raw(head).partition(b"\r\n\r\n")
+        id = re.search(rb"x-llm-router-request-id: (req_\w+)", answer).group(1).decode()
+        wire = "anthropic" if b"messages" in head else "openai"
+        assert (json.loads(body).get("request_id") == id) is (wire == "anthropic")
+        line = running.wait_log(id)
+        assert " %s - %s" % (wire, words) in line and "secret" not in line
+    text = running.get("/metrics").text
+    assert 'requests_total{format="openai",operation="refused",status="414"} 1\n' in text
+    assert running.get("/health").status == 200
+    entry = r.read_instances(str(running.home / ".llm-router.runtime.json"))[0]
+    with pytest.raises(r.RouterError, match="not remembered"):
+        r.ask_instance(entry, "trail/last")
+
+
 def test_a_body_that_is_no_request_is_logged_in_the_client_s_format(router, upstream):
     running = router(config_of(provider(upstream)), *QUICK)
     for wire in WIRES:
