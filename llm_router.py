@@ -12659,7 +12659,7 @@ class Server(BodyBudget):
         import asyncio
 
         sock.setblocking(False)
-        reader = asyncio.StreamReader(4 * _READ_BYTES, self.loop)
+        reader = asyncio.StreamReader(_READ_BYTES, self.loop)  # it keeps twice that, and one read
         protocol = asyncio.StreamReaderProtocol(reader, loop=self.loop)
         transport, _ = await self.loop.connect_accepted_socket(lambda: protocol, sock)
         writer = asyncio.StreamWriter(transport, protocol, reader, self.loop)
@@ -12686,7 +12686,7 @@ class Server(BodyBudget):
 
     def _has_room(self, peer: str) -> bool:
         total, each = self.most_connections, self.settings.max_connections_per_peer
-        return (not total or len(self.connections) < total) and (not each or self._peers.get(peer, 0) < each)
+        return len(self.connections) < total and (not each or self._peers.get(peer, 0) < each)
 
     async def delay_refusal(self, connection: ClientConnection, keys: int) -> None:
         """Wait as long as the connection's peer must for its wrong keys."""
@@ -14157,11 +14157,12 @@ def _loop_trouble(context: Dict[str, Any]) -> str:
 
 def _descriptors_for_clients() -> int:
     """Raise the limit of open files as far as the system lets us; how many may be clients: the rest is for upstreams,
-    files and the answer that there is no room. 0: unknown."""
+    files and the answer that there is no room. 0: unknown. Windows has none, but its loop ends at the 513th socket
+    (docs.python.org/3/library/asyncio-platforms.html), and a request takes two."""
     try:
         import resource
-    except ImportError:  # Windows has no such limit
-        return 0
+    except ImportError:
+        return 200
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     for limit in (hard, 65_536, 10_240) if soft >= 0 else ():  # macOS allows OPEN_MAX whatever the hard limit says
         if 0 < limit <= 1 << 20 and limit > soft:
@@ -16185,7 +16186,8 @@ _COLORS = {"ok": 32, "error": 31, "problem": 31, "open": 31, "warning": 33, "coo
 
 def _colored(text: str, word: str) -> str:
     """`text` in the colour of a state when stdout is a terminal that wants one (no-color.org)."""
-    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not sys.stdout.isatty()
+    usual = "dumb" if os.name == "nt" else ""  # a console of Windows has to be told before it knows escape codes
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM", usual) == "dumb" or not sys.stdout.isatty()
     return text if plain or word not in _COLORS else "\033[%dm%s\033[0m" % (_COLORS[word], text)
 
 
@@ -16388,7 +16390,7 @@ def _ask_provider(plan: ProbePlan, given: Given) -> ProbeReport:
     try:
         return run_loop(run_probe(plan, given.settings, given.environ, show))  # type: ignore[no-any-return]
     finally:
-        print("\r\033[K" * is_watched, end="", file=sys.stderr, flush=True)
+        print(("\r%*s\r" % (_columns() - 1, "")) * is_watched, end="", file=sys.stderr, flush=True)
 
 
 def _probe_lines(report: ProbeReport) -> List[str]:

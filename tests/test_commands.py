@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -797,6 +798,13 @@ def test_colour_is_only_for_terminals_that_want_it(tmp_path, color):
     assert (b"\x1b[" in output) == (color is None)
     piped = subprocess.run(command, env=environ, capture_output=True).stdout
     assert b"\x1b" not in piped
+
+
+@pytest.mark.parametrize(("system", "environ", "is_colored"), [("nt", {}, 0), ("nt", {"TERM": "xterm"}, 1), ("posix", {}, 1)])
+def test_a_console_of_windows_gets_no_escape_codes_unless_it_is_known_to_take_them(monkeypatch, system, environ, is_colored):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setattr(r, "os", SimpleNamespace(name=system, environ=environ))
+    assert r._colored("x", "ok") == ("\033[32mx\033[0m" if is_colored else "x")
 
 
 def test_the_version_needs_no_parser():

@@ -1065,6 +1065,36 @@ def test_a_broken_handler_harms_only_its_own_request():
     assert [str(error) for error in errors] == ["broken"]
 
 
+def test_what_a_client_sends_while_it_is_being_answered_is_held_in_the_kernel():
+    """No budget counts it, and thousands of clients may do so."""
+    sent, held = threading.Event(), []
+
+    async def handle(call, sink):
+        reader, end = sink._connection._reader, time.monotonic() + 30
+        while not (sent.is_set() and reader._paused) and time.monotonic() < end:  # noqa: ASYNC110  it tells nobody
+            await asyncio.sleep(0.01)
+        held.append(len(reader._buffer))
+        sink.cut()
+
+    def work(port):
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            client.sendall(request_bytes({}))
+            client.settimeout(1)
+            with contextlib.suppress(OSError):
+                client.sendall(bytes(2_000_000))
+            sent.set()
+            with contextlib.suppress(OSError):
+                client.recv(1)
+
+    in_process(handle, work)
+    assert 100_000 < held[0] < 200_000
+
+
+def test_where_no_limit_of_descriptors_is_known_a_loop_of_windows_is_not_asked_for_too_much(monkeypatch):
+    monkeypatch.setitem(sys.modules, "resource", None)
+    assert llm_router._descriptors_for_clients() == 200  # select takes 512 sockets there
+
+
 def test_a_client_that_leaves_while_it_gets_the_rest_of_an_answer_is_no_error_of_the_router():
     """Of an answer that was cut: a reset then ends a wait that nobody else cancels."""
     cut = threading.Event()
