@@ -8244,25 +8244,26 @@ _TELLING_KEYS = (
 )  # fmt: skip
 
 
-def error_words(body: Any, depth: int = 12) -> List[str]:
+def error_words(body: Any) -> List[str]:
     """The telling strings of an error body, JSON inside strings unwrapped (trap 124), outermost first."""
-    return [word for word, _ in zip(_telling(body, depth), range(40))]
+    return [word for (_, word), _ in zip(_members(body, 12, _TELLING_KEYS), range(40))]
 
 
-def _telling(value: Any, depth: int) -> Iterable[str]:
-    parts: Iterable[Any] = ()
+def _members(value: Any, depth: int, keys: Optional[Sequence[str]] = None, name: str = "") -> Iterable[Tuple[str, str]]:
+    """Names and values of what a body says, under `keys` only where they are given, JSON inside strings included."""
+    parts: Json = {}
     if isinstance(value, dict):
-        parts = (value[key] for key in _TELLING_KEYS if key in value)
+        parts = value if keys is None else {key: value[key] for key in keys if key in value}
     elif isinstance(value, list):
-        parts = value[:8]
+        parts = {str(at): part for at, part in enumerate(value[:8])}
     elif isinstance(value, str):
         before, inner, after = _split_json(value)
-        yield (before + after)[:2000]
-        parts = (inner,)
-    elif type(value) is int:
-        yield str(value)[:20]
-    for part in parts if depth > 1 else ():
-        yield from _telling(part, depth - 1)
+        yield name, (before + after)[:2000]
+        parts = {name: inner}
+    elif type(value) in (int, float):
+        yield name, str(value)[:20]
+    for key, part in parts.items() if depth > 1 else ():
+        yield from _members(part, depth - 1, keys, key.lower())
 
 
 def _split_json(text: str) -> Tuple[str, Any, str]:
@@ -8346,20 +8347,10 @@ def read_retry_after(headers: Headers, words: Sequence[str], body: Any, now: flo
     anthropic-ratelimit window; then the same in the body's members, where they have further names and OpenRouter nests
     the provider's headers; then "try again in 9m38s" in its words.
     """
-    waits = _from_members(headers, now), _from_members(_members(body, 10), now), _from_words(words, now)
+    waits = _from_members(headers, now), _from_members(_members(body, 12), now), _from_words(words, now)
     seconds = next((wait for wait in waits if wait is not None), None)
     return None if seconds is None else min(max(seconds, 0.0), MAX_RETRY_AFTER_S)
 
-
-def _members(value: Any, depth: int) -> Iterable[Tuple[str, str]]:
-    """Names and values of all that a body says, JSON inside strings included."""
-    if isinstance(value, str):
-        value = _split_json(value)[1]
-    named = dict(enumerate(value[:8])) if isinstance(value, list) else as_dict(value)
-    for name, part in named.items() if depth else ():
-        if isinstance(part, (str, int, float)):
-            yield str(name).lower(), str(part)
-        yield from _members(part, depth - 1)
 
 
 def _from_members(members: Iterable[Tuple[str, str]], now: float) -> Optional[float]:
