@@ -5836,6 +5836,10 @@ def _responses_choice(choice: Any, tools: List[Tool]) -> Tuple[Optional[ToolChoi
 # --- Requests, writing ------------------------------------------------------------------------------------
 
 
+# OpenAI's models that think by themselves, at names of other providers, too.
+_THINKERS = r"(?:^|/)(?:o\d|gpt-[5-9](?!.*chat))"
+
+
 def render_responses_request(request: ChatRequest) -> Json:
     """The request of a client of another format as a body of POST /v1/responses. Nothing is stored there: the whole
     conversation goes along, item ids do not (trap 65).
@@ -5851,7 +5855,7 @@ def render_responses_request(request: ChatRequest) -> Json:
     if not items:  # an empty `input` is refused
         role, words = ("system", instructions) if instructions else ("user", "(continue)")
         items, instructions = [{"type": "message", "role": role, "content": words}], None
-    thinks = request.reasoning is not None and request.reasoning.effort != "none"
+    thinks = request.reasoning.effort != "none" if request.reasoning else re.search(_THINKERS, request.model)
     text, form = _responses_kept(chat, "verbosity"), _write_chat_output(request.output) if request.output else {}
     if form:
         text["format"] = {"type": form["type"], **form.get("json_schema", {})}
@@ -6884,7 +6888,7 @@ def _system_in_front(body: Json) -> None:
 def _drop_sampling(body: Json) -> None:
     """OpenAI's and Kimi's models that reason refuse what steers sampling, unless they are told not to (trap 72)."""
     efforts = body.get("reasoning_effort"), get_dict(body, "reasoning").get("effort")
-    if re.search(r"(?:^|/)(?:o\d|gpt-(?:[5-9])(?!.*chat)|kimi-)", get_text(body, "model")) and "none" not in efforts:
+    if re.search(_THINKERS + "|(?:^|/)kimi-", get_text(body, "model")) and "none" not in efforts:
         _drop("temperature", "top_p")(body)
 
 

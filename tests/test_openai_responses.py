@@ -1286,6 +1286,17 @@ def test_fields_shared_with_chat_are_kept():
     }
 
 
+@pytest.mark.parametrize("effort, model, asks", [
+    ("", "gpt-5.2", True), ("", "openai/o3", True), ("", "gpt-4.1", False), ("", "gpt-5-chat-latest", False),
+    ("none", "gpt-5.2", False), ("low", "other", True),
+])  # fmt: skip
+def test_the_proof_of_thoughts_is_asked_for_wherever_a_model_thinks(effort, model, asks):
+    """@ai-sdk/openai does so by the model, too: without it nothing of them outlives a call where nothing is stored."""
+    reasoning = router.Reasoning(effort) if effort else None
+    body = render_responses_request(ChatRequest(model, [Message("user", [Text("q")])], reasoning=reasoning))
+    assert ("include" in body) == asks and ("reasoning" in body) == bool(effort)
+
+
 def test_a_request_reads_back_as_it_was():
     body = {
         "model": "m",
