@@ -11065,10 +11065,6 @@ _LOCK_WAIT_S = 10.0
 _EDIT_ATTEMPTS = 5
 
 
-class FileError(RouterError):
-    """Reading or writing a file failed: the program ends with exit code 1."""
-
-
 class Loaded(NamedTuple):
     """A configuration as found. document: None when there is none. source: where from, in words. path: its file, ""
     when it came from a variable. warnings: what is wrong with the file itself. text: as it was read. stamp: the file's
@@ -11172,7 +11168,7 @@ def edit_config_file(path: str, change: Callable[[Json], Edit]) -> Edit:
                 notes += (words % one_line(target + _COMMENTED),)
             if write_private(target, text, expected=data):
                 return edit._replace(notes=edit.notes + notes)
-    raise FileError("%s keeps being changed by another program; nothing was saved" % one_line(path))
+    raise RouterError("%s keeps being changed by another program; nothing was saved" % one_line(path))
 
 
 def render_document(document: Json, indent: Optional[int] = 2) -> bytes:
@@ -11188,17 +11184,17 @@ def render_document(document: Json, indent: Optional[int] = 2) -> bytes:
 
 
 def check_regular(path: str) -> None:
-    """FileError for a device, which would be replaced, a pipe, which would be waited for, and links in a circle."""
+    """RouterError for a device, which would be replaced, a pipe, which would be waited for, and links in a circle."""
     if os.path.lexists(path) and not os.path.isfile(path):
-        raise FileError("%s is not a regular file" % one_line(path))
+        raise RouterError("%s is not a regular file" % one_line(path))
 
 
 def make_folder(path: str) -> None:
-    """Make a folder, its owner's only, with all above it, unless it is there. FileError."""
+    """Make a folder, its owner's only, with all above it, unless it is there. RouterError."""
     try:
         os.makedirs(path, mode=0o700, exist_ok=True)
     except OSError as error:
-        raise FileError("cannot make %s: %s" % (one_line(path), error.strerror or error)) from None
+        raise RouterError("cannot make %s: %s" % (one_line(path), error.strerror or error)) from None
 
 
 def write_private(target: str, data: bytes, expected: Any = ..., durable: bool = True, mode: int = 0o600) -> bool:
@@ -11207,7 +11203,7 @@ def write_private(target: str, data: bytes, expected: Any = ..., durable: bool =
     tenth of a second.
 
     Where it is said what is `expected` (what the file held, None when there was none), that is kept as target + ".bak",
-    and False is returned, the file as it was, when it holds something else by now. FileError when writing fails.
+    and False is returned, the file as it was, when it holds something else by now. RouterError when writing fails.
     """
     target = os.path.realpath(target)
     check_regular(target)
@@ -11222,7 +11218,7 @@ def write_private(target: str, data: bytes, expected: Any = ..., durable: bool =
         os.replace(complete[0], target)
     except OSError as error:
         why = "mounted by itself, mount its folder" if error.errno == errno.EBUSY else error.strerror or error
-        raise FileError("cannot write %s: %s; it is unchanged" % (one_line(target), why)) from None
+        raise RouterError("cannot write %s: %s; it is unchanged" % (one_line(target), why)) from None
     finally:
         for temporary in complete:  # without its name
             _remove(temporary)
@@ -11279,16 +11275,16 @@ def open_private(path: str, mode: str) -> Any:
 @contextmanager
 def file_lock(target: str) -> Any:
     """`with file_lock(path):` one writer of `path` at a time, through a lock file beside it that goes with its owner.
-    FileError when the directory cannot be written or another writer holds the lock for ten seconds."""
+    RouterError when the directory cannot be written or another writer holds the lock for ten seconds."""
     path, deadline = target + ".lock", time.monotonic() + _LOCK_WAIT_S
     try:
         while (file := _try_lock(path)) is None and time.monotonic() < deadline:
             time.sleep(0.02)
     except OSError as error:
         words = one_line(target), error.strerror or error
-        raise FileError("cannot write beside %s: %s; it is unchanged" % words) from None
+        raise RouterError("cannot write beside %s: %s; it is unchanged" % words) from None
     if file is None:
-        raise FileError("another program is changing %s; nothing was saved" % one_line(target))
+        raise RouterError("another program is changing %s; nothing was saved" % one_line(target))
     try:
         yield
     finally:
@@ -13580,7 +13576,7 @@ class WorkerClient(PingingSink):
             label = UNWATCHED if passes else "end"
         except JsException as error:
             if self._request.signal.aborted:
-                raise RouterError("the client has left", 499, "client_gone") from error
+                raise ClientGoneError from error
         finally:
             pump.stop()
             self._enqueue = self.write
@@ -13757,7 +13753,7 @@ def read_instances(path: str) -> List[Instance]:
 
 
 def change_instances(path: str, change: Callable[[List[Instance]], List[Instance]]) -> None:
-    """Rewrite the state file, one writer at a time. FileError when it cannot be written."""
+    """Rewrite the state file, one writer at a time. RouterError when it cannot be written."""
     with file_lock(path):
         data = dump_json({"instances": [instance._asdict() for instance in change(read_instances(path))]})
         write_private(path, data, durable=False)  # no instance outlives a power loss
@@ -13816,7 +13812,7 @@ def find_instance(path: str, config: str, port: int) -> Instance:
             else:
                 (alive if error.code == "no_answer" else stale).append(instance)
     if stale:
-        with suppress(FileError):  # a full disk must keep nobody from stopping what runs
+        with suppress(RouterError):  # a full disk must keep nobody from stopping what runs
             change_instances(path, lambda known: [one for one in known if one not in stale])
     fits = [one for one in alive if (not config or os.path.realpath(one.config) == config) and port in (0, one.port)]
     ports = " or ".join("--port=%d" % one.port for one in fits or alive)
@@ -14395,7 +14391,7 @@ def update_file(target: str, source: str) -> str:
     after = __version__ if old == data else _check_version(data)
     if after != __version__:
         if not write_private(target, data, expected=old, mode=os.stat(target).st_mode & 0o777):
-            raise FileError("another program is changing %s; it is not updated" % one_line(target, 160))
+            raise RouterError("another program is changing %s; it is not updated" % one_line(target, 160))
     return after
 
 
@@ -14611,7 +14607,7 @@ def _windows_task(argv: Sequence[str]) -> Service:
 
 
 def install_service(service: Service) -> Tuple[List[str], str]:
-    """Write the service's file and start it; what `give_commands` returns. FileError when it cannot be written."""
+    """Write the service's file and start it; what `give_commands` returns. RouterError when it cannot be written."""
     if service.path:
         if os.path.exists(service.path):  # what runs would go on as it was started
             give_commands(service.remove)
@@ -14811,7 +14807,7 @@ def project_files(site: Site) -> Dict[str, bytes]:
 
 def write_project(folder: str, site: Site) -> List[str]:
     """Write the project into a folder, which is made; the paths of what was written: a wrangler.toml with other words,
-    vars or routes perhaps, stays. FileError when it cannot be written."""
+    vars or routes perhaps, stays. RouterError when it cannot be written."""
     make_folder(folder)
     paths = []
     for name, data in project_files(site).items():
@@ -14907,10 +14903,6 @@ def encode_parts(parts: Sequence[Part]) -> Tuple[str, bytes]:
 # ----- taking them -----
 
 
-class CloudflareError(RouterError):
-    """Cloudflare's API or wrangler refused something: the program ends with exit code 1."""
-
-
 class Cloudflare:
     """Cloudflare's API with a token (developers.cloudflare.com/fundamentals/api/how-to/make-api-calls)."""
 
@@ -14919,18 +14911,18 @@ class Cloudflare:
         self._token = token
 
     def call(self, method: str, path: str, parts: Sequence[Part] = (), before: str = "") -> Any:
-        """What a request results in. CloudflareError with Cloudflare's words, which `before` precedes; its status is
+        """What a request results in. RouterError with Cloudflare's words, which `before` precedes; its status is
         the answer's."""
         kind, body = encode_parts(parts) if parts else ("", None)
         headers = {"authorization": "Bearer " + self._token, **({"content-type": kind} if kind else {})}
         try:
             status, _, data = fetch(self.base + path, _MAX_API_BYTES, method=method, data=body, headers=headers)
         except RouterError as error:
-            raise CloudflareError(before + error.message) from None
+            raise RouterError(before + error.message) from None
         answer = as_dict(try_json(data))
         if status < 300 and answer.get("success") is True:
             return answer.get("result")
-        raise CloudflareError(before + self._refusal(method, path, status, answer), status)
+        raise RouterError(before + self._refusal(method, path, status, answer), status)
 
     def _refusal(self, method: str, path: str, status: int, answer: Json) -> str:
         errors = [as_dict(error) for error in get_list(answer, "errors")]
@@ -14949,20 +14941,20 @@ class Cloudflare:
         return [(_path_word(account.get("id")), str(account.get("name"))) for account in found]
 
     def find_zone(self, host: str) -> str:
-        """The id of the zone that holds a host. CloudflareError when the account has none."""
+        """The id of the zone that holds a host. RouterError when the account has none."""
         labels = host.split(".")
         for at in range(len(labels) - 1):
             zones = as_list(self.call("GET", "/zones?name=" + ".".join(labels[at:])))
             if zones:
                 return _path_word(as_dict(zones[0]).get("id"))
-        raise CloudflareError("no zone of this account holds %s" % one_line(host, 100))
+        raise RouterError("no zone of this account holds %s" % one_line(host, 100))
 
     def secret_names(self, site: Site) -> Optional[List[str]]:
-        """The names of the secrets that a Worker has; None when there is no such Worker. CloudflareError for one that
+        """The names of the secrets that a Worker has; None when there is no such Worker. RouterError for one that
         is no router."""
         try:
             found = as_dict(self.call("GET", site.path + "/settings"))
-        except CloudflareError as error:
+        except RouterError as error:
             if error.status == 404:
                 return None
             raise
@@ -14986,14 +14978,14 @@ class Cloudflare:
         return url, present
 
     def set_key(self, site: Site, key: str) -> None:
-        """The step of `worker-key`. CloudflareError when there is no such Worker."""
+        """The step of `worker-key`. RouterError when there is no such Worker."""
         step = key_step(site, key, False)
         if self.secret_names(site) is None:
-            raise CloudflareError("there is no Worker %s: llm-router deploy makes it" % site.name, 404)
+            raise RouterError("there is no Worker %s: llm-router deploy makes it" % site.name, 404)
         self.call(*step.words, step.parts)
 
     def _has_place(self, place: CloudStep, site: Site) -> bool:
-        """Whether its domain or route leads to the Worker already. CloudflareError when it leads to another one."""
+        """Whether its domain or route leads to the Worker already. RouterError when it leads to another one."""
         wanted, name, owner, query = site.route, "pattern", "script", ""
         if site.domain:
             wanted, name, owner, query = site.domain, "hostname", "service", "?hostname=" + site.domain
@@ -15001,14 +14993,14 @@ class Cloudflare:
         owners = [str(row.get(owner)) for row in rows if row.get(name) == wanted]
         if owners and owners[0] != site.name:
             words = wanted, one_line(owners[0], 80)
-            raise CloudflareError("%s leads to the Worker %s: remove it there first" % words, 409)
+            raise RouterError("%s leads to the Worker %s: remove it there first" % words, 409)
         return bool(owners)
 
 
 def _path_word(value: Any) -> str:
-    """An id or name that Cloudflare told, fit for a path and a terminal. CloudflareError for anything else."""
+    """An id or name that Cloudflare told, fit for a path and a terminal. RouterError for anything else."""
     if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", as_text(value)):
-        raise CloudflareError("Cloudflare's answer has no usable id: %s" % one_line(str(value), 80), 502)
+        raise RouterError("Cloudflare's answer has no usable id: %s" % one_line(str(value), 80), 502)
     return str(value)
 
 
@@ -15018,10 +15010,10 @@ def api_url(environ: Environ) -> str:
 
 
 def _check_own(site: Site, names: List[str], is_router: bool) -> None:
-    """CloudflareError for a Worker of another kind, that nobody wants replaced. names: of its secrets."""
+    """RouterError for a Worker of another kind, that nobody wants replaced. names: of its secrets."""
     if not is_router and not set(names).intersection(CONFIG_VARIABLES):
         words = "the Worker %s is no llm-router, having no secret %s: give another --name, or delete it first"
-        raise CloudflareError(words % (site.name, CONFIG_VARIABLES[0]), 409)
+        raise RouterError(words % (site.name, CONFIG_VARIABLES[0]), 409)
 
 
 class Wrangler:
@@ -15032,7 +15024,7 @@ class Wrangler:
         self._environ = dict(environ, **_WRANGLER_VARIABLES, **({"CLOUDFLARE_ACCOUNT_ID": account} if account else {}))
 
     def call(self, step: CloudStep, site: Site, before: str = "") -> str:
-        """What a call printed; it is made in a folder with the project, which is gone afterwards. CloudflareError with
+        """What a call printed; it is made in a folder with the project, which is gone afterwards. RouterError with
         its last words when it failed, which `before` precedes."""
         import tempfile
 
@@ -15045,18 +15037,18 @@ class Wrangler:
         if code:
             lines = [line.strip() for line in said.splitlines() if line.strip() and "Logs were written" not in line]
             words = " ".join(step.words[:3]), code, one_line(" | ".join(lines[-8:]), 900)
-            raise CloudflareError(before + "%s failed (code %d): %s" % words)
+            raise RouterError(before + "%s failed (code %d): %s" % words)
         return said
 
     def secret_names(self, site: Site) -> List[str]:
-        """The names of the secrets that a Worker has. CloudflareError when there is no such Worker."""
+        """The names of the secrets that a Worker has. RouterError when there is no such Worker."""
         listed = self.call(CloudStep("", ("wrangler", "secret", "list", "--name", site.name)), site)
         return re.findall(r'"name":\s*"(\w+)"', listed)
 
     def deploy(self, site: Site, secrets: Mapping[str, str]) -> Tuple[str, List[str]]:
         """Take the steps of a deployment; the Worker's URL, "" when not told, and the names of the secrets it had."""
         present: List[str] = []
-        with suppress(CloudflareError):  # there is no such Worker; if it is anything else, the first step says so
+        with suppress(RouterError):  # there is no such Worker; if it is anything else, the first step says so
             present = self.secret_names(site)
         _check_own(site, present, not present)  # without any secret it may be one that was not finished
         code, bulk = wrangler_steps(site, secrets)
@@ -16646,13 +16638,13 @@ def _save_menu(path: str, base: Json, document: Json) -> Tuple[str, Any]:
     def change(found: Json) -> Edit:
         if found != base and found is not NEW_DOCUMENT:
             theirs.append(found)
-            raise FileError("%s was changed meanwhile" % one_line(path))
+            raise RouterError("%s was changed meanwhile" % one_line(path))
         return Edit(document, ("saved to " + path,))
 
     try:
         next_step = [] if running_instances() else [as_started("llm-router start serves it")]
         return "saved", "; ".join([*edit_config_file(path, change).notes, *next_step])
-    except FileError:
+    except RouterError:
         if theirs:
             return "conflict", theirs[0]
         raise

@@ -611,7 +611,7 @@ def test_no_answer_of_the_api_leads_anywhere_else_or_ends_in_anything_but_a_rout
 
 @pytest.mark.parametrize("errors", [7, "x", [None, 7, {"code": ["x"], "message": {"\x1b[2J": 1}}], [{"code": 10000, "message": "\x1b]0;x\x07"}]])
 def test_a_refusal_is_told_in_one_harmless_line_whatever_it_holds(odd, errors):
-    with pytest.raises(r.CloudflareError, match="Cloudflare answers 403") as caught:
+    with pytest.raises(r.RouterError, match="Cloudflare answers 403") as caught:
         odd(403, {"success": False, "errors": errors}).accounts()
     assert caught.value.message.isprintable() and "token-planted" not in caught.value.message
 
@@ -619,24 +619,24 @@ def test_a_refusal_is_told_in_one_harmless_line_whatever_it_holds(odd, errors):
 @pytest.mark.parametrize("status", [200, 500])
 def test_an_answer_that_breaks_off_never_ends_or_leads_away_is_an_error(odd, status, monkeypatch):
     for body, headers in ((b"5\r\nab", {"transfer_encoding": "chunked"}), (b"{}", {"content_length": "900"})):
-        with pytest.raises(r.CloudflareError):
+        with pytest.raises(r.RouterError):
             odd(status, body, **headers).call("PUT", "/x") if status == 200 else odd(status, body, **headers).accounts()
     monkeypatch.setattr(r, "_MAX_API_BYTES", 1000)
-    with pytest.raises(r.CloudflareError, match="too large"):
+    with pytest.raises(r.RouterError, match="too large"):
         odd(status, b" " * 100_000).accounts()
-    with pytest.raises(r.CloudflareError, match="answers 302"):
+    with pytest.raises(r.RouterError, match="answers 302"):
         odd(302, b"", location="http://127.0.0.1:9/").accounts()
 
 
 @pytest.mark.parametrize("status", [200, 502])
 def test_a_page_in_place_of_an_answer_is_no_empty_list_of_accounts(odd, status):
-    with pytest.raises(r.CloudflareError, match="answers %d .* no JSON, as from a proxy" % status):
+    with pytest.raises(r.RouterError, match="answers %d .* no JSON, as from a proxy" % status):
         odd(status, b"<html>sign in</html>").accounts()
 
 
 def test_a_token_that_no_header_can_hold_is_not_quoted(odd):
     cloudflare = odd(200, {"result": []})
     cloudflare._token = "planted\nsecret"
-    with pytest.raises(r.CloudflareError) as caught:
+    with pytest.raises(r.RouterError) as caught:
         cloudflare.accounts()
     assert "planted" not in caught.value.message

@@ -253,7 +253,7 @@ def test_a_text_with_comments_is_edited_and_kept_beside(path):
 def test_a_file_with_comments_that_cannot_be_kept_is_left_alone(path):
     path.write_text('{"masterKey": "old"} // mine')
     path.with_name("router.json.commented.bak").mkdir()
-    with pytest.raises(r.FileError, match="commented"):
+    with pytest.raises(r.RouterError, match="commented"):
         r.edit_config_file(str(path), set_key())
     assert path.read_text() == '{"masterKey": "old"} // mine'
     assert names_in(path.parent) == ["router.json", "router.json.commented.bak"]
@@ -290,7 +290,7 @@ def test_when_the_disk_fails_the_file_is_whole_and_nothing_is_left_behind(path, 
     monkeypatch.setattr(os, call, failing)
     try:
         r.edit_config_file(str(path), set_key())
-    except r.FileError as error:
+    except r.RouterError as error:
         assert os.strerror(number) in error.message
         assert "\n" not in error.message
         assert path.read_bytes() == OLD_TEXT
@@ -326,7 +326,7 @@ import llm_router as r
 resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10))
 try:
     r.edit_config_file(sys.argv[2], lambda document: r.set_master_key(document, "new"))
-except r.FileError as error:
+except r.RouterError as error:
     print(error.message)
 """
 
@@ -346,7 +346,7 @@ def test_a_real_limit_of_the_file_size_is_one_clear_line(path):
 def test_a_directory_that_cannot_be_written_is_one_clear_line(path):
     path.parent.chmod(0o500)
     try:
-        with pytest.raises(r.FileError, match="unchanged"):
+        with pytest.raises(r.RouterError, match="unchanged"):
             r.edit_config_file(str(path), set_key())
     finally:
         path.parent.chmod(0o700)
@@ -430,7 +430,7 @@ def test_a_file_that_a_container_has_mounted_by_itself_is_said_to_be_that(path, 
         raise OSError(errno.EBUSY, "Device or resource busy")
 
     monkeypatch.setattr(os, "replace", refuse)
-    with pytest.raises(r.FileError, match="mount its folder"):
+    with pytest.raises(r.RouterError, match="mount its folder"):
         r.edit_config_file(str(path), set_key())
     assert path.read_bytes() == OLD_TEXT and names_in(path.parent) == ["router.json"]
 
@@ -471,7 +471,7 @@ def test_a_file_that_never_stops_changing_is_given_up_on_with_a_clear_message(pa
         path.write_text('{"n": %d}' % len(calls))
         return r.set_master_key(document, "new")
 
-    with pytest.raises(r.FileError, match="another program"):
+    with pytest.raises(r.RouterError, match="another program"):
         r.edit_config_file(str(path), change)
     assert json.loads(path.read_bytes()) == {"n": len(calls)}
 
@@ -484,7 +484,7 @@ def test_a_lock_that_is_never_released_is_given_up_on_with_a_clear_message(path,
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     monkeypatch.setattr(time, "sleep", lambda seconds: now.__setitem__(0, now[0] + 1.0))
     with r.file_lock(str(path)):
-        with pytest.raises(r.FileError, match="another program"):
+        with pytest.raises(r.RouterError, match="another program"):
             r.edit_config_file(str(path), set_key())
     assert path.read_bytes() == OLD_TEXT
 

@@ -495,7 +495,7 @@ def test_a_stale_entry_is_cleaned_and_the_living_one_stays(running, monkeypatch)
     path = state_file(running.home)
     path.write_text(json.dumps({"instances": [dead, *damaged, alive]}))
     with monkeypatch.context() as patch:  # a full disk keeps nobody from stopping what runs
-        patch.setattr(r, "write_private", lambda *_, **more: (_ for _ in ()).throw(r.FileError("no space left")))
+        patch.setattr(r, "write_private", lambda *_, **more: (_ for _ in ()).throw(r.RouterError("no space left")))
         assert r.find_instance(str(path), "", 0).id == alive["id"]
     assert "pid %d" % running.process.pid in ok(running.home, "status")
     assert instances(running.home) == [alive]

@@ -144,7 +144,7 @@ def test_a_link_stays_a_link_and_what_it_leads_to_is_written(home):
 def test_a_directory_that_cannot_be_written_is_told_and_nothing_is_lost(home):
     home.chmod(0o500)
     try:
-        with pytest.raises(r.FileError):
+        with pytest.raises(r.RouterError):
             save(home, BASE, CHANGED)
     finally:
         home.chmod(0o700)
