@@ -225,7 +225,8 @@ def load_json(data: Union[bytes, str], what: str = "body") -> Any:
     """Parse JSON text from outside. RouterError (400) for anything that is not JSON, however odd.
 
     RFC 8259: UTF-8, a BOM is tolerated; NaN and Infinity are not JSON; nesting deep enough to exhaust
-    the recursion limit and integers of thousands of digits are refused like any other syntax error.
+    the recursion limit, integers of thousands of digits and what is infinite as a float (1e999) are refused like any
+    other syntax error.
     """
     try:
         return _JSON_DECODER.decode(_decoded(data) if isinstance(data, (bytes, bytearray)) else data)
@@ -250,6 +251,13 @@ def _refuse_constant(name: str) -> Any:
     raise ValueError("%s is not JSON" % name)
 
 
+def _read_float(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError("%s is too large a number" % one_line(text, 40))
+    return number
+
+
 class _Decoder(json.JSONDecoder):
     def decode(self, s: str, *more: Any) -> Any:  # type: ignore[override]
         if s.count("[") + s.count("{") > _MAX_NESTING and nests_too_deep(s.encode("utf-8", "surrogatepass")):
@@ -257,7 +265,7 @@ class _Decoder(json.JSONDecoder):
         return super().decode(s, *more)
 
 
-_JSON_DECODER = _Decoder(parse_constant=_refuse_constant)  # json.loads would make one per call
+_JSON_DECODER = _Decoder(parse_constant=_refuse_constant, parse_float=_read_float)  # json.loads would make one per call
 _MAX_NESTING = 2000  # three thousand are too much for V8; an agent's long request has fewer brackets in all
 _NO_MARKS = bytes(set(range(256)) - set(b'"[]{}'))
 
@@ -5664,7 +5672,7 @@ class ItemMemory(BoundedMap):
 
     def keep(self, items: Iterable[Json], owner: str = "") -> None:
         """Remember the items of an answer."""
-        for item in items:
+        for item in filter(lambda item: get_text(item, "id"), items):
             self.put_sized((owner, item["id"]), dump_json(item))
 
     def resolve(self, body: Json, owner: str = "") -> Optional[Json]:
@@ -11172,15 +11180,12 @@ def edit_config_file(path: str, change: Callable[[Json], Edit]) -> Edit:
 
 
 def render_document(document: Json, indent: Optional[int] = 2) -> bytes:
-    """A document as it is stored: readable JSON, without an indent short. ConfigError for what JSON cannot say
-    (1e999)."""
+    """A document as it is stored: readable JSON, without an indent short."""
     how: Dict[str, Any] = {"indent": indent, "separators": (",", ":" if indent is None else ": ")}
     try:
-        return (json.dumps(document, ensure_ascii=False, allow_nan=False, **how) + "\n").encode("utf-8")
+        return (json.dumps(document, ensure_ascii=False, **how) + "\n").encode("utf-8")
     except UnicodeEncodeError:  # half of a surrogate pair, escaped in the file: it can only be kept escaped
         return (json.dumps(document, **how) + "\n").encode("ascii")
-    except ValueError:
-        raise ConfigError("the configuration holds a number that is too large to be stored") from None
 
 
 def check_regular(path: str) -> None:

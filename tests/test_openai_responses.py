@@ -1479,6 +1479,16 @@ def test_remembered_items_stand_in_for_references_and_the_oldest_are_forgotten_f
     assert memory.resolve({"input": [reference("m90")]}) is None, "small items take more than their text"
 
 
+@pytest.mark.parametrize("item", [{"type": "web_search_call"}, {"type": "web_search_call", "id": {"a": 1}}])
+def test_an_item_without_an_id_of_its_own_is_not_remembered_and_harms_nothing(item):
+    """An answer of another server of this format, which the router turns into a stream: its items go on as they came."""
+    answer = router.parse_responses_response({"output": [item], "status": "completed"}, context())
+    shown = router.render_responses_response(answer, context())
+    memory = router.ItemMemory()
+    memory.keep(shown["output"])
+    assert memory.resolve({"input": [{"type": "item_reference", "id": ""}]}) is None
+
+
 def test_items_that_ended_are_not_looked_through_again():
     parser = router.ResponsesParser(context())
     for index in range(50):

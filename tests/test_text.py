@@ -12,6 +12,8 @@ ODD_JSON = [
     b"9" * 5000,
     b"NaN",
     b"-Infinity",
+    b"1e999",
+    b"-1e400",
     b'"\xff\xfe"',
     '{"a":1}'.encode("utf-16"),
     b'{"a":1} x',

@@ -594,6 +594,14 @@ def test_a_comment_does_not_start_the_numbers_of_a_broken_stream_anew():
     assert b'"sequence_number":5,' in relay.fail(R.ErrorInfo(502, "the upstream's answer broke off: reset"))
 
 
+def test_arguments_with_a_number_beyond_all_floats_reach_an_anthropic_client_as_json():
+    """Trap 42. Python reads 1e999 as infinity and writes that as `Infinity`, on which a client's JSON.parse fails."""
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": '{"n": 1e999}'}}
+    body = {"choices": [{"message": {"role": "assistant", "tool_calls": [call]}, "finish_reason": "tool_calls"}]}
+    answer = R.translate_response(body, "openai", "anthropic", CONTEXT)
+    assert answer["content"][0]["input"] == {"_raw": '{"n": 1e999}'}
+
+
 def test_an_endless_number_of_an_event_does_not_spoil_the_error_that_follows():
     """Python refuses to read integers of more than 4,300 digits."""
     relay = R.StreamRelay("responses", "responses", CONTEXT)
