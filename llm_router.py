@@ -12690,11 +12690,6 @@ class Server(BodyBudget):
 
         await asyncio.sleep(self._strikes.add(self.connections.get(connection, ""), self.loop.time(), keys))
 
-    @property
-    def open_streams(self) -> int:
-        """How many streams are being answered."""
-        return sum(connection.sink is not None and connection.sink.is_open for connection in self.connections)
-
     def date(self) -> str:
         """The present moment as an HTTP date (RFC 9110, 5.6.7), made once a second."""
         now = self.loop.time()
@@ -13703,7 +13698,7 @@ class _Pump:
 
 class StartOptions(NamedTuple):
     """All that a server needs to start, checked. loaded: the configuration as it was read; config: the same as
-    values."""
+    values. only_checks: it ends once it listens."""
 
     loaded: Loaded
     config: Config
@@ -13712,6 +13707,7 @@ class StartOptions(NamedTuple):
     watch_config: bool
     environ: Environ
     debug: bool
+    only_checks: bool = False
 
 
 # ----- the instances that run here -----
@@ -13720,6 +13716,7 @@ _CONTROL_TIMEOUT_S = 5.0
 _MOST_GUESTS = 1000
 _WATCH_S = 0.5
 _ENROLL_AGAIN_S = 5.0
+TRIAL_S = 60.0
 
 
 def state_path() -> str:
@@ -13764,7 +13761,7 @@ def change_instances(path: str, change: Callable[[List[Instance]], List[Instance
         write_private(path, data, durable=False)  # no instance outlives a power loss
 
 
-def ask_instance(instance: Instance, verb: str, method: str = "GET") -> Json:
+def ask_instance(instance: Instance, verb: str, method: str = "GET", limit_s: float = _CONTROL_TIMEOUT_S) -> Json:
     """What a running instance answers on its control channel. RouterError 404, 504 when it says nothing, or 503 when it
     does not run (any more).
 
@@ -13775,9 +13772,9 @@ def ask_instance(instance: Instance, verb: str, method: str = "GET") -> Json:
 
     place = near_host(instance.host), instance.port
     try:
-        with closing(http.client.HTTPConnection(*place, timeout=_CONTROL_TIMEOUT_S)) as connection:
+        with closing(http.client.HTTPConnection(*place, timeout=limit_s)) as connection:
             connection.request(method, _CONTROL + verb, headers={"authorization": "Bearer " + instance.token})
-            response, data, until = connection.getresponse(), b"", time.monotonic() + _CONTROL_TIMEOUT_S
+            response, data, until = connection.getresponse(), b"", time.monotonic() + limit_s
             while (piece := response.read1(65_536)) and len(data) < 10_000_000 and time.monotonic() < until:
                 data += piece
             answer = as_dict(load_json(data))  # what another program streams without end is none
@@ -13837,6 +13834,19 @@ def has_ended(instance: Instance) -> bool:
 
 
 # ----- one running server -----
+
+
+def run_tool(argv: Sequence[str], limit_s: float, data: bytes = b"", **where: Any) -> Tuple[int, str]:
+    """(exit code, output and errors) of another program that gets `data` over stdin; 127 when it is missing or hangs.
+    where: cwd, env."""
+    import subprocess
+
+    try:
+        how = {"input": data, "capture_output": True, "timeout": limit_s, **where}
+        done = subprocess.run(argv, check=False, **how)  # noqa: S603  a table's, this file or one on the PATH
+    except (OSError, subprocess.TimeoutExpired):
+        return 127, "%s is missing or hangs" % one_line(argv[0], 160)
+    return done.returncode, (done.stdout + done.stderr).decode("utf-8", "replace")  # Windows has its own code pages
 
 
 class Router(CountingHost):
@@ -13917,7 +13927,9 @@ class Router(CountingHost):
             return
         status, body = 401, {"error": "the control channel needs its token"}
         if find_caller(Access(True, (self.token.encode(),)), call.headers) is not None:
-            status, body = self._control(call.method, call.path[len(_CONTROL) :])
+            verb = call.path[len(_CONTROL) :]
+            restarts = (call.method, verb) == ("POST", "restart")
+            status, body = await self._restart() if restarts else self._control(call.method, verb)
         headers = _JSON_HEADERS + _REFUSAL_HEADERS.get(status, [])
         await sink.respond(status, headers, dump_json(dict(body, instance=self.id) if status != 401 else body))
 
@@ -13932,18 +13944,25 @@ class Router(CountingHost):
             if record and record["usage"]:
                 record["cost"] = cost_of(record["model"], record["usage"].values(), self.costs)
             return (200, {"trail": record}) if record else (404, {"error": "that request is not remembered (any more)"})
-        if method == "POST" and name in ("reload", "restart"):
-            answer = self.try_reload()
-            if name == "reload" or answer[0] != 200:  # with a broken file it would not start again
-                return answer
+        if method == "POST" and name == "reload":
+            return self.try_reload()
         if method == "POST" and name in ("admit", "dismiss"):
             self._change_guests(name, argument)
             return 200, {}
-        if method == "POST" and name in ("stop", "restart"):
-            self.is_told, self.restarts = True, name == "restart"
+        if method == "POST" and name == "stop":
+            self.is_told = True
             self.stop(argument)
             return 200, {"pid": os.getpid(), "grace_s": self.grace_s}
         return 404, {"error": "unknown verb"}
+
+    async def _restart(self) -> Tuple[int, Json]:
+        """Become the program that the file holds by now. 422 when that would end at once, 409 for the configuration."""
+        status, body = self.try_reload()
+        trouble = await self.aside(_try_start) if status == 200 else ""
+        if status == 200 and not trouble:
+            self.restarts, self.is_told = not self.is_told, True
+            self.stop()
+        return (422, {"error": trouble}) if trouble else (status, body)
 
     def _problem_of(self, model: str) -> str:
         """Why no request for that model could be served, "" when one could."""
@@ -13973,11 +13992,12 @@ class Router(CountingHost):
         options, now, refs = self.options, self.now(), self.gateway.routes.refs()
         any_model = tuple(ref[:-1] for ref in refs if ref.endswith("/*"))
         made_up = [key for key in self.book.known() if key.startswith(any_model) and key not in (*refs, *any_model)]
+        file = os.path.realpath(__file__)
         tally, none = self.ring.tally(), {"ok": 0, "failed": 0, "last_error": None}
         return {
             "pid": os.getpid(),
             "version": __version__,
-            "file": os.path.realpath(__file__),
+            "file": file if os.path.realpath(sys.argv[0]) == file else "",  # another program's module cannot restart
             "host": options.settings.host,
             "port": self.server.port,
             "uptime_s": int(self.now() - self._began),
@@ -13990,7 +14010,8 @@ class Router(CountingHost):
 
     def gauges(self) -> Dict[str, Dict[str, float]]:
         """Those of every host, and who is connected."""
-        streams, clients = self.server.open_streams, len(self.server.connections)
+        clients = len(self.server.connections)
+        streams = sum(one.sink is not None and one.sink.is_open for one in self.server.connections)
         return {**super().gauges(), "llm_router_open_streams": {"": streams}, "llm_router_connections": {"": clients}}
 
     def try_reload(self) -> Tuple[int, Json]:
@@ -14050,6 +14071,15 @@ class Router(CountingHost):
             self.log.note("stop, reload and status will not find this instance: " + trouble, "warning")
         self._state_trouble = trouble
 
+
+
+def _try_start() -> str:
+    """Why what this file holds by now could not serve with this process's flags and environment, "" when it could: a
+    child starts it on a free port and ends at once."""
+    argv = [*interpreter_words(), os.path.realpath(__file__), *sys.argv[1:], "--port=0", "--check"]
+    code, said = run_tool(argv, TRIAL_S)
+    is_fine = code == 0 and "listening on " in said
+    return "" if is_fine else one_line(said.strip().rpartition("\n")[2], 300) or "it says nothing"
 
 
 def run_server(options: StartOptions) -> int:
@@ -14121,6 +14151,9 @@ async def _serve(options: StartOptions) -> Tuple[int, int]:
     give_back = _on_signals(loop, router.stop, router.try_reload)
     try:
         port = await _listen(router.server, options.settings.host, options.settings.port)
+        if options.only_checks:
+            _announce(options, port)
+            return 0, 0
         host, path = options.settings.host, options.loaded.path
         entry = Instance(router.id, os.getpid(), host, port, path, router.token, router.wall())
         router.enroll(entry)
@@ -14202,16 +14235,12 @@ async def _watch_config(router: Router) -> None:
 
 
 async def _listen(server: Server, host: str, port: int) -> int:
-    import socket
-
     try:
         return await server.listen(host, port)
     except OSError as error:
         reason = one_line((error.strerror or str(error)).partition(" (while ")[0], 160)  # the address is told anyway
         if error.errno == errno.EADDRINUSE:
             reason = "the port is in use" + _holder_hint(port)
-        elif isinstance(error, socket.gaierror):
-            reason = "the name has no address: " + reason
         raise RouterError("cannot listen on %s: %s" % (origin_url("http", host, port), reason)) from None
 
 
@@ -14497,19 +14526,6 @@ def _version_key(version: str) -> Tuple[List[int], bool]:
     """What versions are ordered by: 1.0rc1 comes before 1.0, 1.0.post1 does not."""
     numbers, early = _VERSION.match(version).groups()  # type: ignore[union-attr]  both have been checked
     return [int(number) for number in numbers.split(".")], not early
-
-
-def run_tool(argv: Sequence[str], limit_s: float, data: bytes = b"", **where: Any) -> Tuple[int, str]:
-    """(exit code, output and errors) of another program that gets `data` over stdin; 127 when it is missing or hangs.
-    where: cwd, env."""
-    import subprocess
-
-    try:
-        how = {"input": data, "capture_output": True, "timeout": limit_s, **where}
-        done = subprocess.run(argv, check=False, **how)  # noqa: S603  a table's, this file or one on the PATH
-    except (OSError, subprocess.TimeoutExpired):
-        return 127, "%s is missing or hangs" % one_line(argv[0], 160)
-    return done.returncode, (done.stdout + done.stderr).decode("utf-8", "replace")  # Windows has its own code pages
 
 
 # ==============================================================================
@@ -15942,10 +15958,7 @@ _OTHER_URL_FLAGS = {wire: tuple(a + "-base-url" for a, w in _WIRE_ALIASES.items(
 _PROVIDER_FLAGS: Tuple[Flag, ...] = (
     Flag("provider-id", "text", "the provider", ("provider",)),
     *[_field_flag(field) for field in FIELDS["provider"] if field.key != "id"],
-    *[
-        Flag(wire + "-base-url", "text", "its base URL for the format " + wire, _OTHER_URL_FLAGS[wire])
-        for wire in WIRES
-    ],
+    *(Flag(wire + "-base-url", "text", "its base URL, format " + wire, _OTHER_URL_FLAGS[wire]) for wire in WIRES),
     Flag("auth-type", "text", "how the key is shown: " + ", ".join(AUTH_TYPES)),
     Flag("skip-probe", "bool", "store the provider without asking it anything"),
 )
@@ -15981,6 +15994,7 @@ START_FLAGS: Tuple[Flag, ...] = (
     Flag("watch-config", "bool", "apply changes of the file while running, default true"),
     Flag("require-auth", "bool", "answer only requests that show the master key"),
     Flag("allow-unauthenticated", "bool", "allow an address that others can reach without auth"),
+    Flag("check", "bool", "start, and end at once: whether it could serve"),
     Flag("detach", "bool", "serve in the background; the log goes to --log-file, default " + LOG_PATH),
     *map(_setting_flag, SETTINGS),
 )
@@ -16221,16 +16235,11 @@ def _columns() -> int:
 
 
 def show_duration(ms: float) -> str:
-    """A time span for people: `850 ms`, `1.2 s`, `2 min 5 s`, `3 h 12 min`."""
+    """A time span for people: `0 s`, `850 ms`, `1.2 s`, `2 min 5 s`, `3 h 12 min`."""
     s = int(ms / 1000)
     if ms < 60_000:
-        return "%d ms" % ms if ms < 1000 else "%.1f s" % (ms / 1000)
+        return "%d ms" % ms if 0 < ms < 1000 else "%g s" % round(ms / 1000, 1)
     return "%d min %d s" % divmod(s, 60) if s < 3600 else "%d h %d min" % divmod(s // 60, 60)
-
-
-def show_seconds(s: float) -> str:
-    """A time span that is known in seconds, none as `0 s`."""
-    return "%d s" % s if s < 60 else show_duration(s * 1000)
 
 
 _HIDES = "%s is set and goes before this file"
@@ -16578,7 +16587,7 @@ def read_start_options(given: Given) -> StartOptions:
     _warn(warnings + list(loaded.warnings))
     _warn_of(scan_config(loaded.document, given.environ)[1])
     watches = given.watch_config is not False
-    return StartOptions(loaded, config, settings, auth, watches, given.environ, bool(given.debug))
+    return StartOptions(loaded, config, settings, auth, watches, given.environ, bool(given.debug), bool(given.check))
 
 
 # ----- the menu -----
@@ -16680,10 +16689,10 @@ def run_status(given: Given) -> int:
     rows = [("MODEL", "STATE", "BACK IN", "OK", "FAILED", "REASON", "LAST ERROR")]
     for one in status["candidates"]:
         name = one["model"] + (" (default)" if one["model"] == status["default_model"] else "")
-        back = show_seconds(one["left_s"]) if one["left_s"] else ""
+        back = show_duration(one["left_s"] * 1000) if one["left_s"] else ""
         rows.append((name, one["state"], back, one["ok"], one["failed"], _plain(one["reason"]), _last_error(one)))
     table = [_colored(line, row[1]) for line, row in zip(_table(rows, (2, 3, 4)), rows)]
-    up = show_seconds(status["uptime_s"])
+    up = show_duration(status["uptime_s"] * 1000)
     head = "llm-router %s on %s, pid %d, up %s" % (status["version"], where, status["pid"], up)
     note = "OK and FAILED count attempts of the requests that `explain` still knows"
     return given.tell(status, _spaced([head, *facts], table, [note]))
@@ -16697,7 +16706,7 @@ def _last_error(candidate: Json) -> str:
     error = candidate["last_error"]
     if error is None:
         return ""
-    ago = show_seconds(max(0.0, time.time() - error["time"]))
+    ago = show_duration(max(0, int(time.time() - error["time"])) * 1000)
     return "%s, %s ago, %s: %s" % (error["label"] or error["kind"], ago, error["id"], one_line(error["message"], 80))
 
 
@@ -16753,18 +16762,21 @@ def run_update(given: Given) -> int:
 
 
 def _restart_instances() -> List[int]:
-    """Tell every running instance of this file to become the new one; their pids."""
-    told = []
-    for instance, status in running_instances():
-        is_ours = status.get("file") == os.path.realpath(__file__)
-        if is_ours and sys.platform == "win32":  # exec makes a new process there, and the old console is lost
-            _warn(["pid %d still runs the version before: stop and start it" % instance.pid])
-        elif is_ours:
-            try:
-                ask_instance(instance, "restart", "POST")
-                told.append(instance.pid)
-            except RouterError as error:
-                _warn(["pid %d still runs the version before: %s" % (instance.pid, error.message)])
+    """Tell every running instance of this file to become the new one; their pids. RouterError when it starts at none:
+    then the file before is back."""
+    told, file = [], os.path.realpath(__file__)
+    for instance in [one for one, status in running_instances() if status.get("file") == file]:
+        try:
+            if sys.platform == "win32":  # exec makes a new process there, and the old console is lost
+                raise RouterError("stop and start it")
+            ask_instance(instance, "restart", "POST", TRIAL_S + 10)
+            told.append(instance.pid)
+        except RouterError as error:
+            if error.status == 422 and not told:
+                os.replace(file + ".bak", file)
+                words = "the release would not start again as pid %d was started, so the file before is back: %s"
+                raise RouterError(words % (instance.pid, error.message)) from None
+            _warn(["pid %d still runs the version before: %s" % (instance.pid, error.message)])
     return told
 
 

@@ -228,6 +228,40 @@ def test_a_running_instance_becomes_the_new_version_on_its_port(installed, tmp_p
         installed.run("stop", "--grace=0")
 
 
+SIGNED = b"def run_start(given: Given) -> int:\n"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a process becomes another only on POSIX")
+def test_a_release_that_would_end_at_once_ends_nobody_and_the_file_before_comes_back(installed, tmp_path, upstream):
+    """It answers --version, and would have ended the router: a flag that it knows no more, say."""
+    (installed.home / ".llm-router.json").write_text(json.dumps(config_of(provider(upstream))))
+    (installed.home / ".llm-router.json").chmod(0o600)
+    assert installed.run("start", "--detach", "--port=0").returncode == 0
+    try:
+        before = json.loads(installed.run("status", "--json").stdout)
+        for body in (b'    raise UsageError("unknown flag --log-file")\n', b"    return 0\n"):
+            (tmp_path / "release").write_bytes(NEWER.replace(SIGNED, SIGNED + body))
+            done = installed.run("update", "--from=%s" % (tmp_path / "release"))
+            words = "unknown flag --log-file" if b"raise" in body else "it says nothing"
+            assert done.returncode == 1 and "pid %d" % before["pid"] in done.stderr and words in done.stderr
+            assert installed.is_untouched()
+        after = json.loads(installed.run("status", "--json").stdout)
+        assert (after["pid"], after["version"], after["port"]) == (before["pid"], r.__version__, before["port"])
+    finally:
+        installed.run("stop", "--grace=0")
+
+
+def test_a_start_that_only_checks_ends_once_it_listens_and_is_nobody_to_be_found(installed, upstream):
+    config = installed.home / ".llm-router.json"
+    config.write_text(json.dumps(config_of(provider(upstream))))
+    config.chmod(0o600)
+    done = installed.run("start", "--check", "--port=0")
+    assert (done.returncode, done.stdout[:13]) == (0, "listening on ")
+    assert not (installed.home / ".llm-router.runtime.json").exists()
+    config.write_text("{")
+    assert installed.run("start", "--check", "--port=0").returncode == 2
+
+
 # --- a release server that means harm ---
 
 
