@@ -3701,8 +3701,7 @@ def _chat_parts(content: Any, path: str) -> Blocks:
     """Content parts (SDK: ChatCompletionContentPartParam), blocks of other formats among them (trap 66)."""
     if isinstance(content, str):
         return [Text(content)] if content else []
-    items = None if content is None else check_kind(content, (str, list), path)
-    return read_each(_chat_part, items, path + "[%d]")
+    return read_each(_chat_part, None if content is None else check_kind(content, (str, list), path), path + "[%d]")
 
 
 def _chat_part(value: Any, path: str) -> Any:
@@ -3799,8 +3798,7 @@ def _chat_tool(value: Any, path: str) -> Tool:
         return Tool(get_text(item, "name") or as_text(kind), kind="server", extra={wire: item})
     name, description = need_text(inner, "name", path), get_text(inner, "description")
     if is_custom:
-        form = rest_of({"format": get_dict(inner, "format")}, (), _CHAT)
-        return Tool(name, description, kind="custom", extra=form)
+        return Tool(name, description, kind="custom", extra=rest_of({"format": get_dict(inner, "format")}, (), _CHAT))
     key = "parameters" if inner.get("parameters") is not None else "input_schema"
     schema, strict = check_field(inner, key, (dict,), path), check_field(inner, "strict", (bool,), path)
     marked = {"cache_control": inner.get("cache_control"), **item}  # inside the function by Goose
@@ -4712,6 +4710,7 @@ ANTHROPIC_LOSSES = {
     "`service_tier`": "kept for OpenAI Chat, else not sent",
     "`stop_sequences`": "not sent to OpenAI Responses, which knows no stop texts",
     "max_tokens of 0": "becomes 1: other caches are not warmed that way",
+    "`x-anthropic-billing-header`": "Claude Code's line in front of `system`, another one in every request: not sent",
     "`thread`": "refused with 400, in the words on which the SDKs send the whole conversation",
     "`advisor_*` `bash_*` `browser_*` `code_execution_*` `computer_*` `mcp_toolset` `memory_*` `text_editor_*`"
     " `tool_search_tool_*` `web_fetch_*` `web_search_*`": "tools that only Anthropic's models know: not sent",
@@ -4762,7 +4761,7 @@ def parse_anthropic_request(body: Json) -> ChatRequest:
     schema = as_dict(config.get("format") or said["output_format"]).get("schema")
     rest = {**body, **dict.fromkeys(_ANTHROPIC_KINDS), "output_config": _without(config, "effort", "format")}
     return ChatRequest(
-        said["model"] or "", messages, _anthropic_blocks(said["system"], "system"),
+        said["model"] or "", messages, _anthropic_blocks((drop_attribution(said) or said)["system"], "system"),
         read_each(_anthropic_tool, tools, "tools.%d"),
         ToolChoice(mode, get_text(choice, "name") if mode == "tool" else "") if mode else None,
         False if choice.get("disable_parallel_tool_use") is True else None,
@@ -4796,6 +4795,17 @@ def _anthropic_tools(tools: List[Any], messages: List[Any]) -> List[Any]:
 
 def _without(item: Json, *keys: str) -> Json:
     return {key: value for key, value in item.items() if key not in keys}
+
+
+def drop_attribution(body: Json) -> Optional[Json]:
+    """A Messages body without the line that Claude Code puts in front of `system` for Anthropic's own books; None when
+    it has none. That differs in every request, so that nobody could cache what follows (ollama/ollama#14918), and
+    Bedrock refuses it (anthropics/claude-code#24168)."""
+    parts = get_list(body, "system") or [{"type": "text", "text": as_text(body.get("system"))}]
+    text = get_text(as_dict(parts[0]), "text")
+    rest = re.sub(r"\Ax-anthropic-billing-header:[^\n]*\n*", "", text)
+    front = [{**parts[0], "text": rest}] if rest else []
+    return None if rest == text else {**body, "system": front + parts[1:]}
 
 
 def refuse_thread(thread: Optional[Json]) -> None:
@@ -6525,8 +6535,7 @@ def is_plain_answer(body: Json, raw: bytes, source: str) -> bool:
     pending = [] if _ODD_ENDS.search(raw) else [body.get(WIRE_FORMATS[source].answer)]
     while pending:
         value = pending.pop()
-        parts = value.items() if isinstance(value, dict) else enumerate(as_list(value))
-        for key, part in parts:
+        for key, part in value.items() if isinstance(value, dict) else enumerate(as_list(value)):
             if isinstance(part, (dict, list)):
                 pending.append(part)
             elif part and isinstance(part, str) and key in _SAID:
@@ -6542,8 +6551,7 @@ def translate_response(body: Json, source: str, target: str, context: Context) -
 def fold_stream(source: str, raw: bytes, context: Context) -> Union[ChatResponse, ErrorInfo]:
     """A complete event stream of the format `source` as one answer, or the error that it ended with (trap 11)."""
     parser = WIRE_FORMATS[source].parser(context)
-    events = [event for sse in parse_events(raw) for event in parser.feed(sse)]
-    answer = fold(events + parser.finish())
+    answer = fold([event for sse in parse_events(raw) for event in parser.feed(sse)] + parser.finish())
     return answer if isinstance(answer, ErrorInfo) else restore_tools(answer, context.request)
 
 
@@ -6823,8 +6831,7 @@ def rename_model(data: bytes, name: str) -> bytes:
     if not isinstance(holder.get("model"), str):
         return data
     holder["model"] = name
-    text = dump_json(name)
-    spliced = _MODEL_MEMBER.sub(lambda match: match.group(1) + text, data[start:end], 1)
+    spliced = _MODEL_MEMBER.sub(lambda match: match.group(1) + dump_json(name), data[start:end], 1)
     return data[:start] + (spliced if load_json(spliced) == value else dump_json(value)) + data[end:]
 
 
@@ -6846,7 +6853,7 @@ class Compat(NamedTuple):
     letters, digits, - and _, also in a request that is passed through.
     replays_reasoning: refuses turns with calls without their `reasoning_content` while it thinks (trap 87).
     caches: takes Anthropic's `cache_control` in Chat Completions (trap 68). betas: all of `anthropic-beta` that it
-    takes (trap 110), and then no `cache_control.scope` either (trap 69); None: everything.
+    takes (trap 110), and then no `cache_control.scope` (trap 69) or attribution either; None: everything.
     """
 
     name: str
@@ -7222,22 +7229,20 @@ def drop_encrypted(body: Json) -> Optional[Json]:
     return {**body, "input": kept} if len(kept) < len(items) else None
 
 
-# Format, the 400 that refuses foreign reasoning or misses a proof, and the body mended, or None. Anthropic: "Invalid
+# Format, the 400 that refuses foreign words or misses a proof, and the body mended, or None. Anthropic: "Invalid
 # `signature` in `thinking` block", "Expected `thinking` or `redacted_thinking`, but found ..." (traps 64, 85, 86).
 REPAIRS = (
+    ("anthropic", r"billing-header is a reserved", drop_attribution),
     ("openai", r"missing a thought_?signature", sign_calls),
     ("openai", r"reasoning_content[^\n]{0,30}must be passed back", blank_thoughts),
     ("responses", r"invalid_encrypted_content|encrypted content[^\n]{0,200}could not", drop_encrypted),
-    (
-        "anthropic",
-        r"invalid[^\n]{0,20}signature[^\n]{0,80}thinking|expected[^\n]{0,20}thinking",
-        lambda body: drop_thinking(body, False),
-    ),
+    ("anthropic", r"invalid[^\n]{0,20}signature[^\n]{0,80}thinking", lambda body: drop_thinking(body, False)),
+    ("anthropic", r"expected[^\n]{0,20}thinking", lambda body: drop_thinking(body, False)),
 )
 
 
 def repair_history(data: bytes, wire: str, words: Sequence[str]) -> Optional[Json]:
-    """A body as JSON without the foreign reasoning, or with the proof, that a 400 of its format names, else None."""
+    """A body as JSON without the foreign words, or with the proof, that a 400 of its format names, else None."""
     text = "\n".join(words).lower()
     apply = next((apply for row, refused, apply in REPAIRS if row == wire and re.search(refused, text)), None)
     return apply(load_json(data)) if apply else None
@@ -8107,6 +8112,7 @@ class Requests:
             changed = drop_thinking(value)
         if wire == "anthropic" and compat.betas is not None:
             changed = bare_cache_marks(changed or value)
+            changed = drop_attribution(changed) or changed
         if wire == "openai" and compat.replays_reasoning:
             changed = replay_reasoning(value, self.issuer(provider), self._reasoning)
         if wire == "openai" and "strict turns" in compat.fixes:
@@ -15473,7 +15479,8 @@ AGENTS: Tuple[Agent, ...] = (
           " ANTHROPIC_DEFAULT_OPUS_MODEL=%(opus)s ANTHROPIC_DEFAULT_SONNET_MODEL=%(sonnet)s"
           " ANTHROPIC_DEFAULT_FABLE_MODEL=%(fable)s ANTHROPIC_DEFAULT_HAIKU_MODEL=%(haiku)s"
           " ANTHROPIC_SMALL_FAST_MODEL=%(small)s"
-          " CLAUDE_CODE_MAX_CONTEXT_TOKENS=%(window)s CLAUDE_CODE_ENABLE_GATEWAY_MODEL_DISCOVERY=1",
+          " CLAUDE_CODE_MAX_CONTEXT_TOKENS=%(window)s CLAUDE_CODE_ENABLE_GATEWAY_MODEL_DISCOVERY=1"
+          " CLAUDE_CODE_ATTRIBUTION_HEADER=0",  # so that caches last where its format is passed through, too
           hidden=("ANTHROPIC_API_KEY",)),
     Agent("codex", "npm install -g @openai/codex", "ROUTER_API_KEY=%(key)s",
           ("-c", 'model_provider="llm-router"', "-c", _CODEX_PROVIDER, "-c", 'model="%(model)s"',

@@ -160,6 +160,7 @@ def test_a_program_learns_the_window_of_its_model_where_the_configuration_has_it
     unknown = r.agent_facts("http://x", "", config, {"model": "fake/n"})
     assert '"contextWindow": 128000, "maxTokens": 16384' in pi.file[1](unknown)
     assert "CLAUDE_CODE_MAX_CONTEXT_TOKENS" not in r.fill_templates(claude, unknown)[0]
+    assert r.fill_templates(claude, unknown)[0]["CLAUDE_CODE_ATTRIBUTION_HEADER"] == "0"  # caches of prompts last
     assert json.loads(opencode.file[1](unknown))["provider"]["llm-router"]["models"] == {"fake/n": {}}
     r.agent_facts("http://x", "", config, {"model": "nobody/knows"})
 

@@ -835,6 +835,39 @@ def test_betas_and_cache_scopes_that_a_cloud_refuses_stay_here(compat, betas, ro
     assert upstream.calls[-1].json["system"][0]["cache_control"] == expected
 
 
+ATTRIBUTION = "x-anthropic-billing-header: cc_version=2.1.128; cc_entrypoint=cli; cch=78ef3;"
+
+
+@pytest.mark.parametrize("system", [ATTRIBUTION + "\nbe brief", [{"type": "text", "text": t} for t in (ATTRIBUTION, "be brief")]])
+@pytest.mark.parametrize("target, sent", [
+    ("openai", {"messages": [{"role": "system", "content": "be brief"}, {"role": "user", "content": "q"}]}),
+    ("responses", {"instructions": "be brief"}),
+])  # fmt: skip
+def test_what_claude_code_says_of_itself_first_spoils_nobody_s_cache(system, target, sent):
+    """Its `cch` is another one in every request, and the first words that differ end what a cache can know."""
+    body = {"model": "m", "max_tokens": 9, "system": system, "messages": [{"role": "user", "content": "q"}]}
+    body = llm_router.translate_request(body, "anthropic", target)[1]
+    assert {key: body[key] for key in sent} == sent and "billing" not in json.dumps(body)
+    alone = {"model": "m", "max_tokens": 9, "system": ATTRIBUTION, "messages": [{"role": "user", "content": "q"}]}
+    assert llm_router.WIRE_FORMATS["anthropic"].parse_request(alone).system == []
+
+
+@pytest.mark.parametrize("compat, calls", [("bedrock", 1), ("", 2), ("anthropic", 1)], ids=["its row", "after its 400", "kept"])
+def test_what_claude_code_says_of_itself_is_not_told_to_a_cloud_that_reserves_the_word(compat, calls, router, make_upstream):
+    def reserves(call):
+        if compat != "anthropic" and "x-anthropic-billing-header" in json.dumps(call.json):
+            words = "x-anthropic-billing-header is a reserved keyword and may not be used in the system prompt."
+            return fake.error_answer("anthropic", 400, words, "invalid_request_error")
+        return fake.json_answer(200, fake.messages_whole("fine"))
+
+    upstream = make_upstream(reserves)
+    running = router(config_of(provider(upstream, "anthropic", "a", ["m"], **({"compat": compat} if compat else {}))))
+    said = [{"type": "text", "text": text} for text in (ATTRIBUTION, "be brief")]
+    body = {"model": "a/m", "max_tokens": 9, "system": said, "messages": [{"role": "user", "content": "q"}]}
+    assert running.post("/v1/messages", body).status == 200 and len(upstream.calls) == calls
+    assert upstream.calls[-1].json["system"] == (said if compat == "anthropic" else said[1:])
+
+
 def test_a_block_that_nobody_knows_in_a_system_message_is_left_out():
     parts = [{"type": "weird", "x": 1}, {"type": "text", "text": "hi"}]
     messages = [{"role": "system", "content": parts}, {"role": "user", "content": "x"}]
