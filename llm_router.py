@@ -15658,7 +15658,7 @@ def run_menu(menu: Menu, effects: Effects, plain: bool = False) -> int:
         ended.append(number)
         raise KeyboardInterrupt
 
-    restore = on_end(end)
+    restore = on_end(end, SIGCONT=lambda *_: plain or _bracket_pasted(True))  # the shell has ended it
     try:
         import curses
 
@@ -15699,26 +15699,23 @@ class _Painter:
 
     def run(self, window: Any) -> int:
         """Until the menu is left."""
-        import signal
-
-        signal.signal(signal.SIGCONT, lambda *_: _bracket_pasted(True))  # the shell has ended it
         self._attributes = _attributes_of(self._curses)
         with suppress(self._curses.error):
             self._curses.curs_set(0)
         event: Any = ""
         while True:
             try:
+                self._menu, effect = update(self._menu, event) if event else (self._menu, None)
+                if effect is not None and effect.kind == "quit":
+                    return int(effect.args[0])
+                self._start(effect)
                 if event is not None:
                     self._draw(window)
                 event = self._next_event(window)
-            except KeyboardInterrupt:
+            except KeyboardInterrupt:  # also while something is saved, which may wait for another program
                 if self._ended:
                     raise
                 event = "ctrl-c"
-            self._menu, effect = update(self._menu, event) if event else (self._menu, None)
-            if effect is not None and effect.kind == "quit":
-                return int(effect.args[0])
-            self._start(effect)
 
     def _start(self, effect: Optional[Effect]) -> None:
         import threading
@@ -15825,24 +15822,24 @@ def _run_prompts(menu: Menu, effects: Effects) -> int:
     """The menu as questions and answers, line by line."""
     import getpass
 
-    while True:
-        print(printable(prompt_text(menu)), flush=True)
-        try:
+    try:
+        while True:
+            print(printable(prompt_text(menu)), flush=True)
             hidden = menu.front.hidden and sys.stdin.isatty()
             answer = getpass.getpass("(not shown) > ") if hidden else input("> ")
-        except (EOFError, KeyboardInterrupt) as end:
-            print("\nnot saved: the input ended" if menu.is_unsaved else "")
-            if isinstance(end, KeyboardInterrupt):
-                raise
-            return int(menu.is_unsaved)
-        menu, events = answer_keys(menu, answer)
-        while events:
-            menu, effect = update(menu, events.pop(0))
-            if effect is not None and effect.kind == "quit":
-                return int(effect.args[0])
-            if effect is not None and effect.kind != "cancel":
-                print(menu.front.title + " ...", flush=True)
-                Job(effect, events.append).run(effects)
+            menu, events = answer_keys(menu, answer)
+            while events:
+                menu, effect = update(menu, events.pop(0))
+                if effect is not None and effect.kind == "quit":
+                    return int(effect.args[0])
+                if effect is not None and effect.kind != "cancel":
+                    print(menu.front.title + " ...", flush=True)
+                    Job(effect, events.append).run(effects)
+    except (EOFError, KeyboardInterrupt) as end:
+        print("\nnot saved: the input ended" if menu.is_unsaved else "")
+        if isinstance(end, KeyboardInterrupt):
+            raise
+        return int(menu.is_unsaved)
 
 
 # ==============================================================================

@@ -267,6 +267,48 @@ def test_every_sign_of_the_view_has_a_stand_in_for_terminals_without_utf8():
         assert set(filter(lambda c: not c.isascii(), shown)) <= set("öü模型大"), name
 
 
+class Keyboard:
+    """A window of curses that takes in all that is drawn; `keys` are pressed, and functions called in their place."""
+
+    encoding = "utf-8"
+
+    def __init__(self, *keys):
+        self.keys = iter(keys)
+
+    def get_wch(self):
+        key = next(self.keys)
+        return key() or 0 if callable(key) else key  # 0: a key that nobody knows
+
+    def getmaxyx(self):
+        return 24, 80
+
+    def __getattr__(self, name):
+        return lambda *_: None
+
+
+class Curses(SimpleNamespace):
+    error = ValueError
+
+    def __getattr__(self, name):
+        return 0 if name.startswith("A_") else lambda *_: None
+
+
+def test_ctrl_c_while_the_file_is_saved_stops_that_and_keeps_the_changes(monkeypatch):
+    """It waits for another program that is writing the file, and perhaps for a slow disk."""
+
+    def save(job, base, document):
+        raise KeyboardInterrupt
+
+    def look():
+        assert painter._menu.is_unsaved and painter._menu.note == "stopped"
+
+    monkeypatch.setitem(sys.modules, "curses", Curses())
+    monkeypatch.setattr(r, "_bracket_pasted", lambda wanted: None)
+    document = {"providers": [{"id": name, "baseUrl": "http://localhost", "models": ["m"]} for name in "ab"]}
+    painter = r._Painter(r.make_menu(document, r.Facts()), {"save": save}, [])
+    assert painter.run(Keyboard("\n", "d", "s", "\n", look, "q", "j", "\n")) == 0
+
+
 def test_prompts_that_are_interrupted_say_what_is_not_saved(monkeypatch, capsys):
     answers = iter(["1", "d 1"])
 
@@ -280,3 +322,6 @@ def test_prompts_that_are_interrupted_say_what_is_not_saved(monkeypatch, capsys)
     document = {"providers": [{"id": name, "baseUrl": "http://localhost", "models": ["m"]} for name in "ab"]}
     assert r.run_menu(r.make_menu(document, r.Facts()), {}, plain=True) == 130
     assert capsys.readouterr().out.endswith("not saved: the input ended\n")
+    answers = iter(["1", "d 1", "s", "1"])
+    assert r.run_menu(r.make_menu(document, r.Facts()), {"save": answer}, plain=True) == 130
+    assert capsys.readouterr().out.endswith("Saving ...\n\nnot saved: the input ended\n")

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import llm_router
+from exchanges import until
 from fake_upstream import FakeUpstream, json_answer, model_answer
 
 PROGRAM = Path(llm_router.__file__).resolve()
@@ -366,7 +367,7 @@ def test_what_deploy_asks_is_asked_in_the_terminal_and_the_menu_comes_back(tmp_p
     shell.keys("Enter")
     shell.wait("Deploy", "enter open")
     shell.keys("Enter")
-    shell.wait("[Y/n]")
+    until(lambda: shell.screen().count("[Y/n]") == 2, WAIT_S)  # what was there the last time is seen at once
     shell.keys("C-c")
     shell.wait("interrupted", "Enter goes back to the menu")
     shell.keys("Enter")
