@@ -3500,6 +3500,20 @@ _BASE_CODES = {
 }  # fmt: skip
 
 
+def _error_in(body: Json) -> Json:
+    """The error that a 200's body is all the same, without any answer beside it, or that its choice tells (OpenRouter,
+    API Reference: choices[].error); {} for none."""
+    choice = as_dict(next(iter(get_list(body, "choices")), None))
+    if choice.get("error"):
+        return {"error": choice["error"]}
+    if body.get("choices") or body.get("content") or body.get("output") or body.get("data"):
+        return {}
+    told = body.get("error") or "error" in (body.get("type"), body.get("object")) or body.get("status") == "failed"
+    told = told or get_dict(body, "base_resp").get("status_code") or body.get("success") is False
+    words = get_text(body, "message") or body.get("detail") or body.get("errors")
+    return body if told or words and "choices" not in body else {}
+
+
 def read_error(status: int, body: Any, unknown: int = 502) -> ErrorInfo:
     """An error answer in any of the shapes in use: {"error": {...} or "..."}, {"message"}, {"detail"}, a list, text.
 
@@ -4360,10 +4374,7 @@ class ChatStreamParser:
 
     def _read_without_choice(self, chunk: Json) -> Events:
         """An error, with or without its envelope, usage alone (trap 15), or Azure's prompt_filter_results (trap 16)."""
-        is_bare = "choices" not in chunk and not chunk.get("usage")
-        is_named = "error" in (chunk.get("object"), chunk.get("type")) or chunk.get("success") is False  # z.ai
-        told = chunk.get("error") or get_dict(chunk, "base_resp").get("status_code")
-        if told or (is_bare and (is_named or get_text(chunk, "message") or get_text(chunk, "detail"))):
+        if chunk.get("error") or _error_in(chunk):
             self._fail(read_error(200, chunk))
         return self._take()
 
@@ -10712,19 +10723,6 @@ def _why_not_first(origin: Candidate, book: Any) -> str:
     last = max(map(book.read, (origin.ref, provider_key(origin))), key=lambda health: max(health[:2]))
     return "%s, which cools after: %s" % (origin.ref, (last.reason or "failures").replace("_", " "))
 
-
-
-def _error_in(body: Json) -> Json:
-    """The error that a 200's body is all the same, without any answer beside it, or that its choice tells (OpenRouter,
-    API Reference: choices[].error); {} for none."""
-    choice = as_dict(next(iter(get_list(body, "choices")), None))
-    if choice.get("error"):
-        return {"error": choice["error"]}
-    if body.get("choices") or body.get("content") or body.get("output") or body.get("data"):
-        return {}
-    told = body.get("error") or "error" in (body.get("type"), body.get("object")) or body.get("status") == "failed"
-    told = told or get_dict(body, "base_resp").get("status_code") or body.get("success") is False
-    return body if told or "choices" not in body and ("detail" in body or "errors" in body) else {}
 
 
 def is_empty(response: ChatResponse) -> bool:

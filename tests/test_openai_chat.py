@@ -728,6 +728,12 @@ def test_a_200_without_success_is_the_error_that_its_number_names(code, status, 
     assert (outcome.kind, outcome.status, outcome.error.message) == (kind, status, "so it is")
 
 
+@pytest.mark.parametrize("body, is_error", [({"message": "no"}, True), ({"detail": "no"}, True), ({"detail": []}, False), ({"message": {"role": "assistant"}}, False)])
+def test_a_200_without_an_answer_is_an_error_where_it_has_words_for_one(body, is_error):
+    """FastAPI and others tell an error without an envelope."""
+    assert bool(router._error_in(body)) == is_error
+
+
 def test_reasoning_in_parts_of_the_content_is_reasoning():
     """Mistral: type thinking with a list of texts; Databricks: type reasoning with a summary."""
     told = {"type": "reasoning", "summary": [{"type": "summary_text", "text": "hm", "signature": "s"}]}
