@@ -7940,7 +7940,7 @@ class Target(NamedTuple):
     secrets: Texts = ()
 
 
-Targets = Dict[Tuple[str, str], Target]  # by a provider's id and the wire format
+Targets = Dict[Tuple[str, str, bool], Tuple[Target, Timeouts]]  # by a provider's id, the wire format, whether streamed
 
 
 class Outbound(NamedTuple):
@@ -7969,9 +7969,9 @@ ANTHROPIC_VERSION = "2023-06-01"
 
 # What a client's header is to an upstream of the client's own format; every other one stays here.
 _FORWARDED = {
-    "openai": ("openai-beta", "x-request-id", "traceparent"),
-    "responses": ("openai-beta", "x-request-id", "traceparent"),
-    "anthropic": ("anthropic-beta", "anthropic-version", "x-request-id", "traceparent"),
+    "openai": frozenset(("openai-beta", "x-request-id", "traceparent")),
+    "responses": frozenset(("openai-beta", "x-request-id", "traceparent")),
+    "anthropic": frozenset(("anthropic-beta", "anthropic-version", "x-request-id", "traceparent")),
 }
 
 
@@ -8039,10 +8039,11 @@ def merge_headers(target: Target, client_headers: Headers, client_wire: str, wir
     """The headers of one upstream request: the target's, and of the client's only what its format allows through."""
     headers = dict(target.headers)
     headers.setdefault("accept", "text/event-stream" if stream else "application/json")
-    forwarded = set(_FORWARDED[wire]) - hop_by_hop(client_headers) if client_wire == wire else set()
-    betas = target.compat.betas
-    for name, value in client_headers:
-        if name not in forwarded or not value:
+    allowed, betas = _FORWARDED[wire] if client_wire == wire else (), target.compat.betas
+    forwarded = [pair for pair in client_headers if pair[0] in allowed and pair[1]]
+    dropped = hop_by_hop(client_headers) if forwarded else ()
+    for name, value in forwarded:
+        if name in dropped:
             continue
         if name == "anthropic-beta":
             taken = [beta for beta in value.split(",") if betas is None or betas.match(beta.strip())]
@@ -8113,9 +8114,10 @@ class Requests:
         inbound, provider = self._inbound, candidate.provider
         is_chat, thread = inbound.operation == "chat", inbound.body.value.get("thread")
         wire = choose_wire(candidate, inbound.wire) if is_chat else inbound.wire
-        target = self._targets.get((provider.id, wire))
-        if target is None:
-            target = self._targets[provider.id, wire] = make_target(provider, wire)
+        place = provider.id, wire, inbound.stream
+        if place not in self._targets:
+            self._targets[place] = make_target(provider, wire), resolve_timeouts(provider, self._settings, place[2])
+        target, timeouts = self._targets[place]
         path = target.path if is_chat else _operation_path(target.path, WIRE_FORMATS[wire].path, inbound.operation)
         if wire != inbound.wire:
             body = dump_json(self._translated(candidate, wire, target.compat))
@@ -8124,7 +8126,6 @@ class Requests:
                 refuse_thread(thread)
             body = replace_model(self._passed(provider.id, wire, target.compat), candidate.model_id)
         headers = merge_headers(target, inbound.headers, inbound.wire, wire, inbound.stream)
-        timeouts = resolve_timeouts(provider, self._settings, inbound.stream)
         return Outbound(target, path, headers, body, wire, inbound.stream, timeouts)
 
     def _passed(self, provider: str, wire: str, compat: Compat) -> JsonObject:
@@ -10317,9 +10318,9 @@ def own_headers(trail: Trail) -> Headers:
 def returned_headers(headers: Sequence[Tuple[str, str]]) -> Headers:
     """The upstream's headers that its own clients may see, as many as they can take: Node reads heads of 16 KB, Python
     100 lines."""
-    dropped = hop_by_hop(headers)
-    found = (pair for pair in headers if pair[0].startswith(_RETURNED_HEADERS) and pair[0] not in dropped)
-    return [pair for pair in found if len("".join(pair)) <= 200][:50]
+    found = [pair for pair in headers if pair[0].startswith(_RETURNED_HEADERS) and len("".join(pair)) <= 200]
+    dropped = hop_by_hop(headers) if found else ()
+    return [pair for pair in found if pair[0] not in dropped][:50]
 
 
 class Exchange:
@@ -10653,7 +10654,8 @@ class Exchange:
         """Drop the request: nobody else will be asked, and there may be hundreds of long ones behind streams that take
         minutes."""
         self._requests = None
-        self._inbound, self._outbound = self._inbound._replace(body=JsonObject({})), self._outbound._replace(body=b"")
+        (*told, _), (target, path, headers, _, *rest) = self._inbound, self._outbound
+        self._inbound, self._outbound = Inbound(*told, JsonObject({})), Outbound(target, path, headers, b"", *rest)
 
     async def _relay(self, answer: Answer, run: Optional[Run]) -> None:
         """The rest of a stream, and an honest end: after content a failure is told in the stream, then the connection
@@ -12410,13 +12412,13 @@ class ClientConnection:
     async def read_body(self) -> bytes:
         """The body of the present request, inflated. RouterError 413, 415, 400 or 503 when it cannot be had."""
         head, parser = self._head, self._parser
-        encoding = header(head.headers, "content-encoding").strip().lower()
+        encoding, limit = header(head.headers, "content-encoding").strip().lower(), self.server.limits.max_body_bytes
         # Made first: a coding that cannot be read is refused before the client sends it all.
-        inflater = Inflater(encoding, self.server.limits.max_body_bytes, RouterError)
+        inflater = Inflater(encoding, limit, RouterError) if encoding not in ("", "identity") else None
         await self._receive_body()
         body = parser.take_body()
         self._reserve(len(body))
-        if not encoding or encoding == "identity":
+        if inflater is None:
             return body
         parts, size = [], len(body)
         for at in range(0, len(body), _INFLATE_BYTES):  # which may be a thousand times as many: others need room, too

@@ -314,7 +314,7 @@ def test_the_neutral_request_is_parsed_once_and_targets_are_shared():
     row = provider(formats=("openai",))
     first, second = made.make(candidate(row)), made.make(candidate(row, "other"))
     assert first.target is second.target
-    assert list(targets) == [("p", "openai")]
+    assert list(targets) == [("p", "openai", False)]
     assert made.neutral is made.neutral
     assert json.loads(second.body)["model"] == "other"
 
