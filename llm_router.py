@@ -68,7 +68,7 @@ import sys
 import time
 import zlib
 from bisect import bisect_left
-from collections import OrderedDict, deque, namedtuple
+from collections import OrderedDict, defaultdict, deque, namedtuple
 from contextlib import closing, contextmanager, redirect_stderr, redirect_stdout, suppress
 from typing import Any, Callable, Dict, Iterable, List, Mapping, NamedTuple, Optional, Sequence, Set, Tuple, Union
 from urllib.parse import parse_qsl, quote, unquote, urlsplit
@@ -12809,7 +12809,7 @@ def _attempt_words(attempt: Attempt) -> str:
 
 
 def _iso_time(wall: float) -> str:
-    return "%d-%02d-%02dT%02d:%02d:%02d.%03dZ" % (*time.gmtime(wall)[:6], wall % 1 * 1000)
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(wall)) + ".%03dZ" % (wall % 1 * 1000)
 
 
 class TrailRing(BoundedMap):
@@ -12834,7 +12834,13 @@ class TrailRing(BoundedMap):
         return found
 
 
-_TOKEN_KEYS = tuple(("llm_router_tokens_total", "kind", kind) for kind in Usage._fields)
+_COUNTERS = {  # name -> its labels
+    "llm_router_requests_total": ("format", "operation", "status"),
+    "llm_router_attempts_total": ("model", "outcome"),
+    "llm_router_tokens_total": ("kind",),
+}
+_DURATIONS = ("llm_router_request_seconds", "llm_router_first_content_seconds")
+_TOKEN_KINDS = tuple((kind,) for kind in Usage._fields)
 _BUCKETS_S = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 _BOUNDS = (*["%g" % bound for bound in _BUCKETS_S], "+Inf")
 
@@ -12844,50 +12850,45 @@ class Metrics:
     Labels come from the configuration and the contract only, never from what a client may make up without limit."""
 
     def __init__(self) -> None:
-        self._counts: Dict[Texts, int] = {}  # (name, label, its value, ...)
-        self._times: Dict[Tuple[str, str], List[float]] = {}  # (name, format): the sum, then each bucket's count
+        self._counts: Dict[str, Dict[Any, int]] = {name: defaultdict(int) for name in _COUNTERS}  # by label values
+        # By (name, format): the sum, then each bucket's count.
+        self._times: Dict[Tuple[str, str], List[float]] = defaultdict(lambda: [0.0] * (1 + len(_BOUNDS)))
 
     def count(self, trail: Trail, known: Any) -> None:
         """Count a request that has ended. known: the refs that are configured."""
-        counts, wire, operation = self._counts, trail.wire or "none", trail.operation or "refused"
-        keys = [("llm_router_requests_total", "format", wire, "operation", operation, "status", str(trail.status))]
+        (requests, attempts, all_tokens), wire = self._counts.values(), trail.wire or "none"
+        requests[wire, trail.operation or "refused", trail.status] += 1
         for attempt in trail.attempts:
-            model = attempt.ref if attempt.ref in known else attempt.ref.partition("/")[0] + "/*"
-            keys.append(("llm_router_attempts_total", "model", model, "outcome", attempt.kind))
-        for key in keys:
-            counts[key] = counts.get(key, 0) + 1
-        for key, tokens in zip(_TOKEN_KEYS, trail.usage or ()):
-            counts[key] = counts.get(key, 0) + tokens
-        self._observe("llm_router_request_seconds", wire, trail.total_ms)
-        if trail.first_content_ms is not None:
-            self._observe("llm_router_first_content_seconds", wire, trail.first_content_ms)
-
-    def _observe(self, name: str, wire: str, took_ms: int) -> None:
-        times = self._times.setdefault((name, wire), [0.0] * (1 + len(_BOUNDS)))
-        times[0] += took_ms / 1000
-        times[1 + bisect_left(_BUCKETS_S, took_ms / 1000)] += 1
+            attempts[attempt.ref if attempt.ref in known else attempt.ref.partition("/")[0] + "/*", attempt.kind] += 1
+        for kind, tokens in zip(_TOKEN_KINDS, trail.usage or ()):
+            all_tokens[kind] += tokens
+        for name, took_ms in zip(_DURATIONS, (trail.total_ms, trail.first_content_ms)):
+            if took_ms is not None:
+                times = self._times[name, wire]
+                times[0] += took_ms / 1000
+                times[1 + bisect_left(_BUCKETS_S, took_ms / 1000)] += 1
 
     def render(self, gauges: Dict[str, Dict[str, float]]) -> str:
         """All metrics as text. gauges: name -> model ("" for none) -> present value."""
         families: Dict[str, List[str]] = {}
 
-        def tell(kind: str, name: str, labels: Sequence[str], value: float, suffix: str = "") -> None:
-            pairs = zip(labels[::2], labels[1::2])
-            shown = ",".join('%s="%s"' % (key, text.translate(_IN_LABELS)) for key, text in pairs)
+        def tell(kind: str, name: str, labels: Json, value: float, suffix: str = "") -> None:
+            shown = ",".join('%s="%s"' % (key, str(text).translate(_IN_LABELS)) for key, text in labels.items())
             family = families.setdefault(name, ["# TYPE %s %s\n" % (name, kind)])
             family.append("%s%s%s %.12g\n" % (name, suffix, "{%s}" % shown if shown else "", value))
 
-        for (counter, *pairs), value in self._counts.items():
-            tell("counter", counter, pairs, value)
+        for counter, counted in self._counts.items():
+            for values, value in counted.items():
+                tell("counter", counter, dict(zip(_COUNTERS[counter], values)), value)
         for (name, wire), (seconds, *counts) in self._times.items():
-            labels = ("format", wire)
+            labels = {"format": wire}
             for at, bound in enumerate(_BOUNDS, 1):
-                tell("histogram", name, (*labels, "le", bound), sum(counts[:at]), "_bucket")
+                tell("histogram", name, dict(labels, le=bound), sum(counts[:at]), "_bucket")
             tell("histogram", name, labels, seconds, "_sum")
             tell("histogram", name, labels, sum(counts), "_count")
         for name, values in gauges.items():
             for model, present in values.items():
-                tell("gauge", name, ("model", model) if model else (), present)
+                tell("gauge", name, {"model": model} if model else {}, present)
         return "".join(line for name in sorted(families) for line in families[name])
 
 
@@ -13069,7 +13070,6 @@ _LEDGER_COLUMNS = (
     " cache_write INTEGER, reasoning INTEGER, estimated INTEGER, cost REAL, first_content_ms INTEGER, total_ms INTEGER"
 )
 _LEDGER_INSERT = "INSERT INTO requests VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
-_LEDGER_FIELDS = "began_wall id wire operation stream client asked model path status outcome".split()  # of a Trail
 _SHRINK = "DELETE FROM requests WHERE rowid <= (SELECT min(rowid) + (max(rowid) - min(rowid)) / 10 FROM requests)"
 _MOST_TOKENS = 2**53  # more is a lie, and SQLite takes 64 bits
 _LEDGER_BATCH_S = 0.5
@@ -13084,8 +13084,8 @@ def ledger_path(settings: Settings) -> str:
 def cost_of(ref: str, usage: Optional[Iterable[int]], costs: Json) -> Optional[float]:
     """What tokens (the fields of Usage) cost, by the `cost` of the model `ref` in `costs`, prices per million of them;
     None when a price that is needed is unknown."""
-    cost = costs.get(ref) or costs.get(ref.partition("/")[0] + "/*") or {}
-    needed = [(tokens, cost.get(key)) for tokens, key in zip(usage or (), COST_KEYS) if tokens]
+    cost = costs.get(ref) or costs.get(ref.partition("/")[0] + "/*")
+    needed = [(tokens, cost.get(key)) for tokens, key in zip(usage or (), COST_KEYS) if tokens] if cost else []
     if not needed or not all(type(price) in (int, float) and 0 <= price < 1e9 for _, price in needed):
         return None
     return sum(tokens * price for tokens, price in needed) / 1e6
@@ -13096,11 +13096,14 @@ def ledger_row(trail: Trail, costs: Json) -> Tuple[Any, ...]:
     that did not reach its end they are marked as an estimate. Half a surrogate pair, which a client's JSON may hold,
     becomes a question mark."""
     usage = trail.usage if any(trail.usage or ()) else None
-    row = [getattr(trail, name) for name in _LEDGER_FIELDS]
-    row += [min(count, _MOST_TOKENS) for count in usage] if usage else [None] * len(Usage._fields)
-    row += [usage is not None and trail.outcome != OK, cost_of(trail.model, usage, costs)]
-    row += [trail.first_content_ms, trail.total_ms]
-    return tuple(entry[:2000].encode("utf-8", "replace").decode() if isinstance(entry, str) else entry for entry in row)
+    told = trail.client, trail.asked, trail.model, trail.path
+    texts = [text[:2000] if text.isascii() else text[:2000].encode("utf-8", "replace").decode() for text in told]
+    tokens = [min(count, _MOST_TOKENS) for count in usage] if usage else [None] * len(Usage._fields)
+    return (
+        trail.began_wall, trail.id, trail.wire, trail.operation, trail.stream, *texts, trail.status, trail.outcome,
+        *tokens, usage is not None and trail.outcome != OK, cost_of(trail.model, usage, costs),
+        trail.first_content_ms, trail.total_ms,
+    )  # fmt: skip
 
 
 class Ledger(Batches):
