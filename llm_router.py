@@ -11803,15 +11803,9 @@ class Reply:
         self._on_end: Optional[Callable[[str], None]] = None
         self._idle_s = math.inf
 
-    @property
-    def status(self) -> int:
-        """The status; only once the head has arrived."""
-        return self._parser.head.status  # type: ignore[union-attr]
-
-    @property
-    def headers(self) -> Headers:
-        """The headers; only once the head has arrived."""
-        return self._parser.head.headers  # type: ignore[union-attr]
+    # Only once the head has arrived.
+    status = property(lambda self: self._parser.head.status)
+    headers = property(lambda self: self._parser.head.headers)
 
     @property
     def was_untouched(self) -> bool:
@@ -11972,7 +11966,7 @@ class Upstreams:
                 self._tick()
             path, headers = connection.prefix + outbound.path, outbound.headers + connection.proxy_headers
             connection.start(render_upstream_request(outbound.method, path, headers, outbound.body), reply)
-            first_s = _seconds(outbound.timeouts.first_byte_ms)
+            first_s = outbound.timeouts.first_byte_ms / 1000 or None  # 0 is off
             if first_s and outbound.until < math.inf:  # connecting has taken its part
                 first_s = min(first_s, max(outbound.until - self._loop.time(), 0.0))
             try:
@@ -12002,7 +11996,7 @@ class Upstreams:
         return None
 
     async def _connect(self, outbound: Outbound) -> Connection:
-        target, timeout_s = outbound.target, _seconds(outbound.timeouts.connect_ms)
+        target, timeout_s = outbound.target, outbound.timeouts.connect_ms / 1000 or None  # 0 is off
         waiter = self._loop.create_future()
         dial = Dial(target, timeout_s, waiter, self._network)
         waiting = self._waiting.setdefault(dial.key, OrderedDict())
@@ -12076,10 +12070,6 @@ class Upstreams:
                     connection.close()
         alive = {key: [one for one in connections if not one.is_closed] for key, connections in self._idle.items()}
         self._idle = {key: connections for key, connections in alive.items() if connections}
-
-
-def _seconds(milliseconds: int) -> Optional[float]:
-    return milliseconds / 1000 if milliseconds else None
 
 
 # ==============================================================================
@@ -13407,7 +13397,7 @@ class WorkerHost(CountingHost, BodyBudget):
         control = js.AbortController.new()
         headers = {name: value for name, value in outbound.headers if name not in ("host", "content-length")}
         what = {"headers": headers, "body": outbound.body, "signal": control.signal}
-        first_s, fault = _seconds(outbound.timeouts.first_byte_ms), "cannot reach %s" % outbound.target.key.host
+        first_s, fault = outbound.timeouts.first_byte_ms / 1000 or None, "cannot reach %s" % outbound.target.key.host
         try:
             with _limited(control, first_s, "an answer", fault, "connect_failed"):
                 options = _js_object(method="POST", redirect="manual", **what)
