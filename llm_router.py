@@ -10521,11 +10521,8 @@ class Exchange:
 
     def _time_left(self, limit_ms: int, until: float = math.inf) -> Optional[float]:
         """Seconds to wait at most: a limit (0: none), a moment, and the deadline of the attempt; None for no end."""
-        limit_s, end = limit_ms / 1000 if limit_ms else None, min(until, self._until)
-        if end == math.inf:
-            return limit_s
-        left_s = max(end - self._host.now(), 0.0)
-        return left_s if limit_s is None else min(left_s, limit_s)
+        left_s = min(limit_ms / 1000 or math.inf, max(min(until, self._until) - self._host.now(), 0.0))
+        return None if left_s == math.inf else left_s
 
     def _judge_whole(self, reply: Any, body: bytes) -> Result:
         source, is_chat = WIRE_FORMATS[self._outbound.wire], self._inbound.operation == "chat"
