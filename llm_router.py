@@ -3656,15 +3656,10 @@ def _chat_turns(said: Json) -> Tuple[Blocks, List[Message]]:
     if not said[name]:
         raise field_error("messages", "expected at least one message")
     system = _chat_parts(said["system"], "system") + _chat_parts(said["instructions"], "instructions")
-    turns: List[Message] = []
-    legacy: Dict[str, str] = {}  # function name -> id given to its last call
     items = [{"role": "user", "content": said[name]}] if isinstance(said[name], str) else said[name]
-    for index, item in enumerate(items):
-        message = _chat_message(item, "%s[%d]" % (name, index), legacy)
-        if message.role == "system" and not turns:
-            system += message.blocks
-        else:
-            turns.append(message)
+    turns = read_each(_chat_message, items, name + "[%d]")
+    while turns and turns[0].role == "system":
+        system += turns.pop(0).blocks
     return system, turns
 
 
@@ -3672,7 +3667,7 @@ def _chat_turns(said: Json) -> Tuple[Blocks, List[Message]]:
 _CHAT_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
 
-def _chat_message(value: Any, path: str, legacy: Dict[str, str]) -> Message:
+def _chat_message(value: Any, path: str) -> Message:
     """A message; items `function_call` and `function_call_output` of the Responses API are the messages they mean.
     `cache_control` beside the content, where the AI SDK's openai-compatible provider puts it, marks the last block."""
     item = check_kind(value, (dict,), path)
@@ -3685,7 +3680,7 @@ def _chat_message(value: Any, path: str, legacy: Dict[str, str]) -> Message:
     blocks = _chat_parts(item.get("content"), path + ".content")
     mark = _chat_rest({"cache_control": item.get("cache_control")}, ())
     if role in ("tool", "function"):
-        call_id = get_text(item, "tool_call_id") or legacy.get(name) or "call_" + (name or "0")
+        call_id = get_text(item, "tool_call_id") or "call_" + (name or "0")
         return Message("user", [ToolResult(call_id, blocks, extra=mark)])
     if role not in _CHAT_ROLES:
         raise field_error(path + ".role", "expected system, developer, user, assistant or tool")
@@ -3698,10 +3693,9 @@ def _chat_message(value: Any, path: str, legacy: Dict[str, str]) -> Message:
             blocks.append(Refusal(item["refusal"]))
         calls = check_field(item, "tool_calls", (list,), path)
         blocks += read_each(_chat_call, calls, path + ".tool_calls[%d]")
-        if item.get("function_call") and not calls:  # what came before tool_calls has no id: it gets one
+        if item.get("function_call") and not calls:  # what came before tool_calls has no id, and its result the name
             call = _chat_call({"function": item["function_call"]}, path)
-            call.id = legacy[call.name] = "call_" + "".join(filter(str.isdigit, path))
-            blocks.append(call)
+            blocks.append(call._replace(id="call_" + call.name))
     if mark and blocks and isinstance(blocks[-1], (Text, ToolCall, Media)):
         blocks[-1] = blocks[-1]._replace(extra={**(blocks[-1].extra or {}), **mark})
     return Message(_CHAT_ROLES[role], blocks, {_CHAT: {"name": name}} if name else None)

@@ -1208,6 +1208,18 @@ def test_legacy_functions_become_tools_and_calls_with_ids():
     assert request.tools == [Tool("f", "", {"type": "object"})] and request.tool_choice == ToolChoice("tool", "f")
 
 
+def test_two_legacy_calls_of_one_function_keep_their_own_results():
+    said = [user()]
+    for words in ("A", "B"):
+        said += [{"role": "assistant", "function_call": {"name": "f", "arguments": "{}"}}]
+        said += [{"role": "function", "name": "f", "content": words}]
+    turns = router.tidy_messages(read(said).messages)
+    calls = [block.id for turn in turns for block in turn.blocks if isinstance(block, ToolCall)]
+    results = [block for turn in turns for block in turn.blocks if isinstance(block, ToolResult)]
+    assert len(set(calls)) == 2 and [result.call_id for result in results] == calls
+    assert [result.blocks for result in results] == [[Text("A")], [Text("B")]]
+
+
 @pytest.mark.parametrize(
     "part, block",
     [
