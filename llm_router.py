@@ -6970,10 +6970,12 @@ def strict_turns(body: Json) -> Optional[Json]:
     return {**body, "messages": turns} if turns != body.get("messages") else None
 
 
-# Formats beyond OpenAI's list for strict schemas; patterns with Unicode classes, look-around or names; notes.
+# Formats beyond OpenAI's list for strict schemas; patterns with Unicode classes, look-around or names; notes; bounds
+# that Gemini does not know, behind whatever gateway (databricks/unity-gateway#491): Claude Code and opencode tell such.
 _ODD_IN_SCHEMA = re.compile(
-    r"format: (?!(?:date-time|date|time|duration|email|hostname|ipv4|ipv6|uuid)$)"
+    r"format: (?!(?:date-time|date|time|duration|email|hostname|ipv4|ipv6|uuid)?$)"
     r"|pattern: .*(?:\\[pPkK]|\(\?[=!<])|\$(?:schema|id|comment): "
+    r"|(?:exclusiveM(?:in|ax)imum|multipleOf|uniqueItems|propertyNames): "
 )
 
 # Keywords whose value maps names to schemas, and those that hold a schema or a list of them.
@@ -6982,16 +6984,15 @@ _SCHEMA_PLACES = ("items", "prefixItems", "anyOf", "oneOf", "allOf", "not")
 
 
 def plain_schema(schema: Any, place: str = "items") -> Any:
-    """A JSON schema in the words that strict upstreams take (traps 91 to 93): without odd formats, patterns and notes,
-    `const` as `enum`, and `true` and `false` as the objects that mean them, which Moonshot and Gemini demand
-    (can1357/oh-my-pi#5604, #5980). A property may bear any such name: its value is no string. place: where it stands.
-    """
+    """A JSON schema in the words that strict upstreams take (traps 91 to 93): without what is odd, `const` as `enum`,
+    and `true` and `false` as the objects that mean them, which Moonshot and Gemini demand (can1357/oh-my-pi#5604,
+    #5980). A property may bear any such name. place: where it stands."""
     if isinstance(schema, bool) and place in _SCHEMA_PLACES:
         return {} if schema else {"not": {}}
     if not isinstance(schema, dict):
         return [plain_schema(one, place) for one in schema] if isinstance(schema, list) else schema
     is_map = place in _SCHEMA_MAPS
-    words = {k: one for k, one in schema.items() if not (isinstance(one, str) and _ODD_IN_SCHEMA.match(k + ": " + one))}
+    words = {k: one for k, one in schema.items() if is_map or not _ODD_IN_SCHEMA.match(k + ": " + as_text(one))}
     if "const" in words and not is_map:
         words["enum"] = [words.pop("const")]
     return {key: plain_schema(one, "items" if is_map else key) for key, one in words.items()}

@@ -438,9 +438,12 @@ SCHEMAS = [
     ({"properties": {"no": False, "any": True, "const": True}}, {"properties": {"no": {"not": {}}, "any": {}, "const": {}}}),
     ({"$defs": {"items": True}, "items": {"properties": {"properties": True}}},
      {"$defs": {"items": {}}, "items": {"properties": {"properties": {}}}}),
-    ({"additionalProperties": False, "uniqueItems": True, "default": True, "enum": [True]},
-     {"additionalProperties": False, "uniqueItems": True, "default": True, "enum": [True]}),
+    ({"additionalProperties": False, "readOnly": True, "default": True, "enum": [True]},
+     {"additionalProperties": False, "readOnly": True, "default": True, "enum": [True]}),
     ({"type": ["string", "null"]}, {"type": ["string", "null"]}),
+    ({"type": "integer", "exclusiveMinimum": 0, "multipleOf": 2, "maximum": 9}, {"type": "integer", "maximum": 9}),
+    ({"type": "object", "propertyNames": {"type": "string"}, "properties": {"multipleOf": {}}},
+     {"type": "object", "properties": {"multipleOf": {}}}),
 ]
 
 
