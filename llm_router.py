@@ -11499,6 +11499,24 @@ def _dial_error(error: Exception, where: str) -> RouterError:
     return UpstreamError("cannot connect to %s: %s" % (where, one_line(str(error) or label, 160)), label)
 
 
+def read_proxy(url: str) -> Optional[Tuple[str, int, Dict[str, str]]]:
+    """Host and port of an HTTP proxy, and the headers that it wants; None for "" and `none`. OSError for any other."""
+    if url in ("", "none"):
+        return None
+    try:
+        parts = urlsplit(url if "://" in url else "http://" + url)
+        host, port = parts.hostname if parts.scheme == "http" else "", parts.port or 80
+    except ValueError:  # whose words may quote a part of the password
+        host = ""
+    if not host:
+        raise OSError("its proxy is not an http:// URL")
+    headers = {}
+    if parts.username:
+        login = "%s:%s" % (unquote(parts.username), unquote(parts.password or ""))
+        headers["Proxy-Authorization"] = "Basic " + base64.b64encode(login.encode()).decode()
+    return host, port, headers
+
+
 class Network:
     """How this machine reaches the outside: proxy variables, and one TLS context for each set of certificates.
 
@@ -11531,25 +11549,10 @@ class Network:
             return self._contexts[path]
 
     def proxy_for(self, key: UpstreamKey) -> Optional[Tuple[str, int, Dict[str, str]]]:
-        """The HTTP proxy for an upstream (host, port, headers): its provider's own, else by HTTPS_PROXY, HTTP_PROXY,
-        ALL_PROXY and NO_PROXY; None without."""
+        """Its provider's own proxy, else that of HTTPS_PROXY, HTTP_PROXY and ALL_PROXY, past which NO_PROXY leads."""
         if not key.proxy and (is_loopback(key.host) or self._is_exempt(key)):
             return None
-        url = key.proxy or self._variable(key.scheme + "_proxy") or self._variable("all_proxy")
-        if url in ("", "none"):
-            return None
-        try:
-            parts = urlsplit(url if "://" in url else "http://" + url)
-            host, port = parts.hostname if parts.scheme == "http" else "", parts.port or 80
-        except ValueError:  # whose words may quote a part of the password
-            host = ""
-        if not host:
-            raise OSError("its proxy is not an http:// URL")
-        headers = {}
-        if parts.username:
-            login = "%s:%s" % (unquote(parts.username), unquote(parts.password or ""))
-            headers["Proxy-Authorization"] = "Basic " + base64.b64encode(login.encode()).decode()
-        return host, port, headers
+        return read_proxy(key.proxy or self._variable(key.scheme + "_proxy") or self._variable("all_proxy"))
 
     def _variable(self, name: str) -> str:
         return self._environ.get(name) or self._environ.get(name.upper()) or ""
@@ -15242,13 +15245,6 @@ _PROBES_AT_ONCE = 8
 _LISTING_LIMIT_S = 20.0
 
 
-class ProbeHost:
-    """The effects of a probe (see PROBE)."""
-
-    def __init__(self, loop: Any, upstreams: Upstreams) -> None:
-        self.now, self.wall, self.send, self.gather = loop.time, time.time, upstreams.send, gather_some
-
-
 async def gather_some(function: Callable[..., Any], arguments: Iterable[Tuple[Any, ...]]) -> List[Any]:
     """What `function` returns for each tuple of arguments, awaited a few at a time."""
     import asyncio
@@ -15266,10 +15262,12 @@ async def run_probe(plan: ProbePlan, settings: Settings, environ: Environ, ends:
     """What a probe finds. `ends` is told ten times a second what is known by then, and whether that is enough is what
     it returns."""
     import asyncio
+    from types import SimpleNamespace
 
     loop = asyncio.get_running_loop()
     upstreams = Upstreams(loop, settings, environ)
-    probe = Probe(plan, settings, ProbeHost(loop, upstreams))
+    host = SimpleNamespace(now=loop.time, wall=time.time, send=upstreams.send, gather=gather_some)
+    probe = Probe(plan, settings, host)
     task, until = loop.create_task(probe.run()), loop.time() + plan.limit_s
     try:
         while not (await asyncio.wait([task], timeout=0.1))[0]:
@@ -15374,12 +15372,14 @@ def _examine_network(environ: Environ) -> Iterable[Finding]:
         url = environ.get(name.lower(), "") or environ.get(name, "")
         if url:
             yield Finding("ok", "proxy", "%s=%s" % (name, mask_url(url)))
-        if name in ("HTTPS_PROXY", "ALL_PROXY") and re.match("(?!http://).*://", url, re.IGNORECASE):
+        try:
+            read_proxy("" if name == "NO_PROXY" else url)
+        except OSError:
             yield Finding("problem", "proxy", name + " is none that speaks HTTP", "name an http:// proxy")
-    for name in ("SSL_CERT_FILE", "LLM_ROUTER_CA_BUNDLE"):
-        bundle = environ.get(name, "")
-        if bundle and not os.path.isfile(os.path.expanduser(bundle)):
-            yield Finding("problem", "certificates", "%s names no file: %s" % (name, bundle), "correct or unset it")
+    for name, read in (("SSL_CERT_FILE", str), ("LLM_ROUTER_CA_BUNDLE", os.path.expanduser)):  # OpenSSL expands no ~
+        path = environ.get(name, "")
+        if path and not os.path.isfile(read(path)):
+            yield Finding("problem", "certificates", "%s names no file: %s" % (name, path), "correct or unset it")
 
 
 def _examine_clients(environ: Environ, ports: Set[int]) -> Iterable[Finding]:
@@ -15734,6 +15734,8 @@ class _Painter:
         self._curses.endwin()
         try:
             job.run(self._effects)
+            if self._ended:  # which it may have taken for somebody's Ctrl-C
+                raise KeyboardInterrupt
             input("\nEnter goes back to the menu ")
         except (EOFError, KeyboardInterrupt):
             if self._ended:

@@ -137,10 +137,25 @@ def test_variables_that_lead_clients_elsewhere_are_shown(doctor, account, monkey
 
 def test_a_proxy_that_speaks_no_http_and_certificates_that_are_not_there_are_problems(doctor, account, monkeypatch):
     monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:1080")
+    monkeypatch.setenv("HTTPS_PROXY", "http://proxy.example:99999")
+    monkeypatch.setenv("HTTP_PROXY", "socks5://127.0.0.1:1080")
+    monkeypatch.setenv("NO_PROXY", "a.example, 10.0.0.1:80")
     monkeypatch.setenv("LLM_ROUTER_CA_BUNDLE", "/nowhere/ca.pem")
     code, levels, text = doctor(document(account), "--offline")
-    assert code == 1 and levels["proxy"] == levels["certificates"] == "problem"
-    assert "ALL_PROXY" in text and "LLM_ROUTER_CA_BUNDLE names no file" in text
+    assert code == 1 and levels["certificates"] == "problem"
+    assert text.count("_PROXY is none that speaks HTTP") == 3 and "NO_PROXY is" not in text
+    assert "LLM_ROUTER_CA_BUNDLE names no file" in text
+
+
+def test_certificates_are_looked_for_where_each_variable_is_read(doctor, account, monkeypatch, tmp_path):
+    """OpenSSL reads SSL_CERT_FILE and expands no `~`."""
+    (tmp_path / "ca.pem").write_text("")
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, str(tmp_path))
+    monkeypatch.setenv("LLM_ROUTER_CA_BUNDLE", "~/ca.pem")
+    assert "names no file" not in doctor(document(account), "--offline")[2]
+    monkeypatch.setenv("SSL_CERT_FILE", "~/ca.pem")
+    assert "SSL_CERT_FILE names no file" in doctor(document(account), "--offline")[2]
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells who has a port")

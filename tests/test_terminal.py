@@ -309,6 +309,20 @@ def test_ctrl_c_while_the_file_is_saved_stops_that_and_keeps_the_changes(monkeyp
     assert painter.run(Keyboard("\n", "d", "s", "\n", look, "q", "j", "\n")) == 0
 
 
+def test_a_signal_that_an_effect_takes_for_ctrl_c_ends_the_menu_all_the_same(monkeypatch):
+    ended = []
+
+    def deploy(job):
+        ended.append(signal.SIGTERM)
+
+    monkeypatch.setitem(sys.modules, "curses", Curses())
+    monkeypatch.setattr(r, "_bracket_pasted", lambda wanted: None)
+    monkeypatch.setattr("builtins.input", lambda *_: "")
+    menu = r.make_menu({"providers": []}, r.Facts(effects=("deploy",)))
+    with pytest.raises(KeyboardInterrupt):
+        r._Painter(menu, {"deploy": deploy}, ended).run(Keyboard(*"jjjjjjjj\n", lambda: pytest.fail("it goes on")))
+
+
 def test_prompts_that_are_interrupted_say_what_is_not_saved(monkeypatch, capsys):
     answers = iter(["1", "d 1"])
 
