@@ -12601,8 +12601,6 @@ class BodyBudget:
 class Server(BodyBudget):
     """The listener and its connections. `handle(call, sink)` answers one request."""
 
-    refused: Callable[[HttpError, str], str] = staticmethod(lambda *_: "")  # is told of it, and returns its id
-
     def __init__(
         self, loop: Any, settings: Settings, handle: Callable[[Call, Any], Any], failed: Callable[[BaseException], None]
     ) -> None:
@@ -12612,6 +12610,7 @@ class Server(BodyBudget):
         self.limits = HttpLimits(max_body_bytes=settings.max_body_bytes)
         self.most_connections = settings.max_connections
         self.draining = False
+        self.refused: Callable[[HttpError, str], str] = lambda *_: ""  # is told of it, and returns its id
         self.port = 0
         self.connections: Dict[Any, str] = {}
         self._peers: Dict[str, int] = {}
@@ -13932,13 +13931,11 @@ class Router(CountingHost):
             return
         status, body = 401, {"error": "the control channel needs its token"}
         if find_caller(Access(True, (self.token.encode(),)), call.headers) is not None:
-            verb = call.path[len(_CONTROL) :]
-            restarts = (call.method, verb) == ("POST", "restart")
-            status, body = await self._restart() if restarts else self._control(call.method, verb)
+            status, body = await self._control(call.method, call.path[len(_CONTROL) :])
         headers = _JSON_HEADERS + _REFUSAL_HEADERS.get(status, [])
         await sink.respond(status, headers, dump_json(dict(body, instance=self.id) if status != 401 else body))
 
-    def _control(self, method: str, verb: str) -> Tuple[int, Json]:
+    async def _control(self, method: str, verb: str) -> Tuple[int, Json]:
         name, _, argument = verb.partition("/")
         if method == "GET" and name == "status":
             return 200, self.status()
@@ -13949,8 +13946,8 @@ class Router(CountingHost):
             if record and record["usage"]:
                 record["cost"] = cost_of(record["model"], record["usage"].values(), self.costs)
             return (200, {"trail": record}) if record else (404, {"error": "that request is not remembered (any more)"})
-        if method == "POST" and name == "reload":
-            return self.try_reload()
+        if method == "POST" and name in ("reload", "restart"):
+            return self.try_reload() if name == "reload" else await self._restart()
         if method == "POST" and name in ("admit", "dismiss"):
             self._change_guests(name, argument)
             return 200, {}
@@ -15888,7 +15885,8 @@ class Given:
             return loaded
         made = preset_document(self.environ) if presets and not self.config else None
         if made is None:
-            raise ConfigError("no configuration: %s does not exist; %s" % (one_line(loaded.path), WAYS_ON))
+            ways = WAYS_ON if presets else WAYS_ON.partition("; or set a key variable")[0]
+            raise ConfigError("no configuration: %s does not exist; %s" % (one_line(loaded.path), ways))
         names = ", ".join(provider["apiKeyEnv"] for provider in made["providers"])
         return Loaded(made, "the key variables %s (there is no %s)" % (names, one_line(loaded.path)), loaded.path)
 
@@ -15940,6 +15938,10 @@ class Command(NamedTuple):
 _CONFIG = Flag("config", "text", "the configuration file, default " + CONFIG_PATH)
 _AS_JSON = Flag("json", "bool", "answer as JSON")
 _PROMPTS = Flag("prompts", "bool", "the menu as numbered prompts, line by line, also through a pipe")
+_AUTH_FLAGS = (
+    Flag("require-auth", "bool", "answer only requests that show the master key"),
+    Flag("allow-unauthenticated", "bool", "allow an address that others can reach without auth"),
+)
 _COMMON = (
     Flag("debug", "bool", "show the traceback of an error"),
     Flag("version", "bool", "show the version"),
@@ -15980,6 +15982,7 @@ CONFIG_FLAGS: Tuple[Flag, ...] = (
     Flag("out", "text", "file for the exported configuration, keys included, mode 0600"),
     Flag("show-secrets", "bool", "print keys as they are"),
     Flag("client-key", "secret", "the client's key; - reads it from stdin; without it one is made and printed once"),
+    *_AUTH_FLAGS,
     _PROMPTS,
 )
 
@@ -15994,8 +15997,7 @@ START_FLAGS: Tuple[Flag, ...] = (
     _CONFIG,
     _GRACE,
     Flag("watch-config", "bool", "apply changes of the file while running, default true"),
-    Flag("require-auth", "bool", "answer only requests that show the master key"),
-    Flag("allow-unauthenticated", "bool", "allow an address that others can reach without auth"),
+    *_AUTH_FLAGS,
     Flag("check", "bool", "start, and end at once: whether it could serve"),
     Flag("detach", "bool", "serve in the background; the log goes to --log-file, default " + LOG_PATH),
     *map(_setting_flag, SETTINGS),
@@ -16427,9 +16429,11 @@ def _probe_warnings(report: ProbeReport) -> List[str]:
 def run_startup(given: Given) -> int:
     """`--operation=startup-install`, `-status`, `-uninstall`: start with the machine."""
     verb, home = given.operation.partition("-")[2], os.path.expanduser("~")
+    auth = {name: True for name in ("require_auth", "allow_unauthenticated") if given.flags.get(name)}
     if verb == "install":  # a service that cannot start helps nobody
-        _warn_of_lost_keys(read_start_options(Given(given.environ, {"config": given.path})))
-    argv = [sys.executable, os.path.realpath(__file__), "start", "--config=" + given.path]
+        _warn_of_lost_keys(read_start_options(Given(given.environ, {"config": given.path, **auth})))
+    words = ["--config=" + given.path, *("--%s=true" % name.replace("_", "-") for name in auth)]
+    argv = [sys.executable, os.path.realpath(__file__), "start", *words]
     service = make_service(sys.platform, home, argv, service_variables(given.environ), os.path.expanduser(LOG_PATH))
     if verb == "install":
         state, (left, said) = "installed", install_service(service)
@@ -16446,9 +16450,11 @@ def run_startup(given: Given) -> int:
 
 
 def _warn_of_lost_keys(options: StartOptions) -> None:
-    """Keys that only this shell's variables hold will be missing where no shell has set them."""
-    stored = read_config(options.loaded.document, {}).providers
-    lost = [one.id for one, bare in zip(options.config.providers, stored) if one.api_key and not bare.api_key]
+    """Warn of keys that only this shell's variables hold, which a service lacks. UsageError for the master key."""
+    stored = read_config(options.loaded.document, {})
+    if options.require_auth and not stored.master_key and not stored.client_keys:
+        raise UsageError("a service has no variable's key: llm-router config --operation=set-master-key stores one")
+    lost = [one.id for one, bare in zip(options.config.providers, stored.providers) if one.api_key and not bare.api_key]
     cure = "llm-router config --operation=upsert-provider --provider-id=%s --api-key=- stores it"
     _warn("a service does not have the variable with the key of %s; %s" % (id, cure % id) for id in lost)
 
@@ -16527,7 +16533,8 @@ OPERATIONS: Tuple[Command, ...] = (
                "provider-id"),
     _operation("test-provider", run_test_provider, "ask a provider in every format: what works, with which key style",
                "--provider-id=openrouter", "provider-id", "models formats"),
-    _operation("startup-install", run_startup, "start with the machine: launchd, systemd or a Windows task"),
+    _operation("startup-install", run_startup, "start with the machine: launchd, systemd or a Windows task",
+               "--require-auth", takes="require-auth allow-unauthenticated"),
     _operation("startup-status", run_startup, "show whether it starts with the machine"),
     _operation("startup-uninstall", run_startup, "start with the machine no longer"),
     _operation("validate", run_validate, "show every problem with its place and cure", "--json"),
@@ -17288,10 +17295,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
 def _report(error: Exception, argv: Sequence[str]) -> int:
     """Say on stderr what went wrong and return the exit code."""
-    import traceback
-
     if any(re.fullmatch("--debug(=(1|true|yes|on))?", word.lower()) for word in argv):
-        traceback.print_exc()
+        sys.excepthook(type(error), error, error.__traceback__)
     text = getattr(error, "message", "") or "%s: %s (--debug shows more)" % (type(error).__name__, error)
     tell_aside("llm-router: " + text)
     return 2 if isinstance(error, UsageError) else 1

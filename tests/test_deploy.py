@@ -551,6 +551,9 @@ def test_a_missing_key_is_not_called_a_weak_one_and_without_a_provider_nothing_i
     assert "there is no master key" in desk.run("deploy", "--use-wrangler=false", code=2).stderr
     desk.configure(document_of(providers=[], defaultModel=""))
     assert "no enabled provider" in desk.run("deploy", "--use-wrangler=false", code=2).stderr
+    (desk.folder / ".llm-router.json").unlink()
+    said = desk.run("deploy", "--use-wrangler=false", code=2).stderr
+    assert "upsert-provider" in said and "OPENAI_API_KEY" not in said  # which deploy makes nothing of
     assert desk.cloudflare.calls == []
 
 

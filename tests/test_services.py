@@ -195,3 +195,23 @@ def test_a_tool_that_cannot_tell_the_state_is_not_taken_for_the_state(linux, cap
     (linux / "tools" / "systemctl").write_text("#!/bin/sh\necho inactive\nexit 3\n")
     assert r.main(["config", "--operation=startup-status"]) == 0
     assert capsys.readouterr().out == "inactive\n"
+
+
+@unix
+def test_a_service_may_require_auth_by_a_key_that_is_stored(linux, capsys, monkeypatch):
+    monkeypatch.setenv("LLM_ROUTER_MASTER_KEY", "planted-secret-of-this-shell")
+    assert r.main(["config", "--operation=startup-install", "--require-auth"]) == 2
+    assert not (linux / UNIT).exists() and "set-master-key" in capsys.readouterr().err
+    assert r.main(["config", "--operation=set-master-key", "--generate"]) == 0
+    assert r.main(["config", "--operation=startup-install", "--require-auth"]) == 0
+    assert '" "--require-auth=true"\n' in (linux / UNIT).read_text()
+    assert "planted-secret" not in (linux / UNIT).read_text()
+
+
+@unix
+def test_a_service_on_every_address_needs_the_same_word_as_start(linux, capsys, monkeypatch):
+    monkeypatch.setenv("LLM_ROUTER_HOST", "0.0.0.0")
+    assert r.main(["config", "--operation=startup-install"]) == 2
+    assert "--allow-unauthenticated=true" in capsys.readouterr().err
+    assert r.main(["config", "--operation=startup-install", "--allow-unauthenticated=true"]) == 0
+    assert '" "--allow-unauthenticated=true"\n' in (linux / UNIT).read_text()
