@@ -809,6 +809,7 @@ _JSON_PIECE = re.compile(r'"(?:[^"\\]|\\.)*"|[][{}]|[^][{}:,\s"]+')  # all but c
 def locate_problems(problems: Iterable[Problem], text: str) -> List[Problem]:
     """The problems of a document in the order of its `text`, with line and column where what they name begins; what
     is missing is shown at what should hold it. Keys that are written twice are further problems, seen in text only."""
+    text = text.removeprefix("\ufeff")
     places, twice = _find_places(text)
     doubled = [Problem(path, "is written twice, the last one counts", "remove one", "warning") for path in twice]
     located, starts = [], [0, *(found.end() for found in re.finditer("\n", text))]  # of each line
@@ -3332,7 +3333,8 @@ def tidy_messages(messages: Iterable[Message]) -> List[Message]:
 
 
 def _without_blanks(blocks: Iterable[Any]) -> Blocks:
-    return [block for block in blocks if getattr(block, "text", "-").strip() or block.extra]
+    """What a block of text has besides is nothing without words, save what proves that there was reasoning."""
+    return [b for b in blocks if getattr(b, "text", "-").strip() or (b.extra and isinstance(b, Thinking))]
 
 
 def _join_turns(messages: Iterable[Message]) -> List[Message]:
@@ -4926,9 +4928,10 @@ def _anthropic_block(item: Any, path: str) -> Any:
     return Opaque(_ANTHROPIC, item)
 
 
-def _anthropic_shown(item: Json, *words: str) -> Text:
-    """A block that others see as text (trap 107), and this format as it came."""
-    return Text("\n".join(filter(None, words)), {_ANTHROPIC: {"block": item}})
+def _anthropic_shown(item: Json, *words: str) -> Any:
+    """A block that others see as text (trap 107), if there are words in it, and this format as it came."""
+    text = "\n".join(filter(None, words))
+    return Text(text, {_ANTHROPIC: {"block": item}}) if text else Opaque(_ANTHROPIC, item)
 
 
 def _anthropic_media(item: Json, path: str) -> Any:

@@ -1181,6 +1181,12 @@ def test_what_is_no_json_is_told_in_a_moment_however_long_it_is(text):
     assert time.process_time() - began < 10
 
 
+def test_a_byte_order_mark_moves_no_place():
+    text = '{\n "nobody": 1,\n "knows": 2}'
+    problems = r.find_problems(r.parse_config_text(text, "f"))
+    assert r.locate_problems(problems, "\ufeff" + text) == r.locate_problems(problems, text)
+
+
 def test_thousands_of_problems_are_found_in_a_long_text_in_a_moment():
     began, problems = time.process_time(), [r.Problem("b", "is odd", "mend it")] * 20_000
     found = r.locate_problems(problems, "{" + "\n" * 2_000_000 + ' "b": 1}')

@@ -594,6 +594,25 @@ def test_a_comment_does_not_start_the_numbers_of_a_broken_stream_anew():
     assert b'"sequence_number":5,' in relay.fail(R.ErrorInfo(502, "the upstream's answer broke off: reset"))
 
 
+@pytest.mark.parametrize("target", sorted(R.WIRE_FORMATS))
+@pytest.mark.parametrize("more", [{"cache_control": {"type": "ephemeral"}}, {"citations": [{"cited_text": "x"}]}], ids=["cache", "cite"])
+@pytest.mark.parametrize("blank", ["", " \n"], ids=["empty", "space"])
+def test_a_text_without_words_is_left_out_whatever_it_has_besides(blank, more, target):
+    """Trap 82."""
+    part = {"type": "text", "text": blank, **more}
+    turns = [{"role": "user", "content": [part, {"type": "text", "text": "hi"}]}, {"role": "assistant", "content": [part]}]
+    body = {"model": "m", "max_tokens": 16, "messages": turns}
+    plain = dict(body, messages=[{"role": "user", "content": "hi"}])
+    assert R.translate_request(body, "anthropic", target)[1] == R.translate_request(plain, "anthropic", target)[1]
+
+
+def test_a_document_without_words_is_kept_for_anthropic_and_becomes_a_note_for_others():
+    empty = {"type": "document", "source": {"type": "text", "media_type": "text/plain", "data": ""}}
+    body = {"model": "m", "max_tokens": 16, "messages": [{"role": "user", "content": [empty, {"type": "text", "text": "hi"}]}]}
+    assert R.translate_request(body, "anthropic", "anthropic")[1]["messages"][0]["content"][0] == empty
+    assert R.translate_request(body, "anthropic", "openai")[1]["messages"][0]["content"] == "[document left out]\n\nhi"
+
+
 def test_arguments_with_a_number_beyond_all_floats_reach_an_anthropic_client_as_json():
     """Trap 42. Python reads 1e999 as infinity and writes that as `Infinity`, on which a client's JSON.parse fails."""
     call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": '{"n": 1e999}'}}
