@@ -3393,12 +3393,10 @@ def text_of_media(media: Media) -> Optional[str]:
     """The words of a text document that came as base64; None for anything else (trap 105)."""
     media_type = media.media_type.lower().split(";")[0].strip()
     is_text = media_type.startswith("text/") or media_type == "application/json"
-    if media.kind != "document" or not media.data or not is_text:
-        return None
-    try:
-        return base64.b64decode("".join(media.data.split()), validate=True).decode("utf-8", "replace")
-    except ValueError:
-        return None
+    with suppress(ValueError):
+        if media.kind == "document" and media.data and is_text:
+            return base64.b64decode("".join(media.data.split()), validate=True).decode("utf-8", "replace")
+    return None
 
 
 def note_of_media(media: Media) -> str:
@@ -3561,7 +3559,7 @@ def _innermost_error(value: Any, depth: int) -> Json:
     outer = as_dict(value)
     for key in ("error", "message", "detail", "msg", "error_message", "title", "errors", "base_resp"):
         inner = _innermost_error(outer[key], depth - 1) if outer.get(key) and depth else {}
-        if key == "msg" and get_list(outer, "loc"):  # pydantic: which field it is
+        if key == "msg" and inner and get_list(outer, "loc"):  # pydantic: which field it is
             inner["message"] = "%s: %s" % (".".join(map(str, outer["loc"])), inner["message"])
         if inner.get("message"):
             return {**outer, **inner} if key == "error" else {**inner, **outer, "message": inner["message"]}
@@ -8098,11 +8096,10 @@ class Requests:
     def issuer(self, provider: str) -> str:
         """The provider in this conversation, which its client and first words tell from others: call ids may recur."""
         if not self._conversation:
-            try:
+            first = ""
+            with suppress(RouterError):  # what cannot be read here is passed through all the same
                 texts = (join_text(message.blocks) for message in self.neutral.messages if message.role == "user")
                 first = next(filter(None, texts), "")
-            except RouterError:
-                first = ""  # what cannot be read here is passed through all the same
             words = "%s\0%s" % (self._owner, first)
             self._conversation = hashlib.sha256(words.encode("utf-8", "surrogatepass")).hexdigest()
         return "%s %s" % (provider, self._conversation)

@@ -329,6 +329,32 @@ def test_a_hostile_data_url_costs_no_memory(piece):
         tracemalloc.stop()
 
 
+
+ERROR_KEYS = [*R._TELLING_KEYS, "loc", "headers", "retry_after", "resets_at", "base_resp", "status_code", "status_msg", "success", "detail"]
+
+
+def odd_error(rng, depth=4):
+    """An object of the keys that error bodies have, in any order and with anything under them."""
+    if depth == 0 or rng.random() < 0.3:
+        return rng.choice([*ODD, "429", '{"error": {"message": "m"}}', "try again in 5s"])
+    if rng.random() < 0.2:
+        return [odd_error(rng, depth - 1) for _ in range(rng.randint(0, 3))]
+    return {rng.choice(ERROR_KEYS): odd_error(rng, depth - 1) for _ in range(rng.randint(0, 5))}
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_error_body_is_too_odd_to_be_judged_and_shown(seed):
+    rng = random.Random(seed)
+    for _ in range(100):
+        body = odd_error(rng)
+        outcome = R.judge_error("openai", rng.choice([400, 401, 422, 429, 500]), [], json.dumps(body).encode(), 1e9)
+        told = R.judge_in_band(R.read_error(200, body), [], "openai", 1e9)
+        for error in (outcome.error, told.error):
+            assert error.message
+            for wire in R.WIRE_FORMATS.values():
+                R.dump_json(wire.render_error(error, "id"))
+
+
 TRICKY = [R._REQUEST_LINE, R._FIELDS, R._FIELD_LINE, R._HOST, R._CODINGS_THEN_CHUNKED, R._FOLD, R._ANSWER_FIELDS]
 
 

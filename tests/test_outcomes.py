@@ -197,6 +197,7 @@ SIGNALS = [
     ("no model, other words", 400, error("x is not a valid model ID"), R.NOT_FOUND),
     ("no deployment", 404, error("The API deployment does not exist", "x", "DeploymentNotFound"), R.NOT_FOUND),
     ("a plain 400", 400, error("Unsupported parameter: 'max_tokens'", "invalid_request_error", "unsupported_parameter"), R.INVALID),
+    ("a validation error without words", 422, {"detail": [{"type": "missing", "loc": ["body", "messages"]}]}, R.INVALID),
     ("a validation error", 422, {"detail": [{"type": "missing", "loc": ["body", "messages"], "msg": "Field required", "input": {}}]}, R.INVALID),
     ("text", 400, b"Bad Request", R.INVALID),
 ]  # fmt: skip
