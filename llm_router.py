@@ -12982,7 +12982,7 @@ class LogWriter(Batches):
         self._lines: Any = deque()
         self._limit = limit
         self._dropped = 0
-        super().__init__("llm-router-log", 0.05)  # one line costs more than a request's own work
+        super().__init__("llm-router-log", 0.2)  # a line by itself costs as much as half a request
 
     def add(self, trail: Trail) -> None:
         """Queue the line of a request that has ended."""
