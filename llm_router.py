@@ -3724,8 +3724,7 @@ def _chat_parts(content: Any, path: str) -> Blocks:
 
 def _chat_part(value: Any, path: str) -> Any:
     item = {"text": value} if isinstance(value, str) else check_kind(value, (dict,), path)
-    kind = item.get("type", "text" if isinstance(item.get("text"), str) else "")
-    reader = _CHAT_READERS.get(as_text(kind))
+    reader = _CHAT_READERS.get(as_text(item.get("type", "text" if isinstance(item.get("text"), str) else "")))
     return reader(item, path) if reader else Opaque(_CHAT, item)
 
 
@@ -3860,8 +3859,7 @@ def _chat_reasoning(effort: str, own: Json, thinking: Json) -> Optional[Reasonin
     kind = thinking.get("type")
     if kind == "disabled" or own.get("enabled") is False:
         return Reasoning("none")
-    words = effort.lower(), get_text(own, "effort").lower()
-    effort = next((word for word in words if word in EFFORT_BUDGETS), "")
+    effort = next((word for word in (effort.lower(), get_text(own, "effort").lower()) if word in EFFORT_BUDGETS), "")
     budget = as_int(own.get("max_tokens")) or as_int(thinking.get("budget_tokens"))
     is_on = own.get("enabled") is True or kind == "enabled"  # the latter at DeepSeek and z.ai
     adaptive = kind == "adaptive" or (is_on and not effort and not budget)
@@ -3980,8 +3978,7 @@ def _openai_schema(schema: Json) -> Json:
     """The parameters of a function; an object without properties is refused by some (trap 94)."""
     if not any(key in schema for key in ("type", "anyOf", "oneOf", "allOf", "$ref")):
         schema = {"type": "object", **schema}
-    is_bare = schema.get("type") == "object" and "properties" not in schema
-    return {**schema, "properties": {}} if is_bare else schema
+    return {**schema, "properties": {}} if schema.get("type") == "object" and "properties" not in schema else schema
 
 
 def _write_chat_turn(message: Message) -> List[Json]:
@@ -4078,11 +4075,16 @@ def _write_chat_part(block: Any) -> List[Json]:
         form = {"mpeg": "mp3", "x-wav": "wav", "wave": "wav"}.get(form, form)
         return [{"type": "input_audio", "input_audio": {"data": block.data, "format": form}}]
     if kind == "document" and block.data and block.media_type in ("", "application/pdf"):
-        file = {"filename": block.name or "document.pdf", "file_data": url_of_media(block, "application/pdf")}
+        file = {"filename": _file_name(block), "file_data": url_of_media(block, "application/pdf")}
         return [{"type": "file", "file": file}]
     words = text_of_media(block) if kind == "document" else None
     text = _plain_text(block) if words is None else "\n".join(filter(None, (block.name, words))) or "(empty document)"
     return _text_part(block, text)
+
+
+def _file_name(block: Media) -> str:
+    """OpenAI knows a file's kind by the ending of its name, which the title of a document may lack."""
+    return block.name if re.search(r"\.[A-Za-z]\w{1,4}$", block.name) else (block.name or "document") + ".pdf"
 
 
 def _text_part(block: Any, text: str) -> List[Json]:
@@ -4126,8 +4128,7 @@ def parse_chat_response(body: Json, context: Context) -> ChatResponse:
 
 
 def _first_count(*values: Any) -> int:
-    counts = [as_int(value) for value in values if value]
-    return next(filter(None, counts), 0)
+    return next(filter(None, [as_int(value) for value in values if value]), 0)
 
 
 def _chat_usage(usage: Json) -> Usage:
@@ -4223,8 +4224,7 @@ class _Slot:
         one around it: after `:`, `,` or `[` a repetition must be known as such."""
         if 0 < self.size <= len(text) and text[0] == "{" and self.block.kind == "function":
             so_far = "".join(self.pieces)
-            may_nest = so_far.rstrip().endswith((":", ",", "["))
-            if text.startswith(so_far) and (self.is_cumulative or not may_nest):
+            if text.startswith(so_far) and (self.is_cumulative or not so_far.rstrip().endswith((":", ",", "["))):
                 self.is_cumulative = True
                 text = text[self.size :]
         if text:
@@ -4438,8 +4438,7 @@ class ChatStreamParser:
                 can_open = text.strip() or len(text) >= _MAX_HELD or (is_end and is_last and not self._types)
             if can_open and not slot.is_open:
                 if kind is ToolCall:
-                    made_up = "call_%s_%d" % (self._context.id, len(self._ids))
-                    call.id = unique_id(slot.id or made_up, self._ids)
+                    call.id = unique_id(slot.id or "call_%s_%d" % (self._context.id, len(self._ids)), self._ids)
                 slot.is_open = True
                 self._types.add(kind)
                 self._out.append(Opened(call))
@@ -5498,8 +5497,7 @@ class AnthropicStreamRenderer:
     def _first_delta(self, text: str) -> bytes:
         """The slow path: opens a text or reasoning block, or looks at the first character of a tool's arguments."""
         row = _ANTHROPIC_BY_BLOCK.get(type(self._block))
-        is_odd = row is None or (row.block is ToolCall and not text.lstrip().startswith("{"))
-        if is_odd or self._pieces:
+        if row is None or (row.block is ToolCall and not text.lstrip().startswith("{")) or self._pieces:
             self._pieces.append(text)
             return b""
         out = self._show_text()
@@ -5985,7 +5983,7 @@ def _responses_render_part(block: Any, role: str) -> Optional[Json]:
     if block.kind == "image":
         detail = get_text(own_extra(block, _CHAT), "detail") or "auto"
         return {"type": "input_image", "image_url": url_of_media(block), "detail": detail}
-    name = {"filename": block.name or "document.pdf"} if block.name or not block.url else {}  # OpenAI wants an ending
+    name = {"filename": _file_name(block)} if block.name or not block.url else {}
     return {"type": "input_file", "file_url" if block.url else "file_data": url_of_media(block), **name}
 
 
@@ -6185,8 +6183,7 @@ class ResponsesParser(TypedEventParser):
     def _blocks(self, state: _ResponsesItem, item: Json) -> Blocks:
         """The blocks of an item; they keep its id, unless the router made it, and its phase."""
         tail = "_%s_%d" % (self._context.id, state.index)
-        is_ours = get_text(item, "id").endswith(tail)
-        bag = _responses_kept(item, *(("phase",) if is_ours else ("id", "phase")))
+        bag = _responses_kept(item, *(("phase",) if get_text(item, "id").endswith(tail) else ("id", "phase")))
         if isinstance(state.block, Thinking):
             return [_responses_thinking(item, bag)]
         return _responses_blocks(item, self._names, "call" + tail, bag)
@@ -6987,7 +6984,8 @@ _SCHEMA_PLACES = ("items", "prefixItems", "anyOf", "oneOf", "allOf", "not")
 def plain_schema(schema: Any, place: str = "items") -> Any:
     """A JSON schema in the words that strict upstreams take (traps 91 to 93): without what is odd, `const` as `enum`,
     and `true` and `false` as the objects that mean them, which Moonshot and Gemini demand (can1357/oh-my-pi#5604,
-    #5980). A property may bear any such name. place: where it stands."""
+    #5980). A list of nobody knows what is one of texts: OpenAI and Gemini refuse it (NousResearch/hermes-agent#77617).
+    A property may bear any such name. place: where it stands."""
     if isinstance(schema, bool) and place in _SCHEMA_PLACES:
         return {} if schema else {"not": {}}
     if not isinstance(schema, dict):
@@ -6996,6 +6994,8 @@ def plain_schema(schema: Any, place: str = "items") -> Any:
     words = {k: one for k, one in schema.items() if is_map or not _ODD_IN_SCHEMA.match(k + ": " + as_text(one))}
     if "const" in words and not is_map:
         words["enum"] = [words.pop("const")]
+    if "array" in (words.get("type"), *get_list(words, "type")):
+        words.setdefault("items", {"type": "string"})
     return {key: plain_schema(one, "items" if is_map else key) for key, one in words.items()}
 
 

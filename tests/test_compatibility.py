@@ -442,6 +442,10 @@ SCHEMAS = [
      {"additionalProperties": False, "readOnly": True, "default": True, "enum": [True]}),
     ({"type": ["string", "null"]}, {"type": ["string", "null"]}),
     ({"type": "integer", "exclusiveMinimum": 0, "multipleOf": 2, "maximum": 9}, {"type": "integer", "maximum": 9}),
+    ({"type": "array"}, {"type": "array", "items": {"type": "string"}}),
+    ({"items": {"type": ["array", "null"], "items": {}}}, {"items": {"type": ["array", "null"], "items": {}}}),
+    ({"properties": {"type": {"type": "array", "items": {"type": "integer"}}}},
+     {"properties": {"type": {"type": "array", "items": {"type": "integer"}}}}),
     ({"type": "object", "propertyNames": {"type": "string"}, "properties": {"multipleOf": {}}},
      {"type": "object", "properties": {"multipleOf": {}}}),
 ]
@@ -460,8 +464,12 @@ def test_strict_upstreams_get_plain_schemas_and_others_after_their_400():
     tool = {"type": "function", "function": {"name": "f", "parameters": SCHEMAS[0][0]}}
     body = llm_router.apply_fixes({"tools": [tool]}, llm_router.find_compat("gemini", "").fixes)
     assert body["tools"][0]["function"] == {"name": "f", "parameters": {"type": "string"}}
-    words = ["Invalid schema for function 'f': '^\\p{L}+$' is not a valid regex"]
-    assert llm_router.learn_fix({"tools": [tool]}, words, ()) == "plain schemas"
+    for words in (
+        "Invalid schema for function 'f': '^\\p{L}+$' is not a valid regex",
+        "Invalid schema for function 'f': In context=('properties', 'texts'), array schema missing items.",
+        "* GenerateContentRequest.tools[0].function_declarations[16].parameters.properties[a].items: missing field.",
+    ):
+        assert llm_router.learn_fix({"tools": [tool]}, [words], ()) == "plain schemas"
 
 
 # ---- reasoning goes back to who issued it, and to nobody else

@@ -974,13 +974,18 @@ def test_parts_become_media():
     assert rendered[:4] == [*parts[:3], {"type": "input_text", "text": "[audio left out: audio/mp3]"}]
 
 
-def test_a_pdf_without_a_name_gets_one_with_its_ending():
-    """As the AI SDK's `part-0.pdf`: OpenAI goes by the ending of the name. Anthropic's documents often have no title."""
+@pytest.mark.parametrize("title, name", [
+    (None, "document.pdf"), ("The third quarter", "The third quarter.pdf"), ("Version 1.2", "Version 1.2.pdf"), ("a.PDF", "a.PDF"),
+])  # fmt: skip
+def test_a_pdf_without_a_name_gets_one_with_its_ending(title, name):
+    """As the AI SDK's `part-0.pdf`: OpenAI goes by the ending of the name. Anthropic's documents have a title, or none."""
     source = {"type": "base64", "media_type": "application/pdf", "data": "QUJD"}
-    said = {"role": "user", "content": [{"type": "document", "source": source}]}
+    said = {"role": "user", "content": [{"type": "document", "source": source, "title": title}]}
     body = router.translate_request({"model": "m", "max_tokens": 9, "messages": [said]}, "anthropic", "responses")[1]
-    data = {"file_data": "data:application/pdf;base64,QUJD", "filename": "document.pdf"}
+    data = {"file_data": "data:application/pdf;base64,QUJD", "filename": name}
     assert body["input"][0]["content"] == [{"type": "input_file", **data}]
+    body = router.translate_request({"model": "m", "max_tokens": 9, "messages": [said]}, "anthropic", "openai")[1]
+    assert body["messages"][0]["content"] == [{"type": "file", "file": data}]
 
 
 def test_instructions_alone_are_the_input():
