@@ -13061,8 +13061,9 @@ _LEDGER_RETRY_S = 1.0
 
 
 def ledger_path(settings: Settings) -> str:
-    """The ledger's file, "" when it is switched off."""
-    return os.path.expanduser(settings.usage_db) if _BOOLS.get(settings.usage_db.lower(), True) else ""
+    """The ledger's file, "" when it is switched off; the usual one where a word just switches it on."""
+    chosen = _BOOLS.get(settings.usage_db.lower(), settings.usage_db)
+    return os.path.expanduser(Settings().usage_db if chosen is True else chosen or "")
 
 
 def cost_of(ref: str, usage: Optional[Iterable[int]], costs: Json) -> Optional[float]:
@@ -14649,7 +14650,7 @@ def service_state(service: Service) -> str:
 
 
 def give_commands(commands: Sequence[Texts]) -> Tuple[List[str], str]:
-    """Give commands; those that are left to the user, since a tool is missing or has failed, and what it said."""
+    """Run commands; those that are left for the user, from the first on that failed, and what that one said."""
     import shlex
 
     for at, command in enumerate(commands):
@@ -15256,8 +15257,8 @@ async def gather_some(function: Callable[..., Any], arguments: Iterable[Tuple[An
 
 
 async def run_probe(plan: ProbePlan, settings: Settings, environ: Environ, ends: Any = None) -> ProbeReport:
-    """What a probe finds. `ends` is told ten times a second what is known by then, and whether that is enough is what
-    it returns."""
+    """What a probe finds. ends(report), if it is given, is asked ten times a second whether what is known by then is
+    enough."""
     import asyncio
     from types import SimpleNamespace
 
@@ -15391,8 +15392,7 @@ def _examine_clients(environ: Environ, ports: Set[int]) -> Iterable[Finding]:
         if here:
             yield Finding("ok", "clients", text + "the router")
         elif url:
-            cure = 'eval "$(llm-router env)" points it at the running router'
-            yield Finding("warning", "clients", text + "not this router", cure)
+            yield Finding("warning", "clients", text + "not this router", 'eval "$(llm-router env)" points it here')
 
 
 async def _examine_provider(provider: Provider, settings: Settings, environ: Environ) -> Finding:
@@ -17303,7 +17303,7 @@ def _report(error: Exception, argv: Sequence[str]) -> int:
 
 
 def hold_streams() -> None:
-    """Lead standard streams that were closed nowhere: a file or socket could get their numbers, and what is printed."""
+    """Open the null device for every closed standard stream: a file could get its number, and what is printed to it."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115  it takes the free number

@@ -553,6 +553,11 @@ def test_rows_are_grouped_by_what_is_asked_for(command, filled, by, groups):
     assert {row["group"]: int(row["requests"]) for row in table} == groups
 
 
+@pytest.mark.parametrize(("word", "file"), [("on", "~/.llm-router.usage.db"), ("Off", ""), ("~/u.db", "~/u.db")])
+def test_a_word_that_switches_the_ledger_is_no_name_of_a_file(word, file):
+    assert r.ledger_path(r.Settings(usage_db=word)) == os.path.expanduser(file)
+
+
 def test_a_ledger_that_cannot_be_looked_for_is_said_to_be_so(command, tmp_path):
     code, out, err = command(tmp_path, "usage", "--usage-db=" + str(tmp_path / ("x" * 300)))
     assert (code, out) == (1, "") and re.fullmatch(r"llm-router: /\S+ cannot be read: File name too long\n", err)
