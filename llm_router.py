@@ -70,6 +70,7 @@ import zlib
 from bisect import bisect_left
 from collections import OrderedDict, defaultdict, deque, namedtuple
 from contextlib import closing, contextmanager, redirect_stderr, redirect_stdout, suppress
+from itertools import accumulate, product
 from typing import Any, Callable, Dict, Iterable, List, Mapping, NamedTuple, Optional, Sequence, Set, Tuple, Union
 from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
@@ -281,12 +282,8 @@ def nests_too_deep(data: bytes, limit: int = _MAX_NESTING) -> bool:
     if data.count(b"[") + data.count(b"{") <= limit:
         return False
     marks = data.replace(b"\\\\", b"").replace(b'\\"', b"").translate(None, _NO_MARKS)
-    depth = 0
-    for mark in b"".join(marks.split(b'"')[::2]):
-        depth += 1 if mark in b"[{" else -1
-        if depth > limit:
-            return True
-    return False
+    depths = accumulate(1 if mark in b"[{" else -1 for mark in b"".join(marks.split(b'"')[::2]))
+    return max(depths, default=0) > limit
 
 
 def dump_json(value: Any) -> bytes:
@@ -1869,10 +1866,15 @@ def _walk(document: Json, place: Place) -> Tuple[Any, str]:
 
 
 def _rename_references(document: Json, old: str, new: str) -> None:
-    """Put `new` in place of `old`: a whole ref, or the id of a provider with its slash, which is found in any case."""
+    """Put `new` in place of `old`: the ref of a model, which may be named by its id alone, too, or the id of a provider
+    with its slash. Providers are found in any case."""
+    (provider_id, _, model_id), index = old.partition("/"), _index_of(document)
 
-    def renamed(ref: str, _: bool) -> str:
-        is_meant = ref == old or old[-1:] == "/" and ref.lower().startswith(old.lower())
+    def renamed(ref: str, aliases: bool) -> str:
+        owners = [provider.id for provider, _ in index.find(ref)] if ref == model_id else []
+        if owners == [provider_id] and not (aliases and ref in index.aliases):
+            return new
+        is_meant = ref.lower().startswith(provider_id.lower() + "/") and model_id in ("", ref[len(provider_id) + 1 :])
         return new + ref[len(old) :] if is_meant else ref
 
     _map_references(document, renamed)
@@ -7180,11 +7182,9 @@ _PLAIN = Compat("", ())
 
 def find_compat(name: str, host: str, port: int = 0) -> Compat:
     """The row for a provider: by its `compat`, else by the host of its URL; an empty row for what nobody knows."""
-
-    def is_at(row: Compat) -> bool:
-        return ":%d" % port in row.hosts or ("." + host).endswith(tuple("." + end for end in row.hosts))
-
-    return _COMPATS_BY_NAME.get(name) or next(filter(is_at, COMPATS), _PLAIN)
+    dotted = "." + host
+    rows = (row for row in COMPATS if ":%d" % port in row.hosts or any(dotted.endswith("." + end) for end in row.hosts))
+    return _COMPATS_BY_NAME.get(name) or next(rows, _PLAIN)
 
 
 def apply_fixes(body: Json, fixes: Iterable[str]) -> Json:
@@ -15214,8 +15214,6 @@ async def _demo(once: bool, port: int) -> int:
 
 def _show_cases(port: int) -> int:
     """Ask every provider in every format, streamed and whole, print what comes; returns how many answers were wrong."""
-    from itertools import product
-
     print("\n%-10s %-9s %-16s %-7s%s" % ("client", "", "asked for", "answer", "attempts"))
     wrong = 0
     for wire, stream, provider in product(_DEMO_REQUESTS, (False, True), _DEMO_PROVIDERS):

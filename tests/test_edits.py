@@ -467,3 +467,37 @@ def test_what_is_no_longer_there_cannot_be_moved(place):
     document = {"providers": [{"id": "a", "baseUrl": "https://a.test", "models": ["m1"]}]}
     with pytest.raises(r.UsageError, match="no longer there"):
         r.move_entry(document, place, 1)
+
+
+# --- new ids ---
+
+
+def renamed(ref, place, id, **more):
+    """The places of `ref` in a document once the entry at `place` has another id."""
+    models = [{"id": "n", "fallbackModels": [ref]}, *more.pop("models", [])]
+    urls = {"baseUrl": "http://127.0.0.1:1", "auth": {"type": "none"}}
+    providers = [{"id": "a", "models": ["m", {"id": "off", "enabled": False}], **urls}, {"id": "b", "models": models, **urls}]
+    document = {"defaultModel": ref, "modelAliases": {"x": ref, "y": [ref, "b/n"]}, "providers": providers, **more}
+    new = r.set_field(document, place, "id", id).document
+    return new.get("defaultModel"), new["modelAliases"], new["providers"][1]["models"][0]["fallbackModels"]
+
+
+@pytest.mark.parametrize("ref", ["a/m", "A/m", "m"])
+def test_a_new_id_of_a_model_is_taken_over_however_the_old_one_was_written(ref):
+    assert renamed(ref, ("providers", 0, "models", 0), "mm") == ("a/mm", {"x": "a/mm", "y": ["a/mm", "b/n"]}, ["a/mm"])
+
+
+@pytest.mark.parametrize(("ref", "expected"), [("a/m", "aa/m"), ("A/m", "aa/m"), ("m", "m")])
+def test_a_new_id_of_a_provider_is_taken_over_wherever_it_is_named(ref, expected):
+    assert renamed(ref, ("providers", 0), "aa") == (expected, {"x": expected, "y": [expected, "b/n"]}, [expected])
+
+
+def test_a_new_id_changes_no_name_that_means_something_else():
+    """The bare id means a model of another provider here, since the one that is renamed is disabled."""
+    aliases = {"x": "off", "y": ["off", "b/n"]}
+    assert renamed("off", ("providers", 0, "models", 1), "new", models=["off"]) == ("off", aliases, ["off"])
+
+
+def test_a_new_id_changes_no_alias_of_the_old_name():
+    document = {"defaultModel": "m", "modelAliases": {"m": "b/n"}, "providers": [dict(NEW, models=["m"]), dict(NEW, id="b", models=["n"])]}
+    assert r.set_field(document, ("providers", 0, "models", 0), "id", "mm").document["defaultModel"] == "m"
