@@ -3907,11 +3907,11 @@ def render_chat_request(request: ChatRequest) -> Json:
         **_write_chat_tools(request), "max_tokens": request.max_tokens, "temperature": request.temperature,
         "top_p": request.top_p, "stop": request.stop or None,
         "user": request.user if 0 < len(request.user) <= _CHAT_MAX_USER else None,
-        "reasoning_effort": _write_chat_effort(request.reasoning or Reasoning(), request.model),
+        "reasoning_effort": _write_chat_effort(request.reasoning, request.model) if request.reasoning else None,
         "response_format": _write_chat_output(request.output) if request.output else None,
         "stream": request.stream or None, "stream_options": {"include_usage": True} if request.stream else None,
     }  # fmt: skip
-    return {**_chat_shared_fields(request.fields or {}), **_told(fields)}
+    return {**(_chat_shared_fields(request.fields) if request.fields else {}), **_told(fields)}
 
 
 def _told(fields: Json) -> Json:
@@ -4505,7 +4505,8 @@ class ChatStreamParser:
                 self._held = text
                 return
             text = begin[len(opened) :] if opened else text
-            self._tag = "</" + opened[1:] if opened else _THINK_CLOSE if _LONE_CLOSE.search(text) else ""
+            is_closed = _THINK_CLOSE in text and _LONE_CLOSE.search(text)
+            self._tag = "</" + opened[1:] if opened else _THINK_CLOSE if is_closed else ""
         if self._tag.startswith("</"):
             thought, tag, text = text.partition(self._tag)
             keep = next((n for n in range(len(self._tag) - 1, 0, -1) if thought.endswith(self._tag[:n])), 0)
