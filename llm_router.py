@@ -8276,9 +8276,9 @@ _IN_BAND_KINDS = (RATE_LIMITED, BILLING, AUTH, POLICY, OVERFLOW)
 
 # Keys of an error body whose text says what went wrong. Never those that echo the client's own words back.
 _TELLING_KEYS = (
-    "error", "errors", "message", "msg", "type", "code", "status", "reason", "detail", "details", "innererror",
-    "error_type", "metadata", "raw", "title", "error_code", "previous_errors", "Message",
-)  # fmt: skip
+    "error errors message msg type code status reason detail details innererror error_type metadata raw title"
+    " error_code previous_errors Message"
+).split()
 
 
 def error_words(body: Any) -> List[str]:
@@ -12742,9 +12742,9 @@ class Server(BodyBudget):
 # ==============================================================================
 
 _RECORDED = (
-    "id", "operation", "client", "wire", "asked", "stream", "model", "status", "outcome", "passed_over", "attempts",
-    "usage", "first_content_ms", "total_ms", "message",
-)  # fmt: skip
+    "id operation client wire asked stream model status outcome passed_over attempts usage first_content_ms total_ms"
+    " message"
+).split()
 
 
 def log_record(trail: Trail) -> Json:
@@ -14796,7 +14796,7 @@ def config_secrets(text: str) -> Dict[str, str]:
 class Payload(NamedTuple):
     """What the Worker gets to know. secrets: by name, the configuration's first. doubts: what will not work there."""
 
-    master_key: str
+    config: Config
     secrets: Dict[str, str]
     doubts: Texts
 
@@ -14816,7 +14816,7 @@ def make_payload(document: Json, environ: Environ) -> Payload:
     places = [(urlsplit(url).hostname or "", one.id) for one in enabled for url in one.base_urls.values()]
     private = [it for it in places if is_loopback(it[0]) or _PRIVATE_HOST.fullmatch(it[0])]
     doubts += ["Cloudflare cannot reach %s, the address of the provider %s" % it for it in private]
-    return Payload(config.master_key, secrets, tuple(dict.fromkeys(doubts)))
+    return Payload(config, secrets, tuple(dict.fromkeys(doubts)))
 
 
 def project_files(site: Site) -> Dict[str, bytes]:
@@ -15498,13 +15498,14 @@ def agent_facts(base: str, key: str, config: Config, chosen: Mapping[str, str]) 
 
     chosen: the models the user named. The others are the default model, or else the first there is.
     """
-    refs = [one.id + "/" + model.id for one in config.providers if one.enabled for model in one.models]
-    model = chosen.get("model") or config.default_model or next((ref for ref in refs if not ref.endswith("/*")), "")
+    routes = Routes(config)
+    named = (ref for ref in routes.refs() if not ref.endswith("/*"))
+    model = chosen.get("model") or config.default_model or next(named, "")
     key = key or "no-key-needed"  # clients insist on some
     facts = {"base": base, "key": key, "model": model, "small": chosen.get("small_model") or model}
     facts.update({name: chosen.get(name) or model for name in ("opus", "sonnet", "fable")}, window="", output="")
     with suppress(RouterError):  # the program will be told when it asks for that model
-        found = Routes(config).find_plan(model)[0].model
+        found = routes.find_plan(model)[0].model
         facts.update(window=str(found.context_window or ""), output=str(found.max_output_tokens or ""))
     return dict(facts, haiku=chosen.get("haiku") or facts["small"])
 
@@ -17080,7 +17081,7 @@ def run_deploy(given: Given) -> int:
         site = check_site(site._replace(domain=input("a domain of yours for it (empty: one of workers.dev): ").strip()))
     host, site = _reach_cloudflare(given, site, wrangler)
     url, present = host.deploy(site, payload.secrets)
-    key = mask(payload.master_key) or "their own"
+    key = mask(payload.config.master_key) or "their own"
     if "LLM_ROUTER_MASTER_KEY" in present:
         _warn(["the Worker keeps the key that worker-key gave it, whatever masterKey the configuration has"])
         key = "that of worker-key"
@@ -17136,15 +17137,16 @@ def _strong_payload(given: Given) -> Payload:
     """What the Worker gets to know, with a new master key in place of a weak or missing one, if the user wants that.
     UsageError when he does not, or cannot be asked."""
     loaded = given.load()
-    payload, config = make_payload(loaded.document, given.environ), read_config(loaded.document, given.environ)
+    payload = make_payload(loaded.document, given.environ)
+    config = payload.config
     fault = "" if config.client_keys else "there is no master key, and everybody can reach a Worker"
-    if payload.master_key:
-        weakness = "" if given.allow_weak_master_key else key_weakness(payload.master_key)
+    if config.master_key:
+        weakness = "" if given.allow_weak_master_key else key_weakness(config.master_key)
         fault = weakness and _WEAK % weakness
     if not fault:
         return payload
     cures = "llm-router config --operation=set-master-key --generate makes a strong one"
-    cures += ", --allow-weak-master-key=true takes it as it is" if payload.master_key else ""
+    cures += ", --allow-weak-master-key=true takes it as it is" if config.master_key else ""
     question = fault + "\nmake a new one and store it in the configuration? [Y/n] "
     if _ask_user(given, question, "%s; %s" % (fault, cures)).lower() not in ("", "y", "yes"):
         raise UsageError("nothing was deployed")

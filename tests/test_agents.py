@@ -165,6 +165,12 @@ def test_a_program_learns_the_window_of_its_model_where_the_configuration_has_it
     r.agent_facts("http://x", "", config, {"model": "nobody/knows"})
 
 
+def test_without_a_default_the_first_model_that_is_enabled_and_has_a_name_is_run():
+    models = [r.Model("off", enabled=False), r.Model("*"), r.Model("on")]
+    config = r.Config(providers=(r.Provider("p", models=tuple(models)),))
+    assert r.agent_facts("http://x", "", config, {})["model"] == "p/on"
+
+
 def test_a_proxy_in_the_environment_does_not_stand_between_a_program_and_the_router(home):
     home.env.update(HTTPS_PROXY="http://127.0.0.1:9", HTTP_PROXY="http://127.0.0.1:9", http_proxy="http://127.0.0.1:9")
     home.env["NO_PROXY"] = "corp.example"
