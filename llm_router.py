@@ -5186,13 +5186,6 @@ def _anthropic_usage(usage: Json) -> Usage:
     return Usage(*counts, as_int(get_dict(usage, "output_tokens_details").get("thinking_tokens")))
 
 
-def _anthropic_answer_extra(answer: Json, usage: Json) -> Extra:
-    """What an answer says besides text, calls and counts, and its stop_reason, if others do not know that."""
-    reason = get_text(answer, "stop_reason")
-    further = rest_of(usage, (*_ANTHROPIC_COUNTS, "output_tokens_details"), _ANTHROPIC) or {}
-    odd = {"usage": further.get(_ANTHROPIC), "stop_reason": None if reason in STOP_REASONS else reason or None}
-    return rest_of({**{key: answer.get(key) for key in _ANTHROPIC_ANSWER_KEYS}, **odd}, (), _ANTHROPIC)
-
 
 def render_anthropic_response(response: ChatResponse, context: Context) -> Json:
     """A ChatResponse as a Message, under the model name that the client asked for (trap 44)."""
@@ -5411,9 +5404,14 @@ class AnthropicStreamParser(TypedEventParser):
     def _stop(self, data: Json) -> Events:
         events = self._make_way()
         self.done = self.is_ended = True
-        reason = _CHAT_STOPS.get(get_text(self._answer, "stop_reason")) or _own_end(self._kinds)
-        extra = _anthropic_answer_extra(self._answer, self._counts)
-        return events + [Finished(reason, get_text(self._answer, "stop_sequence"), self.usage, extra)]
+        answer, said = self._answer, get_text(self._answer, "stop_reason")
+        # What it says besides text, calls and counts, and its stop_reason, if others do not know that.
+        extra = {key: answer.get(key) for key in _ANTHROPIC_ANSWER_KEYS}
+        extra["stop_reason"] = None if said in STOP_REASONS else said or None
+        further = rest_of(self._counts, (*_ANTHROPIC_COUNTS, "output_tokens_details"), _ANTHROPIC)
+        extra["usage"] = further and further[_ANTHROPIC]
+        reason, words = _CHAT_STOPS.get(said) or _own_end(self._kinds), get_text(answer, "stop_sequence")
+        return events + [Finished(reason, words, self.usage, rest_of(extra, (), _ANTHROPIC))]
 
     def _fail(self, error: ErrorInfo) -> Events:
         self.is_ended = True
