@@ -798,7 +798,6 @@ def _hint(text: str, at: int) -> str:
     return " (a comma too many)" if "," in (there, before) else ""
 
 
-
 _NO_JSON = ("NaN", "Infinity", "-Infinity")
 _JSON_PIECE = re.compile(r'"(?:[^"\\]|\\.)*"|[][{}]|[^][{}:,\s"]+')  # all but colons and commas
 
@@ -1114,7 +1113,6 @@ class _Scan:
         if kind in _REQUIRED:
             self._check_ids(kind, found)
         return tuple(entry for _, entry in found)
-
 
     def _read_map(self, name_kind: str, kind: str, path: str, value: Any) -> Any:
         if kind == "url" and not isinstance(value, dict):  # one for every format, as older files have it
@@ -4070,7 +4068,8 @@ def _write_chat_part(block: Any) -> List[Json]:
     if kind in (Thinking, Opaque):
         return [block.value] if kind is Opaque and block.wire == _CHAT else []
     if kind == "image":
-        detail = _told({"detail": own_extra(block, _CHAT).get("detail")})
+        detail = own_extra(block, _CHAT).get("detail")  # of which Responses knows one more
+        detail = _told({"detail": "high" if detail == "original" else detail})
         return [{"type": "image_url", "image_url": {"url": url_of_media(block, "image/png"), **detail}}]
     if kind == "audio" and block.data:
         form = block.media_type.rpartition("/")[2] or "wav"
@@ -5126,12 +5125,15 @@ def _with_legal_id(part: Any) -> Any:
     return {**part, field: re.sub(_ODD_IN_IDS, "_", id)} if re.search(_ODD_IN_IDS, id) else part
 
 
-_ANTHROPIC_MEDIA = {"image": ("image/jpeg", "image/png", "image/gif", "image/webp"), "document": ("application/pdf",)}
+# How the base64 of an image begins -> its type: a wrong one is a 400 at Anthropic, as is image/jpg; OpenAI takes any.
+_IMAGE_STARTS = {"/9j/": "image/jpeg", "iVBORw0K": "image/png", "R0lGOD": "image/gif", "UklGR": "image/webp"}
+_ANTHROPIC_MEDIA = {"image": tuple(_IMAGE_STARTS.values()), "document": ("application/pdf",)}
 
 
 def _write_anthropic_media(block: Media, bag: Json) -> Json:
     """An image or document block, or a note for what the API does not take (traps 102, 105)."""
     media_type, text = block.media_type.lower().split(";")[0].strip(), text_of_media(block)
+    media_type = next((kind for start, kind in _IMAGE_STARTS.items() if block.data.startswith(start)), media_type)
     if block.url and block.kind in _ANTHROPIC_MEDIA:
         source = {"type": "url", "url": block.url}
     elif media_type in _ANTHROPIC_MEDIA.get(block.kind, ()):
@@ -5968,7 +5970,6 @@ def _responses_call(call: ToolCall, bag: Json, arguments: str) -> Json:
     return {**item, **_responses_kept(bag, "namespace", "name")}
 
 
-
 def _responses_render_part(block: Any, role: str) -> Optional[Json]:
     """The content part of one block, None when it is no part but an item."""
     if isinstance(block, (Text, Refusal)) and role != "assistant":
@@ -5986,8 +5987,6 @@ def _responses_render_part(block: Any, role: str) -> Optional[Json]:
         return {"type": "input_image", "image_url": url_of_media(block), "detail": detail}
     name = {"filename": _file_name(block)} if block.name or not block.url else {}
     return {"type": "input_file", "file_url" if block.url else "file_data": url_of_media(block), **name}
-
-
 
 
 def _responses_render_reasoning(reasoning: Optional[Reasoning], model: str) -> Optional[Json]:
@@ -6473,7 +6472,6 @@ def _responses_error(error: Json, status: str = "failed") -> ErrorInfo:
     return read_error(200, {**error, "message": message}, 400 if "image" in get_text(error, "code") else 500)
 
 
-
 OPENAI_RESPONSES = WireFormat(
     name=_RESPONSES, path="/responses", parse_request=parse_responses_request, render_request=render_responses_request,
     parse_response=parse_responses_response, render_response=render_responses_response, parser=ResponsesParser,
@@ -6826,7 +6824,6 @@ def make_processor(
 ) -> StreamTranslator:
     """What stands between an upstream that speaks `source` and a client that speaks `target`."""
     return (StreamRelay if source == target else StreamTranslator)(source, target, context, limit, secrets)
-
 
 
 # ---- the model's name in answers that are passed through
@@ -8387,7 +8384,6 @@ def read_retry_after(headers: Headers, words: Sequence[str], body: Any, now: flo
     return None if seconds is None else min(max(seconds, 0.0), MAX_RETRY_AFTER_S)
 
 
-
 def _from_members(members: Iterable[Tuple[str, str]], now: float) -> Optional[float]:
     told = dict(reversed(list(members)))  # the first of a name counts
     waits = (_read_wait(told[name], now) for name in _DELAYS.split() if name in told)
@@ -8952,7 +8948,6 @@ class Screen(NamedTuple):
     lead: str = ""
     empty: str = ""
     kind: str = "list"
-
 
 
 def make_menu(document: Json, facts: Facts) -> Menu:
@@ -10726,7 +10721,6 @@ def _decision(action: Any, candidate: Candidate) -> str:
 def _why_not_first(origin: Candidate, book: Any) -> str:
     last = max(map(book.read, (origin.ref, provider_key(origin))), key=lambda health: max(health[:2]))
     return "%s, which cools after: %s" % (origin.ref, (last.reason or "failures").replace("_", " "))
-
 
 
 def is_empty(response: ChatResponse) -> bool:
@@ -14072,7 +14066,6 @@ class Router(CountingHost):
         if trouble and trouble != self._state_trouble:
             self.log.note("stop, reload and status will not find this instance: " + trouble, "warning")
         self._state_trouble = trouble
-
 
 
 def _try_start() -> str:

@@ -569,6 +569,18 @@ def test_a_budget_goes_with_the_reasoning_that_its_tool_turn_would_need(kind, st
             R.Media("image", "image/png", "QQ=="),
             {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "QQ=="}},
         ),
+        *[
+            (
+                R.Media("image", said, data),
+                {"type": "image", "source": {"type": "base64", "media_type": media_type, "data": data}},
+            )
+            for said, media_type, data in [
+                ("image/jpg", "image/jpeg", "/9j/4AAQ"),
+                ("image/jpeg", "image/png", "iVBORw0KGgo="),
+                ("", "image/gif", "R0lGODlh"),
+                ("application/octet-stream", "image/webp", "UklGRg=="),
+            ]
+        ],
         (
             R.Media("document", "application/pdf", "QQ==", name="a.pdf"),
             {

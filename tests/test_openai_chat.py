@@ -1563,6 +1563,10 @@ def test_an_error_result_says_so():
             Media("image", url="https://h/i", extra={"openai": {"detail": "low"}}),
             {"type": "image_url", "image_url": {"url": "https://h/i", "detail": "low"}},
         ),
+        (
+            Media("image", "image/png", "AA", extra={"openai": {"detail": "original"}}),
+            {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA", "detail": "high"}},
+        ),
         (Media("audio", "audio/mpeg", "AA"), {"type": "input_audio", "input_audio": {"data": "AA", "format": "mp3"}}),
         (
             Media("document", "application/pdf", "AA", name="a.pdf"),
