@@ -4048,6 +4048,7 @@ def _answer_fields(blocks: Blocks, call_id: str) -> Json:
             field = get_text(bag, "field") or _CHAT_TEXT_FIELDS.get(type(block), "content")
             texts.setdefault(field, []).append(text)
         details += get_list(bag, "reasoning_details")
+        fields.update(_told({"reasoning_opaque": bag.get("reasoning_opaque")}))
     said = {field: "".join(pieces) for field, pieces in texts.items()}
     return {**said, **({"reasoning_details": _whole_details(details)} if details else {}), **fields}
 
@@ -4281,6 +4282,7 @@ class ChatStreamParser:
         self._calls: Dict[Any, _Slot] = {}  # by index, by id, and the last one
         self._ids: Set[str] = set()
         self._details: List[Any] = []  # of the reasoning that is open or to come
+        self._proof: Json = {}  # of the same, at GitHub Copilot
         self._tag, self._held = _THINK_OPEN, ""  # looked for next, " " behind both; text that may be its beginning
         self._reason = self._stop_sequence = ""
         self._extra: Json = {}
@@ -4448,9 +4450,10 @@ class ChatStreamParser:
                 slot.waiting.clear()
             if not is_end and (is_last or not slot.is_complete()):
                 return
-            if kind is Thinking and self._details:
-                self._out.append(Extended(_CHAT, {"reasoning_details": _whole_details(self._details)}))
-                self._details = []
+            if kind is Thinking and (self._details or self._proof):
+                details = {"reasoning_details": _whole_details(self._details)} if self._details else {}
+                self._out.append(Extended(_CHAT, {**details, **self._proof}))
+                self._details, self._proof = [], {}
             if slot.is_open:
                 self._out.append(Closed())
             self.skipped += kind is ToolCall and not slot.is_open  # a call without a name
@@ -4472,6 +4475,8 @@ class ChatStreamParser:
             texts = [get_text(item, "text") or get_text(item, "summary") for item in details]
             self._add_text(Thinking, thought or "".join(texts))
         self._details += details
+        if as_text(get("reasoning_opaque")):  # Gemini runs in circles without it (anomalyco/opencode#5346, #8900)
+            self._proof = {"field": "reasoning_text", "reasoning_opaque": get("reasoning_opaque")}
         self._read_content(get("content"))
         self._add_text(Refusal, get("refusal"))
         self._add_text(Text, as_dict(get("audio")).get("transcript"))
@@ -4523,7 +4528,7 @@ class ChatStreamParser:
         without a text, or amid another block."""
         held, self._held = self._held, ""
         self._add_text(Thinking if self._tag.startswith("</") else Text, held)
-        if self._details and not (self._slots and type(self._slots[-1].block) is Thinking):
+        if (self._details or self._proof) and not (self._slots and type(self._slots[-1].block) is Thinking):
             self._add_slot(Thinking(""))
 
     # -- tool calls

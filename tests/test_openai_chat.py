@@ -476,6 +476,21 @@ def test_reasoning_details_after_the_text_do_not_cut_it():
     assert found == [ToolCall("a", "f", "{}"), Thinking("", {"openai": {"reasoning_details": [secret]}})]
 
 
+@pytest.mark.parametrize("proof_comes", ["with the call", "before it", "without a text"])
+def test_what_copilot_proves_its_reasoning_by_is_given_back_beside_it(proof_comes):
+    """As opencode's provider for Copilot does it (anomalyco/opencode#8900)."""
+    call, proof = calls(entry(0, "a", "f", "{}")), {"reasoning_opaque": "zz"}
+    thought = {} if proof_comes == "without a text" else {"reasoning_text": "hm"}
+    deltas = [thought, {**proof, **call}] if proof_comes == "with the call" else [thought, proof, call]
+    found = blocks(*map(chunk, deltas))
+    bag = {"openai": {"field": "reasoning_text", "reasoning_opaque": "zz"}}
+    assert found == [Thinking(thought.get("reasoning_text", ""), bag), ToolCall("a", "f", "{}")]
+    messages = [Message("user", [Text("q")]), Message("assistant", found), Message("user", [ToolResult("a", [Text("r")])])]
+    sent = OPENAI_CHAT.render_request(ChatRequest("m", messages))["messages"][1]
+    assert {key: sent.get(key) for key in ("reasoning_text", "reasoning_opaque")} == {"reasoning_text": None, **thought, **proof}
+    assert sent["tool_calls"] and "reasoning_content" not in sent
+
+
 def test_odd_reasoning_details_are_kept():
     odd = [{"type": [], "index": {}, "text": "a"}, {"type": [], "index": {}, "text": 5}, {"data": "x", "index": None}, "no"]
     found = blocks(chunk({"reasoning_details": odd}), chunk({"content": "b"}))
