@@ -13278,8 +13278,7 @@ def _read_ledger(path: str, value: Any, *queries: str) -> List[Json]:
     except FileNotFoundError:  # of the path "" as well
         return []
     except (OSError, sqlite3.Error) as error:
-        why = getattr(error, "strerror", "") or error
-        raise RouterError("%s cannot be read: %s" % (one_line(path), why)) from None
+        raise RouterError("%s cannot be read: %s" % (one_line(path), getattr(error, "strerror", "") or error)) from None
 
 
 # ==============================================================================
@@ -15725,6 +15724,7 @@ class _Painter:
         """Lend the terminal out."""
         self._curses.def_prog_mode()
         self._curses.endwin()
+        sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__  # a command whose output is kept may still run beside
         try:
             job.run(self._effects)
             if self._ended:  # which it may have taken for somebody's Ctrl-C

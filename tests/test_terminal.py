@@ -6,6 +6,7 @@ import queue
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -321,6 +322,36 @@ def test_a_signal_that_an_effect_takes_for_ctrl_c_ends_the_menu_all_the_same(mon
     menu = r.make_menu({"providers": []}, r.Facts(effects=("deploy",)))
     with pytest.raises(KeyboardInterrupt):
         r._Painter(menu, {"deploy": deploy}, ended).run(Keyboard(*"jjjjjjjj\n", lambda: pytest.fail("it goes on")))
+
+
+def test_what_a_lent_terminal_is_for_is_not_kept_from_it_by_a_command_that_was_left(monkeypatch):
+    """A service's tool may hang: Esc leaves it, its thread goes on and keeps what is printed meanwhile."""
+    began, ends, seen, real = threading.Event(), threading.Event(), [], sys.stdout
+
+    def startup(job, verb):
+        def wait(given):
+            began.set()
+            ends.wait(30)
+
+        return r._printed(wait, None)
+
+    def deploy(job):
+        seen.append(sys.stdout)
+        ends.set()
+
+    def begun():
+        assert began.wait(30)
+
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, getattr(sys, name))  # given back afterwards
+        monkeypatch.setattr(sys, "__%s__" % name, real)
+    monkeypatch.setitem(sys.modules, "curses", Curses())
+    monkeypatch.setattr(r, "_bracket_pasted", lambda wanted: None)
+    monkeypatch.setattr("builtins.input", lambda *_: "")
+    menu = r.make_menu({"providers": []}, r.Facts(effects=("startup", "deploy")))
+    keys = [*"jjjjjjjj\n", begun, "q", "j", "\n", "q"]
+    assert r._Painter(menu, {"startup": startup, "deploy": deploy}, []).run(Keyboard(*keys)) == 0
+    assert seen == [real]
 
 
 def test_prompts_that_are_interrupted_say_what_is_not_saved(monkeypatch, capsys):
