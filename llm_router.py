@@ -3133,7 +3133,7 @@ def block_text(block: Any) -> str:
 
 def with_text(block: Any, text: str) -> Any:
     """The block with another text (block_text)."""
-    return block._replace(**{"arguments" if isinstance(block, ToolCall) else "text": text})
+    return type(block)(text, block.extra) if isinstance(block, _Words) else block._replace(arguments=text)
 
 
 def _extended(block: Any, added: List[Extended]) -> Any:
@@ -4781,7 +4781,8 @@ def parse_anthropic_request(body: Json) -> ChatRequest:
     choice, config = said["tool_choice"] or {}, said["output_config"] or {}
     mode = choice.get("type") if choice.get("type") in ("auto", "any", "none", "tool") else ""
     schema = as_dict(config.get("format") or said["output_format"]).get("schema")
-    rest = {**body, **dict.fromkeys(_ANTHROPIC_KINDS), "output_config": _without(config, "effort", "format")}
+    rest = {key: value for key, value in body.items() if key not in _ANTHROPIC_KINDS}
+    rest["output_config"] = _without(config, "effort", "format")
     return ChatRequest(
         said["model"] or "", messages, _anthropic_blocks((drop_attribution(said) or said)["system"], "system"),
         read_each(_anthropic_tool, tools, "tools.%d"),
