@@ -10167,13 +10167,10 @@ _REFUSAL_HEADERS: Dict[Union[int, str], Headers] = {
 UNWATCHED = "unwatched"
 
 ENDPOINT_HELP = {
-    "anthropic": "/v1/messages",
-    "openai": "/v1/chat/completions",
-    "responses": "/v1/responses",
+    **{name: "/v1" + wire.path for name, wire in WIRE_FORMATS.items()},
     "unified": "/route",
     "models": "/v1/models",
-    "count_tokens": "/v1/messages/count_tokens",
-    "embeddings": "/v1/embeddings",
+    **{operation: "/v1" + path for operation, path in OPERATION_PATHS.items()},
     "health": "/health",
     "ready": "/ready",
 }
@@ -14495,6 +14492,7 @@ def check_safe_url(url: str) -> str:
     raise UsageError("%s is not https, and not on this machine" % one_line(mask_url(url), 160))
 
 
+
 def _check_digest(data: bytes, source: str) -> None:
     """Compare with SOURCE.sha256 when there is one: the digits, alone, before a file's name or behind it (BSD)."""
     place, question, query = source.partition("?")
@@ -15106,15 +15104,6 @@ _DEMO_REQUESTS: Dict[str, Json] = {
     "responses": {"input": "Say hello."},
 }
 
-# Nothing is remembered from one request to the next, so that each shows its whole trail.
-_DEMO_SETTINGS = {
-    "origin_retry_base_delay_ms": 20,
-    "origin_fallback_cooldown_ms": 0,
-    "origin_rate_limit_cooldown_ms": 0,
-    "fallback_circuit_failures": 0,
-    "usage_db": "off",
-}
-
 
 async def _demo_provider(call: Call, sink: Sink) -> None:
     """The fake providers: the first segment of the path says which one is meant."""
@@ -15184,7 +15173,9 @@ async def _demo(once: bool, port: int) -> int:
     import asyncio
 
     loop = asyncio.get_running_loop()
-    settings = Settings()._replace(**_DEMO_SETTINGS)
+    # Nothing is remembered from one request to the next, so that each shows its whole trail.
+    nothing = {"origin_fallback_cooldown_ms": 0, "origin_rate_limit_cooldown_ms": 0, "fallback_circuit_failures": 0}
+    settings = Settings(origin_retry_base_delay_ms=20, usage_db="off", **nothing)
     log = LogWriter(sys.stderr, level="silent" if once else "info")  # the demonstration shows every trail itself
     fakes = Server(loop, settings, _demo_provider, lambda error: log.note(str(error), "error"))
     document = demo_document("http://127.0.0.1:%d" % await fakes.listen("127.0.0.1", 0))
