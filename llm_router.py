@@ -3333,7 +3333,8 @@ def tidy_messages(messages: Iterable[Message]) -> List[Message]:
 
 
 def _without_blanks(blocks: Iterable[Any]) -> Blocks:
-    """What a block of text has besides is nothing without words, save what proves that there was reasoning."""
+    """The blocks but texts without words, also those that bear a mark such as cache_control; reasoning stays where a
+    signature or the like stands for its words."""
     return [b for b in blocks if getattr(b, "text", "-").strip() or (b.extra and isinstance(b, Thinking))]
 
 
@@ -6527,8 +6528,8 @@ def render_request(request: ChatRequest, target: str) -> Json:
     # No tokens at all are Anthropic's way to warm its cache; others refuse that.
     limit = request.max_tokens if request.max_tokens != 0 else 1
     request = map_request(request, fitted)
-    request = request._replace(messages=tidy_messages(request.messages), tool_choice=choice, max_tokens=limit)
-    return WIRE_FORMATS[target].render_request(request)
+    request = request._replace(system=_without_blanks(request.system), messages=tidy_messages(request.messages))
+    return WIRE_FORMATS[target].render_request(request._replace(tool_choice=choice, max_tokens=limit))
 
 
 def map_request(request: ChatRequest, change: Callable[[Any], Any]) -> ChatRequest:
@@ -8482,8 +8483,8 @@ HEALTHY = Health()
 
 
 class HealthChange(NamedTuple):
-    """One change to the book: after the key the fields of Health, of which None stays; a cooldown never shortens an
-    older one.
+    """One change to the book. Behind the key stand the fields of Health; one that is None stays what it is, and a
+    cooldown never shortens an older one.
 
     frees: the request whose half-open slot is free again, if it still has it. clear: all good again, unless it failed
     after the moment `at`: an answer to a call that was made before a failure says nothing about the time after it.

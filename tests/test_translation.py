@@ -601,7 +601,7 @@ def test_a_text_without_words_is_left_out_whatever_it_has_besides(blank, more, t
     """Trap 82."""
     part = {"type": "text", "text": blank, **more}
     turns = [{"role": "user", "content": [part, {"type": "text", "text": "hi"}]}, {"role": "assistant", "content": [part]}]
-    body = {"model": "m", "max_tokens": 16, "messages": turns}
+    body = {"model": "m", "max_tokens": 16, "system": [part], "messages": turns}
     plain = dict(body, messages=[{"role": "user", "content": "hi"}])
     assert R.translate_request(body, "anthropic", target)[1] == R.translate_request(plain, "anthropic", target)[1]
 
