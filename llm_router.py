@@ -14303,25 +14303,26 @@ def _announce(options: StartOptions, port: int) -> None:
 
 def _on_signals(loop: Any, stop: Callable[[], Any], reload: Callable[[], Any]) -> Callable[[], Any]:
     """The first SIGINT or SIGTERM stops; after it both have their plain meaning: a second one ends the process. SIGHUP
-    reloads; Windows has none. What is returned undoes it. In a thread of another program signals are that program's."""
+    reloads; Windows has none. What is returned undoes it."""
     import signal
-    import threading
 
     def end(*_: Any) -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         loop.call_soon_threadsafe(stop)
 
-    is_guest = threading.current_thread() is not threading.main_thread()
-    return int if is_guest else on_end(end, SIGINT=end, SIGHUP=lambda *_: loop.call_soon_threadsafe(reload))
+    return on_end(end, SIGINT=end, SIGHUP=lambda *_: loop.call_soon_threadsafe(reload))
 
 
 def on_end(handler: Any, **others: Any) -> Callable[[], Any]:
     """Let SIGTERM and SIGHUP call `handler`, and the signals that `others` names theirs, as far as the system has them.
-    The function that is returned gives back what was there before."""
+    The function that is returned gives back what was there before. In a thread of another program signals are that
+    program's, and Python lets nobody else have them."""
     import signal
+    import threading
 
-    wanted = {"SIGTERM": handler, "SIGHUP": handler, **others}
+    is_guest = threading.current_thread() is not threading.main_thread()
+    wanted = {} if is_guest else {"SIGTERM": handler, "SIGHUP": handler, **others}
     found = [(getattr(signal, name), new) for name, new in wanted.items() if hasattr(signal, name)]
     before = [(number, signal.signal(number, new)) for number, new in found]
     # None is a handler that was set in C, which Python cannot give back.

@@ -127,6 +127,15 @@ def test_it_serves_in_a_thread_of_another_program_and_ends_when_told(config, tmp
         running.kill()
 
 
+def test_signals_stay_another_program_s_where_a_command_runs_in_a_thread_of_it():
+    """As `main(["run", ...])`: Python raises a ValueError at every other thread's attempt."""
+    before, undone = signal.getsignal(signal.SIGTERM), []
+    thread = threading.Thread(target=lambda: undone.append(r.on_end(len)()))
+    thread.start()
+    thread.join(30)
+    assert undone == [[]] and signal.getsignal(signal.SIGTERM) is before
+
+
 def test_a_handler_that_was_set_in_c_is_no_reason_to_fail_at_the_end(monkeypatch):
     """Python shows it as None, which it does not take back."""
     given = []
