@@ -7071,6 +7071,9 @@ def _names(field: str) -> str:
     return r"(?s)\A(?=.*%s)(?=.*(?:%s))" % (word, _REFUSAL)  # at the start only, or long texts take minutes
 
 
+# More words of refusal: Ollama's and Groq's; Anthropic's of too many strict tools, OpenAI's of optional properties.
+_UNTHINKING = r"|does not support thinking|reasoning_effort\W{1,3}must be one of"
+_UNSTRICT = r"|strict tools|compil|'required' is required|tools\.\d+\.custom: for '"
 _LIMITS = ("max_tokens", "max_completion_tokens")
 _LEFT_OUT = "stream_options parallel_tool_calls thinking service_tier stop tool_choice max_output_tokens"
 # What Codex and others tell OpenAI: a server that refuses one of these fields knows none of them (trap 70).
@@ -7089,6 +7092,12 @@ def _shorten_ids(body: Json) -> None:
             holder[key] = call_id[:29] + "_" + hashlib.sha256(call_id.encode("utf-8", "surrogatepass")).hexdigest()[:10]
 
 
+def _shorten_descriptions(body: Json) -> None:
+    """Azure's models, at SAP as well, take 1024 characters (rusiaaman/wcgw#51): Claude Code has tools with more."""
+    for tool in _tools_of(body):
+        tool.update({"description": tool["description"][:1024]} if get_text(tool, "description") else {})
+
+
 def _drop_openai_only(body: Json) -> None:
     """`store` goes with them where nothing is stored unless that says so."""
     _drop(*_OPENAI_ONLY, *(["store"] if "messages" in body else []))(body)
@@ -7099,6 +7108,7 @@ FIXES: Dict[str, Fix] = {
     "closed schemas": Fix(_close_schemas, "output_config", r"additionalproperties"),
     **{new: Fix(_rename(old, new), old, _names(old)) for old, new in (_LIMITS, _LIMITS[::-1])},
     "short ids": Fix(_shorten_ids, "model", r"id\W{1,3}string too long"),
+    "short descriptions": Fix(_shorten_descriptions, "tools", r"description\W{1,3}string too long"),
     # GPT-5.5 and newer ones call no functions in Chat Completions while they reason.
     "no effort beside tools": Fix(
         lambda body: body.update({"reasoning_effort": "none"} if body.get("tools") else {}),
@@ -7111,11 +7121,7 @@ FIXES: Dict[str, Fix] = {
     "no user": Fix(  # a word of many errors that speak of roles
         _drop("user"), "user", r"\buser\W{1,3}(?:extra|is un|is not)|(?:property|name|supplied|meter)\W{1,3}user\b"
     ),
-    "no reasoning_effort": Fix(  # in the words of Ollama, and of Groq
-        _drop("reasoning_effort"),
-        "reasoning_effort",
-        _names("reasoning_effort") + r"|does not support thinking|reasoning_effort\W{1,3}must be one of",
-    ),
+    "no reasoning_effort": Fix(_drop("reasoning_effort"), "reasoning_effort", _names("reasoning_effort") + _UNTHINKING),
     "no output_config": Fix(_tell_schema, "output_config", _names("output_config")),
     # Before what is known of schemas, for the format's name ends in that word: OpenAI, Azure, Groq, DeepSeek.
     "schema in words": Fix(
@@ -7131,11 +7137,7 @@ FIXES: Dict[str, Fix] = {
     ),
     # What DeepSeek and Moonshot ask for others refuse (traps 84, 87).
     "no reasoning_content": Fix(_drop("reasoning_content", among=_turns), "messages", _names("reasoning_content")),
-    "no strict": Fix(  # in Anthropic's words for too many or too complex ones, and OpenAI's for optional properties
-        _drop("strict", among=_tools_of),
-        "tools",
-        _names("strict") + r"|strict tools|compil|'required' is required|tools\.\d+\.custom: for '",
-    ),
+    "no strict": Fix(_drop("strict", among=_tools_of), "tools", _names("strict") + _UNSTRICT),
     "plain schemas": Fix(_plain_schemas, "tools", _names("(?:json_|input_)?schema") + "|function_declarations"),
     "no sampling": Fix(_drop_sampling, "model"),
     "strict turns": Fix(

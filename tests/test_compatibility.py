@@ -459,6 +459,15 @@ def test_a_schema_loses_what_strict_upstreams_refuse_and_nothing_else(schema, pl
     assert json.dumps(schema) == before
 
 
+def test_descriptions_are_cut_for_who_takes_no_longer_ones():
+    words = ["Invalid 'tools[5].function.description': string too long. Expected a string with maximum length 1024."]
+    tools = [{"type": "function", "function": {"name": "f", "description": "x" * 3000}}, {"name": "g", "description": "y"}]
+    body = {"model": "m", "tools": [*tools, {"name": "h"}]}
+    fix = llm_router.learn_fix(body, words, ())
+    sent = llm_router.apply_fixes(body, [fix])["tools"]
+    assert sent[0]["function"]["description"] == "x" * 1024 and sent[1:] == [tools[1], {"name": "h"}]
+
+
 def test_strict_upstreams_get_plain_schemas_and_others_after_their_400():
     """Trap 91: the pattern goes, not the tool."""
     tool = {"type": "function", "function": {"name": "f", "parameters": SCHEMAS[0][0]}}
