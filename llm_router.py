@@ -367,10 +367,6 @@ class Setting(NamedTuple):
     choices: Texts = ()
     blank: str = ""
 
-    @property
-    def type(self) -> type:
-        """int, bool or str."""
-        return self.default.__class__
 
     @property
     def variable(self) -> str:
@@ -468,14 +464,14 @@ def read_settings(flags: Mapping[str, str], environ: Environ) -> Tuple[Settings,
 def _read_setting(row: Setting, text: str) -> Tuple[Any, str]:
     """The value to use, and what is wrong with the one that was given ("" when nothing is)."""
     shown = one_line(text, 40) or "an empty value"
-    if row.type is int:
+    if type(row.default) is int:
         if not _WHOLE_NUMBER.fullmatch(text):
             return row.default, shown + " is not a whole number"
         number = min(max(int(text), row.low), row.high)
         if number == int(text):
             return number, ""
         return number if row.clamp else row.default, "%d is outside %d to %d" % (int(text), row.low, row.high)
-    words = _BOOLS if row.type is bool else {word: word for word in row.choices}
+    words = _BOOLS if type(row.default) is bool else {word: word for word in row.choices}
     if not words:
         return (text, "") if text or not row.default else (row.default, shown)
     if text.lower() in words:
@@ -15980,7 +15976,7 @@ CONFIG_FLAGS: Tuple[Flag, ...] = (
 
 
 def _setting_flag(row: Setting) -> Flag:
-    kind = "port" if row.name == "port" else "bool" if row.type is bool else "|".join(row.choices) or "text"
+    kind = "port" if row.name == "port" else "bool" if type(row.default) is bool else "|".join(row.choices) or "text"
     return Flag(row.flag[2:], kind, "%s, default %s" % (row.help, show_setting(row.default) or "none"))
 
 
