@@ -4044,8 +4044,9 @@ def _answer_fields(blocks: Blocks, call_id: str) -> Json:
         elif text:
             field = get_text(bag, "field") or _CHAT_TEXT_FIELDS.get(type(block), "content")
             texts.setdefault(field, []).append(text)
-        details += get_list(bag, "reasoning_details")
-        fields.update(_told({"reasoning_opaque": bag.get("reasoning_opaque")}))
+        if bag:
+            details += get_list(bag, "reasoning_details")
+            fields.update(_told({"reasoning_opaque": bag.get("reasoning_opaque")}))
     said = {field: "".join(pieces) for field, pieces in texts.items()}
     return {**said, **({"reasoning_details": _whole_details(details)} if details else {}), **fields}
 
@@ -4902,9 +4903,8 @@ _ANTHROPIC_BY_BLOCK = {Refusal: ANTHROPIC_BLOCKS[0], **{row.block: row for row i
 _ANTHROPIC_CALL_KEYS = ("type", "id", "name", "input")
 
 
-def _anthropic_part(item: Json) -> Any:
-    """A block that an answer can hold."""
-    row = _ANTHROPIC_BY_KIND.get(get_text(item, "type"))
+def _anthropic_part(item: Json, row: Optional[AnthropicBlock]) -> Any:
+    """A block that an answer can hold. row: of its type."""
     if row is None:
         return Opaque(_ANTHROPIC, item)
     if row.block is not ToolCall:
@@ -4922,7 +4922,7 @@ def _anthropic_block(item: Any, path: str) -> Any:
             need_text(item, key, path)
         if row.block is ToolCall:
             check_field(item, "input", (dict,), path)
-        return _anthropic_part(item)
+        return _anthropic_part(item, row)
     if reader is not None:
         return reader(item, path)
     if kind in ("server_tool_use", "mcp_tool_use", "compaction") or kind.endswith("_tool_result"):
@@ -5333,7 +5333,7 @@ class AnthropicStreamParser(TypedEventParser):
 
     def _open(self, data: Json) -> Events:
         item = data["content_block"]
-        block = _anthropic_part(item)
+        block = _anthropic_part(item, _ANTHROPIC_BY_KIND.get(get_text(item, "type")))
         if type(self._block) is ToolCall is type(block) and data.get("index", self._index) != self._index:
             self._late.append(data)
             return []
