@@ -326,10 +326,11 @@ def test_a_signal_that_an_effect_takes_for_ctrl_c_ends_the_menu_all_the_same(mon
 
 def test_what_a_lent_terminal_is_for_is_not_kept_from_it_by_a_command_that_was_left(monkeypatch):
     """A service's tool may hang: Esc leaves it, its thread goes on and keeps what is printed meanwhile."""
-    began, ends, seen, real = threading.Event(), threading.Event(), [], sys.stdout
+    began, ends, seen, real, threads = threading.Event(), threading.Event(), [], sys.stdout, []
 
     def startup(job, verb):
         def wait(given):
+            threads.append(threading.current_thread())
             began.set()
             ends.wait(30)
 
@@ -352,6 +353,7 @@ def test_what_a_lent_terminal_is_for_is_not_kept_from_it_by_a_command_that_was_l
     menu = r.make_menu({"providers": []}, r.Facts(effects=("startup", "deploy")))
     keys = [*"jjjjjjjj\n", begun, "q", "j", "\n", "q"]
     assert r._Painter(menu, {"startup": startup, "deploy": deploy}, []).run(Keyboard(*keys)) == 0
+    threads[0].join(30)  # or it would give the streams back in the next test
     assert seen == [real]
 
 
