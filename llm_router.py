@@ -3513,9 +3513,10 @@ def _error_in(body: Json) -> Json:
     choice = as_dict(next(iter(get_list(body, "choices")), None))
     if choice.get("error"):
         return {"error": choice["error"]}
-    if body.get("choices") or body.get("content") or body.get("output") or body.get("data"):
+    is_failed = body.get("status") in ("failed", "cancelled")  # of a Response, whatever it said before
+    if not is_failed and (body.get("choices") or body.get("content") or body.get("output") or body.get("data")):
         return {}
-    told = body.get("error") or "error" in (body.get("type"), body.get("object")) or body.get("status") == "failed"
+    told = is_failed or body.get("error") or "error" in (body.get("type"), body.get("object"))
     told = told or get_dict(body, "base_resp").get("status_code") or body.get("success") is False
     words = get_text(body, "message") or body.get("detail") or body.get("errors")
     return body if told or words and "choices" not in body else {}

@@ -505,6 +505,18 @@ def test_an_error_in_a_choice_means_what_it_says_whatever_text_came_with_it(pair
     assert attempts_of(reply)[0] == ("a-openai/to-openai", "200:429")
 
 
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+@CLIENTS
+def test_a_response_that_failed_means_what_its_error_says_whatever_output_came_with_it(pair, client_wire, stream):
+    """Trap 19. SDK: Response.status, Response.error."""
+    whole = dict(fake.responses_whole(TEXT), status="failed", error={"code": "rate_limit_exceeded", "message": "limited"})
+    always(pair.first, fake.json_answer(200, whole))
+    reply = post(pair.router, client_wire, "a-responses/to-responses", stream)
+    assert_answer(client_wire, reply, TEXT)
+    assert pair.calls() == (1, 1)
+    assert attempts_of(reply)[0] == ("a-responses/to-responses", "200:rate_limit_exceeded")
+
+
 def stream_error(wire, message="the fake upstream fell over", kind="api_error"):
     """An error as an event of the wire format."""
     if wire == "anthropic":
