@@ -1442,17 +1442,14 @@ class Preset(NamedTuple):
         return [name + "_API_KEY" for name in self.keys.split()]
 
 
-def _read_presets(table: str) -> Tuple[Preset, ...]:
-    return tuple(Preset(*map(str.strip, line.split("|"))) for line in table.strip().split("\n"))
-
-
 WAYS_ON = (
     "add a provider: llm-router config opens the menu, llm-router config --operation=upsert-provider --help is for"
     " scripts; or set a key variable such as OPENAI_API_KEY; or try llm-router demo"
 )
 
-# In the order in which the first key found gives the default model.
-PRESETS = _read_presets("""
+# In the order in which the first key found gives the default model; last the servers on this machine at their usual
+# ports, which need no key.
+_PRESET_TABLE = """
     openai | OpenAI | OPENAI | gpt-4o | platform.openai.com/api-keys | api.openai.com/v1 | | api.openai.com/v1
     anthropic | Anthropic | ANTHROPIC | claude-sonnet-4-5 | platform.claude.com/settings/keys | | api.anthropic.com
     openrouter | OpenRouter | OPENROUTER | openrouter/auto | openrouter.ai/settings/keys | openrouter.ai/api/v1
@@ -1469,14 +1466,12 @@ PRESETS = _read_presets("""
     moonshot | Moonshot | MOONSHOT | kimi-k2.6 | platform.moonshot.ai/console/api-keys \
         | api.moonshot.ai/v1 | api.moonshot.ai/anthropic
     zai | Z.ai | ZAI | glm-4.6 | z.ai/manage-apikey/apikey-list | api.z.ai/api/paas/v4 | api.z.ai/api/anthropic
-""")
-# Servers on this machine at their usual ports; they need no key.
-LOCAL_PRESETS = _read_presets("""
     ollama | Ollama | |  | | http://127.0.0.1:11434/v1
     lmstudio | LM Studio | |  | | http://127.0.0.1:1234/v1
     llamacpp | llama.cpp | |  | | http://127.0.0.1:8080/v1
     vllm | vLLM | |  | | http://127.0.0.1:8000/v1
-""")
+"""
+PRESETS = tuple(Preset(*map(str.strip, line.split("|"))) for line in _PRESET_TABLE.strip().split("\n"))
 
 
 def preset_urls(row: Preset) -> Dict[str, str]:
@@ -9338,7 +9333,7 @@ def _provider_rows(menu: Menu) -> List[Row]:
 
 def _preset_rows(menu: Menu) -> List[Row]:
     rows = []
-    for preset in PRESETS + LOCAL_PRESETS:
+    for preset in PRESETS:
         variable = next((name for name in preset.variables if name in menu.facts.variables), "")
         key, hint = "", "get a key at " + preset.keys_at
         if variable:

@@ -1132,7 +1132,7 @@ def test_each_key_variable_alone_makes_a_usable_configuration(row):
 def test_several_key_variables_make_one_provider_each_in_the_order_of_the_table():
     environ = {name: "k" for row in r.PRESETS for name in row.variables}
     config = r.read_config(r.preset_document(environ), environ)
-    assert [p.id for p in config.providers] == [row.id for row in r.PRESETS]
+    assert [p.id for p in config.providers] == [row.id for row in r.PRESETS if row.keys]
     assert config.default_model.startswith(r.PRESETS[0].id + "/")
 
 

@@ -289,7 +289,7 @@ def test_a_preset_takes_the_key_from_a_variable_that_is_set():
     assert host.document["defaultModel"] == "groq/llama-3.3-70b-versatile"
 
 
-@pytest.mark.parametrize("row", r.PRESETS + r.LOCAL_PRESETS, ids=lambda row: row.id)
+@pytest.mark.parametrize("row", r.PRESETS, ids=lambda row: row.id)
 def test_every_preset_makes_a_provider_without_errors(row):
     host = Host(EMPTY, models=["a"]).open("Providers").press("a").open(row.name)
     if host.menu.front.screen == "input":
