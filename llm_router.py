@@ -6520,8 +6520,8 @@ def render_request(request: ChatRequest, target: str) -> Json:
     # No tokens at all are Anthropic's way to warm its cache; others refuse that.
     limit = request.max_tokens if request.max_tokens != 0 else 1
     request = map_request(request, fitted)
-    request = request._replace(system=_without_blanks(request.system), messages=tidy_messages(request.messages))
-    return WIRE_FORMATS[target].render_request(request._replace(tool_choice=choice, max_tokens=limit))
+    tidy = {"system": _without_blanks(request.system), "messages": tidy_messages(request.messages)}
+    return WIRE_FORMATS[target].render_request(request._replace(tool_choice=choice, max_tokens=limit, **tidy))
 
 
 def map_request(request: ChatRequest, change: Callable[[Any], Any]) -> ChatRequest:
