@@ -3592,7 +3592,7 @@ CHAT_LOSSES = {
     "the answer's schema, where only JSON mode is known": "becomes a system message (DeepSeek, or learned from a 400)",
     "system messages amid the conversation": "become the user's where a 400 says that they must be in front",
     "the user's turn right behind a tool message": "at Mistral gets an assistant's `(noted)` in front of it",
-    "thinking switched off": "left out",
+    "thinking switched off": "told to DeepSeek, Moonshot and z.ai, else left out",
     "thinking budget": "becomes reasoning_effort: low up to 2048 tokens, medium up to 8192, else high",
     "efforts that a model does not know": "become the next lower one that it knows, or else its lowest",
     "user": "left out when longer than %d characters" % _CHAT_MAX_USER,
@@ -6863,6 +6863,7 @@ class Compat(NamedTuple):
     signed_thinking: refuses thinking without its own signature (trap 85), and ids of calls with other signs than
     letters, digits, - and _, also in a request that is passed through.
     replays_reasoning: refuses turns with calls without their `reasoning_content` while it thinks (trap 87).
+    switches: thinks unless told not to by `thinking`, which has Anthropic's shape (api-docs.deepseek.com, docs.z.ai).
     caches: takes Anthropic's `cache_control` in Chat Completions (trap 68). betas: all of `anthropic-beta` that it
     takes (trap 110), and then no `cache_control.scope` (trap 69) or attribution either; None: everything.
     """
@@ -6872,6 +6873,7 @@ class Compat(NamedTuple):
     fixes: Texts = ()
     signed_thinking: bool = False
     replays_reasoning: bool = False
+    switches: bool = False
     caches: bool = False
     betas: Optional[re.Pattern[str]] = None
 
@@ -6928,7 +6930,7 @@ def blank_thoughts(body: Json) -> Optional[Json]:
     return {**body, "messages": turns} if turns != body.get("messages") else None
 
 
-def _think_if_replayed(body: Json) -> None:
+def _think_on(body: Json) -> None:
     """A turn with calls may lack its reasoning: another provider made it, or it was forgotten. Kimi does not think then
     (platform.moonshot.ai), or takes a dot for it where it always thinks (anomalyco/opencode#10996)."""
     lacking = [turn for turn in _turns(body) if turn.get("tool_calls") and not turn.get("reasoning_content")]
@@ -7140,7 +7142,7 @@ FIXES: Dict[str, Fix] = {
     "system in front": Fix(_system_in_front, "messages", r"system message must be at the beginning"),
     # Ollama's models think unless told not to (trap 112; docs.ollama.com, OpenAI compatibility).
     "think if asked": Fix(lambda body: body.setdefault("reasoning_effort", "none"), "messages"),
-    "think if replayed": Fix(_think_if_replayed, "messages"),
+    "think on": Fix(_think_on, "messages"),
 }
 TEMPLATE_FIXES = ("strict turns", "system in front")  # what a local model's template refuses may be told with a 500
 
@@ -7152,7 +7154,7 @@ _CLOUD_BETAS = re.compile(
 _CLOUD_FIXES = ("plain schemas", "closed schemas")
 _MISTRAL_FIXES = ("no stream_options", "no reasoning_content", "no store", "no user", "strict turns")
 _OPENAI_FIXES = ("max_completion_tokens", "no reasoning_content", "no sampling", "short ids")
-_KIMI_FIXES = ("think if replayed", "plain schemas", "no sampling")
+_KIMI_FIXES = ("think on", "plain schemas", "no sampling")
 _PICKY_FIXES = ("no reasoning_content", "no store", "plain schemas")
 
 COMPATS: Tuple[Compat, ...] = (
@@ -7162,9 +7164,9 @@ COMPATS: Tuple[Compat, ...] = (
     Compat("bedrock", ("amazonaws.com",), _CLOUD_FIXES, signed_thinking=True, betas=_CLOUD_BETAS),
     Compat("vertex", ("aiplatform.googleapis.com",), _CLOUD_FIXES, signed_thinking=True, betas=_CLOUD_BETAS),
     Compat("openrouter", ("openrouter.ai",), caches=True),
-    Compat("deepseek", ("api.deepseek.com",), ("think if replayed", "schema in words"), replays_reasoning=True),
-    Compat("moonshot", ("api.moonshot.ai", "api.moonshot.cn"), _KIMI_FIXES, replays_reasoning=True),
-    Compat("zai", ("api.z.ai", "open.bigmodel.cn"), ("plain schemas",)),
+    Compat("deepseek", ("api.deepseek.com",), ("think on", "schema in words"), replays_reasoning=True, switches=True),
+    Compat("moonshot", ("api.moonshot.ai", "api.moonshot.cn"), _KIMI_FIXES, replays_reasoning=True, switches=True),
+    Compat("zai", ("api.z.ai", "open.bigmodel.cn"), ("plain schemas",), switches=True),
     Compat("qwen", ("dashscope.aliyuncs.com", "dashscope-intl.aliyuncs.com", "dashscope-us.aliyuncs.com"), caches=True),
     Compat("groq", ("api.groq.com",), _PICKY_FIXES),
     Compat("mistral", ("api.mistral.ai",), _MISTRAL_FIXES),
@@ -7273,6 +7275,14 @@ def keep_cache_marks(request: ChatRequest) -> ChatRequest:
         return value._replace(extra={**value.extra, "openai": {**own_extra(value, "openai"), "cache_control": mark}})
 
     return map_request(request, marked)
+
+
+def keep_switch(request: ChatRequest) -> ChatRequest:
+    """A request whose wish for no thinking is written in Chat Completions as `thinking`, and not as an effort, too."""
+    if not request.reasoning or request.reasoning.effort != "none":
+        return request
+    own = {**get_dict(request.fields or {}, "openai"), "thinking": {"type": "disabled"}}
+    return request._replace(reasoning=None, fields={**(request.fields or {}), "openai": own})
 
 
 def bare_cache_marks(value: Any) -> Any:
@@ -8143,6 +8153,7 @@ class Requests:
         if most and (asked or wire == "anthropic"):  # which demands a limit
             asked = min(asked or most, most)
         request = self.neutral._replace(model=candidate.model_id, messages=messages, max_tokens=asked)
+        request = keep_switch(request) if compat.switches and wire == "openai" else request
         body = render_request(keep_cache_marks(request) if compat.caches and wire == "openai" else request, wire)
         return apply_fixes(body, compat.fixes + lessons)
 

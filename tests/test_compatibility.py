@@ -714,6 +714,22 @@ def test_a_turn_that_bears_a_signature_is_not_marked():
     assert llm_router.sign_calls(body) is None
 
 
+@pytest.mark.parametrize("compat, told", [("deepseek", True), ("zai", True), ("moonshot", True), ("openai", False), ("", False)])
+def test_thinking_that_a_client_switched_off_is_off_where_a_model_thinks_unasked(compat, told, router, make_upstream):
+    upstream = make_upstream(fake.final_text("ok"))
+    running = router(config_of(provider(upstream, "openai", "a", ["m"], **({"compat": compat} if compat else {}))))
+    turns = [{"role": "user", "content": "q"}]
+    asks = [
+        ("/v1/messages", {"model": "a/m", "max_tokens": 9, "messages": turns, "thinking": {"type": "disabled"}}),
+        ("/v1/responses", {"model": "a/m", "input": turns, "reasoning": {"effort": "none"}}),
+        ("/v1/messages", {"model": "a/m", "max_tokens": 9, "messages": turns}),
+    ]
+    assert [running.post(path, body).status for path, body in asks] == [200] * 3
+    thinking = [call.json.get("thinking") for call in upstream.calls]
+    assert thinking == ([{"type": "disabled"}] * 2 if told else [None] * 2) + [None]
+    assert [call.json.get("reasoning_effort") for call in upstream.calls] == [None, None if told else "none", None]
+
+
 def test_encrypted_reasoning_goes_back_to_its_issuer_and_to_no_other(router, make_upstream):
     """Traps 64, 65."""
     sealed = {"type": "reasoning", "id": "rs_1", "summary": [], "encrypted_content": "sealed"}
