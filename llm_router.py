@@ -14380,19 +14380,19 @@ def _hold_signals() -> Callable[[], Any]:
 def _wait_for_start(child: Any, log_path: str, began: int) -> str:
     """The address that a child says it listens on, in what it has logged from `began` on."""
     until = time.monotonic() + _DETACHED_START_S
-    while time.monotonic() < until:
-        time.sleep(0.05)
-        has_ended = child.poll() is not None  # asked before its last words are read
-        with open(log_path, "rb") as file:
+    with open(log_path, "rb") as file:  # once: what it prints stays in that file, whatever name that is given meanwhile
+        while time.monotonic() < until:
+            time.sleep(0.05)
+            has_ended = child.poll() is not None  # asked before its last words are read
             file.seek(began)
             said = file.read(1_000_000).decode("utf-8", "replace")
-        found = re.search(r"^listening on (http://\S+)", said, re.MULTILINE)
-        if found:
-            child.returncode = 0  # it is meant to go on without us: no warning that it still runs
-            return str(found.group(1))
-        if has_ended:
-            last = said.strip().split("\n")[-1].replace("llm-router: ", "")
-            raise RouterError("it ended at once: " + (last or "see " + log_path))
+            found = re.search(r"^listening on (http://\S+)", said, re.MULTILINE)
+            if found:
+                child.returncode = 0  # it is meant to go on without us: no warning that it still runs
+                return str(found.group(1))
+            if has_ended:
+                last = said.strip().split("\n")[-1].replace("llm-router: ", "")
+                raise RouterError("it ended at once: " + (last or "see " + log_path))
     raise RouterError("it did not listen within %d s, see %s" % (_DETACHED_START_S, log_path))
 
 

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -588,6 +589,20 @@ def test_a_server_runs_from_byte_code_in_the_process_that_was_started_and_knows_
     assert words[words.index("llm_router=%s" % PROGRAM) + 1].startswith("/proc/self/fd/")
     assert not any("memfd" in name for name in descriptors_of(running.process.pid))
     assert json.loads(ok(running.home, "status", "--json"))["pid"] == running.process.pid
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a file that is open keeps its name there")
+def test_a_start_in_the_background_is_seen_in_a_log_that_is_moved_away_at_once(tmp_path):
+    """It was nearly full. Nobody who waits for the line in vain should end a server that serves."""
+    log = tmp_path / "log"
+    log.write_text("before\nlistening on http://127.0.0.1:8787\n")
+
+    def poll():
+        if not (tmp_path / "log.1").exists():
+            os.replace(log, tmp_path / "log.1")
+            log.write_text("a request\n")
+
+    assert r._wait_for_start(SimpleNamespace(poll=poll), str(log), len("before\n")) == "http://127.0.0.1:8787"
 
 
 @pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="memory files are Linux'")
