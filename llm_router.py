@@ -310,7 +310,8 @@ def as_text(value: Any) -> str:
 
 
 def as_int(value: Any) -> int:
-    """`value` when it is a whole number of at least 0, else 0 (no boolean is one); 2**53 for more, which is a lie."""
+    """A number of at least 0 without its fraction, 0 for anything else (a boolean is none); 2**53 for more, which is a
+    lie."""
     if type(value) is float and math.isfinite(value):
         value = int(value)
     return min(value, 2**53) if type(value) is int and value > 0 else 0
@@ -1627,7 +1628,8 @@ def _client_keys_but(document: Json, name: str) -> List[Any]:
     entries = get_field(document, "config", "clientKeys") or []
     if not isinstance(entries, list):
         raise UsageError("clientKeys must be a list; see llm-router config --operation=validate")
-    return [entry for entry in entries if str(as_dict(entry).get("name")).lower() != name.strip().lower()]
+    names = [get_text(as_dict(entry), "name").strip().lower() for entry in entries]
+    return [entry for entry, own in zip(entries, names) if not own or own != name.strip().lower()]
 
 
 def _set_in_config(document: Json, key: str, value: Any, note: str) -> Edit:
@@ -3593,7 +3595,8 @@ CHAT_LOSSES = {
     "system messages amid the conversation": "become the user's where a 400 says that they must be in front",
     "the user's turn right behind a tool message": "at Mistral gets an assistant's `(noted)` in front of it",
     "thinking switched off": "told to DeepSeek, Moonshot and z.ai, else left out",
-    "thinking budget": "becomes reasoning_effort: low up to 2048 tokens, medium up to 8192, else high",
+    "thinking budget": "becomes reasoning_effort: low up to 2048 tokens, medium up to 8192, high up to 16384, then "
+    "xhigh and max",
     "efforts that a model does not know": "become the next lower one that it knows, or else its lowest",
     "user": "left out when longer than %d characters" % _CHAT_MAX_USER,
     "answers: stop text": "finish_reason does not tell which stop text ended the answer",

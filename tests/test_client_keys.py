@@ -71,6 +71,14 @@ def test_two_clients_of_one_name_are_a_problem():
     assert any(one.path == "clientKeys[1]" for one in problems)
 
 
+def test_an_entry_without_a_name_bears_none_that_could_be_removed():
+    document = {"clientKeys": [{"sha256": "0" * 64}, "odd", {"name": "laptop", "sha256": "1" * 64}]}
+    for name in ("none", ""):
+        with pytest.raises(r.UsageError, match="no client key"):
+            r.remove_client_key(document, name)
+    assert r.remove_client_key(document, " LAPTOP").document["clientKeys"] == document["clientKeys"][:2]
+
+
 def test_a_client_key_opens_the_server_is_named_in_the_log_and_revoked_by_a_reload(config_path, router, capsys):
     key = made_key(config_path, "laptop", capsys)
     document = json.loads(config_path.read_text())
