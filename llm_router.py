@@ -435,7 +435,6 @@ Settings = namedtuple("Settings", [row.name for row in SETTINGS], defaults=[row.
 Settings.__doc__ = "The value of every row of SETTINGS, by its name; `Settings()` holds the defaults."
 
 _BOOLS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
-_WHOLE_NUMBER = re.compile(r"[+-]?[0-9]{1,15}", re.ASCII)
 
 
 def parse_bool(text: str) -> bool:
@@ -466,7 +465,7 @@ def _read_setting(row: Setting, text: str) -> Tuple[Any, str]:
     """The value to use, and what is wrong with the one that was given ("" when nothing is)."""
     shown = one_line(text, 40) or "an empty value"
     if type(row.default) is int:
-        if not _WHOLE_NUMBER.fullmatch(text):
+        if not re.fullmatch("[+-]?[0-9]{1,15}", text):
             return row.default, shown + " is not a whole number"
         number = min(max(int(text), row.low), row.high)
         if number == int(text):
@@ -719,10 +718,11 @@ def get_field(raw: Json, kind: str, key: str) -> Any:
 # ----- reading text -----
 
 _MAX_DEPTH = 60  # far below the recursion limit, so that no walk of a document needs to fear it
-_SECRET_VALUE = re.compile(  # also where the mistake is JavaScript's: {masterKey: 'x'}
-    r"""((?:key|secret|token|auth|credential|password)[^"':,{}]{0,80}["']?\s*:\s*(["']))((?:\\.|(?!\2).)*)""", re.I
+# What may be a key, also where the mistake is JavaScript's: {masterKey: 'x'}; texts, as few starts need them compiled.
+_MAY_BE_SECRETS = (
+    r"""((?i:key|secret|token|auth|credential|password)[^"':,{}]{0,80}["']?\s*:\s*(["']))((?:\\.|(?!\2).)*)""",
+    r"(())([A-Za-z0-9_+/=-]{24,}|\bsk-[A-Za-z0-9_-]+)",
 )
-_LONG_TOKEN = re.compile(r"(())([A-Za-z0-9_+/=-]{24,}|\bsk-[A-Za-z0-9_-]+)")
 _TYPES = {bool: "a boolean", dict: "an object", list: "a list", str: "text", int: "a whole number", float: "a number"}
 
 
@@ -774,8 +774,8 @@ def _plain_json(text: str) -> str:
 def _syntax_error(source: str, text: str, at: int, message: str) -> ConfigError:
     line, column = text.count("\n", 0, at) + 1, at - text.rfind("\n", 0, at)
     shown = text.split("\n")[line - 1]
-    for pattern in (_SECRET_VALUE, _LONG_TOKEN):  # asterisks of the same length: the caret still points right
-        shown = pattern.sub(lambda match: match.group(1) + "*" * len(match.group(3)), shown)
+    for pattern in _MAY_BE_SECRETS:  # asterisks of the same length: the caret still points right
+        shown = re.sub(pattern, lambda match: match.group(1) + "*" * len(match.group(3)), shown)
     start = max(0, column - 71)
     shown = "".join(c if c.isprintable() else " " for c in shown[start : start + 100])
     caret = " " * (column - 1 - start) + "^"
@@ -3867,20 +3867,20 @@ def _chat_reasoning(effort: str, own: Json, thinking: Json) -> Optional[Reasonin
 # Models by a pattern of their ids -> efforts they take, lowest first (their makers' pages; the last row is what most
 # others take). Shared with OPENAI RESPONSES.
 _OPENAI_EFFORTS = (
-    (re.compile(r"gpt-5-pro"), ("high",)),
-    (re.compile(r"gpt-5\.\d-pro"), ("medium", "high", "xhigh")),
-    (re.compile(r"gpt-(5\.[6-9]|[6-9])|deepseek-v[4-9]|glm-[5-9]"), ("none", "low", "medium", "high", "xhigh", "max")),
-    (re.compile(r"gpt-(5\.[2-5]|5\.1-codex-max)"), ("none", "low", "medium", "high", "xhigh")),
-    (re.compile(r"gpt-5\.1"), ("none", "low", "medium", "high")),
-    (re.compile(r"gpt-5"), ("minimal", "low", "medium", "high")),
-    (re.compile(r"(?:^|/)o\d"), ("low", "medium", "high")),
-    (re.compile(r"mistral-(?:small|medium)"), ("none", "high")),
-    (re.compile(r""), ("none", "low", "medium", "high")),
+    (r"gpt-5-pro", ("high",)),
+    (r"gpt-5\.\d-pro", ("medium", "high", "xhigh")),
+    (r"gpt-(5\.[6-9]|[6-9])|deepseek-v[4-9]|glm-[5-9]", ("none", "low", "medium", "high", "xhigh", "max")),
+    (r"gpt-(5\.[2-5]|5\.1-codex-max)", ("none", "low", "medium", "high", "xhigh")),
+    (r"gpt-5\.1", ("none", "low", "medium", "high")),
+    (r"gpt-5", ("minimal", "low", "medium", "high")),
+    (r"(?:^|/)o\d", ("low", "medium", "high")),
+    (r"mistral-(?:small|medium)", ("none", "high")),
+    (r"", ("none", "low", "medium", "high")),
 )
 
 
 def _openai_effort(reasoning: Reasoning, model: str) -> str:
-    return nearest_effort(reasoning, next(efforts for pattern, efforts in _OPENAI_EFFORTS if pattern.search(model)))
+    return nearest_effort(reasoning, next(efforts for pattern, efforts in _OPENAI_EFFORTS if re.search(pattern, model)))
 
 
 # Format -> its request fields that mean the same here.
@@ -10793,10 +10793,9 @@ _MAX_LISTING_BYTES = 10_000_000
 _MAX_LISTED = 5000
 
 _WANTS_MORE = re.compile(r"(?s)\A(?=.*max\w{0,40}_tokens)(?=.*(?:minimum|at least|>|greater|too (?:small|low)|below))")
-_NO_CHAT = re.compile(
-    "embed|rerank|bge|minilm|whisper|tts|speech|audio|transcri|realtime|image|dall|flux|diffusion|video|sora|veo"
-    "|moderation|guard|ocr|search|davinci|babbage",
-    re.I,
+_NO_CHAT = (
+    "(?i)embed|rerank|bge|minilm|whisper|tts|speech|audio|transcri|realtime|image|dall|flux|diffusion|video|sora|veo"
+    "|moderation|guard|ocr|search|davinci|babbage"
 )
 _GUESSES = 3  # listed models to try where none is named: lists hold models that are gone, or not for chat
 
@@ -10903,7 +10902,7 @@ class Probe:
         """Ask everything. Whoever cancels this keeps what `report` says, see `end`."""
         wires, calls = self._plan.wires, self._plan.calls
         await self._host.gather(self._list, [(wire,) for wire in self._listing_wires()])
-        listed = sorted(self.report.listed or (), key=lambda name: bool(_NO_CHAT.search(name)))
+        listed = sorted(self.report.listed or (), key=lambda name: bool(re.search(_NO_CHAT, name)))
         guesses = [(name,) for name in listed[:_GUESSES]] or [()]
         for models in [self._plan.models] if self._plan.models else guesses:
             pairs = [(model, wire) for model in models for wire in wires] if calls else []
@@ -14520,19 +14519,19 @@ def _check_version(data: bytes) -> str:
         write_private(path, data, durable=False)
         code, said = run_tool([sys.executable, "-I", path, "--version"], 60)
     name, _, version = said.partition("\n")[0].strip().partition(" ")
-    if code or name != "llm-router" or not _VERSION.fullmatch(version):
+    if code or name != "llm-router" or not re.fullmatch(_VERSION, version):
         raise RouterError("the release does not run here: its --version failed or gave no version")
     if _version_key(version) < _version_key(__version__):
         raise RouterError("the release %s is older than %s: nothing was changed" % (version, __version__))
     return version
 
 
-_VERSION = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})*)(\.?(?:a|b|rc|dev)[0-9]+)?[0-9a-z.+-]{0,40}")  # PEP 440
+_VERSION = r"([0-9]{1,9}(?:\.[0-9]{1,9})*)(\.?(?:a|b|rc|dev)[0-9]+)?[0-9a-z.+-]{0,40}"  # PEP 440
 
 
 def _version_key(version: str) -> Tuple[List[int], bool]:
     """What versions are ordered by: 1.0rc1 comes before 1.0, 1.0.post1 does not."""
-    numbers, early = _VERSION.match(version).groups()  # type: ignore[union-attr]  both have been checked
+    numbers, early = re.match(_VERSION, version).groups()  # type: ignore[union-attr]  both have been checked
     return [int(number) for number in numbers.split(".")], not early
 
 
@@ -14696,7 +14695,7 @@ _MAX_API_BYTES = 20_000_000
 _WRANGLER_S = 900.0  # it may install itself first
 _SECRET_BYTES = 5000  # 5 KB each (developers.cloudflare.com/workers/platform/limits)
 # Names and addresses (RFC 1918, 3927, 4193, 6598) that mean something in one network only.
-_PRIVATE_HOST = re.compile(
+_PRIVATE_HOST = (
     r"[^.:]+|.+\.(?:internal|lan|local)|(?:f[cd]..|fe80):.+|(?:10|169\.254|192\.168|172\.(?:1[6-9]|2\d|3[01])"
     r"|100\.(?:6[4-9]|[7-9]\d|1[01]\d|12[0-7]))\.[.\d]+"
 )
@@ -14818,7 +14817,7 @@ def make_payload(document: Json, environ: Environ) -> Payload:
             doubts.append("the variable %s is not set here: the Worker needs a secret of this name" % name)
     enabled = [one for one in config.providers if one.enabled]
     places = [(urlsplit(url).hostname or "", one.id) for one in enabled for url in one.base_urls.values()]
-    private = [it for it in places if is_loopback(it[0]) or _PRIVATE_HOST.fullmatch(it[0])]
+    private = [it for it in places if is_loopback(it[0]) or re.fullmatch(_PRIVATE_HOST, it[0])]
     doubts += ["Cloudflare cannot reach %s, the address of the provider %s" % it for it in private]
     return Payload(config, secrets, tuple(dict.fromkeys(doubts)))
 
