@@ -13983,8 +13983,10 @@ class Router(CountingHost):
         sha256, _, name = argument.partition("/")
         if verb == "dismiss":
             self.guests.pop(sha256, None)
-        elif re.fullmatch(r"[0-9a-f]{64}", sha256) and len(self.guests) < _MOST_GUESTS:
+        elif re.fullmatch(r"[0-9a-f]{64}", sha256):
             self.guests[sha256] = one_line(name, 60) or "guest"
+            for oldest in list(self.guests)[:-_MOST_GUESTS]:  # very likely of a program whose `run` was killed
+                del self.guests[oldest]
         self.gateway.access = make_access(self.options.config, self.options.require_auth, self.guests.items())
 
     def stop(self, grace: str = "") -> None:

@@ -11,6 +11,7 @@ import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -144,6 +145,16 @@ def test_a_program_s_key_outlives_a_reload_of_the_router(router, upstream):
     assert running.get("/v1/models", {"x-api-key": ""}).status == 401
     r.ask_instance(entry, "dismiss/" + hashlib.sha256(b"guest-key").hexdigest(), "POST")
     assert running.get("/v1/models", {"x-api-key": "guest-key"}).status == 401
+
+
+def test_guests_that_killed_runs_left_behind_give_way_to_new_ones(monkeypatch):
+    monkeypatch.setattr(r, "_MOST_GUESTS", 3)
+    gateway, options = SimpleNamespace(), SimpleNamespace(config=r.Config(), require_auth=True)
+    router = SimpleNamespace(guests={}, gateway=gateway, options=options)
+    keys = [hashlib.sha256(b"key %d" % number).hexdigest() for number in range(5)]
+    for key in keys:
+        r.Router._change_guests(router, "admit", key + "/run-x")
+    assert list(router.guests) == keys[2:] and len(gateway.access.clients) == 3
 
 
 def test_a_program_learns_the_window_of_its_model_where_the_configuration_has_it():
