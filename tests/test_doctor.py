@@ -209,8 +209,9 @@ def test_a_strange_list_of_models_is_an_empty_one_and_what_is_none_is_refused(ac
 
 
 PATIENT = """
-import sys
+import signal, sys
 import llm_router as r
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell runs in the background ignores it
 r._LISTING_LIMIT_S, r._PROBE_LISTING_MS = 3600, 3600_000
 sys.exit(r.main(["doctor"]))
 """
