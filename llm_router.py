@@ -6542,12 +6542,15 @@ def parse_answer(body: Json, source: str, context: Context) -> ChatResponse:
 
 
 _SAID = frozenset(("content", "text", "refusal", "reasoning_content", "reasoning", "thinking", "name"))
-_ODD_ENDS = (b'"error"', b'"abort"', b'"network_error"', b'"insufficient_system_resource"')
+_ODD_ENDS = (b'"abort"', b'"network_error"', b'"insufficient_system_resource"')
+_NO_ERROR = (b'"error":null', b'"error": null')  # every Response says so
 
 
 def is_plain_answer(body: Json, raw: bytes, source: str) -> bool:
-    """Whether a whole answer surely says something and no error, seen without parsing it; False is no verdict."""
-    pending = [] if any(map(raw.__contains__, _ODD_ENDS)) else [body.get(WIRE_FORMATS[source].answer)]
+    """Whether a whole answer that passed _error_in surely says something, seen without parsing it; False: who knows."""
+    errors = raw.count(b'"error"')
+    is_odd = errors and errors > sum(map(raw.count, _NO_ERROR)) or any(map(raw.__contains__, _ODD_ENDS))
+    pending = [] if is_odd else [body.get(WIRE_FORMATS[source].answer)]
     while pending:
         value = pending.pop()
         for key, part in value.items() if isinstance(value, dict) else enumerate(as_list(value)):
@@ -8067,17 +8070,14 @@ def merge_list(first: str, second: str) -> str:
     return ",".join(dict.fromkeys(element for element in elements if element))
 
 
+_TIMEOUTS = [name.replace("_ms", "_timeout_ms") for name in Timeouts._fields]  # the settings of a streamed answer
+_WHOLE_TIMEOUTS = [name.replace("first_byte", "whole_first_byte") for name in _TIMEOUTS]
+
+
 def resolve_timeouts(provider: Provider, settings: Settings, stream: bool) -> Timeouts:
     """A provider's timeouts in milliseconds, the settings' where it has none of its own; 0 means off."""
-    first_byte_ms = settings.first_byte_timeout_ms if stream else settings.whole_first_byte_timeout_ms
-    defaults = (
-        settings.connect_timeout_ms,
-        first_byte_ms,
-        settings.first_content_timeout_ms,
-        settings.idle_timeout_ms,
-        settings.total_timeout_ms,
-    )
-    return Timeouts(*[ours if own is None else own for own, ours in zip(provider.timeouts, defaults)])
+    names = _TIMEOUTS if stream else _WHOLE_TIMEOUTS
+    return Timeouts(*[getattr(settings, name) if own is None else own for own, name in zip(provider.timeouts, names)])
 
 
 class Requests:

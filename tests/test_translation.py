@@ -828,6 +828,7 @@ def test_a_custom_call_that_is_custom_already_streams_on():
 
 
 CHAT_SAYS = {"choices": [{"message": {"content": "hi"}, "finish_reason": "stop"}]}
+RESPONSE_SAYS = {"output": [{"type": "message", "content": [{"type": "output_text", "text": "hi"}]}]}
 PLAIN = [
     ("openai", CHAT_SAYS, True),
     ("openai", {"choices": [{"message": {"content": None, "tool_calls": [{"function": {"name": "f"}}]}}]}, True),
@@ -837,8 +838,11 @@ PLAIN = [
     ("openai", {"text": "hi"}, False),
     ("anthropic", {"content": [{"type": "text", "text": "hi"}]}, True),
     ("anthropic", {"content": [{"type": "text", "text": ""}]}, False),
-    ("responses", {"output": [{"type": "message", "content": [{"type": "output_text", "text": "hi"}]}]}, True),
+    ("responses", RESPONSE_SAYS, True),
     ("responses", {"output": []}, False),
+    ("responses", dict(RESPONSE_SAYS, error=None), True),
+    ("responses", dict(RESPONSE_SAYS, error=None, x={"error": {"message": "x"}}), False),
+    ("responses", dict(RESPONSE_SAYS, error={"message": "x"}), False),
 ]
 
 
