@@ -368,7 +368,6 @@ class Setting(NamedTuple):
     choices: Texts = ()
     blank: str = ""
 
-
     @property
     def variable(self) -> str:
         """Its environment variable, `LLM_ROUTER_` and the name in capitals."""
@@ -5188,7 +5187,6 @@ def _anthropic_usage(usage: Json) -> Usage:
     """anthropic.types.Usage: input_tokens are already without the cached ones (trap 113)."""
     counts = (as_int(usage.get(key)) for key in _ANTHROPIC_COUNTS)
     return Usage(*counts, as_int(get_dict(usage, "output_tokens_details").get("thinking_tokens")))
-
 
 
 def render_anthropic_response(response: ChatResponse, context: Context) -> Json:
@@ -14501,7 +14499,6 @@ def check_safe_url(url: str) -> str:
         if parts.scheme == "https" or parts.scheme == "http" and is_loopback(parts.hostname or ""):
             return url
     raise UsageError("%s is not https, and not on this machine" % one_line(mask_url(url), 160))
-
 
 
 def _check_digest(data: bytes, source: str) -> None:
