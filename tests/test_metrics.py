@@ -74,6 +74,19 @@ def test_requests_attempts_tokens_and_times_are_counted(router, upstream):
     assert found.types["llm_router_requests_total"] == found.types["llm_router_tokens_total"] == "counter"
 
 
+def test_a_histogram_sums_up_seconds():
+    metrics = r.Metrics()
+    for total_ms, first_ms in ((1500, 250), (500, None)):
+        trail = r.Trail("req_1", 0.0, 0.0)
+        trail.wire, trail.operation, trail.status = "openai", "chat", 200
+        trail.total_ms, trail.first_content_ms = total_ms, first_ms
+        metrics.count(trail, ())
+    found = Numbers(metrics.render({}))
+    assert found.of("llm_router_request_seconds_sum", format="openai") == 2.0
+    assert found.of("llm_router_first_content_seconds_sum", format="openai") == 0.25
+    assert found.of("llm_router_request_seconds_bucket", format="openai", le="0.5") == 1
+
+
 def test_health_and_open_streams_are_shown_as_they_are_now(router, upstream):
     running = router(two(upstream), *QUICK, "--origin-retry-attempts=1", "--fallback-circuit-failures=1")
     upstream.answer(fake.json_answer(500, {"error": {"message": "down"}}))

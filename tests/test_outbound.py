@@ -319,6 +319,30 @@ def test_the_neutral_request_is_parsed_once_and_targets_are_shared():
     assert json.loads(second.body)["model"] == "other"
 
 
+def test_a_stream_and_a_whole_answer_wait_differently_for_the_first_byte_though_targets_are_remembered():
+    targets = {}
+    for streams, expected in ((True, SETTINGS.first_byte_timeout_ms), (False, SETTINGS.whole_first_byte_timeout_ms)):
+        inbound = R.read_inbound(
+            R.find_endpoint("/v1/messages"), [], json.dumps({"model": "m", "messages": [], "stream": streams}).encode()
+        )
+        for _ in range(2):
+            out = R.Requests(inbound, SETTINGS, targets, {}, R.BoundedMap(), "").make(
+                candidate(provider(formats=("anthropic",)))
+            )
+            assert out.timeouts.first_byte_ms == expected
+    assert SETTINGS.first_byte_timeout_ms != SETTINGS.whole_first_byte_timeout_ms
+
+
+def test_a_request_that_is_let_go_leaves_its_body_nowhere_and_all_else_as_it_was():
+    inbound = R.read_inbound(R.find_endpoint("/v1/messages"), [], BODIES["/v1/messages"].encode())
+    out = R.Requests(inbound, SETTINGS, {}, {}, R.BoundedMap(), "").make(candidate(provider(formats=("anthropic",))))
+    exchange = R.Exchange.__new__(R.Exchange)
+    exchange._inbound, exchange._outbound = inbound, out
+    exchange._let_go()
+    assert exchange._inbound == inbound._replace(body=R.JsonObject({}))
+    assert exchange._outbound == out._replace(body=b"") and out.body
+
+
 @pytest.mark.parametrize(
     "path, wire, base, expected",
     [
