@@ -499,88 +499,6 @@ AUTH_TYPES = ("bearer", "x-api-key", "header", "none")
 # Other names of a wire format that older files use.
 _WIRE_ALIASES = {"claude": "anthropic"}
 
-# The format of a provider that says none: OpenAI's, save for who invented another.
-_FORMAT_OF_HOST = {"api.anthropic.com": "anthropic"}
-
-
-class Auth(NamedTuple):
-    """How a provider is shown its key. type: one of AUTH_TYPES. header_name: for the type header; prefix: what stands
-    before the key in it."""
-
-    type: str = "bearer"
-    header_name: str = ""
-    prefix: str = ""
-
-
-# How the wire formats' own providers are shown a key.
-USUAL_AUTHS = {"openai": Auth(), "anthropic": Auth("x-api-key"), "responses": Auth()}
-
-
-class Timeouts(NamedTuple):
-    """A provider's own limits in milliseconds; 0 is off, None means the setting."""
-
-    connect_ms: Optional[int] = None
-    first_byte_ms: Optional[int] = None
-    first_content_ms: Optional[int] = None
-    idle_ms: Optional[int] = None
-    total_ms: Optional[int] = None
-
-
-class Model(NamedTuple):
-    """A model of a provider; the id "*" passes any id through. formats: () means the provider's."""
-
-    id: str
-    aliases: Texts = ()
-    formats: Texts = ()
-    enabled: bool = True
-    context_window: Optional[int] = None
-    max_output_tokens: Optional[int] = None
-    cost: Optional[Json] = None
-    metadata: Optional[Json] = None
-    fallback_models: Texts = ()
-
-
-class Provider(NamedTuple):
-    """A configured account. base_urls, auths: by wire format. preferred: the one of `formats` to speak when the
-    client's own is not among them. headers: a None removes the header. compat: as configured, None when unsaid.
-    proxy: "none" for a direct connection, "" for the environment's. ca_bundle: a file, "" for what everybody trusts."""
-
-    id: str
-    name: str = ""
-    enabled: bool = True
-    base_urls: Dict[str, str] = {}
-    api_key: str = ""
-    formats: Texts = ("openai",)
-    preferred: str = "openai"
-    auths: Dict[str, Auth] = USUAL_AUTHS
-    headers: Dict[str, Optional[str]] = {}
-    anthropic_version: str = ""
-    anthropic_beta: Texts = ()
-    compat: Any = None
-    timeouts: Timeouts = Timeouts()
-    proxy: str = ""
-    ca_bundle: str = ""
-    models: Tuple[Model, ...] = ()
-
-
-class ClientKey(NamedTuple):
-    """A client's own key: name stands in the log, sha256 is the lower-case hex digest of the key."""
-
-    name: str = ""
-    sha256: str = ""
-
-
-class Config(NamedTuple):
-    """A configuration, checked and complete. aliases: name or pattern -> model refs in order."""
-
-    master_key: str = ""
-    client_keys: Tuple[ClientKey, ...] = ()
-    default_model: str = ""
-    aliases: Dict[str, Texts] = {}
-    cors_origins: Texts = ()
-    allowed_hosts: Texts = ()
-    providers: Tuple[Provider, ...] = ()
-
 
 class Problem(NamedTuple):
     """Something wrong in a configuration. path: `providers[0].models[1].fallbackModels[0]`, "" for the whole.
@@ -680,6 +598,65 @@ FIELDS: Dict[str, Tuple[Field, ...]] = {
 }
 
 
+def _snake(name: str) -> str:
+    return re.sub("[A-Z]", lambda match: "_" + match.group().lower(), name)
+
+
+def _record(name: str, kind: str, about: str, **defaults: Any) -> Any:
+    """A NamedTuple with the fields of a kind. What nobody said, and no default says, is as empty as its kind allows."""
+    empty = {"flag": True, "whole": None, "object": None}
+    unsaid = {_snake(row.key): () if row.kind[0] == "[" else empty.get(row.kind, "") for row in FIELDS[kind]}
+    made = namedtuple(name, unsaid, defaults={**unsaid, **defaults}.values())
+    made.__doc__ = about
+    return made
+
+
+Auth = _record(
+    "Auth", "auth", "How a provider is shown its key. header_name, prefix: for the type header.", type="bearer"
+)
+Timeouts = _record("Timeouts", "timeouts", "A provider's own limits in milliseconds; 0 is off, None means the setting.")
+Model = _record("Model", "model", "A model of a provider. formats: () means the provider's.")
+ClientKey = _record("ClientKey", "client_key", "A client's own key. sha256: the lower-case hex digest of the key.")
+
+# How the wire formats' own providers are shown a key.
+USUAL_AUTHS = {"openai": Auth(), "anthropic": Auth("x-api-key"), "responses": Auth()}
+
+
+class Provider(NamedTuple):
+    """A configured account. base_urls, auths: by wire format. preferred: the one of `formats` to speak when the
+    client's own is not among them. headers: a None removes the header. compat: as configured, None when unsaid.
+    proxy: "none" for a direct connection, "" for the environment's. ca_bundle: a file, "" for what everybody trusts."""
+
+    id: str
+    name: str = ""
+    enabled: bool = True
+    base_urls: Dict[str, str] = {}
+    api_key: str = ""
+    formats: Texts = ("openai",)
+    preferred: str = "openai"
+    auths: Dict[str, Auth] = USUAL_AUTHS
+    headers: Dict[str, Optional[str]] = {}
+    anthropic_version: str = ""
+    anthropic_beta: Texts = ()
+    compat: Any = None
+    timeouts: Timeouts = Timeouts()
+    proxy: str = ""
+    ca_bundle: str = ""
+    models: Tuple[Model, ...] = ()
+
+
+class Config(NamedTuple):
+    """A configuration, checked and complete. aliases: name or pattern -> model refs in order."""
+
+    master_key: str = ""
+    client_keys: Tuple[ClientKey, ...] = ()
+    default_model: str = ""
+    aliases: Dict[str, Texts] = {}
+    cors_origins: Texts = ()
+    allowed_hosts: Texts = ()
+    providers: Tuple[Provider, ...] = ()
+
+
 # Fields that an object cannot do without; an id of a provider may stand outside of it.
 _REQUIRED = {"provider": ("models",), "model": ("id",), "client_key": ("name", "sha256")}
 # Lists that may not be empty: what is wrong with one, and the cure.
@@ -687,10 +664,6 @@ _NOT_EMPTY = {
     "model": ("has no models", "add at least one; * passes any id through"),
     "target": ("leads to no model", "write provider/model, or remove the alias"),
 }
-
-
-def _snake(name: str) -> str:
-    return re.sub("[A-Z]", lambda match: "_" + match.group().lower(), name)
 
 
 def _spellings(field: Field) -> Texts:
@@ -1276,7 +1249,8 @@ def _facts_by_format(values: Json) -> Json:
     own, preferred = values.get("base_url_by_format", {}), values.get("format")
     base = values.get("base_url") or own.get("")
     formats = values.get("formats") or [wire for wire in WIRES if wire in own or wire == preferred]
-    formats = tuple(dict.fromkeys(formats)) or (_FORMAT_OF_HOST.get(urlsplit(base or "").hostname or "", "openai"),)
+    is_anthropic = urlsplit(base or "").hostname == "api.anthropic.com"  # whoever says none speaks OpenAI's otherwise
+    formats = tuple(dict.fromkeys(formats)) or ("anthropic" if is_anthropic else "openai",)
     urls = {wire: own.get(wire) or base for wire in WIRES}
     urls["responses"] = urls["responses"] or urls["openai"]
     auths = {wire: values.get("auth") or usual for wire, usual in USUAL_AUTHS.items()}
