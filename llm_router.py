@@ -3016,9 +3016,10 @@ class Ping(Value):
 class WireFormat(NamedTuple):
     """One row of WIRE_FORMATS: everything the router knows of a format, as functions of one shape.
 
-    parse_request(body) -> ChatRequest and parse_response(body, context) -> ChatResponse raise RouterError for a
-    body that is not of the format. parser(context) has `feed(SseEvent) -> [event]` and `finish() -> [event]`;
-    renderer(context) has `render(event) -> bytes`. Both keep the stream invariants stated above whatever comes in.
+    parse_request(body) -> ChatRequest raises RouterError for a body that is not of the format, as does what reads a
+    whole answer, parser(context) with its `whole(body) -> [event]`. It also has `feed(SseEvent) -> [event]` and
+    `finish() -> [event]`, and renderer(context) has `render(event) -> bytes`. Both keep the stream invariants stated
+    above whatever comes in.
     Where the last SseEvent said nothing but more text of the open block, parser.said is that JSON string, else "";
     after it parser.more(text) stands for feeding an SseEvent that differs from it in that string only.
     render_error(info, id) writes an error as a JSON value (read_error reads one in any format). watch: matches raw
@@ -3030,7 +3031,6 @@ class WireFormat(NamedTuple):
     path: str
     parse_request: Callable[[Json], ChatRequest]
     render_request: Callable[[ChatRequest], Json]
-    parse_response: Callable[[Json, Context], ChatResponse]
     render_response: Callable[[ChatResponse, Context], Json]
     parser: Callable[[Context], Any]
     renderer: Callable[[Context], Any]
@@ -3039,6 +3039,13 @@ class WireFormat(NamedTuple):
     losses: Dict[str, str]
     answer: str
     read_usage: Callable[[Json], Optional[Usage]]
+
+    def parse_response(self, body: Json, context: Context) -> ChatResponse:
+        """A whole answer. RouterError for an error in its place (its status, else 502), and for what is none (502)."""
+        answer = fold(self.parser(context).whole(body))
+        if isinstance(answer, ErrorInfo):
+            raise RouterError(answer.message, answer.status, answer.code or answer.type or "upstream_error")
+        return answer
 
     def error_event(self, info: ErrorInfo, request_id: str) -> bytes:
         """An error as all that a stream says."""
@@ -4086,19 +4093,6 @@ _CHAT_FINISHES = {"max_tokens": "length", "model_context_window_exceeded": "leng
 _CHAT_ANSWER_KEYS = ("service_tier", "system_fingerprint", "provider", "citations", "search_results")
 
 
-def parse_chat_response(body: Json, context: Context) -> ChatResponse:
-    """A whole answer (SDK: ChatCompletion): its message is read like the only delta of a stream.
-    RouterError for an error in place of an answer (its status, else 502) and for what has no choice (502)."""
-    parser = ChatStreamParser(context)
-    events = parser.read(as_dict(body), "message")
-    if not events:
-        raise RouterError("the upstream's answer is no chat completion", 502, "invalid_answer")
-    answer = fold(events + parser.end())
-    if isinstance(answer, ErrorInfo):
-        raise RouterError(answer.message, answer.status, answer.code or answer.type or "upstream_error")
-    return answer
-
-
 def _first_count(*values: Any) -> int:
     return next(filter(None, [as_int(value) for value in values if value]), 0)
 
@@ -4281,6 +4275,13 @@ class ChatStreamParser:
             message = "the upstream's stream ended without a finish_reason"  # pi asks again after "ended without"
             self._fail(ErrorInfo(502, message, "server_error", "truncated"))
         return self.end()
+
+    def whole(self, body: Json) -> Events:
+        """The events of a whole answer (SDK: ChatCompletion): its message is read like the only delta of a stream."""
+        events = self.read(as_dict(body), "message")
+        if not events:
+            raise RouterError("the upstream's answer is no chat completion", 502, "invalid_answer")
+        return events + self.end()
 
     def read(self, chunk: Json, field: str = "delta") -> Events:
         """The neutral events of one chunk, or of a whole answer, whose text is in the `field` message (or in both)."""
@@ -4645,9 +4646,8 @@ def render_chat_error(info: ErrorInfo, request_id: str) -> Json:
 
 OPENAI_CHAT = WireFormat(
     name=_CHAT, path="/chat/completions", parse_request=parse_chat_request, render_request=render_chat_request,
-    parse_response=parse_chat_response, render_response=render_chat_response, parser=ChatStreamParser,
-    renderer=ChatStreamRenderer, render_error=render_chat_error, losses=CHAT_LOSSES, answer="choices",
-    read_usage=_chat_usage,
+    render_response=render_chat_response, parser=ChatStreamParser, renderer=ChatStreamRenderer,
+    render_error=render_chat_error, losses=CHAT_LOSSES, answer="choices", read_usage=_chat_usage,
     watch=re.compile(rb'"(?:usage"\s*:\s*\{|error"\s*:\s*[{\["]|finish_reason"\s*:\s*"|object"\s*:\s*"error")'),
 )  # fmt: skip
 
@@ -5150,13 +5150,6 @@ _ANTHROPIC_ANSWER_KEYS = ("stop_details", "container", "context_management", "di
 _ANTHROPIC_COUNTS = ("input_tokens", "output_tokens", "cache_read_input_tokens", "cache_creation_input_tokens")
 
 
-def parse_anthropic_response(body: Json, context: Context) -> ChatResponse:
-    """A Message (anthropic.types.Message) as a ChatResponse. RouterError 502 for anything else."""
-    if not isinstance(body, dict) or not isinstance(body.get("content"), list):
-        raise RouterError("the upstream's answer is not an Anthropic message", 502, "upstream_answer_invalid")
-    return fold(AnthropicStreamParser(context).read(body))
-
-
 def _anthropic_usage(usage: Json) -> Usage:
     """anthropic.types.Usage: input_tokens are already without the cached ones (trap 113)."""
     counts = (as_int(usage.get(key)) for key in _ANTHROPIC_COUNTS)
@@ -5269,8 +5262,10 @@ class AnthropicStreamParser(TypedEventParser):
         handler = self._HANDLERS.get(kind)
         return handler(self, data) if handler else []
 
-    def read(self, message: Json) -> Events:
-        """The events of a whole Message."""
+    def whole(self, message: Json) -> Events:
+        """The events of a whole answer (anthropic.types.Message)."""
+        if not isinstance(as_dict(message).get("content"), list):
+            raise RouterError("the upstream's answer is not an Anthropic message", 502, "upstream_answer_invalid")
         return self._start({"message": message}) + self._stop({})
 
     def _note(self, *parts: Json) -> Events:
@@ -5559,9 +5554,8 @@ def render_anthropic_error(info: ErrorInfo, request_id: str) -> Json:
 
 ANTHROPIC_MESSAGES = WireFormat(
     name=_ANTHROPIC, path="/messages", parse_request=parse_anthropic_request, render_request=render_anthropic_request,
-    parse_response=parse_anthropic_response, render_response=render_anthropic_response, parser=AnthropicStreamParser,
-    renderer=AnthropicStreamRenderer, render_error=render_anthropic_error, losses=ANTHROPIC_LOSSES, answer="content",
-    read_usage=_anthropic_usage,
+    render_response=render_anthropic_response, parser=AnthropicStreamParser, renderer=AnthropicStreamRenderer,
+    render_error=render_anthropic_error, losses=ANTHROPIC_LOSSES, answer="content", read_usage=_anthropic_usage,
     watch=re.compile(rb'"(?:usage|error|message_stop)"'),
 )  # fmt: skip
 
@@ -5986,19 +5980,6 @@ _RESPONSES_ENDS = {"response." + end: end for end in ("completed", "incomplete",
 _RESPONSES_REASONS = {"content_filter": "refusal", "max_messages": "pause_turn", "steered": "pause_turn"}
 
 
-def parse_responses_response(body: Json, context: Context) -> ChatResponse:
-    """A whole answer (SDK: Response): a stream's end of which nothing else was seen. RouterError for a failure."""
-    body = as_dict(body)
-    failed = body.get("status") in ("failed", "cancelled") or bool(body.get("error"))
-    if not failed and not isinstance(body.get("output"), list):
-        raise RouterError("the upstream's answer has no `output`", 502, "invalid_upstream_answer")
-    kind = "response.failed" if failed else "response.completed"
-    answer = fold(ResponsesParser(context).take({"response": body}, kind))
-    if isinstance(answer, ErrorInfo):
-        raise RouterError(answer.message, answer.status, answer.code or "upstream_error")
-    return answer
-
-
 class _ResponsesItem:
     """An output item on its way. block: its open block; pieces: what is known of that block's text.
 
@@ -6052,6 +6033,14 @@ class ResponsesParser(TypedEventParser):
             return start or [Ping()]
         handler(self, value, kind)
         return start + self._flush()
+
+    def whole(self, body: Json) -> Events:
+        """The events of a whole answer (SDK: Response): a stream's end of which nothing else was seen."""
+        body = as_dict(body)
+        failed = body.get("status") in ("failed", "cancelled") or body.get("error")
+        if not failed and not isinstance(body.get("output"), list):
+            raise RouterError("the upstream's answer has no `output`", 502, "invalid_upstream_answer")
+        return self.take({"response": body}, "response.failed" if failed else "response.completed")
 
     def _start(self, response: Json) -> Started:
         self._is_started = True
@@ -6448,9 +6437,8 @@ def _responses_error(error: Json, status: str = "failed") -> ErrorInfo:
 
 OPENAI_RESPONSES = WireFormat(
     name=_RESPONSES, path="/responses", parse_request=parse_responses_request, render_request=render_responses_request,
-    parse_response=parse_responses_response, render_response=render_responses_response, parser=ResponsesParser,
-    renderer=ResponsesRenderer, render_error=render_chat_error, losses=RESPONSES_LOSSES, answer="output",
-    read_usage=_chat_usage,
+    render_response=render_responses_response, parser=ResponsesParser, renderer=ResponsesRenderer,
+    render_error=render_chat_error, losses=RESPONSES_LOSSES, answer="output", read_usage=_chat_usage,
     # Quotes inside JSON strings are escaped, so these words match no text that the model wrote.
     watch=re.compile(rb'"(?:response\.(?:completed|incomplete|failed|cancelled)|error|usage)"'),
 )  # fmt: skip

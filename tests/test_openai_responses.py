@@ -11,6 +11,7 @@ import pytest
 
 import llm_router as router
 from llm_router import (
+    OPENAI_RESPONSES,
     ChatRequest,
     ChatResponse,
     Closed,
@@ -41,7 +42,6 @@ from llm_router import (
     fold,
     needs_server_state,
     parse_responses_request,
-    parse_responses_response,
     render_responses_request,
     render_responses_response,
     unfold,
@@ -237,7 +237,7 @@ def test_every_cut_of_a_stream_gives_the_same_events():
 
 
 def test_a_stream_and_the_whole_answer_mean_the_same():
-    whole = parse_responses_response(snapshot(FULL), context())
+    whole = OPENAI_RESPONSES.parse_response(snapshot(FULL), context())
     assert fold(read(stream(FULL))) == whole
     assert whole.blocks == [
         Thinking("First.\n\nThen.", {"responses": {"id": "rs_1", "encrypted_content": "xyz"}}),
@@ -366,7 +366,7 @@ def test_stop_reasons_follow_from_status_and_details(fields, stop):
     """trap 47"""
     end = "response.incomplete" if fields else "response.completed"
     assert fold(read(stream([ANSWER], end=end, **fields))).stop_reason == stop
-    assert parse_responses_response(snapshot([ANSWER], **fields), context()).stop_reason == stop
+    assert OPENAI_RESPONSES.parse_response(snapshot([ANSWER], **fields), context()).stop_reason == stop
 
 
 def test_a_call_means_tool_use_but_a_cut_off_answer_stays_cut_off():
@@ -385,7 +385,7 @@ def test_a_refusal_is_a_refusal():
     ]
     answer = fold(read(sse(events + [{"type": "response.completed", "response": snapshot([item])}])))
     assert answer.blocks[0].text == "No." and isinstance(answer.blocks[0], Refusal)
-    assert answer.stop_reason == "refusal" == parse_responses_response(snapshot([item]), context()).stop_reason
+    assert answer.stop_reason == "refusal" == OPENAI_RESPONSES.parse_response(snapshot([item]), context()).stop_reason
 
 
 def test_reasoning_without_text_says_nothing_to_other_formats():
@@ -410,7 +410,7 @@ def test_raw_reasoning_of_open_models_is_thinking():
     ]
     thinking = Thinking("Hmm.", {"responses": {"id": "rs_1", "part": "reasoning_text"}})
     assert fold(read(sse(events + [{"type": "response.completed", "response": snapshot([item])}]))).blocks == [thinking]
-    assert parse_responses_response(snapshot([item]), context()).blocks == [thinking]
+    assert OPENAI_RESPONSES.parse_response(snapshot([item]), context()).blocks == [thinking]
 
 
 def test_reasoning_told_twice_is_told_once():
@@ -469,7 +469,7 @@ def test_errors_in_a_stream_are_errors(event, status, code):
 
 def test_a_failed_whole_answer_raises():
     with pytest.raises(RouterError) as caught:
-        parse_responses_response(
+        OPENAI_RESPONSES.parse_response(
             snapshot([], status="failed", error={"code": "server_error", "message": "broke"}), context()
         )
     assert (caught.value.message, caught.value.status, caught.value.code) == ("broke", 500, "server_error")
@@ -489,7 +489,7 @@ def test_broken_events_are_skipped_and_counted():
 def test_a_call_without_an_id_gets_one():
     """trap 36"""
     calls = [{key: value for key, value in CALL.items() if key not in ("id", "call_id")} for _ in "ab"]
-    blocks = parse_responses_response(snapshot(calls), context()).blocks
+    blocks = OPENAI_RESPONSES.parse_response(snapshot(calls), context()).blocks
     assert [block.id for block in blocks] == ["call_rid_0", "call_rid_1"]
 
 
@@ -555,7 +555,7 @@ def unmarked(answer):
 def test_a_rendered_answer_reads_back_as_it_was():
     where = context([PATCH_TOOL, FUNCTION, NAMESPACE])
     assert unmarked(fold(read(write(unfold(ROUND), where), where))) == ROUND
-    assert unmarked(parse_responses_response(render_responses_response(ROUND, where), where)) == ROUND
+    assert unmarked(OPENAI_RESPONSES.parse_response(render_responses_response(ROUND, where), where)) == ROUND
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -700,7 +700,7 @@ def test_a_call_of_a_tool_in_a_namespace_names_both():
         "output"
     ][0]
     assert (item["namespace"], item["name"]) == ("team", "spawn")
-    answer = parse_responses_response(snapshot([{**CALL, "name": "spawn", "namespace": "team"}]), context([NAMESPACE]))
+    answer = OPENAI_RESPONSES.parse_response(snapshot([{**CALL, "name": "spawn", "namespace": "team"}]), context([NAMESPACE]))
     assert answer.blocks[0].name == "team__spawn"
 
 
@@ -1182,8 +1182,8 @@ def test_a_function_without_parameters_says_that_its_object_has_none(schema):
 
 def test_an_answer_that_is_queued_is_not_an_empty_one():
     """`background`: judged empty, it would be asked for once more elsewhere, and paid for twice."""
-    queued = parse_responses_response(snapshot([], status="queued", usage=None), context())
-    empty = parse_responses_response(snapshot([], usage=None), context())
+    queued = OPENAI_RESPONSES.parse_response(snapshot([], status="queued", usage=None), context())
+    empty = OPENAI_RESPONSES.parse_response(snapshot([], usage=None), context())
     assert [router.is_empty(queued), router.is_empty(empty)] == [False, True]
 
 
@@ -1487,7 +1487,7 @@ def test_remembered_items_stand_in_for_references_and_the_oldest_are_forgotten_f
 @pytest.mark.parametrize("item", [{"type": "web_search_call"}, {"type": "web_search_call", "id": {"a": 1}}])
 def test_an_item_without_an_id_of_its_own_is_not_remembered_and_harms_nothing(item):
     """An answer of another server of this format, which the router turns into a stream: its items go on as they came."""
-    answer = router.parse_responses_response({"output": [item], "status": "completed"}, context())
+    answer = OPENAI_RESPONSES.parse_response({"output": [item], "status": "completed"}, context())
     shown = router.render_responses_response(answer, context())
     memory = router.ItemMemory()
     memory.keep(shown["output"])
@@ -1584,7 +1584,7 @@ def test_nonsense_raises_nothing_but_router_errors(seed):
         except RouterError:
             pass
         try:
-            answer = parse_responses_response(
+            answer = OPENAI_RESPONSES.parse_response(
                 snapshot([junk(dice) for _ in range(3)], **{word: junk(dice) for word in WORDS[:4]}), where
             )
             json.dumps(render_responses_response(answer, where))
@@ -1677,7 +1677,7 @@ def test_recorded_streams_say_what_their_final_snapshot_says(name):
         if p["type"] in ("response.completed", "response.incomplete")
     )["response"]
     check_recording(answer, final["output"])
-    whole = parse_responses_response(final, where)
+    whole = OPENAI_RESPONSES.parse_response(final, where)
     assert bare(answer.blocks) == bare(whole.blocks)
     assert (answer.usage, answer.stop_reason, answer.created) == (whole.usage, whole.stop_reason, whole.created)
     assert answer.usage.input + answer.usage.cache_read + answer.usage.cache_write == final["usage"]["input_tokens"]
@@ -1690,8 +1690,8 @@ def test_recorded_streams_say_what_their_final_snapshot_says(name):
 def test_recorded_answers_are_read_and_written_back(name):
     body, where = load(name)
     body = json.loads(body)
-    answer = parse_responses_response(body, where)
+    answer = OPENAI_RESPONSES.parse_response(body, where)
     check_recording(answer, body["output"])
-    again = parse_responses_response(render_responses_response(answer, where), where)
+    again = OPENAI_RESPONSES.parse_response(render_responses_response(answer, where), where)
     assert again.blocks == answer.blocks and again.usage == answer.usage and again.stop_reason == answer.stop_reason
     assert fold(read(write(unfold(answer), where), where)).blocks == answer.blocks
