@@ -2570,7 +2570,7 @@ _REASON_ROWS = """\
     401 Unauthorized, 402 Payment Required, 403 Forbidden, 404 Not Found, 405 Method Not Allowed,
     408 Request Timeout, 409 Conflict, 410 Gone, 413 Content Too Large, 414 URI Too Long,
     415 Unsupported Media Type, 417 Expectation Failed, 421 Misdirected Request, 422 Unprocessable Content,
-    429 Too Many Requests, 431 Request Header Fields Too Large, 451 Unavailable For Legal Reasons,
+    426 Upgrade Required, 429 Too Many Requests, 431 Request Header Fields Too Large, 451 Unavailable For Legal Reasons,
     500 Internal Server Error, 501 Not Implemented, 502 Bad Gateway, 503 Service Unavailable,
     504 Gateway Timeout, 505 HTTP Version Not Supported, 529 Overloaded"""
 _REASONS = {int(row[:3]): row[4:] for row in re.split(r",\s+", _REASON_ROWS.strip())}
@@ -7331,12 +7331,15 @@ def find_endpoint(path: str) -> Endpoint:
     return endpoint
 
 
-def check_method(endpoint: Endpoint, method: str) -> Endpoint:
+def check_method(endpoint: Endpoint, method: str, headers: Headers) -> Endpoint:
     """The endpoint as `method` means it (POST / is a chat request). RouterError 405 for a method it does not answer,
-    501 for one that HTTP does not know (RFC 9110 9.1)."""
+    501 for one that HTTP does not know (RFC 9110 9.1), 426 for a WebSocket: on that Codex goes on over HTTP at once,
+    on any other only when its retries are used up, which takes seconds (codex-rs/core/src/client.rs)."""
     if method not in _METHODS:
         raise RouterError("the method %s is not known here" % one_line(method, 40), 501, "unknown_method")
     if method not in endpoint.methods:
+        if header(headers, "upgrade").lower() == "websocket":
+            raise RouterError("this path speaks no WebSocket: POST to it over HTTP", 426, "no_websocket")
         raise RouterError("this path answers to %s only" % ", ".join(endpoint.methods), 405, "method_not_allowed")
     return _TAILS[""] if (endpoint.operation, method) == ("root", "POST") else endpoint
 
@@ -10129,6 +10132,7 @@ _REFUSAL_HEADERS: Dict[Union[int, str], Headers] = {
     "answer_too_large": _NOT_SOON,
     401: [("www-authenticate", "Bearer")],
     415: [("accept-encoding", "gzip, deflate")],
+    426: [("upgrade", "HTTP/1.1")],
     503: [("retry-after", "1")],
 }
 
@@ -10169,7 +10173,7 @@ class Gateway:
             if call.method == "OPTIONS":
                 await client.respond(204, [_allowed(endpoint.methods + ("OPTIONS",)), *cors], b"")
                 return
-            endpoint = check_method(endpoint, call.method)
+            endpoint = check_method(endpoint, call.method, call.headers)
             if call.method == "POST":
                 await Exchange(self, await self._read_inbound(endpoint, call, trail), client, trail, cors).run()
                 self._record(trail)

@@ -149,6 +149,7 @@ ANSWERED = [
     (b"TRACE / HTTP/1.1\r\nHost: a\r\nContent-Length: 1", b"x", 405, b"allow: "),
     (b"CONNECT a:443 HTTP/1.1\r\nHost: a:443", b"", 405, b"allow: "),
     (b"PUT /v1/messages HTTP/1.1\r\nHost: a\r\nContent-Length: 2", b"{}", 405, b"allow: post"),
+    (b"GET /v1/responses HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: websocket", b"", 426, b"upgrade: http/1.1"),
     (b"DELETE /health HTTP/1.1\r\nHost: a", b"", 405, b"allow: get"),
     (b"POST /health HTTP/1.1\r\nHost: a\r\nContent-Length: 2", b"{}", 405, b"allow: get"),
     (b"POST /nothing HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked", b"2\r\n{}\r\n0\r\nX: y\r\n\r\n", 404, b""),

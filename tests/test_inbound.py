@@ -102,20 +102,20 @@ def test_a_wrong_method_is_a_405_and_the_endpoint_knows_what_is_allowed(path, al
     endpoint = R.find_endpoint(path)
     assert ", ".join(endpoint.methods) == allowed
     if method in allowed.split(", "):
-        R.check_method(endpoint, method)
+        R.check_method(endpoint, method, [])
     else:
-        error = refusal(R.check_method, endpoint, method)
+        error = refusal(R.check_method, endpoint, method, [])
         assert (error.status, allowed in error.message) == (405, True)
 
 
 @pytest.mark.parametrize("method", ["get", "", "PURGE", "POSTPOST"])
 def test_a_method_that_http_does_not_know_is_a_501(method):
     """RFC 9110, 9.1."""
-    assert refusal(R.check_method, R.find_endpoint("/v1/messages"), method).status == 501
+    assert refusal(R.check_method, R.find_endpoint("/v1/messages"), method, []).status == 501
 
 
 def test_a_post_to_the_root_is_a_chat_request_whose_format_is_detected():
-    endpoint = R.check_method(R.find_endpoint("/"), "POST")
+    endpoint = R.check_method(R.find_endpoint("/"), "POST", [])
     assert (endpoint.operation, endpoint.wire, endpoint.is_open) == ("chat", "", False)
 
 
