@@ -4463,6 +4463,8 @@ class ChatStreamParser:
         if type(value) is str and self._tag and value:
             self._read_tagged(value)
             return
+        if type(value) is dict:  # Cloudflare Workers AI: the object that a response_format asked for, already parsed
+            value = arguments_text(value)
         if as_text(value).strip() != _THINK_CLOSE:
             self._add_text(Text, value)
         for part in map(as_dict, as_list(value)):  # Mistral sends thinking as parts

@@ -513,6 +513,16 @@ def test_content_may_be_a_list_of_parts():
     assert found == [Thinking("hm"), Text("xy")]
 
 
+@pytest.mark.parametrize("field", ["message", "delta"])
+def test_an_object_as_content_is_its_json(field):
+    """Cloudflare Workers AI answers a json_schema request with the object itself: its text was lost, and the answer empty."""
+    said = {"content": {"name": "Zoë", "age": 32}, "refusal": None}
+    body = {"choices": [{"index": 0, field: said, "finish_reason": "stop"}]}
+    found = OPENAI_CHAT.parse_response(body, make_context())
+    assert [json.loads(block.text) for block in found.blocks] == [{"name": "Zoë", "age": 32}]
+    assert not router.is_empty(found)
+
+
 TAGGED = "\n<think>\nfirst < second </ third\n</think>\n\nThe <think> tag </think> stays."
 UNTAGGED = [Thinking("first < second </ third\n"), Text("The <think> tag </think> stays.")]
 
