@@ -15880,14 +15880,14 @@ class Given:
 
 
 class Command(NamedTuple):
-    """A command, or an operation of `config`. run: does it; the exit code. needs: the flags that must be given, a|b for
-    either of two. passes_on: its first word that is no flag and all that follows are another program's, `tail`. before:
-    what its name follows on a command line."""
+    """A command, or an operation of `config`. run: does it; the exit code. takes: keys of _FLAGS; needs: those of flags
+    that must be given, a|b for either of two. passes_on: its first word that is no flag and all that follows are
+    another program's, `tail`. before: what its name follows on a command line."""
 
     name: str
     run: Callable[[Given], int]
     help: str
-    flags: Tuple[Flag, ...]
+    takes: str
     example: str
     needs: str = ""
     passes_on: bool = False
@@ -15898,20 +15898,84 @@ class Command(NamedTuple):
         """How a command line with it begins."""
         return ("llm-router " + self.before + self.name).strip()
 
+    @property
+    def flags(self) -> List[Flag]:
+        """Those that it takes, every command's included."""
+        keys = re.findall("[a-z.-]+", "%s %s debug version help" % (self.needs, self.takes))
+        return [_FLAGS[key] for key in dict.fromkeys(keys)]
 
-_CONFIG = Flag("config", "text", "the configuration file, default " + CONFIG_PATH)
-_AS_JSON = Flag("json", "bool", "answer as JSON")
-_PROMPTS = Flag("prompts", "bool", "the menu as numbered prompts, line by line, also through a pipe")
-_AUTH_FLAGS = (
-    Flag("require-auth", "bool", "answer only requests that show the master key"),
-    Flag("allow-unauthenticated", "bool", "allow an address that others can reach without auth"),
-)
-_COMMON = (
-    Flag("debug", "bool", "show the traceback of an error"),
-    Flag("version", "bool", "show the version"),
-    Flag("help", "bool", "show this help"),
-)
 
+# Every flag that is made of no setting and no field of a provider, its choices for {}. What commands have with meanings
+# of their own has several rows: port.demo is the --port of demo.
+_FLAG_ROWS = """
+operation                     text    what to do, see above; without it the menu opens
+config                        text    the configuration file, default %(config)s
+json                          bool    answer as JSON
+prompts                       bool    the menu as numbered prompts, line by line, also through a pipe
+provider-id,provider          text    the provider
+auth-type                     text    how the key is shown: %(auths)s
+skip-probe                    bool    store the provider without asking it anything
+model                         list    a model: its id at the provider, or provider/model
+fallback-models,fallbacks     list    what to try when the model fails, in order, comma separated
+clear-fallbacks               bool    remove the model's fallbacks
+alias                         text    the alias: a name, or a pattern with *
+clear-alias                   bool    remove the alias
+default-model                 text    the model for `smart` and for requests that name none
+master-key                    secret  the key that clients show; - reads it from stdin
+generate,generate-master-key  bool    make a new master key and print it once
+client-key                    secret  the client's key; - reads it from stdin; without it one is made and printed once
+out                           text    file for the exported configuration, keys included, mode 0600
+show-secrets                  bool    print keys as they are
+require-auth                  bool    answer only requests that show the master key
+allow-unauthenticated         bool    allow an address that others can reach without auth
+grace                         seconds seconds that open streams may go on after stop, default that of start: 30
+watch-config                  bool    apply changes of the file while running, default true
+check                         bool    start, and end at once: whether it could serve
+detach                        bool    serve in the background; the log goes to --log-file, default %(log)s
+port                          port    the port of the instance, when several run
+id                            word    the request's id, from the header x-llm-router-request-id; default: last
+since                         text    7d, 12h or a date like 2026-01-31, default 30d
+today                         bool    since midnight
+by                            %(by)s {}; default model
+csv                           bool    answer as CSV
+usage-db                      text    the ledger's file
+port.doctor                   port    the port the router is to use
+offline                       bool    ask no provider
+from                          text    the release: a URL or a file, default LLM_ROUTER_UPDATE_URL
+model.run                     text    the model to use, default: the configuration's default model
+small-model                   text    the model for small tasks
+opus                          text    the model for Claude Code's tier opus
+sonnet                        text    the model for Claude Code's tier sonnet
+fable                         text    the model for Claude Code's tier fable
+haiku                         text    the model for Claude Code's tier haiku
+keep                          bool    leave a router that was started for it running
+tool                          word    claude, aider, qwen or any (the default)
+shell                         %(shell)s {}
+name.worker                   text    the Worker's name, default %(worker)s
+env                           text    a Worker beside it, whose name ends in -ENV
+account-id                    text    the account, default CLOUDFLARE_ACCOUNT_ID or the only one there is
+use-wrangler                  %(auto)s auto (the default: when it is installed), true, or false to call the API directly
+allow-weak-master-key         bool    take the master key as it is
+dry-run                       bool    show what would be sent, secrets masked, and send nothing
+domain                        text    a host name of its own, in a zone of the account
+route                         text    a pattern in a zone of the account: example.com/* or example.com/route/*
+export-only                   bool    write the secret with the configuration into a file and send nothing
+out.worker                    text    that file, default .llm-router.worker.json
+export-dir                    text    write the Worker project there and send nothing
+once                          bool    exit after the demonstration
+port.demo                     port    port to listen on, default any
+debug                         bool    show the traceback of an error
+version                       bool    show the version
+help                          bool    show this help
+""" % {
+    "config": CONFIG_PATH,
+    "log": LOG_PATH,
+    "worker": WORKER_NAME,
+    "auths": ", ".join(AUTH_TYPES),
+    "by": "|".join(LEDGER_GROUPS),
+    "shell": "|".join(_SHELLS),
+    "auto": "|".join(("auto", *_BOOLS)),
+}
 _FIELD_FLAG_KINDS = {**dict.fromkeys(("object", "{", *FIELDS), "json"), "[": "list", "secret": "secret", "flag": "bool"}
 
 
@@ -15922,52 +15986,21 @@ def _field_flag(field: Field) -> Flag:
     return Flag(name, kind, field.help + ("; - reads it from stdin" if kind == "secret" else ""), tuple(others))
 
 
-_OTHER_URL_FLAGS = {wire: tuple(a + "-base-url" for a, w in _WIRE_ALIASES.items() if w == wire) for wire in WIRES}
-_PROVIDER_FLAGS: Tuple[Flag, ...] = (
-    Flag("provider-id", "text", "the provider", ("provider",)),
-    *[_field_flag(field) for field in FIELDS["provider"] if field.key != "id"],
-    *(Flag(wire + "-base-url", "text", "its base URL, format " + wire, _OTHER_URL_FLAGS[wire]) for wire in WIRES),
-    Flag("auth-type", "text", "how the key is shown: " + ", ".join(AUTH_TYPES)),
-    Flag("skip-probe", "bool", "store the provider without asking it anything"),
-)
-CONFIG_FLAGS: Tuple[Flag, ...] = (
-    Flag("operation", "text", "what to do, see above; without it the menu opens"),
-    _CONFIG,
-    _AS_JSON,
-    *_PROVIDER_FLAGS,
-    Flag("model", "list", "a model: its id at the provider, or provider/model"),
-    Flag("fallback-models", "list", "what to try when the model fails, in order, comma separated", ("fallbacks",)),
-    Flag("clear-fallbacks", "bool", "remove the model's fallbacks"),
-    Flag("alias", "text", "the alias: a name, or a pattern with *"),
-    Flag("clear-alias", "bool", "remove the alias"),
-    Flag("default-model", "text", "the model for `smart` and for requests that name none"),
-    Flag("master-key", "secret", "the key that clients show; - reads it from stdin"),
-    Flag("generate", "bool", "make a new master key and print it once", ("generate-master-key",)),
-    Flag("out", "text", "file for the exported configuration, keys included, mode 0600"),
-    Flag("show-secrets", "bool", "print keys as they are"),
-    Flag("client-key", "secret", "the client's key; - reads it from stdin; without it one is made and printed once"),
-    *_AUTH_FLAGS,
-    _PROMPTS,
-)
-
-
 def _setting_flag(row: Setting) -> Flag:
     kind = "port" if row.name == "port" else "bool" if type(row.default) is bool else "|".join(row.choices) or "text"
     return Flag(row.flag[2:], kind, "%s, default %s" % (row.help, show_setting(row.default) or "none"))
 
 
-_GRACE = Flag("grace", "seconds", "seconds that open streams may go on after stop, default that of start: 30")
-START_FLAGS: Tuple[Flag, ...] = (
-    _CONFIG,
-    _GRACE,
-    Flag("watch-config", "bool", "apply changes of the file while running, default true"),
-    *_AUTH_FLAGS,
-    Flag("check", "bool", "start, and end at once: whether it could serve"),
-    Flag("detach", "bool", "serve in the background; the log goes to --log-file, default " + LOG_PATH),
-    *map(_setting_flag, SETTINGS),
-)
-_RUNNING_FLAGS = (_CONFIG, Flag("port", "port", "the port of the instance, when several run"))
-_ID = Flag("id", "word", "the request's id, from the header x-llm-router-request-id; default: last")
+_OTHER_URLS = {wire: tuple(a + "BaseUrl" for a, w in _WIRE_ALIASES.items() if w == wire) for wire in WIRES}
+_URL_FIELDS = [Field(wire + "BaseUrl", "url", "its base URL, format " + wire, _OTHER_URLS[wire]) for wire in WIRES]
+_FIELD_FLAGS = {flag.name: flag for flag in map(_field_flag, [*FIELDS["provider"][1:], *_URL_FIELDS])}
+_START_FLAGS = {row.flag[2:] + ".start": _setting_flag(row) for row in SETTINGS}
+_OTHER_FLAGS = {
+    key: Flag(key.partition(".")[0], kind, help.replace("{}", kind.replace("|", ", ")), aliases)
+    for key, kind, help, aliases in _read_table(_FLAG_ROWS)
+}
+_FLAGS = {**_FIELD_FLAGS, **_START_FLAGS, **_OTHER_FLAGS}
+_SITE = "name.worker env account-id use-wrangler allow-weak-master-key dry-run json "
 
 
 # ----- parsing -----
@@ -15994,7 +16027,7 @@ def run_command(argv: Sequence[str], environ: Environ) -> int:
 
 def _check_flags(command: Command, given: Json) -> None:
     """UsageError for a flag that an operation does not take, or that is needed and not there."""
-    known = ["tail", *(flag.name for flag in command.flags + _COMMON)]
+    known = ["tail", *(flag.name for flag in command.flags)]
     strange = [name.replace("_", "-") for name in given if name.replace("_", "-") not in known]
     if strange:
         raise UsageError("%s does not take --%s" % (command.title, strange[0]))
@@ -16019,7 +16052,7 @@ def parse_flags(argv: Sequence[str], command: Command) -> Json:
 
     A value may begin with one dash (keys do); a boolean flag takes the next word only when that is a boolean.
     """
-    flags = command.flags + _COMMON
+    flags = command.flags
     known = {"--" + name: flag for flag in flags for name in (flag.name, *flag.aliases)}
     known["-h"] = known["--help"]
     bare = [flag for flag in flags if flag.kind == "word"]
@@ -16106,7 +16139,7 @@ def _help_text(command: Command) -> str:
     what, rows = {"": ("commands", COMMANDS), "config": ("operations", OPERATIONS)}.get(command.name, ("", ()))
     parts = {
         what: _table((row.name, row.help) for row in rows if row.name),
-        "flags": _table((_flag_words(flag), flag.help) for flag in command.flags + _COMMON),
+        "flags": _table((_flag_words(flag), flag.help) for flag in command.flags),
         "example": command.example.split("\n"),
     }
     listed = ([name + ":", *("  " + line for line in lines)] for name, lines in parts.items() if lines)
@@ -16459,16 +16492,14 @@ def _operation(
     name: str, run: Callable[[Given], int], help: str, sample: str = "", needs: str = "", takes: str = ""
 ) -> Command:
     """A row of OPERATIONS. sample: what follows its name in the example; takes: flags beside those it needs."""
-    names = re.findall("[a-z-]+", "operation config json %s %s" % (needs, takes))
-    flags = tuple(flag for flag in CONFIG_FLAGS if flag.name in names)
-    example = "llm-router config --operation=%s %s" % (name, sample)
-    return Command(name, run, help, flags, example.strip(), needs, before="config --operation=")
+    takes, example = "operation config json " + takes, "llm-router config --operation=%s %s" % (name, sample)
+    return Command(name, run, help, takes, example.strip(), needs, before="config --operation=")
 
 
 OPERATIONS: Tuple[Command, ...] = (
     _operation("upsert-provider", run_upsert, "add a provider, or change what is given of one",
                "--provider-id=openrouter --base-url=https://openrouter.ai/api/v1 --api-key=- --models=gpt-4o"
-               " --format=openai --skip-probe=true", "provider-id", " ".join(flag.name for flag in _PROVIDER_FLAGS)),
+               " --format=openai --skip-probe=true", "provider-id", " ".join(_FIELD_FLAGS) + " auth-type skip-probe"),
     _operation("remove-provider", _edits(lambda given, document: remove_provider(document, given.provider_id)),
                "remove a provider and all references to it", "--provider-id=openrouter", "provider-id"),
     _operation("remove-model", _edits(_remove_models), "remove a model and all references to it",
@@ -16921,11 +16952,7 @@ def _short(count: float) -> str:
 
 # ----- agents -----
 
-_AGENT_FLAGS = (
-    Flag("model", "text", "the model to use, default: the configuration's default model"),
-    Flag("small-model", "text", "the model for small tasks"),
-    *(Flag(tier, "text", "the model for Claude Code's tier " + tier) for tier in ("opus", "sonnet", "fable", "haiku")),
-)
+_MODEL_FLAGS = "model.run small-model opus sonnet fable haiku "
 
 
 def run_agent(given: Given) -> int:
@@ -16962,11 +16989,11 @@ def _run_as_guest(agent: Agent, argv: Sequence[str], instance: Instance, given: 
 def _reach_running(instance: Instance, given: Given) -> Tuple[Json, str, Config]:
     """A running instance's status, URL and configuration, if it can be read here. UsageError for a model it has not."""
     status, environ = ask_instance(instance, "status"), given.environ
-    for flag in _AGENT_FLAGS:
-        name = given.flags.get(flag.name.replace("-", "_"))
+    for flag in (_FLAGS[key].name for key in _MODEL_FLAGS.split()):
+        name = given.flags.get(flag.replace("-", "_"))
         problem = name and ask_instance(instance, "model/" + quote(name, "", errors="replace"))["problem"]
         if problem:
-            raise UsageError("--%s: %s" % (flag.name, problem))
+            raise UsageError("--%s: %s" % (flag, problem))
     try:
         config = read_config(Given(environ, {"config": instance.config}).load(presets=True).document, environ)
     except RouterError:  # made of key variables that this shell does not have, or broken since
@@ -17011,17 +17038,6 @@ def run_env(given: Given) -> int:
 
 
 # ----- Cloudflare -----
-
-_SITE_FLAGS = (
-    Flag("name", "text", "the Worker's name, default " + WORKER_NAME),
-    Flag("env", "text", "a Worker beside it, whose name ends in -ENV"),
-    Flag("account-id", "text", "the account, default CLOUDFLARE_ACCOUNT_ID or the only one there is"),
-    Flag("use-wrangler", "|".join(("auto", *_BOOLS)),
-         "auto (the default: when it is installed), true, or false to call the API directly"),
-    Flag("allow-weak-master-key", "bool", "take the master key as it is"),
-    Flag("dry-run", "bool", "show what would be sent, secrets masked, and send nothing"),
-    _AS_JSON,
-)  # fmt: skip
 
 
 def run_deploy(given: Given) -> int:
@@ -17181,55 +17197,41 @@ def _choose_account(given: Given, accounts: Sequence[Tuple[str, str]]) -> str:
 
 COMMANDS: Tuple[Command, ...] = (
     Command("", run_menu_command, "one local endpoint for every AI provider; alone on a terminal it opens the menu",
-            (_CONFIG, _AS_JSON, _PROMPTS), "llm-router start"),
-    Command("config", run_menu_command, "the menu, or with --operation= one change without any prompt", CONFIG_FLAGS,
+            "config json prompts", "llm-router start"),
+    Command("config", run_menu_command, "the menu, or with --operation= one change without any prompt",
+            "operation config json prompts " + " ".join(row.needs + " " + row.takes for row in OPERATIONS),
             "llm-router config --operation=list"),
-    Command("start", run_start, "serve, in the foreground or with --detach in the background", START_FLAGS,
+    Command("start", run_start, "serve, in the foreground or with --detach in the background",
+            "config grace watch-config require-auth allow-unauthenticated check detach " + " ".join(_START_FLAGS),
             "llm-router start\nllm-router start --detach --port=8787 --require-auth=true"),
-    Command("status", run_status, "show the running instance and the state of every model", (*_RUNNING_FLAGS, _AS_JSON),
+    Command("status", run_status, "show the running instance and the state of every model", "config port json",
             "llm-router status\nllm-router status --port=8787 --json"),
     Command("explain", run_explain, "show what became of a request and why: explain ID, or explain last",
-            (_ID, *_RUNNING_FLAGS, _AS_JSON),
+            "id config port json",
             "llm-router explain last\nllm-router explain req_0123456789abcdef01234567 --json"),
-    Command("usage", run_usage, "show what requests used and cost, from the usage ledger", (
-            Flag("since", "text", "7d, 12h or a date like 2026-01-31, default 30d"),
-            Flag("today", "bool", "since midnight"),
-            Flag("by", "|".join(LEDGER_GROUPS), ", ".join(LEDGER_GROUPS) + "; default model"),
-            _AS_JSON, Flag("csv", "bool", "answer as CSV"), Flag("usage-db", "text", "the ledger's file")),
+    Command("usage", run_usage, "show what requests used and cost, from the usage ledger",
+            "since today by json csv usage-db",
             "llm-router usage --since=7d --by=provider\nllm-router usage --today --json"),
-    Command("reload", run_reload, "apply the edited configuration; open streams go on", (*_RUNNING_FLAGS, _AS_JSON),
+    Command("reload", run_reload, "apply the edited configuration; open streams go on", "config port json",
             "llm-router reload"),
-    Command("stop", run_stop, "end the running instance", (*_RUNNING_FLAGS, _GRACE, _AS_JSON),
-            "llm-router stop --grace=5"),
-    Command("doctor", run_doctor, "look for what is wrong and say the cure", (_CONFIG, Flag("port", "port",
-            "the port the router is to use"), Flag("offline", "bool", "ask no provider"), _AS_JSON),
+    Command("stop", run_stop, "end the running instance", "config port grace json", "llm-router stop --grace=5"),
+    Command("doctor", run_doctor, "look for what is wrong and say the cure", "config port.doctor offline json",
             "llm-router doctor --offline"),
-    Command("update", run_update, "replace this file by a newer release",
-            (Flag("from", "text", "the release: a URL or a file, default LLM_ROUTER_UPDATE_URL"), _AS_JSON),
+    Command("update", run_update, "replace this file by a newer release", "from json",
             "llm-router update --from=https://example.com/llm_router.py"),
     Command("run", run_agent, "run claude, codex, opencode, aider, qwen, pi or -- any command against the router",
-            (*_AGENT_FLAGS, Flag("keep", "bool", "leave a router that was started for it running"), *_RUNNING_FLAGS),
+            _MODEL_FLAGS + "keep config port",
             "llm-router run claude\nllm-router run --model=openrouter/gpt-4o --haiku=groq/small claude -p 'say hi'\n"
             "llm-router run -- python app.py", passes_on=True),
     Command("env", run_env, "print the variables that point a program at the running router",
-            (Flag("tool", "word", "claude, aider, qwen or any (the default)"),
-             Flag("shell", "|".join(_SHELLS), ", ".join(_SHELLS)), *_AGENT_FLAGS, *_RUNNING_FLAGS, _AS_JSON),
-            "llm-router env --shell=bash"),
+            "tool shell " + _MODEL_FLAGS + "config port json", "llm-router env --shell=bash"),
     Command("deploy", run_deploy, "put this file and the configuration onto Cloudflare as a Worker",
-            (_CONFIG, *_SITE_FLAGS, Flag("domain", "text", "a host name of its own, in a zone of the account"),
-             Flag("route", "text", "a pattern in a zone of the account: example.com/* or example.com/route/*"),
-             Flag("export-only", "bool", "write the secret with the configuration into a file and send nothing"),
-             Flag("out", "text", "that file, default .llm-router.worker.json"),
-             Flag("export-dir", "text", "write the Worker project there and send nothing")),
-            "llm-router deploy --dry-run"),
+            "config " + _SITE + "domain route export-only out.worker export-dir", "llm-router deploy --dry-run"),
     Command("worker-key", run_worker_key, "give the Worker a new master key; the one before is refused",
-            (*_SITE_FLAGS, Flag("master-key", "secret", "the new key; - reads it from stdin"),
-             Flag("generate", "bool", "make a new key and print it once")),
-            "llm-router worker-key --generate", "master-key|generate"),
-    Command("settings", run_settings, "show every setting", (_AS_JSON,), "llm-router settings --json"),
+            _SITE, "llm-router worker-key --generate", "master-key|generate"),
+    Command("settings", run_settings, "show every setting", "json", "llm-router settings --json"),
     Command("demo", lambda given: run_demo(bool(given.once), given.port or 0),
-            "try it without key, configuration or network", (Flag("once", "bool", "exit after the demonstration"),
-            Flag("port", "port", "port to listen on, default any")), "llm-router demo --once"),
+            "try it without key, configuration or network", "once port.demo", "llm-router demo --once"),
 )  # fmt: skip
 
 # ==============================================================================
