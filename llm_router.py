@@ -412,7 +412,7 @@ SETTINGS: Tuple[Setting, ...] = (
     Setting("head_timeout_ms", 15000, "a request's head, from its first byte to its last"),
     Setting("body_timeout_ms", 30000, "a request's body, and a second more for each KiB; silence in it"),
     Setting("client_idle_timeout_ms", 75000, "how long an idle client connection is kept"),
-    Setting("send_timeout_ms", 60000, "how long a client may take nothing of its answer"),
+    Setting("send_timeout_ms", 60000, "how long a client may take nothing of its answer; a slow one has time"),
     Setting("pool_idle_ms", 30000, "how long an idle connection to a provider is kept"),
     Setting("pool_size", 128, "idle connections kept per provider; 0: none"),
     Setting("dial_threads", 48, "connections being opened at once", 1),
@@ -561,7 +561,7 @@ FIELDS: Dict[str, Tuple[Field, ...]] = {
         headers                {header_name:header}  headers for every request; null removes one
         anthropicVersion       header              the anthropic-version header
         anthropicBeta          [beta]              anthropic-beta features to ask for
-        compat                 any                 what the provider needs or refuses beside the format
+        compat                 any                 whose needs it has beside the format, where its URL does not tell
         timeouts               timeouts            limits of its own in milliseconds
         proxy                  proxy               its own HTTP proxy, http://HOST:PORT, or none for a direct connection
         caBundle               text                file of certificates (PEM) to trust for it
@@ -992,12 +992,18 @@ _FIELD_KINDS: Dict[str, FieldKind] = {
         "is not an origin", "write scheme://host:port; a wildcard would let any web page spend your money"),
 }  # fmt: skip
 
+# What a provider's `compat` may be: the names of COMPATS.
+COMPAT_NAMES = tuple(
+    "openai azure anthropic bedrock vertex openrouter deepseek moonshot zai qwen groq mistral gemini together cerebras"
+    " ollama".split()
+)
 # Objects that are read by their fields alone.
 _RECORDS: Dict[str, Any] = {"timeouts": Timeouts, "client_key": ClientKey, "model": Model}
 _VERDICTS = {  # of ModelIndex.judge: what is said of the name, and the cure
     "unknown": ("names the model %s, which is not configured", "write provider/model, both as they are configured"),
     "ambiguous": ("names the model %s, which several providers have", "write one of "),
     "disabled": ("names the model %s, which is disabled", "enable it or name another"),
+    "any": ("names the model %s, and * stands for any", "write the name of one"),
     "alias": ("names the alias %s, and an alias leads to models only", "write the models that one leads to"),
 }
 
@@ -1184,6 +1190,9 @@ class _Scan:
             self._warn(_join(path, "apiKeyEnv"), "the variable %s is not set here" % variable, "set it, or add apiKey")
         elif wants_key and not variable and not all(map(is_loopback, hosts)):
             self._warn(path, "the provider has no key", 'add apiKey or apiKeyEnv, or auth {"type": "none"}')
+        if provider.compat and provider.compat not in COMPAT_NAMES:
+            cure = did_you_mean(as_text(provider.compat), COMPAT_NAMES, "write one of " + ", ".join(COMPAT_NAMES))
+            self._warn(_join(path, "compat"), "is not known, and has no effect", cure)
         if values.get("format", provider.preferred) not in provider.formats:
             self._warn(path, "its preferred format %s is not one of its formats" % values["format"], "add it there")
         for model in provider.models:
@@ -1373,6 +1382,8 @@ class ModelIndex:
     def judge(self, name: str, aliases: bool = True, patterns: bool = False) -> str:
         """ "" when `name` means one enabled model, or, if it may, an alias or a pattern; else a key of _VERDICTS."""
         found = self.find(name)
+        if any(model.id == "*" for _, model in found):
+            return "any"
         if len(found) == 1 or aliases and name in self.aliases or patterns and self.find_pattern(name) is not None:
             return ""
         provider_id, _, model_id = name.partition("/")
@@ -6963,7 +6974,8 @@ def plain_schema(schema: Any, place: str = "items") -> Any:
         words["enum"] = [words.pop("const")]
     if "array" in (words.get("type"), *get_list(words, "type")):
         words.setdefault("items", {"type": "string"})
-    return {key: plain_schema(one, "items" if is_map else key) for key, one in words.items()}
+    data = () if is_map else ("const", "default", "enum", "examples")  # may look like a schema and is none
+    return {k: one if k in data else plain_schema(one, "items" if is_map else k) for k, one in words.items()}
 
 
 _SCHEMA_BOUNDS = frozenset(
@@ -7143,15 +7155,14 @@ COMPATS: Tuple[Compat, ...] = (
     Compat("cerebras", ("api.cerebras.ai",), ("max_completion_tokens", *_PICKY_FIXES)),
     Compat("ollama", (":11434",), ("think if asked",)),
 )  # fmt: skip
-_COMPATS_BY_NAME = {row.name: row for row in COMPATS}
 _PLAIN = Compat("", ())
 
 
 def find_compat(name: str, host: str, port: int = 0) -> Compat:
     """The row for a provider: by its `compat`, else by the host of its URL; an empty row for what nobody knows."""
     dotted = "." + host
-    rows = (row for row in COMPATS if ":%d" % port in row.hosts or any(dotted.endswith("." + end) for end in row.hosts))
-    return _COMPATS_BY_NAME.get(name) or next(rows, _PLAIN)
+    rows = [row for row in COMPATS if ":%d" % port in row.hosts or any(dotted.endswith("." + end) for end in row.hosts)]
+    return next((row for row in COMPATS if row.name == name), next(iter(rows), _PLAIN))
 
 
 def apply_fixes(body: Json, fixes: Iterable[str]) -> Json:
@@ -11181,6 +11192,16 @@ def make_folder(path: str) -> None:
         raise RouterError("cannot make %s: %s" % (one_line(path), error.strerror or error)) from None
 
 
+def temporary_folder() -> Any:
+    """`with temporary_folder() as path:` a new folder, its owner's only, that goes with all in it. RouterError."""
+    import tempfile
+
+    try:
+        return tempfile.TemporaryDirectory(prefix="llm-router-")
+    except OSError as error:
+        raise RouterError("cannot make a temporary folder: %s; set TMPDIR" % (error.strerror or error)) from None
+
+
 def write_private(target: str, data: bytes, expected: Any = ..., durable: bool = True, mode: int = 0o600) -> bool:
     """Replace the file `target`, or the one that a symbolic link of this name leads to, by `data`: whole or not at all,
     readable by its owner only unless `mode` says otherwise, and if `durable` safe against power loss, which may take a
@@ -12267,7 +12288,7 @@ class ClientConnection:
         self.loop = server.loop
         self.closes = False
         self.was_cut = False
-        self.deadline = math.inf
+        self.deadline = self._unsent = math.inf
         self.phase = "idle"
         self.sink: Optional[Sink] = None
         self.task = task
@@ -12344,8 +12365,8 @@ class ClientConnection:
             await self._until_sent(self._writer.drain)
 
     async def _until_sent(self, wait: Callable[[], Any]) -> None:
-        before, self.phase = self.phase, "sending"
-        self.deadline = self.loop.time() + self.server.settings.send_timeout_ms / 1000
+        before, self.phase, self._unsent = self.phase, "sending", math.inf
+        self.expire()  # the time begins
         try:
             await wait()
         except ConnectionError:
@@ -12354,9 +12375,11 @@ class ClientConnection:
             self.phase, self.deadline = before, math.inf
 
     def expire(self) -> None:
-        """The deadline of the present phase has passed."""
-        self.deadline = math.inf
-        if self.phase == "sending":
+        """The deadline of the present phase has passed. A client that took some of its answer since is only slow."""
+        self.deadline, unsent = math.inf, self._transport.get_write_buffer_size()
+        if self.phase == "sending" and unsent < self._unsent:
+            self._unsent, self.deadline = unsent, self.loop.time() + self.server.settings.send_timeout_ms / 1000
+        elif self.phase == "sending":
             self._transport.abort()
             self._on_gone()  # whose end asyncio does not tell again when the client had closed its half
         elif self.phase == "idle":
@@ -12549,6 +12572,8 @@ def open_listeners(host: str, port: int) -> List[Any]:
                 continue
             for sock in sockets:
                 sock.close()
+            if sockets and not port and error.errno == errno.EADDRINUSE:  # free at the first address only
+                return open_listeners(host, port)
             raise
     if not sockets:
         raise OSError(errno.EADDRNOTAVAIL, "no address of %s is one of this machine" % one_line(host, 80))
@@ -13847,6 +13872,7 @@ class Router(CountingHost):
         self.config_state = "ok"
         self._entries: List[Instance] = []
         self._state_trouble = ""
+        self._seen = options.loaded.stamp  # as it was read: an edit since then is one, too
         self.guests: Dict[str, str] = {}
         self.items = ItemMemory()
         self.reasoning = BoundedMap()
@@ -13998,6 +14024,13 @@ class Router(CountingHost):
             return 409, {"error": "not reloaded, the last good configuration stays: " + self.config_state}
         return 200, {"changes": notes}
 
+    async def apply_edit(self) -> None:
+        """Reload when the configuration file is another one than was seen last. An editor may replace it; while it is
+        away nothing changes."""
+        seen, self._seen = self._seen, file_stamp(self.options.loaded.path) or self._seen
+        if self._seen != seen:
+            self.try_reload()
+
     def reload(self) -> List[str]:
         """Read the configuration again and use it for every request from now on; returns what changed. ConfigError
         leaves all as it was.
@@ -14130,9 +14163,11 @@ async def _serve(options: StartOptions) -> Tuple[int, int]:
         host, path = options.settings.host, options.loaded.path
         entry = Instance(router.id, os.getpid(), host, port, path, router.token, router.wall())
         router.enroll(entry)
-        tasks = [asyncio.ensure_future(_stay_enrolled(router))]
+        # A disk that was full may get room, the state file may have been removed or damaged.
+        chores = [(_ENROLL_AGAIN_S, lambda: router.aside(router.stay_enrolled))]
+        chores += [(_WATCH_S, router.apply_edit)] if options.watch_config and path else []
+        tasks = [asyncio.ensure_future(_repeat(router, *chore)) for chore in chores]
         _announce(options, port)  # last: whoever reads it may stop, reload and ask for the status at once
-        tasks += [asyncio.ensure_future(_watch_config(router))] if options.watch_config and path else []
         _get_ready()
         await router.stopping.wait()
         for task in tasks:
@@ -14189,22 +14224,18 @@ def _get_ready() -> None:
     gc.set_threshold(5_000, 1, 1)
 
 
-async def _stay_enrolled(router: Router) -> None:
-    """Look now and then, aside: a disk that was full may get room, the state file may have been removed or damaged."""
+async def _repeat(router: Router, every_s: float, work: Callable[[], Any]) -> None:
+    """Await `work` again and again. What it raises is a fault of ours, told once: its next turn may do better."""
+    told = ""
     while True:
-        await router.sleep(_ENROLL_AGAIN_S)
-        await router.aside(router.stay_enrolled)
-
-
-async def _watch_config(router: Router) -> None:
-    """Apply every edit of the configuration file. An editor may replace the file; while it is away nothing changes."""
-    seen = router.options.loaded.stamp  # as it was read: an edit since then is one, too
-    while True:
-        await router.sleep(_WATCH_S)
-        stamp = file_stamp(router.options.loaded.path)
-        if stamp and stamp != seen:
-            router.try_reload()
-        seen = stamp or seen
+        await router.sleep(every_s)
+        try:
+            await work()
+        except Exception as error:  # the task would end, and nobody would know
+            trouble = one_line("%s: %s" % (type(error).__name__, error), 300)
+            if trouble != told:
+                router.log.note("a task in the background failed, and goes on: " + trouble, "error")
+            told = trouble
 
 
 async def _listen(server: Server, host: str, port: int) -> int:
@@ -14479,9 +14510,7 @@ def _check_digest(data: bytes, source: str) -> None:
 
 def _check_version(data: bytes) -> str:
     """What a release answers to --version, run alone. RouterError when it is older than this one or does not run."""
-    import tempfile
-
-    with tempfile.TemporaryDirectory(prefix="llm-router-") as folder:
+    with temporary_folder() as folder:
         path = os.path.join(folder, "llm_router.py")
         write_private(path, data, durable=False)
         code, said = run_tool([sys.executable, "-I", path, "--version"], 60)
@@ -14592,13 +14621,17 @@ def _launchd_agent(home: str, argv: Sequence[str], variables: Environ, log: str)
 
 
 def _windows_task(argv: Sequence[str]) -> Service:
-    """schtasks /Create: at logon, as this user."""
+    """schtasks /Create: at logon, as this user. It knows no flag for what else a task of its kind does: end after three
+    days, and run on mains only (learn.microsoft.com, New-ScheduledTaskSettingsSet)."""
     import subprocess
 
     create = ("schtasks", "/Create", "/F", "/SC", "ONLOGON", "/TN", SERVICE_NAME, "/TR", subprocess.list2cmdline(argv))
+    limits = "-ExecutionTimeLimit ([TimeSpan]::Zero) -AllowStartIfOnBatteries -DontStopIfGoingOnBatteries"
+    change = "Set-ScheduledTask %s -Settings (New-ScheduledTaskSettingsSet %s)" % (SERVICE_NAME, limits)
+    for_good = ("powershell", "-NoProfile", "-Command", change)
     run = ("schtasks", "/Run", "/TN", SERVICE_NAME)
     remove = ("schtasks", "/Delete", "/F", "/TN", SERVICE_NAME)
-    return Service("", "", (create, run), ("schtasks", "/Query", "/TN", SERVICE_NAME), (remove,))
+    return Service("", "", (create, for_good, run), ("schtasks", "/Query", "/TN", SERVICE_NAME), (remove,))
 
 
 def install_service(service: Service) -> Tuple[List[str], str]:
@@ -15021,10 +15054,8 @@ class Wrangler:
     def call(self, step: CloudStep, site: Site, before: str = "") -> str:
         """What a call printed; it is made in a folder with the project, which is gone afterwards. RouterError with
         its last words when it failed, which `before` precedes."""
-        import tempfile
-
         data = b"".join(part.data for part in step.parts if not part.name)
-        with tempfile.TemporaryDirectory(prefix="llm-router-") as folder:
+        with temporary_folder() as folder:
             write_project(folder, site)
             line = [self._program, *step.words[1:]]
             code, said = run_tool(line, _WRANGLER_S, data, cwd=folder, env=self._environ)
@@ -15492,7 +15523,6 @@ def run_program(agent: Agent, argv: Sequence[str], facts: Mapping[str, str], env
     """Run a program against the router; its exit code, 128 + n when the signal n ended it. RouterError when it is
     missing. Its own configuration is not touched: variables, arguments and a temporary file last as long as it runs."""
     import shutil
-    import tempfile
 
     env = {name: value for name, value in environ.items() if name not in agent.hidden}
     if any(env.get(name) for name in PROXY_VARIABLES):  # the router itself is reached directly
@@ -15502,7 +15532,7 @@ def run_program(agent: Agent, argv: Sequence[str], facts: Mapping[str, str], env
     if program is None:
         hint = "; install it: " + agent.install if agent.install else ""
         raise RouterError("%s is not on the PATH%s" % (one_line(argv[0], 80), hint))
-    with tempfile.TemporaryDirectory(prefix="llm-router-") as folder:
+    with temporary_folder() as folder:
         path = os.path.join(folder, agent.file[0]) if agent.file else ""
         if agent.file:
             write_private(path, agent.file[1](facts).encode())

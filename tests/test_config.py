@@ -271,7 +271,7 @@ def test_every_further_field_is_read():
         providers__0__headers={"X-Title": "me", "user-agent": None},
         providers__0__anthropicVersion="2023-06-01",
         providers__0__anthropicBeta="a-1, b-2",
-        providers__0__compat={"tokenField": "max_tokens"},
+        providers__0__compat="azure",
         providers__0__timeouts={"connectMs": 1, "firstByteMs": 2, "firstContentMs": 3, "idleMs": 4, "totalMs": 0},
         providers__0__metadata={"any": 1},
         providers__0__models__0__contextWindow=128000,
@@ -288,7 +288,7 @@ def test_every_further_field_is_read():
     provider, model = config.providers[0], config.providers[0].models[0]
     assert provider.headers == {"X-Title": "me", "user-agent": None}
     assert (provider.anthropic_version, provider.anthropic_beta) == ("2023-06-01", ("a-1", "b-2"))
-    assert provider.compat == {"tokenField": "max_tokens"}
+    assert provider.compat == "azure"
     assert provider.timeouts == r.Timeouts(1, 2, 3, 4, 0)
     assert (model.context_window, model.max_output_tokens, model.cost) == (128000, 4096, {"input": 1.5})
     assert (model.metadata, model.formats) == ({"any": 2}, ("openai",))
@@ -617,6 +617,23 @@ def test_a_reference_to_a_disabled_model_warns():
 def test_an_unknown_key_is_a_warning_that_names_the_nearest(path, near):
     problem = only_problem(set_at(copy.deepcopy(MINIMAL), path, "x"), path, "warning")
     assert near in problem.cure
+
+
+def test_a_name_of_needs_that_nobody_knows_is_a_warning_and_all_that_are_known_are_good():
+    assert [row.name for row in r.COMPATS] == list(r.COMPAT_NAMES)
+    for name in r.COMPAT_NAMES:
+        assert r.find_problems(changed(providers__0__compat=name)) == []
+    assert "deepseek" in only_problem(changed(providers__0__compat="depseek"), "providers[0].compat", "warning").cure
+    assert "zai" in only_problem(changed(providers__0__compat={"x": 1}), "providers[0].compat", "warning").cure
+
+
+@pytest.mark.parametrize("path", ["defaultModel", "modelAliases.fast", "providers[0].models[0].fallbackModels[0]"])
+def test_a_reference_that_stands_for_any_model_is_an_error(path):
+    """The provider would be asked for a model of the name *."""
+    document = changed(providers__1__models=["*", "claude-3-7-sonnet"])
+    problem = only_problem(set_at(document, path, "anthropic/*"), path)
+    assert problem.message == "names the model anthropic/*, and * stands for any"
+    assert r.find_problems(set_at(document, path, "anthropic/any-name")) == []
 
 
 @pytest.mark.parametrize("key", ["$schema", "_comment", "//", "#note"])
@@ -1195,8 +1212,8 @@ def test_thousands_of_problems_are_found_in_a_long_text_in_a_moment():
 
 
 def test_problems_come_in_the_order_of_the_text():
-    text = '{"defaultModel": "x",\n "providers": [{"id": "a",\n "baseUrl": "http://localhost", "models": [5],\n "compat": 1, "compat": 2}]}'
+    text = '{"defaultModel": "x",\n "providers": [{"id": "a",\n "baseUrl": "http://localhost", "models": [5],\n "name": "x", "name": "y"}]}'
     found = r.locate_problems(r.find_problems(json.loads(text)), text)
     assert [(one.line, one.path) for one in found] == [
-        (1, "defaultModel"), (3, "providers[0].models[0]"), (4, "providers[0].compat")
+        (1, "defaultModel"), (3, "providers[0].models[0]"), (4, "providers[0].name")
     ]  # fmt: skip

@@ -6,6 +6,7 @@ import os
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 
@@ -42,6 +43,16 @@ def test_a_pipe_or_device_is_read_to_its_end_and_not_waited_for_without_one(tmp_
     for path in (tmp_path / "nobody-writes", "/dev/zero"):
         with pytest.raises(r.ConfigError, match="it is no file, and its end does not come"):
             r.read_bytes(str(path))
+
+
+def test_a_temporary_folder_that_cannot_be_made_is_an_error_with_its_cure(monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+    with pytest.raises(r.RouterError, match=r"cannot make a temporary folder: No such file.*TMPDIR"):
+        r.temporary_folder()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with r.temporary_folder() as folder:
+        assert os.path.dirname(folder) == str(tmp_path) and (os.name != "posix" or os.stat(folder).st_mode & 0o77 == 0)
+    assert list(tmp_path.iterdir()) == []
 
 
 def set_key(key="new"):

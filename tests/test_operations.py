@@ -1,5 +1,7 @@
 """The server in the background, its log file, SIGHUP, and who has its port."""
 
+import asyncio
+import errno
 import io
 import json
 import os
@@ -11,6 +13,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -372,6 +375,24 @@ def test_the_log_level_keeps_what_went_wrong_and_leaves_out_what_went_well(route
     assert quiet.log() == []
 
 
+def test_a_task_in_the_background_that_fails_is_told_once_and_goes_on():
+    """It would end, and no edit of the configuration be seen any more."""
+    said, turns = [], []
+
+    async def work():
+        turns.append(len(turns))
+        if len(turns) == 6:
+            raise asyncio.CancelledError
+        if len(turns) != 4:
+            raise ValueError("odd bytes" if len(turns) < 5 else "others")
+
+    host = SimpleNamespace(sleep=lambda s: asyncio.sleep(0), log=SimpleNamespace(note=lambda *words: said.append(words)))
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(r._repeat(host, 1.0, work))
+    failed = "a task in the background failed, and goes on: ValueError: "
+    assert turns == list(range(6)) and said == [(failed + "odd bytes", "error"), (failed + "others", "error")]
+
+
 # ----- addresses -----
 
 
@@ -433,6 +454,24 @@ def test_a_name_of_which_one_address_is_taken_is_refused_and_the_holder_stays(tw
             pass
         with socket.create_server(("127.0.0.1", port)):  # nothing of ours is left there
             pass
+
+
+@both_kinds
+def test_a_free_port_is_free_at_all_addresses_of_a_name(two_addresses, monkeypatch):
+    create, tried = socket.create_server, []
+
+    def taken_once(address, **how):
+        tried.append(address[:2])
+        if len(tried) == 2:
+            raise OSError(errno.EADDRINUSE, "Address already in use")
+        return create(address, **how)
+
+    monkeypatch.setattr(socket, "create_server", taken_once)
+    sockets = r.open_listeners("localhost", 0)
+    (_, port), (_, other) = listening(sockets)
+    assert port == other and tried[2] == ("127.0.0.1", 0)
+    for sock in sockets:
+        sock.close()
 
 
 @both_kinds

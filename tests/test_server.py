@@ -6,6 +6,7 @@ import gc
 import gzip
 import http.client
 import json
+import math
 import os
 import re
 import signal
@@ -900,6 +901,25 @@ def test_a_client_that_never_takes_the_rest_of_its_answer_is_cut_after_the_send_
         assert await server.drain(1.0)
 
     asyncio.run(unread_answer(HASTY, closes, never_read))
+
+
+def test_a_client_that_takes_some_of_its_answer_is_waited_for_longer_and_one_that_takes_none_is_not():
+    async def read_some(server, client):
+        run = asyncio.get_running_loop().run_in_executor
+        (connection,) = server.connections
+        transport = connection._transport
+        await run(None, until, lambda: connection.phase == "sending")
+        before = transport.get_write_buffer_size()
+        await run(None, client.recv, 30_000)
+        await run(None, until, lambda: transport.get_write_buffer_size() < before)
+        connection.expire()
+        assert connection.deadline < math.inf and connection in server.connections
+        connection._unsent = transport.get_write_buffer_size()
+        connection.expire()
+        assert await run(None, bytes_left, client) < 60_000
+        assert await server.drain(1.0)
+
+    asyncio.run(unread_answer(llm_router.Settings(), True, read_some))
 
 
 def test_who_has_connected_before_the_router_stops_is_answered():

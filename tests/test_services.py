@@ -47,9 +47,17 @@ def test_systemd_accepts_the_unit(tmp_path):
 
 
 def test_the_windows_task_runs_one_command_line():
-    create, run = made("win32").install
+    create, _, run = made("win32").install
     assert create[create.index("/TR") + 1] == subprocess.list2cmdline(ARGV) and run[-1] == r.SERVICE_NAME
     assert made("win32").path == ""
+
+
+def test_the_windows_task_is_not_ended_after_three_days_nor_without_mains():
+    """What schtasks makes is, and has no flag against it."""
+    _, change, _ = made("win32").install
+    assert change[0] == "powershell" and "Set-ScheduledTask " + r.SERVICE_NAME in change[-1]
+    for word in ("-ExecutionTimeLimit ([TimeSpan]::Zero)", "-AllowStartIfOnBatteries", "-DontStopIfGoingOnBatteries"):
+        assert word in change[-1]
 
 
 def test_only_proxies_certificates_and_settings_are_kept_of_the_environment():
