@@ -890,7 +890,6 @@ _HEADER_NAME = re.compile(
     re.IGNORECASE | re.ASCII,
 )
 _HEADER_VALUE = re.compile(r"[\t -~\u0080-\u00ff]*")  # RFC 9110, 5.5; no CR, LF or NUL
-_ORIGIN = re.compile(r"[^/]+://[^/?#*\s]+")
 _SECRET = re.compile(r"[ -~]*")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _URL_CHARACTERS = re.compile(r"[!#-;=?-\[\]_a-z~]*")  # RFC 3986: printable ASCII without " < > \ ^ ` { | }
@@ -988,7 +987,7 @@ _FIELD_KINDS: Dict[str, FieldKind] = {
         "is not a feature's name", "write it without line breaks, or remove it"),
     "proxy": FieldKind(str, str.strip, _is_proxy,
         "is not the URL of an HTTP proxy", "write http://HOST:PORT, or none"),
-    "origin": FieldKind(str, lambda text: text.strip().rstrip("/").lower(), _ORIGIN.fullmatch,
+    "origin": FieldKind(str, lambda text: text.strip().rstrip("/").lower(), re.compile(r"[^/]+://[^/?#*\s]+").fullmatch,
         "is not an origin", "write scheme://host:port; a wildcard would let any web page spend your money"),
 }  # fmt: skip
 
@@ -1320,13 +1319,16 @@ _URL_PATTERN = r"^[Hh][Tt][Tt][Pp][Ss]?://%s([/?][!$-;=?-\[\]_a-z~]*)?$" % _AUTH
 _URL_SCHEMA = {"type": "string", "pattern": _URL_PATTERN}
 _PROVIDER_SCHEMA = {"$ref": "#/definitions/provider"}
 _NAMED_PROVIDER = {"allOf": [_PROVIDER_SCHEMA, {"required": ["id"]}]}
-_MAP_OF_PROVIDERS = {"type": "object", "additionalProperties": _PROVIDER_SCHEMA}
 _OWN_SCHEMAS: Dict[str, Json] = {
     "any": {},
     "url": {"anyOf": [_URL_SCHEMA, {"type": "array", "items": _URL_SCHEMA, "minItems": 1}]},
     "proxy": {"type": "string", "pattern": "^(?:none|http://\\S+)?$"},
     "model": {"anyOf": [_ID_SCHEMA, {"$ref": "#/definitions/model"}]},
-    "providers": {"anyOf": [{"type": "array", "items": _NAMED_PROVIDER}, _NAMED_PROVIDER, _MAP_OF_PROVIDERS]},
+    "providers": {"anyOf": [
+        {"type": "array", "items": _NAMED_PROVIDER},
+        _NAMED_PROVIDER,
+        {"type": "object", "additionalProperties": _PROVIDER_SCHEMA},
+    ]},
 }
 
 
@@ -1960,7 +1962,10 @@ class EventSplitter:
             return data
         start = max(0, len(held) - 3)  # where a border may begin that ends in the new bytes
         held += data
-        cut = _last_border(held, start)
+        if held.find(b"\r", start) >= 0:
+            cut = max((match.end() for match in _BLANK_LINE.finditer(held, start)), default=0)
+        else:
+            cut = held.rfind(b"\n\n", start) + 2 if held.find(b"\n\n", start) >= 0 else 0
         whole = bytes(held[:cut])
         del held[:cut]
         if len(held) > self._max_event_bytes:
@@ -1976,13 +1981,6 @@ class EventSplitter:
         """What came after the last border: an event that the stream's end cut off, or one without its blank line."""
         rest, self._held = bytes(self._held), bytearray()
         return rest
-
-
-def _last_border(data: bytearray, start: int) -> int:
-    """Where the last blank line behind `start` ends, 0 without any."""
-    if data.find(b"\r", start) < 0:
-        return data.rfind(b"\n\n", start) + 2 if data.find(b"\n\n", start) >= 0 else 0
-    return max((match.end() for match in _BLANK_LINE.finditer(data, start)), default=0)
 
 
 def parse_events(raw: bytes) -> List[SseEvent]:
@@ -7439,9 +7437,11 @@ def check_access(access: Access, endpoint: Endpoint, method: str, headers: Heade
     caller = find_caller(access, headers)
     if not access.required:
         caller = caller or ""
-        if not _is_own_host(access, host):
-            words = "the Host %s is not this server; add it to allowedHosts if it is" % one_line(host, 80)
-            raise RouterError(words, 403, "host_not_allowed")
+        if host and not _LOCAL_HOST.fullmatch(host):
+            names = host.lower(), re.sub(r":\d*$", "", host).lower()
+            if not any(own.lower() in names for own in access.hosts):
+                words = "the Host %s is not this server; add it to allowedHosts if it is" % one_line(host, 80)
+                raise RouterError(words, 403, "host_not_allowed")
     if caller is None or not access.required:
         own = ("http://" + host.lower(), "https://" + host.lower()) if host else ()
         if origin and origin.lower() not in own and origin not in access.origins:
@@ -7454,13 +7454,6 @@ def check_access(access: Access, endpoint: Endpoint, method: str, headers: Heade
     if caller is None and not is_open:
         raise RouterError("missing or wrong API key", 401, "invalid_api_key")
     return caller
-
-
-def _is_own_host(access: Access, host: str) -> bool:
-    if not host or _LOCAL_HOST.fullmatch(host):
-        return True
-    names = host.lower(), re.sub(r":\d*$", "", host).lower()
-    return any(allowed.lower() in names for allowed in access.hosts)
 
 
 def cors_headers(access: Access, headers: Headers) -> Headers:
@@ -7809,19 +7802,15 @@ class Routes:
         if len(asked) > _MAX_NAME or not asked.isprintable():  # it would end up in headers, logs and the health book
             raise _not_found("the model's name is too long or holds control characters")
         for known in dict.fromkeys((name, bare_name(name))):
-            targets = self._find_targets(known)
+            targets = self.config.aliases.get(known) if "*" not in known else None
+            if targets is None:
+                targets = (known,) if self.find_candidate(known) is not None else self._index.find_pattern(known)
             if targets is not None:
                 return self._resolve(asked, targets)
         passing = [ref[:-1] + one_line(name, 80) for ref in self.refs() if ref.endswith("/*") and "/" not in name]
         hint = "GET /v1/models lists what there is" + "; %s is passed on" % " or ".join(passing[:3]) * bool(passing)
         hint = did_you_mean(name, self.names(), hint, 3)
         raise _not_found("the model %s is not configured; %s" % (one_line(name, 80), hint))
-
-    def _find_targets(self, name: str) -> Optional[Sequence[str]]:
-        targets = self.config.aliases.get(name) if "*" not in name else None
-        if targets is None:
-            targets = (name,) if self.find_candidate(name) is not None else self._index.find_pattern(name)
-        return targets
 
     def _resolve(self, asked: str, targets: Sequence[str]) -> Plan:
         """The candidates that targets mean, each once; a single one brings its own fallbacks."""
@@ -8031,19 +8020,14 @@ def merge_headers(target: Target, client_headers: Headers, client_wire: str, wir
         if name in dropped:
             continue
         if name == "anthropic-beta":
-            taken = [beta for beta in value.split(",") if betas is None or betas.match(beta.strip())]
-            value = merge_list(headers.get(name) or "", ",".join(taken))
+            asked = [beta for beta in map(str.strip, value.split(",")) if betas is None or betas.match(beta)]
+            own = map(str.strip, (headers.get(name) or "").split(","))
+            value = ",".join(filter(None, dict.fromkeys([*own, *asked])))
         if value and (name not in headers or name == "anthropic-beta" and headers[name]):
             headers[name] = value
     if wire == "anthropic":
         headers.setdefault("anthropic-version", ANTHROPIC_VERSION)
     return [pair for pair in headers.items() if pair[1] is not None]
-
-
-def merge_list(first: str, second: str) -> str:
-    """Two comma-separated header values as one, each element once, in order."""
-    elements = [element.strip() for element in (first + "," + second).split(",")]
-    return ",".join(dict.fromkeys(element for element in elements if element))
 
 
 _TIMEOUTS = [name.replace("_ms", "_timeout_ms") for name in Timeouts._fields]  # the settings of a streamed answer
