@@ -12282,6 +12282,7 @@ class ClientConnection:
         self._parser = RequestParser(server.limits)
         self._reserved = 0
         self._at_eof = self._is_broken = False
+        self._probing: Any = None
         self._hook()
 
     def _hook(self) -> None:
@@ -12315,6 +12316,8 @@ class ClientConnection:
         except HttpError as error:
             await self.refuse(error)
         finally:
+            if self._probing is not None:  # its timer would hold the connection
+                self._probing.cancel()
             self._transport.abort() if self.was_cut and self.is_blocked() else self._writer.close()
             if self._transport.get_write_buffer_size():  # the rest of an answer, for a client that takes its time
                 await self._until_sent(self._writer.wait_closed)
@@ -12366,10 +12369,9 @@ class ClientConnection:
         elif self.phase == "sending":
             self._transport.abort()
             self._on_gone()  # whose end asyncio does not tell again when the client had closed its half
-        elif self.phase == "idle":
-            self._expire_read(ClientGoneError())
         else:
-            self._expire_read(HttpError("the request took too long to arrive", 408, "request_timeout"))
+            late = HttpError("the request took too long to arrive", 408, "request_timeout")
+            self._expire_read(ClientGoneError() if self.phase == "idle" else late)
 
     async def read_body(self) -> bytes:
         """The body of the present request, inflated. RouterError 413, 415, 400 or 503 when it cannot be had."""
@@ -12521,14 +12523,15 @@ class ClientConnection:
         self._at_eof = True
         if self._transport.is_closing():
             self._on_gone()
-        elif self.phase in ("serving", "sending"):
-            self.loop.call_later(_HALF_CLOSE_WAIT_S, self._probe)
+        else:
+            self._probing = self.loop.call_later(_HALF_CLOSE_WAIT_S, self._probe, _HALF_CLOSE_WAIT_S)
 
-    def _probe(self) -> None:
-        sink = self.sink
-        if sink is not None and not sink.ended and not self._transport.is_closing():
-            sink.probe()
+    def _probe(self, waited_s: float) -> None:
+        """It may also leave later: ask again, after twice as long each time, for clients bear only so many of these."""
+        if self.sink is not None and not self.sink.ended and not self._transport.is_closing():
+            self.sink.probe()
             self.loop.call_later(_PROBE_WAIT_S, self._check_probe)
+        self._probing = self.loop.call_later(waited_s, self._probe, 2 * waited_s)
 
     def _check_probe(self) -> None:
         import socket

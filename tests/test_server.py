@@ -756,6 +756,19 @@ def test_a_client_that_only_closed_its_half_still_gets_its_answer(pair, stream, 
     assert received.endswith(b"0\r\n\r\n" if stream else b"}")
 
 
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+def test_a_client_that_closed_its_half_and_leaves_later_is_noticed_as_well(pair, stream):
+    """Trap 161: that it was still there a moment after it closed its half says nothing of later."""
+    pair.first.answer(fake.hang_before_head())
+    before = gone_before(pair)
+    with connect(pair.router) as client:
+        client.sendall(request_bytes(ask("openai", "a-openai/solo", stream=stream)))
+        client.shutdown(socket.SHUT_WR)
+        (call,) = pair.first.wait_calls(1)
+        assert client.recv(1000).startswith(b"HTTP/1.1 100 ")  # with this it was asked whether it is still there
+    assert_cancelled(pair, call, before)
+
+
 # --- what a stream holds ---
 
 
