@@ -8178,12 +8178,13 @@ SIGNALS: Tuple[Tuple[str, Tuple[int, ...], Texts], ...] = (
         r"exceed(?:s|ed)? (?:max length|max message tokens|model token limit|the max_model_len)",
         r"(?:prompt|input) (?:is|tokens) too long",
         r"input (?:length|tokens)[^\n]{0,80}exceed|range of input length",
-        r"(?:longer|greater|less) than the (?:model's )?context",
+        r"(?:longer|greater|less) than (?:the (?:model's )?context|max_seq_len)",
         r"token count[^\n]{0,20} exceeds|token count is [\d,]+ but|exceeds the maximum number of tokens",
         r"max_new_tokens` must be <=|`inputs` must have less than|number of tokens in the prompt cannot exceed",
         r"reduce the length of the (?:messages|input|prompt)",
         r"^(?:tokens_limit_reached|1261)$",  # GitHub Models, z.ai
     )),
+    (BILLING, (500,), (r"insufficient balance \(1008\)",)),  # MiniMax-AI/MiniMax-M2#62
     (BILLING, (400, 402, 403, 412, 429), (  # 412: Fireworks, of an account that is suspended
         r"insufficient[_ ](?:user_)?(?:quota|balance|credits?|funds)",
         r"pre_consume_token_quota_failed|quota is not enough|credit limit is insufficient|额度不足",  # new-api, one-api
@@ -8191,7 +8192,8 @@ SIGNALS: Tuple[Tuple[str, Tuple[int, ...], Texts], ...] = (
         r"exceeded(?: your|_)?[_ ]current[_ ]quota",
         r"billing_(?:error|hard_limit|not_active)",
         r"arrearage|accountoverdueerror|account not in good standing",
-        r"(?:requires more|used all available|doesn't have any) credits",
+        r"(?:requires more|used all available|doesn't have any) credits|credits are depleted",
+        r"extra usage, not your plan|out of extra usage",  # a Claude subscription (anthropics/claude-code#45048)
         r"please recharge|freetieronly|free allocation|spend(?:ing)? limit",
         r"specified (?:api |workspace )*usage limits|usage limit for this billing",
         r"(?:key|credit) limit exceeded|budget (?:has been )?exceeded",
@@ -8217,6 +8219,7 @@ SIGNALS: Tuple[Tuple[str, Tuple[int, ...], Texts], ...] = (
         r"location is not supported|free tier is not available in",  # Gemini
         r"model_terms_required",  # Groq
         r"not allowed from unsupported countries",  # Bedrock, of Anthropic's models
+        r"not allowed to use publisher model",  # Vertex AI
         r"organization must be verified (?!to generate reasoning summaries)",  # OpenAI; those are left out (FIXES)
     )),
     (NOT_FOUND, (400, 403, 422), (
@@ -8226,17 +8229,22 @@ SIGNALS: Tuple[Tuple[str, Tuple[int, ...], Texts], ...] = (
         r"\bmodel[^\n]{0,120}(?:does not exist|is not (?:found|available|a valid|supported for task)|decommissioned)",
         r"not a valid model|deploymentnotfound",
         r"model identifier is invalid|invocation of model id[^\n]{0,120} with on-demand throughput",  # Bedrock
+        r"model is not supported when using codex|does not work with the specified model",  # ChatGPT, Azure
+        r"^unsupported_api_for_model$",  # GitHub Copilot
         r"^1211$",  # z.ai
     )),
-    (TEMPORARY, (400,), (  # what failed behind an aggregator, which blames the request (trap 128)
+    (TEMPORARY, (400,), (  # what failed behind an aggregator or inside, which blames the request (trap 128)
         r"upstream request failed|failed to get response from provider",  # OpenCode Zen, Cloudflare AI Gateway
         r"^provider returned error\n400\nerror$|no models provided",  # OpenRouter
         r"temporarily unavailable|暂时无法使用",
+        r"degraded function cannot be invoked",  # NVIDIA
+        r"the model has crashed|model (?:is )?unloaded",  # LM Studio
     )),
 )  # fmt: skip
 
 _STATUS_KINDS: Dict[int, str] = {
     401: AUTH, 402: BILLING, 403: FORBIDDEN, 404: NOT_FOUND, 408: TEMPORARY, 409: TEMPORARY, 410: NOT_FOUND,
+    424: TEMPORARY,  # TGI, when generation failed
     425: TEMPORARY, 429: RATE_LIMITED, 451: POLICY, 498: TEMPORARY,  # 498: Groq, no capacity left in its flex tier
 }  # fmt: skip
 _CLASS_KINDS: Dict[int, str] = {3: NOT_FOUND, 4: INVALID, 5: TEMPORARY}

@@ -39,7 +39,7 @@ BY_STATUS = {
     R.NOT_FOUND: {404, 410, *range(300, 400)},
     R.RATE_LIMITED: {429},
     R.POLICY: {451},
-    R.TEMPORARY: {408, 409, 425, 498, *range(500, 600)},
+    R.TEMPORARY: {408, 409, 424, 425, 498, *range(500, 600)},
 }
 
 
@@ -67,6 +67,19 @@ def test_an_outcome_keeps_status_headers_and_body_so_that_it_can_be_returned_unc
 
 RAW = json.dumps(error("account suspended due to insufficient balance", "exceeded_current_quota_error"))
 SIGNALS = [
+    ("Claude subscription: plan used up", 400, error("You're out of extra usage. Add more at claude.ai/settings/usage.", "invalid_request_error"), R.BILLING),
+    ("Claude subscription: not for this app", 400, error("Third-party apps now draw from your extra usage, not your plan limits.", "invalid_request_error"), R.BILLING),
+    ("MiniMax: no balance", 500, error("insufficient balance (1008)", "api_error"), R.BILLING),
+    ("MiniMax: broken", 500, error("unknown error, 999 (1000)", "api_error"), R.TEMPORARY),
+    ("Gemini: prepaid and spent", 429, [error("Your prepayment credits are depleted.", None, 429, status="RESOURCE_EXHAUSTED")], R.BILLING),
+    ("Vertex AI: not for this project", 400, error("Project `p` is not allowed to use Publisher Model `m`", None, 400), R.FORBIDDEN),
+    ("ChatGPT: not in this plan", 400, {"detail": "The 'gpt-5.3-codex' model is not supported when using Codex with a ChatGPT account."}, R.NOT_FOUND),
+    ("Azure: not a model for chat", 400, error("The chatCompletion operation does not work with the specified model, o3-pro.", None, "OperationNotSupported"), R.NOT_FOUND),
+    ("Copilot: not a model for chat", 400, error('model "x" is not accessible via the /chat/completions endpoint', code="unsupported_api_for_model"), R.NOT_FOUND),
+    ("NVIDIA: a model that is ill", 400, {"status": 400, "title": "Bad Request", "detail": "Function id 'x': DEGRADED function cannot be invoked"}, R.TEMPORARY),
+    ("LM Studio: crashed", 400, {"error": "The model has crashed without additional information. (Exit code: 6)"}, R.TEMPORARY),
+    ("LM Studio: let go", 400, {"error": "Model unloaded."}, R.TEMPORARY),
+    ("SiliconFlow: too long", 400, {"code": 20015, "message": "length of prompt_tokens (9) must be less than max_seq_len (8).", "data": None}, R.OVERFLOW),
     ("Anthropic: switched off", 400, error("This organization has been disabled."), R.AUTH),
     ("Anthropic: token given back", 403, error("OAuth token has been revoked. Please obtain a new token."), R.AUTH),
     ("Gemini: no such key", 400, [error("API Key not found. Please pass a valid API key.", None, 400)], R.AUTH),
