@@ -14685,6 +14685,7 @@ class Default(WorkerEntrypoint):
     async def fetch(self, request):
         return await ROUTER.fetch(request, self.env, self.ctx)
 '''
+_CODE_TYPE = "text/x-python"
 _API_URL = "https://api.cloudflare.com/client/v4"
 _MAX_API_BYTES = 20_000_000
 _WRANGLER_S = 900.0  # it may install itself first
@@ -14732,20 +14733,14 @@ _SITE_SHAPES = (
 )
 
 
-class Part(NamedTuple):
-    """A piece of what a step sends. name: in a multipart body; "" for a body, or a text over stdin, of its own."""
-
-    data: bytes
-    name: str = ""
-    type: str = "application/json"
-
-
 class CloudStep(NamedTuple):
-    """One thing to do: words are a method and a path of the API, or a command line. doing: what it is for."""
+    """One thing to do. words: a method and a path of the API, or a command line. doing: what it is for. content: what
+    is sent, a JSON value or a text, "" for nothing. files: what goes along, in a request as further parts."""
 
     doing: str
     words: Texts
-    parts: Tuple[Part, ...] = ()
+    content: Any = ""
+    files: Mapping[str, bytes] = {}
 
 
 def check_site(site: Site) -> Site:
@@ -14854,39 +14849,30 @@ def api_steps(site: Site, secrets: Mapping[str, str], zone: str = "<zone>") -> L
     bindings = [{"type": "secret_text", "name": name, "text": text} for name, text in secrets.items()]
     keeps = ["plain_text", "json", "secret_text"]
     metadata = dict(_COMPATIBILITY, main_module="entry.py", bindings=bindings, keep_bindings=keeps)
-    code = [Part(files[name], name, "text/x-python") for name in ("entry.py", "llm_router.py")]
-    place = CloudStep("an address on workers.dev", ("POST", site.path + "/subdomain"), (_json_part({"enabled": True}),))
+    code = {name: files[name] for name in ("entry.py", "llm_router.py")}
+    place = CloudStep("an address on workers.dev", ("POST", site.path + "/subdomain"), {"enabled": True})
     if site.domain:
         # domains: developers.cloudflare.com/api/resources/workers/subresources/domains
         body = {"environment": "production", "hostname": site.domain, "service": site.name, "zone_id": zone}
-        place = CloudStep("the domain", ("PUT", site.account_path + "/workers/domains"), (_json_part(body),))
+        place = CloudStep("the domain", ("PUT", site.account_path + "/workers/domains"), body)
     elif site.route:
         body = {"pattern": site.route, "script": site.name}
-        place = CloudStep("the route", ("POST", "/zones/%s/workers/routes" % zone), (_json_part(body),))
-    return [CloudStep("code and secrets", ("PUT", site.path), (_json_part(metadata, "metadata"), *code)), place]
+        place = CloudStep("the route", ("POST", "/zones/%s/workers/routes" % zone), body)
+    return [CloudStep("code and secrets", ("PUT", site.path), metadata, code), place]
 
 
 def wrangler_steps(site: Site, secrets: Mapping[str, str]) -> List[CloudStep]:
     """The calls of wrangler, made in a folder that holds the project's files."""
-    files = tuple(Part(data, name, "text/plain") for name, data in project_files(site).items())
-    return [
-        CloudStep("code", ("wrangler", "deploy"), files),
-        CloudStep("secrets", ("wrangler", "secret", "bulk", "--name", site.name), (_json_part(secrets),)),
-    ]
+    bulk = CloudStep("secrets", ("wrangler", "secret", "bulk", "--name", site.name), secrets)
+    return [CloudStep("code", ("wrangler", "deploy"), "", project_files(site)), bulk]
 
 
 def key_step(site: Site, key: str, wrangler: bool) -> CloudStep:
     """The step of `worker-key`: a new master key, which goes before the configuration's and outlives a `deploy`."""
     name = "LLM_ROUTER_MASTER_KEY"
     if wrangler:
-        words = ("wrangler", "secret", "put", name, "--name", site.name)
-        return CloudStep("the key", words, (Part(key.encode(), "", "text/plain"),))
-    secret = _json_part({"name": name, "text": key, "type": "secret_text"})
-    return CloudStep("the key", ("PUT", site.path + "/secrets"), (secret,))
-
-
-def _json_part(value: Any, name: str = "") -> Part:
-    return Part(json.dumps(value).encode(), name)
+        return CloudStep("the key", ("wrangler", "secret", "put", name, "--name", site.name), key)
+    return CloudStep("the key", ("PUT", site.path + "/secrets"), {"name": name, "text": key, "type": "secret_text"})
 
 
 def show_secrets(secrets: Mapping[str, str]) -> Dict[str, str]:
@@ -14896,30 +14882,29 @@ def show_secrets(secrets: Mapping[str, str]) -> Dict[str, str]:
 
 def show_step(step: CloudStep, base: str) -> Json:
     """A step as a dry run shows it: all that would be sent, programs by size and hash."""
-    sent = []
-    for part in step.parts:
-        shown: Json = {"name": part.name, "type": part.type}
-        if part.name.endswith(".py"):
-            shown.update(bytes=len(part.data), sha256=hashlib.sha256(part.data).hexdigest())
-        elif part.type == "application/json":
-            shown["content"] = json.loads(part.data)
-        else:
-            shown["lines"] = part.data.decode().splitlines()
-        sent.append(shown)
+    kind = "text/plain" if isinstance(step.content, str) else "application/json"
+    whole = {"name": "metadata" if step.files else "", "type": kind, "content": step.content}
+    sent: List[Json] = [whole] if step.content else []
+    for name, data in step.files.items():
+        digest = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        shown = {"type": _CODE_TYPE, **digest} if name.endswith(".py") else {"lines": data.decode().splitlines()}
+        sent.append({"name": name, **shown})
     words = step.words if step.words[0] == "wrangler" else (step.words[0], base + step.words[1])
     return {"for": step.doing, "call": " ".join(words), "sends": sent}
 
 
-def encode_parts(parts: Sequence[Part]) -> Tuple[str, bytes]:
-    """(content type, body) of a request: one part without a name as it is, else multipart/form-data (RFC 7578)."""
-    if len(parts) == 1 and not parts[0].name:
-        return parts[0].type, parts[0].data
-    boundary = "llm-router-" + hashlib.sha256(b"".join(part.data for part in parts)).hexdigest()
+def encode_step(step: CloudStep) -> Tuple[str, bytes]:
+    """(content type, body) of a step's request: JSON, with files multipart/form-data (RFC 7578)."""
+    content = json.dumps(step.content).encode()
+    if not step.files:
+        return "application/json", content
+    parts = [('name="metadata"', "application/json", content)]
+    parts += [('name="%s"; filename="%s"' % (name, name), _CODE_TYPE, data) for name, data in step.files.items()]
+    boundary = "llm-router-" + hashlib.sha256(b"".join(data for _, _, data in parts)).hexdigest()
     body = b""
-    for part in parts:
-        names = 'name="%s"' % part.name + ('; filename="%s"' % part.name if part.type != "application/json" else "")
-        head = "--%s\r\ncontent-disposition: form-data; %s\r\ncontent-type: %s\r\n\r\n" % (boundary, names, part.type)
-        body += head.encode() + part.data + b"\r\n"
+    for names, kind, data in parts:
+        head = "--%s\r\ncontent-disposition: form-data; %s\r\ncontent-type: %s\r\n\r\n" % (boundary, names, kind)
+        body += head.encode() + data + b"\r\n"
     return "multipart/form-data; boundary=" + boundary, body + b"--%s--\r\n" % boundary.encode()
 
 
@@ -14933,11 +14918,12 @@ class Cloudflare:
         self.base = api_url(environ)
         self._token = token
 
-    def call(self, method: str, path: str, parts: Sequence[Part] = (), before: str = "") -> Any:
-        """What a request results in. RouterError with Cloudflare's words, which `before` precedes; its status is
+    def take(self, step: CloudStep, before: str = "") -> Any:
+        """What a step's request results in. RouterError with Cloudflare's words, which `before` precedes; its status is
         the answer's."""
-        kind, body = encode_parts(parts) if parts else ("", None)
-        headers = {"authorization": "Bearer " + self._token, **({"content-type": kind} if kind else {})}
+        (method, path), headers, body = step.words, {"authorization": "Bearer " + self._token}, None
+        if step.content:
+            headers["content-type"], body = encode_step(step)
         try:
             status, _, data = fetch(self.base + path, _MAX_API_BYTES, method=method, data=body, headers=headers)
         except RouterError as error:
@@ -14946,6 +14932,10 @@ class Cloudflare:
         if status < 300 and answer.get("success") is True:
             return answer.get("result")
         raise RouterError(before + self._refusal(method, path, status, answer), status)
+
+    def ask(self, path: str) -> Any:
+        """What is at a path."""
+        return self.take(CloudStep("", ("GET", path)))
 
     def _refusal(self, method: str, path: str, status: int, answer: Json) -> str:
         errors = [as_dict(error) for error in get_list(answer, "errors")]
@@ -14960,14 +14950,14 @@ class Cloudflare:
 
     def accounts(self) -> List[Tuple[str, str]]:
         """(id, name) of every account that the token may use."""
-        found = map(as_dict, as_list(self.call("GET", "/accounts?per_page=50")))
+        found = map(as_dict, as_list(self.ask("/accounts?per_page=50")))
         return [(_path_word(account.get("id")), str(account.get("name"))) for account in found]
 
     def find_zone(self, host: str) -> str:
         """The id of the zone that holds a host. RouterError when the account has none."""
         labels = host.split(".")
         for at in range(len(labels) - 1):
-            zones = as_list(self.call("GET", "/zones?name=" + ".".join(labels[at:])))
+            zones = as_list(self.ask("/zones?name=" + ".".join(labels[at:])))
             if zones:
                 return _path_word(as_dict(zones[0]).get("id"))
         raise RouterError("no zone of this account holds %s" % one_line(host, 100))
@@ -14976,7 +14966,7 @@ class Cloudflare:
         """The names of the secrets that a Worker has; None when there is no such Worker. RouterError for one that
         is no router."""
         try:
-            found = as_dict(self.call("GET", site.path + "/settings"))
+            found = as_dict(self.ask(site.path + "/settings"))
         except RouterError as error:
             if error.status == 404:
                 return None
@@ -14993,26 +14983,25 @@ class Cloudflare:
         upload, place = api_steps(site, secrets, self.find_zone(host) if host else "")
         present = self.secret_names(site) or []
         has_place = bool(host) and self._has_place(place, site)
-        own = {} if host else as_dict(self.call("GET", site.account_path + "/workers/subdomain"))
+        own = {} if host else as_dict(self.ask(site.account_path + "/workers/subdomain"))
         url = "https://" + (site.address or "%s.%s.workers.dev" % (site.name, _path_word(own.get("subdomain"))))
-        self.call(*upload.words, upload.parts)
+        self.take(upload)
         if not has_place:
-            self.call(*place.words, place.parts, "code and secrets are there, the rest is not, so deploy again: ")
+            self.take(place, "code and secrets are there, the rest is not, so deploy again: ")
         return url, present
 
     def set_key(self, site: Site, key: str) -> None:
         """The step of `worker-key`. RouterError when there is no such Worker."""
-        step = key_step(site, key, False)
         if self.secret_names(site) is None:
             raise RouterError("there is no Worker %s: llm-router deploy makes it" % site.name, 404)
-        self.call(*step.words, step.parts)
+        self.take(key_step(site, key, False))
 
     def _has_place(self, place: CloudStep, site: Site) -> bool:
         """Whether its domain or route leads to the Worker already. RouterError when it leads to another one."""
         wanted, name, owner, query = site.route, "pattern", "script", ""
         if site.domain:
             wanted, name, owner, query = site.domain, "hostname", "service", "?hostname=" + site.domain
-        rows = map(as_dict, as_list(self.call("GET", place.words[1] + query)))
+        rows = map(as_dict, as_list(self.ask(place.words[1] + query)))
         owners = [str(row.get(owner)) for row in rows if row.get(name) == wanted]
         if owners and owners[0] != site.name:
             words = wanted, one_line(owners[0], 80)
@@ -15049,11 +15038,11 @@ class Wrangler:
     def call(self, step: CloudStep, site: Site, before: str = "") -> str:
         """What a call printed; it is made in a folder with the project, which is gone afterwards. RouterError with
         its last words when it failed, which `before` precedes."""
-        data = b"".join(part.data for part in step.parts if not part.name)
+        data = step.content if isinstance(step.content, str) else json.dumps(step.content)
         with temporary_folder() as folder:
             write_project(folder, site)
             line = [self._program, *step.words[1:]]
-            code, said = run_tool(line, _WRANGLER_S, data, cwd=folder, env=self._environ)
+            code, said = run_tool(line, _WRANGLER_S, data.encode(), cwd=folder, env=self._environ)
         said = re.sub("\033\\[[0-9;]*m", "", said)
         if code:
             lines = [line.strip() for line in said.splitlines() if line.strip() and "Logs were written" not in line]

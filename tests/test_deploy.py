@@ -618,7 +618,7 @@ def test_a_refusal_is_told_in_one_harmless_line_whatever_it_holds(odd, errors):
 def test_an_answer_that_breaks_off_never_ends_or_leads_away_is_an_error(odd, status, monkeypatch):
     for body, headers in ((b"5\r\nab", {"transfer_encoding": "chunked"}), (b"{}", {"content_length": "900"})):
         with pytest.raises(r.RouterError):
-            odd(status, body, **headers).call("PUT", "/x") if status == 200 else odd(status, body, **headers).accounts()
+            odd(status, body, **headers).ask("/x") if status == 200 else odd(status, body, **headers).accounts()
     monkeypatch.setattr(r, "_MAX_API_BYTES", 1000)
     with pytest.raises(r.RouterError, match="too large"):
         odd(status, b" " * 100_000).accounts()
