@@ -549,12 +549,13 @@ FIELDS: Dict[str, Tuple[Field, ...]] = {
     "provider": _read_table("""
         id                     provider_id         short name, the first half of `provider/model`
         name                   text                name for people
-        enabled                flag                false keeps the entry and does not use it
         baseUrl,endpoint       url                 where the provider's API is
         baseUrlByFormat,endpointByFormat,endpoints  {wire:url}  a base URL of its own per format
-        apiKey,credential      secret              the key the router shows to the provider
-        apiKeyEnv              variable            environment variable that holds the key; wins when it is set
         formats                [wire]              wire formats the provider speaks: openai, anthropic, responses
+        apiKeyEnv              variable            environment variable that holds the key; wins when it is set
+        apiKey,credential      secret              the key the router shows to the provider
+        models                 [model]             its models; * passes any id through
+        enabled                flag                false keeps the entry and does not use it
         format,responseFormat  wire                the preferred one of its formats
         auth                   auth                how the key is shown
         authByFormat           {wire:auth}         how the key is shown per wire format, where they differ
@@ -565,7 +566,6 @@ FIELDS: Dict[str, Tuple[Field, ...]] = {
         timeouts               timeouts            limits of its own in milliseconds
         proxy                  proxy               its own HTTP proxy, http://HOST:PORT, or none for a direct connection
         caBundle               text                file of certificates (PEM) to trust for it
-        models                 [model]             its models; * passes any id through
         metadata               object              anything; kept, not used
     """),
     "model": _read_table("""
@@ -9093,10 +9093,10 @@ def _ask(menu: Menu, title: str, then: Any, lead: str = "", typed: str = "", hid
     return _push(menu, "input", title, lead=lead, typed=typed, at=len(typed), hidden=hidden, then=then)
 
 
-def _choose(menu: Menu, title: str, rows: Iterable[Row], lead: str = "", then: Any = _do, now: Any = "") -> Menu:
-    """then(menu below, item of the chosen row); the row of the item `now` is marked and selected."""
-    rows = tuple(row._replace(state="ok") if now and row.item == now else row for row in rows)
-    at = next((i for i, row in enumerate(rows) if now and row.item == now), 0)
+def _choose(menu: Menu, title: str, rows: Iterable[Any], lead: str = "", then: Any = _do, now: Any = "") -> Menu:
+    """rows: of a text, an item and a hint. then(menu below, item chosen); that of `now` is marked and selected."""
+    rows = tuple(Row((text,), item, hint, "ok" if now and item == now else "") for text, item, hint in rows)
+    at = next((i for i, row in enumerate(rows) if row.state), 0)
     return _push(menu, "choose", title, at=at, rows=rows, lead=lead, then=then)
 
 
@@ -9166,11 +9166,11 @@ def _back(menu: Menu, item: Any = None) -> Menu:
 def _leave(menu: Menu, item: Any = None) -> Menu:
     if not menu.is_unsaved:
         return _quit(menu)
-    rows = (
-        Row(("Save and quit",), lambda menu: _save(menu, _quit), "write the changes to the file"),
-        Row(("Quit without saving",), _quit, "the file stays as it is"),
-        Row(("Stay",), "", "go on editing"),
-    )
+    rows = [
+        ("Save and quit", lambda menu: _save(menu, _quit), "write the changes to the file"),
+        ("Quit without saving", _quit, "the file stays as it is"),
+        ("Stay", "", "go on editing"),
+    ]
     return _swap(_choose(menu, "Unsaved changes", rows, "Nothing has been written yet."), screen="leave")
 
 
@@ -9185,11 +9185,11 @@ def _review(menu: Menu, item: Any = None) -> Menu:
     if not menu.is_unsaved:
         return menu._replace(note="nothing to save")
     lines = diff_lines(menu.saved, menu.document)
-    rows = (
-        Row(("Save these changes",), _save, "to " + menu.facts.path),
-        Row(("See every line",), lambda menu: _show(_review(menu), "Changes", *lines)),
-        Row(("Go on editing",), ""),
-    )
+    rows = [
+        ("Save these changes", _save, "to " + menu.facts.path),
+        ("See every line", lambda menu: _show(_review(menu), "Changes", *lines), ""),
+        ("Go on editing", "", ""),
+    ]
     return _swap(_choose(menu, "Save", rows, "\n".join(lines)), screen="diff")
 
 
@@ -9220,11 +9220,11 @@ def _resolve(menu: Menu, theirs: Json) -> Menu:
         past, note = menu.past + (menu.document,), "reloaded; u brings your changes back"
         return menu._replace(saved=theirs, document=theirs, past=past, note=note)
 
-    rows = (
-        Row(("Take the file",), reload, "yours can still be brought back by undo"),
-        Row(("Keep yours",), lambda menu: _review(menu._replace(saved=theirs)), "shows first what of it goes"),
-        Row(("Back",), "", "nothing is written"),
-    )
+    rows = [
+        ("Take the file", reload, "yours can still be brought back by undo"),
+        ("Keep yours", lambda menu: _review(menu._replace(saved=theirs)), "shows first what of it goes"),
+        ("Back", "", "nothing is written"),
+    ]
     return _choose(menu, "The file was changed meanwhile", rows, "Another program wrote %s." % menu.facts.path)
 
 
@@ -9402,22 +9402,13 @@ def _keep(menu: Menu, learned: Json) -> Menu:
 
 # ----- forms: one row per field -----
 
-# What comes first in a form; of the configuration itself it is all there is.
-_FIELD_ORDER = {
-    "provider": ("id", "name", "baseUrl", "baseUrlByFormat", "formats", "apiKeyEnv", "apiKey", "models"),
-    "config": ("corsOrigins", "allowedHosts"),
-}
-
-
 def _form_fields(place: Place, kind: str, raw: Json) -> List[Field]:
     if place[-1:] == ("headers",):
         kinds = {name: "header" if name.lower() in _PLAIN_HEADERS else "secret" for name in raw}
         return [Field(name, kinds[name], "sent with every request") for name in raw]
     if not kind:
         return [Field(wire, "url", "for the format " + wire) for wire in WIRES]
-    rows = {field.key: field for field in FIELDS[kind]}
-    names = _FIELD_ORDER.get(kind, ())
-    return [rows[name] for name in (names if kind == "config" else dict.fromkeys((*names, *rows)))]
+    return [field for field in FIELDS[kind] if kind != "config" or field.key in ("corsOrigins", "allowedHosts")]
 
 
 def _form_rows(menu: Menu) -> List[Row]:
@@ -9495,7 +9486,8 @@ def _list_models(menu: Menu, raw: Json, then: Any) -> Menu:
 
 
 def _edit_choice(names: Sequence[str]) -> Any:
-    return lambda menu, field, value, put: _choose(menu, field.key, _name_rows(names), field.help, put, value)
+    rows = [(name, name, "") for name in names]
+    return lambda menu, field, value, put: _choose(menu, field.key, rows, field.help, put, value)
 
 
 _EDITORS: Dict[str, Callable[[Menu, Field, Any, Any], Menu]] = {  # by a field's kind; all others are typed
@@ -9523,11 +9515,6 @@ def _add_header(menu: Menu, item: Any) -> Menu:
 
 
 # ----- models, fallbacks, aliases, default -----
-
-
-def _model_rows(menu: Menu) -> List[Row]:
-    place = menu.front.place
-    return [_model_row(raw, (*place, i)) for i, raw in enumerate(_at(menu, place))]
 
 
 def _model_row(entry: Any, place: Place) -> Row:
@@ -9584,14 +9571,9 @@ def _edit_default(menu: Menu) -> Menu:
     def chosen(menu: Menu, name: str) -> Menu:
         return then(menu, name) if name else _ask(menu, "Default model", then, "provider/model, or an alias", now)
 
-    rows = _name_rows([*_refs(menu), *_aliases(menu)])
-    rows.append(Row(("Another one",), "", "to be typed: one that * passes through"))
+    rows = [(name, name, "") for name in dict.fromkeys((*_refs(menu), *_aliases(menu)))]
+    rows.append(("Another one", "", "to be typed: one that * passes through"))
     return _choose(menu, "Default model", rows, "For `smart` and for requests that name no model.", chosen, now)
-
-
-def _alias_rows(menu: Menu) -> List[Row]:
-    hint = "Enter picks and orders what it leads to"
-    return [Row((name, " › ".join(refs)), name, hint) for name, refs in _aliases(menu).items()]
 
 
 def _edit_alias(menu: Menu, name: str) -> Menu:
@@ -9615,9 +9597,9 @@ def _edit_master(menu: Menu) -> Menu:
     made = lambda menu, key: _show_key(store(menu, key), "master key", key)  # noqa: E731
     remove = lambda menu: _apply(menu, set_field, (), "masterKey", None)  # noqa: E731
     rows = [
-        Row(("Generate a new one",), lambda menu: _run(menu, "Generating", made, "key"), "shown once"),
-        Row(("Type one",), lambda menu: _ask(menu, "Master key", store, hidden=True), "not shown while typed"),
-        Row(("Remove it",), remove, "clients then need none, or their own"),
+        ("Generate a new one", lambda menu: _run(menu, "Generating", made, "key"), "shown once"),
+        ("Type one", lambda menu: _ask(menu, "Master key", store, hidden=True), "not shown while typed"),
+        ("Remove it", remove, "clients then need none, or their own"),
     ]
     lead = "The key that clients show where start has --require-auth=true."
     return _choose(menu, "Master key", rows[: 2 + bool(find_key(menu.document, "config", "masterKey"))], lead)
@@ -9626,11 +9608,6 @@ def _edit_master(menu: Menu) -> Menu:
 def _show_key(menu: Menu, what: str, key: str) -> Menu:
     lines = ("The new %s, shown only now:" % what, "", key, "", "Copy it, then save: it counts once it is saved.")
     return _show(menu, "New " + what, *lines)
-
-
-def _client_rows(menu: Menu) -> List[Row]:
-    names = [str(as_dict(one).get("name")) for one in as_list(get_field(menu.document, "config", "clientKeys"))]
-    return [Row((name, "kept as its hash"), name, "d removes it", "ok") for name in names]
 
 
 def _add_client(menu: Menu, item: Any) -> Menu:
@@ -9678,10 +9655,10 @@ def _startup(menu: Menu) -> Menu:
     words, title = "Asking the system", "Start with the machine"
     told = lambda menu, text: _show(menu, title, text)  # noqa: E731
     run = lambda verb: lambda menu: _run(menu, words, told, "startup", verb)  # noqa: E731
-    rows = (
-        Row(("Install",), run("startup-install"), "start the router whenever you log in"),
-        Row(("Remove",), run("startup-uninstall"), "start it no longer"),
-    )
+    rows = [
+        ("Install", run("startup-install"), "start the router whenever you log in"),
+        ("Remove", run("startup-uninstall"), "start it no longer"),
+    ]
     return _run(menu, words, lambda menu, text: _choose(menu, title, rows, "Now: " + text), "startup", "startup-status")
 
 
@@ -9747,7 +9724,9 @@ SCREENS: Dict[str, Screen] = {
     "access": Screen("Browser access", _form_rows, _FORM_KEYS),
     "headers": Screen("Headers", _form_rows, {"a add": _add_header, **_FORM_KEYS},
                       empty="No headers yet: press a to add one."),
-    "models": Screen("Models", _model_rows, {
+    "models": Screen("Models", lambda menu: [
+        _model_row(raw, (*menu.front.place, i)) for i, raw in enumerate(_at(menu, menu.front.place))
+    ], {
         "enter open": lambda menu, place: _push(menu, "form", _ids(menu, place)[1] or "?", place),
         "a add": _add_models,
         "f fallbacks": _edit_fallbacks,
@@ -9756,12 +9735,19 @@ SCREENS: Dict[str, Screen] = {
     }, empty="No models yet: press a to add some."),
     "fallbacks": Screen("Fallbacks", _chain_rows, {"enter open": _edit_fallbacks},
                         "Each model, and what is tried when it fails.", "No models yet: add a provider first."),
-    "aliases": Screen("Aliases", _alias_rows, {
+    "aliases": Screen("Aliases", lambda menu: [
+        Row((name, " › ".join(refs)), name, "Enter picks and orders what it leads to")
+        for name, refs in _aliases(menu).items()
+    ], {
         "enter open": _edit_alias,
         "a add": _add_alias,
         "d remove": lambda menu, name: _apply(menu, set_model_alias, name, ()),
     }, empty="No aliases yet: press a to add one."),
-    "clients": Screen("Client keys", _client_rows, {
+    "clients": Screen("Client keys", lambda menu: [
+        Row((name, "kept as its hash"), name, "d removes it", "ok")
+        for one in as_list(get_field(menu.document, "config", "clientKeys"))
+        for name in [str(as_dict(one).get("name"))]
+    ], {
         "a add": _add_client,
         "d remove": lambda menu, name: _apply(menu, remove_client_key, name),
     }, empty="No keys yet: press a to make one."),
