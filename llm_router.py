@@ -2953,12 +2953,14 @@ class Context(NamedTuple):
     """What parsing and rendering an answer needs besides the answer: the client's request, an id and the time.
 
     request: its conversation, and what its tools are for, may be left out. id: the router's request id, from which ids
-    that an upstream left out are derived. created: Unix seconds.
+    that an upstream left out are derived. created: Unix seconds. likely_input: tokens that the request takes about, for
+    clients that must be told a number where the upstream tells none.
     """
 
     request: ChatRequest
     id: str
     created: int
+    likely_input: int = 0
 
 
 # Stream events. Order: Started (Opened (Delta | Extended)* Closed)* (Finished | Failed). At most one block
@@ -5170,7 +5172,8 @@ def _anthropic_usage(usage: Json) -> Usage:
 def render_anthropic_response(response: ChatResponse, context: Context) -> Json:
     """A ChatResponse as a Message, under the model name that the client asked for (trap 44)."""
     content = _anthropic_parts(response.blocks, is_answer=True)
-    end, usage, bag = _anthropic_end(response, any(item.get("type") == "tool_use" for item in content))
+    has_calls = any(item.get("type") == "tool_use" for item in content)
+    end, usage, bag = _anthropic_end(response, has_calls, Usage(context.likely_input))
     return {**_anthropic_shell(response, usage, context), "content": content, **end, **bag}
 
 
@@ -5181,7 +5184,7 @@ def _anthropic_shell(start: Union[ChatResponse, Started], usage: Json, context: 
     return {**shell, "content": [], "stop_reason": None, "stop_sequence": None, "usage": usage}
 
 
-def _anthropic_end(end: Union[ChatResponse, Finished], has_calls: bool, usage: Optional[Usage] = None) -> List[Json]:
+def _anthropic_end(end: Union[ChatResponse, Finished], has_calls: bool, usage: Optional[Usage]) -> List[Json]:
     """How it stopped, its usage or else `usage`, the rest of the bag.
 
     `tool_use` is told exactly when a tool block was sent, or agents stop or loop (traps 30, 31).
@@ -5444,8 +5447,8 @@ class AnthropicStreamRenderer:
     def _start(self, event: Started) -> bytes:
         if self._state != "before":
             return b""
-        self._state, self._usage = "inside", event.usage
-        shell = _anthropic_shell(event, _write_anthropic_usage(event.usage), self._context)
+        self._state, self._usage = "inside", event.usage or Usage(self._context.likely_input)
+        shell = _anthropic_shell(event, _write_anthropic_usage(self._usage), self._context)
         return _anthropic_event("message_start", message=shell)
 
     def _make_way(self) -> bytes:
@@ -6968,8 +6971,7 @@ def plain_schema(schema: Any, place: str = "items") -> Any:
         return [plain_schema(one, place) for one in schema] if isinstance(schema, list) else schema
     is_map = place in _SCHEMA_MAPS
     words = {k: one for k, one in schema.items() if is_map or not _ODD_IN_SCHEMA.match(k + ": " + as_text(one))}
-    if "const" in words and not is_map:
-        words["enum"] = [words.pop("const")]
+    words.update({"enum": [words.pop("const")]} if "const" in words and not is_map else {})
     if "array" in (words.get("type"), *get_list(words, "type")):
         words.setdefault("items", {"type": "string"})
     data = () if is_map else ("const", "default", "enum", "examples")  # may look like a schema and is none
@@ -7223,23 +7225,25 @@ def drop_encrypted(body: Json) -> Optional[Json]:
     return {**body, "input": kept} if len(kept) < len(items) else None
 
 
-# Format, the 400 that refuses foreign words or misses a proof, and the body mended, or None. Anthropic: "Invalid
-# `signature` in `thinking` block", "Expected `thinking` or `redacted_thinking`, but found ..." (traps 64, 85, 86).
+_FOREIGN = "its history without the proofs of others"
+_THINKING_REFUSED = r"(?:invalid[^\n]{0,20}signature[^\n]{0,80}|expected[^\n]{0,20})thinking"
+# Format, the 400 that refuses foreign words or misses a proof, the repair in words, and the body mended, or None.
+# Anthropic: "Invalid `signature` in `thinking` block", "Expected `thinking` or `redacted_thinking`, but found ..."
+# (traps 64, 85, 86).
 REPAIRS = (
-    ("anthropic", r"billing-header is a reserved", drop_attribution),
-    ("openai", r"missing a thought_?signature", sign_calls),
-    ("openai", r"reasoning_content[^\n]{0,30}must be passed back", blank_thoughts),
-    ("responses", r"invalid_encrypted_content|encrypted content[^\n]{0,200}could not", drop_encrypted),
-    ("anthropic", r"invalid[^\n]{0,20}signature[^\n]{0,80}thinking", lambda body: drop_thinking(body, False)),
-    ("anthropic", r"expected[^\n]{0,20}thinking", lambda body: drop_thinking(body, False)),
+    ("anthropic", r"billing-header is a reserved", "without Claude Code's line for its books", drop_attribution),
+    ("openai", r"missing a thought_?signature", "its calls with signatures", sign_calls),
+    ("openai", r"reasoning_content[^\n]{0,30}must be passed back", "its calls with reasoning", blank_thoughts),
+    ("responses", r"invalid_encrypted_content|encrypted content[^\n]{0,200}could not", _FOREIGN, drop_encrypted),
+    ("anthropic", _THINKING_REFUSED, _FOREIGN, lambda body: drop_thinking(body, False)),
 )
 
 
-def repair_history(data: bytes, wire: str, words: Sequence[str]) -> Optional[Json]:
-    """A body as JSON without the foreign words, or with the proof, that a 400 of its format names, else None."""
+def repair_history(data: bytes, wire: str, words: Sequence[str]) -> Tuple[str, Optional[Json]]:
+    """The repair that a 400 of its format asks for, in words, and the body as JSON after it, None without one."""
     text = "\n".join(words).lower()
-    apply = next((apply for row, refused, apply in REPAIRS if row == wire and re.search(refused, text)), None)
-    return apply(load_json(data)) if apply else None
+    repair, apply = next((row[2:] for row in REPAIRS if row[0] == wire and re.search(row[1], text)), ("", None))
+    return repair, apply(load_json(data)) if apply else None
 
 
 def keep_cache_marks(request: ChatRequest) -> ChatRequest:
@@ -10362,22 +10366,27 @@ class Exchange:
             self._trail.attempts.append(Attempt(ref, "", "not_sent", INVALID, 0, 0, "", one_line(error.message)))
             return Outcome(INVALID, error.status, "not_sent", _error_info(error))
         result = await self._call(outbound, action.delay_ms, has_more)
-        is_told = isinstance(result, Outcome) and result.status and result.kind in (INVALID, TEMPORARY)
-        mended = self._mended(result, known) if is_told else None
-        again = result if mended is None else await self._call(mended, 0, has_more)
-        if again is not result and isinstance(again, Outcome) and again.error == result.error:  # it was not that
-            self._gateway.lessons.put(ref, known)
-        return again
+        for _ in range(3):  # many name one field at a time
+            is_told = isinstance(result, Outcome) and result.status and result.kind in (INVALID, TEMPORARY)
+            mended = self._mended(result, known) if is_told else None
+            if mended is None:
+                break
+            before, result = result, await self._call(mended, 0, has_more)
+            if isinstance(result, Outcome) and result.error == before.error:  # it was not that
+                self._gateway.lessons.put(ref, known)
+                break
+            known = self._gateway.lessons.get(ref) or ()
+        return result
 
     def _mended(self, outcome: Outcome, known: Texts) -> Optional[Outbound]:
         """The request without the field that its 400 names and the router itself had added, or without reasoning that
         another provider issued; None when it is neither. known: the lessons that it was made with."""
         sent, ref = self._outbound, self._candidate.ref
         words = [*error_words(parse_body(outcome.body or b"")), outcome.error.message]
-        repaired = repair_history(sent.body, sent.wire, words)
-        if repaired is not None:
-            self._trail.amend(decision="again, its history without the proofs of others")
-            return sent._replace(body=dump_json(repaired))
+        repair, body = repair_history(sent.body, sent.wire, words)
+        if body is not None:
+            self._trail.amend(decision="again, " + repair)
+            return sent._replace(body=dump_json(body))
         fix = "" if self._passes else learn_fix(load_json(sent.body), words, known)
         if not fix or (outcome.kind == TEMPORARY and fix not in TEMPLATE_FIXES):
             return None
@@ -10568,11 +10577,12 @@ class Exchange:
     def _context(self) -> Context:
         """What reading and writing the answer need of the request: not what was said, nor what its tools are for."""
         request = _BARE_REQUEST if self._passes else self._requests.neutral
-        model, options = self._inbound.asked or "smart", get_dict(self._inbound.body.value, "stream_options")
+        model, body = self._inbound.asked or "smart", self._outbound.body
         tools = [Tool(tool.name, kind=tool.kind, extra=tool.extra) for tool in request.tools]
-        counts = options.get("include_usage") is True
+        counts = get_dict(self._inbound.body.value, "stream_options").get("include_usage") is True
         request = request._replace(model=model, include_usage=counts, messages=[], system=[], tools=tools)
-        return Context(request, self._trail.id, int(self._host.wall()))
+        likely = 0 if self._passes or b";base64," in body else len(body) // 4
+        return Context(request, self._trail.id, int(self._host.wall()), likely)
 
     def _answer(self, reply: Any, body: bytes, usage: Optional[Usage]) -> Answer:
         headers = returned_headers(reply.headers) if self._passes else []

@@ -217,7 +217,7 @@ body = {fix.needs: 1 for fix in r.FIXES.values()}
 for piece in ("a_b ", "e", " ", "max_", "max_tokens ", "messages.", "tools.a.", "invalid ", "encrypted content "):
     text = piece * (100_000 // len(piece))
     assert r.learn_fix(body, [text], ()) == "", piece
-    assert all(r.repair_history({}, wire, [text]) is None for wire in r.WIRES)
+    assert all(r.repair_history({}, wire, [text]) == ("", None) for wire in r.WIRES)
     for status in (400, 429, 500):
         r.judge_error("openai", status, [], r.dump_json({"detail": [{"msg": text, "input": text}]}), 0.0)
     r._WANTS_MORE.search(text)
@@ -280,6 +280,24 @@ def test_what_was_no_help_is_not_remembered(router, make_upstream):
     for text, status in (("odd", 400), ("even", 200)):
         assert running.post("/v1/messages", dict(body, messages=[{"role": "user", "content": text}])).status == status
     assert ["stop" in call.json for call in upstream.calls] == [True, False, True]
+
+
+def test_a_server_that_refuses_several_fields_one_at_a_time_gets_none_of_them(router, make_upstream):
+    def answers(call):
+        odd = [name for name in ("stream_options", "parallel_tool_calls", "tool_choice") if name in call.json]
+        if odd:
+            words = "%s is not supported here" % odd[0]
+            return fake.error_answer("openai", 400, words, "invalid_request_error")
+        return fake.model_answer("openai", True, "fine")
+
+    upstream = make_upstream(answers)
+    running = router(config_of(provider(upstream, "openai", "a", ["m"])))
+    choice = {"type": "any", "disable_parallel_tool_use": True}
+    body = {"model": "a/m", "max_tokens": 9, "stream": True, "tool_choice": choice, "tools": [{"name": "f", "input_schema": {}}]}
+    for calls in (4, 5):
+        reply = running.post("/v1/messages", dict(body, messages=[{"role": "user", "content": "q"}]))
+        assert (reply.status, len(upstream.calls)) == (200, calls)
+    assert "parallel_tool_calls" in upstream.calls[0].json
 
 
 CODEX = {
@@ -783,6 +801,7 @@ def test_reasoning_that_an_upstream_did_not_issue_is_left_out_after_its_400_once
     assert running.post(PATHS[wire], dict(body, model="a/m")).status == 200
     sent = [json.dumps(call.json) for call in upstream.calls]
     assert ["gAAA" in text or "foreign" in text for text in sent] == [True, False]
+    running.wait_log("again, its history without the proofs of others")
     upstream.answer(refusal, refusal)
     assert running.post(PATHS[wire], dict(body, model="a/m")).status == 400
     assert len(upstream.calls) == 4
@@ -813,6 +832,31 @@ def test_a_thread_is_refused_in_the_words_that_make_the_sdks_go_on_without(route
 
 
 # ---- further traps
+
+
+def test_claude_code_is_told_about_how_long_its_request_is_where_nobody_counts_it(router, make_upstream):
+    """Trap 43: it would never compact a conversation of 0 tokens. What is counted goes before, and an image has no length."""
+    upstream = make_upstream()
+    running = router(config_of(provider(upstream, "openai", "a", ["m"])))
+    uncounted = {key: value for key, value in fake.chat_whole("hi").items() if key != "usage"}
+    stream = [piece for piece in fake.chat_stream("hi") if b"prompt_tokens" not in piece]
+
+    def told(content, answer, is_streamed):
+        upstream.answer(answer)
+        body = {"model": "a/m", "max_tokens": 9, "stream": is_streamed, "messages": [{"role": "user", "content": content}]}
+        reply = running.post("/v1/messages", body)
+        if not is_streamed:
+            return [reply.json["usage"]["input_tokens"]]
+        usages = (data.get("message", data).get("usage") for data in reply.datas)
+        return [usage["input_tokens"] for usage in usages if usage]
+
+    words = "word " * 4000
+    (whole,) = told(words, fake.json_answer(200, uncounted), False)
+    first, last = told(words, fake.sse_answer(stream), True)
+    assert all(4000 < count < 6000 for count in (whole, first, last))
+    assert told(words, fake.sse_answer(fake.chat_stream("hi")), True)[-1] == 11
+    source = {"type": "base64", "media_type": "image/png", "data": "A" * 40_000}
+    assert told([{"type": "image", "source": source}], fake.sse_answer(stream), True) == [0, 0]
 
 
 def test_a_call_written_as_text_stays_text():
