@@ -2531,7 +2531,8 @@ class Inflater:
     def __init__(self, encoding: str, max_bytes: int, fault: Fault = UpstreamProtocolError) -> None:
         name = encoding.strip(" \t").lower()
         if name not in _CODINGS:
-            raise fault("the content encoding must be gzip, deflate or identity", 415, "unsupported_encoding")
+            told = "the content encoding %s is not known here: only gzip, deflate and identity" % one_line(name, 40)
+            raise fault(told, 415, "unsupported_encoding")
         self._wbits, self._left, self._fault = _CODINGS[name], max_bytes, fault
         self._zlib, self._members = None, 0
 
@@ -15454,11 +15455,11 @@ AGENTS: Tuple[Agent, ...] = (
     Agent("opencode", "npm install -g opencode-ai", "OPENCODE_CONFIG=%(file)s",
           file=("opencode.json", _opencode_config)),
     Agent("aider", "pipx install aider-chat", "OPENAI_API_BASE=%(base)s/v1 OPENAI_API_KEY=%(key)s",
-          ("--model", "openai/%(model)s")),
+          ("--model", "openai/%(model)s", "--weak-model", "openai/%(small)s")),
     Agent("qwen", "npm install -g @qwen-code/qwen-code",
           "OPENAI_BASE_URL=%(base)s/v1 OPENAI_API_KEY=%(key)s OPENAI_MODEL=%(model)s",
           ("--auth-type", "openai"), hidden=PROXY_VARIABLES),  # it sends even 127.0.0.1 to a proxy
-    Agent("pi", "npm install -g @mariozechner/pi-coding-agent", "",
+    Agent("pi", "npm install -g @earendil-works/pi-coding-agent", "",
           ("-e", "%(file)s", "--model", "llm-router/%(model)s"), file=("pi.js", _pi_extension)),
 )  # fmt: skip
 ANY_AGENT = Agent(

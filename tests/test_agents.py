@@ -157,14 +157,16 @@ def test_guests_that_killed_runs_left_behind_give_way_to_new_ones(monkeypatch):
     assert list(router.guests) == keys[2:] and len(gateway.access.clients) == 3
 
 
-def test_a_program_learns_the_window_of_its_model_where_the_configuration_has_it():
+def test_a_program_learns_its_small_model_and_the_window_where_the_configuration_has_it():
     model = {"id": "m", "contextWindow": 131072, "maxOutputTokens": 8192}
     config = r.read_config(config_of(provider("http://127.0.0.1:1", models=[model, "n"]), defaultModel="fake/m"), {})
     facts = r.agent_facts("http://x", "", config, {})
     claude, codex, opencode = r.AGENTS[:3]
-    pi = next(agent for agent in r.AGENTS if agent.name == "pi")
+    aider, pi = (agent for agent in r.AGENTS if agent.name in ("aider", "pi"))
     assert r.fill_templates(claude, facts)[0]["CLAUDE_CODE_MAX_CONTEXT_TOKENS"] == "131072"
     assert r.fill_templates(codex, facts)[1][-2:] == ["-c", "model_context_window=131072"]
+    small = r.fill_templates(aider, dict(facts, small="fake/n"))[1]
+    assert small == ["--model", "openai/fake/m", "--weak-model", "openai/fake/n"]
     told = json.loads(opencode.file[1](facts))["provider"]["llm-router"]["models"]
     assert told == {"fake/m": {"limit": {"context": 131072, "output": 8192}}}
     assert '"contextWindow": 131072, "maxTokens": 8192' in pi.file[1](facts)
