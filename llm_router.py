@@ -4866,23 +4866,21 @@ class AnthropicBlock(NamedTuple):
     """One row of ANTHROPIC_BLOCKS: a block type, what it is in the neutral form, and how streams tell its text.
 
     delta, piece: type of the deltas that add to the block's text, and their field with it, as it is called in a block
-    of words, too. needs: the texts that a block of a request must have. more: what stands for fields that only this
-    format has.
+    of words, too. more: what stands for fields that only this format has.
     """
 
     kind: str
     block: type
     delta: str
     piece: str
-    needs: Texts
     more: Json = {}
 
 
 # The block types that an answer can hold and other formats know, too (anthropic.types.RawContentBlockDelta).
 ANTHROPIC_BLOCKS = (
-    AnthropicBlock("text", Text, "text_delta", "text", ("text",)),
-    AnthropicBlock("thinking", Thinking, "thinking_delta", "thinking", ("thinking",), {"signature": ""}),
-    AnthropicBlock("tool_use", ToolCall, "input_json_delta", "partial_json", ("id", "name")),
+    AnthropicBlock("text", Text, "text_delta", "text"),
+    AnthropicBlock("thinking", Thinking, "thinking_delta", "thinking", {"signature": ""}),
+    AnthropicBlock("tool_use", ToolCall, "input_json_delta", "partial_json"),
 )
 _ANTHROPIC_BY_KIND = {row.kind: row for row in ANTHROPIC_BLOCKS}
 _ANTHROPIC_BY_BLOCK = {Refusal: ANTHROPIC_BLOCKS[0], **{row.block: row for row in ANTHROPIC_BLOCKS}}
@@ -4904,7 +4902,7 @@ def _anthropic_block(item: Any, path: str) -> Any:
     kind = need_text(check_kind(item, (dict,), path), "type", path)
     row, reader = _ANTHROPIC_BY_KIND.get(kind), _ANTHROPIC_READERS.get(kind)
     if row is not None:
-        for key in row.needs:
+        for key in ("id", "name") if row.block is ToolCall else (row.piece,):
             need_text(item, key, path)
         if row.block is ToolCall:
             check_field(item, "input", (dict,), path)
@@ -5861,11 +5859,7 @@ _THINKERS = r"(?:^|/)(?:o\d|gpt-[5-9](?!.*chat))"
 
 def render_responses_request(request: ChatRequest) -> Json:
     """The request of a client of another format as a body of POST /v1/responses. Nothing is stored there: the whole
-    conversation goes along, item ids do not (trap 65).
-
-    Dropped, as the API has no place for them: stop, top_k, thinking of other providers (trap 84), foreign Opaque
-    blocks; an error result says so in its text.
-    """
+    conversation goes along, item ids do not (trap 65)."""
     chat = get_dict(request.fields or {}, "openai")
     tools = [tool for tool in request.tools if tool.kind != "server"]
     images = [block for block in request.system if isinstance(block, Media)]
@@ -7313,10 +7307,8 @@ _CONTROL = "/_router/"  # what a host answers itself
 # The part of a path that decides -> its endpoint: behind the prefixes, where "" stands for nothing, or all of it. One
 # that no row names is unknown.
 _TAILS: Dict[str, Endpoint] = {
-    "messages": Endpoint("chat", wire="anthropic"),
+    **{row.path[1:]: Endpoint("chat", wire=wire) for wire, row in WIRE_FORMATS.items()},
     "messages/count_tokens": Endpoint("count_tokens", wire="anthropic"),
-    "chat/completions": Endpoint("chat", wire="openai"),
-    "responses": Endpoint("chat", wire="responses"),
     "embeddings": Endpoint("embeddings", wire="openai"),
     "models": Endpoint("models", _READ),
     "": Endpoint("chat"),
@@ -7334,17 +7326,13 @@ def find_endpoint(path: str) -> Endpoint:
     """The endpoint of a request path (no query). RouterError 404 for a path that means nothing."""
     bare = path[:-1] if path.endswith("/") else path
     match = _PATH.fullmatch(bare)
-    endpoint = _PATHS.get(bare)
-    if endpoint is None and match is not None:
-        prefix, tail = match.group(1) or "", match.group(2) or ""
-        endpoint = _TAILS.get(tail)
-        if tail.startswith("models/"):
-            endpoint = Endpoint("model", _READ, argument=unquote(tail[len("models/") :]))
-        if endpoint is not None and not endpoint.wire:
-            endpoint = endpoint._replace(wire=prefix)
+    prefix, tail = match.groups("") if match else ("", "*")
+    endpoint = _PATHS.get(bare) or _TAILS.get(tail)
+    if tail.startswith("models/"):
+        endpoint = Endpoint("model", _READ, argument=unquote(tail[len("models/") :]))
     if endpoint is None:
         raise RouterError("unknown path %s" % one_line(path, 100), 404, "unknown_path")
-    return endpoint
+    return endpoint._replace(wire=prefix) if prefix and not endpoint.wire else endpoint
 
 
 def check_method(endpoint: Endpoint, method: str, headers: Headers) -> Endpoint:
