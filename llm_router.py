@@ -9448,11 +9448,19 @@ def _edit_text(menu: Menu, field: Field, value: Any, put: Any) -> Menu:
     return _ask(menu, field.key, then, field.help, one_line(typed, 4000))
 
 
+def is_object(kind: str) -> bool:
+    """Whether a field of that kind holds an object."""
+    return kind == "object" or kind[0] == "{" or kind in FIELDS
+
+
 def read_typed(kind: str, text: str) -> Any:
-    """What a person typed as the value of a field of that kind. UsageError where only JSON will do and it is none."""
+    """What a person typed as the value of a field of that kind. RouterError where only JSON will do and it is none."""
     text = text.strip()
-    if text and (kind == "object" or kind[0] == "{" or kind == "any" and text[0] in "[{"):
-        return load_json(text, "value")
+    if text and (is_object(kind) or kind == "any" and text[0] in "[{"):
+        value = load_json(text, "value")
+        if is_object(kind) and not isinstance(value, dict):
+            raise UsageError("write a JSON object")
+        return value
     if kind[0] == "[":
         return list(filter(None, map(str.strip, text.split(","))))
     return int(text) if kind == "whole" and re.fullmatch("[0-9]{1,15}", text) else text
@@ -15465,7 +15473,7 @@ def agent_facts(base: str, key: str, config: Config, chosen: Mapping[str, str]) 
     named = (ref for ref in routes.refs() if not ref.endswith("/*"))
     model = chosen.get("model") or config.default_model or next(named, "")
     key = key or "no-key-needed"  # clients insist on some
-    facts = {"base": base, "key": key, "model": model, "small": chosen.get("small_model") or model}
+    facts = {"base": base, "key": key, "model": model, "small": chosen.get("small-model") or model}
     facts.update({name: chosen.get(name) or model for name in ("opus", "sonnet", "fable")}, window="", output="")
     with suppress(RouterError):  # the program will be told when it asks for that model
         found = routes.find_plan(model)[0].model
@@ -15805,26 +15813,16 @@ def _run_prompts(menu: Menu, effects: Effects) -> int:
 # ==============================================================================
 
 
-class Flag(NamedTuple):
-    """One flag. kind: text | bool | list (comma separated) | secret ("-" reads it from stdin) | json (an object) |
-    port | seconds | word (a text that may also stand without it); "a|b": one of these. aliases: further names."""
-
-    name: str
-    kind: str
-    help: str
-    aliases: Texts = ()
-
-
 class Given:
-    """What a command is run with: the flags that were given, {"log_format": "json"}, and the environment. Every flag is
-    an attribute as well, None when it was not given."""
+    """What a command is run with: the flags that were given, {"log-format": "json"}, and the environment. Every flag is
+    an attribute as well, `log_format`, None when it was not given."""
 
     def __init__(self, environ: Environ, flags: Json) -> None:
         self.environ = environ
         self.flags = flags
 
     def __getattr__(self, name: str) -> Any:
-        return self.flags.get(name)
+        return self.flags.get(name.replace("_", "-"))
 
     @property
     def path(self) -> str:
@@ -15838,7 +15836,7 @@ class Given:
 
     def read_settings(self) -> Tuple[Settings, List[str]]:
         """The settings, and what to warn about."""
-        flags = {row.name: show_setting(self.flags[row.name]) for row in SETTINGS if row.name in self.flags}
+        flags = {row.name: show_setting(self.flags[row.flag[2:]]) for row in SETTINGS if row.flag[2:] in self.flags}
         return read_settings(flags, self.environ)
 
     def load(self, presets: bool = False) -> Loaded:
@@ -15898,48 +15896,49 @@ class Command(NamedTuple):
         return ("llm-router " + self.before + self.name).strip()
 
     @property
-    def flags(self) -> List[Flag]:
+    def flags(self) -> List[Field]:
         """Those that it takes, every command's included."""
         keys = re.findall("[a-z.-]+", "%s %s debug version help" % (self.needs, self.takes))
         return [_FLAGS[key] for key in dict.fromkeys(keys)]
 
 
-# Every flag that is made of no setting and no field of a provider, its choices for {}. What commands have with meanings
-# of their own has several rows: port.demo is the --port of demo.
+# Every flag that is made of no setting and no field of a provider, as a field: its kind is one of theirs, or port,
+# seconds, word (a text that may also stand without its flag), or a|b for one of these, which the help shows as {}.
+# What commands have with meanings of their own has several rows: port.demo is the --port of demo.
 _FLAG_ROWS = """
 operation                     text    what to do, see above; without it the menu opens
 config                        text    the configuration file, default %(config)s
-json                          bool    answer as JSON
-prompts                       bool    the menu as numbered prompts, line by line, also through a pipe
+json                          flag    answer as JSON
+prompts                       flag    the menu as numbered prompts, line by line, also through a pipe
 provider-id,provider          text    the provider
 auth-type                     text    how the key is shown: %(auths)s
-skip-probe                    bool    store the provider without asking it anything
-model                         list    a model: its id at the provider, or provider/model
-fallback-models,fallbacks     list    what to try when the model fails, in order, comma separated
-clear-fallbacks               bool    remove the model's fallbacks
+skip-probe                    flag    store the provider without asking it anything
+model                         [name]  a model: its id at the provider, or provider/model
+fallback-models,fallbacks     [name]  what to try when the model fails, in order, comma separated
+clear-fallbacks               flag    remove the model's fallbacks
 alias                         text    the alias: a name, or a pattern with *
-clear-alias                   bool    remove the alias
+clear-alias                   flag    remove the alias
 default-model                 text    the model for `smart` and for requests that name none
 master-key                    secret  the key that clients show; - reads it from stdin
-generate,generate-master-key  bool    make a new master key and print it once
+generate,generate-master-key  flag    make a new master key and print it once
 client-key                    secret  the client's key; - reads it from stdin; without it one is made and printed once
 out                           text    file for the exported configuration, keys included, mode 0600
-show-secrets                  bool    print keys as they are
-require-auth                  bool    answer only requests that show the master key
-allow-unauthenticated         bool    allow an address that others can reach without auth
+show-secrets                  flag    print keys as they are
+require-auth                  flag    answer only requests that show the master key
+allow-unauthenticated         flag    allow an address that others can reach without auth
 grace                         seconds seconds that open streams may go on after stop, default that of start: 30
-watch-config                  bool    apply changes of the file while running, default true
-check                         bool    start, and end at once: whether it could serve
-detach                        bool    serve in the background; the log goes to --log-file, default %(log)s
+watch-config                  flag    apply changes of the file while running, default true
+check                         flag    start, and end at once: whether it could serve
+detach                        flag    serve in the background; the log goes to --log-file, default %(log)s
 port                          port    the port of the instance, when several run
 id                            word    the request's id, from the header x-llm-router-request-id; default: last
 since                         text    7d, 12h or a date like 2026-01-31, default 30d
-today                         bool    since midnight
+today                         flag    since midnight
 by                            %(by)s {}; default model
-csv                           bool    answer as CSV
+csv                           flag    answer as CSV
 usage-db                      text    the ledger's file
 port.doctor                   port    the port the router is to use
-offline                       bool    ask no provider
+offline                       flag    ask no provider
 from                          text    the release: a URL or a file, default LLM_ROUTER_UPDATE_URL
 model.run                     text    the model to use, default: the configuration's default model
 small-model                   text    the model for small tasks
@@ -15947,25 +15946,25 @@ opus                          text    the model for Claude Code's tier opus
 sonnet                        text    the model for Claude Code's tier sonnet
 fable                         text    the model for Claude Code's tier fable
 haiku                         text    the model for Claude Code's tier haiku
-keep                          bool    leave a router that was started for it running
+keep                          flag    leave a router that was started for it running
 tool                          word    claude, aider, qwen or any (the default)
 shell                         %(shell)s {}
 name.worker                   text    the Worker's name, default %(worker)s
 env                           text    a Worker beside it, whose name ends in -ENV
 account-id                    text    the account, default CLOUDFLARE_ACCOUNT_ID or the only one there is
 use-wrangler                  %(auto)s auto (the default: when it is installed), true, or false to call the API directly
-allow-weak-master-key         bool    take the master key as it is
-dry-run                       bool    show what would be sent, secrets masked, and send nothing
+allow-weak-master-key         flag    take the master key as it is
+dry-run                       flag    show what would be sent, secrets masked, and send nothing
 domain                        text    a host name of its own, in a zone of the account
 route                         text    a pattern in a zone of the account: example.com/* or example.com/route/*
-export-only                   bool    write the secret with the configuration into a file and send nothing
+export-only                   flag    write the secret with the configuration into a file and send nothing
 out.worker                    text    that file, default .llm-router.worker.json
 export-dir                    text    write the Worker project there and send nothing
-once                          bool    exit after the demonstration
+once                          flag    exit after the demonstration
 port.demo                     port    port to listen on, default any
-debug                         bool    show the traceback of an error
-version                       bool    show the version
-help                          bool    show this help
+debug                         flag    show the traceback of an error
+version                       flag    show the version
+help                          flag    show this help
 """ % {
     "config": CONFIG_PATH,
     "log": LOG_PATH,
@@ -15975,27 +15974,25 @@ help                          bool    show this help
     "shell": "|".join(_SHELLS),
     "auto": "|".join(("auto", *_BOOLS)),
 }
-_FIELD_FLAG_KINDS = {**dict.fromkeys(("object", "{", *FIELDS), "json"), "[": "list", "secret": "secret", "flag": "bool"}
 
 
-def _field_flag(field: Field) -> Flag:
+def _field_flag(field: Field) -> Field:
     """The flag that sets a field of a provider."""
-    kind = _FIELD_FLAG_KINDS.get(field.kind) or _FIELD_FLAG_KINDS.get(field.kind[0], "text")
     name, *others = (_snake(name).replace("_", "-") for name in (field.key, *field.aliases))
-    return Flag(name, kind, field.help + ("; - reads it from stdin" if kind == "secret" else ""), tuple(others))
+    return Field(name, field.kind, field.help + "; - reads it from stdin" * (field.kind == "secret"), tuple(others))
 
 
-def _setting_flag(row: Setting) -> Flag:
-    kind = "port" if row.name == "port" else "bool" if type(row.default) is bool else "|".join(row.choices) or "text"
-    return Flag(row.flag[2:], kind, "%s, default %s" % (row.help, show_setting(row.default) or "none"))
+def _setting_flag(row: Setting) -> Field:
+    kind = "port" if row.name == "port" else "flag" if type(row.default) is bool else "|".join(row.choices) or "text"
+    return Field(row.flag[2:], kind, "%s, default %s" % (row.help, show_setting(row.default) or "none"))
 
 
 _OTHER_URLS = {wire: tuple(a + "BaseUrl" for a, w in _WIRE_ALIASES.items() if w == wire) for wire in WIRES}
 _URL_FIELDS = [Field(wire + "BaseUrl", "url", "its base URL, format " + wire, _OTHER_URLS[wire]) for wire in WIRES]
-_FIELD_FLAGS = {flag.name: flag for flag in map(_field_flag, [*FIELDS["provider"][1:], *_URL_FIELDS])}
+_FIELD_FLAGS = {flag.key: flag for flag in map(_field_flag, [*FIELDS["provider"][1:], *_URL_FIELDS])}
 _START_FLAGS = {row.flag[2:] + ".start": _setting_flag(row) for row in SETTINGS}
 _OTHER_FLAGS = {
-    key: Flag(key.partition(".")[0], kind, help.replace("{}", kind.replace("|", ", ")), aliases)
+    key: Field(key.partition(".")[0], kind, help.replace("{}", kind.replace("|", ", ")), aliases)
     for key, kind, help, aliases in _read_table(_FLAG_ROWS)
 }
 _FLAGS = {**_FIELD_FLAGS, **_START_FLAGS, **_OTHER_FLAGS}
@@ -16026,12 +16023,11 @@ def run_command(argv: Sequence[str], environ: Environ) -> int:
 
 def _check_flags(command: Command, given: Json) -> None:
     """UsageError for a flag that an operation does not take, or that is needed and not there."""
-    known = ["tail", *(flag.name for flag in command.flags)]
-    strange = [name.replace("_", "-") for name in given if name.replace("_", "-") not in known]
+    strange = [name for name in given if name not in ("tail", *(flag.key for flag in command.flags))]
     if strange:
         raise UsageError("%s does not take --%s" % (command.title, strange[0]))
     needed = [word.split("|") for word in command.needs.split()]
-    missing = [names for names in needed if sum(bool(given.get(name.replace("-", "_"))) for name in names) != 1]
+    missing = [names for names in needed if sum(bool(given.get(name)) for name in names) != 1]
     if missing:
         words = [("either --%s or --%s" if names[1:] else "--%s") % tuple(names) for names in missing]
         raise UsageError("%s: give %s; example: %s" % (command.title, " and ".join(words), command.example))
@@ -16046,13 +16042,13 @@ def _find_named(name: str, rows: Sequence[Command], what: str, hint: str) -> Com
 
 
 def parse_flags(argv: Sequence[str], command: Command) -> Json:
-    """The values of the flags that `argv` gives, {"log_format": "json"}: booleans, lists and objects already as such;
+    """The values of the flags that `argv` gives, {"log-format": "json"}: booleans, lists and objects already as such;
     "tail": what is another program's. UsageError for anything that is no flag of the command or has an unusable value.
 
     A value may begin with one dash (keys do); a boolean flag takes the next word only when that is a boolean.
     """
     flags = command.flags
-    known = {"--" + name: flag for flag in flags for name in (flag.name, *flag.aliases)}
+    known = {"--" + name: flag for flag in flags for name in (flag.key, *flag.aliases)}
     known["-h"] = known["--help"]
     bare = [flag for flag in flags if flag.kind == "word"]
     given: Json = {}
@@ -16071,34 +16067,29 @@ def parse_flags(argv: Sequence[str], command: Command) -> Json:
             raise UsageError("%s %s; %s" % (kind, one_line(word, 60), hint))
         del waiting[0]
         following = waiting[0] if waiting else "--"
-        if not equals and flag.kind == "bool":
+        if not equals and flag.kind == "flag":
             text = waiting.pop(0) if following.lower() in _BOOLS else "true"
         elif not equals:
             if following.startswith("--"):
                 raise UsageError("%s needs a value; %s --help shows more" % (word, command.title))
             text = waiting.pop(0)
-        name, value = flag.name.replace("-", "_"), _read_flag_value(flag, text)
-        given[name] = given.get(name, []) + value if flag.kind == "list" else value
+        value = _read_flag_value(flag, text)
+        given[flag.key] = given.get(flag.key, []) + value if flag.kind[0] == "[" else value
     return dict(given, tail=[]) if command.passes_on else given
 
 
-def _read_flag_value(flag: Flag, text: str) -> Any:
+def _read_flag_value(flag: Field, text: str) -> Any:
     try:
         if "|" in flag.kind:
             choices = flag.kind.split("|")
             if text.strip().lower() not in choices:
                 raise UsageError("%s is none of %s" % (one_line(text, 40) or "an empty value", ", ".join(choices)))
             return text.strip().lower()
-        return _read_secret(flag.name) if flag.kind == "secret" and text == "-" else _READERS.get(flag.kind, str)(text)
+        if flag.kind == "secret" and text == "-":
+            return _read_secret(flag.key)
+        return _READERS[flag.kind](text) if flag.kind in _READERS else read_typed(flag.kind, text)
     except RouterError as error:
-        raise UsageError("--%s: %s" % (flag.name, error.message)) from None
-
-
-def _read_object(text: str) -> Json:
-    value = load_json(text, "value")
-    if not isinstance(value, dict):
-        raise UsageError("write a JSON object")
-    return value
+        raise UsageError("--%s: %s" % (flag.key, error.message)) from None
 
 
 def _read_number(text: str, most: int) -> int:
@@ -16108,9 +16099,8 @@ def _read_number(text: str, most: int) -> int:
 
 
 _READERS: Dict[str, Callable[[str], Any]] = {
-    "bool": parse_bool,
-    "list": lambda text: [entry.strip() for entry in text.split(",") if entry.strip()],
-    "json": _read_object,
+    **dict.fromkeys(("text", "word", "secret"), str),
+    "flag": parse_bool,
     "port": lambda text: _read_number(text, 65535),
     "seconds": lambda text: _read_number(text, 999_999),
 }
@@ -16145,9 +16135,10 @@ def _help_text(command: Command) -> str:
     return "\n".join(_spaced(["%s - %s" % (command.title, command.help)], *listed))
 
 
-def _flag_words(flag: Flag) -> str:
-    value = {"bool": "", "list": "=A,B", "json": "=JSON", "secret": "=KEY"}.get(flag.kind, "=VALUE")
-    return flag.name.upper() if flag.kind == "word" else ("-h, --" if flag.name == "help" else "--") + flag.name + value
+def _flag_words(flag: Field) -> str:
+    value = "=JSON" if is_object(flag.kind) else "=A,B" if flag.kind[0] == "[" else "=VALUE"
+    value = {"flag": "", "secret": "=KEY"}.get(flag.kind, value)
+    return flag.key.upper() if flag.kind == "word" else ("-h, --" if flag.key == "help" else "--") + flag.key + value
 
 
 def as_started(text: str) -> str:
@@ -16273,11 +16264,12 @@ def run_upsert(given: Given) -> int:
 
 def _provider_change(given: Given) -> Json:
     """The fields of a provider that flags give, those for a part of an object included."""
-    change = {key: given.flags[_snake(key)] for key in SPELLINGS["provider"] if _snake(key) in given.flags}
-    urls = {wire: given.flags[wire + "_base_url"] for wire in WIRES if given.flags.get(wire + "_base_url")}
+    names = zip(FIELDS["provider"][1:], _FIELD_FLAGS)
+    change = {field.key: given.flags[name] for field, name in names if name in given.flags}
+    urls = {wire: given.flags[wire + "-base-url"] for wire in WIRES if given.flags.get(wire + "-base-url")}
     auth = {"type": given.auth_type} if given.auth_type else {}
     for key, part in (("baseUrlByFormat", urls), ("auth", auth)):
-        change.update({key: {**(change.get(key) or {}), **part}} if part else {})
+        change.update({key: {**as_dict(change.get(key)), **part}} if part else {})
     return change
 
 
@@ -16425,10 +16417,10 @@ def _probe_warnings(report: ProbeReport) -> List[str]:
 def run_startup(given: Given) -> int:
     """`--operation=startup-install`, `-status`, `-uninstall`: start with the machine."""
     verb, home = given.operation.partition("-")[2], os.path.expanduser("~")
-    auth = {name: True for name in ("require_auth", "allow_unauthenticated") if given.flags.get(name)}
+    auth = {name: True for name in ("require-auth", "allow-unauthenticated") if given.flags.get(name)}
     if verb == "install":  # a service that cannot start helps nobody
         _warn_of_lost_keys(read_start_options(Given(given.environ, {"config": given.path, **auth})))
-    words = ["--config=" + given.path, *("--%s=true" % name.replace("_", "-") for name in auth)]
+    words = ["--config=" + given.path, *("--%s=true" % name for name in auth)]
     argv = [sys.executable, os.path.realpath(__file__), "start", *words]
     service = make_service(sys.platform, home, argv, service_variables(given.environ), os.path.expanduser(LOG_PATH))
     if verb == "install":
@@ -16564,8 +16556,8 @@ def _start_in_background(given: Given) -> Tuple[int, str, str]:
     """The pid, address and log of a server with these flags; what is wrong with them is better said here than there."""
     log, usual = map(os.path.expanduser, (read_start_options(given).settings.log_file or LOG_PATH, LOG_PATH))
     path = log if os.path.isfile(log) or not os.path.lexists(log) else usual  # what a device swallows cannot be read
-    flags = dict(given.flags, log_file=log)
-    words = ["--%s=%s" % (name.replace("_", "-"), show_setting(flags[name])) for name in flags if name != "detach"]
+    flags = {**given.flags, "log-file": log}
+    words = ["--%s=%s" % (name, show_setting(flags[name])) for name in flags if name != "detach"]
     return (*start_detached(words, path), path)
 
 
@@ -16988,8 +16980,8 @@ def _run_as_guest(agent: Agent, argv: Sequence[str], instance: Instance, given: 
 def _reach_running(instance: Instance, given: Given) -> Tuple[Json, str, Config]:
     """A running instance's status, URL and configuration, if it can be read here. UsageError for a model it has not."""
     status, environ = ask_instance(instance, "status"), given.environ
-    for flag in (_FLAGS[key].name for key in _MODEL_FLAGS.split()):
-        name = given.flags.get(flag.replace("-", "_"))
+    for flag in (_FLAGS[key].key for key in _MODEL_FLAGS.split()):
+        name = given.flags.get(flag)
         problem = name and ask_instance(instance, "model/" + quote(name, "", errors="replace"))["problem"]
         if problem:
             raise UsageError("--%s: %s" % (flag, problem))

@@ -247,7 +247,7 @@ def test_every_operation_has_a_help_of_its_own_flags_and_an_example(home, row):
     out = home.ok("config --operation=%s -h" % row.name)
     assert row.example in out
     for flag in row.flags:
-        assert "--" + flag.name in out
+        assert "--" + flag.key in out
     assert "--watch-config" not in out
 
 
@@ -267,12 +267,12 @@ def flags_of(name):
 
 def test_every_flag_of_an_operation_exists_and_those_required_are_among_them():
     for row in r.OPERATIONS:
-        assert set(row.needs.replace("|", " ").split()) <= {flag.name for flag in row.flags}
+        assert set(row.needs.replace("|", " ").split()) <= {flag.key for flag in row.flags}
         assert set(row.flags) <= set(flags_of("config"))
 
 
 def test_every_setting_is_a_flag_of_start():
-    assert {row.flag[2:] for row in r.SETTINGS} <= {flag.name for flag in flags_of("start")}
+    assert {row.flag[2:] for row in r.SETTINGS} <= {flag.key for flag in flags_of("start")}
 
 
 @pytest.mark.parametrize("line", ["--version", "start --version", "config --version=true"])
@@ -504,7 +504,7 @@ def test_every_field_of_a_provider_is_a_flag(filled):
     assert entry["baseUrlByFormat"] == {"anthropic": "https://c.example"} and entry["metadata"] == {"team": "x"}
     filled.ok("config --operation=upsert-provider --provider-id=openrouter --skip-probe --proxy=")
     assert "proxy" not in filled.document()["providers"][0]
-    known = {"--" + flag.name for flag in flags_of("config")}
+    known = {"--" + flag.key for flag in flags_of("config")}
     assert {"--" + r._snake(field.key).replace("_", "-") for field in r.FIELDS["provider"]} - known == {"--id"}
 
 

@@ -107,7 +107,7 @@ def test_every_variable_command_operation_and_flag_in_the_readme_exists():
     operations = re.search(r"`config --operation=`:(.*?)\.", text, re.DOTALL).group(1)
     assert set(re.findall(r"`([a-z-]+)`", operations)) == {row.name for row in llm_router.OPERATIONS}
     every = [flag for command in llm_router.COMMANDS for flag in command.flags]
-    flags = {name for flag in every for name in (flag.name, *flag.aliases)} | {"version", "help"}
+    flags = {name for flag in every for name in (flag.key, *flag.aliases)} | {"version", "help"}
     assert set(re.findall(r"(?<!-)--([a-z][a-z-]+)", text)) <= flags
 
 
