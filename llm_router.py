@@ -7035,8 +7035,10 @@ _REFUSAL = (
 
 def _names(field: str) -> str:
     """An error that says no to `field`: its name as a word of its own, however it is spelled (xAI: reasoningEffort),
-    alone or at the end of its place in the body, and a word of refusal."""
-    word = r"(?<![\w.])(?:(?:body|tools|messages)\.(?:[\w-]+\.)*)?%s(?!\w)" % field.replace("_", "[_ ]?")
+    alone or at the end of its place in the body (FastAPI: tools.0.strict; OpenAI, Fireworks: tools[0].strict), and a
+    word of refusal."""
+    place = r"(?:(?:body|tools|messages)(?:\.[\w-]+|\[\d+\])*\.)?"
+    word = r"(?<![\w.])%s%s(?!\w)" % (place, field.replace("_", "[_ ]?"))
     return r"(?s)\A(?=.*%s)(?=.*(?:%s))" % (word, _REFUSAL)  # at the start only, or long texts take minutes
 
 
@@ -7091,7 +7093,9 @@ FIXES: Dict[str, Fix] = {
         _drop("user"), "user", r"\buser\W{1,3}(?:extra|is un|is not)|(?:property|name|supplied|meter)\W{1,3}user\b"
     ),
     "no reasoning_effort": Fix(_drop("reasoning_effort"), "reasoning_effort", _names("reasoning_effort") + _UNTHINKING),
-    "no output_config": Fix(_tell_schema, "output_config", _names("output_config")),
+    "no output_config": Fix(  # "This model does not support the effort parameter."
+        _tell_schema, "output_config", _names("output_config") + "|support the effort parameter"
+    ),
     # Before what is known of schemas, for the format's name ends in that word: OpenAI, Azure, Groq, DeepSeek.
     "schema in words": Fix(
         _tell_schema,
@@ -7172,10 +7176,11 @@ def told_limit(body: Json, text: str) -> str:
     asked = max(as_int(body.get(key)) for key in ("max_tokens", "max_completion_tokens", "max_output_tokens"))
     is_bound = re.search(r"at most|less than|lower than|<=|> \d|range|maximum|too large", text)
     is_other = re.search(r"greater|at least|minimum|stream", text)
-    if not is_bound or is_other or not re.search(r"max\w{0,40}[_ ]tokens", text):
+    if not is_bound or is_other or not re.search(r"max\w{0,40}[_ ]?tokens", text):
         return ""
     numbers = (int(word.replace(",", "")) for word in re.findall(r"(?<![\w.-])\d[\d,]{2,8}(?!\w|\.\d)", text))
     limit = max((number for number in numbers if number < asked), default=0)
+    limit -= "%d (exclusive)" % limit in text  # Vertex AI
     return "at most %d tokens" % limit if limit else ""
 
 

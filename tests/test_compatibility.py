@@ -52,6 +52,8 @@ LESSONS = [
     ('"m" does not support thinking', "no reasoning_effort"),  # Ollama
     ("`reasoning_effort` must be one of `none` or `default`", "no reasoning_effort"),  # Groq
     ("tools.0.function.strict: Extra inputs are not permitted", "no strict"),
+    ("Unknown parameter: 'tools[0].function.strict'.", "no strict"),  # OpenAI, Azure
+    ("Extra inputs are not permitted, field: 'messages[1].reasoning_content', value: 'hm'", "no reasoning_content"),  # Fireworks
     ("tools: Too many strict tools (22). The maximum number of strict tools supported is 20.", "no strict"),  # Anthropic
     ("Schema is too complex for compilation. Try reducing the number of tools.", "no strict"),
     ("The compiled grammar is too large, which would cause performance issues.", "no strict"),
@@ -170,6 +172,7 @@ def test_an_organization_that_may_not_see_summaries_keeps_effort_and_proofs(rout
         ("max_completion_tokens: expected a value <= 12288, but got 32000. Request id: 0217752964393142fa5", 12288),
         ("max_tokens: 32000 > 4,096, which is the maximum allowed for claude-x-20240307", 4096),
         ("The maximum tokens you requested exceeds the model limit of 4096. Try a value that is lower than 4096.", 4096),
+        ("it has a maxOutputTokens value of 32000 but the supported range is from 1 (inclusive) to 8193 (exclusive).", 8192),
         ("`max_tokens` must be greater than `thinking.budget_tokens`: 31999", 0),
         ("Requests with max_tokens > 4096 must have stream=true", 0),
         ("max_tokens must be at least 1, 320 was too large", 0),
@@ -1036,6 +1039,13 @@ def test_a_schema_is_told_in_words_to_a_model_that_knows_no_output_config(system
     assert running.post(PATHS["openai"], body).status == 200 and len(upstream.calls) == 2
     told = [part["text"] for part in upstream.calls[-1].json["system"]]
     assert told[:-1] == before and "JSON" in told[-1] and '"title"' in told[-1]
+
+
+def test_an_effort_that_a_model_does_not_know_is_no_longer_told_to_it():
+    """Anthropic's words for one, which do not name the field."""
+    words = ["This model does not support the effort parameter.", "invalid_request_error"]
+    fix = llm_router.learn_fix({"output_config": {"effort": "low"}}, words, ())
+    assert "output_config" not in llm_router.apply_fixes({"output_config": {"effort": "low"}}, [fix])
 
 
 def test_an_invalid_schema_is_no_reason_to_tell_it_in_words():
