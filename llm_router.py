@@ -1221,7 +1221,7 @@ class _Scan:
                 cure = did_you_mean(name, index.names, cure)
             elif verdict == "ambiguous":
                 cure += ", ".join("%s/%s" % (provider.id, model.id) for provider, model in index.find(name))
-            level = "warning" if verdict == "disabled" else level
+            level = "warning" if verdict in ("disabled", "any") else level
             self.problems.append(Problem(path, message % one_line(name, 80), cure, level))
 
 

@@ -628,10 +628,10 @@ def test_a_name_of_needs_that_nobody_knows_is_a_warning_and_all_that_are_known_a
 
 
 @pytest.mark.parametrize("path", ["defaultModel", "modelAliases.fast", "providers[0].models[0].fallbackModels[0]"])
-def test_a_reference_that_stands_for_any_model_is_an_error(path):
-    """The provider would be asked for a model of the name *."""
+def test_a_reference_that_stands_for_any_model_is_a_warning(path):
+    """The provider would be asked for a model of the name *; every other model can be used as before."""
     document = changed(providers__1__models=["*", "claude-3-7-sonnet"])
-    problem = only_problem(set_at(document, path, "anthropic/*"), path)
+    problem = only_problem(set_at(document, path, "anthropic/*"), path, "warning")
     assert problem.message == "names the model anthropic/*, and * stands for any"
     assert r.find_problems(set_at(document, path, "anthropic/any-name")) == []
 
