@@ -14294,6 +14294,7 @@ def _announce(options: StartOptions, port: int) -> None:
         + ("clients must show a key" if options.require_auth else "none: anyone who can connect may use it"),
         "  providers           " + ", ".join(one.id for one in options.config.providers if one.enabled),
         "  default model       %s" % (options.config.default_model or "none"),
+        "  pid                 %d" % os.getpid(),
     ]
     with suppress(OSError):  # nobody reads it any more, or the disk is full: no reason not to serve
         print("\n".join(lines))
@@ -14332,6 +14333,8 @@ def on_end(handler: Any, **others: Any) -> Callable[[], Any]:
 
 LOG_PATH = "~/.llm-router.log"
 _DETACHED_START_S = 30.0
+# Others may write into the same log meanwhile. On Windows a virtual environment's interpreter starts another one.
+_SAYS_IT_LISTENS = r"^listening on (http://\S+)\n(?:  .*\n)*?  pid +%s$"
 
 
 def start_detached(flags: Sequence[str], log_path: str) -> Tuple[int, str]:
@@ -14380,7 +14383,7 @@ def _wait_for_start(child: Any, log_path: str, began: int) -> str:
             has_ended = child.poll() is not None  # asked before its last words are read
             file.seek(began)
             said = file.read(1_000_000).decode("utf-8", "replace")
-            found = re.search(r"^listening on (http://\S+)", said, re.MULTILINE)
+            found = re.search(_SAYS_IT_LISTENS % (r"\d+" if sys.platform == "win32" else child.pid), said, re.MULTILINE)
             if found:
                 child.returncode = 0  # it is meant to go on without us: no warning that it still runs
                 return str(found.group(1))
@@ -16559,7 +16562,9 @@ def run_start(given: Given) -> int:
 
 def _start_in_background(given: Given) -> Tuple[int, str, str]:
     """The pid, address and log of a server with these flags; what is wrong with them is better said here than there."""
-    log, usual = map(os.path.expanduser, (read_start_options(given).settings.log_file or LOG_PATH, LOG_PATH))
+    settings = read_start_options(given).settings
+    own = LOG_PATH if settings.port in (0, Settings().port) else "~/.llm-router.%d.log" % settings.port
+    log, usual = map(os.path.expanduser, (settings.log_file or own, own))
     path = log if os.path.isfile(log) or not os.path.lexists(log) else usual  # what a device swallows cannot be read
     flags = {**given.flags, "log-file": log}
     words = ["--%s=%s" % (name, show_setting(flags[name])) for name in flags if name != "detach"]

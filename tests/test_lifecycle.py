@@ -595,14 +595,15 @@ def test_a_server_runs_from_byte_code_in_the_process_that_was_started_and_knows_
 def test_a_start_in_the_background_is_seen_in_a_log_that_is_moved_away_at_once(tmp_path):
     """It was nearly full. Nobody who waits for the line in vain should end a server that serves."""
     log = tmp_path / "log"
-    log.write_text("before\nlistening on http://127.0.0.1:8787\n")
+    log.write_text("before\nlistening on http://127.0.0.1:8787\n  pid                 77\n")
 
     def poll():
         if not (tmp_path / "log.1").exists():
             os.replace(log, tmp_path / "log.1")
             log.write_text("a request\n")
 
-    assert r._wait_for_start(SimpleNamespace(poll=poll), str(log), len("before\n")) == "http://127.0.0.1:8787"
+    child = SimpleNamespace(pid=77, poll=poll)
+    assert r._wait_for_start(child, str(log), len("before\n")) == "http://127.0.0.1:8787"
 
 
 @pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="memory files are Linux'")

@@ -82,6 +82,23 @@ def test_a_detached_server_that_cannot_start_says_why_and_names_who_has_the_port
             pass
 
 
+@posix
+def test_the_address_of_another_instance_in_the_same_log_is_not_taken_for_the_child_s(tmp_path):
+    """Two `run` at the same time: each pointed its program at the other's router, and one of them stayed behind."""
+    said = "listening on http://127.0.0.1:%d\n  providers           a\n  pid                 %d\n"
+    (tmp_path / "log").write_text(said % (1001, 12345) + said % (1002, 2345) + said % (1003, 1234))
+    child = SimpleNamespace(pid=2345, poll=lambda: None)
+    assert r._wait_for_start(child, str(tmp_path / "log"), 0) == "http://127.0.0.1:1002"
+
+
+def test_a_detached_server_on_another_port_has_a_log_of_its_own(command, config, tmp_path):
+    port = free_port()
+    done = command("start", "--detach", "--port=%d" % port, "--config=%s" % config)
+    assert done.returncode == 0, done.stderr
+    log = tmp_path / (".llm-router.%d.log" % port)
+    assert str(log) in done.stdout and log.exists() and not (tmp_path / ".llm-router.log").exists()
+
+
 @linux
 def test_who_listens_on_a_port_is_found_for_both_kinds_of_addresses():
     for family, address in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")):
