@@ -8176,7 +8176,8 @@ SIGNALS: Tuple[Tuple[str, Tuple[int, ...], Texts], ...] = (
         r"exceed(?:s|ed)? (?:max length|max message tokens|model token limit|the max_model_len)",
         r"(?:prompt|input) (?:is|tokens) too long",
         r"input (?:length|tokens)[^\n]{0,80}exceed|range of input length",
-        r"(?:longer|greater|less) than (?:the (?:model's )?context|max_seq_len)",
+        r"(?:longer|greater|less) than the (?:model's )?context",
+        r"\bmax_(?:seq|input)_len\b|contextwindowexceeded",  # TensorRT-LLM, SiliconFlow; LiteLLM
         r"token count[^\n]{0,20} exceeds|token count is [\d,]+ but|exceeds the maximum number of tokens",
         r"max_new_tokens` must be <=|`inputs` must have less than|number of tokens in the prompt cannot exceed",
         r"reduce the length of the (?:messages|input|prompt)",

@@ -79,6 +79,8 @@ SIGNALS = [
     ("NVIDIA: a model that is ill", 400, {"status": 400, "title": "Bad Request", "detail": "Function id 'x': DEGRADED function cannot be invoked"}, R.TEMPORARY),
     ("LM Studio: crashed", 400, {"error": "The model has crashed without additional information. (Exit code: 6)"}, R.TEMPORARY),
     ("LM Studio: let go", 400, {"error": "Model unloaded."}, R.TEMPORARY),
+    ("TensorRT-LLM: too long", 400, error("The sum of prompt length (9) and query length max_tokens (1) should not exceed max_seq_len (8)"), R.OVERFLOW),
+    ("LiteLLM: too long", 400, error("litellm.ContextWindowExceededError: litellm.BadRequestError: x"), R.OVERFLOW),
     ("SiliconFlow: too long", 400, {"code": 20015, "message": "length of prompt_tokens (9) must be less than max_seq_len (8).", "data": None}, R.OVERFLOW),
     ("Anthropic: switched off", 400, error("This organization has been disabled."), R.AUTH),
     ("Anthropic: token given back", 403, error("OAuth token has been revoked. Please obtain a new token."), R.AUTH),
