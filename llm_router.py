@@ -8248,7 +8248,8 @@ _STATUS_KINDS: Dict[int, str] = {
 }  # fmt: skip
 _CLASS_KINDS: Dict[int, str] = {3: NOT_FOUND, 4: INVALID, 5: TEMPORARY}
 
-# Errors inside a 200 carry no HTTP status; their type or code tells. Anything but these is temporary.
+# Errors inside a 200 carry no HTTP status: their type or code tells it, else their words do, read as a 400's. Anything
+# but these is temporary.
 _IN_BAND_KINDS = (RATE_LIMITED, BILLING, AUTH, POLICY, OVERFLOW)
 
 # Keys of an error body whose text says what went wrong. Never those that echo the client's own words back.
@@ -8311,7 +8312,7 @@ def judge_in_band(info: ErrorInfo, headers: Headers, wire: str, now: float) -> O
     words = [word for word in (info.type, info.code, info.message) if word]
     status = ERROR_STATUSES.get(info.code) or ERROR_STATUSES.get(info.type, 0)
     status = status or (int(info.code) if re.fullmatch(r"[45][0-9][0-9]", info.code) else 0)
-    kind, wait = kind_of(status, words), read_retry_after([], words, None, now)
+    kind, wait = kind_of(status or 400, words), read_retry_after([], words, None, now)
     kind = kind if kind in _IN_BAND_KINDS else TEMPORARY
     label = "200:" + re.sub("[ ,]", "_", one_line(info.code or info.type or "error", 40))
     info = info._replace(code=OVERFLOW_CODE) if kind == OVERFLOW else info

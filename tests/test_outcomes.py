@@ -330,7 +330,11 @@ def test_recorded_errors_have_a_sane_kind_and_words():
         (R.ErrorInfo(502, "Provider returned error", "", "502"), R.TEMPORARY, 502),
         (R.ErrorInfo(502, "bad parameter", "invalid_request_error", "400"), R.TEMPORARY, 400),
         (R.ErrorInfo(502, "no such thing", "", "404"), R.TEMPORARY, 404),
-        (R.ErrorInfo(502, "insufficient_quota"), R.TEMPORARY, 502),
+        (R.ErrorInfo(502, "insufficient_quota"), R.BILLING, 502),
+        (R.ErrorInfo(502, "loaded with context length of only 4096 tokens"), R.OVERFLOW, 502),  # LM Studio's streams
+        (R.ErrorInfo(502, "The model has crashed"), R.TEMPORARY, 502),
+        (R.ErrorInfo(502, "bad parameter"), R.TEMPORARY, 502),
+        (R.ErrorInfo(502, "insufficient_quota", "server_error"), R.TEMPORARY, 500),
         (R.ErrorInfo(502, ""), R.TEMPORARY, 502),
         (R.ErrorInfo(502, "x", "", "1302"), R.RATE_LIMITED, 429),  # z.ai's numbers
         (R.ErrorInfo(502, "x", "", "1113"), R.BILLING, 429),
