@@ -5233,7 +5233,7 @@ class TypedEventParser:
             return []
         try:
             data = _JSON_DECODER.decode(event.data)
-            return self.take(data, data.get("type") or ("error" if data.get("error") else event.name))
+            return self.take(data, data.get("type") or ("error" if _error_in(data) else event.name))
         except (ValueError, RecursionError, TypeError, KeyError, AttributeError):
             self.skipped += event.data.strip() != "[DONE]"
             return []

@@ -207,6 +207,16 @@ def test_the_space_after_the_colon_is_optional(source, target):
     assert translated(source, target, raw.replace(b"data: ", b"data:"))[0] == translated(source, target, raw)[0]
 
 
+@pytest.mark.parametrize("source", sorted(R.WIRE_FORMATS))
+def test_an_error_without_an_envelope_keeps_its_words_in_a_stream_of_any_format(source):
+    """FastAPI's, Bedrock's and Cloudflare's: in two formats they were an answer cut off, in the router's words."""
+    for body in ({"message": "too much"}, {"success": False, "errors": [{"message": "too much"}], "message": "too much"}):
+        relay = R.make_processor(source, source, CONTEXT)
+        relay.feed(b"data: %s\n\n" % json.dumps(body).encode())
+        relay.finish()
+        assert relay.failed is not None and relay.failed.message == "too much"
+
+
 @pytest.mark.parametrize("source, target", PAIRS)
 def test_a_truncated_stream_ends_in_an_error_and_without_a_success(source, target):
     """trap 14"""
