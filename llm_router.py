@@ -7225,9 +7225,25 @@ def drop_encrypted(body: Json) -> Optional[Json]:
     return {**body, "input": kept} if len(kept) < len(items) else None
 
 
+OWN_REASONING = b"rs_req_"  # how the ids begin that the router gives to reasoning of other formats
+
+
+def drop_plain_reasoning(body: Json, prefix: str = "") -> Optional[Json]:
+    """A Responses body without the reasoning that is not encrypted and whose id begins with `prefix`; None if it has
+    none. A provider looks it up by that id, and what it did not store itself is a 404 (vercel/ai#7543)."""
+
+    def is_kept(item: Json) -> bool:
+        is_plain = item.get("type") == "reasoning" and not item.get("encrypted_content")
+        return not is_plain or not get_text(item, "id").startswith(prefix)
+
+    items = get_list(body, "input")
+    kept = [item for item in items if is_kept(as_dict(item))]
+    return {**body, "input": kept} if len(kept) < len(items) else None
+
+
 _FOREIGN = "its history without the proofs of others"
 _THINKING_REFUSED = r"(?:invalid[^\n]{0,20}signature[^\n]{0,80}|expected[^\n]{0,20})thinking"
-# Format, the 400 that refuses foreign words or misses a proof, the repair in words, and the body mended, or None.
+# Format, what a 400 or 404 says of foreign words or a missing proof, the repair in words, and the body mended, or None.
 # Anthropic: "Invalid `signature` in `thinking` block", "Expected `thinking` or `redacted_thinking`, but found ..."
 # (traps 64, 85, 86).
 REPAIRS = (
@@ -7235,6 +7251,7 @@ REPAIRS = (
     ("openai", r"missing a thought_?signature", "its calls with signatures", sign_calls),
     ("openai", r"reasoning_content[^\n]{0,30}must be passed back", "its calls with reasoning", blank_thoughts),
     ("responses", r"invalid_encrypted_content|encrypted content[^\n]{0,200}could not", _FOREIGN, drop_encrypted),
+    ("responses", r"item with id '[^'\n]+' not found", _FOREIGN, drop_plain_reasoning),
     ("anthropic", _THINKING_REFUSED, _FOREIGN, lambda body: drop_thinking(body, False)),
 )
 
@@ -8096,6 +8113,8 @@ class Requests:
         value, changed = self._inbound.body.value, None
         if wire == "anthropic" and compat.signed_thinking:
             changed = drop_thinking(value)
+        if wire == "responses" and OWN_REASONING in (self._inbound.body.data or OWN_REASONING):
+            changed = drop_plain_reasoning(value, OWN_REASONING.decode())
         if wire == "anthropic" and compat.betas is not None:
             changed = bare_cache_marks(changed or value)
             changed = drop_attribution(changed) or changed
@@ -8165,7 +8184,10 @@ class Outcome(NamedTuple):
 # documentation and of errors that users pasted in public threads (traps 123, 128, 144, 155).
 SIGNALS: Tuple[Tuple[str, Tuple[int, ...], Texts], ...] = (
     # What a provider no longer keeps says nothing about its model; the SDKs mend it.
-    (INVALID, (400, 404), (r"^(?:thread_(?:not_found|unsupported_request)|previous_response_not_found)$",)),
+    (INVALID, (400, 404), (
+        r"^(?:thread_(?:not_found|unsupported_request)|previous_response_not_found)$",
+        r"item with id '[^'\n]+' not found",
+    )),
     (RATE_LIMITED, (413,), (r"tokens? per (?:min|minute|day)", r"\btp[md]\b", r"rate_limit")),
     # Gemini words its windows like an account without credit (ai.google.dev, Rate limits).
     (RATE_LIMITED, (429,), (r"quota exceeded for (?:quota )?metric", r"please retry in \d")),

@@ -788,26 +788,45 @@ def test_a_call_whose_id_is_no_text_is_passed_through_for_its_upstream_to_refuse
 OPENAI_SEAL = "The encrypted content gAAA could not be verified. Reason: Encrypted content could not be decrypted or parsed."
 SEALED = {"type": "reasoning", "id": "rs_1", "summary": [], "encrypted_content": "gAAA"}
 SIGNED = {"type": "thinking", "thinking": "hm", "signature": "foreign"}
+OPENAI_LOST = "Item with id 'rs_1' not found. Items are not persisted when `store` is set to false."  # vercel/ai#7543
+PLAIN = {"type": "reasoning", "id": "rs_1", "summary": [{"type": "summary_text", "text": "foreign"}]}
+QUESTIONS = [{"role": "user", "content": "q"}, {"role": "user", "content": "r"}]
 FOREIGN = [
-    ("responses", {"input": [{"role": "user", "content": "q"}, SEALED, {"role": "user", "content": "r"}]}, OPENAI_SEAL),
-    ("anthropic", history("foreign"), "messages.1.content.0: Invalid `signature` in `thinking` block"),
+    ("responses", {"input": [QUESTIONS[0], SEALED, QUESTIONS[1]]}, 400, OPENAI_SEAL),
+    ("responses", {"input": [QUESTIONS[0], PLAIN, QUESTIONS[1]]}, 404, OPENAI_LOST),
+    ("anthropic", history("foreign"), 400, "messages.1.content.0: Invalid `signature` in `thinking` block"),
 ]
 
 
-@pytest.mark.parametrize("wire, body, message", FOREIGN)
-def test_reasoning_that_an_upstream_did_not_issue_is_left_out_after_its_400_once(wire, body, message, router, make_upstream):
-    """Traps 64, 85."""
-    upstream = make_upstream(fake.final_text("ok"))
-    running = router(config_of(provider(upstream, wire, "a", ["m"])))
-    refusal = fake.error_answer(wire, 400, message, "invalid_request_error")
+@pytest.mark.parametrize("wire, body, status, message", FOREIGN)
+def test_reasoning_that_an_upstream_did_not_issue_is_left_out_after_its_refusal_once(
+    wire, body, status, message, router, make_upstream
+):
+    """Traps 64, 85. What cannot be mended is the request's fault: its model is not cooled, and nobody else is asked."""
+    upstream, other = make_upstream(fake.final_text("ok")), make_upstream()
+    models = [{"id": "m", "fallbackModels": ["b/m"]}]
+    running = router(config_of(provider(upstream, wire, "a", models), provider(other, wire, "b", ["m"])))
+    refusal = fake.error_answer(wire, status, message, "invalid_request_error")
     upstream.answer(refusal)
     assert running.post(PATHS[wire], dict(body, model="a/m")).status == 200
     sent = [json.dumps(call.json) for call in upstream.calls]
     assert ["gAAA" in text or "foreign" in text for text in sent] == [True, False]
     running.wait_log("again, its history without the proofs of others")
     upstream.answer(refusal, refusal)
-    assert running.post(PATHS[wire], dict(body, model="a/m")).status == 400
-    assert len(upstream.calls) == 4
+    assert running.post(PATHS[wire], dict(body, model="a/m")).status == status
+    assert (len(upstream.calls), len(other.calls)) == (4, 0)
+
+
+@pytest.mark.parametrize("refers", [False, True])
+def test_reasoning_that_the_router_showed_of_another_format_reaches_no_provider_of_responses(refers, router, make_upstream):
+    """OpenAI looks it up by its id and answers 404, with every turn that follows a fallback (Codex, the Agents SDK)."""
+    claude, gpt = make_upstream(fake.final_text("ok", reasoning="hm")), make_upstream(fake.final_text("ok"))
+    running = router(config_of(provider(claude, "anthropic", "a", ["m"]), provider(gpt, "responses", "b", ["m"])))
+    output = running.post("/v1/responses", {"model": "a/m", "input": QUESTIONS[:1]}).json["output"]
+    assert [item["type"] for item in output] == ["reasoning", "message"]
+    turns = [{"type": "item_reference", "id": item["id"]} if refers else item for item in output]
+    assert running.post("/v1/responses", {"model": "b/m", "input": [QUESTIONS[0], *turns, QUESTIONS[1]]}).status == 200
+    assert gpt.calls[0].json["input"] == [QUESTIONS[0], output[1], QUESTIONS[1]]
 
 
 def test_thinking_is_off_where_a_replayed_tool_turn_has_none():
