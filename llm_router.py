@@ -8369,7 +8369,9 @@ _TRY_AGAIN = (
     r"(?:(?:try again|retry|available again|reset)[^\n]{0,40}?(?:in|after)|please wait)\s+"
     r"((?:\d+(?:\.\d+)?\s*[a-z]+[\s,]*(?:and\s+)?){1,4})"
 )
-_RESET_AT = r"reset[^\n]{0,30}?(?:at|on)\s+(\d{4}-\d\d-\d\d[t ]\d\d:\d\d(?::\d\d)?(?:\.\d+)?(?:z|[+-]\d\d:?\d\d)?)"
+_RESET_AT = (
+    r"(?:reset[^\n]{0,30}?(?:at|on)\s+|将在\s*)(\d{4}-\d\d-\d\d[t ]\d\d:\d\d(?::\d\d)?(?:\.\d+)?)(z|[+-]\d\d:?\d\d)?"
+)
 # Every answer to a Claude subscription tells when windows of hours and days end; `-status` whether one is used up, and
 # `-reset` when that is over (Claude Code gateway protocol, Usage-limit headers).
 _UNIFIED = "anthropic-ratelimit-unified-"
@@ -8420,7 +8422,9 @@ def _from_words(words: Sequence[str], now: float) -> Optional[float]:
         match, at = (re.search(pattern, word.lower()) for pattern in (_TRY_AGAIN, _RESET_AT))
         seconds = read_duration(match.group(1)) if match else None
         if seconds is None and at:
-            seconds = _seconds_until(at.group(1), now)
+            stamp, zone = at.groups("")  # z.ai leaves it out and means Beijing's (can1357/oh-my-pi#11014)
+            waits = [_seconds_until(stamp + one, now) for one in ([zone] if zone else ["+08:00", ""])]
+            seconds = next((wait for wait in waits if wait is not None and wait > 0), waits[-1])
         if seconds is not None:
             return seconds
     return None

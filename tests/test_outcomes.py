@@ -435,7 +435,10 @@ BODIES = [
     (error("Please retry in 23.4s."), 23.4),
     (error("try again in 1 hour and 5 minutes"), 3900),
     (error("Your limit will reset at 2027-01-15T09:00:00Z"), 3600),
-    (error("Your limit will reset at 2027-01-15 08:00:10"), 10),
+    (error("Your limit will reset at 2027-01-15 08:00:10"), 10),  # long ago in Beijing
+    (error("Usage limit reached for 5 hour. Your limit will reset at 2027-01-15 17:00:10", code="1308"), 3610),  # z.ai's time
+    (error("已达到 5 小时的使用上限。您的限额将在 2027-01-15 17:00:10 重置。", code="1308"), 3610),
+    (error("Your limit will reset at 2027-01-15 17:00:10+08:00"), 3610),
     (error("try again in 90 days"), DAY),
     (error("try again in 2 months"), None),
     (error("try again later"), None),
