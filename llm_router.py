@@ -13954,21 +13954,29 @@ class Router(CountingHost):
 
     async def _control(self, method: str, verb: str) -> Tuple[int, Json]:
         name, _, argument = verb.partition("/")
-        if method == "GET" and name == "status":
+        request = "%s %s" % (method, name)
+        if request == "GET status":
             return 200, self.status()
-        if method == "GET" and name == "model":
-            return 200, {"problem": self._problem_of(unquote(argument))}
-        if method == "GET" and name == "trail":
+        if request == "GET model":
+            problem = ""  # why no request for that model could be served
+            try:
+                self.gateway.routes.find_plan(unquote(argument))
+            except RouterError as error:
+                problem = error.message
+            return 200, {"problem": problem}
+        if request == "GET trail":
             record = self.ring.find(argument)
             if record and record["usage"]:
                 record["cost"] = cost_of(record["model"], record["usage"].values(), self.costs)
             return (200, {"trail": record}) if record else (404, {"error": "that request is not remembered (any more)"})
-        if method == "POST" and name in ("reload", "restart"):
-            return self.try_reload() if name == "reload" else await self._restart()
-        if method == "POST" and name in ("admit", "dismiss"):
+        if request == "POST reload":
+            return self.try_reload()
+        if request == "POST restart":
+            return await self._restart()
+        if request in ("POST admit", "POST dismiss"):
             self._change_guests(name, argument)
             return 200, {}
-        if method == "POST" and name == "stop":
+        if request == "POST stop":
             self.is_told = True
             self.stop(argument)
             return 200, {"pid": os.getpid(), "grace_s": self.grace_s}
@@ -13982,14 +13990,6 @@ class Router(CountingHost):
             self.restarts, self.is_told = not self.is_told, True
             self.stop()
         return (422, {"error": trouble}) if trouble else (status, body)
-
-    def _problem_of(self, model: str) -> str:
-        """Why no request for that model could be served, "" when one could."""
-        try:
-            self.gateway.routes.find_plan(model)
-        except RouterError as error:
-            return error.message
-        return ""
 
     def _change_guests(self, verb: str, argument: str) -> None:
         """Let a client in by the SHA-256 of its key, `admit/SHA256/NAME`, or out, `dismiss/SHA256`; not stored."""
@@ -15308,8 +15308,8 @@ class Finding(NamedTuple):
     cure: str = ""
 
 
-def examine(given: str, port: int, environ: Environ, offline: bool) -> List[Finding]:
-    """Everything that is looked at, in order. given: --config; port: where the router is to listen."""
+def examine(given: str, settings: Settings, environ: Environ, offline: bool) -> List[Finding]:
+    """Everything that is looked at, in order. given: --config; settings: they name the port that is to be used."""
     findings, config = _examine_config(given, environ)
     home = os.path.dirname(state_path())
     if not os.access(home, os.W_OK):
@@ -15318,14 +15318,13 @@ def examine(given: str, port: int, environ: Environ, offline: bool) -> List[Find
     running = running_instances()
     ports = {instance.port for instance, _ in running}
     findings += _examine_running(running)
-    findings += [_examine_port(port)] if port not in ports else []
-    findings += [*_examine_network(environ), *_examine_clients(environ, ports | {port})]
+    findings += [_examine_port(settings.port)] if settings.port not in ports else []
+    findings += [*_examine_network(environ), *_examine_clients(environ, ports | {settings.port})]
     providers = [provider for provider in config.providers if provider.enabled]
     for one in providers:  # a base URL may have come from anywhere
         hosts = dict.fromkeys(urlsplit(url).netloc for url in one.base_urls.values())
         findings += [Finding("ok", "key of " + one.id, "goes to " + ", ".join(hosts))] if one.api_key and hosts else []
     if not offline:  # several at once, in one loop: threads would outlive a Ctrl-C
-        settings = read_settings({}, environ)[0]
         findings += run_loop(gather_some(_examine_provider, ((one, settings, environ) for one in providers)))
     return findings
 
@@ -15596,21 +15595,21 @@ def shell_lines(variables: Environ, shell: str) -> List[str]:
 
 Effects = Mapping[str, Callable[..., Any]]  # by the name of an Effect; the first argument is the Job
 
-# style -> colour and attributes of curses
+# style -> the words of curses for it: attributes, and a colour before them
 _STYLES = {
-    "title": ("", "A_REVERSE A_BOLD"),
-    "changed": ("YELLOW", "A_REVERSE A_BOLD"),
-    "selected": ("CYAN", "A_REVERSE"),
-    "name": ("", "A_BOLD"),
-    "key": ("CYAN", "A_BOLD"),
-    "dim": ("", "A_DIM"),
-    "off": ("", "A_DIM"),
-    "ok": ("GREEN", ""),
-    "note": ("GREEN", "A_BOLD"),
-    "warning": ("YELLOW", "A_BOLD"),
-    "error": ("RED", "A_BOLD"),
-    "typed": ("", "A_UNDERLINE"),
-    "caret": ("", "A_REVERSE"),
+    "title": "A_REVERSE A_BOLD",
+    "changed": "YELLOW A_REVERSE A_BOLD",
+    "selected": "CYAN A_REVERSE",
+    "name": "A_BOLD",
+    "key": "CYAN A_BOLD",
+    "dim": "A_DIM",
+    "off": "A_DIM",
+    "ok": "GREEN",
+    "note": "GREEN A_BOLD",
+    "warning": "YELLOW A_BOLD",
+    "error": "RED A_BOLD",
+    "typed": "A_UNDERLINE",
+    "caret": "A_REVERSE",
 }
 _CHARACTER_NAMES = "enter enter down backspace backspace home delete end ctrl-u ctrl-c space".split()
 _CHARACTER_KEYS = dict(zip("\n\r\t\x7f\b\x01\x04\x05\x15\x03 ", _CHARACTER_NAMES))
@@ -15810,11 +15809,12 @@ def _attributes_of(curses: Any) -> Dict[str, int]:
     if curses.has_colors():
         curses.use_default_colors()  # the wrapper has made everything white on black
     has_color = curses.has_colors() and not os.environ.get("NO_COLOR")
-    found = {}
-    for style, (color, names) in _STYLES.items():
-        found[style] = sum(getattr(curses, name) for name in names.split())
-        if color and has_color:
-            number = getattr(curses, "COLOR_" + color)
+    found: Dict[str, int] = defaultdict(int)
+    for style, word in ((style, word) for style, words in _STYLES.items() for word in words.split()):
+        if word.startswith("A_"):
+            found[style] |= getattr(curses, word)
+        elif has_color:
+            number = getattr(curses, "COLOR_" + word)
             curses.init_pair(number, number, -1)
             found[style] |= curses.color_pair(number)
     return found
@@ -16774,7 +16774,7 @@ def run_reload(given: Given) -> int:
 
 def run_doctor(given: Given) -> int:
     """`doctor`: one line for each thing that was looked at, with its cure; 1 when there is a problem."""
-    findings = examine(given.config or "", given.settings.port, given.environ, bool(given.offline))
+    findings = examine(given.config or "", given.settings, given.environ, bool(given.offline))
     bad = any(finding.level == "problem" for finding in findings)
     lines = []
     for one in findings:
