@@ -1410,25 +1410,6 @@ def _fits(name: str, first: str, *others: str) -> bool:
 # ----- well-known providers -----
 
 
-class Preset(NamedTuple):
-    """A well-known provider. keys: where its users keep the key, variables without their `_API_KEY`. model: one that
-    every account has. keys_at: where to get a key. openai, anthropic, responses: base URLs, https:// left out."""
-
-    id: str
-    name: str
-    keys: str
-    model: str
-    keys_at: str = ""
-    openai: str = ""
-    anthropic: str = ""
-    responses: str = ""
-
-    @property
-    def variables(self) -> List[str]:
-        """Its key variables, the first that is set wins."""
-        return [name + "_API_KEY" for name in self.keys.split()]
-
-
 WAYS_ON = (
     "add a provider: llm-router config opens the menu, llm-router config --operation=upsert-provider --help is for"
     " scripts; or set a key variable such as OPENAI_API_KEY; or try llm-router demo"
@@ -1437,6 +1418,7 @@ WAYS_ON = (
 # In the order in which the first key found gives the default model; last the servers on this machine at their usual
 # ports, which need no key.
 _PRESET_TABLE = """
+    id | name | keys | model | keys_at | openai | anthropic | responses
     openai | OpenAI | OPENAI | gpt-4o | platform.openai.com/api-keys | api.openai.com/v1 | | api.openai.com/v1
     anthropic | Anthropic | ANTHROPIC | claude-sonnet-4-5 | platform.claude.com/settings/keys | | api.anthropic.com
     openrouter | OpenRouter | OPENROUTER | openrouter/auto | openrouter.ai/settings/keys | openrouter.ai/api/v1
@@ -1458,7 +1440,17 @@ _PRESET_TABLE = """
     llamacpp | llama.cpp | |  | | http://127.0.0.1:8080/v1
     vllm | vLLM | |  | | http://127.0.0.1:8000/v1
 """
-PRESETS = tuple(Preset(*map(str.strip, line.split("|"))) for line in _PRESET_TABLE.strip().split("\n"))
+_PRESET_ROWS = [[cell.strip() for cell in line.split("|")] for line in _PRESET_TABLE.strip().split("\n")]
+Preset = namedtuple("Preset", _PRESET_ROWS[0], defaults=[""] * len(_PRESET_ROWS[0]))
+Preset.__doc__ = """A well-known provider. keys: where its users keep the key, variables without their `_API_KEY`.
+model: one that every account has. keys_at: where to get a key. openai, anthropic, responses: base URLs, https:// left
+out."""
+PRESETS = tuple(Preset(*row) for row in _PRESET_ROWS[1:])
+
+
+def preset_variables(row: Preset) -> List[str]:
+    """Its key variables, the first that is set wins."""
+    return [name + "_API_KEY" for name in row.keys.split()]
 
 
 def preset_urls(row: Preset) -> Dict[str, str]:
@@ -1469,7 +1461,7 @@ def preset_urls(row: Preset) -> Dict[str, str]:
 
 def preset_document(environ: Environ) -> Optional[Json]:
     """A configuration of every well-known provider whose key variable is set; None when none is."""
-    found = {row: name for row in PRESETS for name in reversed(row.variables) if environ.get(name, "").strip()}
+    found = {row: name for row in PRESETS for name in reversed(preset_variables(row)) if environ.get(name, "").strip()}
     providers = [
         {"id": row.id, "name": row.name, "baseUrlByFormat": preset_urls(row), "apiKeyEnv": name, "models": ["*"]}
         for row, name in found.items()
@@ -9342,7 +9334,7 @@ def _provider_rows(menu: Menu) -> List[Row]:
 def _preset_rows(menu: Menu) -> List[Row]:
     rows = []
     for preset in PRESETS:
-        variable = next((name for name in preset.variables if name in menu.facts.variables), "")
+        variable = next((name for name in preset_variables(preset) if name in menu.facts.variables), "")
         key, hint = "", "get a key at " + preset.keys_at
         if variable:
             key, hint = "has a key", "its key is in $" + variable
@@ -9350,7 +9342,7 @@ def _preset_rows(menu: Menu) -> List[Row]:
             key, hint = "needs none", "runs on this machine"
         cells = (preset.name, key, preset.openai or preset.anthropic)
         rows.append(Row(cells, (preset, variable), hint, "ok" if key else ""))
-    return [*rows, Row(("Another one", "", "any provider, by its URL"), (Preset("", "", "", ""), ""))]
+    return [*rows, Row(("Another one", "", "any provider, by its URL"), (Preset(), ""))]
 
 
 def _start_provider(menu: Menu, chosen: Tuple[Preset, str]) -> Menu:

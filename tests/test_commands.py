@@ -67,7 +67,7 @@ def home(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HOME", str(folder))
     monkeypatch.setenv("USERPROFILE", str(folder))
     for row in r.PRESETS:
-        for name in row.variables:
+        for name in r.preset_variables(row):
             monkeypatch.delenv(name, raising=False)
     made = Home(folder, capsys, monkeypatch)
     monkeypatch.setattr(r, "run_server", lambda options: made.started.append(options) or 0, raising=False)
