@@ -695,7 +695,7 @@ _MAY_BE_SECRETS = (
     r"""((?i:key|secret|token|auth|credential|password)[^"':,{}]{0,80}["']?\s*:\s*(["']))((?:\\.|(?!\2).)*)""",
     r"(())([A-Za-z0-9_+/=-]{24,}|\bsk-[A-Za-z0-9_-]+)",
 )
-_TYPES = {bool: "a boolean", dict: "an object", list: "a list", str: "text", int: "a whole number", float: "a number"}
+_TYPES = {bool: "true/false", dict: "an object", list: "a list", str: "text", int: "a whole number", float: "a number"}
 
 
 def parse_config_text(text: Union[str, bytes], source: str) -> Json:
@@ -1590,15 +1590,17 @@ def add_client_key(document: Json, name: str, key: str) -> Edit:
     if not name.strip():
         raise UsageError("the client has no name: give --name")
     entry = {"name": name.strip(), "sha256": hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()}
-    entries = [*_client_keys_but(document, name), entry]
-    return _set_in_config(document, "clientKeys", entries, "client key of %s set" % name.strip())
+    others = _client_keys_but(document, name)
+    done = "set" if len(others) == len(get_field(document, "config", "clientKeys") or ()) else "replaced"
+    return _set_in_config(document, "clientKeys", [*others, entry], "client key of %s %s" % (name.strip(), done))
 
 
 def remove_client_key(document: Json, name: str) -> Edit:
     """Let a client in no longer. UsageError when no key has that name."""
     kept = _client_keys_but(document, name)
     if len(kept) == len(get_field(document, "config", "clientKeys") or ()):
-        raise UsageError("there is no client key of the name %s" % one_line(name, 60))
+        near = _near_or_all(name, [get_text(as_dict(entry), "name") for entry in kept])
+        raise UsageError("there is no client key of the name %s%s" % (one_line(name, 60), near))
     return _set_in_config(document, "clientKeys", kept, "client key of %s removed" % name.strip())
 
 
@@ -9182,8 +9184,8 @@ def _back(menu: Menu, item: Any = None) -> Menu:
 
 
 def _leave(menu: Menu, item: Any = None) -> Menu:
-    if not menu.is_unsaved:
-        return _quit(menu)
+    if not menu.is_unsaved or menu.front.screen == "leave":
+        return menu if menu.is_unsaved else _quit(menu)
     rows = [
         ("Save and quit", lambda menu: _save(menu, _quit), "write the changes to the file"),
         ("Quit without saving", _quit, "the file stays as it is"),
@@ -9609,8 +9611,13 @@ def _edit_alias(menu: Menu, name: str) -> Menu:
 
 
 def _add_alias(menu: Menu, item: Any) -> Menu:
-    then = lambda menu, name: _edit_alias(menu, name.strip()) if name.strip() else menu  # noqa: E731
-    return _ask(menu, "New alias", then, "A name, or a pattern with *: claude-* catches every such name.")
+    def named(menu: Menu, name: str) -> Menu:
+        kind = _FIELD_KINDS["alias"]
+        if name.strip() and not kind.is_good(name):
+            raise UsageError("%s %s; %s" % (name.strip(), kind.message, kind.cure))
+        return _edit_alias(menu, name.strip()) if name.strip() else menu
+
+    return _ask(menu, "New alias", named, "A name, or a pattern with *: claude-* catches every such name.")
 
 
 # ----- keys of clients -----
@@ -14245,10 +14252,9 @@ async def _repeat(router: Router, every_s: float, work: Callable[[], Any]) -> No
         try:
             await work()
         except Exception as error:  # the task would end, and nobody would know
-            trouble = one_line("%s: %s" % (type(error).__name__, error), 300)
-            if trouble != told:
-                router.log.note("a task in the background failed, and goes on: " + trouble, "error")
-            told = trouble
+            told, before = one_line("%s: %s" % (type(error).__name__, error), 300), told
+            if told != before:
+                router.log.note("a task in the background failed, and goes on: " + told, "error")
 
 
 async def _listen(server: Server, host: str, port: int) -> int:
@@ -16458,11 +16464,12 @@ def run_startup(given: Given) -> int:
         if verb == "status" or state == "not installed":
             return given.tell({"state": state, "path": service.path}, [state])
         left, said = give_commands(service.remove)
-        state = "not removed:" if left else "removed"
-    lines = ["%s %s" % (state, one_line(service.path) or "the task " + SERVICE_NAME)]
+        state = "not removed" if left else "removed"
+    lines = ["%s: %s" % (state, one_line(service.path) or "the task " + SERVICE_NAME)]
     lines += ["now run: " + " && ".join(left), "which failed here: " + said] if left else []
     lines += [service.hint] if service.hint and verb == "install" else []
-    return given.tell({"state": state, "path": service.path, "left": left, "reason": said}, lines)
+    told = {"state": state, "path": service.path, "left": left, "reason": said}
+    return given.tell(told, lines, int(state == "not removed"))
 
 
 def _warn_of_lost_keys(options: StartOptions) -> None:
@@ -16601,7 +16608,9 @@ def read_start_options(given: Given) -> StartOptions:
     try:
         config = read_usable_config(loaded.document, given.environ)
     except ConfigError as error:
-        raise ConfigError("%s: %s" % (one_line(loaded.source), error.message), error.problems) from None
+        more = " --config=" + one_line(given.config) if given.config else ""
+        words = error.message.replace("=validate)", "=validate%s)" % more)
+        raise ConfigError("%s: %s" % (one_line(loaded.source), words), error.problems) from None
     auth = bool(given.require_auth)
     if auth and not config.master_key and not config.client_keys:
         cure = "llm-router config --operation=set-master-key --generate, or LLM_ROUTER_MASTER_KEY"

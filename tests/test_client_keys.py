@@ -73,10 +73,16 @@ def test_two_clients_of_one_name_are_a_problem():
 
 def test_an_entry_without_a_name_bears_none_that_could_be_removed():
     document = {"clientKeys": [{"sha256": "0" * 64}, "odd", {"name": "laptop", "sha256": "1" * 64}]}
-    for name in ("none", ""):
-        with pytest.raises(r.UsageError, match="no client key"):
+    for name in ("none", "", "lapto"):
+        with pytest.raises(r.UsageError, match=r"no client key.*; (there are|did you mean) laptop"):
             r.remove_client_key(document, name)
     assert r.remove_client_key(document, " LAPTOP").document["clientKeys"] == document["clientKeys"][:2]
+
+
+def test_a_second_key_for_a_client_is_told_to_replace_the_first():
+    first = r.add_client_key({}, "laptop", "a")
+    assert first.notes == ("client key of laptop set",)
+    assert "replaced" in r.add_client_key(first.document, "Laptop", "b").notes[0]
 
 
 def test_a_client_key_opens_the_server_is_named_in_the_log_and_revoked_by_a_reload(config_path, router, capsys):

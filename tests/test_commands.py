@@ -652,6 +652,15 @@ def test_start_shows_what_is_odd_in_the_configuration(filled):
     assert "warning: surprise" in err
 
 
+def test_where_several_errors_keep_a_server_from_starting_the_command_that_lists_them_names_the_same_file(filled, tmp_path):
+    other = tmp_path / "other.json"
+    other.write_text('{"defaultModel": "x", "masterKey": 1, "providers": []}')
+    code, _, err = filled.run("start --config=%s" % other)
+    assert code == 2 and "config --operation=validate --config=%s)" % other in err
+    filled.write(json.loads(other.read_text()))
+    assert "config --operation=validate)" in filled.run("start")[2]
+
+
 # ----- the other commands -----
 
 

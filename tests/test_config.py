@@ -309,7 +309,7 @@ def test_enabled_is_read_as_a_flag(enabled, value):
 
 
 @pytest.mark.parametrize(
-    ("value", "words"), [(True, "a boolean"), ({}, "an object"), ([], "a list"), (1.5, "a number")]
+    ("value", "words"), [(True, "true/false"), ({}, "an object"), ([], "a list"), (1.5, "a number")]
 )
 def test_a_wrong_type_is_named(value, words):
     assert "is " + words in only_problem(changed(masterKey=value), "masterKey").message

@@ -507,6 +507,18 @@ def test_aliases_and_the_default_model_are_set_and_removed():
     assert host.document["defaultModel"] == "router/mini"
 
 
+def test_a_name_that_cannot_be_an_alias_is_refused_where_it_is_typed():
+    host = Host().open("Aliases").press("a").type("smart")
+    assert host.menu.is_error and host.menu.note == "smart cannot be an alias; choose another name; for smart set defaultModel"
+    assert host.menu.front.title == "New alias" and host.type("smarter").menu.front.title == "Alias smarter"
+
+
+def test_who_asks_twice_to_quit_is_asked_once():
+    host = Host().open("Providers").press("d", "q", "q")
+    assert host.screen().count("Unsaved changes") == 1 and not host.effects
+    assert host.press("esc").menu.front.screen == "providers"
+
+
 # ----- keys of clients -----
 
 

@@ -126,7 +126,9 @@ def test_a_file_that_the_tool_needs_to_undo_it_stays_until_the_tool_has_done_so(
     assert r.main(["config", "--operation=startup-install"]) == 0
     (linux / "tools" / "systemctl").write_text("#!/bin/sh\necho no bus >&2\nexit 1\n")
     capsys.readouterr()
-    assert r.main(["config", "--operation=startup-uninstall"]) == 0
+    assert r.main(["config", "--operation=startup-uninstall", "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["state"] == "not removed"
+    assert r.main(["config", "--operation=startup-uninstall"]) == 1
     shown = capsys.readouterr().out
     command = "systemctl --user disable --now llm-router.service && rm %s" % (linux / UNIT)
     assert "not removed" in shown and command in shown and (linux / UNIT).exists()
