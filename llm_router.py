@@ -8259,7 +8259,7 @@ SIGNALS: Tuple[Tuple[str, Tuple[int, ...], Texts], ...] = (
 
 _STATUS_KINDS: Dict[int, str] = {
     401: AUTH, 402: BILLING, 403: FORBIDDEN, 404: NOT_FOUND, 408: TEMPORARY, 409: TEMPORARY, 410: NOT_FOUND,
-    424: TEMPORARY,  # TGI, when generation failed
+    407: FORBIDDEN, 424: TEMPORARY,  # of the proxy before the upstream; TGI, when generation failed
     425: TEMPORARY, 429: RATE_LIMITED, 451: POLICY, 498: TEMPORARY,  # 498: Groq, no capacity left in its flex tier
 }  # fmt: skip
 _CLASS_KINDS: Dict[int, str] = {3: NOT_FOUND, 4: INVALID, 5: TEMPORARY}
@@ -10751,8 +10751,8 @@ def _redacted(outcome: Outcome, provider: Provider) -> Outcome:
 
 def give_up_status(outcome: Outcome, wire: str) -> int:
     """The client's status when nobody could serve. An upstream's bad key is the operator's fault, never the client's
-    (trap 127), nor is the failure that an aggregator calls a 400 (trap 128)."""
-    is_not_clients = outcome.kind == AUTH or outcome.kind == TEMPORARY and outcome.status == 400
+    (trap 127), nor is what a proxy wants of the router, nor the failure that an aggregator calls a 400 (trap 128)."""
+    is_not_clients = outcome.kind == AUTH or (outcome.kind, outcome.status) in ((TEMPORARY, 400), (FORBIDDEN, 407))
     if is_not_clients or 200 <= outcome.status < 400 or outcome.status > 599:
         return 502
     if outcome.status in (503, 529):

@@ -420,6 +420,7 @@ def test_a_bad_key_benches_the_whole_provider_and_a_rate_limit_only_its_model(re
         ("silent", fake.hang_before_head(), 504, {"retry-after": "1"}),
         ("html", fake.text_answer(200, "<html>"), 502, {"retry-after": "1"}),
         ("a status that HTTP has not", fake.error_answer("openai", 700), 502, {"retry-after": "1"}),
+        ("the proxy wants a login", fake.error_answer("openai", 407), 502, {"x-should-retry": "false"}),
     ],
 )
 def test_when_nobody_is_left_the_origin_decides_the_status_and_every_attempt_is_told(

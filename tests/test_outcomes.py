@@ -35,7 +35,7 @@ def error(message="", type=None, code=None, **more):
 BY_STATUS = {
     R.AUTH: {401},
     R.BILLING: {402},
-    R.FORBIDDEN: {403},
+    R.FORBIDDEN: {403, 407},
     R.NOT_FOUND: {404, 410, *range(300, 400)},
     R.RATE_LIMITED: {429},
     R.POLICY: {451},
