@@ -5582,34 +5582,20 @@ _RESPONSES = "responses"
 _FlatNames = Dict[Tuple[str, str], str]  # (namespace, name) -> flat name of each tool that came in a namespace
 
 
-class _ResponsesPart(NamedTuple):
-    """How one kind of text is told: `response.<stem>.delta` and `.done` (whole text in `field`) inside an `item`.
-
-    Texts of a list `holder` have their number in `index` and `response.<frame>.added` and `.done` around them.
-    prefix: of the ids of such items. more: further fields of each event.
-    """
-
-    item: str
-    prefix: str
-    stem: str
-    field: str
-    index: str = ""
-    frame: str = ""
-    holder: str = ""
-    more: Json = {}
-
-
-_RESPONSES_PARTS = {
-    "output_text": _ResponsesPart("message", "msg", "output_text", "text", "content_index",
-                                  "content_part", "content", {"logprobs": []}),
-    "refusal": _ResponsesPart("message", "msg", "refusal", "refusal", "content_index", "content_part", "content"),
-    "reasoning_text": _ResponsesPart("reasoning", "rs", "reasoning_text", "text", "content_index",
-                                     "content_part", "content"),
-    "summary_text": _ResponsesPart("reasoning", "rs", "reasoning_summary_text", "text", "summary_index",
-                                   "reasoning_summary_part", "summary"),
-    "function_call": _ResponsesPart("function_call", "fc", "function_call_arguments", "arguments"),
-    "custom_tool_call": _ResponsesPart("custom_tool_call", "ctc", "custom_tool_call_input", "input"),
-}  # fmt: skip
+# How each kind of text is told: `response.<stem>.delta` and `.done` (whole text in `field`) inside an `item`, whose own
+# id begins with `id`. Texts of a list `holder` have their number in `index`, and `response.<frame>.added` and `.done`
+# around them.
+_RESPONSES_TABLE = """
+    kind             item             id  stem                    field     index         frame                  holder
+    output_text      message          msg output_text             text      content_index content_part           content
+    refusal          message          msg refusal                 refusal   content_index content_part           content
+    reasoning_text   reasoning        rs  reasoning_text          text      content_index content_part           content
+    summary_text     reasoning        rs  reasoning_summary_text  text      summary_index reasoning_summary_part summary
+    function_call    function_call    fc  function_call_arguments arguments
+    custom_tool_call custom_tool_call ctc custom_tool_call_input  input
+""".strip().split("\n")
+_ResponsesPart = namedtuple("_ResponsesPart", _RESPONSES_TABLE[0].split(), defaults=["", "", ""])
+_RESPONSES_PARTS = {line.split()[0]: _ResponsesPart(*line.split()) for line in _RESPONSES_TABLE[1:]}
 _RESPONSES_CALLS = {"function_call": "function", "custom_tool_call": "custom"}  # item types -> kind of the ToolCall
 # What is told as which kind of part: blocks by type, calls by kind; a Thinking's bag may say another.
 _RESPONSES_KINDS: Dict[Any, str] = {
@@ -6275,6 +6261,7 @@ class ResponsesRenderer:
         self._block: Any = None
         self._kind = ""  # of the open block's part, "" until it has something to show
         self._place: Json = {}  # of the open item, or of its open part, as events tell it
+        self._more: Json = {}  # what events of the open part's text have besides
         self._bag: Mapping[str, Any] = {}
         self._pieces: List[str] = []
         self._head = self._middle = b""
@@ -6334,12 +6321,13 @@ class ResponsesRenderer:
             out += self._tell(row.frame + ".added", part=self._part(""))
         event = b"response.%s.delta" % row.stem.encode()
         self._head = b'event: %s\ndata: {"type":"%s","sequence_number":' % (event, event)
-        self._middle = b',%s,"delta":' % dump_json({**self._place, **row.more})[1:-1]
+        self._more = {"logprobs": []} if self._kind == "output_text" else {}
+        self._middle = b',%s,"delta":' % dump_json({**self._place, **self._more})[1:-1]
         return out
 
     def _new_item(self, row: _ResponsesPart) -> Json:
         tail, bag = "_%s_%d" % (self._context.id, len(self._items) + bool(self._item)), self._bag
-        item: Json = {"id": bag.get("id") or row.prefix + tail, "type": row.item, "status": "in_progress"}
+        item: Json = {"id": bag.get("id") or row.id + tail, "type": row.item, "status": "in_progress"}
         if row.item == "message":
             return {**item, "role": "assistant", "content": [], **_responses_kept(bag, "phase")}
         if row.item == "reasoning":
@@ -6375,7 +6363,7 @@ class ResponsesRenderer:
         part = self._part(text)
         for number, annotation in enumerate(part.get("annotations", ())):
             out += self._tell("output_text.annotation.added", annotation_index=number, annotation=annotation)
-        out += self._tell(row.stem + ".done", **{row.field: text}, **row.more)
+        out += self._tell(row.stem + ".done", **{row.field: text}, **self._more)
         self._item[row.holder].append(part)
         self._refused = self._refused or self._kind == "refusal"
         return out + self._tell(row.frame + ".done", part=part)
