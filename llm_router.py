@@ -16330,6 +16330,8 @@ def run_add_client_key(given: Given) -> int:
 def run_list(given: Given) -> int:
     """`--operation=list`, and the program without a command: the configuration with its keys masked."""
     loaded = load_config(given.config or "", given.environ)
+    if loaded.document is None and not given.config and preset_document(given.environ):
+        loaded = given.load(presets=True)  # what start would serve
     _warn(loaded.warnings)
     lines = ["llm-router " + __version__]
     if loaded.document is None:

@@ -661,6 +661,14 @@ def test_where_several_errors_keep_a_server_from_starting_the_command_that_lists
     assert "config --operation=validate)" in filled.run("start")[2]
 
 
+def test_the_summary_shows_what_start_would_serve_of_key_variables(home):
+    """It told to set a key variable where one was set."""
+    home.monkeypatch.setenv("GROQ_API_KEY", "gsk-0123456789abcdef")
+    out = home.ok("")
+    assert "the key variables GROQ_API_KEY" in out and "https://api.groq.com/openai/v1" in out and "0123456789" not in out
+    assert not home.file.exists()
+
+
 # ----- the other commands -----
 
 
