@@ -7098,7 +7098,7 @@ FIXES: Dict[str, Fix] = {
     "strict turns": Fix(
         lambda body: body.update(strict_turns(body) or {}),
         "messages",
-        r"length (?:of )?9|unexpected role|last role user|conversation roles must alternate",
+        r"length (?:of )?9\b|unexpected role|last role user|conversation roles must alternate",
     ),
     "system in front": Fix(_system_in_front, "messages", r"system message must be at the beginning"),
     # Ollama's models think unless told not to (trap 112; docs.ollama.com, OpenAI compatibility).

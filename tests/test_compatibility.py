@@ -66,6 +66,7 @@ LESSONS = [
     ("Unknown name \"const\" at 'tools[0].function_declarations[0].parameters': Cannot find field.", "plain schemas"),
     ("After the optional system message, conversation roles must alternate user and assistant roles", "strict turns"),
     ("thinking.stream_options: Extra inputs are not permitted", ""),
+    ("Invalid 'tools[0].function.name': string too long. Expected a maximum length 64, but got a string with length 95.", ""),
     ("temperature is not supported with this model", ""),
     ("messages: text content blocks must be non-empty", ""),
     ("tool parallel_tool_calls_helper is unknown", ""),
