@@ -6877,29 +6877,27 @@ def _drop_sampling(body: Json) -> None:
         _drop("temperature", "top_p")(body)
 
 
-def blank_thoughts(body: Json) -> Optional[Json]:
-    """A Chat body all of whose answers bear `reasoning_content`, an empty one for what nobody remembers, which DeepSeek
-    takes (experientiallabs/experiential#887, #890); it refuses calls without. None when all do."""
-    turns = [
-        {**turn, "reasoning_content": turn.get("reasoning_content") or ""} if turn.get("role") == "assistant" else turn
-        for turn in _turns(body)
-    ]
+def blank_thoughts(body: Json, blank: str = "") -> Optional[Json]:
+    """A Chat body all of whose answers bear `reasoning_content`, a blank one for what nobody remembers: DeepSeek, which
+    refuses calls without, takes an empty one (experientiallabs/experiential#887, #890). None when all do."""
+    turns = []
+    for turn in _turns(body):
+        is_answer = turn.get("role") == "assistant"
+        turns.append({**turn, "reasoning_content": turn.get("reasoning_content") or blank} if is_answer else turn)
     return {**body, "messages": turns} if turns != body.get("messages") else None
 
 
 def _think_on(body: Json) -> None:
     """A turn with calls may lack its reasoning: another provider made it, or it was forgotten. Kimi does not think then
     (platform.moonshot.ai), or takes a dot for it where it always thinks (anomalyco/opencode#10996)."""
-    lacking = [turn for turn in _turns(body) if turn.get("tool_calls") and not turn.get("reasoning_content")]
+    is_lacking = any(turn.get("tool_calls") and not turn.get("reasoning_content") for turn in _turns(body))
     model = get_text(body, "model")
-    if re.search(r"kimi-k(?:2\.[7-9]|[3-9])", model):
-        for turn in lacking:
-            turn["reasoning_content"] = "."
-    elif lacking and re.search("kimi|moonshot", model):
+    always_thinks = re.search(r"kimi-k(?:2\.[7-9]|[3-9])", model)
+    if is_lacking and not always_thinks and re.search("kimi|moonshot", model):
         body["thinking"] = {"type": "disabled"}
         body.pop("reasoning_effort", None)  # both at once are refused
-    elif lacking:
-        body.update(blank_thoughts(body) or {})
+    elif is_lacking:
+        body.update(blank_thoughts(body, "." if always_thinks else "") or {})
 
 
 def strict_turns(body: Json) -> Optional[Json]:
@@ -7200,6 +7198,18 @@ def sign_calls(body: Json) -> Optional[Json]:
     return _change_turns(body, signed)
 
 
+def sign_calls_anew(body: Json) -> Optional[Json]:
+    """A Chat body without the proofs of its calls, which are then those of another provider. Google's two clouds take
+    no proof of each other, and OpenRouter asks now one, now the other (OpenRouterTeam/ai-sdk-provider#491). None
+    without calls."""
+
+    def bare(turn: Json, calls: List[Json]) -> Json:
+        own = [_without(call, "extra_content") for call in calls]
+        return {**_without(turn, "reasoning_details"), "tool_calls": own}
+
+    return sign_calls(_change_turns(body, bare) or body)
+
+
 def drop_encrypted(body: Json) -> Optional[Json]:
     """A Responses body without the encrypted items in it, which only their issuer can read; None if it has none."""
     items = get_list(body, "input")
@@ -7231,7 +7241,10 @@ _THINKING_REFUSED = r"(?:invalid[^\n]{0,20}signature[^\n]{0,80}|expected[^\n]{0,
 REPAIRS = (
     ("anthropic", r"billing-header is a reserved", "without Claude Code's line for its books", drop_attribution),
     ("openai", r"missing a thought_?signature", "its calls with signatures", sign_calls),
+    ("openai", r"(?:corrupted|invalid) thought[_ ]?signature", _FOREIGN, sign_calls_anew),
     ("openai", r"reasoning_content[^\n]{0,30}must be passed back", "its calls with reasoning", blank_thoughts),
+    # Kimi, wherever it is served: an empty one is missing to it.
+    ("openai", r"reasoning_content is missing", "its calls with reasoning", lambda body: blank_thoughts(body, ".")),
     ("responses", r"invalid_encrypted_content|encrypted content[^\n]{0,200}could not", _FOREIGN, drop_encrypted),
     ("responses", r"item with id '[^'\n]+' not found", _FOREIGN, drop_plain_reasoning),
     ("anthropic", _THINKING_REFUSED, _FOREIGN, lambda body: drop_thinking(body, False)),

@@ -733,6 +733,43 @@ def test_a_conversation_without_its_reasoning_goes_to_deepseek_with_empty_ones_i
     assert [turn["reasoning_content"] for turn in answers] == ["", "kept", ""] and len(upstream.calls) == 2
 
 
+def test_a_conversation_without_its_reasoning_goes_to_kimi_with_a_dot_wherever_it_is_served(router, make_upstream):
+    """Its words come through OpenCode Zen and OpenRouter, wrapped."""
+
+    def wants_reasoning(call):
+        calls = [turn for turn in call.json["messages"] if turn.get("tool_calls")]
+        if all(turn.get("reasoning_content") for turn in calls):
+            return fake.json_answer(200, fake.chat_whole("fine"))
+        words = "thinking is enabled but reasoning_content is missing in assistant tool call message at index 1"
+        raw = json.dumps({"error": {"message": words, "type": "invalid_request_error"}})
+        return fake.json_answer(400, {"error": {"message": "Provider returned error", "code": 400, "metadata": {"raw": raw}}})
+
+    upstream = make_upstream(wants_reasoning)
+    running = router(config_of(provider(upstream, "openai", "a", ["m"])))
+    for wire in ("openai", "anthropic"):
+        assert running.post(PATHS[wire], dict(tool_turns(wire), model="a/m")).status == 200
+
+
+def test_proofs_of_calls_that_gemini_no_longer_takes_are_left_out_in_one_more_try(router, make_upstream):
+    def wants_none_but_its_own(call):
+        if "stale" not in call.body.decode():
+            return fake.json_answer(200, fake.chat_whole("fine"))
+        words = {"error": {"code": 400, "message": "Corrupted thought signature.", "status": "INVALID_ARGUMENT"}}
+        raw = {"message": "Provider returned error", "code": 400, "metadata": {"raw": json.dumps(words)}}
+        return fake.json_answer(400, {"error": raw})
+
+    upstream = make_upstream(wants_none_but_its_own)
+    running = router(config_of(provider(upstream, "openai", "a", ["m"])))
+    body = dict(tool_turns("openai"), model="a/m")
+    turn = next(turn for turn in body["messages"] if turn.get("tool_calls"))
+    turn["reasoning_details"] = [{"type": "reasoning.encrypted", "data": "stale"}]
+    turn["tool_calls"][0]["extra_content"] = {"google": {"thought_signature": "stale"}}
+    assert running.post(PATHS["openai"], body).status == 200
+    sent = next(turn for turn in upstream.calls[-1].json["messages"] if turn.get("tool_calls"))
+    assert sent["tool_calls"][0]["extra_content"]["google"]["thought_signature"] == "skip_thought_signature_validator"
+    assert llm_router.sign_calls_anew({"messages": [{"role": "user", "content": "q"}]}) is None
+
+
 def test_a_turn_that_bears_a_signature_is_not_marked():
     """Parallel calls have one, on the first."""
     signed = {"id": "a", "extra_content": {"google": {"thought_signature": "s"}}}
