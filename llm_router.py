@@ -8889,12 +8889,11 @@ class Frame(NamedTuple):
 
 
 class Facts(NamedTuple):
-    """What the host knows. variables: names in the environment. settings: of settings_table. effects: what it does."""
+    """What the host knows. path: of the file. variables: names in the environment. settings: of settings_table."""
 
     path: str = ""
     variables: Iterable[str] = ()
     settings: Sequence[Json] = ()
-    effects: Iterable[str] = ()
 
 
 class Effect(Value):
@@ -9283,6 +9282,7 @@ def _home_rows(menu: Menu) -> List[Row]:
     for problem in problems:
         name = getattr(_FIELD_OF["config"].get(re.split(r"[.[]", problem.path)[0]), "key", "")
         states[name] = min(problem.level, states.get(name, "warning"))
+    changes = _count(max(1, len(menu.past)), "change") if menu.is_unsaved else "no changes"
     values = {
         "providers": ", ".join(_id_of(raw) or "?" for raw in map(as_dict, _at(menu, ("providers",)))),
         "fallbacks": "of %s" % _count(chains, "model") if chains else "",
@@ -9293,13 +9293,11 @@ def _home_rows(menu: Menu) -> List[Row]:
         "corsOrigins": ", ".join(config.cors_origins + config.allowed_hosts),
         "settings": "%d set here" % sum(row["value"] != row["default"] for row in menu.facts.settings),
         "check": _count(len(problems), "problem") if problems else "",
-        "changes": (_count(max(1, len(menu.past)), "change") if menu.is_unsaved else "no changes")
-        + (" to " + menu.facts.path if menu.facts.path else ""),
+        "changes": "%s to %s" % (changes, menu.facts.path),
     }
     return [
-        Row((label, values.get(name, "") or empty), does, hint, states.get(name, ""))
+        Row((label, values.get(name) or empty), does, hint, states.get(name, ""))
         for name, label, empty, does, hint in _HOME
-        if name in (*values, *menu.facts.effects)
     ]
 
 
@@ -16639,7 +16637,7 @@ def run_menu_command(given: Given) -> int:
     loaded = load_config(given.path, {})
     document = NEW_DOCUMENT if loaded.document is None else loaded.document
     effects = menu_effects(given.path, given.environ)
-    facts = Facts(given.path, frozenset(given.environ), settings_table(given.settings), frozenset(effects))
+    facts = Facts(given.path, frozenset(given.environ), settings_table(given.settings))
     menu, hiding = make_menu(document, facts), given.hiding_variable()
     note = _HIDES % hiding if hiding else "".join(loaded.warnings)
     return run_menu(menu._replace(note=note, is_error=True) if note else menu, effects, bool(given.prompts))

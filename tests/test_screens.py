@@ -32,7 +32,7 @@ DOCUMENT = {
     ],
 }
 SETTINGS = r.settings_table(r.read_settings({}, {"LLM_ROUTER_PORT": "9000"})[0])[:12]
-FACTS = r.Facts("/home/me/.llm-router.json", ("GROQ_API_KEY",), SETTINGS, tuple(r.menu_effects("", {})))
+FACTS = r.Facts("/home/me/.llm-router.json", ("GROQ_API_KEY",), SETTINGS)
 EMPTY = {"version": 1, "providers": []}
 PROBED = (
     [

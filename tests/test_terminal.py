@@ -156,7 +156,7 @@ def test_the_whole_way_from_a_key_to_the_file(home):
     """The menu's own effects, not doubles: what update asks for is what the host can do."""
     path = str(home / ".llm-router.json")
     effects = r.menu_effects(path, {})
-    menu = r.make_menu(BASE, r.Facts(path, (), (), frozenset(effects)))
+    menu = r.make_menu(BASE, r.Facts(path, (), ()))
     assert set(effects) >= {"save", "key", "models", "test", "startup", "deploy"}
     told = queue.SimpleQueue()
     for key in ("enter", "space", "s", "enter"):
@@ -319,7 +319,7 @@ def test_a_signal_that_an_effect_takes_for_ctrl_c_ends_the_menu_all_the_same(mon
     monkeypatch.setitem(sys.modules, "curses", Curses())
     monkeypatch.setattr(r, "_bracket_pasted", lambda wanted: None)
     monkeypatch.setattr("builtins.input", lambda *_: "")
-    menu = r.make_menu({"providers": []}, r.Facts(effects=("deploy",)))
+    menu = r.make_menu({"providers": []}, r.Facts())
     with pytest.raises(KeyboardInterrupt):
         r._Painter(menu, {"deploy": deploy}, ended).run(Keyboard(*"jjjjjjjj\n", lambda: pytest.fail("it goes on")))
 
@@ -350,7 +350,7 @@ def test_what_a_lent_terminal_is_for_is_not_kept_from_it_by_a_command_that_was_l
     monkeypatch.setitem(sys.modules, "curses", Curses())
     monkeypatch.setattr(r, "_bracket_pasted", lambda wanted: None)
     monkeypatch.setattr("builtins.input", lambda *_: "")
-    menu = r.make_menu({"providers": []}, r.Facts(effects=("startup", "deploy")))
+    menu = r.make_menu({"providers": []}, r.Facts())
     keys = [*"jjjjjjjj\n", begun, "q", "j", "\n", "q"]
     assert r._Painter(menu, {"startup": startup, "deploy": deploy}, []).run(Keyboard(*keys)) == 0
     threads[0].join(30)  # or it would give the streams back in the next test

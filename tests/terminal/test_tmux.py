@@ -143,7 +143,7 @@ def fill(folder, document=DOCUMENT):
 def drawn(path, width, height, *keys):
     """What the pure view draws for the same keys."""
     settings = llm_router.settings_table(llm_router.read_settings({}, {})[0])
-    facts = llm_router.Facts(str(path), (), settings, ("startup", "deploy"))
+    facts = llm_router.Facts(str(path), (), settings)
     menu = llm_router.make_menu(json.loads(path.read_text(encoding="utf-8")), facts)
     for key in keys:
         menu, _ = llm_router.update(menu, key)
