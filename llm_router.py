@@ -7073,9 +7073,7 @@ FIXES: Dict[str, Fix] = {
         _drop("user"), "user", r"\buser\W{1,3}(?:extra|is un|is not)|(?:property|name|supplied|meter)\W{1,3}user\b"
     ),
     "no reasoning_effort": Fix(_drop("reasoning_effort"), "reasoning_effort", _names("reasoning_effort") + _UNTHINKING),
-    "no output_config": Fix(  # "This model does not support the effort parameter."
-        _tell_schema, "output_config", _names("output_config") + "|support the effort parameter"
-    ),
+    "no output_config": Fix(_tell_schema, "output_config", _names("output_config") + "|support the effort parameter"),
     # Before what is known of schemas, for the format's name ends in that word: OpenAI, Azure, Groq, DeepSeek.
     "schema in words": Fix(
         _tell_schema,
