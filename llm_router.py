@@ -7232,15 +7232,18 @@ def drop_plain_reasoning(body: Json, prefix: str = "") -> Optional[Json]:
 
 
 _FOREIGN = "its history without the proofs of others"
-_THINKING_REFUSED = r"(?:invalid[^\n]{0,20}signature[^\n]{0,80}|expected[^\n]{0,20})thinking"
+_THINKING_REFUSED = (
+    r"(?:invalid[^\n]{0,20}signature[^\n]{0,80}|expected[^\n]{0,20})thinking|thinking[^\n]{0,90}cannot be modified"
+)
+_THOUGHT_MISSED = r"reasoning_content[^\n]{0,30}must be passed back|missing .?reasoning_content"  # DeepSeek
 # Format, what a 400 or 404 says of foreign words or a missing proof, the repair in words, and the body mended, or None.
-# Anthropic: "Invalid `signature` in `thinking` block", "Expected `thinking` or `redacted_thinking`, but found ..."
-# (traps 64, 85, 86).
+# Anthropic: "Invalid `signature` in `thinking` block", "Expected `thinking` or `redacted_thinking`, but found ...",
+# "`thinking` ... blocks in the latest assistant message cannot be modified" (traps 64, 85, 86).
 REPAIRS = (
     ("anthropic", r"billing-header is a reserved", "without Claude Code's line for its books", drop_attribution),
     ("openai", r"missing a thought_?signature", "its calls with signatures", sign_calls),
     ("openai", r"(?:corrupted|invalid) thought[_ ]?signature", _FOREIGN, sign_calls_anew),
-    ("openai", r"reasoning_content[^\n]{0,30}must be passed back", "its calls with reasoning", blank_thoughts),
+    ("openai", _THOUGHT_MISSED, "its calls with reasoning", blank_thoughts),
     # Kimi, wherever it is served: an empty one is missing to it.
     ("openai", r"reasoning_content is missing", "its calls with reasoning", lambda body: blank_thoughts(body, ".")),
     ("responses", r"invalid_encrypted_content|encrypted content[^\n]{0,200}could not", _FOREIGN, drop_encrypted),

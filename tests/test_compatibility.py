@@ -713,14 +713,22 @@ def test_what_mistral_takes_stays_as_it_is_and_a_last_turn_of_the_model_is_a_pre
     assert llm_router.strict_turns({"messages": [*turns, last]})["messages"][-1] == dict(last, prefix=True)
 
 
-def test_a_conversation_without_its_reasoning_goes_to_deepseek_with_empty_ones_in_every_answer(router, make_upstream):
+@pytest.mark.parametrize(
+    "words",
+    [
+        "The `reasoning_content` in the thinking mode must be passed back to the API.",
+        "Missing `reasoning_content` field in the assistant message at message index 3. For more information, refer to x",
+    ],
+)
+def test_a_conversation_without_its_reasoning_goes_to_deepseek_with_empty_ones_in_every_answer(
+    words, router, make_upstream
+):
     """Passed through, after its 400; an answer without calls needs it, too, in the turn that goes on."""
 
     def wants_reasoning(call):
         answers = [turn for turn in call.json["messages"] if turn["role"] == "assistant"]
         if all(isinstance(turn.get("reasoning_content"), str) for turn in answers):
             return fake.json_answer(200, fake.chat_whole("fine"))
-        words = "The `reasoning_content` in the thinking mode must be passed back to the API."
         return fake.error_answer("openai", 400, words, "invalid_request_error")
 
     upstream = make_upstream(wants_reasoning)
@@ -828,11 +836,14 @@ SEALED = {"type": "reasoning", "id": "rs_1", "summary": [], "encrypted_content":
 SIGNED = {"type": "thinking", "thinking": "hm", "signature": "foreign"}
 OPENAI_LOST = "Item with id 'rs_1' not found. Items are not persisted when `store` is set to false."  # vercel/ai#7543
 PLAIN = {"type": "reasoning", "id": "rs_1", "summary": [{"type": "summary_text", "text": "foreign"}]}
+# Claude Code's own sessions get stuck on it (anthropics/claude-code#63203 and dozens more).
+CLAUDE_CHANGED = "`thinking` or `redacted_thinking` blocks in the latest assistant message cannot be modified. They must remain."
 QUESTIONS = [{"role": "user", "content": "q"}, {"role": "user", "content": "r"}]
 FOREIGN = [
     ("responses", {"input": [QUESTIONS[0], SEALED, QUESTIONS[1]]}, 400, OPENAI_SEAL),
     ("responses", {"input": [QUESTIONS[0], PLAIN, QUESTIONS[1]]}, 404, OPENAI_LOST),
     ("anthropic", history("foreign"), 400, "messages.1.content.0: Invalid `signature` in `thinking` block"),
+    ("anthropic", history("foreign"), 400, CLAUDE_CHANGED),
 ]
 
 
