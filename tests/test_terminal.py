@@ -321,7 +321,7 @@ def test_a_signal_that_an_effect_takes_for_ctrl_c_ends_the_menu_all_the_same(mon
     monkeypatch.setattr("builtins.input", lambda *_: "")
     menu = r.make_menu({"providers": []}, r.Facts())
     with pytest.raises(KeyboardInterrupt):
-        r._Painter(menu, {"deploy": deploy}, ended).run(Keyboard(*"jjjjjjjj\n", lambda: pytest.fail("it goes on")))
+        r._Painter(menu, {"deploy": deploy}, ended).run(Keyboard(*"jjjjjjjjj\n", lambda: pytest.fail("it goes on")))
 
 
 def test_what_a_lent_terminal_is_for_is_not_kept_from_it_by_a_command_that_was_left(monkeypatch):
