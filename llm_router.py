@@ -6809,8 +6809,8 @@ def rename_model(data: bytes, name: str) -> bytes:
 #
 # Fixes are for what the router itself adds or names when it translates. A request that is passed through in its own
 # format is altered only where its row says what its upstream is known to refuse (signed_thinking, replays_reasoning,
-# betas), or, by REPAIRS, after the 400 that says so. What no row knows is learned from the 400 that names the field,
-# once per model.
+# betas, "no reasoning_content"), or, by REPAIRS, after the 400 that says so. What no row knows is learned from the 400
+# that names the field, once per model.
 
 
 class Compat(NamedTuple):
@@ -7184,6 +7184,13 @@ def replay_reasoning(body: Json, issuer: str, memory: BoundedMap) -> Optional[Js
     return _change_turns(body, replayed)
 
 
+def drop_thoughts(body: Json) -> Optional[Json]:
+    """A Chat body without any `reasoning_content`, None without one: opencode, qwen-code and pi send what one model
+    thought to the next one, which may be another provider's."""
+    turns = [_without(turn, "reasoning_content") for turn in _turns(body)]
+    return {**body, "messages": turns} if turns != get_list(body, "messages") else None
+
+
 def sign_calls(body: Json) -> Optional[Json]:
     """A Chat body whose turns of calls bear a thought signature, as Gemini demands: where another provider made the
     calls, what Google names for that (ai.google.dev/gemini-api/docs/thought-signatures). None when all do."""
@@ -7208,29 +7215,26 @@ def sign_calls_anew(body: Json) -> Optional[Json]:
     return sign_calls(_change_turns(body, bare) or body)
 
 
+def _without_items(body: Json, goes: Callable[[Json], bool]) -> Optional[Json]:
+    items = get_list(body, "input")
+    kept = [item for item in items if not goes(as_dict(item))]
+    return {**body, "input": kept} if len(kept) < len(items) else None
+
+
 def drop_encrypted(body: Json) -> Optional[Json]:
     """A Responses body without the encrypted items in it, which only their issuer can read; None if it has none."""
-    items = get_list(body, "input")
-    kept = [item for item in items if "encrypted_content" not in as_dict(item)]
-    return {**body, "input": kept} if len(kept) < len(items) else None
+    return _without_items(body, lambda item: "encrypted_content" in item)
+
+
+def drop_plain_reasoning(body: Json, mark: str = "") -> Optional[Json]:
+    """A Responses body without the reasoning that is not encrypted and whose id holds `mark`; None if it has
+    none. A provider looks it up by that id, and what it did not store itself is a 404 (vercel/ai#7543)."""
+    return _without_items(body, lambda item: (
+        item.get("type") == "reasoning" and not item.get("encrypted_content") and mark in get_text(item, "id")
+    ))
 
 
 OWN_REASONING = b"rs_req_"  # how the ids begin that the router gives to reasoning of other formats
-
-
-def drop_plain_reasoning(body: Json, prefix: str = "") -> Optional[Json]:
-    """A Responses body without the reasoning that is not encrypted and whose id begins with `prefix`; None if it has
-    none. A provider looks it up by that id, and what it did not store itself is a 404 (vercel/ai#7543)."""
-
-    def is_kept(item: Json) -> bool:
-        is_plain = item.get("type") == "reasoning" and not item.get("encrypted_content")
-        return not is_plain or not get_text(item, "id").startswith(prefix)
-
-    items = get_list(body, "input")
-    kept = [item for item in items if is_kept(as_dict(item))]
-    return {**body, "input": kept} if len(kept) < len(items) else None
-
-
 _FOREIGN = "its history without the proofs of others"
 _THINKING_REFUSED = (
     r"(?:invalid[^\n]{0,20}signature[^\n]{0,80}|expected[^\n]{0,20})thinking|thinking[^\n]{0,90}cannot be modified"
@@ -8100,11 +8104,11 @@ class Requests:
         else:
             if provider.id != self.home and as_dict(thread).get("type") == "continue":
                 refuse_thread(thread)
-            body = replace_model(self._passed(provider.id, wire, target.compat), candidate.model_id)
+            body = replace_model(self._passed(candidate, wire, target.compat), candidate.model_id)
         headers = merge_headers(target, inbound.headers, inbound.wire, wire, inbound.stream)
         return Outbound(target, path, headers, body, wire, inbound.stream, timeouts)
 
-    def _passed(self, provider: str, wire: str, compat: Compat) -> JsonObject:
+    def _passed(self, candidate: Candidate, wire: str, compat: Compat) -> JsonObject:
         """The client's body, without what its upstream is known to refuse and with what it demands."""
         value, changed = self._inbound.body.value, None
         if wire == "anthropic" and compat.signed_thinking:
@@ -8115,9 +8119,11 @@ class Requests:
             changed = bare_cache_marks(changed or value)
             changed = drop_attribution(changed) or changed
         if wire == "openai" and compat.replays_reasoning:
-            changed = replay_reasoning(value, self.issuer(provider), self._reasoning)
+            changed = replay_reasoning(value, self.issuer(candidate.provider.id), self._reasoning)
+        if wire == "openai" and "no reasoning_content" in compat.fixes + (self._lessons.get(candidate.ref) or ()):
+            changed = drop_thoughts(changed or value) or changed
         if wire == "openai" and "strict turns" in compat.fixes:
-            changed = strict_turns(value)
+            changed = strict_turns(changed or value) or changed
         return self._inbound.body if changed is None else JsonObject(changed)
 
     def _translated(self, candidate: Candidate, wire: str, compat: Compat) -> Json:
@@ -8180,10 +8186,7 @@ class Outcome(NamedTuple):
 # documentation and of errors that users pasted in public threads (traps 123, 128, 144, 155).
 SIGNALS: Tuple[Tuple[str, Tuple[int, ...], Texts], ...] = (
     # What a provider no longer keeps says nothing about its model; the SDKs mend it.
-    (INVALID, (400, 404), (
-        r"^(?:thread_(?:not_found|unsupported_request)|previous_response_not_found)$",
-        r"item with id '[^'\n]+' not found",
-    )),
+    (INVALID, (400, 404), (r"^(?:thread|previous_response)_(?:not_found|unsupported_request)$|item with id",)),
     (RATE_LIMITED, (413,), (r"tokens? per (?:min|minute|day)", r"\btp[md]\b", r"rate_limit")),
     # Gemini words its windows like an account without credit (ai.google.dev, Rate limits).
     (RATE_LIMITED, (429,), (r"quota exceeded for (?:quota )?metric", r"please retry in \d")),
@@ -10416,8 +10419,9 @@ class Exchange:
         if body is not None:
             self._trail.amend(decision="again, " + repair)
             return sent._replace(body=dump_json(body))
-        fix = "" if self._passes else learn_fix(load_json(sent.body), words, known)
-        if not fix or (outcome.kind == TEMPORARY and fix not in TEMPLATE_FIXES):
+        fix = learn_fix(load_json(sent.body), words, known)
+        told = TEMPLATE_FIXES if outcome.kind == TEMPORARY else (fix,)
+        if not fix or fix not in (("no reasoning_content",) if self._passes else told):
             return None
         learned = self._gateway.lessons.get(ref) or ()  # by now, from others that were under way, too
         self._gateway.lessons.put(ref, tuple(dict.fromkeys((*learned, fix))))

@@ -878,6 +878,28 @@ def test_reasoning_that_the_router_showed_of_another_format_reaches_no_provider_
     assert gpt.calls[0].json["input"] == [QUESTIONS[0], output[1], QUESTIONS[1]]
 
 
+THOUGHT_REFUSED = "messages.1.assistant.reasoning_content: property 'messages.1.assistant.reasoning_content' is unsupported"
+
+
+@pytest.mark.parametrize("compat", ["cerebras", "", "deepseek"])
+def test_what_another_model_thought_is_not_passed_on_to_an_upstream_that_refuses_it(compat, router, make_upstream):
+    """Agents send it with every turn (CherryHQ/cherry-studio#16790): known by the row, else learned from one 400."""
+    thought = {"role": "assistant", "content": "a", "reasoning_content": "hm"}
+    body = {"model": "a/m", "messages": [QUESTIONS[0], thought, QUESTIONS[1]]}
+    refusal = fake.error_answer("openai", 400, THOUGHT_REFUSED, "invalid_request_error")
+
+    def handler(call):
+        refuses = compat != "deepseek" and "reasoning_content" in json.dumps(call.json)
+        return refusal if refuses else fake.final_text("ok")(call)
+
+    upstream = make_upstream(handler)
+    running = router(config_of(provider(upstream, "openai", "a", ["m"], **({"compat": compat} if compat else {}))))
+    assert [running.post("/v1/chat/completions", body).status for _ in range(2)] == [200, 200]
+    sent = ["reasoning_content" in json.dumps(call.json) for call in upstream.calls]
+    assert sent == {"cerebras": [False, False], "": [True, False, False], "deepseek": [True, True]}[compat]
+    assert upstream.calls[-1].json["messages"][2] == QUESTIONS[1]
+
+
 def test_thinking_is_off_where_a_replayed_tool_turn_has_none():
     """Trap 86."""
     call = {"type": "tool_use", "id": "c", "name": "f", "input": {}}
