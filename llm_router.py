@@ -7215,23 +7215,15 @@ def sign_calls_anew(body: Json) -> Optional[Json]:
     return sign_calls(_change_turns(body, bare) or body)
 
 
-def _without_items(body: Json, goes: Callable[[Json], bool]) -> Optional[Json]:
-    items = get_list(body, "input")
-    kept = [item for item in items if not goes(as_dict(item))]
+def drop_sealed(body: Json, mark: str = "") -> Optional[Json]:
+    """A Responses body without the items that only their issuer can read, since they are encrypted, or reasoning that a
+    provider looks up by its id, and answers 404 where it was not the one that stored it (vercel/ai#7543); None if it
+    has none. mark: only those go whose id holds it."""
+    items, kept = get_list(body, "input"), []
+    for item in items:
+        is_sealed = "encrypted_content" in as_dict(item) or as_dict(item).get("type") == "reasoning"
+        kept += [] if is_sealed and mark in get_text(item, "id") else [item]
     return {**body, "input": kept} if len(kept) < len(items) else None
-
-
-def drop_encrypted(body: Json) -> Optional[Json]:
-    """A Responses body without the encrypted items in it, which only their issuer can read; None if it has none."""
-    return _without_items(body, lambda item: "encrypted_content" in item)
-
-
-def drop_plain_reasoning(body: Json, mark: str = "") -> Optional[Json]:
-    """A Responses body without the reasoning that is not encrypted and whose id holds `mark`; None if it has
-    none. A provider looks it up by that id, and what it did not store itself is a 404 (vercel/ai#7543)."""
-    return _without_items(body, lambda item: (
-        item.get("type") == "reasoning" and not item.get("encrypted_content") and mark in get_text(item, "id")
-    ))
 
 
 OWN_REASONING = b"rs_req_"  # how the ids begin that the router gives to reasoning of other formats
@@ -7250,8 +7242,8 @@ REPAIRS = (
     ("openai", _THOUGHT_MISSED, "its calls with reasoning", blank_thoughts),
     # Kimi, wherever it is served: an empty one is missing to it.
     ("openai", r"reasoning_content is missing", "its calls with reasoning", lambda body: blank_thoughts(body, ".")),
-    ("responses", r"invalid_encrypted_content|encrypted content[^\n]{0,200}could not", _FOREIGN, drop_encrypted),
-    ("responses", r"item with id '[^'\n]+' not found", _FOREIGN, drop_plain_reasoning),
+    ("responses", r"invalid_encrypted_content|encrypted content[^\n]{0,200}could not", _FOREIGN, drop_sealed),
+    ("responses", r"item with id '[^'\n]+' not found", _FOREIGN, drop_sealed),
     ("anthropic", _THINKING_REFUSED, _FOREIGN, lambda body: drop_thinking(body, False)),
 )
 
@@ -8114,7 +8106,7 @@ class Requests:
         if wire == "anthropic" and compat.signed_thinking:
             changed = drop_thinking(value)
         if wire == "responses" and OWN_REASONING in (self._inbound.body.data or OWN_REASONING):
-            changed = drop_plain_reasoning(value, OWN_REASONING.decode())
+            changed = drop_sealed(value, OWN_REASONING.decode())
         if wire == "anthropic" and compat.betas is not None:
             changed = bare_cache_marks(changed or value)
             changed = drop_attribution(changed) or changed
