@@ -70,7 +70,7 @@ import zlib
 from bisect import bisect_left
 from collections import OrderedDict, defaultdict, deque, namedtuple
 from contextlib import closing, contextmanager, redirect_stderr, redirect_stdout, suppress
-from itertools import accumulate, product
+from itertools import accumulate, chain, product
 from typing import Any, Callable, Dict, Iterable, List, Mapping, NamedTuple, Optional, Sequence, Set, Tuple, Union
 from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
@@ -7496,7 +7496,7 @@ _OBJECT_END = re.compile(r"[ \t\n\r]*}[ \t\n\r]*")
 _FIRST_ITEM = re.compile(r"\[[ \t\n\r]*(?![ \t\n\r\]])")
 _ITEM_END = re.compile(r"[ \t\n\r]*(?:,[ \t\n\r]*|(\]))")
 _JSON_SCAN = _JSON_DECODER.scan_once  # type: ignore[attr-defined]
-LARGE_BODY_BYTES = 4 << 20  # from here on a host reads a body where it holds up nobody
+LARGE_BODY_BYTES = 1 << 20  # from here on a host reads and translates a body where it holds up nobody
 
 
 def read_json_object(data: bytes) -> JsonObject:
@@ -10253,15 +10253,19 @@ class Gateway:
 
     async def _read_inbound(self, endpoint: Endpoint, call: Call, trail: Trail) -> Inbound:
         """What a POST asks for. Whoever holds this holds its body, which may be large: an Exchange lets go of it."""
-        read = endpoint, call.headers, await call.read_body()
-        is_large = len(read[-1]) >= LARGE_BODY_BYTES
-        inbound = await self.host.aside(read_inbound, *read) if is_large else read_inbound(*read)
+        data = await call.read_body()
+        inbound = await _work(self.host, len(data), read_inbound, endpoint, call.headers, data)
         resolved = self.items.resolve(inbound.body.value, trail.client) if inbound.wire == "responses" else None
         if resolved is not None:
             inbound = inbound._replace(body=JsonObject(resolved))
         trail.operation, trail.wire, asked, trail.stream = inbound[:4]
         trail.asked = asked[:_MAX_NAME]  # it is remembered, logged and stored
         return inbound
+
+
+async def _work(host: Any, size: int, work: Callable[..., Any], *arguments: Any) -> Any:
+    """What `work` returns, which takes its time by a body's `size` in bytes: a large one holds up nobody else."""
+    return await host.aside(work, *arguments) if size >= LARGE_BODY_BYTES else work(*arguments)
 
 
 def _allowed(methods: Sequence[str]) -> Tuple[str, str]:
@@ -10383,7 +10387,7 @@ class Exchange:
         self._candidate, ref, has_more = action.candidate, action.candidate.ref, bool(run.remaining)
         known = self._gateway.lessons.get(ref) or ()
         try:
-            outbound = self._requests.make(action.candidate)
+            outbound = await _work(self._host, len(self._inbound.body.data), self._requests.make, action.candidate)
         except RouterError as error:  # a thread's make the SDKs send all that there is, with which others can go on
             if action.candidate is run.plan[0] or error.code.startswith("thread_"):
                 raise
@@ -10450,9 +10454,8 @@ class Exchange:
             return outbound
         left_ms = max(math.ceil((self._until - self._host.now()) * 1000), 1)
         own = outbound.timeouts
-        connect_ms, first_byte_ms = (min(limit or left_ms, left_ms) for limit in (own.connect_ms, own.first_byte_ms))
-        timeouts = own._replace(connect_ms=connect_ms, first_byte_ms=first_byte_ms)
-        return outbound._replace(timeouts=timeouts, until=self._until)
+        less = {name: min(getattr(own, name) or left_ms, left_ms) for name in ("connect_ms", "first_byte_ms")}
+        return outbound._replace(timeouts=own._replace(**less), until=self._until)
 
     def _note(self, delay_ms: int, result: Optional[Result], plight: str) -> None:
         took_ms = int((self._host.now() - self._asked_at) * 1000)
@@ -10472,7 +10475,7 @@ class Exchange:
             return judge_error(self._outbound.wire, reply.status, reply.headers, body, self._host.wall())
         if self._inbound.stream and "event-stream" in header(reply.headers, "content-type").lower():
             return await self._judge_stream(reply, has_more)
-        return self._judge_whole(reply, await self._read_whole(reply))
+        return await self._judge_whole(reply, await self._read_whole(reply))
 
     async def _read_error(self, reply: Any) -> bytes:
         """As much of an error as arrives in a moment: it says enough."""
@@ -10514,9 +10517,9 @@ class Exchange:
         left_s = min(limit_ms / 1000 or math.inf, max(min(until, self._until) - self._host.now(), 0.0))
         return None if left_s == math.inf else left_s
 
-    def _judge_whole(self, reply: Any, body: bytes) -> Result:
+    async def _judge_whole(self, reply: Any, body: bytes) -> Result:
         source, is_chat = WIRE_FORMATS[self._outbound.wire], self._inbound.operation == "chat"
-        parsed = as_dict(try_json(body))
+        parsed = as_dict(await _work(self._host, len(body), try_json, body))
         told = _error_in(parsed)
         if told:
             return self._judge_told(read_error(502, told), reply)
@@ -10573,7 +10576,7 @@ class Exchange:
         while not processor.content and not is_over and len(held) <= limits.max_hold_bytes:
             data = await self._read_on(reply, processor, content_until)
             if is_first and data.lstrip().startswith(b"{"):  # JSON, whatever it is called (trap 12)
-                return self._judge_whole(reply, data + await self._read_whole(reply))
+                return await self._judge_whole(reply, data + await self._read_whole(reply))
             is_first, is_over = is_first and not data.strip(), not data
             held += processor.feed(data) if data else processor.finish()
             if processor.content:
@@ -10692,8 +10695,8 @@ class Exchange:
 
     async def _count_tokens(self, candidate: Candidate) -> None:
         """Ask a candidate that can count, else estimate. Never an error, never a word in the health book (trap 118)."""
-        trail, count, speaks_it = self._trail, None, "anthropic" in candidate.formats
-        if speaks_it:
+        trail, count, wire = self._trail, None, "anthropic" if "anthropic" in candidate.formats else ""
+        if wire:
             limits = Timeouts(*[self._settings.count_tokens_timeout_ms] * 5)
             self._candidate = candidate._replace(provider=candidate.provider._replace(timeouts=limits))
             with suppress(RouterError):
@@ -10701,7 +10704,7 @@ class Exchange:
                 count = as_dict(try_json(result.body or b"")).get("input_tokens")
         trail.status, trail.outcome = 200, OK
         if type(count) is not int or count < 0:
-            count = estimate_tokens(self._inbound.body.value, candidate.model_id, "anthropic" if speaks_it else "")
+            count = await self._host.aside(estimate_tokens, self._inbound.body.value, candidate.model_id, wire)
         headers = _JSON_HEADERS + own_headers(trail) + self._cors
         await self._client.respond(200, headers, dump_json({"input_tokens": count}))
 
@@ -12063,10 +12066,9 @@ class Upstreams:
 
     def _sweep(self, oldest: float) -> None:
         """Close connections that are idle since before `oldest`, and forget dead ones."""
-        for connections in self._idle.values():
-            for connection in connections:
-                if connection.idle_since < oldest:
-                    connection.close()
+        for connection in chain.from_iterable(self._idle.values()):
+            if connection.idle_since < oldest:
+                connection.close()
         alive = {key: [one for one in connections if not one.is_closed] for key, connections in self._idle.items()}
         self._idle = {key: connections for key, connections in alive.items() if connections}
 

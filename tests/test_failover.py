@@ -1172,6 +1172,50 @@ def test_a_stream_answer_to_a_plain_request_is_over_at_its_own_end_though_its_co
     assert waits[0] == 120 and waits[-1] == 2
 
 
+def aside_of(done):
+    """A host's `aside`, which notes what is worked there."""
+
+    async def aside(work, *arguments):
+        done.append(work.__name__)
+        return work(*arguments)
+
+    return aside
+
+
+@pytest.mark.parametrize("is_large", [False, True])
+@pytest.mark.parametrize("operation", ["chat", "embeddings", "count_tokens"])
+def test_what_takes_long_on_a_large_body_holds_up_no_other_request(operation, is_large, monkeypatch):
+    """200,000 numbers of embeddings took a third of a second in which no stream went on, counting 8 MB half of one."""
+    monkeypatch.setattr(r, "LARGE_BODY_BYTES", 50 if is_large else 100_000)
+    done, answers = [], []
+    vector = json.dumps({"object": "list", "data": [{"object": "embedding", "index": 0, "embedding": [0.5] * 20}]})
+    whole = iter([(vector if operation == "embeddings" else json.dumps(fake.chat_whole("hi"))).encode(), b""])
+
+    async def read(timeout_s):
+        return next(whole)
+
+    async def send(outbound):
+        return SimpleNamespace(status=200, headers=[], read=read, close=lambda: None)
+
+    async def respond(status, headers, body):
+        answers.append(status)
+
+    async def read_body():
+        return json.dumps({"model": "a/m", "messages": [{"role": "user", "content": "hi"}], "input": "x"}).encode()
+
+    config = r.read_config(config_of(provider("http://127.0.0.1:1/v1", id="a", models=["m"])), {})
+    host = SimpleNamespace(now=lambda: 1.0, wall=lambda: 1.0, jitter=lambda: 0.5, new_id=lambda: "req_1", send=send)
+    host.record, host.aside = lambda trail: None, aside_of(done)
+    gateway = r.Gateway(r.Routes(config), r.Settings(), r.Access(), host, r.HealthBook())
+    client = SimpleNamespace(respond=respond, is_open=False, host_stops=False)
+    path = {"chat": "/anthropic/v1/messages", "embeddings": "/v1/embeddings"}.get(operation)
+    call = r.Call("POST", path or "/v1/messages/count_tokens", "", [("host", "localhost")], read_body)
+    asyncio.run(gateway.handle(call, client))
+    counted = ["estimate_tokens"] * (operation == "count_tokens")
+    answered = ["make", "try_json"] * (operation != "count_tokens")
+    assert (answers, done) == ([200], ["read_inbound", *answered, *counted] if is_large else counted)
+
+
 @pytest.mark.parametrize("operation", ["count_tokens", "chat"])
 def test_a_plight_of_the_routers_own_is_told_as_that_and_counting_goes_on(operation):
     """Without a free file descriptor a count of tokens is estimated, and no upstream or client is blamed."""
@@ -1189,7 +1233,7 @@ def test_a_plight_of_the_routers_own_is_told_as_that_and_counting_goes_on(operat
     fake_one = provider("http://127.0.0.1:1/v1", id="a", formats=["anthropic"], models=["m"])
     config = r.read_config(config_of(fake_one), {})
     host = SimpleNamespace(now=lambda: 1.0, wall=lambda: 1.0, jitter=lambda: 0.5, new_id=lambda: "req_1", send=send)
-    host.record, book = recorded.append, r.HealthBook()
+    host.record, book, host.aside = recorded.append, r.HealthBook(), aside_of([])
     gateway = r.Gateway(r.Routes(config), r.Settings(), r.Access(), host, book)
     path = "/v1/messages" + "/count_tokens" * (operation == "count_tokens")
     client = SimpleNamespace(respond=respond, is_open=False, host_stops=False)
