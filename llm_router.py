@@ -15961,7 +15961,7 @@ allow-unauthenticated         flag    allow an address that others can reach wit
 grace                         seconds seconds that open streams may go on after stop, default that of start: 30
 watch-config                  flag    apply changes of the file while running, default true
 check                         flag    start, and end at once: whether it could serve
-detach                        flag    serve in the background; the log goes to --log-file, default %(log)s
+detach                        flag    serve in the background; log: --log-file, else %(log)s, or with .PORT before .log
 port                          port    the port of the instance, when several run
 id                            word    the request's id, from the header x-llm-router-request-id; default: last
 since                         text    7d, 12h or a date like 2026-01-31, default 30d
