@@ -7083,6 +7083,7 @@ FIXES: Dict[str, Fix] = {
     ),
     # Summaries are for verified organizations only, the rest is for all.
     "no summary": Fix(lambda body: _drop("summary")(body["reasoning"]), "reasoning", r"reasoning[ ._]summar"),
+    "no include": Fix(_drop("include"), "include", r"(?:supported|parameter)\W{1,3}include\b|\binclude\W{1,3}extra"),
     "no reasoning": Fix(
         _drop("reasoning", "include"), "reasoning", _names(r"reasoning(?:\.\w+)?") + "|encrypted content is not"
     ),

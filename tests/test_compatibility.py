@@ -145,6 +145,14 @@ def test_a_model_that_does_not_reason_is_asked_for_no_reasoning_and_for_no_proof
     assert llm_router.apply_fixes({"model": "m", **asks}, [fix]) == {"model": "m"}
 
 
+@pytest.mark.parametrize("message", ["Argument not supported: include", "Unknown parameter: 'include'."])
+def test_an_upstream_that_cannot_tell_its_proofs_is_not_asked_for_them_and_reasons_all_the_same(message):
+    """xAI of some models (openclaw/openclaw#12910)."""
+    asks = {"reasoning": {"effort": "high"}, "include": ["reasoning.encrypted_content"]}
+    fix = llm_router.learn_fix({"model": "m", "input": [], **asks}, [message], ())
+    assert llm_router.apply_fixes({"model": "m", **asks}, [fix]) == {"model": "m", "reasoning": {"effort": "high"}}
+
+
 def test_an_organization_that_may_not_see_summaries_keeps_effort_and_proofs(router, make_upstream):
     """OpenAI refuses the summary alone, of whoever it has not verified."""
 
