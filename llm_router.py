@@ -7085,7 +7085,7 @@ FIXES: Dict[str, Fix] = {
     "no summary": Fix(lambda body: _drop("summary")(body["reasoning"]), "reasoning", r"reasoning[ ._]summar"),
     "no include": Fix(_drop("include"), "include", r"(?:supported|parameter)\W{1,3}include\b|\binclude\W{1,3}extra"),
     "no reasoning": Fix(
-        _drop("reasoning", "include"), "reasoning", _names(r"reasoning(?:\.\w+)?") + "|encrypted content is not"
+        _drop("reasoning", "include"), "reasoning", _names(r"reasoning(?:\.\w+|_effort)?") + "|encrypted content is not"
     ),
     # What DeepSeek and Moonshot ask for others refuse (traps 84, 87).
     "no reasoning_content": Fix(_drop("reasoning_content", among=_turns), "messages", _names("reasoning_content")),

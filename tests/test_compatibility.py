@@ -136,10 +136,11 @@ def test_a_server_s_own_fault_teaches_nothing_whatever_field_it_names(router, ma
     [
         "Unsupported parameter: 'reasoning.effort' is not supported with this model.",
         "Encrypted content is not supported with this model.",
+        "Argument not supported on this model: reasoningEffort",
     ],
 )
 def test_a_model_that_does_not_reason_is_asked_for_no_reasoning_and_for_no_proof_of_it(message):
-    """OpenAI's words in the Responses API, of which it says the one or the other."""
+    """OpenAI's words in the Responses API, of which it says the one or the other, and xAI's."""
     asks = {"reasoning": {"effort": "high"}, "include": ["reasoning.encrypted_content"]}
     fix = llm_router.learn_fix({"model": "m", "input": [], **asks}, [message], ())
     assert llm_router.apply_fixes({"model": "m", **asks}, [fix]) == {"model": "m"}
