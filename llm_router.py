@@ -869,7 +869,8 @@ def read_usable_config(document: Json, environ: Environ) -> Config:
     """The same for what is to serve: ConfigError without an enabled provider, too."""
     config = read_config(document, environ)
     if not any(provider.enabled for provider in config.providers):
-        raise ConfigError("the configuration has no enabled provider; " + WAYS_ON)
+        cure = "enable one, or " * bool(config.providers) + WAYS_ON
+        raise ConfigError("the configuration has no enabled provider; " + cure)
     return config
 
 

@@ -669,6 +669,14 @@ def test_the_summary_shows_what_start_would_serve_of_key_variables(home):
     assert not home.file.exists()
 
 
+def test_where_every_provider_is_disabled_the_cure_is_to_enable_one(filled):
+    filled.write(dict(filled.document(), providers=[dict(filled.document()["providers"][0], enabled=False)]))
+    code, _, err = filled.run("start")
+    assert code == 2 and "no enabled provider; enable one, or add a provider" in err
+    filled.write({"providers": []})
+    assert "no enabled provider; add a provider" in filled.run("start")[2]
+
+
 # ----- the other commands -----
 
 
