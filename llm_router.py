@@ -5614,8 +5614,8 @@ RESPONSES_LOSSES = {
     "`moderation` `prompt_cache_*` `service_tier` `text.verbosity`": "kept for OpenAI Chat, else not sent",
     "`metadata`": "kept for OpenAI Chat where `store` is true, else not sent",
     "`safety_identifier`": "kept for OpenAI Chat, else the end user's id",
-    "`background` `conversation` `previous_response_id` `prompt`": "refused with 400, as file ids are: only their "
-    "provider has them",
+    "`background` `compaction_trigger` `conversation` `previous_response_id` `prompt`": "refused with 400, as file ids"
+    " are: only their provider has them",
     "`item_reference`": "refused likewise, but for items of answers that the router itself wrote and still remembers",
     "`access_programs` `background_options` `context_management` `image` `max_tool_calls`": "not sent",
     "`stream_options` `top_logprobs`": "not sent: answers carry no obfuscation, no logprobs, no foreign citations",
@@ -5629,7 +5629,7 @@ RESPONSES_LOSSES = {
     "`apply_patch_call*` `code_interpreter_call` `computer_call*` `file_search_call` `image_generation_call`"
     " `local_shell_call*` `mcp_*` `program*` `shell_call*` `tool_search_*` `web_search_call`": "what such tools left"
     " in the history: text where it can be read, else not sent",
-    "`compaction*` `configuration_update` `reasoning`": "other models' thoughts and summaries, encrypted: not sent",
+    "`compaction` `configuration_update` `reasoning`": "other models' thoughts and summaries, encrypted: not sent",
     "`custom` `namespace`": "tools: become functions, of one string and with the namespace in their names",
     "`allowed_tools`": "only these tools are sent",
     "`allowed_callers` `async` `caller` `defer_loading` `detail` `filename` `format` `id` `name` `output_schema`"
@@ -5648,6 +5648,9 @@ def needs_server_state(body: Json) -> Optional[str]:
     for index, item in enumerate(map(as_dict, get_list(body, "input"))):
         if _responses_type(item) == "item_reference":
             return "`input[%d]` is an item_reference, which only the provider can resolve: send the item itself" % index
+        if item.get("type") == "compaction_trigger":
+            words = "`input[%d]` is a compaction_trigger, which only OpenAI serves: let the client sum up by itself"
+            return words % index + " (Codex does for a provider with a name of its own, as `run codex` gives it)"
         for part in map(as_dict, get_list(item, "content") + get_list(item, "output")):
             if part.get("file_id"):
                 return "`input[%d]` has a `file_id`, which only the provider can read: send the data or a URL" % index

@@ -1057,6 +1057,7 @@ def test_namespaced_names_stay_unique():
         {"input": [{"type": "item_reference", "id": "msg_1"}]},
         {"input": [{"id": "msg_1"}]},
         {"input": [{"role": "user", "content": [{"type": "input_file", "file_id": "f"}]}]},
+        {"input": [{"role": "user", "content": "x"}, {"type": "compaction_trigger"}]},
     ],
 )
 def test_what_needs_stored_state_is_named(body):
@@ -1065,9 +1066,9 @@ def test_what_needs_stored_state_is_named(body):
     with pytest.raises(RouterError) as caught:
         parse_responses_request(body)
     assert reason and caught.value.status == 400 and caught.value.message.startswith(reason)
-    field = next(field for field in ("file_id", "item_reference", *body) if field in reason)
-    assert field in body or field in ("file_id", "item_reference")
-    assert any(cure in reason for cure in ("send the", "leave it out"))
+    inside = ("file_id", "item_reference", "compaction_trigger")
+    assert any(field in reason for field in (*inside, *body))
+    assert any(cure in reason for cure in ("send the", "leave it out", "sum up by itself"))
 
 
 def test_a_request_with_its_whole_conversation_needs_no_state():
