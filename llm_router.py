@@ -5649,8 +5649,7 @@ def needs_server_state(body: Json) -> Optional[str]:
         if _responses_type(item) == "item_reference":
             return "`input[%d]` is an item_reference, which only the provider can resolve: send the item itself" % index
         if item.get("type") == "compaction_trigger":
-            words = "`input[%d]` is a compaction_trigger, which only OpenAI serves: let the client sum up by itself"
-            return words % index + " (Codex does for a provider with a name of its own, as `run codex` gives it)"
+            return "`input[%d]` is a compaction_trigger, for OpenAI alone: by `run codex`, Codex will sum up by itself" % index
         for part in map(as_dict, get_list(item, "content") + get_list(item, "output")):
             if part.get("file_id"):
                 return "`input[%d]` has a `file_id`, which only the provider can read: send the data or a URL" % index
