@@ -5649,7 +5649,7 @@ def needs_server_state(body: Json) -> Optional[str]:
         if _responses_type(item) == "item_reference":
             return "`input[%d]` is an item_reference, which only the provider can resolve: send the item itself" % index
         if item.get("type") == "compaction_trigger":
-            return "`input[%d]` is a compaction_trigger, for OpenAI alone: by `run codex`, Codex will sum up by itself" % index
+            return "`input[%d]` is a compaction_trigger, for OpenAI alone: `run codex` sums up by itself" % index
         for part in map(as_dict, get_list(item, "content") + get_list(item, "output")):
             if part.get("file_id"):
                 return "`input[%d]` has a `file_id`, which only the provider can read: send the data or a URL" % index

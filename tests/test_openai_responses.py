@@ -1068,7 +1068,7 @@ def test_what_needs_stored_state_is_named(body):
     assert reason and caught.value.status == 400 and caught.value.message.startswith(reason)
     inside = ("file_id", "item_reference", "compaction_trigger")
     assert any(field in reason for field in (*inside, *body))
-    assert any(cure in reason for cure in ("send the", "leave it out", "sum up by itself"))
+    assert any(cure in reason for cure in ("send the", "leave it out", "sums up by itself"))
 
 
 def test_a_request_with_its_whole_conversation_needs_no_state():
