@@ -5659,8 +5659,7 @@ def needs_server_state(body: Json) -> Optional[str]:
 class ItemMemory(BoundedMap):
     """Items of the answers that the router wrote for Responses clients, by owner (the name of a client's key) and id:
     nobody else can refer to them. Clients whose answers are stored (the AI SDK's, unless told otherwise) send
-    references in place of the items. The oldest give way after `limit` bytes.
-    """
+    references in place of the items. The oldest give way after `limit` bytes."""
 
     def keep(self, items: Iterable[Json], owner: str = "") -> None:
         """Remember the items of an answer."""
@@ -6825,8 +6824,7 @@ class Compat(NamedTuple):
     replays_reasoning: refuses turns with calls without their `reasoning_content` while it thinks (trap 87).
     switches: thinks unless told not to by `thinking`, which has Anthropic's shape (api-docs.deepseek.com, docs.z.ai).
     caches: takes Anthropic's `cache_control` in Chat Completions (trap 68). betas: all of `anthropic-beta` that it
-    takes (trap 110), and then no `cache_control.scope` (trap 69) or attribution either; None: everything.
-    """
+    takes (trap 110), and then no `cache_control.scope` (trap 69) or attribution either; None: everything."""
 
     name: str
     hosts: Texts
@@ -15502,8 +15500,7 @@ def agent_facts(base: str, key: str, config: Config, chosen: Mapping[str, str]) 
     """What the templates of AGENTS may use: base (the router's URL), key, model, small, Claude Code's tiers; window and
     output: the model's limits in tokens, where the configuration has them. `file` comes to them where a program is run.
 
-    chosen: the models the user named. The others are the default model, or else the first there is.
-    """
+    chosen: the models the user named. The others are the default model, or else the first there is."""
     routes = Routes(config)
     named = (ref for ref in routes.refs() if not ref.endswith("/*"))
     model = chosen.get("model") or config.default_model or next(named, "")
