@@ -10402,8 +10402,8 @@ class Exchange:
             if mended is None:
                 break
             before, result = result, await self._call(mended, 0, has_more)
-            if isinstance(result, Outcome) and result.error == before.error:  # it was not that
-                self._gateway.lessons.put(ref, known)
+            if isinstance(result, Outcome) and (self._passes or result.error == before.error):  # it was not that:
+                self._gateway.lessons.put(ref, known)  # some repeat what the client said, which may be anything
                 break
             known = self._gateway.lessons.get(ref) or ()
         return result
@@ -10417,7 +10417,7 @@ class Exchange:
         if body is not None:
             self._trail.amend(decision="again, " + repair)
             return sent._replace(body=dump_json(body))
-        fix = learn_fix(load_json(sent.body), words, known)
+        fix = learn_fix(self._inbound.body.value if self._passes else load_json(sent.body), words, known)
         told = TEMPLATE_FIXES if outcome.kind == TEMPORARY else (fix,)
         if not fix or fix not in (("no reasoning_content",) if self._passes else told):
             return None
@@ -14408,7 +14408,7 @@ def _wait_for_start(child: Any, log_path: str, began: int) -> str:
             time.sleep(0.05)
             has_ended = child.poll() is not None  # asked before its last words are read
             file.seek(began)
-            said = file.read(1_000_000).decode("utf-8", "replace")
+            said = file.read(1_000_000).decode("utf-8", "replace").replace("\r\n", "\n")
             found = re.search(_SAYS_IT_LISTENS % (r"\d+" if sys.platform == "win32" else child.pid), said, re.MULTILINE)
             if found:
                 child.returncode = 0  # it is meant to go on without us: no warning that it still runs

@@ -909,6 +909,23 @@ def test_what_another_model_thought_is_not_passed_on_to_an_upstream_that_refuses
     assert upstream.calls[-1].json["messages"][2] == QUESTIONS[1]
 
 
+def test_a_client_s_own_fault_whose_error_repeats_its_words_teaches_nothing(router, make_upstream):
+    """vLLM shows the part of the request that it cannot read: every later request lost what its model had thought."""
+    thought = {"role": "assistant", "content": "a", "reasoning_content": "it cannot be"}
+    body = {"model": "a/m", "messages": [QUESTIONS[0], thought, QUESTIONS[1]]}
+    odd = {**body, "messages": [*body["messages"], {**thought, "role": "nobody"}]}
+
+    def handler(call):
+        wrong = [turn for turn in call.json["messages"] if turn["role"] == "nobody"]
+        words = "[{'type': 'literal_error', 'input': %r}]" % wrong
+        return fake.error_answer("openai", 400, words, "BadRequestError") if wrong else fake.final_text("ok")(call)
+
+    upstream = make_upstream(handler)
+    running = router(config_of(provider(upstream, "openai", "a", ["m"])))
+    assert [running.post("/v1/chat/completions", one).status for one in (odd, body)] == [400, 200]
+    assert upstream.calls[-1].json["messages"] == body["messages"]
+
+
 def test_thinking_is_off_where_a_replayed_tool_turn_has_none():
     """Trap 86."""
     call = {"type": "tool_use", "id": "c", "name": "f", "input": {}}

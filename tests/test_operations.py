@@ -82,6 +82,14 @@ def test_a_detached_server_that_cannot_start_says_why_and_names_who_has_the_port
             pass
 
 
+def test_a_detached_server_is_heard_where_lines_end_as_windows_ends_them(tmp_path, monkeypatch):
+    """It had started, was not heard for half a minute and was ended then."""
+    monkeypatch.setattr(sys, "platform", "win32")
+    (tmp_path / "log").write_bytes(b"listening on http://127.0.0.1:1002\r\n  providers  a\r\n  pid        2345\r\n")
+    child = SimpleNamespace(pid=77, poll=lambda: None)
+    assert r._wait_for_start(child, str(tmp_path / "log"), 0) == "http://127.0.0.1:1002"
+
+
 @posix
 def test_the_address_of_another_instance_in_the_same_log_is_not_taken_for_the_child_s(tmp_path):
     """Two `run` at the same time: each pointed its program at the other's router, and one of them stayed behind."""
