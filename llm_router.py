@@ -13767,6 +13767,7 @@ def read_instances(path: str) -> List[Instance]:
     kinds: Json = dict.fromkeys(Instance._fields, str)
     kinds.update(pid=int, port=int, started=(int, float), ends=(int, float))
     with suppress(RouterError):
+        check_regular(path)
         entries = get_list(as_dict(load_json(read_bytes(path)[0] or b"{}")), "instances")
         known = [entry for entry in map(as_dict, entries) if set(entry) == set(kinds)]
         return [Instance(**one) for one in known if all(isinstance(one[name], kinds[name]) for name in kinds)]

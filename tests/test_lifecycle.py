@@ -357,6 +357,16 @@ def test_stop_leaves_streams_the_time_that_start_was_given_and_returns_when_the_
         assert whole.makefile("rb").read().startswith(b"HTTP/1.1 503 ")
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes in folders are POSIX")
+def test_a_pipe_in_place_of_the_state_file_keeps_nobody_waiting(tmp_path):
+    """A start would not say a word, a running server not end."""
+    os.mkfifo(str(state_file(tmp_path)))
+    reader = threading.Thread(target=r.read_instances, args=(str(state_file(tmp_path)),), daemon=True)
+    reader.start()
+    reader.join(30)
+    assert not reader.is_alive()
+
+
 def test_one_that_still_finishes_its_streams_is_said_to_stop_and_its_entry_stays(router, upstream):
     running = router(two_models(upstream), *QUICK)
     upstream.answer(fake.sse_answer(fake.chat_stream("never")[:2], end="hang"))
