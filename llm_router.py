@@ -14167,13 +14167,14 @@ def _open_log(path: str) -> Any:
 async def _serve(options: StartOptions) -> Tuple[int, int]:
     """The exit code, and the port when the file shall be run anew on it."""
     import asyncio
+    import threading
 
+    threading.stack_size(8 << 20)  # as the main thread's: of deep JSON, Python 3.13 dies in musl's, which have 1 MiB
     loop = asyncio.get_running_loop()
     log = LogWriter(_log_stream(options.settings), options.settings.log_format, options.settings.log_level)
     loop.set_exception_handler(lambda _, context: log.note(_loop_trouble(context), "warning"))
     router = Router(loop, options, log)
-    most = router.server.most_connections
-    router.server.most_connections = min(most, _descriptors_for_clients() or most)
+    router.server.most_connections = min(router.server.most_connections, _descriptors_for_clients() or math.inf)
     router.stopping = asyncio.Event()
     give_back = _on_signals(loop, router.stop, router.try_reload)
     try:
