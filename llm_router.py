@@ -15462,15 +15462,11 @@ def _pi_extension(facts: Mapping[str, str]) -> str:
     return 'export default (pi) => pi.registerProvider("llm-router", %s);\n' % json.dumps(own)
 
 
-_CODEX_PROVIDER = (
-    'model_providers.llm-router={name="llm-router",base_url="%(base)s/v1",'
-    'env_key="ROUTER_API_KEY",wire_api="responses"}'
-)
-
 PROXY_VARIABLES = ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy")
 
 # Sources: code.claude.com/docs/en/settings and /llm-gateway; developers.openai.com/codex/config-reference (-c takes
-# TOML); opencode.ai/docs/config (OPENCODE_CONFIG); aider.chat/docs/llms/openai-compat.html; Qwen Code's README.
+# TOML); opencode.ai/docs/config (OPENCODE_CONFIG); aider.chat/docs/llms/openai-compat.html; Qwen Code's README;
+# copilot help providers. Kilo is an opencode.
 AGENTS: Tuple[Agent, ...] = (
     Agent("claude", "npm install -g @anthropic-ai/claude-code",
           "ANTHROPIC_BASE_URL=%(base)s ANTHROPIC_AUTH_TOKEN=%(key)s ANTHROPIC_MODEL=%(model)s"
@@ -15481,10 +15477,16 @@ AGENTS: Tuple[Agent, ...] = (
           " CLAUDE_CODE_ATTRIBUTION_HEADER=0",  # so that caches last where its format is passed through, too
           hidden=("ANTHROPIC_API_KEY",)),
     Agent("codex", "npm install -g @openai/codex", "ROUTER_API_KEY=%(key)s",
-          ("-c", 'model_provider="llm-router"', "-c", _CODEX_PROVIDER, "-c", 'model="%(model)s"',
-           "-c", "model_context_window=%(window)s")),
+          ("-c", 'model_provider="llm-router"',
+           "-c", ('model_providers.llm-router={name="llm-router",base_url="%(base)s/v1",'
+                  'env_key="ROUTER_API_KEY",wire_api="responses"}'),
+           "-c", 'model="%(model)s"', "-c", "model_context_window=%(window)s")),
     Agent("opencode", "npm install -g opencode-ai", "OPENCODE_CONFIG=%(file)s",
           file=("opencode.json", _opencode_config)),
+    Agent("kilo", "npm install -g @kilocode/cli", "KILO_CONFIG=%(file)s", file=("kilo.json", _opencode_config)),
+    Agent("copilot", "npm install -g @github/copilot", "COPILOT_PROVIDER_BASE_URL=%(base)s/v1"
+          " COPILOT_PROVIDER_API_KEY=%(key)s COPILOT_MODEL=%(model)s",
+          hidden=("COPILOT_PROVIDER_TYPE", "COPILOT_PROVIDER_BEARER_TOKEN", "COPILOT_PROVIDER_WIRE_API")),
     Agent("aider", "pipx install aider-chat", "OPENAI_API_BASE=%(base)s/v1 OPENAI_API_KEY=%(key)s",
           ("--model", "openai/%(model)s", "--weak-model", "openai/%(small)s")),
     Agent("qwen", "npm install -g @qwen-code/qwen-code",
@@ -17252,7 +17254,7 @@ COMMANDS: Tuple[Command, ...] = (
             "llm-router doctor --offline"),
     Command("update", run_update, "replace this file by a newer release", "from json",
             "llm-router update --from=https://example.com/llm_router.py"),
-    Command("run", run_agent, "run claude, codex, opencode, aider, qwen, pi or -- any command against the router",
+    Command("run", run_agent, "run claude, codex, opencode, kilo, copilot, aider, qwen, pi, or -- any command",
             _MODEL_FLAGS + "keep config port",
             "llm-router run claude\nllm-router run --model=openrouter/gpt-4o --haiku=groq/small claude -p 'say hi'\n"
             "llm-router run -- python app.py", passes_on=True),

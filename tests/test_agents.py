@@ -25,8 +25,9 @@ pytestmark = pytest.mark.skipif(os.name != "posix", reason="the fake tools are s
 # Shows what it was started with, asks the router as its variables say, and ends with the code that its last word tells.
 TOOL = """#!%s
 import json, os, sys, urllib.request
-if os.environ.get("OPENCODE_CONFIG"):
-    options = json.load(open(os.environ["OPENCODE_CONFIG"]))["provider"]["llm-router"]["options"]
+file = os.environ.get("OPENCODE_CONFIG") or os.environ.get("KILO_CONFIG")
+if file:
+    options = json.load(open(file))["provider"]["llm-router"]["options"]
     base, key = options["baseURL"], options["apiKey"]
 elif "-e" in sys.argv:
     assert oct(os.stat(sys.argv[2]).st_mode & 0o777) == "0o600"
@@ -36,6 +37,8 @@ elif "-e" in sys.argv:
 elif "-c" in sys.argv:
     base = sys.argv[4].split('base_url="')[1].split('"')[0]
     key = os.environ["ROUTER_API_KEY"]
+elif os.environ.get("COPILOT_PROVIDER_BASE_URL"):
+    base, key = os.environ["COPILOT_PROVIDER_BASE_URL"], os.environ["COPILOT_PROVIDER_API_KEY"]
 elif os.environ.get("ANTHROPIC_BASE_URL") and "plain" not in sys.argv:
     base, key = os.environ["ANTHROPIC_BASE_URL"] + "/v1", os.environ["ANTHROPIC_AUTH_TOKEN"]
 else:
@@ -162,11 +165,13 @@ def test_a_program_learns_its_small_model_and_the_window_where_the_configuration
     config = r.read_config(config_of(provider("http://127.0.0.1:1", models=[model, "n"]), defaultModel="fake/m"), {})
     facts = r.agent_facts("http://x", "", config, {})
     claude, codex, opencode = r.AGENTS[:3]
-    aider, pi = (agent for agent in r.AGENTS if agent.name in ("aider", "pi"))
+    kilo, copilot, aider, pi = (agent for agent in r.AGENTS if agent.name in ("kilo", "copilot", "aider", "pi"))
     assert r.fill_templates(claude, facts)[0]["CLAUDE_CODE_MAX_CONTEXT_TOKENS"] == "131072"
     assert r.fill_templates(codex, facts)[1][-2:] == ["-c", "model_context_window=131072"]
     small = r.fill_templates(aider, dict(facts, small="fake/n"))[1]
     assert small == ["--model", "openai/fake/m", "--weak-model", "openai/fake/n"]
+    assert r.fill_templates(copilot, facts)[0]["COPILOT_PROVIDER_BASE_URL"] == "http://x/v1"
+    assert (r.fill_templates(kilo, dict(facts, file="f"))[0], kilo.file[1]) == ({"KILO_CONFIG": "f"}, opencode.file[1])
     told = json.loads(opencode.file[1](facts))["provider"]["llm-router"]["models"]
     assert told == {"fake/m": {"limit": {"context": 131072, "output": 8192}}}
     assert '"contextWindow": 131072, "maxTokens": 8192' in pi.file[1](facts)
