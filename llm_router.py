@@ -15484,9 +15484,8 @@ AGENTS: Tuple[Agent, ...] = (
     Agent("opencode", "npm install -g opencode-ai", "OPENCODE_CONFIG=%(file)s",
           file=("opencode.json", _opencode_config)),
     Agent("kilo", "npm install -g @kilocode/cli", "KILO_CONFIG=%(file)s", file=("kilo.json", _opencode_config)),
-    Agent("copilot", "npm install -g @github/copilot", "COPILOT_PROVIDER_BASE_URL=%(base)s/v1"
-          " COPILOT_PROVIDER_API_KEY=%(key)s COPILOT_MODEL=%(model)s",
-          hidden=("COPILOT_PROVIDER_TYPE", "COPILOT_PROVIDER_BEARER_TOKEN", "COPILOT_PROVIDER_WIRE_API")),
+    Agent("copilot", "npm install -g @github/copilot", "COPILOT_PROVIDER_TYPE=openai COPILOT_PROVIDER_API_KEY=%(key)s"
+          " COPILOT_PROVIDER_BASE_URL=%(base)s/v1 COPILOT_MODEL=%(model)s", hidden=("COPILOT_PROVIDER_BEARER_TOKEN",)),
     Agent("aider", "pipx install aider-chat", "OPENAI_API_BASE=%(base)s/v1 OPENAI_API_KEY=%(key)s",
           ("--model", "openai/%(model)s", "--weak-model", "openai/%(small)s")),
     Agent("qwen", "npm install -g @qwen-code/qwen-code",
