@@ -5875,8 +5875,7 @@ def _responses_items(messages: Iterable[Message]) -> List[Json]:
     """The items of a conversation: parts in a row are one message, everything else is an item of its own.
 
     A plain text goes as a string, the shape every server takes (SDK: EasyInputMessage), as do all texts that the model
-    said in a row: vLLM takes parts of its own making only, with their message's id and status.
-    """
+    said in a row: vLLM takes parts of its own making only, with their message's id and status."""
     items: List[Json] = []
     customs: Set[str] = set()  # ids of the calls of custom tools so far
     for role, blocks, _ in messages:
@@ -5975,8 +5974,7 @@ class _ResponsesItem:
     """An output item on its way. block: its open block; pieces: what is known of that block's text.
 
     part: kind and number of the newest part, whose text begins at pieces[mark]; parts below it are complete.
-    sent: blocks closed so far. waiting: events held back while a block of another item is open.
-    """
+    sent: blocks closed so far. waiting: events held back while a block of another item is open."""
 
     block: Any = None
     part = ("", 0)
@@ -5995,8 +5993,7 @@ class ResponsesParser(TypedEventParser):
     Items are told apart by `output_index`, since some upstreams change the item ids in mid-stream; an event without
     it belongs to the item with its `item_id`, else to the newest. Every event that has more than a delta (the done
     events, the final snapshot) completes what was left out before it (trap 61). Its events are numbered, so no two are
-    alike, and nothing is ever `said`. usage: of the last event.
-    """
+    alike, and nothing is ever `said`. usage: of the last event."""
 
     END = "response.completed"
 
@@ -6250,8 +6247,7 @@ class ResponsesRenderer:
     The end of an item is only told once the next one begins: after a failure a tool call that was cut off must
     not look complete, since clients run a call as soon as its item is done (trap 62). Texts in a row are parts of
     one message. snapshot: the answer as it stands, as the SDK's Response. number: of the next event. is_read: whether
-    anybody reads the events, some of which repeat the request with all its tools.
-    """
+    anybody reads the events, some of which repeat the request with all its tools."""
 
     def __init__(self, context: Context, is_read: bool = True) -> None:
         self._context, self._is_read = context, is_read
@@ -7306,8 +7302,7 @@ class Endpoint(NamedTuple):
     """What a path means. operation: chat, count_tokens, embeddings, models, model, root, health, ready or metrics.
 
     methods: what the path answers to. wire: the format the path fixes, "" when the request decides.
-    argument: the rest of the path, percent-decoded (a model id). is_open: reading it needs no key.
-    """
+    argument: the rest of the path, percent-decoded (a model id). is_open: reading it needs no key."""
 
     operation: str
     methods: Texts = ("POST",)
