@@ -13869,7 +13869,10 @@ class Router(CountingHost):
     channel can do."""
 
     def __init__(self, loop: Any, options: StartOptions, log: LogWriter) -> None:
+        from concurrent.futures import ThreadPoolExecutor
+
         super().__init__(HealthBook())
+        self._worker = ThreadPoolExecutor(1)
         self.id = os.urandom(8).hex()
         self.token = os.urandom(32).hex()
         self.options = options
@@ -13906,8 +13909,9 @@ class Router(CountingHost):
         self.known = frozenset(self.gateway.routes.refs())
 
     async def aside(self, work: Callable[..., Any], *arguments: Any) -> Any:
-        """Work in a thread; the loop goes on wherever `work` returns to Python now and then."""
-        return await self.server.loop.run_in_executor(None, work, *arguments)
+        """Work in a thread; the loop goes on wherever `work` returns to Python now and then. One at a time: many that
+        compute would make the loop wait for each of them, and none would be done sooner."""
+        return await self.server.loop.run_in_executor(self._worker, work, *arguments)
 
     def record(self, trail: Trail) -> None:
         """A request has ended: remember its trail, count it, write its line."""
@@ -13980,7 +13984,7 @@ class Router(CountingHost):
     async def _restart(self) -> Tuple[int, Json]:
         """Become the program that the file holds by now. 422 when that would end at once, 409 for the configuration."""
         status, body = self.try_reload()
-        trouble = await self.aside(_try_start) if status == 200 else ""
+        trouble = await self.server.loop.run_in_executor(None, _try_start) if status == 200 else ""
         if status == 200 and not trouble:
             self.restarts, self.is_told = not self.is_told, True
             self.stop()
@@ -14181,7 +14185,7 @@ async def _serve(options: StartOptions) -> Tuple[int, int]:
         entry = Instance(router.id, os.getpid(), host, port, path, router.token, router.wall())
         router.enroll(entry)
         # A disk that was full may get room, the state file may have been removed or damaged.
-        chores = [(_ENROLL_AGAIN_S, lambda: router.aside(router.stay_enrolled))]
+        chores = [(_ENROLL_AGAIN_S, lambda: loop.run_in_executor(None, router.stay_enrolled))]
         chores += [(_WATCH_S, router.apply_edit)] if options.watch_config and path else []
         tasks = [asyncio.ensure_future(_repeat(router, *chore)) for chore in chores]
         _announce(options, port)  # last: whoever reads it may stop, reload and ask for the status at once

@@ -1429,3 +1429,27 @@ def test_deep_json_is_read_where_threads_have_little_room(tmp_path):
         assert running.get("/health").status == 200
     finally:
         running.kill()
+
+
+def test_large_bodies_are_worked_on_one_at_a_time(tmp_path):
+    """Six threads that compute make the loop wait for each of them: small requests took seven times as long."""
+    config = json.dumps(config_of(provider("http://127.0.0.1:1/v1")))
+    flags = {"usage-db": "false", "config": str(tmp_path / "config.json")}
+    (tmp_path / "config.json").write_text(config)
+    (tmp_path / "config.json").chmod(0o600)
+    options = llm_router.read_start_options(llm_router.Given({}, flags))
+    busy, most = [], []
+
+    def work():
+        busy.append(1)
+        most.append(len(busy))
+        time.sleep(0.05)
+        busy.pop()
+
+    async def run():
+        router = llm_router.Router(asyncio.get_running_loop(), options, SimpleNamespace(note=print))
+        await asyncio.gather(*(router.aside(work) for _ in range(8)))
+        router.upstreams.close()
+
+    asyncio.run(run())
+    assert most == [1] * 8
