@@ -8099,17 +8099,18 @@ class Requests:
 
     def _passed(self, candidate: Candidate, wire: str, compat: Compat) -> JsonObject:
         """The client's body, without what its upstream is known to refuse and with what it demands."""
-        value, changed = self._inbound.body.value, None
+        (value, data, _), changed = self._inbound.body, None
         if wire == "anthropic" and compat.signed_thinking:
             changed = drop_thinking(value)
-        if wire == "responses" and OWN_REASONING in (self._inbound.body.data or OWN_REASONING):
+        if wire == "responses" and OWN_REASONING in (data or OWN_REASONING):
             changed = drop_sealed(value, OWN_REASONING.decode())
         if wire == "anthropic" and compat.betas is not None:
             changed = bare_cache_marks(changed or value)
             changed = drop_attribution(changed) or changed
         if wire == "openai" and compat.replays_reasoning:
             changed = replay_reasoning(value, self.issuer(candidate.provider.id), self._reasoning)
-        if wire == "openai" and "no reasoning_content" in compat.fixes + (self._lessons.get(candidate.ref) or ()):
+        takes_none = "no reasoning_content" in compat.fixes + (self._lessons.get(candidate.ref) or ())
+        if wire == "openai" and takes_none and (changed or not data or b"reasoning_content" in data):
             changed = drop_thoughts(changed or value) or changed
         if wire == "openai" and "strict turns" in compat.fixes:
             changed = strict_turns(changed or value) or changed
@@ -13909,8 +13910,7 @@ class Router(CountingHost):
         self.known = frozenset(self.gateway.routes.refs())
 
     async def aside(self, work: Callable[..., Any], *arguments: Any) -> Any:
-        """Work in a thread; the loop goes on wherever `work` returns to Python now and then. One at a time: many that
-        compute would make the loop wait for each of them, and none would be done sooner."""
+        """Work in a thread, one after another: where many compute at once, the loop has to wait for each of them."""
         return await self.server.loop.run_in_executor(self._worker, work, *arguments)
 
     def record(self, trail: Trail) -> None:
