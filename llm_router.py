@@ -10144,12 +10144,12 @@ _NOT_SOON: Headers = [("x-should-retry", "false")]
 # What a client of the upstream's own format gets to see of its headers, by their beginnings; all others stay here.
 _RETURNED_HEADERS = ("request-id", "x-request-id", "retry-after", "x-ratelimit-", "anthropic-ratelimit-")
 
-# What RFC 9110 wants said with a refusal: 15.5.2, 15.5.16; and what the SDKs want said to one that stays.
+# What RFC 9110 wants said with a refusal: 7.8, 15.5.2, 15.5.16, 15.5.22; and what the SDKs want said to one that stays.
 _REFUSAL_HEADERS: Dict[Union[int, str], Headers] = {
     "answer_too_large": _NOT_SOON,
     401: [("www-authenticate", "Bearer")],
     415: [("accept-encoding", "gzip, deflate")],
-    426: [("upgrade", "HTTP/1.1")],
+    426: [("upgrade", "HTTP/1.1"), ("connection", "upgrade")],
     503: [("retry-after", "1")],
 }
 
