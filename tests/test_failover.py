@@ -1185,7 +1185,7 @@ def aside_of(done):
 @pytest.mark.parametrize("is_large", [False, True])
 @pytest.mark.parametrize("operation", ["chat", "embeddings", "count_tokens"])
 def test_what_takes_long_on_a_large_body_holds_up_no_other_request(operation, is_large, monkeypatch):
-    """200,000 numbers of embeddings took a third of a second in which no stream went on, counting 8 MB half of one."""
+    """300,000 numbers of embeddings took a third of a second in which no stream went on, counting 8 MB half of one."""
     monkeypatch.setattr(r, "LARGE_BODY_BYTES", 50 if is_large else 100_000)
     done, answers = [], []
     vector = json.dumps({"object": "list", "data": [{"object": "embedding", "index": 0, "embedding": [0.5] * 20}]})
