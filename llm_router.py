@@ -8109,8 +8109,8 @@ class Requests:
             changed = drop_attribution(changed) or changed
         if wire == "openai" and compat.replays_reasoning:
             changed = replay_reasoning(value, self.issuer(candidate.provider.id), self._reasoning)
-        takes_none = "no reasoning_content" in compat.fixes + (self._lessons.get(candidate.ref) or ())
-        if wire == "openai" and takes_none and (changed or not data or b"reasoning_content" in data):
+        takes_none = wire == "openai" and "no reasoning_content" in compat.fixes
+        if takes_none and (changed or not data or b"reasoning_content" in data):
             changed = drop_thoughts(changed or value) or changed
         if wire == "openai" and "strict turns" in compat.fixes:
             changed = strict_turns(changed or value) or changed
@@ -10380,7 +10380,7 @@ class Exchange:
             book.apply(release(run))
 
     async def _attempt(self, action: Try, run: Run) -> Result:
-        """An attempt at a candidate; once more at once when its 400 names what can be mended, or its 500: so llama.cpp
+        """An attempt at a candidate; again at once while its 400 names what can be mended, or its 500: so llama.cpp
         tells what the model's template refuses. A fallback whose format cannot say what was asked refuses it."""
         self._candidate, ref, has_more = action.candidate, action.candidate.ref, bool(run.remaining)
         known = self._gateway.lessons.get(ref) or ()
@@ -10398,8 +10398,8 @@ class Exchange:
             if mended is None:
                 break
             before, result = result, await self._call(mended, 0, has_more)
-            if isinstance(result, Outcome) and (self._passes or result.error == before.error):  # it was not that:
-                self._gateway.lessons.put(ref, known)  # some repeat what the client said, which may be anything
+            if isinstance(result, Outcome) and (self._passes or result.error == before.error):
+                self._gateway.lessons.put(ref, known)  # it was not that; and what passes is mended once
                 break
             known = self._gateway.lessons.get(ref) or ()
         return result
@@ -10413,9 +10413,8 @@ class Exchange:
         if body is not None:
             self._trail.amend(decision="again, " + repair)
             return sent._replace(body=dump_json(body))
-        fix = learn_fix(self._inbound.body.value if self._passes else load_json(sent.body), words, known)
-        told = TEMPLATE_FIXES if outcome.kind == TEMPORARY else (fix,)
-        if not fix or fix not in (("no reasoning_content",) if self._passes else told):
+        fix = "" if self._passes else learn_fix(load_json(sent.body), words, known)
+        if not fix or (outcome.kind == TEMPORARY and fix not in TEMPLATE_FIXES):
             return None
         learned = self._gateway.lessons.get(ref) or ()  # by now, from others that were under way, too
         self._gateway.lessons.put(ref, tuple(dict.fromkeys((*learned, fix))))
